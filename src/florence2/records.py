@@ -1,0 +1,136 @@
+"""The frozen records that travel between the layers: what is asked, and what comes back.
+
+Coordinates are floats in pixels of the original image, x before y, origin top left.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Mapping
+
+BoxXyxy = tuple[float, float, float, float]
+SizeWh = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A box on the image that a region task asks about, in pixels of the original image."""
+
+    box_xyxy: BoxXyxy
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A labeled box; ``score`` in [0, 1], see ``florence2.scoring``."""
+
+    box_xyxy: BoxXyxy
+    label: str
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class Quad:
+    """Four corners of a text line, clockwise from its top left: (x1, y1, ..., x4, y4)."""
+
+    quad_xy: tuple[float, float, float, float, float, float, float, float]
+    label: str
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class Polygon:
+    """One object's outline as one or more rings, each (x1, y1, x2, y2, ...)."""
+
+    rings_xy: tuple[tuple[float, ...], ...]
+    label: str
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A caption, a category or read text that has no place on the image of its own."""
+
+    label: str
+    score: float
+
+
+Object = Box | Quad | Polygon | Text
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationSettings:
+    """How an answer is searched for. The defaults are those published with the checkpoints.
+
+    ``max_new_tokens`` of ``None`` takes the task's own budget from the task table.
+    ``no_repeat_ngram_size`` of 0 switches the ban off; ``<s>`` is then banned after the first
+    step instead, because the large checkpoints would repeat it for ever.
+    ``early_stopping``: True stops once every beam slot is filled, False once no running beam can
+    beat the filled slots by the usual estimate, "never" by the strict bound.
+    """
+
+    num_beams: int = 3
+    max_new_tokens: int | None = None
+    length_penalty: float = 1.0
+    early_stopping: bool | str = True
+    no_repeat_ngram_size: int = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt for one image, already validated against the task table."""
+
+    task: str
+    text: str | None = None
+    region: Region | None = None
+    settings: GenerationSettings = field(default_factory=GenerationSettings)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the decode loop returns for one prompt.
+
+    ``token_ids`` start after the decoder's start token and end before ``</s>`` and padding;
+    ``log_probs`` has one natural logarithm per token id, from the plain softmax over the
+    vocabulary (bans and forced tokens do not distort it). ``beam_score`` is the search's own
+    length-normalised score. ``truncated`` says that the token limit cut the answer.
+    """
+
+    token_ids: tuple[int, ...]
+    log_probs: tuple[float, ...]
+    beam_score: float
+    truncated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The answer to one request on one image."""
+
+    task: str
+    size_wh: SizeWh
+    objects: tuple[Object, ...]
+    text: str | None
+    answer: str
+    token_ids: tuple[int, ...]
+    truncated: bool
+    notes: tuple[str, ...] = ()
+    steps: tuple["Result", ...] = ()
+    timings_s: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The dictionary of the reference's ``post_process_generation``, plus scores.
+
+        Same keys and nesting; coordinates are floats, and ``scores`` stands beside the boxes.
+        """
+        from florence2.parsing import result_to_dict
+
+        return result_to_dict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A request that could not be answered; never the same thing as an empty result."""
+
+    code: str
+    message: str
+    image: str | None = None

@@ -1,0 +1,107 @@
+"""THE table: the 15 task prompts, what each takes and gives.
+
+Prompts, validation, the command's help, the settings file and the docs are made from it.
+Sentences and output kinds: the published processor of Florence-2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final
+
+from florence2.errors import RequestError, unknown_name
+
+
+class TaskInput(Enum):
+    """What a task needs besides the image."""
+
+    NONE = "nothing"
+    TEXT = "text"
+    REGION = "region"
+
+
+class OutputKind(Enum):
+    """How an answer is spelled, and so which parser reads it."""
+
+    TEXT = "pure_text"
+    OCR = "ocr"
+    GROUNDING = "phrase_grounding"
+    LABELED_BOXES = "description_with_bboxes"
+    BOXES = "bboxes"
+    POLYGONS = "polygons"
+    BOXES_OR_POLYGONS = "description_with_bboxes_or_polygons"
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One task prompt. ``max_new_tokens`` is the budget used when the caller names none."""
+
+    token: str
+    name: str
+    sentence: str
+    takes: TaskInput
+    output: OutputKind
+    max_new_tokens: int
+    summary: str
+
+
+_NONE, _TEXT, _REGION = TaskInput.NONE, TaskInput.TEXT, TaskInput.REGION
+
+TASKS: Final[tuple[Task, ...]] = (
+    Task("<CAPTION>", "caption", "What does the image describe?",
+         _NONE, OutputKind.TEXT, 128, "one sentence about the image"),
+    Task("<DETAILED_CAPTION>", "detailed_caption",
+         "Describe in detail what is shown in the image.",
+         _NONE, OutputKind.TEXT, 256, "a few sentences about the image"),
+    Task("<MORE_DETAILED_CAPTION>", "more_detailed_caption",
+         "Describe with a paragraph what is shown in the image.",
+         _NONE, OutputKind.TEXT, 512, "a paragraph about the image"),
+    Task("<OD>", "object_detection", "Locate the objects with category name in the image.",
+         _NONE, OutputKind.LABELED_BOXES, 1024, "every object's box and category"),
+    Task("<DENSE_REGION_CAPTION>", "dense_region_caption",
+         "Locate the objects in the image, with their descriptions.",
+         _NONE, OutputKind.LABELED_BOXES, 1024, "every object's box and a short description"),
+    Task("<REGION_PROPOSAL>", "region_proposal", "Locate the region proposals in the image.",
+         _NONE, OutputKind.BOXES, 1024, "boxes of whatever is there, without labels"),
+    Task("<CAPTION_TO_PHRASE_GROUNDING>", "phrase_grounding",
+         "Locate the phrases in the caption: {input}",
+         _TEXT, OutputKind.GROUNDING, 1024, "boxes for the phrases of a text"),
+    Task("<OPEN_VOCABULARY_DETECTION>", "open_vocabulary_detection",
+         "Locate {input} in the image.",
+         _TEXT, OutputKind.BOXES_OR_POLYGONS, 1024, "boxes or polygons for one named thing"),
+    Task("<REFERRING_EXPRESSION_SEGMENTATION>", "referring_segmentation",
+         "Locate {input} in the image with mask",
+         _TEXT, OutputKind.POLYGONS, 1024, "the polygon of what a phrase refers to"),
+    Task("<REGION_TO_SEGMENTATION>", "region_segmentation",
+         "What is the polygon mask of region {input}",
+         _REGION, OutputKind.POLYGONS, 1024, "the polygon of the object in a region"),
+    Task("<REGION_TO_CATEGORY>", "region_category", "What is the region {input}?",
+         _REGION, OutputKind.TEXT, 64, "a region's category"),
+    Task("<REGION_TO_DESCRIPTION>", "region_description",
+         "What does the region {input} describe?",
+         _REGION, OutputKind.TEXT, 128, "a region's description"),
+    Task("<REGION_TO_OCR>", "region_ocr", "What text is in the region {input}?",
+         _REGION, OutputKind.TEXT, 256, "the text in a region"),
+    Task("<OCR>", "ocr", "What is the text in the image?",
+         _NONE, OutputKind.TEXT, 1024, "all text in the image"),
+    Task("<OCR_WITH_REGION>", "ocr_with_region",
+         "What is the text in the image, with regions?",
+         _NONE, OutputKind.OCR, 1024, "each line of text with its quad"),
+)
+
+_BY_NAME: Final = {task.token.lower(): task for task in TASKS} | {
+    task.name: task for task in TASKS
+}
+
+
+def find_task(name: str) -> Task:
+    """The task for a token (``<OD>``, any case, brackets optional) or a friendly name.
+
+    Raises RequestError naming the nearest known task.
+    """
+    key = name.strip().lower()
+    task = _BY_NAME.get(key) or _BY_NAME.get(f"<{key}>") or _BY_NAME.get(key.replace(" ", "_"))
+    if task is None:
+        raise RequestError(unknown_name("task", name, [t.token for t in TASKS]))
+    return task
