@@ -1,0 +1,1 @@
+"""Our own definition of the Florence-2 network."""

@@ -1,0 +1,203 @@
+"""BART's encoder and decoder: post-LayerNorm, learned positions with an offset of 2.
+
+Source of the architecture: BART (arXiv 1910.13461) as published in Florence-2.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from florence2.errors import RequestError
+from florence2.network.config import TextConfig
+from florence2.network.ops import activation, linear
+
+POSITION_OFFSET = 2
+
+
+class FewRowsLinear(nn.Linear):
+    """``nn.Linear`` that is also fast for the few rows of a decoder step."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        """[..., C_in] -> [..., C_out]."""
+        return linear(input, self.weight, self.bias)
+
+
+class Attention(nn.Module):
+    """The projections of multi-head attention; ``attend`` is the attention itself."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.k_proj = FewRowsLinear(dim, dim)
+        self.v_proj = FewRowsLinear(dim, dim)
+        self.q_proj = FewRowsLinear(dim, dim)
+        self.out_proj = FewRowsLinear(dim, dim)
+
+    def split(self, rows: Tensor) -> Tensor:
+        """[B, L, dim] -> [B, heads, L, dim / heads]."""
+        batch, length, dim = rows.shape
+        return rows.view(batch, length, self.heads, dim // self.heads).transpose(1, 2)
+
+    def project_query(self, rows: Tensor) -> Tensor:
+        """[B, L, dim] -> queries [B, heads, L, head_dim]."""
+        return self.split(self.q_proj(rows))
+
+    def project_key_value(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, L, dim] -> keys and values, each [B, heads, L, head_dim]."""
+        return self.split(self.k_proj(rows)), self.split(self.v_proj(rows))
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """Projected heads -> [B, L, dim]; ``mask`` is True, or added zero, where one may look."""
+        mixed = functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=is_causal
+        )
+        return cast(Tensor, self.out_proj(mixed.transpose(1, 2).flatten(2)))
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention and feed-forward."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(config.d_model, config.encoder_attention_heads)
+        self.self_attn_layer_norm = nn.LayerNorm(config.d_model)
+        self.activation = activation(config.activation)
+        self.fc1 = nn.Linear(config.d_model, config.encoder_ffn_dim)
+        self.fc2 = nn.Linear(config.encoder_ffn_dim, config.d_model)
+        self.final_layer_norm = nn.LayerNorm(config.d_model)
+
+    def forward(self, states: Tensor, mask: Tensor | None) -> Tensor:
+        """[B, S, d] -> [B, S, d]."""
+        attention = self.self_attn
+        mixed = attention.attend(
+            attention.project_query(states), *attention.project_key_value(states), mask
+        )
+        states = self.self_attn_layer_norm(states + mixed)
+        return cast(
+            Tensor,
+            self.final_layer_norm(states + self.fc2(self.activation(self.fc1(states)))),
+        )
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention, attention to the encoder's states, feed-forward."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        heads = config.decoder_attention_heads
+        self.self_attn = Attention(config.d_model, heads)
+        self.activation = activation(config.activation)
+        self.self_attn_layer_norm = nn.LayerNorm(config.d_model)
+        self.encoder_attn = Attention(config.d_model, heads)
+        self.encoder_attn_layer_norm = nn.LayerNorm(config.d_model)
+        self.fc1 = FewRowsLinear(config.d_model, config.decoder_ffn_dim)
+        self.fc2 = FewRowsLinear(config.decoder_ffn_dim, config.d_model)
+        self.final_layer_norm = nn.LayerNorm(config.d_model)
+
+    def after_self_attention(
+        self,
+        rows: Tensor,
+        mixed: Tensor,
+        cross_key: Tensor,
+        cross_value: Tensor,
+        cross_mask: Tensor | None,
+    ) -> Tensor:
+        """The rest of the layer: ``rows`` its input, ``mixed`` its self-attention, [B, L, d]."""
+        rows = self.self_attn_layer_norm(rows + mixed)
+        query = self.encoder_attn.project_query(rows)
+        mixed = self.encoder_attn.attend(query, cross_key, cross_value, cross_mask)
+        rows = self.encoder_attn_layer_norm(rows + mixed)
+        return cast(Tensor, self.final_layer_norm(rows + self.fc2(self.activation(self.fc1(rows)))))
+
+    def forward(self, rows: Tensor, states: Tensor, cross_mask: Tensor | None) -> Tensor:
+        """Teacher-forced: rows [B, L, d] over states [B, S, d] -> [B, L, d]."""
+        query = self.self_attn.project_query(rows)
+        key, value = self.self_attn.project_key_value(rows)
+        mixed = self.self_attn.attend(query, key, value, is_causal=True)
+        cross_key, cross_value = self.encoder_attn.project_key_value(states)
+        return self.after_self_attention(rows, mixed, cross_key, cross_value, cross_mask)
+
+
+class Stack(nn.Module):
+    """What encoder and decoder share: embeddings, positions and their LayerNorm."""
+
+    def __init__(self, config: TextConfig, embed_tokens: nn.Embedding) -> None:
+        super().__init__()
+        self.limit = config.max_position_embeddings
+        self.scale = math.sqrt(config.d_model) if config.scale_embedding else 1.0
+        self.embed_tokens = embed_tokens
+        self.embed_positions = nn.Embedding(self.limit + POSITION_OFFSET, config.d_model)
+        self.layernorm_embedding = nn.LayerNorm(config.d_model)
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Ids [...] -> vectors [..., d], scaled if the checkpoint says so."""
+        vectors = self.embed_tokens(token_ids)
+        return cast(Tensor, vectors if self.scale == 1.0 else vectors * self.scale)
+
+    def add_positions(self, vectors: Tensor, start: int = 0) -> Tensor:
+        """[B, L, d] at positions start ... start + L - 1 -> the first layer's input."""
+        end = start + vectors.shape[1]
+        self.check_length(end)
+        table = self.embed_positions.weight[start + POSITION_OFFSET : end + POSITION_OFFSET]
+        return cast(Tensor, self.layernorm_embedding(vectors + table))
+
+    def check_length(self, length: int) -> None:
+        """Raises when a sequence is longer than the position table."""
+        if length > self.limit:
+            raise RequestError(
+                f"This checkpoint reads and writes at most {self.limit} tokens, got {length}; "
+                "shorten the prompt or lower max_new_tokens."
+            )
+
+
+class Encoder(Stack):
+    """The text encoder."""
+
+    def __init__(self, config: TextConfig, embed_tokens: nn.Embedding) -> None:
+        super().__init__(config, embed_tokens)
+        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
+
+    def forward(self, vectors: Tensor, mask: Tensor | None) -> Tensor:
+        """Vectors [B, S, d], mask [B, S] True where filled -> states [B, S, d]."""
+        rows = self.add_positions(vectors)
+        wide = None if mask is None else mask[:, None, None, :]
+        for layer in self.layers:
+            rows = layer(rows, wide)
+        return rows
+
+
+class Decoder(Stack):
+    """The text decoder."""
+
+    def __init__(self, config: TextConfig, embed_tokens: nn.Embedding) -> None:
+        super().__init__(config, embed_tokens)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
+
+    def forward(self, token_ids: Tensor, states: Tensor, mask: Tensor | None) -> Tensor:
+        """Ids [B, L] over states [B, S, d] with mask [B, S] -> rows [B, L, d], all causal."""
+        rows = self.add_positions(self.embed(token_ids))
+        wide = None if mask is None else mask[:, None, None, :]
+        for layer in self.layers:
+            rows = layer(rows, states, wide)
+        return rows
+
+
+class LanguageModel(nn.Module):
+    """BART with one embedding shared by encoder and decoder."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.shared = nn.Embedding(config.vocab_size, config.d_model)
+        self.encoder = Encoder(config, self.shared)
+        self.decoder = Decoder(config, self.shared)

@@ -1,0 +1,112 @@
+"""The whole network. Parameter names are those of the published native layout."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from florence2.network.bart import FewRowsLinear, LanguageModel
+from florence2.network.config import NetworkConfig
+from florence2.network.davit import VisionTower
+from florence2.network.projector import Projector
+
+
+class FlorenceModel(nn.Module):
+    """Tower, projector and language model."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        self.vision_tower = VisionTower(config.vision)
+        self.multi_modal_projector = Projector(config.vision)
+        self.language_model = LanguageModel(config.text)
+
+
+class Florence2Network(nn.Module):
+    """Florence-2: images and prompts in, logits out.
+
+    A new network is randomly initialised; ``florence2.network.weights.build_network`` makes one
+    from a checkpoint. ``lm_head`` shares its weight with the embedding until ``untie`` is called.
+    """
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = FlorenceModel(config)
+        self.lm_head = FewRowsLinear(config.text.d_model, config.text.vocab_size, bias=False)
+        self.tie()
+        self.reset_parameters()
+
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """Normalised pixels [B, 3, H, W] -> visual tokens [B, N_visual, d_model]."""
+        features, grid = self.model.vision_tower(pixels)
+        return cast(Tensor, self.model.multi_modal_projector(features, grid))
+
+    def encode_prompts(
+        self, visual: Tensor, prompt_ids: Tensor, prompt_mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Encodes each image's tokens followed by its prompt.
+
+        ``visual`` [B, N_visual, d]; ``prompt_ids`` [B, T] with ``<s>`` and ``</s>``, padded on the
+        right; ``prompt_mask`` [B, T] bool, True where not padding. Gives states [B, S, d] and
+        their mask [B, S] bool with S = N_visual + T.
+        """
+        encoder = self.model.language_model.encoder
+        vectors = torch.cat([visual, encoder.embed(prompt_ids)], dim=1)
+        mask = torch.cat([prompt_mask.new_ones(visual.shape[:2]), prompt_mask], dim=1)
+        return encoder(vectors, mask), mask
+
+    def decode(self, decoder_ids: Tensor, states: Tensor, mask: Tensor) -> Tensor:
+        """Teacher-forced: ids [B, L] (from ``</s>`` on) -> logits [B, L, V] of the next ids."""
+        rows = self.model.language_model.decoder(decoder_ids, states, mask)
+        return cast(Tensor, self.lm_head(rows))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the weights."""
+        return self.lm_head.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.lm_head.weight.device
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether ``lm_head`` uses the shared embedding's weight."""
+        return self.lm_head.weight is self.model.language_model.shared.weight
+
+    def tie(self) -> None:
+        """Makes ``lm_head`` use the shared embedding's weight."""
+        self.lm_head.weight = self.model.language_model.shared.weight
+
+    def untie(self) -> None:
+        """Gives ``lm_head`` a weight of its own with the same values, e.g. to merge a LoRA."""
+        shared = self.model.language_model.shared.weight
+        self.lm_head.weight = nn.Parameter(shared.detach().clone())
+
+    def reset_parameters(self, std: float = 0.02) -> None:
+        """Random weights for training from scratch: normal, biases zero, norms one."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding, nn.Conv2d)):
+                nn.init.normal_(module.weight, std=std)
+                bias = getattr(module, "bias", None)
+                if bias is not None:
+                    nn.init.zeros_(bias)
+
+    def native_state(self) -> dict[str, Tensor]:
+        """The state as the native layout stores it: tied copies appear once.
+
+        Loadable by ``transformers``, safe to write as safetensors. Not available once
+        ``prepare_for_inference`` has fused projections.
+        """
+        embedding = "model.language_model.{}.embed_tokens.weight"
+        dropped = {embedding.format("encoder"), embedding.format("decoder")}
+        if self.is_tied:
+            dropped.add("lm_head.weight")
+        return {
+            name: value.detach().contiguous()
+            for name, value in self.state_dict().items()
+            if name not in dropped
+        }
