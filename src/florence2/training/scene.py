@@ -1,0 +1,207 @@
+"""A drawn scene as data: what stands where, with exact truth, made from a seed.
+
+Coordinates are fractions 0..1 of the image (x of its width, y of its height) unless a name says
+otherwise. ``draw.draw_scene`` turns a scene into pixels, ``truth`` and ``answers`` into text.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Final
+
+import numpy as np
+
+from florence2.training import placing, signs
+from florence2.training.backgrounds import Background, make_background
+from florence2.training.palette import Rgb, object_shade
+from florence2.training.placing import CoverMap, FractionBox, PointsXy, Pose, Size
+from florence2.training.shapes import Points, Shape, shapes
+from florence2.training.signs import TextLine
+from florence2.training.words import BACKGROUND_COLOURS, COLOURS, KINDS
+
+MIN_VISIBLE: Final = 0.62
+MAX_OBJECTS: Final = 6
+_COUNT_WEIGHTS: Final = (0.24, 0.26, 0.22, 0.14, 0.08, 0.06)
+_ASPECTS: Final = ((1.0, 0.4), (4 / 3, 0.3), (3 / 2, 0.15), (3 / 4, 0.15))
+_LONG_SIDES_PX: Final = (288, 320, 352, 384)
+_LARGEST_EXTENT: Final = (0.6, 0.52, 0.45, 0.4, 0.36, 0.33)
+_ATTEMPTS: Final = 24
+
+
+@dataclass(frozen=True, slots=True)
+class SceneObject:
+    """One thing. ``box_xyxy`` is the tight box of its full shape, clipped to the image.
+
+    ``outline_xy`` is the dense outline of the full shape clipped to the image (truth for masks),
+    ``polygon_xy`` the same with at most 12 points in the order that answers spell.
+    ``visible`` is the share of the full shape that neither the border nor other things hide.
+    ``shading`` 0..1 is how much darker its bottom is painted than its top.
+    """
+
+    kind: str
+    colour: str
+    rgb: Rgb
+    box_xyxy: FractionBox
+    outline_xy: PointsXy
+    polygon_xy: PointsXy
+    pose: Pose
+    visible: float
+    shading: float
+
+    @property
+    def centre_xy(self) -> tuple[float, float]:
+        """The centre of the box."""
+        x1, y1, x2, y2 = self.box_xyxy
+        return (x1 + x2) / 2, (y1 + y2) / 2
+
+    @property
+    def name(self) -> str:
+        """Colour and kind: "red car"."""
+        return f"{self.colour} {self.kind}"
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """What light and camera do: ``light`` 0..1 falls off along ``light_angle`` (radians),
+    ``noise`` is a standard deviation in grey levels, ``blur`` in fractions of the short side.
+    """
+
+    light: float
+    light_angle: float
+    noise: float
+    blur: float
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """A picture to draw. ``objects`` are ordered back to front, ``texts`` top to bottom."""
+
+    seed: int
+    size_wh: Size
+    background: Background
+    objects: tuple[SceneObject, ...]
+    texts: tuple[TextLine, ...]
+    finish: Finish
+
+
+def make_scene(seed: int, *, max_objects: int = MAX_OBJECTS, size_wh: Size | None = None) -> Scene:
+    """The scene of a seed: always the same for the same arguments."""
+    rng = np.random.default_rng([seed, 0xF10])
+    size = size_wh or _random_size(rng)
+    background = make_background(str(rng.choice(BACKGROUND_COLOURS)), rng)
+    texts = signs.make_texts(rng, size)
+    weights = np.array(_COUNT_WEIGHTS[: max(1, min(max_objects, MAX_OBJECTS))])
+    count = int(rng.choice(len(weights), p=weights / weights.sum())) + 1
+    objects = _make_objects(rng, size, count, background.colour, texts)
+    return Scene(seed, size, background, objects, texts, _make_finish(rng))
+
+
+def _random_size(rng: np.random.Generator) -> Size:
+    ratios, weights = zip(*_ASPECTS, strict=True)
+    aspect = float(rng.choice(ratios, p=weights))
+    long_side = int(rng.choice(_LONG_SIDES_PX))
+    if aspect >= 1:
+        return long_side, round(long_side / aspect)
+    return round(long_side * aspect), long_side
+
+
+def _make_finish(rng: np.random.Generator) -> Finish:
+    rough = rng.random() < 0.5
+    return Finish(
+        light=float(rng.uniform(0, 0.35)) if rng.random() < 0.5 else 0.0,
+        light_angle=float(rng.uniform(0, 2 * math.pi)),
+        noise=float(rng.uniform(1, 9)) if rough else 0.0,
+        blur=float(rng.uniform(0, 0.004)) if rough else 0.0,
+        seed=int(rng.integers(1 << 31)),
+    )
+
+
+def _make_objects(
+    rng: np.random.Generator,
+    size_wh: Size,
+    count: int,
+    background_colour: str,
+    texts: tuple[TextLine, ...],
+) -> tuple[SceneObject, ...]:
+    colours = [colour for colour in COLOURS if colour != background_colour]
+    min_visible = 0.97 if rng.random() < 0.45 else MIN_VISIBLE
+    cover = CoverMap(size_wh)
+    placed: list[SceneObject] = []
+    for _ in range(count):
+        kind, colour = str(rng.choice(KINDS)), str(rng.choice(colours))
+        if placed and rng.random() < 0.35:
+            example = placed[int(rng.integers(len(placed)))]
+            kind = example.kind
+            colour = example.colour if rng.random() < 0.6 else colour
+        made = _place(rng, size_wh, kind, colour, count, cover, min_visible, placed, texts)
+        if made is not None:
+            placed.append(made)
+    if not placed:
+        return _make_objects(rng, size_wh, count, background_colour, texts)
+    shares = cover.visible_shares()
+    return tuple(replace(thing, visible=share) for thing, share in zip(placed, shares, strict=True))
+
+
+def _place(
+    rng: np.random.Generator,
+    size_wh: Size,
+    kind: str,
+    colour: str,
+    count: int,
+    cover: CoverMap,
+    min_visible: float,
+    placed: list[SceneObject],
+    texts: tuple[TextLine, ...],
+) -> SceneObject | None:
+    """One object on top of those placed so far, or None where no free place was found."""
+    shape = shapes()[kind]
+    largest = _LARGEST_EXTENT[count - 1]
+    for attempt in range(_ATTEMPTS):
+        shrink = 1 - 0.6 * attempt / _ATTEMPTS
+        pose = _random_pose(rng, shape, size_wh, largest * shrink, may_leave=min_visible < 0.9)
+        outline = placing.posed(shape.outline, pose, size_wh)
+        clipped = placing.clip_to_image(outline)
+        if len(clipped) < 3:
+            continue
+        box = placing.tight_box(clipped)
+        if any(placing.boxes_touch(box, placing.tight_box(np.array(t.plate_xy))) for t in texts):
+            continue
+        if any(o.kind == kind and placing.box_iou(o.box_xyxy, box) > 0.2 for o in placed):
+            continue
+        if not cover.try_add(outline, min_visible):
+            continue
+        rgb = object_shade(colour, rng)
+        strongest = 0.12 if colour == "white" else 0.4
+        shading = float(rng.uniform(0, strongest)) if rng.random() < 0.6 else 0.0
+        polygon = placing.clip_to_image(placing.posed(shape.polygon, pose, size_wh))
+        return SceneObject(
+            kind, colour, rgb, box, placing.as_pairs(clipped), placing.answer_polygon(polygon),
+            pose, 1.0, shading,
+        )  # fmt: skip
+    return None
+
+
+def _random_extent(rng: np.random.Generator, largest: float) -> float:
+    """An object's mean side as a fraction of the short side; few below 10 %."""
+    smallest = 0.065 if rng.random() < 0.1 else 0.13
+    return math.exp(rng.uniform(math.log(smallest), math.log(max(largest, smallest * 1.2))))
+
+
+def _random_pose(
+    rng: np.random.Generator, shape: Shape, size_wh: Size, largest: float, *, may_leave: bool
+) -> Pose:
+    extent = _random_extent(rng, largest)
+    stretch = math.sqrt(shape.aspect * math.exp(rng.uniform(-0.12, 0.12)))
+    tilt = rng.uniform(-shape.max_tilt, shape.max_tilt)
+    angle = math.radians(float(rng.choice(shape.turns)) + tilt)
+    mirrored = shape.mirrors and rng.random() < 0.5
+    centred = Pose((0.0, 0.0), (extent * stretch, extent / stretch), angle, mirrored)
+    points: Points = placing.posed(shape.outline, centred, size_wh)
+    low, high = points.min(axis=0), points.max(axis=0)
+    span = high - low
+    slack = 0.22 * span if may_leave and rng.random() < 0.25 else -0.01 * np.ones(2)
+    first, last = -low - slack, 1 - high + slack
+    centre = first + rng.random(2) * np.maximum(last - first, 0)
+    return Pose((float(centre[0]), float(centre[1])), centred.extent_wh, angle, mirrored)
