@@ -1,0 +1,267 @@
+"""The one decode loop: greedy and beam search over any decoder session.
+
+Same tokens as ``generate()`` of transformers 5.23 in float32, with the settings published with
+Florence-2: the first token is forced to ``<s>``, the last one at the token limit to ``</s>``, and
+bans act after the softmax. Beyond the reference it returns a log-probability for every token,
+lets each prompt of a batch have its own token limit, and drops a prompt's rows once its own
+result is settled.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Final, Protocol
+
+import torch
+from torch import Tensor
+
+from florence2.beams import PREFIX, BeamSearch
+from florence2.errors import FlorenceError, RequestError
+from florence2.records import Answer, GenerationSettings
+
+MAX_BEAMS: Final = 32
+LENGTH_PENALTY_RANGE: Final = (-1.0, 10.0)
+
+COMPACT_AT: Final = 0.75
+"""Rows are dropped once at most this share of them is live.
+
+The rows copied over a whole batch then stay below four times its size.
+"""
+
+
+class GenerationCancelledError(FlorenceError):
+    """The caller asked to stop between two steps."""
+
+    code = "cancelled"
+
+
+class DecoderSession(Protocol):
+    """What the loop needs of a network that holds the encoded prompts of B items.
+
+    Logits may be of any float type and on any device; the loop only reads them, and is done with
+    them when it calls the session again, so a session may reuse their memory.
+    """
+
+    def prefill(self, prefix_ids: list[int]) -> Tensor:
+        """Decode the same prefix for every item: logits [B, V] after its last token."""
+
+    def step(self, token_ids: Tensor) -> Tensor:
+        """Append one token to every beam: ids [B, beams] to logits [B, beams, V]."""
+
+    def reorder(self, beam_indices: Tensor) -> None:
+        """New beam j of item i continues its old beam ``beam_indices[i, j]`` ([B, beams]).
+
+        Called before every step; all zeros before the first, when an item has one row only.
+        """
+
+    def keep(self, item_indices: Tensor) -> None:
+        """Go on with these items only, in this order ([B']); may come before the first step."""
+
+
+def check_settings(settings: GenerationSettings) -> None:
+    """Raise ``RequestError`` if a setting is outside what the search supports."""
+    beams = settings.num_beams
+    if not _is_int(beams) or not 1 <= beams <= MAX_BEAMS:
+        raise RequestError(
+            f"num_beams must be a whole number from 1 to {MAX_BEAMS}, not {beams!r}; "
+            "use 1 for speed or 3 as published."
+        )
+    limit = settings.max_new_tokens
+    if limit is not None:
+        _check_limit(limit)
+    penalty = settings.length_penalty
+    low, high = LENGTH_PENALTY_RANGE
+    if (
+        isinstance(penalty, bool)
+        or not isinstance(penalty, (int, float))
+        or not math.isfinite(penalty)
+        or not low <= penalty <= high
+    ):
+        raise RequestError(
+            f"length_penalty must be a number from {low:g} to {high:g}, not {penalty!r}; "
+            "use 1 as published."
+        )
+    stopping = settings.early_stopping
+    if not isinstance(stopping, bool) and stopping != "never":
+        raise RequestError(
+            f'early_stopping must be true, false or "never", not {stopping!r}; '
+            "use true as published."
+        )
+    ngram = settings.no_repeat_ngram_size
+    if not _is_int(ngram) or ngram < 0:
+        raise RequestError(
+            f"no_repeat_ngram_size must be a whole number of at least 0, not {ngram!r}; "
+            "use 0 to switch the ban off or 3 as published."
+        )
+
+
+def generate(
+    session: DecoderSession,
+    num_items: int,
+    settings: GenerationSettings | Sequence[GenerationSettings],
+    max_new_tokens: Sequence[int],
+    *,
+    should_stop: Callable[[], bool | None] | None = None,
+) -> list[Answer]:
+    """Answer every item of the session, in order.
+
+    ``max_new_tokens`` has one limit per item, counted as in the reference: the forced ``<s>`` and
+    the closing ``</s>`` are among them. It stands for ``settings.max_new_tokens``, which is not
+    looked at; all other settings must be the same for the whole batch.
+
+    An item's answer does not depend on what else is in the batch, up to the rounding of the
+    network. ``beam_score`` is the reference's ``sequences_scores``: the sum of log-probabilities
+    after bans, forced tokens counting 0, over the number of generated tokens to the power of
+    ``length_penalty``; for one beam, where the reference has none, the same formula.
+    ``truncated`` is set if the limit forced the answer's ``</s>`` although the search itself,
+    bans included, ranked another token first for that beam. A limit of 1 leaves room for no
+    token at all, which counts as truncated.
+
+    ``should_stop`` is called before every pass of the network; if it returns true,
+    ``GenerationCancelledError`` is raised, and whatever it raises itself comes through.
+    """
+    shared = _check_batch(num_items, settings, max_new_tokens)
+    if num_items == 0:
+        return []
+    with torch.inference_mode():
+        return _Loop(session, shared, max_new_tokens, should_stop).run()
+
+
+class _Loop:
+    """One run over one batch; ``_items`` says which item each row of the batch belongs to."""
+
+    def __init__(
+        self,
+        session: DecoderSession,
+        settings: GenerationSettings,
+        limits: Sequence[int],
+        should_stop: Callable[[], bool | None] | None,
+    ) -> None:
+        self._session = session
+        self._settings = settings
+        self._limits = list(limits)
+        self._should_stop = should_stop
+        self._items = list(range(len(limits)))
+        self._done: set[int] = set()
+        self._answers: dict[int, Answer] = {}
+
+    def run(self) -> list[Answer]:
+        self._check_stop()
+        logits = self._session.prefill(list(PREFIX)).unsqueeze(1)
+        _check_vocabulary(logits.shape[-1], self._settings.num_beams)
+        search = BeamSearch(self._limits, self._settings, logits.device)
+        flags = _OpenFlags(lag=0 if logits.device.type == "cpu" else 1)
+        while True:
+            search.advance(logits)
+            self._done.update(flags.closed(self._items, search.is_open))
+            self._done.update(
+                item for row, item in enumerate(self._items) if search.reached_limit(row)
+            )
+            live = [row for row, item in enumerate(self._items) if item not in self._done]
+            if not live:
+                break
+            if len(live) <= COMPACT_AT * len(self._items):
+                self._compact(search, live)
+            self._check_stop()
+            self._session.reorder(search.parents)
+            logits = self._session.step(search.tokens)
+        self._collect(search, range(len(self._items)))
+        return [self._answers[item] for item in range(len(self._limits))]
+
+    def _check_stop(self) -> None:
+        if self._should_stop is not None and self._should_stop():
+            raise GenerationCancelledError(
+                "The request was cancelled; send it again if it is needed."
+            )
+
+    def _compact(self, search: BeamSearch, live: list[int]) -> None:
+        """Take the answers of the other rows and drop these rows everywhere."""
+        staying = set(live)
+        self._collect(search, [row for row in range(len(self._items)) if row not in staying])
+        kept = torch.tensor(live, device=search.tokens.device)
+        self._session.keep(kept)
+        search.keep(kept)
+        self._items = [self._items[row] for row in live]
+
+    def _collect(self, search: BeamSearch, rows: Sequence[int]) -> None:
+        for row, answer in zip(rows, search.answers(list(rows)), strict=True):
+            self._answers[self._items[row]] = answer
+
+
+class _OpenFlags:
+    """Brings "is this item settled" to the host, ``lag`` steps late.
+
+    On an accelerator reading it at once would leave the device idle while the host prepares the
+    next step. Late news cost at most ``lag`` useless steps and change nothing: a closed item
+    takes no further hypotheses, and token limits are known to the host without asking.
+    """
+
+    def __init__(self, lag: int) -> None:
+        self._lag = lag
+        self._waiting: deque[tuple[list[int], Tensor, torch.cuda.Event | None]] = deque()
+
+    def closed(self, items: list[int], is_open: Tensor) -> list[int]:
+        """Hand in the flags of this step, get the items that were settled ``lag`` steps ago."""
+        event: torch.cuda.Event | None = None
+        if is_open.device.type == "cuda":
+            host = torch.empty(is_open.shape, dtype=torch.bool, pin_memory=True)
+            host.copy_(is_open, non_blocking=True)
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(torch.cuda.current_stream(is_open.device))
+        else:
+            host = is_open
+        self._waiting.append((items, host, event))
+        if len(self._waiting) <= self._lag:
+            return []
+        earlier, flags, copied = self._waiting.popleft()
+        if copied is not None:
+            copied.synchronize()
+        return [item for item, still in zip(earlier, flags.tolist(), strict=True) if not still]
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_limit(limit: int) -> None:
+    if not _is_int(limit) or limit < 1:
+        raise RequestError(
+            f"max_new_tokens must be a whole number of at least 1, not {limit!r}; "
+            "leave it out to take the task's own budget."
+        )
+
+
+def _check_vocabulary(vocab: int, beams: int) -> None:
+    if 2 * beams >= vocab:
+        raise RequestError(
+            f"num_beams must be below half of the vocabulary of {vocab} tokens, not {beams}; "
+            "use fewer beams."
+        )
+
+
+def _check_batch(
+    num_items: int,
+    settings: GenerationSettings | Sequence[GenerationSettings],
+    max_new_tokens: Sequence[int],
+) -> GenerationSettings:
+    """The settings that the whole batch shares, once everything about them is checked."""
+    each = [settings] * num_items if isinstance(settings, GenerationSettings) else list(settings)
+    if len(each) != num_items or len(max_new_tokens) != num_items:
+        raise RequestError(
+            f"A batch needs settings and a token limit for each of its {num_items} prompts, "
+            f"not {len(each)} and {len(max_new_tokens)}; pass one of each per prompt."
+        )
+    for limit in max_new_tokens:
+        _check_limit(limit)
+    for one in each:
+        check_settings(one)
+    shared = {replace(one, max_new_tokens=None) for one in each}
+    if len(shared) > 1:
+        raise RequestError(
+            f"The prompts of one batch must share all settings but max_new_tokens, not "
+            f"{len(shared)} kinds; decode them in separate batches."
+        )
+    return shared.pop() if shared else GenerationSettings()
