@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from florence2.training.placing import SUBPIXEL_BITS, to_subpixels
 from florence2.training.scene import Scene
-from florence2.training.words import COLOURS, KINDS
+from florence2.training.words import COLOURS, KINDS, SIGN_WORDS
 
 _SAMPLES_PER_CELL = 9
 
@@ -20,16 +20,16 @@ class GridTargets:
     """One row per grid row, one column per grid column.
 
     ``objectness`` [g, g] float32 is 1 where an object covers the cell's centre; ``kind`` and
-    ``colour`` [g, g] int64 index words.KINDS and words.COLOURS, -1 for none; ``box_xyxy``
-    [g, g, 4] float32 is that object's box in fractions (zeros for none); ``text`` [g, g] float32
-    is 1 where a text line's quad covers the cell's centre.
+    ``colour`` [g, g] int64 index words.KINDS and words.COLOURS, -1 for none; ``boxes_xyxy``
+    [g, g, 4] float32 is that object's box in fractions (zeros for none); ``words`` [g, g] int64
+    indexes words.SIGN_WORDS where a text line's quad covers the cell's centre, -1 elsewhere.
     """
 
     objectness: NDArray[np.float32]
     kind: NDArray[np.int64]
     colour: NDArray[np.int64]
-    box_xyxy: NDArray[np.float32]
-    text: NDArray[np.float32]
+    boxes_xyxy: NDArray[np.float32]
+    words: NDArray[np.int64]
 
 
 def grid_targets(scene: Scene, grid: int) -> GridTargets:
@@ -45,8 +45,8 @@ def grid_targets(scene: Scene, grid: int) -> GridTargets:
         objectness=(owner >= 0).astype(np.float32),
         kind=kinds[owner],
         colour=colours[owner],
-        box_xyxy=boxes[owner],
-        text=_text_cells(scene, grid),
+        boxes_xyxy=boxes[owner],
+        words=_word_cells(scene, grid),
     )
 
 
@@ -70,10 +70,11 @@ def _cell_owners(scene: Scene, grid: int) -> NDArray[np.int64]:
     return owner
 
 
-def _text_cells(scene: Scene, grid: int) -> NDArray[np.float32]:
+def _word_cells(scene: Scene, grid: int) -> NDArray[np.int64]:
     side = grid * _SAMPLES_PER_CELL
     raster = np.zeros((side, side), np.uint8)
     for line in scene.texts:
+        word = SIGN_WORDS.index(line.text) + 1
         points = to_subpixels(np.array(line.quad_xy), (side, side))
-        cv2.fillPoly(raster, [points], 1, shift=SUBPIXEL_BITS)
-    return _cell_centres(raster).astype(np.float32)
+        cv2.fillPoly(raster, [points], word, shift=SUBPIXEL_BITS)
+    return _cell_centres(raster).astype(np.int64) - 1
