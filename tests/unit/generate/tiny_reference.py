@@ -1,0 +1,226 @@
+"""Tiny random Florence-2 models of transformers, their answers, and a naive decoder session."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Florence2Config, Florence2ForConditionalGeneration
+from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
+from transformers.modeling_outputs import BaseModelOutput
+
+from florence2.generate import generate
+from florence2.records import Answer, GenerationSettings
+from florence2.tokens import BOS_ID, DECODER_START_ID, EOS_ID, PAD_ID
+
+SEEDS = (0, 3, 5)
+VOCAB = 120
+WIDTH = 16
+POSITIONS = 40
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Encoder states [items, longest, WIDTH] and their mask [items, longest]."""
+
+    states: Tensor
+    mask: Tensor
+
+    def pick(self, items: list[int]) -> Prompts:
+        """Some of the prompts, padded no further than they need."""
+        longest = int(self.mask[items].sum(dim=1).max())
+        return Prompts(self.states[items, :longest], self.mask[items, :longest])
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the reference generated for one prompt: raw ids after the start token, its score."""
+
+    ids: list[int]
+    score: float | None
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        ids = self.ids[: self.ids.index(EOS_ID)]
+        while ids and ids[0] == BOS_ID:
+            ids = ids[1:]
+        return tuple(ids)
+
+    @property
+    def length(self) -> int:
+        """Generated tokens, forced ones included."""
+        return self.ids.index(EOS_ID) + 1
+
+
+def tiny_model(seed: int) -> Florence2ForConditionalGeneration:
+    """A random model with sharp distributions that ends its answers at various lengths."""
+    text = {
+        "model_type": "bart",
+        "vocab_size": VOCAB,
+        "d_model": WIDTH,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 32,
+        "decoder_ffn_dim": 32,
+        "max_position_embeddings": POSITIONS,
+        "bos_token_id": BOS_ID,
+        "pad_token_id": PAD_ID,
+        "eos_token_id": EOS_ID,
+        "decoder_start_token_id": DECODER_START_ID,
+        "is_encoder_decoder": True,
+    }
+    vision = {
+        "embed_dim": [8, 8, 8, 8],
+        "num_heads": [1, 1, 1, 1],
+        "num_groups": [1, 1, 1, 1],
+        "depths": [1, 1, 1, 1],
+        "projection_dim": WIDTH,
+        "window_size": 2,
+    }
+    torch.manual_seed(seed)
+    config = Florence2Config(text_config=text, vision_config=vision, image_token_id=VOCAB - 1)
+    model = Florence2ForConditionalGeneration(config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.model.language_model.named_parameters():
+            if weight.dim() == 2:
+                scale = 0.5 if "embed" in name else 1.2 / weight.shape[1] ** 0.5
+                weight.copy_(torch.randn(weight.shape, generator=generator) * scale)
+        model.model.language_model.shared.weight[EOS_ID] *= 3.0
+    return model
+
+
+def random_prompts(seed: int, items: int) -> Prompts:
+    """Random encoder states of 2 to 7 positions."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    lengths = torch.randint(2, 8, (items, 1), generator=generator)
+    states = torch.randn((items, 7, WIDTH), generator=generator) * 1.5
+    return Prompts(states, (torch.arange(7) < lengths).long())
+
+
+class _BanBos(LogitsProcessor):
+    """Our own rule for ``no_repeat_ngram_size=0``: no ``<s>`` after the first step."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if input_ids.shape[1] > 1:
+            scores = scores.clone()
+            scores[:, BOS_ID] = -torch.inf
+        return scores
+
+
+def expected_answers(
+    model: Florence2ForConditionalGeneration,
+    prompts: Prompts,
+    settings: GenerationSettings,
+    max_new_tokens: int,
+) -> list[Expected]:
+    """The reference's ``generate()`` on all prompts in one batch."""
+    options: dict[str, Any] = {}
+    if settings.num_beams > 1:
+        options.update(
+            length_penalty=settings.length_penalty, early_stopping=settings.early_stopping
+        )
+    if settings.no_repeat_ngram_size:
+        options.update(no_repeat_ngram_size=settings.no_repeat_ngram_size)
+    else:
+        options.update(logits_processor=LogitsProcessorList([_BanBos()]))
+    with torch.inference_mode():
+        output = model.generate(
+            encoder_outputs=BaseModelOutput(last_hidden_state=prompts.states),
+            attention_mask=prompts.mask,
+            num_beams=settings.num_beams,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            forced_bos_token_id=BOS_ID,
+            forced_eos_token_id=EOS_ID,
+            return_dict_in_generate=True,
+            output_scores=True,
+            **options,
+        )
+    scores = output.sequences_scores.tolist() if settings.num_beams > 1 else None
+    return [
+        Expected(ids[1:], scores[at] if scores else None)
+        for at, ids in enumerate(output.sequences.tolist())
+    ]
+
+
+def decoder_logits(
+    model: Florence2ForConditionalGeneration, prompts: Prompts, ids: Tensor
+) -> Tensor:
+    """Logits [items, length, vocab] of whole histories [items, length], without a cache."""
+    with torch.inference_mode():
+        hidden = model.model.language_model.decoder(
+            input_ids=ids,
+            encoder_hidden_states=prompts.states,
+            encoder_attention_mask=prompts.mask,
+            use_cache=False,
+        ).last_hidden_state
+        return model.lm_head(hidden)
+
+
+class NaiveSession:
+    """The session protocol by re-running the reference's decoder on whole histories."""
+
+    def __init__(self, model: Florence2ForConditionalGeneration, prompts: Prompts) -> None:
+        self._model = model
+        self._prompts = prompts
+        self._history: Tensor | None = None
+        self.calls: list[tuple[str, int]] = []
+
+    def prefill(self, prefix_ids: list[int]) -> Tensor:
+        items = len(self._prompts.states)
+        self.calls.append(("prefill", items))
+        self._history = torch.tensor(prefix_ids).expand(items, 1, -1)
+        return decoder_logits(self._model, self._prompts, self._history[:, 0])[:, -1]
+
+    def reorder(self, beam_indices: Tensor) -> None:
+        self._history = torch.take_along_dim(self._history, beam_indices.unsqueeze(2), dim=1)
+
+    def step(self, token_ids: Tensor) -> Tensor:
+        self.calls.append(("step", len(token_ids)))
+        self._history = torch.cat((self._history, token_ids.unsqueeze(2)), dim=2)
+        items, beams, _ = self._history.shape
+        spread = Prompts(
+            self._prompts.states.repeat_interleave(beams, dim=0),
+            self._prompts.mask.repeat_interleave(beams, dim=0),
+        )
+        logits = decoder_logits(self._model, spread, self._history.flatten(0, 1))[:, -1]
+        return logits.view(items, beams, -1)
+
+    def keep(self, item_indices: Tensor) -> None:
+        self.calls.append(("keep", len(item_indices)))
+        self._history = self._history[item_indices]
+        self._prompts = Prompts(
+            self._prompts.states[item_indices], self._prompts.mask[item_indices]
+        )
+
+
+def differences(answers: Sequence[Answer], expected: Sequence[Expected]) -> list[int]:
+    """Where tokens differ, or scores do by 1e-4 where the reference has one."""
+    return [
+        at
+        for at, (ours, theirs) in enumerate(zip(answers, expected, strict=True))
+        if ours.token_ids != theirs.token_ids
+        or (theirs.score is not None and abs(ours.beam_score - theirs.score) >= 1e-4)
+    ]
+
+
+def answer_in_batches(
+    model: Florence2ForConditionalGeneration,
+    prompts: Prompts,
+    settings: GenerationSettings,
+    max_new_tokens: int,
+    batch: int,
+) -> list[Answer]:
+    """Our answers to all prompts, ``batch`` of them at a time."""
+    answers: list[Answer] = []
+    for start in range(0, len(prompts.states), batch):
+        part = prompts.pick(list(range(start, min(start + batch, len(prompts.states)))))
+        count = len(part.states)
+        answers += generate(NaiveSession(model, part), count, settings, [max_new_tokens] * count)
+    return answers
