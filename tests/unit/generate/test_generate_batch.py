@@ -1,0 +1,213 @@
+"""Batches: own limits, mixed lengths, retirement, stopping, what a session may rely on."""
+
+from __future__ import annotations
+
+import itertools
+from functools import partial
+
+import pytest
+import torch
+from tiny_reference import (
+    SEEDS,
+    NaiveSession,
+    answer_in_batches,
+    differences,
+    expected_answers,
+    random_prompts,
+    tiny_model,
+)
+from torch import Tensor
+
+import florence2.generate
+from florence2.errors import CheckpointError, FlorenceError
+from florence2.generate import GenerationCancelledError, _OpenFlags, generate
+from florence2.records import GenerationSettings
+
+MODES = [(1, True), (3, True), (3, False), (3, "never"), (5, True)]
+
+
+@pytest.mark.parametrize(("beams", "early_stopping"), MODES)
+def test_each_prompt_keeps_its_own_limit(beams: int, early_stopping):
+    settings = GenerationSettings(
+        num_beams=beams, early_stopping=early_stopping, length_penalty=1.5
+    )
+    limits = [1, 2, 3, 5, 8, 13, 21, 24]
+    for seed in SEEDS:
+        model, prompts = tiny_model(seed), random_prompts(seed, 24)
+        by_limit = {limit: expected_answers(model, prompts, settings, limit) for limit in limits}
+        for start in range(0, 24, 8):
+            items = list(range(start, start + 8))
+            order = limits[start // 8 :] + limits[: start // 8]
+            answers = generate(NaiveSession(model, prompts.pick(items)), 8, settings, order)
+            expected = [by_limit[limit][item] for item, limit in zip(items, order, strict=True)]
+            assert differences(answers, expected) == []
+
+
+def test_prompt_lengths_mix_without_changing_answers():
+    model, prompts = tiny_model(SEEDS[0]), random_prompts(SEEDS[0], 32)
+    assert len(set(prompts.mask.sum(dim=1).tolist())) >= 5
+    settings = GenerationSettings()
+    alone = answer_in_batches(model, prompts, settings, 16, 1)
+    mixed = answer_in_batches(model, prompts, settings, 16, 32)
+    for one, other in zip(alone, mixed, strict=True):
+        assert one.token_ids == other.token_ids
+        assert one.truncated == other.truncated
+        assert one.beam_score == pytest.approx(other.beam_score, abs=1e-4)
+        assert one.log_probs == pytest.approx(other.log_probs, abs=1e-4)
+
+
+@pytest.mark.parametrize(("beams", "early_stopping"), MODES)
+@pytest.mark.parametrize("compact_at", [0.0, 0.75, 1.0])
+@pytest.mark.parametrize("lag", [0, 1, 3])
+def test_retirement_does_not_change_answers(
+    monkeypatch: pytest.MonkeyPatch, beams: int, early_stopping, compact_at: float, lag: int
+):
+    monkeypatch.setattr(florence2.generate, "COMPACT_AT", compact_at)
+    original = _OpenFlags
+    monkeypatch.setattr(florence2.generate, "_OpenFlags", lambda **_: original(lag=lag))
+    settings = GenerationSettings(num_beams=beams, early_stopping=early_stopping)
+    model, prompts = tiny_model(SEEDS[1]), random_prompts(SEEDS[1], 24)
+    expected = expected_answers(model, prompts, settings, 16)
+    assert differences(answer_in_batches(model, prompts, settings, 16, 12), expected) == []
+
+
+def test_rows_are_dropped_by_the_stated_rule():
+    model, prompts = tiny_model(SEEDS[0]), random_prompts(SEEDS[0], 40)
+    session = NaiveSession(model, prompts)
+    limits = [2 + item % 20 for item in range(40)]
+    generate(session, 40, GenerationSettings(), limits)
+    sizes = [size for _, size in session.calls]
+    assert sizes[0] == 40
+    assert sizes[-1] < 10
+    keeps = [at for at, (name, _) in enumerate(session.calls) if name == "keep"]
+    assert len(keeps) >= 5
+    assert all(sizes[at] <= 0.75 * sizes[at - 1] for at in keeps)
+    assert sum(name == "step" for name, _ in session.calls) <= max(limits) - 2
+
+
+def test_a_prompt_is_decoded_no_longer_than_needed():
+    model, prompts = tiny_model(SEEDS[0]), random_prompts(SEEDS[0], 30)
+    expected = expected_answers(model, prompts, GenerationSettings(num_beams=1), 16)
+    for item in range(30):
+        session = NaiveSession(model, prompts.pick([item]))
+        generate(session, 1, GenerationSettings(num_beams=1), [16])
+        assert len(session.calls) == max(1, expected[item].length - 1)
+
+
+class _HalfSession(NaiveSession):
+    """Answers in a low precision, in one buffer that it overwrites with each call."""
+
+    dtype = torch.bfloat16
+    widen = False
+    buffer: Tensor
+
+    def prefill(self, prefix_ids: list[int]) -> Tensor:
+        return self._low(super().prefill(prefix_ids))
+
+    def step(self, token_ids: Tensor) -> Tensor:
+        assert torch.equal(self.buffer, self.given)
+        self.buffer.fill_(float("nan"))
+        return self._low(super().step(token_ids))
+
+    def _low(self, logits: Tensor) -> Tensor:
+        low = logits.to(self.dtype)
+        self.buffer = low.float() if self.widen else low
+        self.given = self.buffer.clone()
+        return self.buffer
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_logits_are_widened_and_left_alone(dtype: torch.dtype):
+    model, prompts = tiny_model(SEEDS[2]), random_prompts(SEEDS[2], 12)
+    answers = []
+    for widen in (False, True):
+        session = _HalfSession(model, prompts)
+        session.dtype, session.widen = dtype, widen
+        answers.append(generate(session, 12, GenerationSettings(), [16] * 12))
+    assert answers[0] == answers[1]
+
+
+class _LongNumbers(NaiveSession):
+    def prefill(self, prefix_ids: list[int]) -> Tensor:
+        assert prefix_ids == [2, 0]
+        logits = super().prefill(prefix_ids)
+        assert logits.shape == (self.items, 120)
+        return logits
+
+    items = 6
+    beams = 4
+    reordered = False
+
+    def reorder(self, beam_indices: Tensor) -> None:
+        assert beam_indices.dtype == torch.long
+        assert beam_indices.shape == (len(self._history), self.beams)
+        assert int(beam_indices.max()) < self._history.shape[1]
+        self.reordered = True
+        super().reorder(beam_indices)
+
+    def step(self, token_ids: Tensor) -> Tensor:
+        assert self.reordered
+        self.reordered = False
+        assert token_ids.dtype == torch.long
+        assert token_ids.shape == self._history.shape[:2]
+        return super().step(token_ids)
+
+    def keep(self, item_indices: Tensor) -> None:
+        assert not self.reordered
+        assert item_indices.dtype == torch.long
+        assert item_indices.tolist() == sorted(set(item_indices.tolist()))
+        super().keep(item_indices)
+
+
+def test_what_a_session_may_rely_on():
+    model = tiny_model(SEEDS[0])
+    session = _LongNumbers(model, random_prompts(SEEDS[0], 6))
+    generate(session, 6, GenerationSettings(num_beams=4), [2, 2, 4, 9, 12, 16])
+    assert session.calls[1][0] == "keep"
+
+
+def test_no_items_need_no_network():
+    assert generate(None, 0, GenerationSettings(), []) == []
+
+
+@pytest.mark.parametrize("passes", [0, 1, 4])
+def test_a_true_callback_cancels_between_steps(passes: int):
+    model, prompts = tiny_model(SEEDS[0]), random_prompts(SEEDS[0], 8)
+    session = NaiveSession(model, prompts)
+    asked = itertools.count()
+    with pytest.raises(GenerationCancelledError) as caught:
+        generate(
+            session, 8, GenerationSettings(), [16] * 8, should_stop=lambda: next(asked) >= passes
+        )
+    assert isinstance(caught.value, FlorenceError)
+    assert sum(name != "keep" for name, _ in session.calls) == passes
+
+
+def test_what_the_callback_raises_comes_through():
+    def deadline() -> bool:
+        raise TimeoutError("too late")
+
+    session = NaiveSession(tiny_model(SEEDS[0]), random_prompts(SEEDS[0], 2))
+    with pytest.raises(TimeoutError, match="too late"):
+        generate(session, 2, GenerationSettings(), [16] * 2, should_stop=deadline)
+
+
+def test_a_callback_that_never_stops_changes_nothing():
+    model, prompts = tiny_model(SEEDS[0]), random_prompts(SEEDS[0], 8)
+    run = partial(generate, num_items=8, settings=GenerationSettings(), max_new_tokens=[16] * 8)
+    plain = run(NaiveSession(model, prompts))
+    asked: list[int] = []
+    assert run(NaiveSession(model, prompts), should_stop=lambda: asked.append(1)) == plain
+    assert len(asked) > 3
+
+
+class _BrokenSession(NaiveSession):
+    def step(self, token_ids: Tensor) -> Tensor:
+        return super().step(token_ids) * float("nan")
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_network_that_gives_nan_is_an_error_not_an_answer(beams: int):
+    session = _BrokenSession(tiny_model(SEEDS[0]), random_prompts(SEEDS[0], 4))
+    with pytest.raises(CheckpointError, match="finite numbers"):
+        generate(session, 4, GenerationSettings(num_beams=beams), [16] * 4)

@@ -1,0 +1,133 @@
+"""Log-probabilities, scores and the truncation mark, each against its own definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_reference import (
+    SEEDS,
+    Expected,
+    NaiveSession,
+    Prompts,
+    answer_in_batches,
+    decoder_logits,
+    expected_answers,
+    random_prompts,
+    tiny_model,
+)
+from torch import Tensor
+from transformers import Florence2ForConditionalGeneration
+
+from florence2.generate import generate
+from florence2.records import GenerationSettings
+from florence2.tokens import BOS_ID, DECODER_START_ID, EOS_ID
+
+
+def teacher_forced(
+    model: Florence2ForConditionalGeneration, prompt: Prompts, expected: Expected
+) -> Tensor:
+    """Log-softmax [generated, vocab] for the reference's raw ids, the closing one included."""
+    ids = [DECODER_START_ID, *expected.ids[: expected.length]]
+    logits = decoder_logits(model, prompt, torch.tensor([ids[:-1]]))
+    return torch.log_softmax(logits[0].double(), dim=-1)
+
+
+@pytest.mark.parametrize("ngram", [0, 2, 3])
+@pytest.mark.parametrize("beams", [1, 3, 5])
+def test_log_probs_are_those_of_the_plain_softmax(beams: int, ngram: int):
+    for seed in SEEDS:
+        model, prompts = tiny_model(seed), random_prompts(seed, 30)
+        settings = GenerationSettings(num_beams=beams, no_repeat_ngram_size=ngram)
+        expected = expected_answers(model, prompts, settings, 16)
+        answers = answer_in_batches(model, prompts, settings, 16, 10)
+        for item, (answer, one) in enumerate(zip(answers, expected, strict=True)):
+            plain = teacher_forced(model, prompts.pick([item]), one)
+            ids = one.ids[: one.length - 1]
+            wanted = [plain[at, token].item() for at, token in enumerate(ids)]
+            skipped = len(ids) - len(answer.token_ids)
+            assert set(ids[:skipped]) <= {BOS_ID}
+            assert answer.log_probs == pytest.approx(wanted[skipped:], abs=2e-5)
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
+def test_the_greedy_score_follows_the_beam_formula(length_penalty: float):
+    model, prompts = tiny_model(SEEDS[0]), random_prompts(SEEDS[0], 30)
+    settings = GenerationSettings(num_beams=1, length_penalty=length_penalty)
+    expected = expected_answers(model, prompts, settings, 16)
+    answers = answer_in_batches(model, prompts, settings, 16, 30)
+    for item, (answer, one) in enumerate(zip(answers, expected, strict=True)):
+        plain = teacher_forced(model, prompts.pick([item]), one)
+        free = one.ids[1 : one.length - (one.length == 16)]
+        total = sum(plain[at + 1, token].item() for at, token in enumerate(free))
+        assert answer.beam_score == pytest.approx(total / one.length**length_penalty, abs=1e-4)
+
+
+def test_greedy_is_truncated_exactly_if_a_longer_limit_gives_more():
+    settings = GenerationSettings(num_beams=1)
+    seen = set()
+    for seed in SEEDS:
+        model, prompts = tiny_model(seed), random_prompts(seed, 100)
+        unlimited = expected_answers(model, prompts, settings, 30)
+        for limit in (2, 3, 4, 5, 6, 8, 9):
+            answers = answer_in_batches(model, prompts, settings, limit, 50)
+            for answer, free in zip(answers, unlimited, strict=True):
+                assert answer.truncated == (free.length > limit)
+                seen.add((answer.truncated, free.length == limit))
+    assert seen == {(True, False), (False, True), (False, False)}
+
+
+def test_beams_are_truncated_if_the_forced_end_was_not_the_first_choice():
+    settings = GenerationSettings(num_beams=3, no_repeat_ngram_size=0)
+    seen = set()
+    for seed in SEEDS:
+        model, prompts = tiny_model(seed), random_prompts(seed, 100)
+        for limit in (3, 5, 8, 12):
+            expected = expected_answers(model, prompts, settings, limit)
+            answers = answer_in_batches(model, prompts, settings, limit, 50)
+            for item, (answer, one) in enumerate(zip(answers, expected, strict=True)):
+                plain = teacher_forced(model, prompts.pick([item]), one)[-1]
+                plain[BOS_ID] = -torch.inf
+                wanted = one.length == limit and int(plain.argmax()) != EOS_ID
+                assert answer.truncated == wanted
+                seen.add((answer.truncated, one.length == limit))
+    assert seen == {(True, True), (False, True), (False, False)}
+
+
+def test_a_limit_without_room_is_truncated_and_empty():
+    model, prompts = tiny_model(SEEDS[0]), random_prompts(SEEDS[0], 3)
+    for beams in (1, 3):
+        answers = generate(
+            NaiveSession(model, prompts), 3, GenerationSettings(num_beams=beams), [1, 1, 6]
+        )
+        assert [answer.truncated for answer in answers[:2]] == [True, True]
+        assert [answer.token_ids for answer in answers[:2]] == [(), ()]
+        assert answers[2].token_ids
+
+
+class _RepeatsBos(NaiveSession):
+    """Prefers ``<s>`` for the first steps, as the large checkpoints do."""
+
+    def prefill(self, prefix_ids: list[int]) -> Tensor:
+        return self._prefer(super().prefill(prefix_ids))
+
+    def step(self, token_ids: Tensor) -> Tensor:
+        return self._prefer(super().step(token_ids))
+
+    @staticmethod
+    def _prefer(logits: Tensor) -> Tensor:
+        logits[..., BOS_ID] += 40
+        return logits
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("ngram", [0, 3])
+def test_leading_bos_tokens_are_stripped_with_their_log_probs(beams: int, ngram: int):
+    session = _RepeatsBos(tiny_model(SEEDS[0]), random_prompts(SEEDS[0], 6))
+    settings = GenerationSettings(num_beams=beams, no_repeat_ngram_size=ngram)
+    for answer in generate(session, 6, settings, [12] * 6):
+        assert len(answer.token_ids) == len(answer.log_probs) > 0
+        assert answer.token_ids[0] != BOS_ID
+        assert EOS_ID not in answer.token_ids
+        assert all(log_prob <= 0 for log_prob in answer.log_probs)
+        if ngram == 0:
+            assert BOS_ID not in answer.token_ids
