@@ -9,11 +9,10 @@ import math
 from typing import cast
 
 from torch import Tensor, nn
-from torch.nn import functional
 
 from florence2.errors import RequestError
 from florence2.network.config import TextConfig
-from florence2.network.ops import activation, linear
+from florence2.network.ops import activation, attend, linear
 
 POSITION_OFFSET = 2
 
@@ -59,9 +58,7 @@ class Attention(nn.Module):
         is_causal: bool = False,
     ) -> Tensor:
         """Projected heads -> [B, L, dim]; ``mask`` is True, or added zero, where one may look."""
-        mixed = functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=is_causal
-        )
+        mixed = attend(query, key, value, mask, is_causal)
         return cast(Tensor, self.out_proj(mixed.transpose(1, 2).flatten(2)))
 
 
@@ -151,6 +148,12 @@ class Stack(nn.Module):
         self.check_length(end)
         table = self.embed_positions.weight[start + POSITION_OFFSET : end + POSITION_OFFSET]
         return cast(Tensor, self.layernorm_embedding(vectors + table))
+
+    def add_position(self, vectors: Tensor, position: int) -> Tensor:
+        """[..., d], all at one position -> the first layer's input."""
+        self.check_length(position + 1)
+        row = self.embed_positions.weight[position + POSITION_OFFSET]
+        return cast(Tensor, self.layernorm_embedding(vectors + row))
 
     def check_length(self, length: int) -> None:
         """Raises when a sequence is longer than the position table."""

@@ -86,6 +86,13 @@ class Florence2Network(nn.Module):
         shared = self.model.language_model.shared.weight
         self.lm_head.weight = nn.Parameter(shared.detach().clone())
 
+    def prepare_for_inference(self) -> Florence2Network:
+        """Freezes the weights and lays those of the convolutions out for channels-last input."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return self.eval().requires_grad_(False)
+
     def reset_parameters(self, std: float = 0.02) -> None:
         """Random weights for training from scratch: normal, biases zero, norms one."""
         for module in self.modules():
@@ -98,8 +105,7 @@ class Florence2Network(nn.Module):
     def native_state(self) -> dict[str, Tensor]:
         """The state as the native layout stores it: tied copies appear once.
 
-        Loadable by ``transformers``, safe to write as safetensors. Not available once
-        ``prepare_for_inference`` has fused projections.
+        Loadable by ``transformers``, safe to write as safetensors.
         """
         embedding = "model.language_model.{}.embed_tokens.weight"
         dropped = {embedding.format("encoder"), embedding.format("decoder")}

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# With at most this many rows oneDNN's float32 matrix product reads the weight several times
-# slower than memory allows; the transposed product does not.
-FEW_ROWS: Final = 16
+# Up to so many rows, a float32 product on a CPU takes several times longer than reading the
+# weight; the transposed product does not. The second bound is for weights that widen the rows.
+FEW_ROWS: Final = 4
+FEW_ROWS_WIDENED: Final = 8
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:
@@ -31,8 +32,37 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     ``rows`` [..., C_in], ``weight`` [C_out, C_in] -> [..., C_out].
     """
     count = rows.numel() // rows.shape[-1]
-    if rows.device.type != "cpu" or rows.dtype != torch.float32 or count > FEW_ROWS:
+    few = FEW_ROWS_WIDENED if weight.shape[0] > weight.shape[1] else FEW_ROWS
+    if count > few or rows.device.type != "cpu" or rows.dtype != torch.float32:
         return functional.linear(rows, weight, bias)
     flat = rows.reshape(count, rows.shape[-1]).t()
     out = weight @ flat if bias is None else torch.addmm(bias[:, None], weight, flat)
     return out.t().reshape(*rows.shape[:-1], weight.shape[0])
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool
+) -> Tensor:
+    """Attention of [B, heads, L, head_dim] over [B, heads, S, head_dim] -> as ``query``.
+
+    ``mask`` broadcasts to [B, heads, L, S]: bool, True where one may look, or added to the scores.
+    """
+    if _is_small(query, mask, is_causal):
+        scores: Tensor = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+        if mask is not None:
+            scores = scores + mask
+        return scores.softmax(-1) @ value
+    return functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=is_causal
+    )
+
+
+def _is_small(query: Tensor, mask: Tensor | None, is_causal: bool) -> bool:
+    """Whether the plain products are faster: a decoder step on a CPU.
+
+    Reduced precision takes them for single rows only: the fused kernel keeps float32 scores.
+    """
+    rows = query.shape[2]
+    if is_causal or query.device.type != "cpu" or (mask is not None and mask.dtype == torch.bool):
+        return False
+    return rows <= FEW_ROWS if query.dtype == torch.float32 else rows == 1
