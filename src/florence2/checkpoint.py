@@ -1,0 +1,125 @@
+"""A checkpoint ready to load: its files, the shape of its network, its words and its defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from florence2.checkpoint_files import CONFIG, CheckpointFiles, read_json
+from florence2.errors import CheckpointError
+from florence2.hub import ProgressCallback, ProgressUpdate
+from florence2.network.config import NetworkConfig, is_original_config
+from florence2.network.florence import Florence2Network
+from florence2.network.weights import build_network, read_weights
+from florence2.processing import ImageProcessor
+from florence2.records import GenerationSettings
+from florence2.resolve import Verify, resolve
+from florence2.vocabulary import Vocabulary
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointFiles",
+    "ProgressUpdate",
+    "generation_settings",
+    "load_weights",
+    "open_checkpoint",
+    "resolve",
+]
+
+_GENERATION_CONFIG: Final = "generation_config.json"
+_MAX_BEAMS: Final = 64
+_MAX_PENALTY: Final = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Everything about a checkpoint but its weights. ``revision`` is its commit, if known."""
+
+    name: str
+    revision: str | None
+    folder: Path
+    config: NetworkConfig
+    vocabulary: Vocabulary
+    image_processor: ImageProcessor
+    generation: GenerationSettings
+
+
+def open_checkpoint(
+    name: str | Path,
+    *,
+    cache_dir: str | Path | None = None,
+    offline: bool | None = None,
+    progress: ProgressCallback | None = None,
+    verify: Verify = "size",
+) -> Checkpoint:
+    """Finds or downloads a checkpoint and reads all but its weights; arguments as ``resolve``.
+
+    Raises CheckpointError naming the file that is missing, damaged or says something unusable.
+    """
+    files = resolve(name, cache_dir=cache_dir, offline=offline, progress=progress, verify=verify)
+    config = read_json(files.folder / CONFIG)
+    chosen = files.folder / _GENERATION_CONFIG
+    return Checkpoint(
+        name=files.name,
+        revision=files.revision,
+        folder=files.folder,
+        config=NetworkConfig.from_dict(config),
+        vocabulary=Vocabulary.from_folder(files.folder),
+        image_processor=ImageProcessor.from_folder(files.folder),
+        generation=generation_settings(config, read_json(chosen) if chosen.is_file() else {}),
+    )
+
+
+def load_weights(checkpoint: Checkpoint, dtype: torch.dtype) -> Florence2Network:
+    """The checkpoint's network in ``dtype`` on the CPU; CheckpointError if the weights misfit."""
+    return build_network(checkpoint.config, read_weights(checkpoint.folder), dtype)
+
+
+def generation_settings(
+    config: Mapping[str, Any], generation_config: Mapping[str, Any]
+) -> GenerationSettings:
+    """How a checkpoint's answers are searched for, with nothing left unset.
+
+    ``generation_config.json`` goes before the original layout's ``text_config``, and that before
+    the published defaults; null means unset. A length limit in either is not taken over: each
+    task has its own budget. Raises CheckpointError for a value out of range.
+    """
+    legacy = config.get("text_config") if is_original_config(config) else None
+    chosen: dict[str, Any] = {}
+    for file, section in ((CONFIG, legacy), (_GENERATION_CONFIG, generation_config)):
+        for key, (is_valid, rule) in _RULES.items():
+            value = section.get(key) if isinstance(section, Mapping) else None
+            if value is None:
+                continue
+            if not is_valid(value):
+                raise CheckpointError(
+                    f"{key} in the checkpoint's {file} must be {rule}, got {value!r}; correct it "
+                    "there."
+                )
+            chosen[key] = value
+    return replace(GenerationSettings(), **chosen)
+
+
+def _is_count(low: int, high: int) -> Callable[[Any], bool]:
+    return lambda value: type(value) is int and low <= value <= high
+
+
+def _is_early_stopping(value: object) -> bool:
+    return isinstance(value, bool) or value == "never"
+
+
+def _is_penalty(value: object) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and abs(value) <= _MAX_PENALTY
+
+
+_RULES: Final[dict[str, tuple[Callable[[Any], bool], str]]] = {
+    "num_beams": (_is_count(1, _MAX_BEAMS), f"a whole number from 1 to {_MAX_BEAMS}"),
+    "early_stopping": (_is_early_stopping, 'true, false or "never"'),
+    "no_repeat_ngram_size": (_is_count(0, 1024), "a whole number from 0 to 1024"),
+    "length_penalty": (_is_penalty, f"a number from -{_MAX_PENALTY} to {_MAX_PENALTY}"),
+}

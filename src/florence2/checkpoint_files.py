@@ -1,0 +1,258 @@
+"""Which files make a checkpoint, and whether the ones in a folder are whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import zipfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from florence2.errors import CheckpointError
+
+MANIFEST_NAME: Final = "florence2-manifest.json"
+CONFIG: Final = "config.json"
+ADAPTER_CONFIG: Final = "adapter_config.json"
+SAFETENSORS: Final = "model.safetensors"
+SAFETENSORS_INDEX: Final = "model.safetensors.index.json"
+PICKLED: Final = "pytorch_model.bin"
+
+_TOKENIZERS: Final = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+_SMALL_FILES: Final = (
+    CONFIG,
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+)
+_SHARD: Final = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_MANIFEST_FORMAT: Final = 1
+_READ_BYTES: Final = 4 * 1024 * 1024
+_MAX_HEADER_BYTES: Final = 100 * 1024 * 1024
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """One file as its source describes it: size in bytes and one of the two hashes in hex."""
+
+    name: str
+    size: int
+    sha256: str | None = None
+    git_sha1: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a complete folder holds; written when all of it is there and verified."""
+
+    repository: str
+    revision: str
+    files: tuple[FileRecord, ...]
+
+    def write(self, path: Path) -> None:
+        """Writes the manifest so that a kill leaves the old file or the new one."""
+        content = {"format": _MANIFEST_FORMAT, **asdict(self)}
+        write_whole(path, json.dumps(content, indent=2) + "\n")
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointFiles:
+    """Where a checkpoint's files are. ``revision`` is the commit they came from, if known.
+
+    ``source`` is "hub", "hub cache" (the hub client's own cache, offline), "folder" or "demo".
+    """
+
+    name: str
+    folder: Path
+    revision: str | None
+    files: tuple[str, ...]
+    source: str
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file so that a kill leaves the old file or the new one."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.new")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def read_manifest(path: Path) -> Manifest | None:
+    """The manifest in a file; None when there is none or it cannot be read as one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        files = tuple(FileRecord(**entry) for entry in content["files"])
+        manifest = Manifest(content["repository"], content["revision"], files)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        _log.warning("The manifest %s cannot be read and is left aside: %s", path, error)
+        return None
+    return manifest if content.get("format") == _MANIFEST_FORMAT else None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; CheckpointError naming the file when it holds none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        _log.info("Reading %s: %s", path, error)
+        raise CheckpointError(
+            f"The checkpoint file {path} cannot be read as JSON; put a whole copy in its place."
+        ) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"The checkpoint file {path} must hold a JSON object, got a "
+            f"{type(content).__name__}; put the published file in its place."
+        )
+    return content
+
+
+def choose_files(names: Iterable[str], source: str) -> tuple[str, ...]:
+    """The files of a repository or a folder that loading needs: small ones first, weights last.
+
+    One format of weights: safetensors, single or in shards, else pytorch_model.bin. Raises
+    CheckpointError if a file that is always needed is missing, or for a LoRA adapter.
+    """
+    present = set(names)
+    if ADAPTER_CONFIG in present:
+        raise CheckpointError(
+            f"{source} holds a LoRA adapter ({ADAPTER_CONFIG}), and only full weights can be "
+            "loaded; merge the adapter into its base model and save that."
+        )
+    if CONFIG not in present:
+        raise CheckpointError(f"{source} holds no {CONFIG}; a checkpoint needs it, so add it.")
+    if not any(present.issuperset(tokenizer) for tokenizer in _TOKENIZERS):
+        raise CheckpointError(
+            f"{source} holds neither tokenizer.json nor vocab.json with merges.txt; add one of "
+            "them from the published model."
+        )
+    small = tuple(name for name in _SMALL_FILES if name in present)
+    return small + _choose_weights(present, source)
+
+
+def _choose_weights(present: set[str], source: str) -> tuple[str, ...]:
+    if SAFETENSORS in present:
+        return (SAFETENSORS,)
+    if SAFETENSORS_INDEX in present:
+        return (SAFETENSORS_INDEX, *sorted(filter(_SHARD.fullmatch, present)))
+    if PICKLED in present:
+        return (PICKLED,)
+    raise CheckpointError(
+        f"{source} holds no weights ({SAFETENSORS}, {SAFETENSORS_INDEX} with its parts, or "
+        f"{PICKLED}); add them."
+    )
+
+
+def check_folder(folder: Path) -> tuple[str, ...]:
+    """The files of a complete checkpoint folder, by what the files themselves say.
+
+    Raises CheckpointError naming the file that is missing, cut or unreadable.
+    """
+    names = choose_files((path.name for path in folder.iterdir() if path.is_file()), str(folder))
+    read_json(folder / CONFIG)
+    if SAFETENSORS_INDEX in names:
+        _check_shards(folder, names)
+    for name in names:
+        if name.endswith(".safetensors"):
+            _check_safetensors(folder / name)
+        elif name == PICKLED:
+            _check_pickled(folder / name)
+    return names
+
+
+def _check_shards(folder: Path, names: tuple[str, ...]) -> None:
+    weight_map = read_json(folder / SAFETENSORS_INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(
+            f"{folder / SAFETENSORS_INDEX} lists no weights; put a whole copy in its place."
+        )
+    for shard in sorted(set(weight_map.values())):
+        if shard not in names:
+            raise CheckpointError(
+                f"{folder} lacks {shard}, which {SAFETENSORS_INDEX} lists; add that file."
+            )
+
+
+def _check_safetensors(path: Path) -> None:
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        header_size = int.from_bytes(stream.read(8), "little")
+        if size < 8 or header_size > min(size - 8, _MAX_HEADER_BYTES):
+            raise _cut(path, size, "is not a whole safetensors file")
+        header = stream.read(header_size)
+    try:
+        entries = json.loads(header).items()
+        end = max(
+            (int(entry["data_offsets"][1]) for key, entry in entries if key != "__metadata__"),
+            default=0,
+        )
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise _cut(path, size, "has an unreadable safetensors header") from error
+    expected = 8 + header_size + end
+    if size != expected:
+        raise _cut(path, size, f"must have {expected} bytes by its own header")
+
+
+def _check_pickled(path: Path) -> None:
+    with path.open("rb") as stream:
+        is_archive = stream.read(2) == b"PK"
+    if path.stat().st_size == 0 or (is_archive and not zipfile.is_zipfile(path)):
+        raise _cut(path, path.stat().st_size, "is not a whole PyTorch file")
+
+
+def _cut(path: Path, size: int, rule: str) -> CheckpointError:
+    return CheckpointError(
+        f"The checkpoint file {path} {rule}, and it has {size}; "
+        "it was cut or damaged in a copy, so fetch it again."
+    )
+
+
+def fault_of(path: Path, record: FileRecord, with_hash: bool) -> str | None:
+    """What is wrong with a file against its record, as a clause of a sentence; None if nothing."""
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        return "is missing"
+    if size != record.size:
+        return f"has {size} bytes instead of {record.size}"
+    if with_hash and not _hash_agrees(path, record):
+        return "does not have the published hash"
+    return None
+
+
+def _hash_agrees(path: Path, record: FileRecord) -> bool:
+    if record.sha256 is not None:
+        return hash_file(path, "sha256") == record.sha256.lower()
+    # The hub names small files by git's blob hash, which is SHA-1 over a header and the content.
+    header = f"blob {record.size}\0".encode()
+    return record.git_sha1 is not None and hash_file(path, "sha1", header) == record.git_sha1
+
+
+def hash_file(path: Path, algorithm: str, prefix: bytes = b"") -> str:
+    """The lower-case hexadecimal hash of a file's bytes after ``prefix``."""
+    digest = hashlib.new(algorithm, prefix, usedforsecurity=False)
+    with path.open("rb") as stream:
+        while block := stream.read(_READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def first_fault(folder: Path, manifest: Manifest, with_hash: bool) -> tuple[str, str] | None:
+    """The first file of a manifest that is missing or differs: its name and what is wrong."""
+    for record in manifest.files:
+        fault = fault_of(folder / record.name, record, with_hash)
+        if fault is not None:
+            return record.name, fault
+    return None

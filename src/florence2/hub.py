@@ -1,0 +1,267 @@
+"""Files from a model hub: listed, resumed where a transfer broke off, verified before use.
+
+The listing and the connections are those of the ``huggingface_hub`` client, so ``HF_ENDPOINT``,
+``HF_TOKEN``, proxies and time limits work as everywhere. The transfer loop is ours: the client's
+own download throws a partial file away when a process ends, and weights are gigabytes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import httpx2
+from huggingface_hub import HfApi, constants, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.hf_api import ModelInfo, RepoSibling
+from huggingface_hub.utils import (  # type: ignore[attr-defined]
+    build_hf_headers,
+    hf_raise_for_status,
+    http_stream_backoff,
+)
+
+from florence2.checkpoint_files import (
+    CONFIG,
+    MANIFEST_NAME,
+    FileRecord,
+    Manifest,
+    choose_files,
+    fault_of,
+)
+from florence2.errors import CheckpointError
+from florence2.hub_errors import cannot_write, interrupted, no_room, refused, unreachable
+
+PLAN_NAME: Final = f"{MANIFEST_NAME}.part"
+
+_CHUNK_BYTES: Final = 1024 * 1024
+_MAX_STALLS: Final = 3
+_STALL_WAIT_S: Final = 1.0
+_PASSING_STATUSES: Final = (408, 429, 500, 502, 503, 504)
+_RANGE_NOT_SATISFIABLE: Final = 416
+_TRUE: Final = ("1", "on", "yes", "true")
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ProgressUpdate:
+    """How far a download is. The two counts are bytes over all files of the checkpoint."""
+
+    file: str
+    done_bytes: int
+    total_bytes: int
+
+
+ProgressCallback = Callable[[ProgressUpdate], None]
+
+
+def hub_endpoint() -> str:
+    """The hub's address: ``HF_ENDPOINT`` as it is now, else the client's default."""
+    return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+
+
+def is_offline(offline: bool | None) -> bool:
+    """Whether the hub must not be asked: the argument, else ``HF_HUB_OFFLINE``."""
+    if offline is not None:
+        return offline
+    return constants.is_offline_mode() or os.environ.get("HF_HUB_OFFLINE", "").lower() in _TRUE
+
+
+def list_checkpoint(repository: str, revision: str) -> Manifest:
+    """The files of a checkpoint in a repository, with the commit, sizes and hashes.
+
+    Raises HubUnreachableError without an answer; CheckpointError if the hub refuses or the
+    repository is not a checkpoint with full weights.
+    """
+    endpoint = hub_endpoint()
+    try:
+        info = HfApi(endpoint=endpoint).model_info(
+            repository,
+            revision=revision,
+            files_metadata=True,
+            timeout=constants.HF_HUB_ETAG_TIMEOUT,
+        )
+    except HfHubHTTPError as error:
+        raise refused(error, endpoint, repository, revision) from error
+    except (httpx2.HTTPError, httpx2.InvalidURL, OfflineModeIsEnabled) as error:
+        raise unreachable(endpoint, repository, error) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise unreachable(endpoint, repository, error) from error
+    return _as_manifest(info, repository, revision, endpoint)
+
+
+def _as_manifest(info: ModelInfo, repository: str, revision: str, endpoint: str) -> Manifest:
+    siblings = {sibling.rfilename: sibling for sibling in info.siblings or ()}
+    names = choose_files(siblings, f"The repository {repository}@{revision}")
+    records = tuple(_as_record(siblings[name]) for name in names)
+    unknown = [r.name for r in records if r.size < 0 or not (r.sha256 or r.git_sha1)]
+    if info.sha is None or unknown:
+        raise CheckpointError(
+            f"The hub at {endpoint} gives no commit, size or hash for {unknown or [CONFIG]} of "
+            f"{repository}, so nothing can be verified; use another address in HF_ENDPOINT."
+        )
+    return Manifest(repository, info.sha, records)
+
+
+def _as_record(sibling: RepoSibling) -> FileRecord:
+    if sibling.lfs is not None:
+        return FileRecord(sibling.rfilename, sibling.lfs.size, sha256=sibling.lfs.sha256)
+    size = -1 if sibling.size is None else sibling.size
+    return FileRecord(sibling.rfilename, size, git_sha1=sibling.blob_id)
+
+
+def download(manifest: Manifest, folder: Path, progress: ProgressCallback | None = None) -> None:
+    """Makes ``folder`` hold the manifest's files, fetching only what is not there and whole.
+
+    The manifest appears last, so a folder with one is complete. ``progress`` is called with
+    growing counts that end at the total; what it raises ends the download, to be resumed later.
+    Raises CheckpointError: connection, refusal, full disk, a file that arrives damaged twice.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / MANIFEST_NAME).unlink(missing_ok=True)
+        manifest.write(folder / PLAN_NAME)
+        meter = _Meter(manifest, progress)
+        missing = [record for record in manifest.files if not _is_there(folder, record, meter)]
+        _check_room(folder, missing)
+        for record in missing:
+            _fetch_verified(manifest, record, folder, meter)
+        os.replace(folder / PLAN_NAME, folder / MANIFEST_NAME)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+
+
+class _Meter:
+    """Bytes over all files; never goes back, though a damaged file is fetched again."""
+
+    def __init__(self, manifest: Manifest, progress: ProgressCallback | None) -> None:
+        self._total = sum(record.size for record in manifest.files)
+        self._progress = progress
+        self._done_by_file: dict[str, int] = {}
+        self._reported = -1
+
+    def set(self, file: str, done_bytes: int) -> None:
+        self._done_by_file[file] = done_bytes
+        done = min(sum(self._done_by_file.values()), self._total)
+        if self._progress is not None and done > self._reported:
+            self._reported = done
+            self._progress(ProgressUpdate(file, done, self._total))
+
+
+def _is_there(folder: Path, record: FileRecord, meter: _Meter) -> bool:
+    if fault_of(folder / record.name, record, with_hash=True) is not None:
+        return False
+    meter.set(record.name, record.size)
+    return True
+
+
+def _check_room(folder: Path, missing: list[FileRecord]) -> None:
+    needed = sum(record.size - _size_of(_part(folder, record)) for record in missing)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise no_room(folder, needed, free)
+
+
+def _part(folder: Path, record: FileRecord) -> Path:
+    return folder / f"{record.name}.part"
+
+
+def _size_of(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _fetch_verified(manifest: Manifest, record: FileRecord, folder: Path, meter: _Meter) -> None:
+    part = _part(folder, record)
+    fault: str | None = None
+    for attempt in range(2):
+        if attempt > 0 or not _take_from_client_cache(manifest, record, part):
+            _transfer(manifest, record, part, meter)
+        fault = fault_of(part, record, with_hash=True)
+        if fault is None:
+            os.replace(part, folder / record.name)
+            meter.set(record.name, record.size)
+            return
+        _log.warning("%s from %s %s; removed", record.name, manifest.repository, fault)
+        part.unlink(missing_ok=True)
+    raise CheckpointError(
+        f"{record.name} of {manifest.repository} {fault} after two downloads from "
+        f"{hub_endpoint()}; check the connection or proxy in between, or use another address in "
+        "HF_ENDPOINT."
+    )
+
+
+def _take_from_client_cache(manifest: Manifest, record: FileRecord, part: Path) -> bool:
+    """Uses the file that another program had the hub client fetch; it is verified all the same."""
+    cached = try_to_load_from_cache(manifest.repository, record.name, revision=manifest.revision)
+    if not isinstance(cached, str) or _size_of(Path(cached)) != record.size:
+        return False
+    part.unlink(missing_ok=True)
+    try:
+        os.link(Path(cached).resolve(), part)
+    except OSError:
+        shutil.copyfile(cached, part)
+    return True
+
+
+def _transfer(manifest: Manifest, record: FileRecord, part: Path, meter: _Meter) -> None:
+    """Receives the rest of one file; breaks are survived as long as new bytes arrive."""
+    part.touch()
+    stalls = 0
+    while (have := _size_of(part)) != record.size:
+        try:
+            _receive(manifest, record, part, meter)
+        except HfHubHTTPError as error:
+            status = error.response.status_code
+            if status == _RANGE_NOT_SATISFIABLE:
+                part.unlink(missing_ok=True)
+            elif status not in _PASSING_STATUSES:
+                raise refused(
+                    error, hub_endpoint(), manifest.repository, manifest.revision
+                ) from error
+        except (httpx2.HTTPError, OfflineModeIsEnabled) as error:
+            _log.warning("%s of %s broke off: %r", record.name, manifest.repository, error)
+        now = _size_of(part)
+        if now > record.size:
+            return
+        stalls = 0 if now > have else stalls + 1
+        if stalls == _MAX_STALLS:
+            raise interrupted(record.name, manifest.repository, now, record.size)
+        if now != record.size:
+            time.sleep(_STALL_WAIT_S)
+
+
+def _receive(manifest: Manifest, record: FileRecord, part: Path, meter: _Meter) -> None:
+    have = _size_of(part)
+    if have > record.size:
+        part.unlink()
+        have = 0
+    # Compressed transfer would make the byte counts of a resumed file meaningless.
+    headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
+    if have:
+        headers["Range"] = f"bytes={have}-"
+    url = hf_hub_url(
+        manifest.repository, record.name, revision=manifest.revision, endpoint=hub_endpoint()
+    )
+    with http_stream_backoff(
+        "GET",
+        url,
+        headers=headers,
+        timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+        retry_on_exceptions=(),
+        retry_on_status_codes=_PASSING_STATUSES,
+        max_retries=2,
+    ) as response:
+        hf_raise_for_status(response)
+        is_rest = have > 0 and response.status_code == httpx2.codes.PARTIAL_CONTENT
+        with part.open("ab" if is_rest else "wb") as stream:
+            for chunk in response.iter_bytes(_CHUNK_BYTES):
+                stream.write(chunk)
+                meter.set(record.name, min(stream.tell(), record.size))
+                if stream.tell() > record.size:
+                    break

@@ -1,0 +1,279 @@
+"""From a name to a folder with a whole checkpoint: known names, hub repositories, local folders.
+
+Cache: ``<cache>/<owner>--<name>/<commit>/`` with plain files, so a folder can be copied to a
+machine without a connection. A repository asked for without a commit is pinned to the commit of
+its first complete download, recorded in ``pins.json`` beside the commits.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
+
+from florence2.checkpoint_files import (
+    CONFIG,
+    MANIFEST_NAME,
+    SAFETENSORS,
+    CheckpointFiles,
+    FileRecord,
+    Manifest,
+    check_folder,
+    fault_of,
+    first_fault,
+    read_json,
+    read_manifest,
+    write_whole,
+)
+from florence2.errors import CheckpointError, unknown_name
+from florence2.hub import (
+    PLAN_NAME,
+    ProgressCallback,
+    download,
+    hub_endpoint,
+    is_offline,
+    list_checkpoint,
+)
+from florence2.hub_errors import HubUnreachableError, cannot_write
+from florence2.known_checkpoints import CHECKPOINT_NAMES, DEMO, KNOWN_BY_NAME, KnownCheckpoint
+
+Verify = Literal["size", "full"]
+
+CACHE_VARIABLE: Final = "FLORENCE2_CACHE"
+DEMO_VARIABLE: Final = "FLORENCE2_DEMO"
+
+_DEMO_FOLDER: Final = Path("demo", "checkpoint")
+_PROJECT_ROOT: Final = Path(__file__).resolve().parents[2]
+_REPOSITORY: Final = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+_COMMIT: Final = re.compile(r"[0-9a-f]{40}")
+_PINS: Final = "pins.json"
+
+_log = logging.getLogger(__name__)
+
+
+def default_cache_dir() -> Path:
+    """``FLORENCE2_CACHE``, else ``florence2`` in the user's cache folder."""
+    named = os.environ.get(CACHE_VARIABLE)
+    if named:
+        return Path(named).expanduser()
+    user = os.environ.get("XDG_CACHE_HOME")
+    return (Path(user) if user else Path.home() / ".cache") / "florence2"
+
+
+def resolve(
+    name: str | Path,
+    *,
+    cache_dir: str | Path | None = None,
+    offline: bool | None = None,
+    progress: ProgressCallback | None = None,
+    verify: Verify = "size",
+) -> CheckpointFiles:
+    """The whole, verified files of a checkpoint; downloads what is missing.
+
+    ``name``: one of ``CHECKPOINT_NAMES``, a local folder, or ``owner/name[@revision]`` on the
+    hub. ``offline=None`` follows ``HF_HUB_OFFLINE``. ``verify="full"`` hashes every file that
+    has a manifest, "size" compares lengths; a download is always hashed. Raises CheckpointError.
+    """
+    text = str(name)
+    if text == DEMO:
+        return _from_folder(DEMO, _demo_folder(), verify, "demo")
+    known = KNOWN_BY_NAME.get(text)
+    if known is not None:
+        wanted = _Wanted(text, known.repository, known.revision, known)
+        return _from_hub(wanted, _as_cache(cache_dir), is_offline(offline), progress, verify)
+    folder = Path(text).expanduser()
+    if folder.is_dir():
+        return _from_folder(text, folder, verify, "folder")
+    match = _REPOSITORY.fullmatch(text)
+    if isinstance(name, Path) or match is None or text.startswith(".") or ".." in text:
+        raise _no_such(text)
+    wanted = _Wanted(text, match[1], match[2] or constants.DEFAULT_REVISION, None)
+    return _from_hub(wanted, _as_cache(cache_dir), is_offline(offline), progress, verify)
+
+
+def _as_cache(cache_dir: str | Path | None) -> Path:
+    return default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
+
+
+def _no_such(name: str) -> CheckpointError:
+    if os.sep in name or "/" in name:
+        return CheckpointError(
+            f"The checkpoint folder {name} does not exist; name a folder that does, a hub "
+            f"repository as owner/name, or one of {', '.join(CHECKPOINT_NAMES)}."
+        )
+    return CheckpointError(unknown_name("checkpoint", name, CHECKPOINT_NAMES))
+
+
+def _demo_folder() -> Path:
+    named = os.environ.get(DEMO_VARIABLE)
+    if named:
+        return Path(named).expanduser()
+    for root in (_PROJECT_ROOT, Path.cwd()):
+        if (root / _DEMO_FOLDER).is_dir():
+            return root / _DEMO_FOLDER
+    raise CheckpointError(
+        f"The demo checkpoint is not in {_PROJECT_ROOT / _DEMO_FOLDER}; copy the folder "
+        f"{_DEMO_FOLDER} of the project's repository there, or name its place in {DEMO_VARIABLE}."
+    )
+
+
+def _from_folder(name: str, folder: Path, verify: Verify, source: str) -> CheckpointFiles:
+    if not folder.is_dir():
+        raise _no_such(str(folder))
+    manifest = read_manifest(folder / MANIFEST_NAME)
+    if manifest is not None:
+        fault = first_fault(folder, manifest, with_hash=verify == "full")
+        if fault is not None:
+            raise CheckpointError(
+                f"The checkpoint file {folder / fault[0]} {fault[1]}; copy it again from where "
+                f"the folder came from ({manifest.repository}@{manifest.revision})."
+            )
+    revision = None if manifest is None else manifest.revision
+    return CheckpointFiles(name, folder, revision, check_folder(folder), source)
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    name: str
+    repository: str
+    revision: str
+    known: KnownCheckpoint | None
+
+    def home(self, cache: Path) -> Path:
+        return cache / self.repository.replace("/", "--")
+
+    def commit(self, cache: Path) -> str | None:
+        """The commit that the revision stands for on this machine, or None."""
+        if _COMMIT.fullmatch(self.revision):
+            return self.revision
+        pins = self.home(cache) / _PINS
+        pinned = read_json(pins).get(self.revision) if pins.is_file() else None
+        return pinned if isinstance(pinned, str) and _COMMIT.fullmatch(pinned) else None
+
+
+def _from_hub(
+    wanted: _Wanted, cache: Path, offline: bool, progress: ProgressCallback | None, verify: Verify
+) -> CheckpointFiles:
+    found = _complete(wanted, cache, verify)
+    if found is not None:
+        return found
+    if offline:
+        return _without_hub(wanted, cache, "the hub is switched off (HF_HUB_OFFLINE)")
+    try:
+        return _online(wanted, cache, progress, verify)
+    except HubUnreachableError as error:
+        _log.warning("%s", error)
+        return _without_hub(wanted, cache, f"the hub at {hub_endpoint()} cannot be reached", error)
+
+
+def _complete(wanted: _Wanted, cache: Path, verify: Verify) -> CheckpointFiles | None:
+    commit = wanted.commit(cache)
+    folder = wanted.home(cache) / (commit or "")
+    manifest = read_manifest(folder / MANIFEST_NAME) if commit else None
+    if manifest is None:
+        return None
+    fault = first_fault(folder, manifest, with_hash=verify == "full")
+    if fault is not None:
+        _log.warning("%s in %s %s", fault[0], folder, fault[1])
+        return None
+    return _result(wanted, folder, manifest)
+
+
+def _result(wanted: _Wanted, folder: Path, manifest: Manifest) -> CheckpointFiles:
+    # Sizes and hashes agree with the source, yet the source itself may hold a broken checkpoint.
+    names = check_folder(folder)
+    return CheckpointFiles(wanted.name, folder, manifest.revision, names, "hub")
+
+
+def _online(
+    wanted: _Wanted, cache: Path, progress: ProgressCallback | None, verify: Verify
+) -> CheckpointFiles:
+    home = wanted.home(cache)
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        with WeakFileLock(home / ".lock"):
+            found = _complete(wanted, cache, verify)
+            if found is not None:
+                return found
+            commit = wanted.commit(cache) or wanted.revision
+            manifest = list_checkpoint(wanted.repository, commit)
+            _check_published(wanted.known, manifest)
+            folder = home / manifest.revision
+            download(manifest, folder, progress)
+            _pin(wanted, home, manifest.revision)
+    except OSError as error:
+        raise cannot_write(home, error) from error
+    return _result(wanted, folder, manifest)
+
+
+def _check_published(known: KnownCheckpoint | None, manifest: Manifest) -> None:
+    if known is None:
+        return
+    offered = [record for record in manifest.files if record.name == SAFETENSORS]
+    if not offered or offered[0].sha256 != known.weights_sha256:
+        raise CheckpointError(
+            f"The hub at {hub_endpoint()} offers other weights for {known.name} than the "
+            "published ones, so they are not used; name a trusted hub in HF_ENDPOINT."
+        )
+
+
+def _pin(wanted: _Wanted, home: Path, commit: str) -> None:
+    if wanted.revision == commit:
+        return
+    pins = read_json(home / _PINS) if (home / _PINS).is_file() else {}
+    write_whole(home / _PINS, json.dumps({**pins, wanted.revision: commit}, indent=2) + "\n")
+
+
+def _without_hub(
+    wanted: _Wanted, cache: Path, why: str, cause: HubUnreachableError | None = None
+) -> CheckpointFiles:
+    """What this machine holds, where no manifest says that it is complete: it must prove so."""
+    commit = wanted.commit(cache)
+    folder = wanted.home(cache) / (commit or wanted.revision)
+    if folder.is_dir():
+        return _placed_by_hand(wanted, folder, commit, why)
+    snapshot = _client_snapshot(wanted.repository, wanted.revision)
+    if snapshot is not None:
+        return _placed_by_hand(wanted, snapshot, snapshot.name, why, "hub cache")
+    raise CheckpointError(
+        f"{wanted.name} is not on this machine and {why}; connect once, or copy its files by "
+        f"hand into {folder}, or give a folder with them as the name."
+    ) from cause
+
+
+def _client_snapshot(repository: str, revision: str) -> Path | None:
+    cached = try_to_load_from_cache(repository, CONFIG, revision=revision)
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
+def _placed_by_hand(
+    wanted: _Wanted, folder: Path, commit: str | None, why: str, source: str = "hub"
+) -> CheckpointFiles:
+    plan = read_manifest(folder / PLAN_NAME) or read_manifest(folder / MANIFEST_NAME)
+    fault = first_fault(folder, plan, with_hash=True) if plan else None
+    if fault is not None:
+        raise CheckpointError(
+            f"{wanted.name} is incomplete: {fault[0]} {fault[1]} in {folder}, and {why}; connect "
+            "to finish the download, or copy that file there by hand."
+        )
+    names = check_folder(folder)
+    if wanted.known is not None and plan is None:
+        _check_weights(wanted.known, folder)
+    return CheckpointFiles(wanted.name, folder, commit, names, source)
+
+
+def _check_weights(known: KnownCheckpoint, folder: Path) -> None:
+    record = FileRecord(SAFETENSORS, known.weights_bytes, sha256=known.weights_sha256)
+    fault = fault_of(folder / SAFETENSORS, record, with_hash=True)
+    if fault is not None:
+        raise CheckpointError(
+            f"{folder / SAFETENSORS} {fault}, so it is not the published {known.name}; copy it "
+            "again, or name the folder itself to use other weights."
+        )
