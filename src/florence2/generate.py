@@ -38,7 +38,7 @@ class GenerationCancelledError(FlorenceError):
     code = "cancelled"
 
 
-class DecoderSession(Protocol):
+class Session(Protocol):
     """What the loop needs of a network that holds the encoded prompts of B items.
 
     Logits may be of any float type and on any device; the loop only reads them, and is done with
@@ -99,7 +99,7 @@ def check_settings(settings: GenerationSettings) -> None:
 
 
 def generate(
-    session: DecoderSession,
+    session: Session,
     num_items: int,
     settings: GenerationSettings | Sequence[GenerationSettings],
     max_new_tokens: Sequence[int],
@@ -135,7 +135,7 @@ class _Loop:
 
     def __init__(
         self,
-        session: DecoderSession,
+        session: Session,
         settings: GenerationSettings,
         limits: Sequence[int],
         should_stop: Callable[[], bool | None] | None,

@@ -13,6 +13,8 @@ from tiny_reference import (
     answer_in_batches,
     differences,
     expected_answers,
+    naive_session,
+    network_session,
     random_prompts,
     tiny_model,
 )
@@ -38,9 +40,11 @@ def test_each_prompt_keeps_its_own_limit(beams: int, early_stopping):
         for start in range(0, 24, 8):
             items = list(range(start, start + 8))
             order = limits[start // 8 :] + limits[: start // 8]
-            answers = generate(NaiveSession(model, prompts.pick(items)), 8, settings, order)
+            part = prompts.pick(items)
             expected = [by_limit[limit][item] for item, limit in zip(items, order, strict=True)]
-            assert differences(answers, expected) == []
+            for make in (network_session, naive_session):
+                session = make(model, part, beams, order)
+                assert differences(generate(session, 8, settings, order), expected) == []
 
 
 def test_prompt_lengths_mix_without_changing_answers():

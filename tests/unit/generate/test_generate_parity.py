@@ -12,6 +12,8 @@ from tiny_reference import (
     answer_in_batches,
     differences,
     expected_answers,
+    naive_session,
+    network_session,
     random_prompts,
     tiny_model,
 )
@@ -41,8 +43,8 @@ def test_equals_the_reference_singly_and_in_batches(seed: int, beams: int):
     assert len(set(lengths)) >= 6
     assert len({answer.token_ids for answer in expected}) > 100
 
-    for batch in (1, 4):
-        answers = answer_in_batches(model, prompts, settings, LIMIT, batch)
+    for batch, session in ((1, network_session), (4, network_session), (4, naive_session)):
+        answers = answer_in_batches(model, prompts, settings, LIMIT, batch, session)
         assert differences(answers, expected) == []
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,10 @@ from transformers import Florence2Config, Florence2ForConditionalGeneration
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutput
 
-from florence2.generate import generate
+from florence2.generate import Session, generate
+from florence2.network.config import NetworkConfig
+from florence2.network.florence import Florence2Network
+from florence2.network.session import DecoderSession
 from florence2.records import Answer, GenerationSettings
 from florence2.tokens import BOS_ID, DECODER_START_ID, EOS_ID, PAD_ID
 
@@ -200,6 +204,31 @@ class NaiveSession:
         )
 
 
+def naive_session(
+    model: Florence2ForConditionalGeneration, prompts: Prompts, *_: object
+) -> NaiveSession:
+    return NaiveSession(model, prompts)
+
+
+@functools.cache
+def our_network(model: Florence2ForConditionalGeneration) -> Florence2Network:
+    """Our network with the reference's weights."""
+    network = Florence2Network(NetworkConfig.from_dict(model.config.to_dict()))
+    network.load_state_dict(model.state_dict())
+    return network.prepare_for_inference()
+
+
+def network_session(
+    model: Florence2ForConditionalGeneration,
+    prompts: Prompts,
+    num_beams: int,
+    limits: Sequence[int],
+) -> DecoderSession:
+    return DecoderSession(
+        our_network(model), prompts.states, prompts.mask.bool(), num_beams, max(limits)
+    )
+
+
 def differences(answers: Sequence[Answer], expected: Sequence[Expected]) -> list[int]:
     """Where tokens differ, or scores do by 1e-4 where the reference has one."""
     return [
@@ -216,11 +245,16 @@ def answer_in_batches(
     settings: GenerationSettings,
     max_new_tokens: int,
     batch: int,
+    session: Callable[..., Session] | None = None,
 ) -> list[Answer]:
-    """Our answers to all prompts, ``batch`` of them at a time."""
+    """Our answers to all prompts, ``batch`` of them at a time, by default with our network."""
+    session = session or network_session
     answers: list[Answer] = []
     for start in range(0, len(prompts.states), batch):
         part = prompts.pick(list(range(start, min(start + batch, len(prompts.states)))))
         count = len(part.states)
-        answers += generate(NaiveSession(model, part), count, settings, [max_new_tokens] * count)
+        limits = [max_new_tokens] * count
+        answers += generate(
+            session(model, part, settings.num_beams, limits), count, settings, limits
+        )
     return answers
