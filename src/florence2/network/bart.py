@@ -10,6 +10,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from florence2 import tokens
 from florence2.errors import RequestError
 from florence2.network.config import TextConfig
 from florence2.network.ops import activation, attend, linear
@@ -201,6 +202,6 @@ class LanguageModel(nn.Module):
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.shared = nn.Embedding(config.vocab_size, config.d_model)
+        self.shared = nn.Embedding(config.vocab_size, config.d_model, padding_idx=tokens.PAD_ID)
         self.encoder = Encoder(config, self.shared)
         self.decoder = Decoder(config, self.shared)

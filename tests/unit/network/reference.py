@@ -1,0 +1,91 @@
+"""The reference network with the same random weights, and small helpers to compare with it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from florence2.network.config import NetworkConfig
+from florence2.network.florence import Florence2Network
+from florence2.network.presets import tiny_config
+
+TINY: dict[str, NetworkConfig] = {
+    "demo strides": tiny_config(),
+    "published strides": tiny_config(patch_stride=(4, 2, 2, 2), window_size=2),
+    "two stages": tiny_config(
+        embed_dim=(16, 24),
+        depths=(1, 2),
+        patch_stride=(4, 2),
+        window_size=5,
+        layers=(1, 1),
+        max_positions=256,
+    ),
+    "wide window": tiny_config(
+        embed_dim=(8, 16, 32), depths=(1, 1, 1), patch_stride=(4, 2, 2), window_size=12
+    ),
+    "scaled embedding": dataclasses.replace(
+        tiny_config(), text=dataclasses.replace(tiny_config().text, scale_embedding=True)
+    ),
+}
+IMAGE_SIZES_HW = [(64, 64), (80, 112)]
+
+
+def random_network(config: NetworkConfig, seed: int = 0) -> Florence2Network:
+    """Weights that make every part matter: biases and norms are random too."""
+    torch.manual_seed(seed)
+    network = Florence2Network(config)
+    for name, parameter in network.named_parameters():
+        with torch.no_grad():
+            if "norm" in name and name.endswith("weight"):
+                parameter.uniform_(0.5, 1.5)
+            else:
+                parameter.normal_(std=0.1)
+    return network.prepare_for_inference()
+
+
+def reference_of(network: Florence2Network) -> Any:
+    """transformers' network with these weights, in their precision."""
+    from transformers import Florence2Config, Florence2ForConditionalGeneration
+
+    config = Florence2Config(**network.config.to_native_dict())
+    with torch.device("meta"):
+        reference = Florence2ForConditionalGeneration(config)
+    state = {name: value.clone() for name, value in network.state_dict().items()}
+    reference.load_state_dict(state, strict=True, assign=True)
+    reference.tie_weights()
+    return reference.eval()
+
+
+def reference_states(reference: Any, pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """The encoder's states for images followed by prompts."""
+    visual = reference.model.get_image_features(pixels).pooler_output
+    vectors = torch.cat([visual, reference.get_input_embeddings()(ids)], dim=1)
+    full = torch.cat([mask.new_ones(visual.shape[:2]), mask], dim=1).long()
+    encoder = reference.model.language_model.encoder
+    return encoder(inputs_embeds=vectors, attention_mask=full).last_hidden_state
+
+
+def reference_logits(reference: Any, ids: Tensor, states: Tensor, mask: Tensor) -> Tensor:
+    """Teacher-forced logits [B, L, V]."""
+    rows = reference.model.language_model.decoder(
+        input_ids=ids, encoder_hidden_states=states, encoder_attention_mask=mask.long()
+    ).last_hidden_state
+    return reference.lm_head(rows)
+
+
+def relative_error(ours: Tensor, reference: Tensor) -> float:
+    """The largest difference over the largest reference value."""
+    difference = (ours.float() - reference.float()).abs().max()
+    return float(difference / reference.float().abs().max())
+
+
+def prompts(lengths: list[int], vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Prompts <s> ... </s> padded on the right, and their mask."""
+    ids = torch.full((len(lengths), max(lengths)), 1)
+    for row, length in enumerate(lengths):
+        ids[row, :length] = torch.randint(4, vocab_size, (length,))
+        ids[row, 0], ids[row, length - 1] = 0, 2
+    return ids, ids != 1

@@ -1,0 +1,137 @@
+"""Every stage gives the reference's values for the same random weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from reference import (
+    IMAGE_SIZES_HW,
+    TINY,
+    prompts,
+    random_network,
+    reference_logits,
+    reference_of,
+    reference_states,
+    relative_error,
+)
+
+from florence2.errors import ImageError, RequestError
+from florence2.network.config import NetworkConfig
+from florence2.network.presets import base_config, large_config, tiny_config
+
+FLOAT32_ERROR = 1e-5
+BFLOAT16_ERROR = 2e-2
+
+
+def check_all_stages(
+    config: NetworkConfig, size_hw: tuple[int, int], dtype: torch.dtype, limit: float
+) -> None:
+    """Ours in ``dtype`` against the reference in float32 with the same (rounded) weights."""
+    network = random_network(config).to(dtype)
+    reference = reference_of(network).float()
+    torch.manual_seed(1)
+    pixels = torch.randn(2, 3, *size_hw).to(dtype)
+    ids, mask = prompts([9, 6], config.text.vocab_size)
+    decoder_ids = torch.randint(0, config.text.vocab_size, (2, 11))
+    exact = pixels.float()
+    with torch.inference_mode():
+        features, grid = network.model.vision_tower(pixels)
+        expected = reference.model.vision_tower(exact).last_hidden_state
+        assert grid == expected.shape[2:] == config.vision.grid(*size_hw)
+        assert relative_error(features, expected.flatten(2).transpose(1, 2)) < limit
+
+        visual = network.encode_images(pixels)
+        expected = reference.model.get_image_features(exact).pooler_output
+        assert relative_error(visual, expected) < limit
+
+        states, full = network.encode_prompts(visual, ids, mask)
+        expected = reference_states(reference, exact, ids, mask)
+        assert relative_error(states[full], expected[full]) < limit
+
+        logits = network.decode(decoder_ids, states, full)
+        expected = reference_logits(reference, decoder_ids, expected, full)
+        assert relative_error(logits, expected) < limit
+
+
+@pytest.mark.parametrize("size_hw", IMAGE_SIZES_HW)
+@pytest.mark.parametrize("name", TINY)
+def test_float32_stages(name: str, size_hw: tuple[int, int]) -> None:
+    check_all_stages(TINY[name], size_hw, torch.float32, FLOAT32_ERROR)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_bfloat16_stages(name: str) -> None:
+    check_all_stages(TINY[name], (64, 64), torch.bfloat16, BFLOAT16_ERROR)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [base_config(), large_config()], ids=["base", "large"])
+def test_published_sizes(config: NetworkConfig) -> None:
+    check_all_stages(config, (768, 768), torch.float32, FLOAT32_ERROR)
+
+
+def test_names_are_the_native_ones() -> None:
+    network = random_network(tiny_config())
+    reference = reference_of(network)
+    assert set(network.state_dict()) == set(reference.state_dict())
+
+
+def test_saved_state_loads_in_the_reference(tmp_path: pytest.TempPathFactory) -> None:
+    import json
+    from pathlib import Path
+
+    from safetensors.torch import save_file
+    from transformers import Florence2ForConditionalGeneration
+
+    network = random_network(tiny_config())
+    folder = Path(str(tmp_path))
+    save_file(network.native_state(), folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(network.config.to_native_dict()))
+    reference, report = Florence2ForConditionalGeneration.from_pretrained(
+        folder, output_loading_info=True
+    )
+    assert not any(report.values())
+    pixels = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        expected = reference.eval().model.get_image_features(pixels).pooler_output
+        assert relative_error(network.encode_images(pixels), expected) < FLOAT32_ERROR
+
+
+def test_every_parameter_is_trained() -> None:
+    network = random_network(tiny_config()).requires_grad_(True)
+    ids, mask = prompts([5, 7], 120)
+    visual = network.encode_images(torch.randn(2, 3, 64, 64))
+    logits = network.decode(ids, *network.encode_prompts(visual, ids, mask))
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten()).backward()
+    assert [name for name, value in network.named_parameters() if value.grad is None] == []
+
+
+def test_gradients_are_those_of_the_reference() -> None:
+    network = random_network(tiny_config())
+    reference = reference_of(network).requires_grad_(True)
+    network.requires_grad_(True)
+    torch.manual_seed(3)
+    pixels = torch.randn(2, 3, 64, 64)
+    ids, mask = prompts([5, 7], 120)
+    states, full = network.encode_prompts(network.encode_images(pixels), ids, mask)
+    network.decode(ids, states, full).square().mean().backward()
+    expected = reference_states(reference, pixels, ids, mask)
+    reference_logits(reference, ids, expected, full).square().mean().backward()
+    theirs = dict(reference.named_parameters())
+    for name, parameter in network.named_parameters():
+        scale = max(float(theirs[name].grad.abs().max()), 1e-4)
+        assert float((parameter.grad - theirs[name].grad).abs().max()) / scale < 1e-3, name
+
+
+def test_too_long_a_prompt_is_refused() -> None:
+    network = random_network(tiny_config(max_positions=40))
+    ids, mask = prompts([30], 120)
+    visual = network.encode_images(torch.randn(1, 3, 64, 64))
+    with pytest.raises(RequestError, match="at most 40 tokens"):
+        network.encode_prompts(visual, ids, mask)
+
+
+def test_too_large_a_grid_is_refused() -> None:
+    network = random_network(tiny_config())
+    with pytest.raises(ImageError, match="at most 50 rows and columns, got 51 x 4"):
+        network.encode_images(torch.zeros(1, 3, 51 * 16, 64))

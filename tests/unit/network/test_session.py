@@ -1,0 +1,178 @@
+"""Cached decoding gives what the reference gives for each beam's own history, teacher-forced."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from reference import (
+    TINY,
+    prompts,
+    random_network,
+    reference_logits,
+    reference_of,
+    reference_states,
+    relative_error,
+)
+from torch import Tensor
+
+from florence2.errors import RequestError
+from florence2.network.config import NetworkConfig
+from florence2.network.presets import base_config, large_config, tiny_config
+from florence2.network.session import DecoderSession
+
+PREFIX = [2, 0]
+
+
+class Replay:
+    """Random searches on both sides: every beam's history is kept as a plain list."""
+
+    def __init__(
+        self,
+        config: NetworkConfig,
+        beams: int,
+        lengths: list[int],
+        dtype: torch.dtype,
+        max_new_tokens: int = 100,
+    ) -> None:
+        self.vocab_size = config.text.vocab_size
+        self.network = random_network(config).to(dtype)
+        self.reference: Any = reference_of(self.network).float()
+        side = 768 if config.text.vocab_size > 1000 else 64
+        torch.manual_seed(2)
+        pixels = torch.randn(len(lengths), 3, side, side).to(dtype)
+        ids, mask = prompts(lengths, self.vocab_size)
+        with torch.inference_mode():
+            visual = self.network.encode_images(pixels)
+            states, self.mask = self.network.encode_prompts(visual, ids, mask)
+            self.states = reference_states(self.reference, pixels.float(), ids, mask)
+        self.beams = beams
+        self.session = DecoderSession(self.network, states, self.mask, beams, max_new_tokens)
+        self.items = list(range(len(lengths)))
+        self.histories = [[list(PREFIX) for _ in range(beams)] for _ in lengths]
+
+    def expected(self) -> Tensor:
+        """The reference's logits [B, beams, V] after every beam's history."""
+        rows = []
+        with torch.inference_mode():
+            for item in self.items:
+                ids = torch.tensor(self.histories[item])
+                states = self.states[item].expand(self.beams, -1, -1)
+                mask = self.mask[item].expand(self.beams, -1)
+                rows.append(reference_logits(self.reference, ids, states, mask)[:, -1])
+        return torch.stack(rows)
+
+    def step(self, reorder: bool) -> Tensor:
+        shape = (len(self.items), self.beams)
+        if reorder:
+            parents = torch.randint(0, self.beams, shape)
+            self.session.reorder(parents)
+            for item, row in zip(self.items, parents.tolist(), strict=True):
+                self.histories[item] = [list(self.histories[item][parent]) for parent in row]
+        chosen = torch.randint(0, self.vocab_size, shape)
+        for item, row in zip(self.items, chosen.tolist(), strict=True):
+            for history, token in zip(self.histories[item], row, strict=True):
+                history.append(token)
+        return self.session.step(chosen)
+
+    def keep(self, indices: list[int]) -> None:
+        self.session.keep(torch.tensor(indices))
+        self.items = [self.items[index] for index in indices]
+
+
+def check_search(replay: Replay, steps: int, limit: float) -> None:
+    logits = replay.session.prefill(PREFIX)
+    assert relative_error(logits, replay.expected()[:, 0]) < limit
+    for step in range(steps):
+        logits = replay.step(reorder=step > 0)
+        assert relative_error(logits, replay.expected()) < limit, step
+        assert replay.session.length == len(PREFIX) + step + 1
+
+
+@pytest.mark.parametrize("beams", [1, 3, 5])
+@pytest.mark.parametrize("name", TINY)
+def test_float32_search(name: str, beams: int) -> None:
+    check_search(Replay(TINY[name], beams, [6, 9, 5], torch.float32), steps=8, limit=1e-5)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_bfloat16_search(beams: int) -> None:
+    check_search(Replay(tiny_config(), beams, [6, 9], torch.bfloat16), steps=8, limit=2e-2)
+
+
+def test_equal_prompts_and_a_cache_that_grows() -> None:
+    check_search(Replay(tiny_config(), 3, [6, 6], torch.float32), steps=70, limit=1e-5)
+
+
+def test_dropped_items_leave_the_others_alone() -> None:
+    replay = Replay(tiny_config(), 3, [6, 9, 5, 7], torch.float32)
+    replay.session.prefill(PREFIX)
+    for step, kept in enumerate([None, [0, 2, 3], None, [2, 0], [0], None]):
+        if kept is not None:
+            replay.keep(kept)
+            assert replay.session.num_items == len(kept)
+        assert relative_error(replay.step(reorder=step > 0), replay.expected()) < 1e-5
+
+
+def test_long_prefix() -> None:
+    replay = Replay(tiny_config(), 2, [6], torch.float32)
+    prefix = [2, 0, 17, 30, 4]
+    replay.histories = [[list(prefix), list(prefix)]]
+    assert relative_error(replay.session.prefill(prefix), replay.expected()[:, 0]) < 1e-5
+    assert relative_error(replay.step(reorder=False), replay.expected()) < 1e-5
+
+
+def test_random_choices_of_order_and_items() -> None:
+    for seed in range(10):
+        replay = Replay(tiny_config(), 4, [5, 8, 6], torch.float32)
+        torch.manual_seed(seed)
+        replay.session.prefill(PREFIX)
+        for step in range(12):
+            logits = replay.step(reorder=bool(torch.rand(()) < 0.7) and step > 0)
+            if step == 6:
+                replay.keep([2, 0])
+        assert relative_error(logits[:, :], replay.expected()) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [base_config(), large_config()], ids=["base", "large"])
+def test_published_sizes(config: NetworkConfig) -> None:
+    check_search(Replay(config, 3, [8, 12], torch.float32), steps=4, limit=1e-5)
+
+
+def test_cross_attention_is_kept_once_per_item() -> None:
+    replay = Replay(tiny_config(), 5, [6, 9], torch.float32)
+    replay.session.prefill(PREFIX)
+    replay.step(reorder=False)
+    for layer in replay.session._layers:
+        assert layer.cross_key.shape[0] == layer.cross_value.shape[0] == 2
+
+
+def test_a_long_limit_allocates_little() -> None:
+    replay = Replay(tiny_config(max_positions=1024), 3, [6], torch.float32)
+    states = replay.states
+    session = DecoderSession(replay.network, states, replay.mask, 3, 1024)
+    session.prefill(PREFIX)
+    assert session._layers[0].own_key.shape[2] <= 128
+
+
+def test_the_position_table_is_never_overrun() -> None:
+    replay = Replay(tiny_config(max_positions=32), 2, [6], torch.float32, 32)
+    with pytest.raises(RequestError, match="max_new_tokens may be at most 32"):
+        DecoderSession(replay.network, replay.states, replay.mask, 2, 33)
+    session = DecoderSession(replay.network, replay.states, replay.mask, 2, 32)
+    session.prefill(PREFIX)
+    for _ in range(30):
+        session.step(torch.full((1, 2), 7))
+    with pytest.raises(RequestError, match="at most 32 tokens, got 33"):
+        session.step(torch.full((1, 2), 7))
+
+
+def test_calls_out_of_order_are_refused() -> None:
+    replay = Replay(tiny_config(), 2, [6], torch.float32)
+    with pytest.raises(RuntimeError, match="prefill first"):
+        replay.session.step(torch.zeros(1, 2, dtype=torch.long))
+    replay.session.prefill(PREFIX)
+    with pytest.raises(RuntimeError, match="before any step"):
+        replay.session.prefill(PREFIX)
