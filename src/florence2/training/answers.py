@@ -145,11 +145,13 @@ def _present(scene: Scene, rng: np.random.Generator) -> Phrase:
 
 
 def _mixed_words(scene: Scene, rng: np.random.Generator) -> list[str]:
-    """One to four phrases in random order, most of them present, each once."""
+    """One to four phrases in random order, most of them present; rarely two of one kind."""
     words = [
         _absent(scene, rng) if rng.random() < 0.3 else _present(scene, rng).words
         for _ in range(int(rng.integers(1, 5)))
     ]
+    if rng.random() < 0.75:
+        words = list({phrase.rpartition(" ")[2]: phrase for phrase in words}.values())
     return list(dict.fromkeys(words))
 
 

@@ -24,6 +24,16 @@ from florence2.training.words import (
 
 _TOKENS: Final = re.compile(r"<[^<>]+>")
 _FIRST_SEED: Final = 500_000
+_EVERYDAY: Final = (
+    "and are as be but by can each every find for from has have here how it its more most not of "
+    "one or other over people picture photo please some than that their there these they thing "
+    "this to under up very was water which who will woman man child hand head face road street "
+    "window wall floor light dark old young round square circle triangle animal food fruit toy "
+    "sky grass sand stone wood metal glass paper colour number letter word line shape part near "
+    "between behind front above below outside inside many few several another any all between "
+    "ing er ed ly tion es al ment able ight ound est ness less ful ive ous ent ant ary ory"
+)
+"""Rare in the corpus on purpose: pieces that shorten other people's words."""
 
 
 def tokenizer_texts(num_scenes: int = 1500) -> Iterator[str]:
@@ -41,6 +51,8 @@ def tokenizer_texts(num_scenes: int = 1500) -> Iterator[str]:
     for _ in range(num_scenes // 15):
         yield from SIGN_WORDS
         yield f" {' '.join((*SIGN_WORDS, *ABSENT_WORDS))}"
+    yield _EVERYDAY
+    yield f" {_EVERYDAY}"
     for seed in range(_FIRST_SEED, _FIRST_SEED + num_scenes):
         for example in examples(make_scene(seed), np.random.default_rng(seed)):
             yield _TOKENS.sub("", example.text or "")
