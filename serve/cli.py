@@ -1,0 +1,58 @@
+"""The ``florence2`` command. An error is one sentence; ``--debug`` adds where it came from.
+
+Exit codes: 0 done, 1 done in part, 2 a request that cannot be done, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Final
+
+import typer
+
+from florence2.errors import FlorenceError
+from serve.commands import register_all
+from serve.console import complain
+
+_DEBUG: Final = "--debug"
+
+app = typer.Typer(
+    name="florence2",
+    help="Label images with Florence-2: from a folder, on this machine.",
+    epilog="Add --debug to any command to see where an error came from.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+register_all(app)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one command line and exits the process."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    words = [word for word in given if word != _DEBUG]
+    try:
+        app(args=words, obj=tuple(words), prog_name="florence2")
+    except FlorenceError as error:
+        _end(error, str(error), 2, debug=_DEBUG in given)
+    except KeyboardInterrupt:
+        complain("Interrupted.")
+        sys.exit(130)
+    # The edge of the program: whatever it is, a labeler gets a sentence and not a traceback.
+    except Exception as error:  # noqa: BLE001
+        text = f"Something unexpected happened ({type(error).__name__}: {error})."
+        _end(error, f"{text} Run again with {_DEBUG} to see where.", 2, debug=_DEBUG in given)
+
+
+def _end(error: BaseException, text: str, code: int, *, debug: bool) -> None:
+    if debug:
+        typer.echo("".join(traceback.format_exception(error)), err=True)
+    complain(text)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

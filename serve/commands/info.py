@@ -1,0 +1,77 @@
+"""``florence2 tasks`` and ``florence2 models``: the two tables, for reading or as JSON."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from serve.console import OUT
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def register(app: typer.Typer) -> None:
+    app.command("models")(models)
+    app.command("tasks")(tasks)
+
+
+def tasks(as_json: AsJson = False) -> None:
+    """List the task prompts: what each takes, what it gives, how long an answer may be."""
+    from florence2.tasks import TASKS
+
+    rows = [
+        {
+            "task": task.token,
+            "name": task.name,
+            "takes": task.takes.value,
+            "gives": task.summary,
+            "max_new_tokens": task.max_new_tokens,
+        }
+        for task in TASKS
+    ]
+    _show(rows, as_json)
+
+
+def models(as_json: AsJson = False) -> None:
+    """List the checkpoints by name: hub repository, size, and whether they are here, complete."""
+    _show(_model_rows(), as_json)
+
+
+def _model_rows() -> list[dict[str, Any]]:
+    from florence2.errors import CheckpointError
+    from florence2.known_checkpoints import CHECKPOINT_NAMES, KNOWN_BY_NAME
+    from florence2.resolve import resolve
+
+    rows: list[dict[str, Any]] = []
+    for name in CHECKPOINT_NAMES:
+        known = KNOWN_BY_NAME.get(name)
+        try:
+            resolve(name, offline=True)
+            here = "yes"
+        except CheckpointError:
+            here = "no"
+        rows.append(
+            {
+                "model": name,
+                "hub": known.repository if known else "comes with the project",
+                "revision": known.revision[:12] if known else "",
+                "size_mb": round(known.weights_bytes / 1e6) if known else 15,
+                "complete_here": here,
+            }
+        )
+    return rows
+
+
+def _show(rows: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in rows[0]:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(str(value) for value in row.values()))
+    OUT.print(table)

@@ -1,0 +1,1 @@
+"""Labeling a folder of images into a project on disk, with no platform at all."""

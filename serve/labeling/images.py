@@ -1,0 +1,155 @@
+"""The images of a folder: finding, naming and reading them, a few ahead of their use."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from PIL import Image, ImageOps
+
+from florence2.errors import ImageError
+from serve.labeling.journal import JOURNAL_NAME
+
+# What the SDK reads back from a project; other formats would vanish from it without a word.
+EXTENSIONS: Final = (
+    ".jpg", ".jpeg", ".jfif", ".mpo", ".bmp", ".png", ".webp", ".tif", ".tiff",
+)  # fmt: skip
+_OTHER_IMAGES: Final = (".gif", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".dng", ".cr2", ".nef")
+_JOIN: Final = "__"
+_MAX_NAME_BYTES: Final = 200
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFile:
+    """``key`` is the path below the images folder; ``name`` is unique in the project."""
+
+    path: Path
+    key: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A file with its pixels, or with the reason why it has none."""
+
+    file: ImageFile
+    picture: Image.Image | None
+    problem: ImageError | None = None
+
+
+def find_images(source: Path, *, recursive: bool, skip: Path) -> Iterator[ImageFile]:
+    """The images under ``source`` in a stable order, without ``skip`` and other runs' outputs."""
+    if source.is_file():
+        if is_image(source.name):
+            yield ImageFile(source, _text(source.name), project_name(source.name, recursive=False))
+        return
+    for key, path in _walk(source, "", recursive=recursive, skip=skip):
+        if is_image(path.name):
+            yield ImageFile(path, key, project_name(key, recursive=recursive))
+
+
+def count_unsupported(source: Path, *, recursive: bool, skip: Path) -> int:
+    """How many files look like images of formats that a project cannot hold."""
+    if source.is_file():
+        return int(source.name.lower().endswith(_OTHER_IMAGES))
+    walked = _walk(source, "", recursive=recursive, skip=skip)
+    return sum(path.name.lower().endswith(_OTHER_IMAGES) for _, path in walked)
+
+
+def is_image(name: str) -> bool:
+    return name.lower().endswith(EXTENSIONS)
+
+
+def project_name(key: str, *, recursive: bool) -> str:
+    """The name in the project: the file's own, with its folders before it in a recursive run.
+
+    ``a/b/1.jpg`` becomes ``a__b__1.jpg``. Where that could also be the name of another path, or is
+    too long or not text, a digest of the path is added, so no two paths ever share a name.
+    """
+    parts = key.split("/")
+    name = _JOIN.join(parts)
+    is_ambiguous = recursive and any(
+        _JOIN in part or (len(parts) > 1 and (part[0] == "_" or part[-1] == "_")) for part in parts
+    )
+    if not is_ambiguous and len(name.encode("utf-8", "replace")) <= _MAX_NAME_BYTES:
+        return name
+    stem, extension = os.path.splitext(name)
+    digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+    short = stem.encode()[: _MAX_NAME_BYTES - 40].decode("utf-8", "ignore")
+    return f"{short}-{digest}{extension}"
+
+
+def _walk(folder: Path, prefix: str, *, recursive: bool, skip: Path) -> Iterator[tuple[str, Path]]:
+    with os.scandir(folder) as listed:
+        entries = sorted(
+            (entry for entry in listed if not entry.name.startswith(".")),
+            key=lambda entry: entry.name,
+        )
+    for entry in entries:
+        key = prefix + _text(entry.name)
+        if entry.is_file():
+            yield key, Path(entry.path)
+        elif recursive and entry.is_dir(follow_symlinks=False):
+            below = Path(entry.path)
+            if below.resolve() != skip and not (below / JOURNAL_NAME).exists():
+                yield from _walk(below, f"{key}/", recursive=recursive, skip=skip)
+
+
+def _text(name: str) -> str:
+    """``name`` with bytes that are not text written out, so that it can be stored and shown."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def read_picture(path: Path) -> Image.Image:
+    """The image in RGB, upright. Raises ImageError for a file that is not a whole image."""
+    try:
+        with Image.open(path) as opened:
+            upright = ImageOps.exif_transpose(opened)
+            picture = upright.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ImageError(
+            f"An image must be a whole file of a known format and {_text(path.name)!r} is not "
+            f"({_reason(error)}); replace the file."
+        ) from error
+    if "exif" in picture.info:
+        del picture.info["exif"]
+    return picture
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split())[:120].replace(
+        "cannot identify image file", "no known format"
+    )
+
+
+def read_ahead(
+    files: Iterable[ImageFile], *, threads: int, ahead: int
+) -> Generator[Loaded, None, None]:
+    """The files in order with their pixels; at most ``ahead`` of them are in memory at once."""
+    with ThreadPoolExecutor(threads, thread_name_prefix="read") as pool:
+        waiting: deque[Future[Loaded]] = deque()
+        try:
+            for file in files:
+                waiting.append(pool.submit(_load, file))
+                if len(waiting) >= ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for pending in waiting:
+                pending.cancel()
+
+
+def _load(file: ImageFile) -> Loaded:
+    try:
+        return Loaded(file, read_picture(file.path))
+    except ImageError as problem:
+        return Loaded(file, None, problem)

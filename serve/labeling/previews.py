@@ -1,0 +1,79 @@
+"""Images with their labels drawn on: class and score beside every object."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from serve.labeling.images import read_picture
+from serve.labeling.project import GrowingProject
+from serve.sdk import sly
+
+PREVIEWS_DIR: Final = "previews"
+MAX_SIDE: Final = 1600
+_WHITE: Final = (255, 255, 255)
+
+
+def preview_path(folder: Path, name: str) -> Path:
+    return folder / f"{name}.jpg"
+
+
+def draw_missing_previews(project: GrowingProject, folder: Path) -> None:
+    """Previews for what was labeled before previews were asked for."""
+    folder.mkdir(exist_ok=True)
+    for name in project.image_names():
+        if not (path := preview_path(folder, name)).exists():
+            picture = read_picture(project.image_path(name))
+            draw_preview(picture, project.read_annotation(name), path)
+
+
+def draw_preview(picture: Image.Image, annotation: sly.Annotation, path: Path) -> None:
+    """Writes a JPEG of at most 1600 px a side."""
+    scale = min(1.0, MAX_SIDE / max(picture.size))
+    if scale < 1:
+        size_wh = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+        picture = picture.resize(size_wh)
+        annotation = annotation.resize((size_wh[1], size_wh[0]))
+    pixels = np.array(picture)
+    thickness = max(1, round(max(picture.size) / 400))
+    annotation.draw_pretty(pixels, thickness=thickness, opacity=0.2)
+    canvas = Image.fromarray(pixels)
+    _write_names(canvas, annotation)
+    canvas.save(path, "JPEG", quality=90)
+
+
+def _write_names(canvas: Image.Image, annotation: sly.Annotation) -> None:
+    height = max(10, min(canvas.size) // 40)
+    pen = _Pen(ImageDraw.Draw(canvas), ImageFont.load_default(size=height))
+    for label in annotation.labels:
+        corner = label.geometry.to_bbox()
+        pen.write(corner.left, corner.top, _title(label), tuple(label.obj_class.color))
+    for row, tag in enumerate(annotation.img_tags, start=1):
+        pen.write(2, row * (height + 6), f"{tag.name}: {tag.value}"[:160], (0, 0, 0))
+
+
+def _title(label: sly.Label) -> str:
+    tags = {tag.name: tag.value for tag in label.tags}
+    score = tags.pop("confidence", None)
+    parts = [label.obj_class.name, *(str(value)[:60] for value in tags.values())]
+    if score is not None:
+        parts.append(f"{score:.2f}")
+    return "  ".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pen:
+    draw: ImageDraw.ImageDraw
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+    def write(self, left: int, bottom: int, text: str, color: tuple[int, ...]) -> None:
+        """``text`` on a patch of ``color`` that ends at ``bottom``, or at the image's top."""
+        box = self.draw.textbbox((0, 0), text, font=self.font)
+        width, height = round(box[2]) + 4, round(box[3]) + 2
+        top = max(0, bottom - height)
+        self.draw.rectangle((left, top, left + width, top + height), fill=color)
+        self.draw.text((left + 2, top), text, fill=_WHITE, font=self.font)

@@ -1,0 +1,103 @@
+"""What a run shows while it works, and how it is told to stop."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Final, Protocol
+
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from serve.console import ERR, say
+
+_LINE_EVERY_S: Final = 30.0
+
+
+class Advance(Protocol):
+    """Told how many images were done since it was last told."""
+
+    def __call__(self, images: int, /) -> None: ...
+
+
+class _RateColumn(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:.2f} images/s" if speed else "- images/s")
+
+
+@contextmanager
+def progress_bar(total: int) -> Iterator[Advance]:
+    """A bar with rate and time left; without a terminal, a line every half minute."""
+    if not ERR.is_terminal:
+        yield _Lines(total)
+        return
+    columns = (
+        TextColumn("Labeling"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _RateColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=ERR, speed_estimate_period=120.0) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda images: bar.advance(task, images)
+
+
+class _Lines:
+    def __init__(self, total: int) -> None:
+        self._total, self._done = total, 0
+        self._started = self._said = time.monotonic()
+
+    def __call__(self, images: int, /) -> None:
+        self._done += images
+        now = time.monotonic()
+        if now - self._said < _LINE_EVERY_S:
+            return
+        self._said = now
+        rate = self._done / (now - self._started)
+        left = (self._total - self._done) / rate
+        say(f"{self._done}/{self._total} images, {rate:.2f} images/s, {left:.0f} s left")
+
+
+@dataclass(slots=True)
+class StopSwitch:
+    """Pulled by the first Ctrl-C; the second one interrupts at once."""
+
+    pulled: bool = False
+
+    def __call__(self) -> bool:
+        return self.pulled
+
+    def pull(self, signum: int, frame: FrameType | None) -> None:
+        if self.pulled:
+            raise KeyboardInterrupt
+        self.pulled = True
+        say("Stopping after the batch in hand; press Ctrl-C again to stop at once.")
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopSwitch]:
+    """While open, Ctrl-C and a polite kill pull the switch instead of ending the process."""
+    switch = StopSwitch()
+    before = {number: signal.signal(number, switch.pull) for number in _SIGNALS}
+    try:
+        yield switch
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)

@@ -1,0 +1,97 @@
+"""A Supervisely project that grows on disk: at every moment the SDK can read what is there."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Final
+
+from serve.annotations import TAG_METAS
+from serve.labeling.files import Workspace
+from serve.labeling.images import ImageFile, is_image
+from serve.labeling.journal import Entry
+from serve.naming import class_color
+from serve.sdk import sly
+
+DATASET: Final = "ds0"
+
+
+class GrowingProject:
+    """Images and annotations of one dataset, ``ds0``.
+
+    The order is what makes a kill harmless: the classes, then the annotation, then the image. The
+    SDK looks for the annotation of every image, and passes over an annotation without one.
+    """
+
+    def __init__(self, workspace: Workspace, *, link: bool) -> None:
+        self._workspace = workspace
+        self._link = link
+        self._meta_path = workspace.root / "meta.json"
+        self._images = workspace.root / DATASET / "img"
+        self._annotations = workspace.root / DATASET / "ann"
+        self._meta = self._stored_meta()
+
+    @property
+    def meta(self) -> sly.ProjectMeta:
+        return self._meta
+
+    def create(self) -> None:
+        self._images.mkdir(parents=True, exist_ok=True)
+        self._annotations.mkdir(exist_ok=True)
+        self._grow([])
+
+    def image_names(self) -> Iterator[str]:
+        with os.scandir(self._images) as listed:
+            yield from (entry.name for entry in listed if is_image(entry.name))
+
+    def read_annotation(self, name: str) -> sly.Annotation:
+        stored = json.loads(self.annotation_path(name).read_text("utf-8"))
+        return sly.Annotation.from_json(stored, self._meta)
+
+    def image_path(self, name: str) -> Path:
+        return self._images / name
+
+    def annotation_path(self, name: str) -> Path:
+        return self._annotations / f"{name}.json"
+
+    def is_kept(self, entry: Entry) -> bool:
+        """Whether the files of an image that was done are still here, and not cut short."""
+        try:
+            size = self.annotation_path(entry.name).stat().st_size
+        except OSError:
+            return False
+        return size > 0 and self.image_path(entry.name).exists()
+
+    def declare(self, class_names: Iterable[str], geometry: type) -> None:
+        """Adds classes before any image has them, in the user's order."""
+        self._grow([sly.ObjClass(name, geometry, class_color(name)) for name in class_names])
+
+    def add(self, file: ImageFile, annotation: sly.Annotation) -> None:
+        self._grow([label.obj_class for label in annotation.labels])
+        text = json.dumps(annotation.to_json(), ensure_ascii=False)
+        self._workspace.write_text(self.annotation_path(file.name), text)
+        self._workspace.bring(file.path, self.image_path(file.name), link=self._link)
+
+    def _stored_meta(self) -> sly.ProjectMeta:
+        if not self._meta_path.exists():
+            return sly.ProjectMeta(tag_metas=list(TAG_METAS.values()))
+        stored = sly.ProjectMeta.from_json(json.loads(self._meta_path.read_text("utf-8")))
+        missing = [meta for name, meta in TAG_METAS.items() if stored.get_tag_meta(name) is None]
+        return stored.add_tag_metas(missing)
+
+    def _grow(self, wanted: Iterable[sly.ObjClass]) -> None:
+        """Adds what is missing; a class that appears in a second shape becomes one of any shape."""
+        before = self._meta
+        for obj_class in wanted:
+            known = self._meta.get_obj_class(obj_class.name)
+            if known is None:
+                self._meta = self._meta.add_obj_class(obj_class)
+            elif known.geometry_type not in (obj_class.geometry_type, sly.AnyGeometry):
+                anything = known.clone(geometry_type=sly.AnyGeometry)
+                others = [c if c.name != known.name else anything for c in self._meta.obj_classes]
+                self._meta = self._meta.clone(obj_classes=others)
+        if self._meta is not before or not self._meta_path.exists():
+            text = json.dumps(self._meta.to_json(), ensure_ascii=False, indent=2)
+            self._workspace.write_text(self._meta_path, text, durable=True)

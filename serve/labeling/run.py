@@ -1,0 +1,167 @@
+"""The run itself: read ahead, ask in batches, write, journal; stop between batches when told."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from PIL import Image
+
+from florence2.errors import FlorenceError, RequestError
+from florence2.records import Failure, Result
+from serve.annotations import Answered, LabelRules, annotation_from_answers
+from serve.labeling.images import ImageFile, Loaded, read_ahead
+from serve.labeling.journal import Entry, Journal
+from serve.labeling.plan import Plan, Prompt
+from serve.labeling.previews import draw_preview, preview_path
+from serve.labeling.project import GrowingProject
+
+_READERS: Final = 3
+# Failures that every image would have in the same way.
+_HOPELESS: Final = ("bad_request", "bad_checkpoint", "bad_device")
+
+
+class Model(Protocol):
+    """The part of ``florence2.Florence2`` that labeling uses."""
+
+    def run_many(self, requests: Sequence[Any]) -> Sequence[Result | Failure]: ...
+
+
+@dataclass(slots=True)
+class RunCounts:
+    """What this run did, beside the totals of the folder."""
+
+    images: int = 0
+    seconds: float = 0.0
+    interrupted: bool = False
+
+    @property
+    def images_per_second(self) -> float:
+        return self.images / self.seconds if self.seconds > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """What a run works with, and whom it tells."""
+
+    model: Model
+    ask: Callable[..., Any]
+    project: GrowingProject
+    journal: Journal
+    on_images: Callable[[int], None]
+    should_stop: Callable[[], bool]
+    counts: RunCounts
+    previews: Path | None = None
+
+
+def label_images(files: Iterable[ImageFile], plan: Plan, tools: Tools, *, batch: int) -> None:
+    """Labels ``files`` in order and journals each batch before the next one begins.
+
+    Raises RequestError, with nothing journaled, when not one image could be asked as planned.
+    """
+    started = time.perf_counter()
+    rules = LabelRules(dict(plan.classes), plan.threshold)
+    loaded = read_ahead(files, threads=_READERS, ahead=batch + _READERS)
+    try:
+        with closing(loaded):
+            for group in _batches(loaded, batch):
+                tools.journal.append(entries := _label_batch(group, plan, rules, tools))
+                tools.counts.images += len(entries)
+                tools.on_images(len(entries))
+                if tools.should_stop():
+                    tools.counts.interrupted = True
+                    break
+    finally:
+        tools.counts.seconds = time.perf_counter() - started
+
+
+def _batches(loaded: Iterator[Loaded], size: int) -> Iterator[list[Loaded]]:
+    while group := list(islice(loaded, size)):
+        yield group
+
+
+def _label_batch(group: list[Loaded], plan: Plan, rules: LabelRules, tools: Tools) -> list[Entry]:
+    readable = [(item.file, item.picture) for item in group if item.picture is not None]
+    answers = _ask(readable, plan, tools)
+    _check_any_hope(answers, tools.journal)
+    entries = [_unreadable(item) for item in group if item.picture is None]
+    for number, (file, picture) in enumerate(readable):
+        own = answers[number * len(plan.prompts) : (number + 1) * len(plan.prompts)]
+        entries.append(_settle(file, picture, own, plan, rules, tools))
+    return entries
+
+
+def _ask(
+    readable: list[tuple[ImageFile, Image.Image]], plan: Plan, tools: Tools
+) -> Sequence[Result | Failure]:
+    asks = [
+        tools.ask(
+            picture,
+            plan.task,
+            text=prompt.text,
+            region=plan.region,
+            num_beams=plan.num_beams,
+            max_new_tokens=plan.max_new_tokens,
+        )
+        for _, picture in readable
+        for prompt in plan.prompts
+    ]
+    return tools.model.run_many(asks) if asks else []
+
+
+def _check_any_hope(answers: Sequence[Result | Failure], journal: Journal) -> None:
+    if journal.totals.images or not answers:
+        return
+    failures = [answer for answer in answers if isinstance(answer, Failure)]
+    if len(failures) == len(answers) and all(one.code in _HOPELESS for one in failures):
+        raise RequestError(failures[0].message)
+
+
+def _unreadable(item: Loaded) -> Entry:
+    problem = item.problem or FlorenceError("The image could not be read.")
+    return _failed(item.file, problem.code, str(problem))
+
+
+def _settle(
+    file: ImageFile,
+    picture: Image.Image,
+    answers: Sequence[Result | Failure],
+    plan: Plan,
+    rules: LabelRules,
+    tools: Tools,
+) -> Entry:
+    """One failed prompt fails the image: half its labels would pass for all of them."""
+    results: list[Result] = []
+    for answer in answers:
+        if isinstance(answer, Failure):
+            return _failed(file, answer.code, answer.message)
+        results.append(answer)
+    answered = [
+        _answered(result, prompt, plan)
+        for result, prompt in zip(results, plan.prompts, strict=True)
+    ]
+    annotation = annotation_from_answers(answered, rules, picture.size)
+    tools.project.add(file, annotation)
+    if tools.previews is not None:
+        draw_preview(picture, annotation, preview_path(tools.previews, file.name))
+    objects = len(annotation.labels)
+    return Entry(
+        image=file.key,
+        name=file.name,
+        state="labeled" if objects or len(annotation.img_tags) else "empty",
+        objects=objects,
+        truncated=sum(result.truncated for result in results),
+    )
+
+
+def _answered(result: Result, prompt: Prompt, plan: Plan) -> Answered:
+    return Answered(result, prompt.class_name, prompt.text, plan.region)
+
+
+def _failed(file: ImageFile, code: str, message: str) -> Entry:
+    return Entry(file.key, file.name, "failed", code=code, message=message[:500])

@@ -1,0 +1,221 @@
+"""One ``florence2 label``: from a plan and two folders to a project and a report."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from florence2.errors import FlorenceError, RequestError
+from florence2.tasks import OutputKind, find_task
+from serve.console import say
+from serve.labeling.exports import export_coco, export_yolo
+from serve.labeling.files import OutputError, Workspace, opened_workspace
+from serve.labeling.images import (
+    EXTENSIONS,
+    ImageFile,
+    count_unsupported,
+    find_images,
+    is_image,
+)
+from serve.labeling.journal import JOURNAL_NAME, Journal, open_journal
+from serve.labeling.plan import Plan
+from serve.labeling.previews import PREVIEWS_DIR, draw_missing_previews
+from serve.labeling.progress import StopSwitch, progress_bar, stop_on_signals
+from serve.labeling.project import GrowingProject
+from serve.labeling.report import Report, report_lines, write_report
+from serve.labeling.run import Model, RunCounts, Tools, label_images
+from serve.sdk import sly
+
+_SHAPES: Final = {
+    OutputKind.GROUNDING: sly.Rectangle,
+    OutputKind.LABELED_BOXES: sly.Rectangle,
+    OutputKind.POLYGONS: sly.Polygon,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Where from, where to, and how; nothing here changes what the labels are."""
+
+    images: Path
+    out: Path
+    batch: int = 8
+    recursive: bool = False
+    link: bool = False
+    coco: bool = False
+    yolo: bool = False
+    draw: bool = False
+    retry_failed: bool = False
+    overwrite: bool = False
+    arguments: tuple[str, ...] = ()
+
+    def command(self, *extra: str) -> str:
+        """The command line of this job, to be typed again."""
+        dropped = ("--overwrite", *extra)
+        kept = [word for word in self.arguments if word not in dropped]
+        return shlex.join(["florence2", *kept, *extra])
+
+
+# Gives a loaded model and the class of its requests; called only when there is work.
+Loader = Callable[[], tuple[Model, Callable[..., Any]]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Desk:
+    """What is open while a run goes on."""
+
+    plan: Plan
+    job: Job
+    project: GrowingProject
+    journal: Journal
+
+    def pending(self) -> Iterator[ImageFile]:
+        """What this run is to look at: what is new, or only what failed before."""
+        for file in _all_images(self.job):
+            if self.job.retry_failed:
+                if self.journal.has_failed(file.key):
+                    yield file
+            elif not self.journal.is_known(file.key):
+                yield file
+
+    def untouched(self) -> int:
+        """Images that no run has looked at."""
+        known = self.journal.is_known
+        return sum(not known(file.key) for file in _all_images(self.job))
+
+
+def label_folder(plan: Plan, job: Job, load: Loader) -> Report:
+    """Labels what is left to label and returns the report, which is also in the folder.
+
+    Raises FlorenceError when the run cannot begin; what was labeled before stays as it is.
+    """
+    _check_input(job)
+    with stop_on_signals() as stop, opened_workspace(job.out) as workspace:
+        if job.overwrite:
+            _set_aside(workspace)
+        settings = _settings(plan, job)
+        project = GrowingProject(workspace, link=job.link)
+        with closing(open_journal(workspace, settings, project.is_kept)) as journal:
+            desk = _Desk(plan, job, project, journal)
+            counts, error = _work(desk, load, stop)
+            report = _report(desk, counts, settings, error)
+        write_report(report, workspace)
+        for line in report_lines(report, job.out):
+            say(line)
+        if report.totals.labeled + report.totals.empty and not counts.interrupted:
+            _export(job, project)
+    return report
+
+
+def _settings(plan: Plan, job: Job) -> dict[str, Any]:
+    where = {"images": str(job.images.resolve()), "recursive": job.recursive}
+    return where | plan.settings()
+
+
+def _all_images(job: Job) -> Iterator[ImageFile]:
+    return find_images(job.images, recursive=job.recursive, skip=job.out.resolve())
+
+
+def _check_input(job: Job) -> None:
+    images, shown = job.images, str(job.images)
+    if not images.exists():
+        raise RequestError(f"Images are read from a folder and {shown!r} does not exist.")
+    if images.is_file() and not is_image(images.name):
+        raise RequestError(
+            f"An image file ends in one of {', '.join(EXTENSIONS)} and {shown!r} does not."
+        )
+    if images.resolve() == job.out.resolve():
+        raise RequestError(f"Images and labels need two folders and got {shown!r} for both.")
+    try:
+        has_image = next(_all_images(job), None) is not None
+    except OSError as error:
+        raise RequestError(f"{shown!r} cannot be read ({error.strerror}).") from error
+    if not has_image:
+        hint = "" if job.recursive else "; add --recursive to look into its subfolders"
+        raise RequestError(
+            f"A folder to label holds images ({', '.join(EXTENSIONS)}) "
+            f"and {shown!r} holds none{hint}."
+        )
+
+
+def _set_aside(workspace: Workspace) -> None:
+    """Moves an earlier run's files to a folder beside this one; the journal goes last."""
+    root = workspace.root
+    if not (root / JOURNAL_NAME).exists():
+        return
+    number = 1
+    while (target := root.with_name(f"{root.name}.old-{number}")).exists():
+        number += 1
+    target.mkdir()
+    names = [path.name for path in root.iterdir() if not path.name.startswith(".")]
+    for name in sorted(names, key=lambda name: name == JOURNAL_NAME):
+        (root / name).rename(target / name)
+    say(f"The earlier labels are now in {target}")
+
+
+def _work(desk: _Desk, load: Loader, stop: StopSwitch) -> tuple[RunCounts, str | None]:
+    """Runs until done, stopped, or stuck; the second value says in a sentence what it stuck on."""
+    total = sum(1 for _ in desk.pending())
+    if not total:
+        return RunCounts(), None
+    counts = RunCounts()
+    try:
+        model, ask = load()
+        _prepare(desk)
+        with progress_bar(total) as advance:
+            previews = desk.job.out / PREVIEWS_DIR if desk.job.draw else None
+            tools = Tools(
+                model, ask, desk.project, desk.journal, advance, stop, counts, previews=previews
+            )
+            label_images(desk.pending(), desk.plan, tools, batch=desk.job.batch)
+    except KeyboardInterrupt:
+        counts.interrupted = True
+    except OSError as error:
+        problem = OutputError(f"Writing into {str(desk.job.out)!r} failed ({error.strerror}).")
+        return counts, _unless_first(desk, problem)
+    except FlorenceError as error:
+        return counts, _unless_first(desk, error)
+    return counts, None
+
+
+def _unless_first(desk: _Desk, error: FlorenceError) -> str:
+    if not desk.journal.totals.images:
+        raise error
+    return str(error)
+
+
+def _prepare(desk: _Desk) -> None:
+    desk.project.create()
+    if desk.job.draw:
+        (desk.job.out / PREVIEWS_DIR).mkdir(exist_ok=True)
+    shape = _SHAPES.get(find_task(desk.plan.task.rsplit("+", 1)[-1]).output)
+    if shape is not None:
+        desk.project.declare(desk.plan.class_names, shape)
+
+
+def _report(desk: _Desk, counts: RunCounts, settings: dict[str, Any], error: str | None) -> Report:
+    job = desk.job
+    return Report(
+        totals=desk.journal.totals,
+        run=counts,
+        pending=desk.untouched(),
+        unsupported=count_unsupported(job.images, recursive=job.recursive, skip=job.out.resolve()),
+        retry_command=job.command("--retry-failed"),
+        resume_command=job.command(),
+        settings=settings,
+        error=error,
+    )
+
+
+def _export(job: Job, project: GrowingProject) -> None:
+    if job.draw:
+        draw_missing_previews(project, job.out / PREVIEWS_DIR)
+        say(f"Previews: {job.out / PREVIEWS_DIR}")
+    if job.coco:
+        say(f"COCO: {export_coco(job.out)}")
+    if job.yolo:
+        say(f"YOLO: {export_yolo(job.out)}")

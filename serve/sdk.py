@@ -1,0 +1,15 @@
+"""The one door to the Supervisely SDK.
+
+Importing the SDK switches Pillow to accepting damaged files for the whole process: half an image
+would then be labeled as if it were whole. Importing it from here switches that back.
+"""
+
+from __future__ import annotations
+
+import supervisely as sly
+from PIL import ImageFile
+from supervisely.annotation.label import LabelingStatus
+
+ImageFile.LOAD_TRUNCATED_IMAGES = False
+
+__all__ = ["LabelingStatus", "sly"]

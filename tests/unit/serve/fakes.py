@@ -1,0 +1,50 @@
+"""A scripted stand-in for the model, at the one edge where labeling meets the engine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+
+from florence2.records import Box, Failure, Region, Result
+
+
+@dataclass(frozen=True)
+class FakeAsk:
+    image: Image.Image
+    task: str
+    text: str | None = None
+    region: Region | None = None
+    num_beams: int | None = None
+    max_new_tokens: int | None = None
+
+
+def result(task: str = "<OD>", *objects: Any, size=(64, 48), text=None, truncated=False, steps=()):
+    return Result(task, size, tuple(objects), text, "", (), truncated, steps=steps)
+
+
+def one_box(ask: FakeAsk) -> Result:
+    label = ask.text or "cat"
+    return result(ask.task, Box((4.0, 4.0, 20.0, 20.0), label, 0.9), size=ask.image.size)
+
+
+@dataclass
+class FakeModel:
+    """Answers each ask with ``answer`` and remembers the colours of the images it was asked about.
+
+    The colour of the top left pixel is how tests tell images apart.
+    """
+
+    answer: Callable[[FakeAsk], Result | Failure] = one_box
+    seconds: float = 0.0
+    asked: list[tuple[int, int, int]] = field(default_factory=list)
+    asks: list[tuple[str, str | None]] = field(default_factory=list)
+
+    def run_many(self, requests: Sequence[FakeAsk]) -> list[Result | Failure]:
+        time.sleep(self.seconds)
+        self.asked += [ask.image.getpixel((0, 0)) for ask in requests]
+        self.asks += [(ask.task, ask.text) for ask in requests]
+        return [self.answer(ask) for ask in requests]
