@@ -119,7 +119,8 @@ def _heart() -> Shape:
     t = np.linspace(0, 2 * math.pi, 48, endpoint=False)
     x = np.sin(t) ** 3 * 0.5
     y = -(13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)) / 29 - 0.08
-    outline = np.stack([x, y], axis=1)
+    keep = (np.abs(x) > 0.09) | (np.abs(x) < 1e-6) | (y < 0)  # straight sides down to the tip
+    outline = np.stack([x, y], axis=1)[keep]
     return Shape(
         outline, _coarse(outline), (Detail(ellipse(-0.24, -0.22, 0.1, 0.08), "shine"),), max_tilt=14
     )
