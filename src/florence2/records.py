@@ -5,9 +5,10 @@ Coordinates are floats in pixels of the original image, x before y, origin top l
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Mapping
+from typing import Any
 
 BoxXyxy = tuple[float, float, float, float]
 SizeWh = tuple[int, int]
@@ -22,11 +23,15 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """A labeled box; ``score`` in [0, 1], see ``florence2.scoring``."""
+    """A labeled box.
+
+    ``score`` is in [0, 1], see ``florence2.scoring``; it is None for an object that was parsed
+    from a string, whose probabilities nobody knows.
+    """
 
     box_xyxy: BoxXyxy
     label: str
-    score: float
+    score: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +40,7 @@ class Quad:
 
     quad_xy: tuple[float, float, float, float, float, float, float, float]
     label: str
-    score: float
+    score: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +49,7 @@ class Polygon:
 
     rings_xy: tuple[tuple[float, ...], ...]
     label: str
-    score: float
+    score: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +57,7 @@ class Text:
     """A caption, a category or read text that has no place on the image of its own."""
 
     label: str
-    score: float
+    score: float | None
 
 
 Object = Box | Quad | Polygon | Text
@@ -114,7 +119,7 @@ class Result:
     token_ids: tuple[int, ...]
     truncated: bool
     notes: tuple[str, ...] = ()
-    steps: tuple["Result", ...] = ()
+    steps: tuple[Result, ...] = ()
     timings_s: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
 
     def to_dict(self) -> dict[str, Any]:

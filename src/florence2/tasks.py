@@ -6,11 +6,13 @@ Sentences and output kinds: the published processor of Florence-2.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
 from florence2.errors import RequestError, unknown_name
+from florence2.tokens import ADDED_TOKENS, BOS, IMAGE, MASK, PAD, UNK
 
 
 class TaskInput(Enum):
@@ -19,6 +21,7 @@ class TaskInput(Enum):
     NONE = "nothing"
     TEXT = "text"
     REGION = "region"
+    OPTIONAL_TEXT = "text or nothing"
 
 
 class OutputKind(Enum):
@@ -48,6 +51,7 @@ class Task:
 
 _NONE, _TEXT, _REGION = TaskInput.NONE, TaskInput.TEXT, TaskInput.REGION
 
+# fmt: off
 TASKS: Final[tuple[Task, ...]] = (
     Task("<CAPTION>", "caption", "What does the image describe?",
          _NONE, OutputKind.TEXT, 128, "one sentence about the image"),
@@ -89,10 +93,10 @@ TASKS: Final[tuple[Task, ...]] = (
          "What is the text in the image, with regions?",
          _NONE, OutputKind.OCR, 1024, "each line of text with its quad"),
 )
+# fmt: on
 
-_BY_NAME: Final = {task.token.lower(): task for task in TASKS} | {
-    task.name: task for task in TASKS
-}
+_BY_NAME: Final = {task.token.lower(): task for task in TASKS} | {task.name: task for task in TASKS}
+_CUSTOM_TOKEN: Final = re.compile(r"<[A-Za-z][A-Za-z0-9_ -]{0,63}>")
 
 
 def find_task(name: str) -> Task:
@@ -105,3 +109,29 @@ def find_task(name: str) -> Task:
     if task is None:
         raise RequestError(unknown_name("task", name, [t.token for t in TASKS]))
     return task
+
+
+def passthrough_task(token: str, max_new_tokens: int = 1024) -> Task:
+    """A fine-tune's own task, such as ``<DocVQA>``: the token and the text go in as they are.
+
+    Its answer is text. Never reached by ``find_task``, so a misspelt task stays an error.
+    Raises RequestError for a published task or another token with a meaning of its own.
+    """
+    if _CUSTOM_TOKEN.fullmatch(token) is None:
+        raise RequestError(
+            f"A custom task is a word in angle brackets such as <DocVQA>, and {token!r} was "
+            "received; correct it."
+        )
+    if token.lower() in _BY_NAME or token in (*ADDED_TOKENS, BOS, PAD, UNK, MASK, IMAGE):
+        raise RequestError(
+            f"{token} has a meaning of its own and cannot be a custom task; ask for it by name."
+        )
+    return Task(
+        token,
+        token.strip("<>").lower(),
+        token + "{input}",
+        TaskInput.OPTIONAL_TEXT,
+        OutputKind.TEXT,
+        max_new_tokens,
+        "a fine-tune's own task",
+    )

@@ -1,0 +1,243 @@
+"""Whatever a caller has (a path, bytes, a picture, an array) as upright 8-bit RGB pixels."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+import struct
+import threading
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any, BinaryIO, Final
+
+import numpy as np
+from PIL import Image, ImageFile
+
+from florence2.errors import ImageError
+from florence2.records import SizeWh
+
+MAX_PIXELS: Final = 200_000_000
+
+ImageSource = str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | np.ndarray
+
+_ORIENTATION_TAG: Final = 0x0112
+_TURNS: Final = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_URL_PATTERN: Final = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]+://|data:)")
+
+# What Pillow's decoders raise on damaged data, found by feeding them random bytes.
+_DAMAGE: Final = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    EOFError,
+    ArithmeticError,
+    RuntimeError,
+    AttributeError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+)
+
+
+class LoadedImage:
+    """An upright picture in 8-bit RGB. ``image`` must not be changed afterwards."""
+
+    def __init__(self, image: Image.Image) -> None:
+        self.image = image
+
+    @property
+    def size_wh(self) -> SizeWh:
+        """Width and height in pixels, after the EXIF rotation."""
+        return self.image.size
+
+    @cached_property
+    def content_hash(self) -> str:
+        """32 hex digits that are equal for equal pixels; computed once."""
+        return content_hash(self.image)
+
+
+def content_hash(image: Image.Image) -> str:
+    """BLAKE2b of an image's mode, size and pixels: 32 hex digits, equal for equal pixels."""
+    digest = hashlib.blake2b(f"{image.mode} {image.size}".encode(), digest_size=16)
+    digest.update(image.tobytes())
+    return digest.hexdigest()
+
+
+def open_image(source: ImageSource | LoadedImage, max_pixels: int = MAX_PIXELS) -> LoadedImage:
+    """Open an image and turn it into upright 8-bit RGB.
+
+    ``source`` is a path, an image file's bytes, a ``PIL.Image``, or a uint8 RGB array
+    ``[height, width, 3]``. The EXIF rotation is applied, transparency is dropped, 16-bit values
+    keep their high byte, and of an animation the first frame is taken. The size is checked in
+    the file's header, before anything is decoded.
+
+    Raises ImageError with one plain sentence for anything that is not such an image.
+    """
+    if isinstance(source, LoadedImage):
+        return source
+    if isinstance(source, Image.Image):
+        return _from_picture(source, "the image", max_pixels)
+    if isinstance(source, np.ndarray):
+        return _from_array(source, max_pixels)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return _from_file(io.BytesIO(source), "the image data", max_pixels)
+    if isinstance(source, (str, os.PathLike)):
+        return _from_path(os.fspath(source), max_pixels)
+    raise ImageError(
+        "An image is a path, bytes, a PIL image or a uint8 RGB array [height, width, 3], "
+        f"and {type(source).__name__} was received; convert it first."
+    )
+
+
+def _from_path(path: str, max_pixels: int) -> LoadedImage:
+    if not isinstance(path, str):
+        raise ImageError("The path of an image must be text, not bytes; decode it first.")
+    if _URL_PATTERN.match(path):
+        raise ImageError(
+            f"Images are not downloaded, and the address {path[:100]!r} was received; "
+            "save the image and give its path."
+        )
+    try:
+        with open(path, "rb") as file:
+            return _from_file(file, repr(path), max_pixels)
+    except FileNotFoundError as error:
+        raise ImageError(f"There is no image {path!r}; check the path.") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ImageError(f"The image {path!r} cannot be read: {reason}.") from error
+
+
+def _from_file(file: BinaryIO, name: str, max_pixels: int) -> LoadedImage:
+    if not file.read(1):
+        raise ImageError(f"An image file must have content, and {name} is empty; send it again.")
+    file.seek(0)
+    try:
+        with _strict_decoding():
+            picture = Image.open(file)
+    except _DAMAGE as error:
+        raise ImageError(
+            f"An image must be in a known format such as JPEG or PNG, and {name} is in none "
+            "or is damaged; convert it or send it again."
+        ) from error
+    with picture:
+        return _from_picture(picture, name, max_pixels)
+
+
+def _from_picture(picture: Image.Image, name: str, max_pixels: int) -> LoadedImage:
+    _check_size(picture.size, name, max_pixels)
+    try:
+        with _strict_decoding():
+            picture.load()
+    except _DAMAGE as error:
+        raise ImageError(
+            f"An image must be complete, and {name} is cut or damaged; send it again."
+        ) from error
+    # A decoder may learn the true size only from the data itself.
+    _check_size(picture.size, name, max_pixels)
+    turn = _TURNS.get(_orientation(picture))
+    try:
+        rgb = _to_rgb(picture)
+    except _DAMAGE as error:
+        raise ImageError(
+            f"The colours of an image must be convertible to RGB, and {name} has mode "
+            f"{picture.mode!r}; convert it to 8-bit RGB."
+        ) from error
+    # A copy, so that the caller may go on drawing on a picture that was RGB already.
+    return LoadedImage(rgb.copy() if turn is None else rgb.transpose(turn))
+
+
+def _from_array(array: np.ndarray[Any, Any], max_pixels: int) -> LoadedImage:
+    if array.ndim != 3 or array.shape[2] != 3:
+        raise ImageError(
+            "An image array must have the shape [height, width, 3], and "
+            f"{list(array.shape)} was received; convert it to RGB."
+        )
+    if array.dtype != np.uint8:
+        raise ImageError(
+            f"An image array must hold uint8 values from 0 to 255, and {array.dtype} was "
+            "received; scale and convert it."
+        )
+    height, width, _ = array.shape
+    _check_size((width, height), "the image array", max_pixels)
+    return LoadedImage(Image.fromarray(np.array(array, order="C", copy=True)))
+
+
+def _check_size(size_wh: SizeWh, name: str, max_pixels: int) -> None:
+    width, height = size_wh
+    if width < 1 or height < 1:
+        raise ImageError(
+            f"An image must have at least one pixel, and {name} is {width}x{height}; "
+            "send another one."
+        )
+    if width * height > max_pixels:
+        raise ImageError(
+            f"An image can have at most {max_pixels / 1e6:g} million pixels, and {name} is "
+            f"{width}x{height}; make it smaller or cut it into parts."
+        )
+
+
+def _orientation(picture: Image.Image) -> int:
+    try:
+        value = picture.getexif().get(_ORIENTATION_TAG, 1)
+    except _DAMAGE:
+        # Damaged metadata is no reason to refuse pixels that are whole.
+        return 1
+    return value if isinstance(value, int) else 1
+
+
+def _to_rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I;16") or picture.mode == "I":
+        return _from_deep_grey(np.asarray(picture))
+    if picture.mode == "F":
+        raise ValueError("floating-point pixels have no agreed range")
+    if picture.mode in ("La", "RGBa"):
+        picture = picture.convert("LA" if picture.mode == "La" else "RGBA")
+    return picture.convert("RGB")
+
+
+def _from_deep_grey(values: np.ndarray[Any, Any]) -> Image.Image:
+    if values.min() < 0 or values.max() > 0xFFFF:
+        raise ValueError("32-bit pixels have no agreed range")
+    return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+
+
+_strict_lock: Final = threading.Lock()
+_strict_depth = 0
+_loose_settings: tuple[bool, int | None] = (False, None)
+
+
+@contextmanager
+def _strict_decoding() -> Iterator[None]:
+    """Pillow's process-wide switches as this module needs them, put back afterwards.
+
+    The platform's SDK makes Pillow accept cut files, whose missing part would be labeled as if
+    it were grey; and Pillow's own size limit is off in favour of the one checked here.
+    Threads may decode side by side: the first one in sets the switches, the last one out resets.
+    """
+    global _strict_depth, _loose_settings
+    with _strict_lock:
+        if _strict_depth == 0:
+            _loose_settings = (ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS)
+            ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = False, None
+        _strict_depth += 1
+    try:
+        yield
+    finally:
+        with _strict_lock:
+            _strict_depth -= 1
+            if _strict_depth == 0:
+                ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = _loose_settings

@@ -1,0 +1,280 @@
+"""Text to token ids and back, for every published layout of a Florence-2 tokenizer.
+
+The original repositories carry BART's plain byte-level BPE and leave the 1024 tokens of
+Florence-2 to be added when loading; native ones carry them, and ``<image>`` besides; fine-tunes
+may add tokens of their own. All of them end up as one ``Vocabulary``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from florence2.errors import CheckpointError, RequestError
+from florence2.pieces import DROPPED_TOKENS, MARKERS, Piece, PieceKind
+from florence2.tokens import (
+    ADDED_TOKENS,
+    BOS,
+    BOS_ID,
+    EOS,
+    EOS_ID,
+    IMAGE,
+    MASK,
+    NUM_LOCATION_BINS,
+    PAD,
+    PAD_ID,
+    UNK,
+    location_token,
+)
+
+_FIXED_IDS: Final = {BOS: BOS_ID, PAD: PAD_ID, EOS: EOS_ID}
+_CONTROL_TOKENS: Final = (BOS, PAD, EOS, UNK, MASK, IMAGE)
+_CONTROL_PATTERN: Final = re.compile("|".join(re.escape(token) for token in _CONTROL_TOKENS))
+
+
+class Vocabulary:
+    """The token ids of one checkpoint. Immutable after construction; safe to share by threads."""
+
+    def __init__(self, tokenizer: Tokenizer, source: str = "the tokenizer") -> None:
+        """Take a loaded byte-level tokenizer and add the published tokens it lacks.
+
+        ``source`` is what an error names. Raises CheckpointError if ``<s>``, ``<pad>`` and
+        ``</s>`` are not 0, 1 and 2, or the location tokens are not consecutive.
+        """
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        missing = [token for token in ADDED_TOKENS if tokenizer.token_to_id(token) is None]
+        tokenizer.add_special_tokens(_as_added(missing))
+        ids_by_token: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
+        _check_fixed_ids(ids_by_token, source)
+        _check_locations(ids_by_token, source)
+        added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+        self._tokenizer = tokenizer
+        self.size: int = max(ids_by_token.values()) + 1
+        self.first_location_id: int = ids_by_token[location_token(0)]
+        self.image_id: int | None = ids_by_token.get(IMAGE)
+        self._bytes_by_id = _spell(ids_by_token, added, self.size)
+        self._dropped_ids = frozenset(ids_by_token[token] for token in DROPPED_TOKENS)
+        self._marker_ids = frozenset(ids_by_token[t] for t in MARKERS if t in ids_by_token)
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Vocabulary:
+        """Read ``tokenizer.json``, or ``vocab.json`` and ``merges.txt`` where it is missing.
+
+        Raises CheckpointError naming the file that is missing, cut or of no known form.
+        """
+        folder = Path(folder)
+        whole = folder / "tokenizer.json"
+        tokenizer = _read_whole(whole) if whole.is_file() else _read_parts(folder)
+        _add_extra_tokens(tokenizer, folder / "added_tokens.json")
+        return cls(tokenizer, str(folder))
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text as it stands: no ``<s>`` in front, no ``</s>`` behind.
+
+        Added tokens such as ``<loc_5>`` are recognised. Text of a caller goes through
+        ``florence2.processing.prompt_sentence`` first, which refuses tokens smuggled into it.
+        """
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode_prompt(self, sentence: str) -> list[int]:
+        """The encoder's text ids: ``<s>``, the sentence, ``</s>``; visual tokens go in front.
+
+        Raises RequestError if the sentence spells ``<s>``, ``</s>``, ``<pad>``, ``<unk>``,
+        ``<mask>`` or ``<image>``.
+        """
+        found = _CONTROL_PATTERN.search(sentence)
+        if found is not None:
+            raise RequestError(
+                f"A prompt must not contain the control token {found.group()}; remove it."
+            )
+        return [BOS_ID, *self.encode(sentence), EOS_ID]
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """The UTF-8 bytes a token spells, possibly part of a character.
+
+        Empty for ids beyond the vocabulary: checkpoints pad their embedding to a round size.
+        """
+        return self._bytes_by_id[token_id] if 0 <= token_id < self.size else b""
+
+    def location_of(self, token_id: int) -> int | None:
+        """The location bin, 0 to 999, that a token stands for, or None."""
+        location_bin = token_id - self.first_location_id
+        return location_bin if 0 <= location_bin < NUM_LOCATION_BINS else None
+
+    def location_id(self, location_bin: int) -> int:
+        """The token id of a location bin, 0 to 999."""
+        if not 0 <= location_bin < NUM_LOCATION_BINS:
+            raise ValueError(f"A location bin is 0 to {NUM_LOCATION_BINS - 1}, not {location_bin}.")
+        return self.first_location_id + location_bin
+
+    def pieces(
+        self, token_ids: Sequence[int], log_probs: Sequence[float] | None = None
+    ) -> tuple[Piece, ...]:
+        """What the parser reads: one piece per token, without ``<s>``, ``</s>`` and ``<pad>``.
+
+        ``log_probs`` has one natural logarithm per token id, or is None when unknown.
+        """
+        if log_probs is not None and len(log_probs) != len(token_ids):
+            raise ValueError(
+                f"One log-probability per token is needed: {len(token_ids)} token ids, "
+                f"{len(log_probs)} log-probabilities."
+            )
+        return tuple(
+            self._piece(token_id, None if log_probs is None else log_probs[position])
+            for position, token_id in enumerate(token_ids)
+            if token_id not in self._dropped_ids
+        )
+
+    def answer_text(self, token_ids: Iterable[int]) -> str:
+        """The generated string, special tokens spelled out, but for ``<s> </s> <pad>``."""
+        kept = (self.bytes_of(i) for i in token_ids if i not in self._dropped_ids)
+        return b"".join(kept).decode("utf-8", errors="replace")
+
+    def _piece(self, token_id: int, log_prob: float | None) -> Piece:
+        location_bin = self.location_of(token_id)
+        if location_bin is not None:
+            kind = PieceKind.LOCATION
+        else:
+            kind = PieceKind.MARKER if token_id in self._marker_ids else PieceKind.TEXT
+        return Piece(kind, self.bytes_of(token_id), location_bin, log_prob)
+
+
+def _as_added(tokens: Iterable[str]) -> list[AddedToken]:
+    return [AddedToken(token, normalized=False, special=True) for token in tokens]
+
+
+def _check_fixed_ids(ids_by_token: dict[str, int], source: str) -> None:
+    for token, expected in _FIXED_IDS.items():
+        if ids_by_token.get(token) != expected:
+            raise CheckpointError(
+                f"The tokenizer of {source} must give {token} the id {expected}, but gives "
+                f"{ids_by_token.get(token)}; this is not a Florence-2 tokenizer."
+            )
+
+
+def _check_locations(ids_by_token: dict[str, int], source: str) -> None:
+    first = ids_by_token[location_token(0)]
+    for location_bin in range(NUM_LOCATION_BINS):
+        token = location_token(location_bin)
+        if ids_by_token[token] != first + location_bin:
+            raise CheckpointError(
+                f"The location tokens of {source} must have consecutive ids, but {token} has "
+                f"{ids_by_token[token]} instead of {first + location_bin}; "
+                "download the tokenizer again."
+            )
+
+
+def _spell(ids_by_token: dict[str, int], added: set[str], size: int) -> tuple[bytes, ...]:
+    spelled = [b""] * size
+    byte_of_char = _byte_level_alphabet()
+    for token, token_id in ids_by_token.items():
+        if token not in added and all(char in byte_of_char for char in token):
+            spelled[token_id] = bytes(byte_of_char[char] for char in token)
+        else:
+            spelled[token_id] = token.encode("utf-8")
+    return tuple(spelled)
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """The character that stands for each byte in a byte-level BPE vocabulary.
+
+    Bytes that are printable Latin-1 stand for themselves; the other 68 are numbered from U+0100.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    shifted = {chr(0x100 + position): byte for position, byte in enumerate(others)}
+    return {chr(byte): byte for byte in printable} | shifted
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"The checkpoint has no {path.name}: {path} is missing; download it again."
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); download it again.") from error
+
+
+def _damaged(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path} is cut or damaged; download it again.")
+
+
+def _read_json_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(_read_text(path))
+    except ValueError as error:
+        raise _damaged(path) from error
+    if not isinstance(content, dict):
+        raise _damaged(path)
+    return content
+
+
+def _read_whole(path: Path) -> Tokenizer:
+    # Parsed first because the tokenizers package reports damage as a plain Exception.
+    content = _read_json_object(path)
+    try:
+        return Tokenizer.from_str(json.dumps(content))
+    except Exception as error:
+        raise _damaged(path) from error
+
+
+def _read_parts(folder: Path) -> Tokenizer:
+    vocab_path, merges_path = folder / "vocab.json", folder / "merges.txt"
+    if not vocab_path.is_file():
+        raise CheckpointError(
+            f"{folder} has neither tokenizer.json nor vocab.json; download the checkpoint again."
+        )
+    vocab = _read_json_object(vocab_path)
+    merges = _read_merges(merges_path)
+    try:
+        tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    except Exception as error:
+        raise CheckpointError(
+            f"{vocab_path} and {merges_path.name} do not belong together; download both again."
+        ) from error
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(_as_added(t for t in (BOS, PAD, EOS, UNK) if t in vocab))
+    if MASK in vocab:
+        tokenizer.add_special_tokens(
+            [AddedToken(MASK, lstrip=True, normalized=False, special=True)]
+        )
+    return tokenizer
+
+
+def _read_merges(path: Path) -> list[tuple[str, str]]:
+    merges: list[tuple[str, str]] = []
+    for line in _read_text(path).split("\n"):
+        if not line.strip() or line.startswith("#version"):
+            continue
+        parts = line.rstrip("\r").split(" ")
+        if len(parts) != 2:
+            raise _damaged(path)
+        merges.append((parts[0], parts[1]))
+    return merges
+
+
+def _add_extra_tokens(tokenizer: Tokenizer, path: Path) -> None:
+    """Add the tokens of a fine-tune in the order of their ids, and insist on those ids."""
+    if not path.is_file():
+        return
+    content = _read_json_object(path)
+    if not all(isinstance(token_id, int) for token_id in content.values()):
+        raise _damaged(path)
+    for token, token_id in sorted(content.items(), key=lambda entry: entry[1]):
+        if tokenizer.token_to_id(token) is None:
+            tokenizer.add_special_tokens(_as_added([token]))
+        if tokenizer.token_to_id(token) != token_id:
+            raise CheckpointError(
+                f"{path} gives {token!r} the id {token_id}, but the tokenizer beside it gives "
+                f"{tokenizer.token_to_id(token)}; the files do not belong together."
+            )
