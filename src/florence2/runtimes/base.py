@@ -1,0 +1,44 @@
+"""What the engine needs of a runtime; each way to run the network implements it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from florence2.generate import Session
+
+Pixels = npt.NDArray[np.float32]
+
+
+class Runtime(Protocol):
+    """Runs the network on one device in one precision."""
+
+    name: str
+    device: str
+    precision: str
+
+    def encode_images(self, pixels: Pixels) -> Tensor:
+        """Visual tokens [B, num_visual_tokens, d_model] of ``pixels`` [B, 3, H, W]."""
+        ...
+
+    def start(
+        self,
+        features: Sequence[Tensor],
+        prompt_ids: Sequence[Sequence[int]],
+        num_beams: int,
+        max_new_tokens: int,
+    ) -> Session:
+        """A decoding session: one item per prompt, its image's visual tokens in ``features``."""
+        ...
+
+    def is_out_of_memory(self, error: BaseException) -> bool:
+        """Whether ``error`` says that this runtime's device has no memory left."""
+        ...
+
+    def free_memory(self) -> None:
+        """Gives cached device memory back before a smaller batch is tried."""
+        ...

@@ -1,0 +1,104 @@
+"""The PyTorch runtime: the network on a CPU or a CUDA device, in one stated precision."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from florence2.errors import DeviceError, unknown_name
+from florence2.network.florence import Florence2Network
+from florence2.network.session import DecoderSession
+from florence2.runtimes.base import Pixels
+from florence2.tokens import PAD_ID
+
+PRECISIONS: Final = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
+
+def choose_device(name: str) -> torch.device:
+    """The torch device for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; DeviceError otherwise."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+        raise DeviceError(unknown_name("device", name, ["auto", "cpu", "cuda", "cuda:0"]))
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise DeviceError(
+            f"Device {name!r} needs a CUDA GPU and this machine's torch sees none; use 'cpu'."
+        )
+    if index and kind == "cuda" and int(index) >= torch.cuda.device_count():
+        raise DeviceError(
+            f"Device {name!r} does not exist: this machine has {torch.cuda.device_count()} CUDA "
+            "device(s), counted from 0."
+        )
+    return torch.device(kind if kind == "cpu" or not index else name)
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """``auto`` is bf16 on GPUs that compute in it, fp16 on older ones, and fp32 on a CPU."""
+    if name == "auto":
+        if device.type == "cpu":
+            return "fp32"
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    if name not in PRECISIONS:
+        raise DeviceError(unknown_name("precision", name, ["auto", *PRECISIONS]))
+    if name == "fp16" and device.type == "cpu":
+        raise DeviceError("Precision 'fp16' is for GPUs; on a CPU use 'fp32' or 'bf16'.")
+    return name
+
+
+class TorchRuntime:
+    """Runs a network whose weights are already on ``device`` in ``precision``."""
+
+    name = "torch"
+
+    def __init__(self, network: Florence2Network, device: torch.device, precision: str) -> None:
+        self.network = network.to(device=device, dtype=PRECISIONS[precision]).eval()
+        self.network.prepare_for_inference()
+        self.device = str(device)
+        self.precision = precision
+        self._device = device
+        self._dtype = PRECISIONS[precision]
+
+    @torch.inference_mode()
+    def encode_images(self, pixels: Pixels) -> Tensor:
+        """Visual tokens [B, num_visual_tokens, d_model] of ``pixels`` [B, 3, H, W]."""
+        return self.network.encode_images(
+            torch.from_numpy(pixels).to(device=self._device, dtype=self._dtype)
+        )
+
+    @torch.inference_mode()
+    def start(
+        self,
+        features: Sequence[Tensor],
+        prompt_ids: Sequence[Sequence[int]],
+        num_beams: int,
+        max_new_tokens: int,
+    ) -> DecoderSession:
+        """A decoding session; prompts of different lengths are padded and masked."""
+        width = max(len(ids) for ids in prompt_ids)
+        rows = [[*ids, *[PAD_ID] * (width - len(ids))] for ids in prompt_ids]
+        prompts = torch.tensor(rows, device=self._device)
+        mask = torch.tensor(
+            [[place < len(ids) for place in range(width)] for ids in prompt_ids],
+            device=self._device,
+        )
+        states, states_mask = self.network.encode_prompts(torch.stack(list(features)), prompts, mask)
+        return DecoderSession(self.network, states, states_mask, num_beams, max_new_tokens)
+
+    def is_out_of_memory(self, error: BaseException) -> bool:
+        """Whether torch could not allocate; on a CPU it says so only in the message."""
+        if isinstance(error, torch.OutOfMemoryError | MemoryError):
+            return True
+        return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+    def free_memory(self) -> None:
+        """Returns torch's cached GPU blocks to the device."""
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()

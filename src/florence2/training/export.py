@@ -1,0 +1,77 @@
+"""Writes a trained network as a checkpoint folder in the native layout."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from florence2.network.florence import Florence2Network
+from florence2.training.demo_config import BASE_VOCABULARY, GRID_SIDE, IMAGE_SIDE_PX
+from florence2.training.tokenizer_build import build_tokenizer
+from florence2.training.tokenizer_text import tokenizer_texts
+
+_GENERATION = {
+    "num_beams": 3,
+    "early_stopping": True,
+    # The demo's paragraphs repeat trigrams on purpose ("is on the"); the ban would cut them.
+    "no_repeat_ngram_size": 0,
+    "length_penalty": 1.0,
+    "bos_token_id": 0,
+    "pad_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+    "forced_bos_token_id": 0,
+    "forced_eos_token_id": 2,
+}
+
+_IMAGE_PROCESSOR = {
+    "image_processor_type": "CLIPImageProcessor",
+    "do_resize": True,
+    "size": {"height": IMAGE_SIDE_PX, "width": IMAGE_SIDE_PX},
+    "resample": 3,
+    "do_center_crop": False,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "do_convert_rgb": True,
+    "image_mean": [0.485, 0.456, 0.406],
+    "image_std": [0.229, 0.224, 0.225],
+    "image_seq_length": GRID_SIDE * GRID_SIDE + 1,
+}
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes ``content`` so that a kill leaves the old file or the new one."""
+    partial = path.with_suffix(path.suffix + ".part")
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def write_tokenizer_and_processor(folder: Path) -> None:
+    """The files beside the weights; made once, the same for every step of a training."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "tokenizer.json").exists():
+        return
+    write_json(folder / "preprocessor_config.json", _IMAGE_PROCESSOR)
+    write_json(folder / "generation_config.json", _GENERATION)
+    build_tokenizer(folder, tokenizer_texts(), BASE_VOCABULARY)
+
+
+def save_checkpoint(network: Florence2Network, folder: Path) -> None:
+    """Weights in float16 and the config; a tied head is stored once, as in the reference."""
+    write_json(folder / "config.json", network.config.to_native_dict())
+    shared = "model.language_model.shared.weight"
+    tied = ("lm_head.weight", "embed_tokens.weight")
+    state = {
+        name: tensor.detach().to(torch.float16).contiguous()
+        for name, tensor in network.state_dict().items()
+        if name == shared or not name.endswith(tied)
+    }
+    partial = folder / "model.safetensors.part"
+    save_file(state, str(partial), metadata={"format": "pt"})
+    os.replace(partial, folder / "model.safetensors")
