@@ -46,7 +46,7 @@ def parse_steps(name: str) -> tuple[Task, ...]:
 def _check_follows(before: Task, task: Task) -> None:
     if task.takes is TaskInput.NONE:
         raise RequestError(
-            f"A later step of a cascade must take text or a region, and {task.token} takes nothing; "
+            f"A later step of a cascade takes text or a region, and {task.token} takes neither; "
             "ask for it on its own."
         )
     if before.takes is TaskInput.REGION or before.output not in _FIRST_OUTPUTS[task.takes]:

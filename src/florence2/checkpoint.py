@@ -75,8 +75,20 @@ def open_checkpoint(
 
 
 def load_weights(checkpoint: Checkpoint, dtype: torch.dtype) -> Florence2Network:
-    """The checkpoint's network in ``dtype`` on the CPU; CheckpointError if the weights misfit."""
-    return build_network(checkpoint.config, read_weights(checkpoint.folder), dtype)
+    """The checkpoint's network in ``dtype`` on the CPU.
+
+    Raises CheckpointError if the weights do not fit the config, or the words do not fit them.
+    """
+    network = build_network(checkpoint.config, read_weights(checkpoint.folder), dtype)
+    vocabulary, rows = checkpoint.vocabulary, network.config.text.vocab_size
+    # Visual features are put in front of a prompt, so <image> itself is never looked up.
+    is_image_last = vocabulary.image_id == vocabulary.size - 1
+    if vocabulary.size - is_image_last > rows:
+        raise CheckpointError(
+            f"The tokenizer in {checkpoint.folder} has {vocabulary.size} tokens and the weights "
+            f"have rows for {rows}; put the tokenizer files that belong to these weights there."
+        )
+    return network
 
 
 def generation_settings(
@@ -113,8 +125,9 @@ def _is_early_stopping(value: object) -> bool:
 
 
 def _is_penalty(value: object) -> bool:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_number and abs(value) <= _MAX_PENALTY
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return abs(value) <= _MAX_PENALTY
 
 
 _RULES: Final[dict[str, tuple[Callable[[Any], bool], str]]] = {

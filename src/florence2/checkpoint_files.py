@@ -21,6 +21,7 @@ ADAPTER_CONFIG: Final = "adapter_config.json"
 SAFETENSORS: Final = "model.safetensors"
 SAFETENSORS_INDEX: Final = "model.safetensors.index.json"
 PICKLED: Final = "pytorch_model.bin"
+PICKLED_INDEX: Final = "pytorch_model.bin.index.json"
 
 _TOKENIZERS: Final = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 _SMALL_FILES: Final = (
@@ -35,7 +36,10 @@ _SMALL_FILES: Final = (
     "added_tokens.json",
     "special_tokens_map.json",
 )
-_SHARD: Final = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_SHARDS: Final = {
+    SAFETENSORS_INDEX: re.compile(r"model-\d{5}-of-\d{5}\.safetensors"),
+    PICKLED_INDEX: re.compile(r"pytorch_model-\d{5}-of-\d{5}\.bin"),
+}
 _MANIFEST_FORMAT: Final = 1
 _READ_BYTES: Final = 4 * 1024 * 1024
 _MAX_HEADER_BYTES: Final = 100 * 1024 * 1024
@@ -143,15 +147,13 @@ def choose_files(names: Iterable[str], source: str) -> tuple[str, ...]:
 
 
 def _choose_weights(present: set[str], source: str) -> tuple[str, ...]:
-    if SAFETENSORS in present:
-        return (SAFETENSORS,)
-    if SAFETENSORS_INDEX in present:
-        return (SAFETENSORS_INDEX, *sorted(filter(_SHARD.fullmatch, present)))
-    if PICKLED in present:
-        return (PICKLED,)
+    for name in (SAFETENSORS, SAFETENSORS_INDEX, PICKLED, PICKLED_INDEX):
+        if name in present:
+            shard = _SHARDS.get(name)
+            return (name, *(sorted(filter(shard.fullmatch, present)) if shard else ()))
     raise CheckpointError(
-        f"{source} holds no weights ({SAFETENSORS}, {SAFETENSORS_INDEX} with its parts, or "
-        f"{PICKLED}); add them."
+        f"{source} holds no weights ({SAFETENSORS} or {PICKLED}, or the index of either with its "
+        "parts); add them."
     )
 
 
@@ -162,27 +164,23 @@ def check_folder(folder: Path) -> tuple[str, ...]:
     """
     names = choose_files((path.name for path in folder.iterdir() if path.is_file()), str(folder))
     read_json(folder / CONFIG)
-    if SAFETENSORS_INDEX in names:
-        _check_shards(folder, names)
     for name in names:
-        if name.endswith(".safetensors"):
+        if name in _SHARDS:
+            _check_shards(folder, name, names)
+        elif name.endswith(".safetensors"):
             _check_safetensors(folder / name)
-        elif name == PICKLED:
+        elif name.endswith(".bin"):
             _check_pickled(folder / name)
     return names
 
 
-def _check_shards(folder: Path, names: tuple[str, ...]) -> None:
-    weight_map = read_json(folder / SAFETENSORS_INDEX).get("weight_map")
+def _check_shards(folder: Path, index: str, names: tuple[str, ...]) -> None:
+    weight_map = read_json(folder / index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(
-            f"{folder / SAFETENSORS_INDEX} lists no weights; put a whole copy in its place."
-        )
-    for shard in sorted(set(weight_map.values())):
+        raise CheckpointError(f"{folder / index} lists no weights; put a whole copy in its place.")
+    for shard in sorted(set(map(str, weight_map.values()))):
         if shard not in names:
-            raise CheckpointError(
-                f"{folder} lacks {shard}, which {SAFETENSORS_INDEX} lists; add that file."
-            )
+            raise CheckpointError(f"{folder} lacks {shard}, which {index} lists; add that file.")
 
 
 def _check_safetensors(path: Path) -> None:

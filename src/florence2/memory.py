@@ -15,7 +15,7 @@ Item = TypeVar("Item")
 Done = TypeVar("Done")
 
 
-class OutOfMemory(FlorenceError):
+class OutOfMemoryError(FlorenceError):
     """One request alone does not fit into the device's memory."""
 
     code = "out_of_memory"
@@ -24,7 +24,7 @@ class OutOfMemory(FlorenceError):
 def run_halving(
     items: Sequence[Item], run: Callable[[Sequence[Item]], Sequence[Done]], runtime: Runtime
 ) -> list[Done | FlorenceError]:
-    """``run(items)``, in halves when the device has no memory left; one value per item, in order."""
+    """``run(items)``, in halves when the device has no memory left; one value per item."""
     try:
         return list(run(items))
     except (RuntimeError, MemoryError) as error:
@@ -35,7 +35,7 @@ def run_halving(
     runtime.free_memory()
     if len(items) == 1:
         return [
-            OutOfMemory(
+            OutOfMemoryError(
                 f"One request alone does not fit into the memory of {runtime.device}; close other "
                 "programs, or use a smaller checkpoint or fewer beams."
             )

@@ -36,7 +36,8 @@ class Florence2Network(nn.Module):
         self.model = FlorenceModel(config)
         self.lm_head = FewRowsLinear(config.text.d_model, config.text.vocab_size, bias=False)
         self.tie()
-        self.reset_parameters()
+        if not self.lm_head.weight.is_meta:
+            self.reset_parameters()
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Normalised pixels [B, 3, H, W] -> visual tokens [B, N_visual, d_model]."""

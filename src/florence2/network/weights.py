@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final
@@ -25,6 +26,19 @@ WEIGHT_FILES: Final = (
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
+)
+# What the readers of torch and safetensors raise on files that were cut or overwritten.
+DAMAGE: Final = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    EOFError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    struct.error,
+    SafetensorError,
 )
 SHARED: Final = "model.language_model.shared.weight"
 HEAD: Final = "lm_head.weight"
@@ -101,7 +115,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
             f"The weight file {path} is damaged or holds more than tensors, which is never "
             "loaded; download it again or take a safetensors file."
         ) from error
-    except (OSError, RuntimeError, ValueError, EOFError, SafetensorError) as error:
+    except DAMAGE as error:
         raise _damaged(path) from error
     if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
         raise CheckpointError(

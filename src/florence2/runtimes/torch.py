@@ -89,7 +89,9 @@ class TorchRuntime:
             [[place < len(ids) for place in range(width)] for ids in prompt_ids],
             device=self._device,
         )
-        states, states_mask = self.network.encode_prompts(torch.stack(list(features)), prompts, mask)
+        states, states_mask = self.network.encode_prompts(
+            torch.stack(list(features)), prompts, mask
+        )
         return DecoderSession(self.network, states, states_mask, num_beams, max_new_tokens)
 
     def is_out_of_memory(self, error: BaseException) -> bool:

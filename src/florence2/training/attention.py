@@ -46,4 +46,5 @@ def _attend(
         scores = scores.masked_fill(~attn_mask, -1e4)
     elif attn_mask is not None:
         scores = scores + attn_mask
-    return scores.softmax(-1).to(value.dtype) @ value
+    mixed: Tensor = scores.softmax(-1).to(value.dtype) @ value
+    return mixed

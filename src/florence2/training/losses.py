@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 from florence2.tokens import NUM_LOCATION_BINS
 
@@ -89,13 +89,13 @@ class GridHead(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Loss of ``visual`` [B, G, d]; ``locations`` [1000, d] are the location embeddings."""
         objectness, kind, colour, words = self.classify(visual).float().split(self.sizes, dim=-1)
-        loss = F.binary_cross_entropy_with_logits(objectness[..., 0], targets.objectness)
-        loss = loss + F.cross_entropy(words.flatten(0, 1), targets.words.flatten() + 1)
+        loss = functional.binary_cross_entropy_with_logits(objectness[..., 0], targets.objectness)
+        loss = loss + functional.cross_entropy(words.flatten(0, 1), targets.words.flatten() + 1)
         covered = targets.kind >= 0
         if not bool(covered.any()):
             return loss, torch.zeros((), device=loss.device)
-        loss = loss + F.cross_entropy(kind[covered], targets.kind[covered])
-        loss = loss + F.cross_entropy(colour[covered], targets.colour[covered])
+        loss = loss + functional.cross_entropy(kind[covered], targets.kind[covered])
+        loss = loss + functional.cross_entropy(colour[covered], targets.colour[covered])
         corners = self.corners(visual[covered]).view(-1, 4, locations.shape[1])
         logits = corners @ locations.T
         bins = (targets.boxes_xyxy[covered] * NUM_LOCATION_BINS).long().clamp(0, 999).flatten()

@@ -194,7 +194,7 @@ class Trainer:
         sigma = self.plan.sigma_bins + 16.0 * math.exp(-self.step / 500)
         half = self.plan.precision == "bf16"
         with torch.autocast("cpu", torch.bfloat16, enabled=half), ExplicitAttention():
-            loss, figures = self.learner(batch, sigma)
+            loss, figures = self.learner.forward(batch, sigma)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]

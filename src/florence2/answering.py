@@ -1,0 +1,154 @@
+"""Answers many asks: images are encoded once, the steps of cascades run round by round."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from florence2.ask import AnyImage, Ask, as_region
+from florence2.cache import EncodedImage
+from florence2.cascade import join_region_answers, join_text_answer, parse_steps, regions_of
+from florence2.engine import Engine, Prompt
+from florence2.errors import FlorenceError
+from florence2.images import LoadedImage, open_image
+from florence2.records import GenerationSettings, Region, Result
+from florence2.tasks import Task, TaskInput
+
+Outcome = Result | FlorenceError
+
+
+@dataclass(slots=True)
+class _Progress:
+    """How far one ask has come: its steps, and what they have found so far."""
+
+    ask: Ask
+    image: EncodedImage
+    steps: tuple[Task, ...]
+    settings: GenerationSettings
+    done: int = 0
+    found: Result | None = None
+    error: FlorenceError | None = None
+    regions: list[tuple[Region, str]] = field(default_factory=list)
+
+    @property
+    def is_open(self) -> bool:
+        return self.error is None and self.done < len(self.steps)
+
+    @property
+    def name(self) -> str:
+        return "+".join(task.token for task in self.steps[: self.done + 1])
+
+
+def answer_all(engine: Engine, asks: Sequence[Ask]) -> list[Outcome]:
+    """One result or error per ask, in order; one ask's error does not touch the others."""
+    encoded = encode_all(engine, [ask.image for ask in asks])
+    outcomes: list[FlorenceError | _Progress] = []
+    for ask, image in zip(asks, encoded, strict=True):
+        outcomes.append(_begin(engine, ask, image))
+    running = [outcome for outcome in outcomes if isinstance(outcome, _Progress)]
+    while any(progress.is_open for progress in running):
+        _run_round(engine, [progress for progress in running if progress.is_open])
+    return [_finished(outcome) for outcome in outcomes]
+
+
+def encode_all(engine: Engine, images: Sequence[AnyImage]) -> list[EncodedImage | FlorenceError]:
+    """The encoded images in order; the same path, object or content is encoded once."""
+    opened: dict[object, LoadedImage | EncodedImage | FlorenceError] = {}
+    keys = [_identity(image) for image in images]
+    for key, image in zip(keys, images, strict=True):
+        if key not in opened:
+            opened[key] = _opened(image)
+    loaded = {key: image for key, image in opened.items() if isinstance(image, LoadedImage)}
+    encoded = dict(zip(loaded, engine.encode(list(loaded.values())), strict=True))
+    settled: dict[object, EncodedImage | FlorenceError] = {}
+    for key, found in opened.items():
+        settled[key] = encoded[key] if isinstance(found, LoadedImage) else found
+    return [settled[key] for key in keys]
+
+
+def _identity(image: AnyImage) -> object:
+    return image if isinstance(image, str | bytes) else id(image)
+
+
+def _opened(image: AnyImage) -> LoadedImage | EncodedImage | FlorenceError:
+    if isinstance(image, EncodedImage):
+        return image
+    try:
+        return open_image(image)
+    except FlorenceError as error:
+        return error
+
+
+def _begin(
+    engine: Engine, ask: Ask, image: EncodedImage | FlorenceError
+) -> FlorenceError | _Progress:
+    if isinstance(image, FlorenceError):
+        return image
+    try:
+        steps = parse_steps(ask.task)
+        settings = ask.settings(engine.checkpoint.generation)
+        engine.check_image(image)
+        return _Progress(ask, image, steps, settings)
+    except FlorenceError as error:
+        return error
+
+
+def _run_round(engine: Engine, running: Sequence[_Progress]) -> None:
+    """The next step of every open ask, in shared batches."""
+    prompts: list[Prompt] = []
+    counts: list[int] = []
+    for progress in running:
+        try:
+            own = _next_prompts(engine, progress)
+        except FlorenceError as error:
+            progress.error, own = error, []
+        prompts += own
+        counts.append(len(own))
+    results = engine.answer(prompts)
+    for progress, count in zip(running, counts, strict=True):
+        _settle(progress, results[:count])
+        results = results[count:]
+
+
+def _next_prompts(engine: Engine, progress: _Progress) -> list[Prompt]:
+    task = progress.steps[progress.done]
+    before, ask = progress.found, progress.ask
+
+    def prompt(text: str | None, region: Region | None) -> Prompt:
+        return engine.prepare(task, progress.image, text, region, progress.settings)
+
+    if before is None:
+        later_takes_it = task.takes is TaskInput.NONE and len(progress.steps) > 1
+        return [prompt(None if later_takes_it else ask.text, as_region(ask.region))]
+    if task.takes is TaskInput.REGION:
+        progress.regions = regions_of(before)
+        return [prompt(None, region) for region, _ in progress.regions]
+    return [prompt(before.text, None)] if before.text else []
+
+
+def _settle(progress: _Progress, results: Sequence[Outcome]) -> None:
+    if progress.error is not None:
+        return
+    answers = [result for result in results if isinstance(result, Result)]
+    if len(answers) < len(results):
+        progress.error = next(error for error in results if isinstance(error, FlorenceError))
+        return
+    before = progress.found
+    if before is None:
+        progress.found = answers[0]
+    elif progress.steps[progress.done].takes is TaskInput.REGION:
+        progress.found = join_region_answers(progress.name, before, progress.regions, answers)
+    elif answers:
+        progress.found = join_text_answer(progress.name, before, answers[0])
+    else:
+        # The step before found no text, so there is nothing to look for.
+        progress.found = replace(before, task=progress.name, objects=(), steps=(before,))
+    progress.done += 1
+
+
+def _finished(outcome: FlorenceError | _Progress) -> Outcome:
+    if isinstance(outcome, FlorenceError):
+        return outcome
+    if outcome.error is not None or outcome.found is None:
+        return outcome.error or FlorenceError("The request was not answered; send it again.")
+    return outcome.found

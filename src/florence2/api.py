@@ -1,0 +1,212 @@
+"""``Florence2``: a checkpoint's abilities as methods, on an image or a list of images."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from florence2.answering import answer_all, encode_all
+from florence2.ask import AnyImage, AnyRegion, Ask, name_of
+from florence2.checkpoint import load_weights, open_checkpoint
+from florence2.engine import Engine
+from florence2.errors import DeviceError, FlorenceError, RequestError, unknown_name
+from florence2.hub import ProgressCallback
+from florence2.records import Failure, Result
+from florence2.runtimes.torch import PRECISIONS, TorchRuntime, choose_device, choose_precision
+
+logger = logging.getLogger(__name__)
+
+RUNTIMES: Final = ("auto", "torch")
+CACHE_BYTES: Final = 256 * 2**20
+GRANULARITIES: Final = {
+    "normal": "<CAPTION>",
+    "detailed": "<DETAILED_CAPTION>",
+    "very_detailed": "<MORE_DETAILED_CAPTION>",
+}
+# On a CPU a larger batch of images is no faster and only takes memory.
+_IMAGE_BATCH: Final = {"cpu": 1, "cuda": 16}
+_PROMPT_BATCH: Final = {"cpu": 8, "cuda": 32}
+
+Granularity = Literal["normal", "detailed", "very_detailed"]
+LabelsMode = Literal["classes", "captions"]
+Images = AnyImage | list[AnyImage] | tuple[AnyImage, ...]
+
+
+class Florence2:
+    """A loaded checkpoint.
+
+    Every method takes an image (a path, bytes, a ``PIL.Image``, an RGB array [H, W, 3] of uint8,
+    or an ``EncodedImage``) and gives one Result, or raises a FlorenceError; or it takes a list
+    and gives a list in order, where an image that fails is a Failure and the others succeed.
+    The keywords of ``Ask`` (``num_beams``, ``max_new_tokens``, ...) may be added to any call.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    @classmethod
+    def load(
+        cls,
+        name: str | Path = "Florence-2-large",
+        device: str = "auto",
+        runtime: str = "auto",
+        *,
+        precision: str = "auto",
+        cache_dir: str | Path | None = None,
+        offline: bool | None = None,
+        progress: ProgressCallback | None = None,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> Florence2:
+        """Finds or downloads a checkpoint, loads it and checks that it answers.
+
+        ``name``: a checkpoint's name, a hub repository id, or a local folder. ``device``: auto,
+        cpu, cuda, cuda:N. ``precision``: auto, fp32, bf16, fp16. Raises CheckpointError or
+        DeviceError with one sentence.
+        """
+        if runtime not in RUNTIMES:
+            raise DeviceError(unknown_name("runtime", runtime, RUNTIMES))
+        chosen = choose_device(device)
+        used = choose_precision(precision, chosen)
+        checkpoint = open_checkpoint(name, cache_dir=cache_dir, offline=offline, progress=progress)
+        network = load_weights(checkpoint, PRECISIONS[used])
+        engine = Engine(
+            checkpoint,
+            TorchRuntime(network, chosen, used),
+            image_batch=_IMAGE_BATCH[chosen.type],
+            prompt_batch=_PROMPT_BATCH[chosen.type],
+            cache_bytes=cache_bytes,
+        )
+        engine.self_test()
+        logger.info("%s is ready on %s in %s", checkpoint.name, chosen, used)
+        return cls(engine)
+
+    @property
+    def name(self) -> str:
+        """The checkpoint's name."""
+        return self.engine.checkpoint.name
+
+    @property
+    def device(self) -> str:
+        """Where it runs."""
+        return self.engine.runtime.device
+
+    @property
+    def precision(self) -> str:
+        """The precision it computes in."""
+        return self.engine.runtime.precision
+
+    def encode(self, image: Images) -> Any:  # noqa: ANN401 - as run
+        """Runs the vision tower once; give the result to any method in the image's place."""
+        if isinstance(image, list | tuple):
+            encoded = encode_all(self.engine, image)
+            return [_valued(value, source) for value, source in zip(encoded, image, strict=True)]
+        [single] = encode_all(self.engine, [image])
+        if isinstance(single, FlorenceError):
+            raise single
+        return single
+
+    def run(
+        self,
+        task: str,
+        image: Images,
+        text: str | None = None,
+        region: AnyRegion | None = None,
+        **search: Any,  # noqa: ANN401 - the fields of Ask, checked there
+    ) -> Any:  # noqa: ANN401 - a Result, or a list for a list
+        """Any of the 15 task prompts, by token or name, or a cascade of them joined by ``+``."""
+        if isinstance(image, list | tuple):
+            return self.run_many([Ask(one, task, text, region, **search) for one in image])
+        [outcome] = answer_all(self.engine, [Ask(image, task, text, region, **search)])
+        if isinstance(outcome, FlorenceError):
+            raise outcome
+        return outcome
+
+    def run_many(self, asks: Sequence[Ask]) -> list[Result | Failure]:
+        """Different questions on different images in shared batches, each image encoded once."""
+        outcomes = answer_all(self.engine, asks)
+        return [_valued(value, ask.image) for value, ask in zip(outcomes, asks, strict=True)]
+
+    def caption_image(
+        self,
+        image: Images,
+        granularity: Granularity = "normal",
+        **search: Any,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
+        """A sentence, a few sentences, or a paragraph about the image."""
+        if granularity not in GRANULARITIES:
+            raise RequestError(unknown_name("granularity", granularity, GRANULARITIES))
+        return self.run(GRANULARITIES[granularity], image, **search)
+
+    def detect_objects(
+        self,
+        image: Images,
+        classes: Sequence[str] | None = None,
+        labels_mode: LabelsMode = "classes",
+        **search: Any,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
+        """Boxes of everything, or of ``classes``; ``captions`` describes instead of naming."""
+        if labels_mode not in ("classes", "captions"):
+            raise RequestError(unknown_name("labels_mode", labels_mode, ("classes", "captions")))
+        if classes is not None:
+            named = [name.strip() for name in classes if name.strip()]
+            if isinstance(classes, str) or not named:
+                raise RequestError(
+                    f"classes is a list of names, and {classes!r} was received; name at least one."
+                )
+            return self.ground_phrase(image, ". ".join(named), **search)
+        task = "<OD>" if labels_mode == "classes" else "<DENSE_REGION_CAPTION>"
+        return self.run(task, image, **search)
+
+    def ground_phrase(self, image: Images, phrase: str, **search: Any) -> Any:  # noqa: ANN401
+        """Boxes for the things a text names."""
+        return self.run("<CAPTION_TO_PHRASE_GROUNDING>", image, phrase, **search)
+
+    def segment_phrase(self, image: Images, phrase: str, **search: Any) -> Any:  # noqa: ANN401
+        """The polygon of what a phrase refers to."""
+        return self.run("<REFERRING_EXPRESSION_SEGMENTATION>", image, phrase, **search)
+
+    def ocr_image(self, image: Images, **search: Any) -> Any:  # noqa: ANN401
+        """All text in the image as one string."""
+        return self.run("<OCR>", image, **search)
+
+    def parse_document(self, image: Images, **search: Any) -> Any:  # noqa: ANN401
+        """Each line of text with its quad."""
+        return self.run("<OCR_WITH_REGION>", image, **search)
+
+    def segment_region(self, image: Images, region: AnyRegion, **search: Any) -> Any:  # noqa: ANN401
+        """The polygon of the object in a region."""
+        return self.run("<REGION_TO_SEGMENTATION>", image, region=region, **search)
+
+    def classify_image_region(
+        self,
+        image: Images,
+        region: AnyRegion,
+        **search: Any,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
+        """A region's category."""
+        return self.run("<REGION_TO_CATEGORY>", image, region=region, **search)
+
+    def caption_image_region(
+        self,
+        image: Images,
+        region: AnyRegion,
+        **search: Any,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
+        """A region's description."""
+        return self.run("<REGION_TO_DESCRIPTION>", image, region=region, **search)
+
+    def ocr_image_region(self, image: Images, region: AnyRegion, **search: Any) -> Any:  # noqa: ANN401
+        """The text in a region."""
+        return self.run("<REGION_TO_OCR>", image, region=region, **search)
+
+    def propose_regions(self, image: Images, **search: Any) -> Any:  # noqa: ANN401
+        """Boxes of whatever is there, without labels."""
+        return self.run("<REGION_PROPOSAL>", image, **search)
+
+
+def _valued(value: Any, image: AnyImage) -> Any:  # noqa: ANN401
+    if isinstance(value, FlorenceError):
+        return Failure(value.code, str(value), name_of(image))
+    return value
