@@ -38,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         app(args=words, obj=tuple(words), prog_name="florence2")
     except FlorenceError as error:
         _end(error, str(error), 2, debug=_DEBUG in given)
+    except OSError as error:
+        reason = f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")
+        _end(error, f"A file or folder could not be used ({reason}).", 2, debug=_DEBUG in given)
     except KeyboardInterrupt:
         complain("Interrupted.")
         sys.exit(130)

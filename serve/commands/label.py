@@ -110,7 +110,7 @@ def label(
 
 def _loader(name: str, device: str, runtime: str) -> Callable[[], tuple[Model, Callable[..., Any]]]:
     def load() -> tuple[Model, Callable[..., Any]]:
-        from florence2.api import Ask
+        from florence2.ask import Ask
 
         return load_model(name, device, runtime), Ask
 

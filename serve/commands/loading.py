@@ -17,6 +17,8 @@ def load_model(name: str, device: str, runtime: str) -> Florence2:
     """The model, or the FlorenceError that says in a sentence why there is none."""
     from florence2.api import Florence2
 
+    if not ERR.is_terminal:
+        return Florence2.load(name, device=device, runtime=runtime)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

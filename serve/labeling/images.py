@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from PIL import Image, ImageOps
-
 from florence2.errors import ImageError
+from florence2.images import LoadedImage, open_image
 from serve.labeling.journal import JOURNAL_NAME
 
 # What the SDK reads back from a project; other formats would vanish from it without a word.
@@ -39,7 +38,7 @@ class Loaded:
     """A file with its pixels, or with the reason why it has none."""
 
     file: ImageFile
-    picture: Image.Image | None
+    picture: LoadedImage | None
     problem: ImageError | None = None
 
 
@@ -106,30 +105,6 @@ def _text(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def read_picture(path: Path) -> Image.Image:
-    """The image in RGB, upright. Raises ImageError for a file that is not a whole image."""
-    try:
-        with Image.open(path) as opened:
-            upright = ImageOps.exif_transpose(opened)
-            picture = upright.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ImageError(
-            f"An image must be a whole file of a known format and {_text(path.name)!r} is not "
-            f"({_reason(error)}); replace the file."
-        ) from error
-    if "exif" in picture.info:
-        del picture.info["exif"]
-    return picture
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split())[:120].replace(
-        "cannot identify image file", "no known format"
-    )
-
-
 def read_ahead(
     files: Iterable[ImageFile], *, threads: int, ahead: int
 ) -> Generator[Loaded, None, None]:
@@ -150,6 +125,6 @@ def read_ahead(
 
 def _load(file: ImageFile) -> Loaded:
     try:
-        return Loaded(file, read_picture(file.path))
+        return Loaded(file, open_image(file.path))
     except ImageError as problem:
         return Loaded(file, None, problem)

@@ -127,7 +127,7 @@ def open_journal(
 def read_settings(path: Path) -> dict[str, Any]:
     """The settings a journal was begun with. Raises OutputError for a file of another kind."""
     try:
-        with path.open(encoding="utf-8") as lines:
+        with path.open("rb") as lines:
             header = json.loads(lines.readline())
         if header["format"] == _FORMAT and isinstance(header["settings"], dict):
             return dict(header["settings"])

@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from serve.labeling.images import read_picture
+from florence2.images import open_image
 from serve.labeling.project import GrowingProject
 from serve.sdk import sly
 
@@ -27,7 +27,7 @@ def draw_missing_previews(project: GrowingProject, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     for name in project.image_names():
         if not (path := preview_path(folder, name)).exists():
-            picture = read_picture(project.image_path(name))
+            picture = open_image(project.image_path(name)).image
             draw_preview(picture, project.read_annotation(name), path)
 
 

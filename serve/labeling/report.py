@@ -87,6 +87,8 @@ def report_lines(report: Report, root: Path) -> list[str]:
         f"{run.images_per_second:.2f} images/s.",
         f"Project: {root}",
     ]
+    if report.error:
+        lines.insert(0, f"Stopped early: {report.error}")
     lines += _failure_lines(report, root)
     if totals.truncated:
         lines.append(

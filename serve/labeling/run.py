@@ -10,9 +10,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from PIL import Image
-
 from florence2.errors import FlorenceError, RequestError
+from florence2.images import LoadedImage
 from florence2.records import Failure, Result
 from serve.annotations import Answered, LabelRules, annotation_from_answers
 from serve.labeling.images import ImageFile, Loaded, read_ahead
@@ -97,7 +96,7 @@ def _label_batch(group: list[Loaded], plan: Plan, rules: LabelRules, tools: Tool
 
 
 def _ask(
-    readable: list[tuple[ImageFile, Image.Image]], plan: Plan, tools: Tools
+    readable: list[tuple[ImageFile, LoadedImage]], plan: Plan, tools: Tools
 ) -> Sequence[Result | Failure]:
     asks = [
         tools.ask(
@@ -129,7 +128,7 @@ def _unreadable(item: Loaded) -> Entry:
 
 def _settle(
     file: ImageFile,
-    picture: Image.Image,
+    picture: LoadedImage,
     answers: Sequence[Result | Failure],
     plan: Plan,
     rules: LabelRules,
@@ -145,10 +144,10 @@ def _settle(
         _answered(result, prompt, plan)
         for result, prompt in zip(results, plan.prompts, strict=True)
     ]
-    annotation = annotation_from_answers(answered, rules, picture.size)
+    annotation = annotation_from_answers(answered, rules, picture.size_wh)
     tools.project.add(file, annotation)
     if tools.previews is not None:
-        draw_preview(picture, annotation, preview_path(tools.previews, file.name))
+        draw_preview(picture.image, annotation, preview_path(tools.previews, file.name))
     objects = len(annotation.labels)
     return Entry(
         image=file.key,

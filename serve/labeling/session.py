@@ -103,9 +103,9 @@ def label_folder(plan: Plan, job: Job, load: Loader) -> Report:
             desk = _Desk(plan, job, project, journal)
             counts, error = _work(desk, load, stop)
             report = _report(desk, counts, settings, error)
-        write_report(report, workspace)
         for line in report_lines(report, job.out):
             say(line)
+        write_report(report, workspace)
         if report.totals.labeled + report.totals.empty and not counts.interrupted:
             _export(job, project)
     return report

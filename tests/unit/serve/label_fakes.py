@@ -7,28 +7,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from PIL import Image
+from florence2.ask import Ask
+from florence2.records import Box, Failure, Result
 
-from florence2.records import Box, Failure, Region, Result
 
-
-@dataclass(frozen=True)
-class FakeAsk:
-    image: Image.Image
-    task: str
-    text: str | None = None
-    region: Region | None = None
-    num_beams: int | None = None
-    max_new_tokens: int | None = None
+def color_in(ask: Ask) -> tuple[int, int, int]:
+    return ask.image.image.getpixel((0, 0))
 
 
 def result(task: str = "<OD>", *objects: Any, size=(64, 48), text=None, truncated=False, steps=()):
     return Result(task, size, tuple(objects), text, "", (), truncated, steps=steps)
 
 
-def one_box(ask: FakeAsk) -> Result:
+def one_box(ask: Ask) -> Result:
     label = ask.text or "cat"
-    return result(ask.task, Box((4.0, 4.0, 20.0, 20.0), label, 0.9), size=ask.image.size)
+    return result(ask.task, Box((4.0, 4.0, 20.0, 20.0), label, 0.9), size=ask.image.size_wh)
 
 
 @dataclass
@@ -38,13 +31,13 @@ class FakeModel:
     The colour of the top left pixel is how tests tell images apart.
     """
 
-    answer: Callable[[FakeAsk], Result | Failure] = one_box
+    answer: Callable[[Ask], Result | Failure] = one_box
     seconds: float = 0.0
     asked: list[tuple[int, int, int]] = field(default_factory=list)
     asks: list[tuple[str, str | None]] = field(default_factory=list)
 
-    def run_many(self, requests: Sequence[FakeAsk]) -> list[Result | Failure]:
+    def run_many(self, requests: Sequence[Ask]) -> list[Result | Failure]:
         time.sleep(self.seconds)
-        self.asked += [ask.image.getpixel((0, 0)) for ask in requests]
+        self.asked += [color_in(ask) for ask in requests]
         self.asks += [(ask.task, ask.text) for ask in requests]
         return [self.answer(ask) for ask in requests]

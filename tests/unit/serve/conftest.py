@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+from label_fakes import FakeModel
+from PIL import Image
+
+
+def color_of(number: int) -> tuple[int, int, int]:
+    return (number % 256, number // 256, 7)
+
+
+def paint(path: Path, number: int, size=(64, 48)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, color_of(number)).save(path)
+    return path
+
+
+@pytest.fixture
+def images(tmp_path) -> Path:
+    """Five images of five colours."""
+    folder = tmp_path / "images"
+    for number in range(5):
+        paint(folder / f"{number}.png", number)
+    return folder
+
+
+@pytest.fixture
+def model() -> FakeModel:
+    return FakeModel()
+
+
+@pytest.fixture
+def label(monkeypatch, model, tmp_path):
+    """Runs ``florence2 label`` with the fake model; returns exit code, folder and stderr reader."""
+    fake = ModuleType("florence2.api")
+    loads: list[tuple[str, str, str]] = []
+
+    class Florence2:
+        @staticmethod
+        def load(name, device="auto", runtime="auto", progress=None):
+            loads.append((name, device, runtime))
+            return model
+
+    fake.Florence2 = Florence2
+    monkeypatch.setitem(sys.modules, "florence2.api", fake)
+
+    def run(images: Path, *options: str, out: Path | None = None):
+        from serve.cli import main
+
+        target = out or tmp_path / "out"
+        with pytest.raises(SystemExit) as ended:
+            main(["label", str(images), "--out", str(target), *options])
+        return SimpleNamespace(code=ended.value.code, out=target, loads=loads)
+
+    return run
+
+
+@pytest.fixture
+def journal_of():
+    def read(out: Path) -> dict[str, dict]:
+        lines = (out / "journal.jsonl").read_text().splitlines()[1:]
+        return {entry["image"]: entry for entry in map(json.loads, lines)}
+
+    return read
+
+
+@pytest.fixture
+def report_of():
+    return lambda out: json.loads((out / "report.json").read_text())

@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from label_fakes import result
+
+from florence2.records import Box, Polygon, Quad, Region, Text
+from serve.annotations import TAG_METAS, Answered, LabelRules, annotation_from_answers
+from serve.sdk import sly
+
+SIZE = (64, 48)
+SENTENCE = "a small red car beside a tree"
+
+
+def build(*answers, classes=None, threshold=0.0):
+    answered = [a if isinstance(a, Answered) else Answered(a) for a in answers]
+    return annotation_from_answers(answered, LabelRules(classes or {}, threshold), SIZE)
+
+
+def seen(annotation):
+    return [
+        (
+            label.obj_class.name,
+            label.geometry.geometry_name(),
+            {tag.name: tag.value for tag in label.tags},
+        )
+        for label in annotation.labels
+    ]
+
+
+BOX = (4.0, 4.0, 20.0, 20.0)
+RING = (1.0, 1.0, 9.0, 1.0, 9.0, 9.0)
+QUAD = (1.0, 1.0, 30.0, 1.0, 30.0, 9.0, 1.0, 9.0)
+REGION = Region(BOX)
+
+
+@pytest.mark.parametrize(
+    ("answer", "labels"),
+    [
+        pytest.param(
+            result("<OD>", Box(BOX, "car", 0.5)), [("car", "rectangle", {"confidence": 0.5})],
+            id="box",
+        ),
+        pytest.param(
+            result("<REGION_PROPOSAL>", Box(BOX, "", 0.5)),
+            [("object", "rectangle", {"confidence": 0.5})], id="proposal",
+        ),
+        pytest.param(
+            result("<DENSE_REGION_CAPTION>", Box(BOX, SENTENCE, 0.5)),
+            [("object", "rectangle", {"confidence": 0.5, "description": SENTENCE})],
+            id="dense caption: no class per sentence",
+        ),
+        pytest.param(
+            result("<REFERRING_EXPRESSION_SEGMENTATION>", Polygon((RING,), "car", 0.5)),
+            [("car", "polygon", {"confidence": 0.5})], id="polygon",
+        ),
+        pytest.param(
+            result("<OCR_WITH_REGION>", Quad(QUAD, "STOP", 0.5)),
+            [("text", "polygon", {"confidence": 0.5, "text": "STOP"})], id="line of text",
+        ),
+        pytest.param(
+            Answered(result("<REFERRING_EXPRESSION_SEGMENTATION>", Polygon((RING,), "", 0.5)),
+                     phrase="the dog"),
+            [("the dog", "polygon", {"confidence": 0.5})], id="polygon without a label: the phrase",
+        ),
+        pytest.param(
+            Answered(result("<REGION_TO_SEGMENTATION>", Polygon((RING,), "", 0.5)), region=REGION),
+            [("object", "polygon", {"confidence": 0.5})], id="region's outline",
+        ),
+        pytest.param(
+            Answered(result("<REGION_TO_CATEGORY>", Text("car", 0.5), text="car"), region=REGION),
+            [("object", "rectangle", {"confidence": 0.5, "category": "car"})], id="region category",
+        ),
+        pytest.param(
+            Answered(result("<REGION_TO_DESCRIPTION>", text=SENTENCE), region=REGION),
+            [("object", "rectangle", {"description": SENTENCE})], id="region description, no score",
+        ),
+        pytest.param(
+            Answered(result("<REGION_TO_OCR>", Text("STOP", 0.5), text="STOP"), region=REGION),
+            [("object", "rectangle", {"confidence": 0.5, "text": "STOP"})], id="region text",
+        ),
+        pytest.param(
+            Answered(result("<REGION_TO_OCR>", text=""), region=REGION), [], id="no text in region"
+        ),
+        pytest.param(
+            result("<OD>+<REGION_TO_DESCRIPTION>", Box(BOX, SENTENCE, 0.5),
+                   steps=(result("<OD>", Box(BOX, "car", 0.9)),)),
+            [("car", "rectangle", {"confidence": 0.5, "description": SENTENCE})],
+            id="cascade: the class is what was detected",
+        ),
+        pytest.param(
+            result("<DENSE_REGION_CAPTION>+<REGION_TO_CATEGORY>", Box(BOX, "car", 0.5),
+                   steps=(result("<DENSE_REGION_CAPTION>", Box(BOX, SENTENCE, 0.9)),)),
+            [("object", "rectangle", {"confidence": 0.5, "category": "car"})],
+            id="cascade: a sentence is no class",
+        ),
+        pytest.param(result("<OD>", Box((math.nan,) * 4, "car", 0.5)), [], id="not a number"),
+        pytest.param(
+            result("<OD>", Box(BOX, "car", math.nan)), [("car", "rectangle", {})], id="no score"
+        ),
+        pytest.param(
+            result("<OD>", Box(BOX, "car", np.float32(0.25))),
+            [("car", "rectangle", {"confidence": 0.25})], id="a score of numpy's",
+        ),
+    ],
+)  # fmt: skip
+def test_what_each_output_becomes(answer, labels):
+    assert seen(build(answer)) == labels
+
+
+@pytest.mark.parametrize(
+    ("task", "tag"),
+    [
+        ("<CAPTION>", "caption"),
+        ("<DETAILED_CAPTION>", "caption"),
+        ("<MORE_DETAILED_CAPTION>", "caption"),
+        ("<OCR>", "ocr_text"),
+        ("<CAPTION>+<CAPTION_TO_PHRASE_GROUNDING>", "caption"),
+    ],
+)
+def test_words_about_the_image_are_a_tag_of_the_image(task, tag):
+    annotation = build(result(task, Text(SENTENCE, 0.9), text=SENTENCE))
+    assert [(t.name, t.value) for t in annotation.img_tags] == [(tag, SENTENCE)]
+    assert annotation.labels == []
+
+
+def test_every_label_is_of_status_auto_and_survives_json():
+    annotation = build(result("<OD>", Box(BOX, "car", np.float64(0.123456))))
+    stored = json.loads(json.dumps(annotation.to_json()))
+    assert stored["objects"][0]["nnCreated"]
+    assert stored["objects"][0]["nnUpdated"]
+    assert stored["objects"][0]["tags"] == [{"name": "confidence", "value": 0.1235}]
+    assert stored["size"] == {"width": 64, "height": 48}
+
+
+def test_rings_of_one_object_share_a_key_and_of_two_do_not():
+    two = (RING, (20.0, 20.0, 29.0, 20.0, 29.0, 29.0))
+    task = "<REFERRING_EXPRESSION_SEGMENTATION>"
+    annotation = build(result(task, Polygon(two, "a", 0.9), Polygon(two, "b", 0.8)))
+    keys = [label.binding_key for label in annotation.labels]
+    assert keys[0] == keys[1] != keys[2] == keys[3]
+    assert None not in keys
+
+
+def test_the_threshold_drops_objects_below_it_and_keeps_those_on_it():
+    boxes = [Box(BOX, "low", 0.29), Box(BOX, "on", 0.3)]
+    assert [name for name, *_ in seen(build(result("<OD>", *boxes), threshold=0.3))] == ["on"]
+
+
+def test_two_prompts_of_one_class_on_one_object_leave_the_surer_box():
+    near = (4.0, 4.0, 21.0, 20.0)
+    puppy = Answered(result("<OD>", Box(BOX, "puppy", 0.4)), class_name="dog")
+    hound = Answered(result("<OD>", Box(near, "hound", 0.8)), class_name="dog")
+    expected = [("dog", "rectangle", {"confidence": 0.8})]
+    assert seen(build(puppy, hound)) == seen(build(hound, puppy)) == expected
+
+
+def test_one_prompt_may_find_two_overlapping_objects_and_two_classes_may_share_a_box():
+    twins = result("<OD>", Box(BOX, "cat", 0.9), Box(BOX, "cat", 0.8))
+    assert len(seen(build(twins))) == 2
+    both = [Answered(result("<OD>", Box(BOX, n, 0.9)), class_name=n) for n in ("cat", "dog")]
+    assert len(seen(build(*both))) == 2
+
+
+def test_labels_take_the_users_class_for_their_phrase():
+    answer = result("<OD>", Box(BOX, "A Red car", 0.9), Box((30, 30, 40, 40), "wheel", 0.9))
+    names = [name for name, *_ in seen(build(answer, classes={"red car": "Red Car"}))]
+    assert names == ["Red Car", "wheel"]
+
+
+polygon = st.lists(st.floats(-20, 90), min_size=6, max_size=40).filter(lambda v: len(v) % 2 == 0)
+
+
+@given(polygon)
+def test_no_polygon_is_beyond_the_sdk(ring):
+    answer = result("<REGION_TO_SEGMENTATION>", Polygon((tuple(ring),), "x", 0.5))
+    stored = build(answer).to_json()
+    assert len(stored["objects"]) == 1
+    classes = [sly.ObjClass("x", sly.Polygon)]
+    meta = sly.ProjectMeta(classes, tag_metas=list(TAG_METAS.values()))
+    sly.Annotation.from_json(stored, meta)
