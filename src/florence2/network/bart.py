@@ -13,17 +13,10 @@ from torch import Tensor, nn
 from florence2 import tokens
 from florence2.errors import RequestError
 from florence2.network.config import TextConfig
-from florence2.network.ops import activation, attend, linear
+from florence2.network.layers import Embedding, Linear
+from florence2.network.ops import activation, attend
 
 POSITION_OFFSET = 2
-
-
-class FewRowsLinear(nn.Linear):
-    """``nn.Linear`` that is also fast for the few rows of a decoder step."""
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        """[..., C_in] -> [..., C_out]."""
-        return linear(input, self.weight, self.bias)
 
 
 class Attention(nn.Module):
@@ -32,10 +25,10 @@ class Attention(nn.Module):
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.k_proj = FewRowsLinear(dim, dim)
-        self.v_proj = FewRowsLinear(dim, dim)
-        self.q_proj = FewRowsLinear(dim, dim)
-        self.out_proj = FewRowsLinear(dim, dim)
+        self.k_proj = Linear(dim, dim)
+        self.v_proj = Linear(dim, dim)
+        self.q_proj = Linear(dim, dim)
+        self.out_proj = Linear(dim, dim)
 
     def split(self, rows: Tensor) -> Tensor:
         """[B, L, dim] -> [B, heads, L, dim / heads]."""
@@ -71,8 +64,8 @@ class EncoderLayer(nn.Module):
         self.self_attn = Attention(config.d_model, config.encoder_attention_heads)
         self.self_attn_layer_norm = nn.LayerNorm(config.d_model)
         self.activation = activation(config.activation)
-        self.fc1 = nn.Linear(config.d_model, config.encoder_ffn_dim)
-        self.fc2 = nn.Linear(config.encoder_ffn_dim, config.d_model)
+        self.fc1 = Linear(config.d_model, config.encoder_ffn_dim)
+        self.fc2 = Linear(config.encoder_ffn_dim, config.d_model)
         self.final_layer_norm = nn.LayerNorm(config.d_model)
 
     def forward(self, states: Tensor, mask: Tensor | None) -> Tensor:
@@ -99,8 +92,8 @@ class DecoderLayer(nn.Module):
         self.self_attn_layer_norm = nn.LayerNorm(config.d_model)
         self.encoder_attn = Attention(config.d_model, heads)
         self.encoder_attn_layer_norm = nn.LayerNorm(config.d_model)
-        self.fc1 = FewRowsLinear(config.d_model, config.decoder_ffn_dim)
-        self.fc2 = FewRowsLinear(config.decoder_ffn_dim, config.d_model)
+        self.fc1 = Linear(config.d_model, config.decoder_ffn_dim)
+        self.fc2 = Linear(config.decoder_ffn_dim, config.d_model)
         self.final_layer_norm = nn.LayerNorm(config.d_model)
 
     def after_self_attention(
@@ -130,12 +123,12 @@ class DecoderLayer(nn.Module):
 class Stack(nn.Module):
     """What encoder and decoder share: embeddings, positions and their LayerNorm."""
 
-    def __init__(self, config: TextConfig, embed_tokens: nn.Embedding) -> None:
+    def __init__(self, config: TextConfig, embed_tokens: Embedding) -> None:
         super().__init__()
         self.limit = config.max_position_embeddings
         self.scale = math.sqrt(config.d_model) if config.scale_embedding else 1.0
         self.embed_tokens = embed_tokens
-        self.embed_positions = nn.Embedding(self.limit + POSITION_OFFSET, config.d_model)
+        self.embed_positions = Embedding(self.limit + POSITION_OFFSET, config.d_model)
         self.layernorm_embedding = nn.LayerNorm(config.d_model)
 
     def embed(self, token_ids: Tensor) -> Tensor:
@@ -168,7 +161,7 @@ class Stack(nn.Module):
 class Encoder(Stack):
     """The text encoder."""
 
-    def __init__(self, config: TextConfig, embed_tokens: nn.Embedding) -> None:
+    def __init__(self, config: TextConfig, embed_tokens: Embedding) -> None:
         super().__init__(config, embed_tokens)
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
 
@@ -184,7 +177,7 @@ class Encoder(Stack):
 class Decoder(Stack):
     """The text decoder."""
 
-    def __init__(self, config: TextConfig, embed_tokens: nn.Embedding) -> None:
+    def __init__(self, config: TextConfig, embed_tokens: Embedding) -> None:
         super().__init__(config, embed_tokens)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
 
@@ -202,6 +195,6 @@ class LanguageModel(nn.Module):
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.shared = nn.Embedding(config.vocab_size, config.d_model, padding_idx=tokens.PAD_ID)
+        self.shared = Embedding(config.vocab_size, config.d_model, padding_idx=tokens.PAD_ID)
         self.encoder = Encoder(config, self.shared)
         self.decoder = Decoder(config, self.shared)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from florence2.network.config import VisionConfig
+from florence2.network.layers import Conv2d, Linear
 from florence2.network.ops import activation
 
 Grid = tuple[int, int]
@@ -25,7 +26,7 @@ class ConvEmbed(nn.Module):
         dim_in = config.embed_dim[stage - 1] if stage else config.in_channels
         dim_out = config.embed_dim[stage]
         self.pre_norm = config.patch_prenorm[stage]
-        self.conv = nn.Conv2d(
+        self.conv = Conv2d(
             dim_in,
             dim_out,
             config.patch_size[stage],
@@ -42,7 +43,7 @@ class ConvEmbed(nn.Module):
         return image if self.pre_norm else cast(Tensor, self.norm(image))
 
 
-class DepthwiseConv(nn.Conv2d):
+class DepthwiseConv(Conv2d):
     """A 3x3 depthwise convolution over tokens, added to its input."""
 
     def __init__(self, dim: int) -> None:
@@ -63,8 +64,8 @@ class WindowAttention(nn.Module):
         dim = config.embed_dim[stage]
         self.window = config.window_size
         self.heads = config.num_heads[stage]
-        self.qkv = nn.Linear(dim, 3 * dim, bias=config.qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim, bias=config.qkv_bias)
+        self.proj = Linear(dim, dim)
 
     def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
         """[B, N, C] -> [B, N, C]."""
@@ -95,8 +96,8 @@ class ChannelAttention(nn.Module):
         super().__init__()
         dim = config.embed_dim[stage]
         self.groups = config.num_groups[stage]
-        self.qkv = nn.Linear(dim, 3 * dim, bias=config.qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim, bias=config.qkv_bias)
+        self.proj = Linear(dim, dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[B, N, C] -> [B, N, C]."""
@@ -117,8 +118,8 @@ class FeedForward(nn.Module):
         dim = config.embed_dim[stage]
         hidden = int(dim * config.mlp_ratio)
         self.activation = activation(config.activation)
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[..., C] -> [..., C]."""

@@ -7,9 +7,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from florence2.network.bart import FewRowsLinear, LanguageModel
+from florence2.network.bart import LanguageModel
 from florence2.network.config import NetworkConfig
 from florence2.network.davit import VisionTower
+from florence2.network.layers import Linear
 from florence2.network.projector import Projector
 
 
@@ -34,7 +35,7 @@ class Florence2Network(nn.Module):
         super().__init__()
         self.config = config
         self.model = FlorenceModel(config)
-        self.lm_head = FewRowsLinear(config.text.d_model, config.text.vocab_size, bias=False)
+        self.lm_head = Linear(config.text.d_model, config.text.vocab_size, bias=False)
         self.tie()
         if not self.lm_head.weight.is_meta:
             self.reset_parameters()
@@ -95,7 +96,8 @@ class Florence2Network(nn.Module):
         return self.eval().requires_grad_(False)
 
     def reset_parameters(self, std: float = 0.02) -> None:
-        """Random weights for training from scratch: normal, biases zero, norms one."""
+        """Random weights for training from scratch: normal, biases zero."""
+        self.model.multi_modal_projector.visual_temporal_embed.fill()
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding, nn.Conv2d)):
                 nn.init.normal_(module.weight, std=std)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from florence2.errors import ImageError
 from florence2.network.config import VisionConfig
 from florence2.network.davit import Grid
+from florence2.network.layers import Embedding, Linear
 
 
 class PositionEmbedding2D(nn.Module):
@@ -20,8 +21,8 @@ class PositionEmbedding2D(nn.Module):
         super().__init__()
         dim = config.embed_dim[-1]
         self.limit = config.max_position_embeddings
-        self.row_embeddings = nn.Embedding(self.limit, dim // 2)
-        self.column_embeddings = nn.Embedding(self.limit, dim - dim // 2)
+        self.row_embeddings = Embedding(self.limit, dim // 2)
+        self.column_embeddings = Embedding(self.limit, dim - dim // 2)
 
     def forward(self, grid: Grid) -> Tensor:
         """[rows * columns, C]."""
@@ -43,12 +44,15 @@ class TemporalEmbedding(nn.Module):
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        dim = config.embed_dim[-1]
-        half = dim // 2
-        rates = torch.exp(torch.arange(half).float() * -(math.log(10000) / half))
-        angles = torch.arange(config.max_temporal_embeddings).float()[:, None] * rates
-        table = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
+        table = torch.empty(config.max_temporal_embeddings, config.embed_dim[-1])
         self.register_buffer("pos_idx_to_embed", table)
+
+    def fill(self) -> None:
+        """Computes the table; a checkpoint brings its own."""
+        frames, dim = self.pos_idx_to_embed.shape
+        rates = torch.exp(torch.arange(dim // 2) * (-math.log(10000) / (dim // 2)))
+        angles = torch.arange(frames)[:, None] * rates
+        self.pos_idx_to_embed.copy_(torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1))
 
 
 class Projector(nn.Module):
@@ -56,7 +60,7 @@ class Projector(nn.Module):
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.image_projection = nn.Linear(config.embed_dim[-1], config.projection_dim, bias=False)
+        self.image_projection = Linear(config.embed_dim[-1], config.projection_dim, bias=False)
         self.image_proj_norm = nn.LayerNorm(config.projection_dim)
         self.image_position_embed = PositionEmbedding2D(config)
         self.visual_temporal_embed = TemporalEmbedding(config)
