@@ -1,0 +1,231 @@
+"""Machines without a hub, and folders placed by hand: whole ones work, others say what is amiss."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from hub_files import REPOSITORY, files, folder_of, weights
+
+from florence2 import resolve as resolve_module
+from florence2.errors import CheckpointError
+from florence2.hub import is_offline
+from florence2.known_checkpoints import CHECKPOINT_NAMES, KNOWN_CHECKPOINTS, KnownCheckpoint
+from florence2.resolve import resolve
+
+NOWHERE = "http://127.0.0.1:9"
+
+
+def failure(name: str | Path = REPOSITORY, **options: object) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        resolve(name, **options)
+    sentence = str(caught.value)
+    assert sentence.endswith(".")
+    assert "\n" not in sentence
+    return sentence
+
+
+def place(folder: Path, **changes: bytes | None) -> Path:
+    folder.mkdir(parents=True)
+    for name, content in files(**changes).items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+@pytest.fixture
+def known(hub, monkeypatch) -> KnownCheckpoint:
+    """One of the four names, with the stand-in's weights as the published ones."""
+    content = weights()
+    known = KnownCheckpoint(
+        "Florence-2-base",
+        REPOSITORY,
+        hub.repositories[REPOSITORY].commit,
+        len(content),
+        hashlib.sha256(content).hexdigest(),
+        "",
+    )
+    monkeypatch.setitem(resolve_module.KNOWN_BY_NAME, known.name, known)
+    return known
+
+
+@pytest.mark.parametrize("way", ["argument", "unreachable"])
+def test_complete_folder_works_without_a_hub(hub, cache, monkeypatch, way):
+    first = resolve(REPOSITORY, cache_dir=cache)
+    monkeypatch.setenv("HF_ENDPOINT", NOWHERE)
+    offline = True if way == "argument" else None
+    assert resolve(REPOSITORY, cache_dir=cache, offline=offline) == first
+    assert resolve(REPOSITORY, cache_dir=cache, offline=offline, verify="full") == first
+
+
+def test_offline_follows_the_environment(monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    assert not is_offline(None)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert is_offline(None)
+    assert not is_offline(False)
+
+
+def test_nothing_here_and_no_hub(hub, cache, monkeypatch):
+    assert "switched off (HF_HUB_OFFLINE)" in failure(cache_dir=cache, offline=True)
+    monkeypatch.setenv("HF_ENDPOINT", NOWHERE)
+    sentence = failure(cache_dir=cache)
+    assert NOWHERE in sentence
+    assert "by hand into" in sentence
+    sentence = failure("Florence-2-large", cache_dir=cache)
+    assert str(cache / "microsoft--Florence-2-large" / KNOWN_CHECKPOINTS[1].revision) in sentence
+
+
+@pytest.mark.parametrize("endpoint", ["http:", "nonsense", "http://[::1"])
+def test_address_that_is_none(hub, cache, monkeypatch, endpoint):
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    assert endpoint in failure(cache_dir=cache)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "tokenizer_config.json"])
+def test_missing_file_is_named_offline_and_fetched_online(hub, cache, name):
+    found = resolve(REPOSITORY, cache_dir=cache)
+    (found.folder / name).unlink()
+    assert f"{name} is missing" in failure(cache_dir=cache, offline=True)
+    hub.served.clear()
+    assert resolve(REPOSITORY, cache_dir=cache) == found
+    assert [served.file for served in hub.served] == [name]
+
+
+def test_unfinished_download_names_what_is_missing(hub, cache, known, monkeypatch):
+    hub.faults.file_status["model.safetensors"] = 403
+    failure(known.name, cache_dir=cache)
+    sentence = failure(known.name, cache_dir=cache, offline=True)
+    assert "model.safetensors is missing" in sentence
+    monkeypatch.setenv("HF_ENDPOINT", NOWHERE)
+    assert NOWHERE in failure(known.name, cache_dir=cache)
+
+
+def test_damaged_file_is_found_offline_only_when_asked(hub, cache):
+    found = resolve(REPOSITORY, cache_dir=cache)
+    path = found.folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    assert resolve(REPOSITORY, cache_dir=cache, offline=True) == found
+    sentence = failure(cache_dir=cache, offline=True, verify="full")
+    assert "model.safetensors does not have the published hash" in sentence
+
+
+def test_files_of_a_known_name_placed_by_hand(hub, cache, known):
+    folder = place(folder_of(hub, cache))
+    found = resolve(known.name, cache_dir=cache, offline=True)
+    assert (found.folder, found.revision) == (folder, known.revision)
+    (folder / "model.safetensors").write_bytes(weights(seed=5))
+    sentence = failure(known.name, cache_dir=cache, offline=True)
+    assert "is not the published Florence-2-base" in sentence
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").unlink()
+    assert "holds no weights" in failure(known.name, cache_dir=cache, offline=True)
+
+
+def test_online_keeps_whole_files_placed_by_hand(hub, cache, known):
+    place(folder_of(hub, cache), **{"config.json": b"{}"})
+    resolve(known.name, cache_dir=cache)
+    assert [served.file for served in hub.served] == ["config.json"]
+
+
+def test_the_clients_own_cache_serves_offline(hub, cache, known, tmp_path):
+    home = tmp_path / "client-cache" / "models--someone--Florence-2-tiny"
+    place(home / "snapshots" / known.revision)
+    found = resolve(known.name, cache_dir=cache, offline=True)
+    assert found.source == "hub cache"
+    assert found.revision == known.revision
+
+
+def test_complete_cache_may_be_read_only(hub, cache):
+    found = resolve(REPOSITORY, cache_dir=cache)
+    before = sorted(path.stat().st_mtime_ns for path in cache.rglob("*"))
+    assert resolve(REPOSITORY, cache_dir=cache) == found
+    assert sorted(path.stat().st_mtime_ns for path in cache.rglob("*")) == before
+
+
+def test_local_folder(tmp_path):
+    folder = place(tmp_path / "mine")
+    found = resolve(folder)
+    assert found == resolve(str(folder), offline=True)
+    assert (found.source, found.revision) == ("folder", None)
+    assert found.files[-1] == "model.safetensors"
+
+
+def test_downloaded_folder_copied_elsewhere_keeps_its_manifest(hub, cache, tmp_path):
+    found = resolve(REPOSITORY, cache_dir=cache)
+    copy = Path(shutil.copytree(found.folder, tmp_path / "copy"))
+    assert resolve(copy, verify="full").revision == found.revision
+    with (copy / "tokenizer.json").open("ab") as stream:
+        stream.write(b" ")
+    assert "tokenizer.json has 20014 bytes instead of 20013" in failure(copy)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"config.json": None}, "holds no config.json"),
+        ({"config.json": b"{"}, "config.json cannot be read as JSON"),
+        ({"config.json": b"[]"}, "must hold a JSON object, got a list"),
+        ({"tokenizer.json": None}, "neither tokenizer.json nor vocab.json with merges.txt"),
+        ({"model.safetensors": None, "pytorch_model.bin": None}, "holds no weights"),
+        (
+            {"model.safetensors": weights()[:-1]},
+            f"must have {len(weights())} bytes by its own header",
+        ),
+        (
+            {"model.safetensors": weights() + b"x"},
+            f"must have {len(weights())} bytes by its own header",
+        ),
+        ({"model.safetensors": weights()[:20]}, "is not a whole safetensors file"),
+        ({"model.safetensors": b""}, "is not a whole safetensors file"),
+        ({"model.safetensors": b"\x02" + bytes(7) + b"??"}, "unreadable safetensors header"),
+        ({"model.safetensors": None}, "pytorch_model.bin is not a whole PyTorch file"),
+        ({"adapter_config.json": b"{}"}, "LoRA adapter"),
+        (
+            {"model.safetensors": None, "model.safetensors.index.json": b'{"weight_map": {}}'},
+            "lists no weights",
+        ),
+        (
+            {
+                "model.safetensors": None,
+                "model.safetensors.index.json": json.dumps(
+                    {"weight_map": {"a": "model-00001-of-00001.safetensors"}}
+                ).encode(),
+            },
+            "lacks model-00001-of-00001.safetensors",
+        ),
+    ],
+)
+def test_unusable_folder_names_the_file(tmp_path, changes, words):
+    assert words in failure(place(tmp_path / "mine", **changes))
+
+
+def test_names_that_stand_for_nothing(hub, cache, tmp_path):
+    assert "Did you mean 'Florence-2-large'?" in failure("florence-2-larg", cache_dir=cache)
+    for name in (tmp_path / "none", "./none", "/no/such/folder", "a/../b", "../x"):
+        assert "does not exist" in failure(name, cache_dir=cache)
+    assert hub.requests == []
+
+
+def test_demo_is_found_or_explained(tmp_path, monkeypatch):
+    monkeypatch.setattr(resolve_module, "_PROJECT_ROOT", tmp_path)
+    monkeypatch.delenv("FLORENCE2_DEMO", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert "copy the folder demo/checkpoint" in failure("demo")
+    folder = place(tmp_path / "demo" / "checkpoint")
+    assert resolve("demo").folder == folder
+    assert resolve("demo").source == "demo"
+    monkeypatch.setenv("FLORENCE2_DEMO", str(tmp_path / "gone"))
+    assert "does not exist" in failure("demo")
+
+
+def test_table_is_pinned():
+    assert CHECKPOINT_NAMES[-1] == "demo"
+    assert len({known.revision for known in KNOWN_CHECKPOINTS}) == 4
+    for known in KNOWN_CHECKPOINTS:
+        assert len(known.revision) == 40
+        assert len(known.weights_sha256) == 64
+        assert known.native_repository.endswith(known.native_repository.partition("@")[2])
+        assert known.repository.endswith(known.name)
