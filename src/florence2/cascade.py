@@ -35,12 +35,16 @@ def parse_steps(name: str) -> tuple[Task, ...]:
     named = [find_task(part) for part in name.split("+")]
     steps: list[Task] = []
     for task in named:
-        if steps and task.takes is TaskInput.REGION and steps[-1].output is OutputKind.TEXT:
+        if steps and task.takes is TaskInput.REGION and _is_caption(steps[-1]):
             steps.append(find_task(_GROUNDING))
         if steps:
             _check_follows(steps[-1], task)
         steps.append(task)
     return tuple(steps)
+
+
+def _is_caption(task: Task) -> bool:
+    return task.takes is TaskInput.NONE and task.output is OutputKind.TEXT
 
 
 def _check_follows(before: Task, task: Task) -> None:
