@@ -1,0 +1,47 @@
+# Each target installs what it needs into .venv first; PYTHON names another interpreter.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OUT ?= out
+
+.PHONY: help label test check bench lint types install clean
+
+help:
+	@echo "make label   label demo/images with the demo checkpoint, into $(OUT)/"
+	@echo "make test    run the tests"
+	@echo "make check   formatting, lint, types, generated docs, tests (what CI runs)"
+	@echo "make bench   speed and memory against the reference implementation"
+
+$(VENV)/.runtime: requirements.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --requirement requirements.txt
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	$(BIN)/pip install --quiet --editable ".[dev]" --no-build-isolation
+	touch $@
+
+install: $(VENV)/.runtime
+
+label: $(VENV)/.runtime
+	$(BIN)/florence2 label demo/images --model demo --task "<OD>" --out $(OUT)/labeled --draw
+	@echo "Annotations: $(OUT)/labeled   Previews to look at: $(OUT)/labeled/previews"
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+check: lint types test
+
+bench: $(VENV)/.runtime
+	$(BIN)/florence2 benchmark --json docs/benchmark.json
+
+clean:
+	rm -rf $(OUT) build dist
