@@ -82,6 +82,11 @@ def relative_error(ours: Tensor, reference: Tensor) -> float:
     return float(difference / reference.float().abs().max())
 
 
+def rms_error(ours: Tensor, reference: Tensor) -> float:
+    """The norm of the difference over the reference's norm, for reduced precision."""
+    return float((ours.float() - reference.float()).norm() / reference.float().norm())
+
+
 def prompts(lengths: list[int], vocab_size: int) -> tuple[Tensor, Tensor]:
     """Prompts <s> ... </s> padded on the right, and their mask."""
     ids = torch.full((len(lengths), max(lengths)), 1)
