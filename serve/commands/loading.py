@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from florence2.hub import ProgressUpdate
 
 
-def load_model(name: str, device: str, runtime: str) -> Florence2:
+def load_model(name: str, device: str, runtime: str, precision: str = "auto") -> Florence2:
     """The model, or the FlorenceError that says in a sentence why there is none."""
     from florence2.api import Florence2
 
     if not ERR.is_terminal:
-        return Florence2.load(name, device=device, runtime=runtime)
+        return Florence2.load(name, device=device, runtime=runtime, precision=precision)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -31,4 +31,6 @@ def load_model(name: str, device: str, runtime: str) -> Florence2:
         def show(update: ProgressUpdate) -> None:
             bar.update(task, completed=update.done_bytes, total=update.total_bytes)
 
-        return Florence2.load(name, device=device, runtime=runtime, progress=show)
+        return Florence2.load(
+            name, device=device, runtime=runtime, precision=precision, progress=show
+        )

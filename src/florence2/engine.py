@@ -187,6 +187,7 @@ class Engine:
             token_ids=answer.token_ids,
             truncated=answer.truncated,
             notes=notes,
+            log_probs=answer.log_probs,
             timings_s=MappingProxyType(timings),
         )
 

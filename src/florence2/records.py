@@ -109,7 +109,10 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """The answer to one request on one image."""
+    """The answer to one request on one image.
+
+    ``log_probs`` has one natural logarithm per token id, or is empty where they are unknown.
+    """
 
     task: str
     size_wh: SizeWh
@@ -120,6 +123,7 @@ class Result:
     truncated: bool
     notes: tuple[str, ...] = ()
     steps: tuple[Result, ...] = ()
+    log_probs: tuple[float, ...] = ()
     timings_s: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
 
     def to_dict(self) -> dict[str, Any]:

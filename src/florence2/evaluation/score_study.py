@@ -1,0 +1,121 @@
+"""Which definition of a score ranks right boxes over wrong ones best, on the same predictions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from florence2.errors import FlorenceError
+from florence2.evaluation import detections
+from florence2.evaluation.detections import SceneBoxes
+from florence2.evaluation.figures import Floats, MeanAveragePrecision
+from florence2.evaluation.questions import Question
+from florence2.evaluation.tally import scene_boxes
+from florence2.pieces import Piece
+from florence2.records import Result
+from florence2.runs import Notes, groups_of, split_runs
+from florence2.scoring import object_score
+from florence2.vocabulary import Vocabulary
+
+LogProbs = Sequence[float]
+
+
+def _mean(values: LogProbs) -> float:
+    return math.fsum(values) / len(values) if values else 0.0
+
+
+OURS: Final = "place mean x label mean (ours)"
+DEFINITIONS: Final[dict[str, Callable[[LogProbs, LogProbs], float]]] = {
+    "place mean": lambda place, label: _mean(place),
+    "label mean": lambda place, label: _mean(label),
+    "label product": lambda place, label: math.fsum(label),
+    "place mean x label product": lambda place, label: _mean(place) + math.fsum(label),
+    "mean of all tokens": lambda place, label: _mean((*place, *label)),
+    "product of all tokens": lambda place, label: math.fsum((*place, *label)),
+    "lowest token": lambda place, label: min((*place, *label)),
+}
+"""The logarithm of a score from the log-probabilities of a box's own tokens and its label's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """How well one definition ranks (AP at 0.5, AUROC of right over wrong) and means (ECE)."""
+
+    map50: float
+    auroc: float
+    ece: float
+
+
+@dataclass(slots=True)
+class ScoreStudy:
+    """Collects the boxes of ``<OD>`` answers with their score by every definition."""
+
+    vocabulary: Vocabulary
+    scenes: list[SceneBoxes] = field(default_factory=list)
+    scores: dict[str, list[tuple[float, ...]]] = field(default_factory=dict)
+
+    def see(self, _: int, question: Question, result: Result) -> None:
+        """One answer; those to other tasks are passed over."""
+        if question.task != "<OD>":
+            return
+        found = scene_boxes(question, result)
+        spelled = _spelled_boxes(self.vocabulary.pieces(result.token_ids, result.log_probs))
+        if len(spelled) != len(found.boxes):
+            raise FlorenceError(
+                f"The answer about scene {question.scene.seed} spells {len(spelled)} boxes and "
+                f"{len(found.boxes)} were read; scores cannot be compared."
+            )
+        self.scenes.append(found)
+        ours = tuple(object_score(place, label) or 0.0 for place, label in spelled)
+        self.scores.setdefault(OURS, []).append(ours)
+        known = [(_log_probs(place), _log_probs(label)) for place, label in spelled]
+        for name, define in DEFINITIONS.items():
+            own = tuple(math.exp(min(define(place, label), 0.0)) for place, label in known)
+            self.scores.setdefault(name, []).append(own)
+
+    def qualities(self) -> dict[str, Quality]:
+        """Each definition's quality, the one in use first."""
+        return {name: self._quality(scores) for name, scores in self.scores.items()}
+
+    def _quality(self, scores: Sequence[tuple[float, ...]]) -> Quality:
+        scenes = [
+            replace(scene, scores=own) for scene, own in zip(self.scenes, scores, strict=True)
+        ]
+        ones = np.ones(len(scenes))
+        judged = detections.pooled(scenes)
+        return Quality(
+            MeanAveragePrecision(detections.rankings(scenes, (0.5,))).value(ones),
+            auroc(judged.scores, judged.right[0]),
+            detections.calibration(scenes).value(ones),
+        )
+
+
+def _log_probs(pieces: Sequence[Piece]) -> list[float]:
+    return [-math.inf if piece.log_prob is None else piece.log_prob for piece in pieces]
+
+
+def _spelled_boxes(pieces: Sequence[Piece]) -> list[tuple[list[Piece], list[Piece]]]:
+    """The tokens of each box and of its label, for the boxes that the parser keeps."""
+    spelled = []
+    for run in split_runs(pieces, Notes()):
+        for group in groups_of(run.body, 4, Notes()) if run.label else ():
+            x1, y1, x2, y2 = (piece.location_bin for piece in group)
+            if x1 != x2 and y1 != y2:
+                spelled.append((group, run.text))
+    return spelled
+
+
+def auroc(scores: Floats, right: NDArray[np.bool_]) -> float:
+    """How often a right one scores above a wrong one, ties counting half; NaN without both."""
+    positives = np.sort(scores[right])
+    negatives = scores[~right]
+    if not len(positives) or not len(negatives):
+        return float("nan")
+    above = len(positives) - np.searchsorted(positives, negatives, side="right")
+    at_least = len(positives) - np.searchsorted(positives, negatives, side="left")
+    return float((above + at_least).mean() / 2 / len(positives))
