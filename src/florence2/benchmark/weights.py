@@ -1,0 +1,41 @@
+"""Random weights at the published sizes, written once and read by both sides."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Final
+
+import torch
+from safetensors.torch import save_file
+
+from florence2.network.config import NetworkConfig
+from florence2.network.florence import Florence2Network
+from florence2.network.presets import base_config, large_config, tiny_config
+from florence2.tokens import EOS_ID
+
+VOCABULARY: Final = 51328
+
+
+def size_config(size: str) -> NetworkConfig:
+    """The shape of ``base`` or ``large``; ``tiny`` is for trying the benchmark itself."""
+    if size == "tiny":
+        # 24 visual tokens a side, as at full size, but from a very small network.
+        return tiny_config(vocab_size=VOCABULARY, max_positions=1024, patch_stride=(4, 2, 2, 2))
+    return {"base": base_config, "large": large_config}[size](VOCABULARY)
+
+
+def write_weights(size: str, folder: Path) -> None:
+    """Writes a random checkpoint in float16, as published: ``config.json`` and the weights.
+
+    The embedding of ``</s>`` is zero, so that its logit never ranks among the first and every
+    answer runs to the token limit: both sides then do the same work.
+    """
+    torch.manual_seed(1)
+    config = size_config(size)
+    network = Florence2Network(config)
+    with torch.no_grad():
+        network.model.language_model.shared.weight[EOS_ID] = 0.0
+    state = {name: value.to(torch.float16) for name, value in network.native_state().items()}
+    save_file(state, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config.to_native_dict()), encoding="utf-8")
