@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import math
 import os
+import signal
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -139,6 +139,7 @@ class Trainer:
         self.learner = Learner(network, first)
         self.optimizers = make_optimizers(self.learner)
         self.step = 0
+        self.is_stopping = False
         if self._state_file.exists():
             self._resume()
 
@@ -177,7 +178,7 @@ class Trainer:
         batches = stream(dataset, plan.workers)
         saved_at = time.monotonic()
         started_at, started_step = saved_at, self.step
-        while self.step < plan.steps:
+        while self.step < plan.steps and not self.is_stopping:
             set_rate(self.optimizers, schedule.rate(self.step))
             figures = self._step(next(batches))
             self.step += 1
@@ -210,18 +211,21 @@ class Trainer:
             log.write(json.dumps(line) + "\n")
 
 
-def main() -> None:
-    """``python -m florence2.training.trainer --folder DIR``; the same folder resumes."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, required=True)
-    for name, value in asdict(TrainingPlan()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
-    values = vars(parser.parse_args())
-    folder = values.pop("folder")
+def train(folder: Path, plan: TrainingPlan) -> None:
+    """Trains in ``folder`` until the planned step; the same folder goes on where it stopped.
+
+    Ctrl-C and SIGTERM save before they stop. ``folder/checkpoint`` is a checkpoint at any time.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    Trainer(folder, TrainingPlan(**values)).run()
+    trainer = Trainer(folder, plan)
 
+    def stop(*_: object) -> None:
+        logger.info("stopping after this step; the same command goes on from here")
+        trainer.is_stopping = True
 
-if __name__ == "__main__":
-    main()
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        trainer.run()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
