@@ -2,6 +2,7 @@
 
 It answers what the client asks: a repository's listing with sizes and hashes, HEAD and GET of
 ``/{owner}/{name}/resolve/{commit}/{file}`` with the hub's metadata headers, and byte ranges.
+Large files can be sent from another host name, as the hub does.
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ class Faults:
     file_status: dict[str, int] = field(default_factory=dict)
     delay_s_per_chunk: float = 0.0
     ignores_ranges: bool = False
+    large_elsewhere: bool = False
     no_hashes: bool = False
     not_json: bool = False
 
@@ -176,6 +178,15 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if file in self.standin.faults.file_status:
             self._error(self.standin.faults.file_status[file], None)
+            return
+        is_elsewhere = self.headers.get("Host", "").startswith("localhost")
+        if (
+            self.standin.faults.large_elsewhere
+            and not is_elsewhere
+            and len(found.files[file]) >= LARGE_BYTES
+        ):
+            elsewhere = self.standin.endpoint.replace("127.0.0.1", "localhost")
+            self._send(302, b"", {"Location": elsewhere + path})
             return
         content = found.files[file]
         large = len(content) >= LARGE_BYTES

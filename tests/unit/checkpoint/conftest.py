@@ -7,8 +7,8 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-_TESTS = Path(__file__).resolve().parents[2]
-sys.path.extend([str(_TESTS), str(_TESTS / "unit" / "network")])
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "network"))
 
 from hub_files import REPOSITORY, files
 from hub_standin import hub_standin
@@ -21,7 +21,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """A running stand-in that the client in this process is pointed at, by HF_ENDPOINT."""
     with hub_standin() as standin:
         monkeypatch.setenv("HF_ENDPOINT", standin.endpoint)
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
         for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "FLORENCE2_CACHE", "FLORENCE2_DEMO"):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "client-cache"))

@@ -198,6 +198,19 @@ def test_token_goes_along(hub, cache, monkeypatch):
     assert all(served.had_token for served in hub.served)
 
 
+def test_large_files_from_another_host_resume_and_get_no_token(hub, cache, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    hub.faults.large_elsewhere = True
+    hub.faults.cut_after["model.safetensors"] = 1_500_000
+    hub.faults.cuts_left["model.safetensors"] = 1
+    resolve(REPOSITORY, cache_dir=cache)
+    first, second = hub.gets("model.safetensors")
+    assert 0 < second.start <= first.sent
+    assert not first.had_token
+    assert not second.had_token
+    assert hub.gets("config.json")[0].had_token
+
+
 def test_no_room(hub, cache, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1, 1, 1000))
