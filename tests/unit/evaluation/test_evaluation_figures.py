@@ -1,0 +1,339 @@
+"""Overlaps, matches, average precision and the other figures, by worked arithmetic."""
+
+import json
+
+import numpy as np
+import pytest
+
+from florence2.evaluation.bootstrap import measure, resamplings
+from florence2.evaluation.detections import SceneBoxes, calibration, pooled, rankings
+from florence2.evaluation.figures import (
+    IOU_THRESHOLDS,
+    CalibrationError,
+    MeanAveragePrecision,
+    Ranking,
+    Ratio,
+)
+from florence2.evaluation.matching import count_matches, match_by_rank
+from florence2.evaluation.overlaps import box_ious, outline_iou
+from florence2.evaluation.score_study import auroc
+from florence2.evaluation.texts import (
+    character_errors,
+    edit_distance,
+    has_known_words,
+    plain_label,
+)
+
+UNIT = (0.0, 0.0, 1.0, 1.0)
+SQUARE = (0.2, 0.2, 0.6, 0.2, 0.6, 0.6, 0.2, 0.6)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "iou"),
+    [
+        ((0, 0, 4, 4), (0, 0, 4, 4), 1.0),
+        ((0, 0, 4, 4), (2, 0, 6, 4), 8 / 24),
+        ((0, 0, 4, 4), (4, 0, 8, 4), 0.0),
+        ((0, 0, 4, 4), (1, 1, 3, 3), 4 / 16),
+        ((0, 0, 4, 4), (9, 9, 8, 8), 0.0),
+        ((1, 1, 1, 1), (1, 1, 1, 1), 0.0),
+    ],
+)
+def test_box_iou(a, b, iou):
+    assert box_ious([a], [b])[0, 0] == pytest.approx(iou)
+
+
+def test_box_ious_of_nothing():
+    assert box_ious([], [UNIT]).shape == (0, 1)
+    assert box_ious([UNIT], []).shape == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("found", "true", "iou"),
+    [
+        ([SQUARE], [SQUARE], 1.0),
+        ([(0.4, 0.2, 0.6, 0.2, 0.6, 0.6, 0.4, 0.6)], [SQUARE], 0.5),
+        ([SQUARE, SQUARE], [SQUARE], 1.0),
+        ([], [SQUARE], 0.0),
+        ([(0.7, 0.7, 0.9, 0.7, 0.9, 0.9)], [SQUARE], 0.0),
+        ([], [], 0.0),
+        ([SQUARE[::-1]], [SQUARE], 1.0),
+    ],
+)
+def test_outline_iou(found, true, iou):
+    assert outline_iou(found, true) == pytest.approx(iou, abs=0.01)
+
+
+def test_each_true_box_is_matched_once():
+    ious = np.array([[0.9], [0.8]])
+    assert match_by_rank(ious, 0.5).tolist() == [True, False]
+    assert count_matches([UNIT, UNIT], ["car", "car"], [UNIT], ["car"]) == 1
+
+
+def test_a_prediction_takes_the_free_box_it_overlaps_most():
+    ious = np.array([[0.6, 0.9], [0.7, 0.95]])
+    assert match_by_rank(ious, 0.5).tolist() == [True, True]
+    assert match_by_rank(ious, 0.75).tolist() == [True, False]
+    assert match_by_rank(np.zeros((2, 0)), 0.5).tolist() == [False, False]
+
+
+def test_matches_need_the_label():
+    assert count_matches([UNIT], ["car"], [UNIT], ["cup"]) == 0
+    assert count_matches([UNIT, UNIT], ["cup", "car"], [UNIT, UNIT], ["car", "car"]) == 1
+    assert count_matches([], [], [UNIT], ["car"]) == 0
+
+
+def found(scores, right, positives, scenes=None):
+    right = np.array([right], bool)
+    scenes = np.zeros(len(scores), np.int64) if scenes is None else np.array(scenes)
+    return Ranking(right, scenes, np.array(positives, float))
+
+
+@pytest.mark.parametrize(
+    ("right", "positives", "precision"),
+    [
+        ([True, True], 2, 1.0),
+        ([True], 2, 51 / 101),
+        ([False, True], 1, 0.5),
+        ([True, False, True], 2, (51 + 50 * 2 / 3) / 101),
+        ([False, False], 1, 0.0),
+        ([], 1, 0.0),
+    ],
+)
+def test_average_precision_of_101_points(right, positives, precision):
+    ranking = found([0.5] * len(right), right, [positives])
+    assert ranking.average_precisions(np.ones(1))[0] == pytest.approx(precision)
+
+
+def test_a_scene_that_counts_twice_is_like_two_scenes():
+    once = found([0.9, 0.8, 0.7], [True, False, True], [2, 1], [0, 1, 0])
+    twice = found(
+        [0.9, 0.9, 0.8, 0.7, 0.7], [True, True, False, True, True], [4, 1], [0, 0, 1, 0, 0]
+    )
+    assert once.average_precisions(np.array([2.0, 1.0])) == pytest.approx(
+        twice.average_precisions(np.ones(2))
+    )
+
+
+def test_a_kind_without_true_boxes_does_not_count():
+    good, absent = found([0.9], [True], [1]), found([0.9], [False], [0])
+    assert MeanAveragePrecision([good, absent]).value(np.ones(1)) == 1.0
+    assert np.isnan(MeanAveragePrecision([absent]).value(np.ones(1)))
+
+
+@pytest.mark.parametrize(
+    ("scores", "right", "ece"),
+    [
+        ([1.0, 1.0], [True, True], 0.0),
+        ([1.0, 1.0], [False, False], 1.0),
+        ([0.75, 0.75, 0.75, 0.75], [True, True, True, False], 0.0),
+        # Bin 0.9: two of mean 0.95, half right; bin 0.2: one of 0.25, wrong.
+        ([0.95, 0.95, 0.25], [True, False, False], (2 * 0.45 + 0.25) / 3),
+    ],
+)
+def test_calibration_error(scores, right, ece):
+    figure = CalibrationError(np.array(scores), np.array(right), np.zeros(len(scores), np.int64))
+    assert figure.value(np.ones(1)) == pytest.approx(ece)
+
+
+def test_calibration_without_predictions_is_unknown():
+    assert np.isnan(calibration([SceneBoxes((), (), (), (UNIT,), ("car",))]).value(np.ones(1)))
+
+
+def test_labels_that_never_occur_are_wrong_boxes():
+    scene = SceneBoxes((UNIT, UNIT), ("car", "dog"), (0.9, 0.8), (UNIT,), ("car",))
+    judged = pooled([scene])
+    assert sorted(zip(judged.scores, judged.right[0], strict=True)) == [(0.8, False), (0.9, True)]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "distance"),
+    [
+        ("", "", 0),
+        ("STOP", "", 4),
+        ("STOP", "STOP", 0),
+        ("STOP", "SHOP", 1),
+        ("kitten", "sitting", 3),
+    ],
+)
+def test_edit_distance(first, second, distance):
+    assert edit_distance(first, second) == edit_distance(second, first) == distance
+
+
+@pytest.mark.parametrize(
+    ("read", "written", "errors"),
+    [
+        ("STOP", "STOP", 0.0),
+        ("SHOP", "STOP", 0.25),
+        ("", "STOP", 1.0),
+        ("SOMETHING ELSE", "NO", 1.0),
+        (" STOP\n7", "STOP 7", 0.0),
+        ("", "", 0.0),
+        ("X", "", 1.0),
+    ],
+)
+def test_character_errors(read, written, errors):
+    assert character_errors(read, written) == errors
+
+
+@pytest.mark.parametrize(
+    ("label", "plain"),
+    [
+        ("red cars", "red car"),
+        ("The  Star", "star"),
+        ("a purple fish", "purple fish"),
+        ("human face", "human face"),
+        ("", ""),
+        ("red car and cup", "red car and cup"),
+    ],
+)
+def test_plain_label(label, plain):
+    assert plain_label(label) == plain
+
+
+@pytest.mark.parametrize(
+    ("answer", "known"),
+    [
+        ("red car<loc_1><loc_2>two stars", True),
+        ("STOP\n7", True),
+        ("", True),
+        ("<poly><loc_3></poly>", True),
+        ("carr<loc_1>", False),
+        ("A small red car is at the top left. A sign on the right says EXIT.", True),
+    ],
+)
+def test_known_words(answer, known):
+    assert has_known_words(answer) is known
+
+
+@pytest.mark.parametrize(
+    ("scores", "right", "area"),
+    [
+        ([0.9, 0.1], [True, False], 1.0),
+        ([0.1, 0.9], [True, False], 0.0),
+        ([0.5, 0.5], [True, False], 0.5),
+        ([0.9, 0.5, 0.5, 0.1], [True, True, False, False], 3.5 / 4),
+    ],
+)
+def test_auroc(scores, right, area):
+    assert auroc(np.array(scores), np.array(right)) == pytest.approx(area)
+
+
+def test_the_interval_holds_the_figure_and_shrinks():
+    rng = np.random.default_rng(1)
+    widths = []
+    for scenes in (20, 500):
+        figure = Ratio((rng.random(scenes) < 0.7).astype(float), np.ones(scenes))
+        measured = measure(figure, resamplings(scenes, 0))
+        assert measured.low <= measured.value <= measured.high
+        assert measured.count == scenes
+        widths.append(measured.high - measured.low)
+    # Theory at 500: 2 * 1.96 * sqrt(0.7 * 0.3 / 500) = 0.08.
+    assert widths[1] == pytest.approx(0.08, abs=0.015)
+    assert widths[0] > 3 * widths[1]
+
+
+def test_the_interval_is_the_same_for_the_same_seed():
+    assert (resamplings(9, 4) == resamplings(9, 4)).all()
+    assert (resamplings(9, 4) != resamplings(9, 5)).any()
+    assert (resamplings(9, 4).sum(axis=1) == 9).all()
+
+
+def test_a_figure_of_nothing_is_none():
+    measured = measure(Ratio(np.zeros(3), np.zeros(3)), resamplings(3, 0))
+    assert (measured.value, measured.low, measured.high, measured.count) == (None, None, None, 0)
+
+
+def random_scenes(seed, count=40):
+    """True boxes, and predictions that hit some of them by some."""
+    rng = np.random.default_rng(seed)
+    scenes = []
+    for _ in range(count):
+        true = [random_box(rng) for _ in range(rng.integers(0, 6))]
+        names = [str(rng.choice(["ball", "car", "cup"])) for _ in true]
+        hit = [place for place in range(len(true)) if rng.random() < 0.9]
+        boxes = [tuple(np.array(true[place]) + rng.normal(0, 2, 4)) for place in hit]
+        labels = [names[place] for place in hit]
+        boxes += [random_box(rng) for _ in range(rng.integers(0, 4))]
+        labels += [str(rng.choice(["ball", "car", "cup"])) for _ in boxes[len(labels) :]]
+        scores = rng.permutation(1000)[: len(boxes)] / 1000
+        scenes.append(
+            SceneBoxes(tuple(boxes), tuple(labels), tuple(scores), tuple(true), tuple(names))
+        )
+    return scenes
+
+
+def random_box(rng):
+    x, y, w, h = rng.uniform(0, 60), rng.uniform(0, 60), rng.uniform(10, 40), rng.uniform(10, 40)
+    return (float(x), float(y), float(x + w), float(y + h))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_map_is_that_of_an_independent_evaluator(seed):
+    reference = pytest.importorskip("faster_coco_eval")
+    scenes = random_scenes(seed)
+    ids = {"ball": 1, "car": 2, "cup": 3}
+
+    def rows(boxes, labels, scores=None):
+        for place, (box, label) in enumerate(zip(boxes, labels, strict=True)):
+            x1, y1, x2, y2 = (float(value) for value in box)
+            row = {"bbox": [x1, y1, x2 - x1, y2 - y1], "category_id": ids[label], "iscrowd": 0}
+            yield row | (
+                {"score": float(scores[place])} if scores else {"area": (x2 - x1) * (y2 - y1)}
+            )
+
+    truth = [
+        row | {"image_id": number + 1}
+        for number, scene in enumerate(scenes)
+        for row in rows(scene.true_boxes, scene.true_labels)
+    ]
+    truth = [row | {"id": number + 1} for number, row in enumerate(truth)]
+    predictions = [
+        row | {"image_id": number + 1}
+        for number, scene in enumerate(scenes)
+        for row in rows(scene.boxes, scene.labels, scene.scores)
+    ]
+    coco = reference.COCO()
+    coco.dataset = {
+        "images": [{"id": n + 1, "width": 128, "height": 128} for n in range(len(scenes))],
+        "annotations": truth,
+        "categories": [{"id": number, "name": name} for name, number in ids.items()],
+        "info": {},
+    }
+    coco.createIndex()
+    judge = reference.COCOeval_faster(
+        coco, coco.loadRes(json.loads(json.dumps(predictions))), "bbox"
+    )
+    judge.evaluate()
+    judge.accumulate()
+    judge.summarize()
+    ones = np.ones(len(scenes))
+    ours = MeanAveragePrecision(rankings(scenes, IOU_THRESHOLDS)).value(ones)
+    ours50 = MeanAveragePrecision(rankings(scenes, (0.5,))).value(ones)
+    assert 0.2 < ours < ours50 < 1
+    assert ours == pytest.approx(float(judge.stats[0]), abs=1e-9)
+    assert ours50 == pytest.approx(float(judge.stats[1]), abs=1e-9)
+
+
+def test_map_of_perfect_and_of_shuffled_labels():
+    scenes = random_scenes(3)
+    perfect = [
+        SceneBoxes(
+            s.true_boxes, s.true_labels, (1.0,) * len(s.true_boxes), s.true_boxes, s.true_labels
+        )
+        for s in scenes
+    ]
+    others = {"ball": "car", "car": "cup", "cup": "ball"}
+    shuffled = [
+        SceneBoxes(
+            s.true_boxes,
+            tuple(others[label] for label in s.true_labels),
+            s.scores,
+            s.true_boxes,
+            s.true_labels,
+        )
+        for s in perfect
+    ]
+    ones = np.ones(len(scenes))
+    assert MeanAveragePrecision(rankings(perfect, IOU_THRESHOLDS)).value(ones) == 1.0
+    assert MeanAveragePrecision(rankings(shuffled, (0.5,))).value(ones) < 0.05
