@@ -18,11 +18,22 @@ def register(app: typer.Typer) -> None:
     app.command("tasks")(tasks)
 
 
-def tasks(as_json: AsJson = False) -> None:
+def tasks(
+    as_json: AsJson = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="As in the README.")] = False,
+) -> None:
     """List the task prompts: what each takes, what it gives, how long an answer may be."""
+    rows = _task_rows()
+    if as_markdown:
+        OUT.print(_markdown(rows), markup=False)
+    else:
+        _show(rows, as_json)
+
+
+def _task_rows() -> list[dict[str, Any]]:
     from florence2.tasks import TASKS
 
-    rows = [
+    return [
         {
             "task": task.token,
             "name": task.name,
@@ -32,7 +43,15 @@ def tasks(as_json: AsJson = False) -> None:
         }
         for task in TASKS
     ]
-    _show(rows, as_json)
+
+
+def _markdown(rows: list[dict[str, Any]]) -> str:
+    names = ("task", "name", "takes", "gives")
+    lines = [f"| {' | '.join(names)} |", "|" + " --- |" * len(names)]
+    for row in rows:
+        cells = [f"`{row['task']}`", f"`{row['name']}`", row["takes"], row["gives"]]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def models(as_json: AsJson = False) -> None:
