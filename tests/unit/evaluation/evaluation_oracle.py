@@ -8,23 +8,12 @@ from dataclasses import dataclass, replace
 from florence2.ask import Ask
 from florence2.images import content_hash
 from florence2.parsing import parse
-from florence2.pieces import pieces_from_text
+from florence2.pieces import Piece, pieces_from_text
 from florence2.records import Failure, Result
 from florence2.tasks import find_task
 from florence2.training.draw import draw_scene
 from florence2.training.scene import make_scene
 from florence2.training.truth import ground_truth
-
-
-def spelled_result(task: str, answer: str, size_wh, score: float = 1.0) -> Result:
-    """What the engine makes of an answer whose every token has the same probability."""
-    from math import log
-
-    pieces = [replace(piece, log_prob=log(score)) for piece in pieces_from_text(answer)]
-    parsed = parse(pieces, find_task(task), size_wh)
-    return Result(
-        task, size_wh, parsed.objects, parsed.text, answer, (), truncated=False, notes=parsed.notes
-    )
 
 
 @dataclass
@@ -39,15 +28,34 @@ class Oracle:
         self.scenes = {content_hash(draw_scene(scene)): scene for scene in scenes}
         self.calls: list[int] = []
         self.pictures: list[int] = []
+        self.spelled: list[list[Piece]] = []
 
     def run_many(self, asks: Sequence[Ask]) -> list[Result | Failure]:
         self.calls.append(len(asks))
         self.pictures.append(len({id(ask.image) for ask in asks}))
         return [self.answer(ask) for ask in asks]
 
+    def pieces(self, token_ids: Sequence[int], log_probs: Sequence[float]) -> list[Piece]:
+        """In the vocabulary's place: the pieces of the answer with this number."""
+        return self.spelled[token_ids[0]]
+
     def answer(self, ask: Ask) -> Result | Failure:
         scene = self.scenes[content_hash(ask.image)]
         size = scene.size_wh
         region = ask.region and tuple(v / size[i % 2] for i, v in enumerate(ask.region))
         truth = ground_truth(scene, ask.task, ask.text, region)
-        return spelled_result(ask.task, self.change(ask.task, truth.answer), size)
+        answer = self.change(ask.task, truth.answer)
+        # Every token is certain.
+        pieces = [replace(piece, log_prob=0.0) for piece in pieces_from_text(answer)]
+        self.spelled.append(pieces)
+        parsed = parse(pieces, find_task(ask.task), size)
+        return Result(
+            ask.task,
+            size,
+            parsed.objects,
+            parsed.text,
+            answer,
+            (len(self.spelled) - 1,),
+            truncated=False,
+            notes=parsed.notes,
+        )
