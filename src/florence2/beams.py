@@ -21,6 +21,7 @@ from torch import Tensor
 
 from florence2.bans import NEVER, ban_bos, ban_repeated_ngrams, top_candidates
 from florence2.errors import CheckpointError
+from florence2.nearby import Nearby
 from florence2.records import Answer, GenerationSettings
 from florence2.tokens import BOS_ID, DECODER_START_ID, EOS_ID
 
@@ -41,10 +42,15 @@ class BeamSearch:
     """
 
     def __init__(
-        self, limits: Sequence[int], settings: GenerationSettings, device: torch.device
+        self,
+        limits: Sequence[int],
+        settings: GenerationSettings,
+        device: torch.device,
+        nearby: Nearby | None = None,
     ) -> None:
         batch, beams = len(limits), settings.num_beams
         self._settings = settings
+        self._nearby = nearby
         self._beams = beams
         self._limits = list(limits)
         self._limits_tensor = torch.tensor(self._limits, device=device)
@@ -53,7 +59,8 @@ class BeamSearch:
         capacity = max(1, max(limits) - 1)
         self._tokens = torch.empty((capacity, batch, beams), dtype=torch.long, device=device)
         self._parents = torch.empty_like(self._tokens)
-        self._log_probs = torch.empty((capacity, batch, beams), device=device)
+        # For every token its own log-probability, and that of it and its neighbours.
+        self._log_probs = torch.empty((capacity, batch, beams, 2), device=device)
         self._history = torch.tensor(PREFIX, device=device).repeat(batch, 1)
         self._scores = torch.zeros((batch, 1), device=device)
         self._finished_scores = torch.full((batch, beams), _OUT, device=device)
@@ -76,7 +83,14 @@ class BeamSearch:
             ban_bos(log_probs)
         values, ids = top_candidates(log_probs, 2 * self._beams)
         self._generated += 1
-        self._select(values.view(batch, rows, -1), ids.view(batch, rows, -1))
+        own = self._select(values.view(batch, rows, -1), ids.view(batch, rows, -1))
+        near = own
+        if self._nearby is not None:
+            near = self._nearby.log_probs(
+                log_probs.view(batch, rows, -1), self.parents, self.tokens, own
+            )
+        self._log_probs[self._steps] = torch.stack((own, near), dim=-1)
+        self._steps += 1
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows of the batch only: ``rows`` [B'] of row numbers."""
@@ -116,13 +130,17 @@ class BeamSearch:
             step, beam, truncated = self._unpack(finished[place])
             ids, logs = _trace(tokens[place], parents[place], log_probs[place], step, beam)
             first = next((at for at, token in enumerate(ids) if token != BOS_ID), len(ids))
-            answers.append(
-                Answer(tuple(ids[first:]), tuple(logs[first:]), scores[place], truncated)
-            )
+            own, near = zip(*logs[first:], strict=True) if logs[first:] else ((), ())
+            if self._nearby is None:
+                near = ()
+            answers.append(Answer(tuple(ids[first:]), own, scores[place], truncated, near))
         return answers
 
-    def _select(self, values: Tensor, ids: Tensor) -> None:
-        """Choose the next beams from each row's candidates: log-probs and ids, both [B, R, K]."""
+    def _select(self, values: Tensor, ids: Tensor) -> Tensor:
+        """Choose the next beams from each row's candidates: log-probs and ids, both [B, R, K].
+
+        Gives the log-probabilities [B, beams] of the tokens chosen.
+        """
         batch, rows, count = ids.shape
         ending, cut = None, None
         if self._generated in self._limits:
@@ -144,10 +162,9 @@ class BeamSearch:
         self.parents = beams.gather(1, kept)
         self._tokens[self._steps] = self.tokens
         self._parents[self._steps] = self.parents
-        self._log_probs[self._steps] = values.view(batch, -1).gather(1, places.gather(1, kept))
-        self._steps += 1
         self._remember(rows)
         self._close(ending)
+        return values.view(batch, -1).gather(1, places.gather(1, kept))
 
     def _finish(self, top: Tensor, ended: Tensor, beams: Tensor, cut: Tensor | None) -> None:
         """Let candidates that ended into the finished ones: all arguments [B, K], best first.
@@ -212,13 +229,13 @@ def _force_eos(values: Tensor, ids: Tensor, ending: Tensor) -> tuple[Tensor, Ten
 
 def _trace(
     tokens: Tensor, parents: Tensor, log_probs: Tensor, step: int, beam: int
-) -> tuple[list[int], list[float]]:
-    """Token ids and log-probs of one hypothesis, from back-pointers [steps, beams] of one item."""
+) -> tuple[list[int], list[list[float]]]:
+    """Token ids and pairs of log-probs of one hypothesis, from back-pointers of one item."""
     token_rows: list[list[int]] = tokens[:step].tolist()
     parent_rows: list[list[int]] = parents[:step].tolist()
-    log_prob_rows: list[list[float]] = log_probs[:step].tolist()
+    log_prob_rows: list[list[list[float]]] = log_probs[:step].tolist()
     ids: list[int] = []
-    logs: list[float] = []
+    logs: list[list[float]] = []
     for at in range(step - 1, -1, -1):
         ids.append(token_rows[at][beam])
         logs.append(log_prob_rows[at][beam])

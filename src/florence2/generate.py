@@ -20,6 +20,7 @@ from torch import Tensor
 
 from florence2.beams import PREFIX, BeamSearch
 from florence2.errors import FlorenceError, RequestError
+from florence2.nearby import Nearby
 from florence2.records import Answer, GenerationSettings
 
 MAX_BEAMS: Final = 32
@@ -105,6 +106,7 @@ def generate(
     max_new_tokens: Sequence[int],
     *,
     should_stop: Callable[[], bool | None] | None = None,
+    nearby: Nearby | None = None,
 ) -> list[Answer]:
     """Answer every item of the session, in order.
 
@@ -122,12 +124,13 @@ def generate(
 
     ``should_stop`` is called before every pass of the network; if it returns true,
     ``GenerationCancelledError`` is raised, and whatever it raises itself comes through.
+    ``nearby`` asks for ``Answer.near_log_probs``.
     """
     shared = _check_batch(num_items, settings, max_new_tokens)
     if num_items == 0:
         return []
     with torch.inference_mode():
-        return _Loop(session, shared, max_new_tokens, should_stop).run()
+        return _Loop(session, shared, max_new_tokens, should_stop, nearby).run()
 
 
 class _Loop:
@@ -139,8 +142,10 @@ class _Loop:
         settings: GenerationSettings,
         limits: Sequence[int],
         should_stop: Callable[[], bool | None] | None,
+        nearby: Nearby | None,
     ) -> None:
         self._session = session
+        self._nearby = nearby
         self._settings = settings
         self._limits = list(limits)
         self._should_stop = should_stop
@@ -152,7 +157,7 @@ class _Loop:
         self._check_stop()
         logits = self._session.prefill(list(PREFIX)).unsqueeze(1)
         _check_vocabulary(logits.shape[-1], self._settings.num_beams)
-        search = BeamSearch(self._limits, self._settings, logits.device)
+        search = BeamSearch(self._limits, self._settings, logits.device, self._nearby)
         flags = _OpenFlags(lag=0 if logits.device.type == "cpu" else 1)
         while True:
             search.advance(logits)

@@ -77,10 +77,10 @@ def test_every_stop_rule_penalty_and_ban(early_stopping, length_penalty: float, 
 
 
 @pytest.mark.parametrize("ngram", [0, 1, 2, 3, 5])
-def test_greedy_with_every_ban(ngram: int):
-    for seed in SEEDS:
+def test_greedy_with_every_ban_knows_no_stop_rules(ngram: int):
+    for seed, early_stopping in zip(SEEDS, (True, False, "never"), strict=True):
         model, prompts = setup(seed)
-        settings = GenerationSettings(num_beams=1, no_repeat_ngram_size=ngram)
+        settings = GenerationSettings(1, None, 2.0, early_stopping, ngram)
         expected = expected_answers(model, prompts, settings, 24)
         assert differences(answer_in_batches(model, prompts, settings, 24, 20), expected) == []
 
