@@ -6,18 +6,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
-from label_fakes import FakeModel
-from PIL import Image
-
-
-def color_of(number: int) -> tuple[int, int, int]:
-    return (number % 256, number // 256, 7)
-
-
-def paint(path: Path, number: int, size=(64, 48)) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, color_of(number)).save(path)
-    return path
+from label_fakes import FakeModel, paint
 
 
 @pytest.fixture
@@ -42,7 +31,7 @@ def label(monkeypatch, model, tmp_path):
 
     class Florence2:
         @staticmethod
-        def load(name, device="auto", runtime="auto", progress=None):
+        def load(name, device="auto", runtime="auto", **_):
             loads.append((name, device, runtime))
             return model
 

@@ -5,10 +5,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from florence2.ask import Ask
 from florence2.records import Box, Failure, Result
+
+
+def color_of(number: int) -> tuple[int, int, int]:
+    return (number % 256, number // 256, 7)
+
+
+def paint(path: Path, number: int, size=(64, 48)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, color_of(number)).save(path)
+    return path
 
 
 def color_in(ask: Ask) -> tuple[int, int, int]:

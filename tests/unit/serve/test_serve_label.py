@@ -6,8 +6,7 @@ import os
 import shutil
 
 import pytest
-from conftest import color_of, paint
-from label_fakes import color_in, one_box, result
+from label_fakes import color_in, color_of, one_box, paint, result
 from PIL import Image
 
 from florence2.ask import Ask

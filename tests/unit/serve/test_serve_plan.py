@@ -91,7 +91,7 @@ def test_words_become_prompts_and_classes(words, expected):
         pytest.param({"task": "region_ocr", "region": "nan,0,3,4"}, "x1 < x2", id="not a number"),
         pytest.param({"task": "region_ocr", "region": "0,0,inf,4"}, "x1 < x2", id="infinite"),
         pytest.param({"task": "object_detect"}, "Did you mean", id="unknown task"),
-        pytest.param({"task": "<OCR>+<CAPTION>"}, "takes nothing", id="impossible cascade"),
+        pytest.param({"task": "<OCR>+<CAPTION>"}, "takes neither", id="impossible cascade"),
         pytest.param({"classes": ["=x"]}, "'=x'", id="class without a name"),
         pytest.param({"classes": ["dog=,"]}, "'dog=,'", id="class without prompts"),
         pytest.param({"classes": ["a1=x", "b1=x"]}, "'a1' and 'b1'", id="prompt of two classes"),
