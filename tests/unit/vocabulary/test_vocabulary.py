@@ -1,0 +1,182 @@
+"""Both published layouts and fine-tunes give the ids the reference gives; damage is named."""
+
+import json
+import shutil
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from florence2.errors import CheckpointError, RequestError
+from florence2.pieces import PieceKind
+from florence2.tokens import ADDED_TOKENS, IMAGE, location_token
+from florence2.vocabulary import Vocabulary
+
+TEXTS = [
+    "a red car",
+    "Locate the objects with category name in the image.",
+    "car<loc_0><loc_1><loc_500><loc_999>door<loc_7><loc_8><loc_9><loc_10>",
+    "<poly><loc_1><loc_2><sep><loc_3></poly> and <and> more",
+    " leading, trailing  and   double spaces ",
+    "café naïve 中文 龍が飛ぶ кириллица 👍🏽 \u200d",
+    "line one\nline two\ttabbed",
+    "a < b <loc_> <loc_1000> <unknown>",
+    "",
+]
+
+
+@pytest.fixture(scope="module")
+def original(original_folder):
+    return Vocabulary.from_folder(original_folder)
+
+
+@pytest.fixture(scope="module")
+def native(native_folder):
+    return Vocabulary.from_folder(native_folder)
+
+
+@pytest.fixture
+def folder(original_folder, tmp_path):
+    return shutil.copytree(original_folder, tmp_path / "copy")
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("layout", ["original", "native"])
+def test_ids_and_text_equal_the_reference(layout, text, reference, request):
+    vocabulary = request.getfixturevalue(layout)
+    ids = vocabulary.encode(text)
+    assert ids == reference.tokenizer(text, add_special_tokens=False).input_ids
+    assert vocabulary.answer_text(ids) == reference.tokenizer.decode(ids)
+
+
+def test_published_tokens_follow_the_base_vocabulary(original, native, original_folder):
+    base = len(json.loads((original_folder / "vocab.json").read_text(encoding="utf-8")))
+    for vocabulary in (original, native):
+        ids = [vocabulary.encode(token) for token in ADDED_TOKENS]
+        assert ids == [[base + position] for position in range(len(ADDED_TOKENS))]
+    assert original.image_id is None
+    assert native.image_id == base + len(ADDED_TOKENS)
+    assert (original.size, native.size) == (native.image_id, native.image_id + 1)
+
+
+def test_location_ids_go_both_ways(native):
+    for location_bin in (0, 1, 500, 999):
+        token_id = native.location_id(location_bin)
+        assert native.encode(location_token(location_bin)) == [token_id]
+        assert native.location_of(token_id) == location_bin
+    assert native.location_of(native.location_id(0) - 1) is None
+    assert native.location_of(native.location_id(999) + 1) is None
+    with pytest.raises(ValueError, match="0 to 999"):
+        native.location_id(1000)
+
+
+def test_a_whole_tokenizer_without_the_published_tokens_gets_them(original, folder):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    plain = Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
+    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    plain.decoder = decoders.ByteLevel()
+    plain.enable_truncation(4)
+    plain.enable_padding()
+    plain.save(str(folder / "tokenizer.json"))
+    (folder / "merges.txt").unlink()
+    vocabulary = Vocabulary.from_folder(folder)
+    text = "a red car<loc_5> parked in front of a yellow building"
+    assert vocabulary.encode(text) == original.encode(text)
+
+
+def test_tokens_of_a_fine_tune_keep_their_ids(original, folder):
+    added = {token: original.encode(token)[0] for token in ADDED_TOKENS}
+    added |= {"<DocVQA>": original.size, "étiquette": original.size + 1}
+    (folder / "added_tokens.json").write_text(json.dumps(added), encoding="utf-8")
+    vocabulary = Vocabulary.from_folder(folder)
+    assert vocabulary.encode("<DocVQA>étiquette") == [original.size, original.size + 1]
+    assert vocabulary.answer_text([original.size + 1]) == "étiquette"
+    assert [p.kind for p in vocabulary.pieces([original.size])] == [PieceKind.TEXT]
+
+
+def test_pieces_are_one_per_token_with_its_log_probability(native):
+    ids = [2, 0, *native.encode("car<loc_5></poly>"), 2, 1]
+    log_probs = [-float(position) for position in range(len(ids))]
+    pieces = native.pieces(ids, log_probs)
+    assert b"".join(piece.data for piece in pieces) == b"car<loc_5></poly>"
+    assert [p.kind for p in pieces][-2:] == [PieceKind.LOCATION, PieceKind.MARKER]
+    assert [p.location_bin for p in pieces][-2:] == [5, None]
+    assert [p.log_prob for p in pieces] == log_probs[2:-2]
+    assert {p.log_prob for p in native.pieces(ids)} == {None}
+    with pytest.raises(ValueError, match="One log-probability per token"):
+        native.pieces(ids, [0.0])
+
+
+def test_ids_beyond_the_vocabulary_spell_nothing(native):
+    for token_id in (native.size, native.size + 50, -1):
+        assert native.bytes_of(token_id) == b""
+    assert native.answer_text([*native.encode("car"), native.size + 3]) == "car"
+
+
+@given(text=st.text())
+def test_any_text_survives_the_way_there_and_back(native, text):
+    ids = native.encode(text)
+    assert b"".join(native.bytes_of(token_id) for token_id in ids) == text.encode()
+
+
+@given(ids=st.lists(st.integers(0, 1800)))
+def test_any_ids_spell_what_the_reference_spells(native, reference, ids):
+    kept = [i for i in ids if i < native.size and i > 2]
+    assert native.answer_text(kept) == reference.tokenizer.decode(kept)
+
+
+def test_a_prompt_is_framed_and_free_of_control_tokens(native):
+    assert native.encode_prompt("a car") == [0, *native.encode("a car"), 2]
+    for token in ("<s>", "</s>", "<pad>", "<unk>", "<mask>", IMAGE):
+        with pytest.raises(RequestError, match=f"control token {token}"):
+            native.encode_prompt(f"a {token} car")
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def whole(folder, change=lambda content: content):
+    content = {"model": {"type": "BPE", "vocab": {"<s>": 0, "<pad>": 1, "</s>": 2}, "merges": []}}
+    change(content)
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def shift_locations(folder):
+    base = len(json.loads((folder / "vocab.json").read_text(encoding="utf-8")))
+    tokens = {token: base + position for position, token in enumerate(ADDED_TOKENS)}
+    low, high = tokens["<loc_3>"], tokens["<loc_4>"]
+    tokens |= {"<loc_3>": high, "<loc_4>": low}
+    (folder / "added_tokens.json").write_text(json.dumps(tokens), encoding="utf-8")
+
+
+DAMAGES = [
+    ("no merges", lambda f: (f / "merges.txt").unlink(), "merges.txt is missing"),
+    ("no vocabulary", lambda f: (f / "vocab.json").unlink(), "neither tokenizer.json nor vocab"),
+    ("vocabulary cut", lambda f: cut(f / "vocab.json"), "vocab.json is cut or damaged"),
+    ("vocabulary a list", lambda f: (f / "vocab.json").write_text("[]"), "vocab.json is cut"),
+    ("vocabulary odd", lambda f: (f / "vocab.json").write_text('{"a": "b"}'), "belong together"),
+    ("merges odd", lambda f: (f / "merges.txt").write_text("a b c"), "merges.txt is cut"),
+    ("merges foreign", lambda f: (f / "merges.txt").write_text("蟹 蟹"), "belong together"),
+    ("not text", lambda f: (f / "merges.txt").write_bytes(b"\xff\xfe"), "merges.txt cannot be"),
+    ("empty whole", lambda f: (f / "tokenizer.json").write_text(""), "tokenizer.json is cut"),
+    ("whole of another kind", lambda f: (f / "tokenizer.json").write_text("{}"), "is cut"),
+    ("other ids", lambda f: whole(f, lambda c: c["model"]["vocab"].update({"<s>": 2, "</s>": 0})),
+     "must give <s> the id 0"),
+    ("locations shuffled", shift_locations, "consecutive"),
+    ("added token elsewhere", lambda f: (f / "added_tokens.json").write_text('{"<x>": 9000}'),
+     "do not belong together"),
+    ("added ids odd", lambda f: (f / "added_tokens.json").write_text('{"<x>": "y"}'), "is cut"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"), [d[1:] for d in DAMAGES], ids=[d[0] for d in DAMAGES]
+)
+def test_damage_is_one_sentence_naming_the_file(folder, damage, message):
+    damage(folder)
+    with pytest.raises(CheckpointError, match=message) as raised:
+        Vocabulary.from_folder(folder)
+    assert str(folder) in str(raised.value)
+    assert "\n" not in str(raised.value)
