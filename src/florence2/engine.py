@@ -17,10 +17,12 @@ from florence2.errors import CheckpointError, FlorenceError, RequestError
 from florence2.generate import generate
 from florence2.images import LoadedImage, open_image
 from florence2.memory import run_halving
+from florence2.nearby import Nearby
 from florence2.parsing import parse
 from florence2.processing import check_prompt_length, prompt_sentence
 from florence2.records import Answer, GenerationSettings, Region, Result
 from florence2.runtimes.base import Runtime
+from florence2.scoring import NEAR_BINS
 from florence2.tasks import Task, find_task
 from florence2.tokens import BOS_ID, EOS_ID
 
@@ -54,6 +56,7 @@ class Engine:
         self.image_batch = image_batch
         self.prompt_batch = prompt_batch
         self._lock = threading.Lock()
+        self._nearby = Nearby(checkpoint.vocabulary.first_location_id, NEAR_BINS)
         revision = checkpoint.revision or "local"
         self._key_prefix = f"{checkpoint.name}@{revision} {runtime.name} {runtime.precision}"
 
@@ -160,7 +163,7 @@ class Engine:
                 max(limits),
             )
             started = time.perf_counter()
-            answers = generate(session, len(prompts), settings, limits)
+            answers = generate(session, len(prompts), settings, limits, nearby=self._nearby)
         timings = {
             "prompt": started - began,
             "decode": time.perf_counter() - started,
@@ -173,7 +176,7 @@ class Engine:
 
     def _result(self, prompt: Prompt, answer: Answer, timings: dict[str, float]) -> Result:
         vocabulary = self.checkpoint.vocabulary
-        pieces = vocabulary.pieces(answer.token_ids, answer.log_probs)
+        pieces = vocabulary.pieces(answer.token_ids, answer.log_probs, answer.near_log_probs)
         parsed = parse(pieces, prompt.task, prompt.image.size_wh)
         notes = parsed.notes
         if answer.truncated:
@@ -188,6 +191,7 @@ class Engine:
             truncated=answer.truncated,
             notes=notes,
             log_probs=answer.log_probs,
+            near_log_probs=answer.near_log_probs,
             timings_s=MappingProxyType(timings),
         )
 

@@ -46,13 +46,15 @@ class Piece:
     """One token of an answer, or one stretch of a raw string.
 
     ``data`` is what it spells in UTF-8, possibly part of a character. ``location_bin`` is 0 to
-    999 for a location and None for the rest. ``log_prob`` is a natural logarithm, None if unknown.
+    999 for a location and None for the rest. ``log_prob`` is a natural logarithm, None if unknown;
+    ``near_log_prob`` that of the bin or one near it, the same as ``log_prob`` for the rest.
     """
 
     kind: PieceKind
     data: bytes
     location_bin: int | None = None
     log_prob: float | None = None
+    near_log_prob: float | None = None
 
 
 def strip_dropped(text: str) -> str:

@@ -97,7 +97,9 @@ class Answer:
 
     ``token_ids`` start after the decoder's start token and end before ``</s>`` and padding;
     ``log_probs`` has one natural logarithm per token id, from the plain softmax over the
-    vocabulary (bans and forced tokens do not distort it). ``beam_score`` is the search's own
+    vocabulary (bans and forced tokens do not distort it). ``near_log_probs`` are the same, but for
+    a location token the logarithm of the probability of any bin within a few bins of it; they are
+    empty when the loop was not told which tokens are locations. ``beam_score`` is the search's own
     length-normalised score. ``truncated`` says that the token limit cut the answer.
     """
 
@@ -105,13 +107,14 @@ class Answer:
     log_probs: tuple[float, ...]
     beam_score: float
     truncated: bool
+    near_log_probs: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
     """The answer to one request on one image.
 
-    ``log_probs`` has one natural logarithm per token id, or is empty where they are unknown.
+    ``log_probs`` and ``near_log_probs`` are those of the Answer, or empty where unknown.
     """
 
     task: str
@@ -124,6 +127,7 @@ class Result:
     notes: tuple[str, ...] = ()
     steps: tuple[Result, ...] = ()
     log_probs: tuple[float, ...] = ()
+    near_log_probs: tuple[float, ...] = ()
     timings_s: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
 
     def to_dict(self) -> dict[str, Any]:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Final
 
 from florence2.pieces import Piece
+
+NEAR_BINS: Final = 20
+"""A location within so many bins of the chosen one, 2 % of the image, is the same place."""
 
 
 def object_score(place: Sequence[Piece], label: Sequence[Piece]) -> float | None:
     """The score of a prediction, in [0, 1].
 
     ``score = g(place) * g(label)``, where ``g`` is the geometric mean of the probabilities of
-    the tokens given, and 1 when there are none.
+    the tokens given, and 1 when there are none. The probability of a location token is that of
+    any bin within NEAR_BINS of it: a bin is a thousandth of the image, and a network that is sure
+    of an edge still spreads its probability over neighbouring bins.
 
     - ``place``: the object's own location tokens: 4 for a box, 8 for a quad, those of all its
       rings for a polygon, none for a text.
@@ -21,14 +27,17 @@ def object_score(place: Sequence[Piece], label: Sequence[Piece]) -> float | None
     The probabilities are those of the plain softmax when each token was chosen, so scores compare
     within a task and checkpoint. The result is None if any of them is unknown.
     """
-    factors = [_geometric_mean(pieces) for pieces in (place, label)]
+    factors = [
+        _geometric_mean(piece.near_log_prob for piece in place),
+        _geometric_mean(piece.log_prob for piece in label),
+    ]
     return (
         None if None in factors else math.prod(factor for factor in factors if factor is not None)
     )
 
 
-def _geometric_mean(pieces: Iterable[Piece]) -> float | None:
-    log_probs = [piece.log_prob for piece in pieces]
+def _geometric_mean(values: Iterable[float | None]) -> float | None:
+    log_probs = list(values)
     known = [log_prob for log_prob in log_probs if log_prob is not None]
     if len(known) < len(log_probs):
         return None

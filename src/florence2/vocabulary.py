@@ -115,19 +115,28 @@ class Vocabulary:
         return self.first_location_id + location_bin
 
     def pieces(
-        self, token_ids: Sequence[int], log_probs: Sequence[float] | None = None
+        self,
+        token_ids: Sequence[int],
+        log_probs: Sequence[float] | None = None,
+        near_log_probs: Sequence[float] | None = None,
     ) -> tuple[Piece, ...]:
         """What the parser reads: one piece per token, without ``<s>``, ``</s>`` and ``<pad>``.
 
-        ``log_probs`` has one natural logarithm per token id, or is None when unknown.
+        ``log_probs`` has one natural logarithm per token id, or is None when unknown; so has
+        ``near_log_probs``, which are ``log_probs`` when not given.
         """
+        near = log_probs if not near_log_probs else near_log_probs
         if log_probs is not None and len(log_probs) != len(token_ids):
             raise ValueError(
                 f"One log-probability per token is needed: {len(token_ids)} token ids, "
                 f"{len(log_probs)} log-probabilities."
             )
         return tuple(
-            self._piece(token_id, None if log_probs is None else log_probs[position])
+            self._piece(
+                token_id,
+                None if log_probs is None else log_probs[position],
+                None if near is None else near[position],
+            )
             for position, token_id in enumerate(token_ids)
             if token_id not in self._dropped_ids
         )
@@ -137,13 +146,13 @@ class Vocabulary:
         kept = (self.bytes_of(i) for i in token_ids if i not in self._dropped_ids)
         return b"".join(kept).decode("utf-8", errors="replace")
 
-    def _piece(self, token_id: int, log_prob: float | None) -> Piece:
+    def _piece(self, token_id: int, log_prob: float | None, near_log_prob: float | None) -> Piece:
         location_bin = self.location_of(token_id)
         if location_bin is not None:
             kind = PieceKind.LOCATION
         else:
             kind = PieceKind.MARKER if token_id in self._marker_ids else PieceKind.TEXT
-        return Piece(kind, self.bytes_of(token_id), location_bin, log_prob)
+        return Piece(kind, self.bytes_of(token_id), location_bin, log_prob, near_log_prob)
 
 
 def _as_added(tokens: Iterable[str]) -> list[AddedToken]:
