@@ -125,7 +125,7 @@ class Vocabulary:
         ``log_probs`` has one natural logarithm per token id, or is None when unknown; so has
         ``near_log_probs``, which are ``log_probs`` when not given.
         """
-        near = log_probs if not near_log_probs else near_log_probs
+        near = near_log_probs or log_probs
         if log_probs is not None and len(log_probs) != len(token_ids):
             raise ValueError(
                 f"One log-probability per token is needed: {len(token_ids)} token ids, "

@@ -1,0 +1,79 @@
+"""What the README says is run or compared, so that it cannot go stale."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from serve.cli import app
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    """Every ``florence2 ...`` line, as words without comments and redirections."""
+    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    words = [shlex.split(line.split(" < ")[0], comments=True) for line in lines]
+    return [line[1:] for line in words if line and line[0].rsplit("/", 1)[-1] == "florence2"]
+
+
+def test_the_python_example_runs(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    [example] = blocks("python")
+    names: dict[str, object] = {}
+    exec(compile(example, "README.md", "exec"), names)
+    assert "There is no image 'missing.png'" in capsys.readouterr().out
+    assert len(names["results"]) == 2
+
+
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_every_option_of_a_command_line_exists(command):
+    name, *words = command
+    text = CliRunner().invoke(app, [name, "--help"]).output
+    for option in (word for word in words if word.startswith("--")):
+        assert option in text
+
+
+def test_the_task_table_is_the_one_the_command_prints():
+    printed = CliRunner().invoke(app, ["tasks", "--markdown"])
+    table = re.search(r"<!-- tasks:.*?-->\n(.*?)<!-- /tasks -->", README, re.DOTALL)
+    assert table is not None
+    from serve.commands.info import _markdown, _task_rows
+
+    assert table.group(1).strip() == _markdown(_task_rows()).strip()
+    assert printed.exit_code == 0
+
+
+def test_every_runtime_dependency_has_its_reason():
+    table = README.split("## Dependencies")[1]
+    named = {
+        name
+        for row in re.findall(r"^\| ([a-z0-9_, -]+) \|", table, re.MULTILINE)
+        for name in row.split(", ")
+    }
+    pinned = {
+        line.split("==")[0]
+        for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").split()
+    }
+    assert pinned <= named
+    assert named - pinned == {"package", "---"}
+
+
+@pytest.mark.parametrize("target", re.findall(r"make (\w+)", README))
+def test_every_make_target_exists(target):
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+
+
+@pytest.mark.parametrize("link", re.findall(r"\]\((docs/[^)#]+)", README))
+def test_every_linked_page_exists(link):
+    assert (ROOT / link).is_file()
