@@ -126,11 +126,12 @@ class Vocabulary:
         ``near_log_probs``, which are ``log_probs`` when not given.
         """
         near = near_log_probs or log_probs
-        if log_probs is not None and len(log_probs) != len(token_ids):
-            raise ValueError(
-                f"One log-probability per token is needed: {len(token_ids)} token ids, "
-                f"{len(log_probs)} log-probabilities."
-            )
+        for given in (log_probs, near):
+            if given is not None and len(given) != len(token_ids):
+                raise ValueError(
+                    f"One log-probability per token is needed: {len(token_ids)} token ids, "
+                    f"{len(given)} log-probabilities."
+                )
         return tuple(
             self._piece(
                 token_id,

@@ -106,6 +106,8 @@ def test_pieces_are_one_per_token_with_its_log_probability(native):
     assert {p.log_prob for p in native.pieces(ids)} == {None}
     with pytest.raises(ValueError, match="One log-probability per token"):
         native.pieces(ids, [0.0])
+    with pytest.raises(ValueError, match="One log-probability per token"):
+        native.pieces(ids, log_probs, [0.0])
 
 
 def test_ids_beyond_the_vocabulary_spell_nothing(native):

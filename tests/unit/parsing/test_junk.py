@@ -1,0 +1,73 @@
+"""No sequence of pieces and no string raises; whatever comes out can be drawn and stored."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from parsing_junk import JUNK_PIECES, JUNK_TEXT
+
+from florence2.parsing import parse, parse_answer_text
+from florence2.pieces import PieceKind
+from florence2.records import Box, Polygon, Quad, Text
+from florence2.tasks import TASKS, OutputKind
+
+SIZES = st.tuples(st.integers(1, 20_000), st.integers(1, 20_000))
+PLACED = [task for task in TASKS if task.output is not OutputKind.TEXT]
+
+
+def points_of(found):
+    if isinstance(found, Box):
+        return [found.box_xyxy]
+    if isinstance(found, Quad):
+        return [found.quad_xy]
+    return list(found.rings_xy) if isinstance(found, Polygon) else []
+
+
+def check_objects(objects, size_wh):
+    width, height = size_wh
+    for found in objects:
+        for ring in points_of(found):
+            assert len(ring) % 2 == 0
+            assert all(0 < x < width for x in ring[0::2])
+            assert all(0 < y < height for y in ring[1::2])
+        if isinstance(found, Box):
+            x1, y1, x2, y2 = found.box_xyxy
+            assert x1 < x2
+            assert y1 < y2
+        if isinstance(found, Polygon):
+            assert found.rings_xy
+            assert all(len(ring) >= 6 for ring in found.rings_xy)
+        if isinstance(found, Text):
+            assert found.label
+        assert found.label == found.label.strip()
+        assert found.score is None or 0.0 <= found.score <= 1.0
+
+
+@pytest.mark.parametrize("task", TASKS, ids=[task.name for task in TASKS])
+@given(pieces=JUNK_PIECES, size_wh=SIZES)
+def test_any_pieces(task, pieces, size_wh):
+    parsed = parse(pieces, task, size_wh)
+    check_objects(parsed.objects, size_wh)
+    assert all(found.score is not None for found in parsed.objects)
+    assert len(parsed.notes) <= 9
+    assert (parsed.text is None) == (task.output is not OutputKind.TEXT)
+
+
+@pytest.mark.parametrize("task", TASKS, ids=[task.name for task in TASKS])
+@given(answer=JUNK_TEXT, size_wh=SIZES)
+def test_any_string(task, answer, size_wh):
+    result = parse_answer_text(task, answer, size_wh)
+    check_objects(result.objects, size_wh)
+    assert all(found.score is None for found in result.objects)
+    json.dumps(result.to_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize("task", PLACED, ids=[task.name for task in PLACED])
+@given(pieces=JUNK_PIECES)
+def test_nothing_is_left_out_without_a_note(task, pieces):
+    parsed = parse(pieces, task, (1000, 1000))
+    used = sum(len(ring) for found in parsed.objects for ring in points_of(found))
+    given_locations = sum(piece.kind is PieceKind.LOCATION for piece in pieces)
+    assert used <= given_locations
+    assert used == given_locations or parsed.notes
