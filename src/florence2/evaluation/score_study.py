@@ -29,17 +29,30 @@ def _mean(values: LogProbs) -> float:
     return math.fsum(values) / len(values) if values else 0.0
 
 
-OURS: Final = "place mean x label mean (ours)"
-DEFINITIONS: Final[dict[str, Callable[[LogProbs, LogProbs], float]]] = {
-    "place mean": lambda place, label: _mean(place),
-    "label mean": lambda place, label: _mean(label),
-    "label product": lambda place, label: math.fsum(label),
-    "place mean x label product": lambda place, label: _mean(place) + math.fsum(label),
-    "mean of all tokens": lambda place, label: _mean((*place, *label)),
-    "product of all tokens": lambda place, label: math.fsum((*place, *label)),
-    "lowest token": lambda place, label: min((*place, *label)),
+@dataclass(frozen=True, slots=True)
+class BoxTokens:
+    """Log-probabilities of a box: its locations exactly, its locations give or take NEAR_BINS,
+    and the tokens of its label.
+    """
+
+    exact: LogProbs
+    near: LogProbs
+    label: LogProbs
+
+
+OURS: Final = "near mean x label mean (ours)"
+DEFINITIONS: Final[dict[str, Callable[[BoxTokens], float]]] = {
+    "exact mean x label mean": lambda box: _mean(box.exact) + _mean(box.label),
+    "near mean": lambda box: _mean(box.near),
+    "exact mean": lambda box: _mean(box.exact),
+    "label mean": lambda box: _mean(box.label),
+    "near mean x label product": lambda box: _mean(box.near) + math.fsum(box.label),
+    "near product x label product": lambda box: math.fsum((*box.near, *box.label)),
+    "exact product x label product": lambda box: math.fsum((*box.exact, *box.label)),
+    "mean of near and label": lambda box: _mean((*box.near, *box.label)),
+    "lowest of near and label": lambda box: min((*box.near, *box.label)),
 }
-"""The logarithm of a score from the log-probabilities of a box's own tokens and its label's."""
+"""The logarithm of a score, from the tokens of a box."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +77,8 @@ class ScoreStudy:
         if question.task != "<OD>":
             return
         found = scene_boxes(question, result)
-        spelled = _spelled_boxes(self.vocabulary.pieces(result.token_ids, result.log_probs))
+        pieces = self.vocabulary.pieces(result.token_ids, result.log_probs, result.near_log_probs)
+        spelled = _spelled_boxes(pieces)
         if len(spelled) != len(found.boxes):
             raise FlorenceError(
                 f"The answer about scene {question.scene.seed} spells {len(spelled)} boxes and "
@@ -73,9 +87,9 @@ class ScoreStudy:
         self.scenes.append(found)
         ours = tuple(object_score(place, label) or 0.0 for place, label in spelled)
         self.scores.setdefault(OURS, []).append(ours)
-        known = [(_log_probs(place), _log_probs(label)) for place, label in spelled]
+        tokens = [_tokens(place, label) for place, label in spelled]
         for name, define in DEFINITIONS.items():
-            own = tuple(math.exp(min(define(place, label), 0.0)) for place, label in known)
+            own = tuple(math.exp(min(define(box), 0.0)) for box in tokens)
             self.scores.setdefault(name, []).append(own)
 
     def qualities(self) -> dict[str, Quality]:
@@ -95,8 +109,16 @@ class ScoreStudy:
         )
 
 
-def _log_probs(pieces: Sequence[Piece]) -> list[float]:
-    return [-math.inf if piece.log_prob is None else piece.log_prob for piece in pieces]
+def _tokens(place: Sequence[Piece], label: Sequence[Piece]) -> BoxTokens:
+    return BoxTokens(
+        [_known(piece.log_prob) for piece in place],
+        [_known(piece.near_log_prob) for piece in place],
+        [_known(piece.log_prob) for piece in label],
+    )
+
+
+def _known(log_prob: float | None) -> float:
+    return -math.inf if log_prob is None else log_prob
 
 
 def _spelled_boxes(pieces: Sequence[Piece]) -> list[tuple[list[Piece], list[Piece]]]:

@@ -35,7 +35,7 @@ class Oracle:
         self.pictures.append(len({id(ask.image) for ask in asks}))
         return [self.answer(ask) for ask in asks]
 
-    def pieces(self, token_ids: Sequence[int], log_probs: Sequence[float]) -> list[Piece]:
+    def pieces(self, token_ids: Sequence[int], *log_probs: Sequence[float]) -> list[Piece]:
         """In the vocabulary's place: the pieces of the answer with this number."""
         return self.spelled[token_ids[0]]
 
@@ -46,7 +46,9 @@ class Oracle:
         truth = ground_truth(scene, ask.task, ask.text, region)
         answer = self.change(ask.task, truth.answer)
         # Every token is certain.
-        pieces = [replace(piece, log_prob=0.0) for piece in pieces_from_text(answer)]
+        pieces = [
+            replace(piece, log_prob=0.0, near_log_prob=0.0) for piece in pieces_from_text(answer)
+        ]
         self.spelled.append(pieces)
         parsed = parse(pieces, find_task(ask.task), size)
         return Result(

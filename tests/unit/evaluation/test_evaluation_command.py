@@ -74,8 +74,8 @@ def test_scores_are_compared_on_request(loaded, tmp_path, capsys):
     )
     assert run(*line) == 0
     rows = json.loads(file.read_text(encoding="utf-8"))["score_definitions"]
-    assert rows["lowest token"] == {"map50": 1.0, "auroc": None, "ece": 0.0}
-    assert "lowest token" in capsys.readouterr().out
+    assert rows["near mean"] == {"map50": 1.0, "auroc": None, "ece": 0.0}
+    assert "near mean" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
