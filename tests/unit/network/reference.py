@@ -34,15 +34,20 @@ IMAGE_SIZES_HW = [(64, 64), (80, 112)]
 
 
 def random_network(config: NetworkConfig, seed: int = 0) -> Florence2Network:
-    """Weights that make every part matter: biases and norms are random too."""
+    """Weights that make every part matter: biases and norms are random too.
+
+    Products keep the size of their input, or rounding would grow from layer to layer.
+    """
     torch.manual_seed(seed)
     network = Florence2Network(config)
     for name, parameter in network.named_parameters():
         with torch.no_grad():
             if "norm" in name and name.endswith("weight"):
                 parameter.uniform_(0.5, 1.5)
-            else:
+            elif parameter.ndim == 1 or "embed" in name or "shared" in name:
                 parameter.normal_(std=0.1)
+            else:
+                parameter.normal_(std=0.7 * parameter[0].numel() ** -0.5)
     return network.prepare_for_inference()
 
 

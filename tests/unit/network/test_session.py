@@ -41,7 +41,7 @@ class Replay:
         self.vocab_size = config.text.vocab_size
         self.network = random_network(config).to(dtype)
         self.reference: Any = reference_of(self.network).float()
-        side = 768 if config.text.vocab_size > 1000 else 64
+        side = 384 if config.text.vocab_size > 1000 else 64
         torch.manual_seed(2)
         pixels = torch.randn(len(lengths), 3, side, side).to(dtype)
         ids, mask = prompts(lengths, self.vocab_size)
