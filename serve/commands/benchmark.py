@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.table import Table
 
 from florence2.errors import RequestError
-from serve.console import OUT, say
+from serve.console import say
 
 if TYPE_CHECKING:
     from florence2.benchmark.run import Row
@@ -53,8 +54,8 @@ def benchmark(
         reference_bf16=bf16_reference,
     )
     rows = run_benchmark(plan, lambda row: say(_sentence(row)))
-    # A fixed width: cut columns in a log or a pipe would be useless.
-    OUT.print(_table(rows), width=130, crop=False)
+    # A fixed width: columns cut to a pipe's 80 characters would be useless.
+    Console(width=150, highlight=False).print(_table(rows))
     if json_file is not None:
         content = {"machine": _machine(), "rows": [asdict(row) for row in rows]}
         json_file.parent.mkdir(parents=True, exist_ok=True)
