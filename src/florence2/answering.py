@@ -12,7 +12,7 @@ from florence2.engine import Engine, Prompt
 from florence2.errors import FlorenceError
 from florence2.images import LoadedImage, open_image
 from florence2.records import GenerationSettings, Region, Result
-from florence2.tasks import Task, TaskInput
+from florence2.tasks import Task, TaskInput, passthrough_task
 
 Outcome = Result | FlorenceError
 
@@ -85,7 +85,7 @@ def _begin(
     if isinstance(image, FlorenceError):
         return image
     try:
-        steps = parse_steps(ask.task)
+        steps = (passthrough_task(ask.task),) if ask.is_custom else parse_steps(ask.task)
         settings = ask.settings(engine.checkpoint.generation)
         engine.check_image(image)
         return _Progress(ask, image, steps, settings)

@@ -123,6 +123,19 @@ class Florence2:
             raise outcome
         return outcome
 
+    def run_custom(
+        self,
+        token: str,
+        image: Images,
+        text: str | None = None,
+        **search: Any,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
+        """A prompt that a fine-tune was taught, such as ``<DocVQA>`` with a question as text.
+
+        The token and the text go to the checkpoint as they are; the answer comes back as text.
+        """
+        return self.run(token, image, text, is_custom=True, **search)
+
     def run_many(self, asks: Sequence[Ask]) -> list[Result | Failure]:
         """Different questions on different images in shared batches, each image encoded once."""
         outcomes = answer_all(self.engine, asks)

@@ -20,7 +20,8 @@ class Ask:
     """A task prompt, or a cascade of them, for one image.
 
     ``region`` is (x1, y1, x2, y2) in pixels of the original image. A setting of None is the
-    checkpoint's own; ``max_new_tokens`` of None is the task's own budget.
+    checkpoint's own; ``max_new_tokens`` of None is the task's own budget. ``is_custom`` says that
+    ``task`` is a fine-tune's own token, which is passed on as it is and answered with text.
     """
 
     image: AnyImage
@@ -32,6 +33,7 @@ class Ask:
     length_penalty: float | None = None
     early_stopping: bool | str | None = None
     no_repeat_ngram_size: int | None = None
+    is_custom: bool = False
 
     def settings(self, defaults: GenerationSettings) -> GenerationSettings:
         """The checkpoint's search settings with this ask's own put over them."""

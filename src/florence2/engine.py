@@ -24,7 +24,6 @@ from florence2.records import Answer, GenerationSettings, Region, Result
 from florence2.runtimes.base import Runtime
 from florence2.scoring import NEAR_BINS
 from florence2.tasks import Task, find_task
-from florence2.tokens import BOS_ID, EOS_ID
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +117,7 @@ class Engine:
     ) -> Prompt:
         """Validates one request against the task table; RequestError says what is wrong."""
         sentence = prompt_sentence(task, text, region, image.size_wh)
-        ids = (BOS_ID, *self.checkpoint.vocabulary.encode(sentence), EOS_ID)
+        ids = tuple(self.checkpoint.vocabulary.encode_prompt(sentence))
         check_prompt_length(len(ids), self.max_positions - image.features.shape[0])
         asked = settings.max_new_tokens
         if asked is not None and asked > self.max_positions:

@@ -282,3 +282,14 @@ def test_detecting_named_classes_grounds_them(model):
         model.detect_objects(picture(16), classes=[])
     with pytest.raises(FlorenceError, match="Unknown labels_mode"):
         model.detect_objects(picture(16), labels_mode="boxes")
+
+
+def test_a_fine_tunes_own_prompt_goes_through_as_it_is_and_comes_back_as_text(model):
+    result = model.run_custom("<DocVQA>", picture(16), "What is the total?", max_new_tokens=6)
+    expected = model.engine.checkpoint.vocabulary.answer_text(result.token_ids)
+    assert result.task == "<DocVQA>"
+    assert result.text == expected
+    with pytest.raises(RequestError, match="Unknown task"):
+        model.run("<DocVQA>", picture(16), "What is the total?")
+    with pytest.raises(RequestError):
+        model.run_custom("<OD>", picture(16))
