@@ -87,10 +87,14 @@ def _check_writable(file: Path | None) -> None:
 
 
 def _measured(model: Florence2, plan: Plan, study: ScoreStudy | None) -> Report:
+    from dataclasses import replace
+
     from rich.progress import Progress
 
     from florence2.evaluation.evaluate import evaluate as measure
 
+    checkpoint = model.engine.checkpoint
+    plan = replace(plan, beams=plan.beams or checkpoint.generation.num_beams)
     with Progress(console=ERR, transient=True, disable=not ERR.is_terminal) as bar:
         task = bar.add_task("Asking", total=plan.num_scenes)
         report = measure(
@@ -99,7 +103,6 @@ def _measured(model: Florence2, plan: Plan, study: ScoreStudy | None) -> Report:
             progress=lambda count: bar.advance(task, count),
             watch=study.see if study else None,
         )
-    checkpoint = model.engine.checkpoint
     report.checkpoint.update(
         checkpoint=checkpoint.name,
         revision=checkpoint.revision,
@@ -125,7 +128,8 @@ def _show(report: Report, content: dict[str, Any]) -> None:
     revision = f"@{str(content['revision'])[:12]}" if content["revision"] else ""
     OUT.print(
         f"{known[0]}{revision} in {known[1]} on {known[2]}: scenes {content['seed']} to "
-        f"{content['seed'] + content['scenes'] - 1}, {content['images_per_s']:.2f} images/s",
+        f"{content['seed'] + content['scenes'] - 1}, {content['beams']} beams, "
+        f"{content['images_per_s']:.2f} images/s",
         markup=False,
     )
     figures = Table("figure", "value", "95 % interval", "of", box=None, pad_edge=False)

@@ -19,7 +19,12 @@ def loaded(monkeypatch):
         calls.append((name, device, runtime, precision))
         model = Oracle(range(5, 9))
         model.device, model.precision = "cpu", "fp32"
-        checkpoint = SimpleNamespace(name=name, revision="abc", vocabulary=model)
+        checkpoint = SimpleNamespace(
+            name=name,
+            revision="abc",
+            vocabulary=model,
+            generation=SimpleNamespace(num_beams=3),
+        )
         model.engine = SimpleNamespace(checkpoint=checkpoint)
         return model
 
@@ -40,7 +45,7 @@ def test_the_figures_are_printed_and_written(loaded, tmp_path, capsys):
     assert (content["checkpoint"], content["revision"]) == ("demo", "abc")
     assert (content["precision"], content["device"]) == ("fp32", "cpu")
     assert (content["scenes"], content["seed"], len(content["tasks"])) == (4, 5, 15)
-    assert content["od_map50"] == 1.0
+    assert (content["beams"], content["od_map50"]) == (3, 1.0)
     assert content["images_per_s"] > 0
     assert set(content["interval_95"]) >= set(FIGURES)
     assert set(content["well_formed"]) == set(content["tasks"])
