@@ -90,7 +90,7 @@ class GridHead(nn.Module):
         """Loss of ``visual`` [B, G, d]; ``locations`` [1000, d] are the location embeddings."""
         objectness, kind, colour, words = self.classify(visual).float().split(self.sizes, dim=-1)
         loss = functional.binary_cross_entropy_with_logits(objectness[..., 0], targets.objectness)
-        loss = loss + functional.cross_entropy(words.flatten(0, 1), targets.words.flatten() + 1)
+        loss = loss + self._reading_loss(words, targets.words)
         covered = targets.kind >= 0
         if not bool(covered.any()):
             return loss, torch.zeros((), device=loss.device)
@@ -103,3 +103,11 @@ class GridHead(nn.Module):
         loss = loss - soft_location_log_prob(log_probs, bins, sigma_bins).mean()
         error = (log_probs.detach().argmax(1) - bins).abs().float().median()
         return loss, error
+
+    def _reading_loss(self, words: Tensor, targets: Tensor) -> Tensor:
+        """Where text is, over all cells, and which word it is, over the few cells that have any."""
+        loss = functional.cross_entropy(words.flatten(0, 1), targets.flatten() + 1)
+        written = targets >= 0
+        if not bool(written.any()):
+            return loss
+        return loss + functional.cross_entropy(words[written], targets[written] + 1)

@@ -38,6 +38,7 @@ class TrainingPlan:
     prompts_per_image: int = 5
     peak_rate: float = 1.5e-3
     sigma_bins: float = 4.0
+    final_sigma_bins: float = 1.5
     save_every_s: float = 240.0
     ramp_steps: int = 600
     seed: int = 0
@@ -191,8 +192,7 @@ class Trainer:
         self.save()
 
     def _step(self, batch: Batch) -> dict[str, float]:
-        # Wide targets first: a rough place is worth more than none while features are forming.
-        sigma = self.plan.sigma_bins + 16.0 * math.exp(-self.step / 500)
+        sigma = self._sigma_bins()
         half = self.plan.precision == "bf16"
         with torch.autocast("cpu", torch.bfloat16, enabled=half), ExplicitAttention():
             loss, figures = self.learner.forward(batch, sigma)
@@ -203,6 +203,17 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.step()
         return figures
+
+    def _sigma_bins(self) -> float:
+        """How wide a location's target is: 20 bins at first, 4 for the middle, 1.5 at the end.
+
+        While features form, a rough place is worth more than none. In the end a place must be
+        likelier than the other answers it competes with in the search.
+        """
+        plan = self.plan
+        final = max(0.0, self.step / plan.steps - 0.5) * 2
+        plateau = plan.sigma_bins + 16.0 * math.exp(-self.step / 500)
+        return plateau + (plan.final_sigma_bins - plateau) * final
 
     def _log(self, figures: dict[str, float]) -> None:
         line = {"step": self.step} | {name: round(value, 4) for name, value in figures.items()}

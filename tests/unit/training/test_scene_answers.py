@@ -81,9 +81,15 @@ def test_reference_reads_the_same_boxes(read, task):
 def test_reference_reads_one_instance_per_polygon(read, task):
     several = 0
     for seed, scene in enumerate(SCENES):
-        for made in sample_examples(scene, np.random.default_rng(seed), 3, {task: 1.0}):
-            right = ground_truth(scene, task, made.text, made.region_xyxy)
-            parsed = read(made.answer, task)
+        asked = [
+            (made.text, made.region_xyxy)
+            for made in sample_examples(scene, np.random.default_rng(seed), 3, {task: 1.0})
+        ]
+        if task == "<REFERRING_EXPRESSION_SEGMENTATION>":
+            asked.append((scene.objects[0].kind, None))
+        for text, region_xyxy in asked:
+            right = ground_truth(scene, task, text, region_xyxy)
+            parsed = read(right.answer, task)
             several += len(parsed) > 1
             assert len(parsed) == len(right.polygons_xy)
             for instance, expected in zip(parsed, right.polygons_xy, strict=True):
@@ -201,3 +207,10 @@ def test_captions_name_every_object():
         for line in scene.texts:
             assert line.text in short
             assert f"says {line.text}." in long
+
+
+def test_a_referring_prompt_speaks_of_one_thing():
+    task = "<REFERRING_EXPRESSION_SEGMENTATION>"
+    for seed, scene in enumerate(SCENES):
+        for made in sample_examples(scene, np.random.default_rng(seed), 4, {task: 1.0}):
+            assert len(ground_truth(scene, task, made.text, None).polygons_xy) == 1
