@@ -1,0 +1,110 @@
+"""The demo checkpoint that comes with the project: its size; the reference reads it too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from florence2 import Ask, Florence2
+from florence2.processing import prompt_sentence
+from florence2.records import Region
+from florence2.tasks import TaskInput, find_task
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "demo" / "checkpoint"
+IMAGE = ROOT / "demo" / "images" / "scene_bike.png"
+REGION = (30.0, 60.0, 200.0, 260.0)
+LIMIT = 40
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Florence2.load("demo", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def reference():
+    transformers = pytest.importorskip("transformers")
+    return transformers.Florence2ForConditionalGeneration.from_pretrained(
+        FOLDER, dtype=torch.float32
+    ).eval()
+
+
+def test_it_is_small_and_holds_no_code():
+    files = [path for path in FOLDER.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 15_000_000
+    assert {path.suffix for path in files} == {".json", ".safetensors", ".txt"}
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize(
+    "token",
+    ["<OD>", "<DETAILED_CAPTION>", "<OPEN_VOCABULARY_DETECTION>", "<REGION_TO_SEGMENTATION>"],
+)
+def test_the_reference_loads_it_and_generates_the_same_tokens(model, reference, token, num_beams):
+    task = find_task(token)
+    text = "orange star" if task.takes is TaskInput.TEXT else None
+    region = Region(REGION) if task.takes is TaskInput.REGION else None
+    ours = model.run(token, str(IMAGE), text, region, num_beams=num_beams, max_new_tokens=LIMIT)
+    assert len(ours.token_ids) > 3
+
+    checkpoint = model.engine.checkpoint
+    from florence2.images import open_image
+
+    image = open_image(str(IMAGE))
+    pixels = torch.from_numpy(checkpoint.image_processor.pixels(image.image))[None]
+    sentence = prompt_sentence(task, text, region, image.size_wh)
+    visual = [reference.config.image_token_id] * (12 * 12 + 1)
+    ids = torch.tensor([visual + checkpoint.vocabulary.encode_prompt(sentence)])
+    with torch.inference_mode():
+        [row] = reference.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            pixel_values=pixels,
+            max_new_tokens=LIMIT,
+            num_beams=num_beams,
+            do_sample=False,
+            early_stopping=num_beams > 1,
+            forced_bos_token_id=0,
+            forced_eos_token_id=2,
+        ).tolist()
+    expected = [token_id for token_id in row if token_id not in (0, 1, 2)]
+    assert list(ours.token_ids) == expected
+
+
+def test_the_reference_processor_reads_its_tokenizer_and_image_settings(model):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(FOLDER)
+    sentence = "Locate a red car in the image."
+    assert tokenizer(sentence, add_special_tokens=False)[
+        "input_ids"
+    ] == model.engine.checkpoint.vocabulary.encode(sentence)
+
+
+def test_n_prompts_on_a_demo_image_run_the_tower_once(model):
+    encoded = model.encode(str(IMAGE))
+    names = ("star", "tree", "arrow", "blue arrow")
+    asks = [Ask(encoded, "<OPEN_VOCABULARY_DETECTION>", name) for name in names]
+    together = model.run_many(asks)
+    for ask, result in zip(asks, together, strict=True):
+        assert result.token_ids == model.run(ask.task, str(IMAGE), ask.text).token_ids
+
+
+def test_a_caption_cascade_grounds_what_it_said(model):
+    name = "<CAPTION>+<CAPTION_TO_PHRASE_GROUNDING>"
+    result = model.run(name, str(IMAGE))
+    assert [step.task for step in result.steps] == name.split("+")
+    assert result.text == result.steps[0].text
+    assert result.objects == result.steps[1].objects
+    assert set(result.to_dict()) == set(name.split("+"))
+
+
+def test_a_caption_before_a_region_step_is_grounded_on_the_way(model):
+    result = model.run("<CAPTION>+<REGION_TO_SEGMENTATION>", str(IMAGE), num_beams=1)
+    assert [step.task for step in result.steps[:2]] == [
+        "<CAPTION>",
+        "<CAPTION_TO_PHRASE_GROUNDING>",
+    ]
+    assert len(result.steps) == 2 + len(result.steps[1].objects)
