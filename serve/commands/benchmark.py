@@ -74,8 +74,9 @@ def _counts(option: str, text: str) -> list[int]:
 
 def _sentence(row: Row) -> str:
     return (
-        f"{row.size}: {row.tokens} tokens, {row.beams} beams, batch {row.batch}, "
-        f"{row.prompts} prompts: {row.ours_s:.2f} s, {row.ratio_fp32:.2f}x the reference"
+        f"{row.size}, batch {row.batch}, prompts {row.prompts}, beams {row.beams}, "
+        f"tokens {row.tokens}: {row.ours_s:.2f} s, the reference takes {row.ratio_fp32:.2f} times "
+        "as long"
     )
 
 

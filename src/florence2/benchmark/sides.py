@@ -67,7 +67,9 @@ class ReferenceSide:
 
     def __init__(self, folder: Path, device: str, precision: str) -> None:
         from transformers import Florence2ForConditionalGeneration
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()
         self.device = torch.device(device)
         self.dtype = PRECISIONS[precision]
         model = Florence2ForConditionalGeneration.from_pretrained(folder, dtype=self.dtype)
