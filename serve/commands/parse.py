@@ -12,6 +12,7 @@ import typer
 
 from florence2.errors import RequestError
 from florence2.records import SizeWh
+from serve.console import say
 
 TaskName = Annotated[str, typer.Option(help="The task that was asked, for example <OD>.")]
 Size = Annotated[str, typer.Option(metavar="WxH", help="The image's size in pixels.")]
@@ -29,6 +30,8 @@ def parse(task: TaskName, size: Size, file: JsonFile = None) -> None:
 
     token, size_wh = find_task(task).token, _size_wh(size)
     result = parse_answer_text(token, _answer(), size_wh)
+    for note in result.notes:
+        say(f"Note: {note}.")
     text = json.dumps(result.to_dict(), ensure_ascii=False, indent=2)
     if file is None:
         typer.echo(text)

@@ -7,7 +7,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from florence2.errors import RequestError
+from florence2.errors import FlorenceError
 from serve.cli import app
 
 
@@ -32,9 +32,13 @@ def test_a_small_run_writes_rows_whose_two_sides_did_the_same(tmp_path):
         (["--size", "huge"], "Unknown size 'huge'"),
         (["--tokens", "many"], "whole numbers"),
         (["--runtime", "onnx"], "'onnx' was received"),
+        (["--precision", "int8"], "Unknown precision 'int8'"),
+        (["--device", "gpu"], "Unknown device 'gpu'"),
+        (["--tokens", "2000"], "at most 1024 tokens"),
+        (["--repeats", "0"], "at least 1 timed run"),
     ],
 )
 def test_a_bad_axis_gets_one_sentence(words, expected):
     outcome = CliRunner().invoke(app, ["benchmark", *words])
-    assert isinstance(outcome.exception, RequestError)
+    assert isinstance(outcome.exception, FlorenceError)
     assert expected in str(outcome.exception)

@@ -33,11 +33,6 @@ class Timing:
     decode_s: float
     token_ids: tuple[tuple[int, ...], ...]
 
-    @property
-    def whole_s(self) -> float:
-        """All three stages."""
-        return self.vision_s + self.prompt_s + self.decode_s
-
 
 def case_pixels(case: Case) -> npt.NDArray[np.float32]:
     """The images [B, 3, 768, 768]: noise, the same on both sides."""

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from florence2.benchmark.case import Case
-from florence2.benchmark.weights import write_weights
+from florence2.benchmark.weights import size_config, write_weights
 from florence2.errors import FlorenceError, RequestError, unknown_name
+from florence2.runtimes.torch import choose_device, choose_precision
 
 SIZES: Final = ("base", "large", "tiny")
 STAGES: Final = ("vision_s", "prompt_s", "decode_s")
@@ -35,14 +36,30 @@ class BenchmarkPlan:
     device: str = "cpu"
     precision: str = "fp32"
     repeats: int = 3
-    threads: int = 0
     reference_bf16: bool = True
 
     def cases(self) -> list[Case]:
-        """Every combination of the axes."""
+        """Every combination of the axes; RequestError for a plan that cannot be run."""
+        self._check()
         return [
             Case(*axes) for axes in product(self.batches, self.prompts, self.beams, self.tokens)
         ]
+
+    def _check(self) -> None:
+        for size in self.sizes:
+            if size not in SIZES:
+                raise RequestError(unknown_name("size", size, SIZES))
+        choose_precision(self.precision, choose_device(self.device))
+        longest = size_config("base").text.max_position_embeddings
+        if max(self.tokens) > longest:
+            raise RequestError(
+                f"An answer can have at most {longest} tokens, and {max(self.tokens)} were asked "
+                "for; measure fewer."
+            )
+        if self.repeats < 1:
+            raise RequestError(
+                f"Every figure needs at least 1 timed run, and {self.repeats} were asked for."
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +88,7 @@ class Worker:
     """A side in a process of its own."""
 
     def __init__(self, kind: str, folder: Path, precision: str, plan: BenchmarkPlan) -> None:
-        threads = plan.threads or len(os.sched_getaffinity(0))
+        threads = os.cpu_count() or 1
         command = [sys.executable, "-m", "florence2.benchmark.worker", kind, str(folder)]
         command += [plan.device, precision, str(threads)]
         self.process = subprocess.Popen(
@@ -119,14 +136,13 @@ def _workers(folder: Path, plan: BenchmarkPlan) -> Iterator[dict[str, Worker]]:
 def run_benchmark(plan: BenchmarkPlan, show: Callable[[Row], None]) -> list[Row]:
     """Every row of the plan; ``show`` gets each as soon as it is measured."""
     rows: list[Row] = []
+    cases = plan.cases()
     for size in plan.sizes:
-        if size not in SIZES:
-            raise RequestError(unknown_name("size", size, SIZES))
         with tempfile.TemporaryDirectory(prefix="florence2-benchmark-") as name:
             folder = Path(name)
             write_weights(size, folder)
             with _workers(folder, plan) as workers:
-                for case in plan.cases():
+                for case in cases:
                     rows.append(measure(size, case, workers, plan))
                     show(rows[-1])
     return rows

@@ -62,6 +62,18 @@ def _grid(scenes: list[Scene], side: int) -> GridTargets:
     return GridTargets(**flat)
 
 
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with every tensor on ``device``."""
+    grid = {name: getattr(batch.grid, name).to(device) for name in GridTargets.__slots__}
+    return Batch(
+        pixels=batch.pixels.to(device),
+        prompt_ids=batch.prompt_ids.to(device),
+        decoder_ids=batch.decoder_ids.to(device),
+        targets=batch.targets.to(device),
+        grid=GridTargets(**grid),
+    )
+
+
 class SceneBatches(IterableDataset[Batch]):
     """An endless, reproducible stream: batch ``n`` is the same whenever it is made."""
 

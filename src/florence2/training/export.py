@@ -68,7 +68,7 @@ def save_checkpoint(network: Florence2Network, folder: Path) -> None:
     shared = "model.language_model.shared.weight"
     tied = ("lm_head.weight", "embed_tokens.weight")
     state = {
-        name: tensor.detach().to(torch.float16).contiguous()
+        name: tensor.detach().to(torch.float16).cpu().contiguous()
         for name, tensor in network.state_dict().items()
         if name == shared or not name.endswith(tied)
     }

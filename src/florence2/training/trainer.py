@@ -14,11 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from florence2.errors import RequestError
 from florence2.network.florence import Florence2Network
 from florence2.processing import ImageProcessor
+from florence2.runtimes.torch import choose_device
 from florence2.tokens import NUM_LOCATION_BINS, PAD_ID, location_token
 from florence2.training.attention import ExplicitAttention
-from florence2.training.batches import Batch, Plan, SceneBatches, stream
+from florence2.training.batches import Batch, Plan, SceneBatches, on_device, stream
 from florence2.training.demo_config import GRID_SIDE, demo_config
 from florence2.training.export import save_checkpoint, write_tokenizer_and_processor
 from florence2.training.losses import IGNORED, GridHead, answer_loss
@@ -44,6 +46,20 @@ class TrainingPlan:
     seed: int = 0
     workers: int = 1
     precision: str = "bf16"
+    device: str = "cpu"
+
+    def check(self) -> None:
+        """RequestError for a plan that cannot be run."""
+        counts = {
+            "steps": self.steps,
+            "images": self.images_per_batch,
+            "prompts": self.prompts_per_image,
+        }
+        for name, count in counts.items():
+            if count < 1:
+                raise RequestError(
+                    f"Training needs at least 1 of {name}, and {count} was received; give more."
+                )
 
 
 class Learner(nn.Module):
@@ -137,7 +153,8 @@ class Trainer:
         rows = -(-self.vocabulary.size // 64) * 64
         network = Florence2Network(demo_config(rows))
         initialise(network, first, plan.seed)
-        self.learner = Learner(network, first)
+        self.device = choose_device(plan.device)
+        self.learner = Learner(network, first).to(self.device)
         self.optimizers = make_optimizers(self.learner)
         self.step = 0
         self.is_stopping = False
@@ -149,7 +166,7 @@ class Trainer:
         return self.folder / "training.pt"
 
     def _resume(self) -> None:
-        state = torch.load(self._state_file, weights_only=True)
+        state = torch.load(self._state_file, weights_only=True, map_location=self.device)
         self.learner.load_state_dict(state["learner"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -194,8 +211,8 @@ class Trainer:
     def _step(self, batch: Batch) -> dict[str, float]:
         sigma = self._sigma_bins()
         half = self.plan.precision == "bf16"
-        with torch.autocast("cpu", torch.bfloat16, enabled=half), ExplicitAttention():
-            loss, figures = self.learner.forward(batch, sigma)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=half), ExplicitAttention():
+            loss, figures = self.learner.forward(on_device(batch, self.device), sigma)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -227,6 +244,7 @@ def train(folder: Path, plan: TrainingPlan) -> None:
 
     Ctrl-C and SIGTERM save before they stop. ``folder/checkpoint`` is a checkpoint at any time.
     """
+    plan.check()
     folder.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(folder, plan)
 
