@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from florence2.bans import NEVER, ban_bos, ban_repeated_ngrams, top_candidates
-from florence2.errors import CheckpointError
+from florence2.errors import FlorenceError
 from florence2.nearby import Nearby
 from florence2.records import Answer, GenerationSettings
 from florence2.tokens import BOS_ID, DECODER_START_ID, EOS_ID
@@ -28,6 +28,13 @@ from florence2.tokens import BOS_ID, DECODER_START_ID, EOS_ID
 PREFIX: Final = (DECODER_START_ID, BOS_ID)
 
 _OUT: Final = -1.0e9
+
+
+class NotFiniteError(FlorenceError):
+    """The network gave no finite numbers for one prompt, so there is no answer to it."""
+
+    code = "not_finite"
+    token_ids: tuple[int, ...] = ()  # as an Answer of nothing
 
 
 class BeamSearch:
@@ -109,24 +116,27 @@ class BeamSearch:
         self.parents = self.parents[rows]
         self.is_open = self.is_open[rows]
 
-    def answers(self, rows: Sequence[int]) -> list[Answer]:
-        """The best finished hypothesis of each of these rows, as records."""
+    def answers(self, rows: Sequence[int]) -> list[Answer | NotFiniteError]:
+        """The best finished hypothesis of each of these rows, or why a row has none."""
         chosen = torch.tensor(rows, dtype=torch.long, device=self._tokens.device)
         tokens = self._tokens[: self._steps, chosen].cpu().unbind(1)
         parents = self._parents[: self._steps, chosen].cpu().unbind(1)
         log_probs = self._log_probs[: self._steps, chosen].cpu().unbind(1)
         scores = self._finished_scores[chosen, 0].tolist()
         finished = self._finished[chosen, 0].tolist()
-        answers = []
+        answers: list[Answer | NotFiniteError] = []
         for place, row in enumerate(rows):
             if self._limits[row] == 1:
                 answers.append(Answer((), (), 0.0, truncated=True))
                 continue
             if finished[place] < 0 or not math.isfinite(scores[place]):
-                raise CheckpointError(
-                    "The network must return finite numbers; it did not for at least one prompt "
-                    "of this batch. Use float32, or check the checkpoint and the image."
+                answers.append(
+                    NotFiniteError(
+                        "The network must return finite numbers, and it did not for this image "
+                        "and prompt; use precision fp32, or another image."
+                    )
                 )
+                continue
             step, beam, truncated = self._unpack(finished[place])
             ids, logs = _trace(tokens[place], parents[place], log_probs[place], step, beam)
             first = next((at for at, token in enumerate(ids) if token != BOS_ID), len(ids))

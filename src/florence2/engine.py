@@ -11,6 +11,7 @@ from types import MappingProxyType
 import numpy as np
 import torch
 
+from florence2.beams import NotFiniteError
 from florence2.cache import EncodedImage, FeatureCache
 from florence2.checkpoint import Checkpoint
 from florence2.errors import CheckpointError, FlorenceError, RequestError
@@ -150,7 +151,7 @@ class Engine:
                     results[place] = answer
         return [result for result in results if result is not None]
 
-    def _answer_chunk(self, prompts: Sequence[Prompt]) -> list[Result]:
+    def _answer_chunk(self, prompts: Sequence[Prompt]) -> list[Result | FlorenceError]:
         began = time.perf_counter()
         settings = prompts[0].settings
         limits = [prompt.max_new_tokens for prompt in prompts]
@@ -169,7 +170,7 @@ class Engine:
             "batch_size": float(len(prompts)),
         }
         return [
-            self._result(prompt, answer, timings)
+            self._result(prompt, answer, timings) if isinstance(answer, Answer) else answer
             for prompt, answer in zip(prompts, answers, strict=True)
         ]
 
@@ -209,6 +210,8 @@ class Engine:
         settings = replace(self.checkpoint.generation, num_beams=1, max_new_tokens=8)
         prompt = self.prepare(find_task("<CAPTION>"), encoded, None, None, settings)
         result = self.answer([prompt])[0]
+        if isinstance(result, NotFiniteError):
+            raise self._useless("its answer to <CAPTION> is not made of finite numbers")
         if isinstance(result, FlorenceError):
             raise result
         if not result.token_ids:

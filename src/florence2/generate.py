@@ -18,7 +18,7 @@ from typing import Final, Protocol
 import torch
 from torch import Tensor
 
-from florence2.beams import PREFIX, BeamSearch
+from florence2.beams import PREFIX, BeamSearch, NotFiniteError
 from florence2.errors import FlorenceError, RequestError
 from florence2.nearby import Nearby
 from florence2.records import Answer, GenerationSettings
@@ -107,8 +107,11 @@ def generate(
     *,
     should_stop: Callable[[], bool | None] | None = None,
     nearby: Nearby | None = None,
-) -> list[Answer]:
+) -> list[Answer | NotFiniteError]:
     """Answer every item of the session, in order.
+
+    An item for which the network gives NaN or infinity is a NotFiniteError, which is returned in
+    its place: the other items of the batch have their answers.
 
     ``max_new_tokens`` has one limit per item, counted as in the reference: the forced ``<s>`` and
     the closing ``</s>`` are among them. It stands for ``settings.max_new_tokens``, which is not
@@ -151,9 +154,9 @@ class _Loop:
         self._should_stop = should_stop
         self._items = list(range(len(limits)))
         self._done: set[int] = set()
-        self._answers: dict[int, Answer] = {}
+        self._answers: dict[int, Answer | NotFiniteError] = {}
 
-    def run(self) -> list[Answer]:
+    def run(self) -> list[Answer | NotFiniteError]:
         self._check_stop()
         logits = self._session.prefill(list(PREFIX)).unsqueeze(1)
         _check_vocabulary(logits.shape[-1], self._settings.num_beams)

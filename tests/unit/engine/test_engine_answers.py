@@ -221,6 +221,17 @@ def test_features_of_another_checkpoint_are_refused(model, counting):
         model.run("<CAPTION>", foreign)
 
 
+def test_features_that_are_not_numbers_fail_alone_in_their_batch(model):
+    good = model.encode(picture(15))
+    bad = replace(good, features=torch.full_like(good.features, float("nan")))
+    asks = [Ask(image, "<CAPTION>", max_new_tokens=6) for image in (good, bad, good)]
+    first, failure, last = model.run_many(asks)
+    assert failure.code == "not_finite"
+    assert essence(first) == essence(last) == essence(model.run_many(asks[:1])[0])
+    with pytest.raises(FlorenceError, match="finite numbers"):
+        model.run("<CAPTION>", bad, max_new_tokens=6)
+
+
 def test_loading_refuses_weights_that_are_not_numbers(checkpoint_folder, tmp_path):
     from shutil import copytree
 

@@ -21,7 +21,8 @@ from tiny_reference import (
 from torch import Tensor
 
 import florence2.generate
-from florence2.errors import CheckpointError, FlorenceError
+from florence2.beams import NotFiniteError
+from florence2.errors import FlorenceError
 from florence2.generate import GenerationCancelledError, _OpenFlags, generate
 from florence2.records import GenerationSettings
 
@@ -206,12 +207,43 @@ def test_a_callback_that_never_stops_changes_nothing():
 
 
 class _BrokenSession(NaiveSession):
+    def prefill(self, prefix_ids: list[int]) -> Tensor:
+        return super().prefill(prefix_ids) * float("nan")
+
     def step(self, token_ids: Tensor) -> Tensor:
         return super().step(token_ids) * float("nan")
+
+
+class _OneBrokenSession(NaiveSession):
+    """The logits of the third prompt are never numbers."""
+
+    def prefill(self, prefix_ids: list[int]) -> Tensor:
+        logits = super().prefill(prefix_ids)
+        logits[2] = float("nan")
+        return logits
+
+    def step(self, token_ids: Tensor) -> Tensor:
+        logits = super().step(token_ids)
+        if len(logits) == 4:
+            logits[2] = float("nan")
+        return logits
 
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_a_network_that_gives_nan_is_an_error_not_an_answer(beams: int):
     session = _BrokenSession(tiny_model(SEEDS[0]), random_prompts(SEEDS[0], 4))
-    with pytest.raises(CheckpointError, match="finite numbers"):
-        generate(session, 4, GenerationSettings(num_beams=beams), [16] * 4)
+    answers = generate(session, 4, GenerationSettings(num_beams=beams), [16] * 4)
+    assert [type(answer) for answer in answers] == [NotFiniteError] * 4
+    assert "finite numbers" in str(answers[0])
+    assert ". " not in str(answers[0])
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_nan_for_one_prompt_leaves_the_other_answers_as_they_are(beams: int):
+    model, prompts = tiny_model(SEEDS[0]), random_prompts(SEEDS[0], 4)
+    run = partial(
+        generate, num_items=4, settings=GenerationSettings(num_beams=beams), max_new_tokens=[3] * 4
+    )
+    plain, broken = run(NaiveSession(model, prompts)), run(_OneBrokenSession(model, prompts))
+    assert isinstance(broken[2], NotFiniteError)
+    assert broken[:2] + broken[3:] == plain[:2] + plain[3:]
