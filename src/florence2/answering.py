@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from florence2.ask import AnyImage, Ask, as_region
+from florence2.ask import AnyImage, Ask, input_of
 from florence2.cache import EncodedImage
-from florence2.cascade import join_region_answers, join_text_answer, parse_steps, regions_of
+from florence2.cascade import (
+    Asked,
+    join_region_answers,
+    join_text_answer,
+    parse_steps,
+    regions_of,
+)
 from florence2.engine import Engine, Prompt
-from florence2.errors import FlorenceError
+from florence2.errors import FlorenceError, RequestError
 from florence2.images import LoadedImage, open_image
-from florence2.records import GenerationSettings, Region, Result
+from florence2.records import Failure, GenerationSettings, Region, Result
 from florence2.tasks import Task, TaskInput, passthrough_task
 
 Outcome = Result | FlorenceError
@@ -28,7 +34,7 @@ class _Progress:
     done: int = 0
     found: Result | None = None
     error: FlorenceError | None = None
-    regions: list[tuple[Region, str]] = field(default_factory=list)
+    asked: list[Asked] = field(default_factory=list)
 
     @property
     def is_open(self) -> bool:
@@ -41,10 +47,14 @@ class _Progress:
 
 def answer_all(engine: Engine, asks: Sequence[Ask]) -> list[Outcome]:
     """One result or error per ask, in order; one ask's error does not touch the others."""
-    encoded = encode_all(engine, [ask.image for ask in asks])
+    # A list may hold anything: what is no Ask has no image to encode.
+    known = [ask for ask in asks if isinstance(ask, Ask)]
+    encoded = iter(encode_all(engine, [ask.image for ask in known]))
     outcomes: list[FlorenceError | _Progress] = []
-    for ask, image in zip(asks, encoded, strict=True):
-        outcomes.append(_begin(engine, ask, image))
+    for ask in asks:
+        outcomes.append(
+            _begin(engine, ask, next(encoded)) if isinstance(ask, Ask) else _no_ask(ask)
+        )
     running = [outcome for outcome in outcomes if isinstance(outcome, _Progress)]
     while any(progress.is_open for progress in running):
         _run_round(engine, [progress for progress in running if progress.is_open])
@@ -73,10 +83,21 @@ def _identity(image: AnyImage) -> object:
 def _opened(image: AnyImage) -> LoadedImage | EncodedImage | FlorenceError:
     if isinstance(image, EncodedImage):
         return image
+    if isinstance(image, Failure):
+        reason = FlorenceError(image.message)
+        reason.code = image.code
+        return reason
     try:
         return open_image(image)
     except FlorenceError as error:
         return error
+
+
+def _no_ask(value: object) -> FlorenceError:
+    return RequestError(
+        f"A question is an Ask, and {type(value).__name__} was received; write "
+        'Ask(image, "<CAPTION>").'
+    )
 
 
 def _begin(
@@ -85,6 +106,7 @@ def _begin(
     if isinstance(image, FlorenceError):
         return image
     try:
+        ask.check_task()
         steps = (passthrough_task(ask.task),) if ask.is_custom else parse_steps(ask.task)
         settings = ask.settings(engine.checkpoint.generation)
         engine.check_image(image)
@@ -118,11 +140,11 @@ def _next_prompts(engine: Engine, progress: _Progress) -> list[Prompt]:
         return engine.prepare(task, progress.image, text, region, progress.settings)
 
     if before is None:
-        later_takes_it = task.takes is TaskInput.NONE and len(progress.steps) > 1
-        return [prompt(None if later_takes_it else ask.text, as_region(ask.region))]
+        # What a cascade's first step does not take is refused, never ignored.
+        return [prompt(*input_of(ask, task))]
     if task.takes is TaskInput.REGION:
-        progress.regions = regions_of(before)
-        return [prompt(None, region) for region, _ in progress.regions]
+        progress.asked = regions_of(before)
+        return [prompt(None, one.region) for one in progress.asked if one.region is not None]
     return [prompt(before.text, None)] if before.text else []
 
 
@@ -133,11 +155,11 @@ def _settle(progress: _Progress, results: Sequence[Outcome]) -> None:
     if len(answers) < len(results):
         progress.error = next(error for error in results if isinstance(error, FlorenceError))
         return
-    before = progress.found
+    before, task = progress.found, progress.steps[progress.done]
     if before is None:
         progress.found = answers[0]
-    elif progress.steps[progress.done].takes is TaskInput.REGION:
-        progress.found = join_region_answers(progress.name, before, progress.regions, answers)
+    elif task.takes is TaskInput.REGION:
+        progress.found = join_region_answers(task, progress.name, before, progress.asked, answers)
     elif answers:
         progress.found = join_text_answer(progress.name, before, answers[0])
     else:

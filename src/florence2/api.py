@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from florence2.answering import answer_all, encode_all
-from florence2.ask import AnyImage, AnyRegion, Ask, name_of
+from florence2.ask import AnyImage, AnyRegion, Ask, check_choice, name_of
 from florence2.checkpoint import load_weights, open_checkpoint
 from florence2.engine import Engine
-from florence2.errors import DeviceError, FlorenceError, RequestError, unknown_name
+from florence2.errors import (
+    CheckpointError,
+    DeviceError,
+    FlorenceError,
+    RequestError,
+    unknown_name,
+)
+from florence2.generate import shown
 from florence2.hub import ProgressCallback
 from florence2.records import Failure, Result
 from florence2.runtimes.torch import PRECISIONS, TorchRuntime, choose_device, choose_precision
@@ -66,7 +73,12 @@ class Florence2:
         DeviceError with one sentence.
         """
         if runtime not in RUNTIMES:
-            raise DeviceError(unknown_name("runtime", runtime, RUNTIMES))
+            raise DeviceError(unknown_name("runtime", str(runtime), RUNTIMES))
+        if not isinstance(name, str | Path) or not str(name).strip():
+            raise CheckpointError(
+                f"A checkpoint is a name such as Florence-2-large or a folder, and {shown(name)} "
+                "was received; name one."
+            )
         chosen = choose_device(device)
         used = choose_precision(precision, chosen)
         checkpoint = open_checkpoint(name, cache_dir=cache_dir, offline=offline, progress=progress)
@@ -136,10 +148,19 @@ class Florence2:
         """
         return self.run(token, image, text, is_custom=True, **search)
 
-    def run_many(self, asks: Sequence[Ask]) -> list[Result | Failure]:
+    def run_many(self, asks: Iterable[Ask]) -> list[Result | Failure]:
         """Different questions on different images in shared batches, each image encoded once."""
-        outcomes = answer_all(self.engine, asks)
-        return [_valued(value, ask.image) for value, ask in zip(outcomes, asks, strict=True)]
+        if not isinstance(asks, Iterable):
+            raise RequestError(
+                f"run_many takes a list of Ask, and {type(asks).__name__} was received; put it "
+                "into a list."
+            )
+        listed = list(asks)
+        outcomes = answer_all(self.engine, listed)
+        return [
+            _valued(value, getattr(ask, "image", None))
+            for value, ask in zip(outcomes, listed, strict=True)
+        ]
 
     def caption_image(
         self,
@@ -148,8 +169,7 @@ class Florence2:
         **search: Any,  # noqa: ANN401
     ) -> Any:  # noqa: ANN401
         """A sentence, a few sentences, or a paragraph about the image."""
-        if granularity not in GRANULARITIES:
-            raise RequestError(unknown_name("granularity", granularity, GRANULARITIES))
+        check_choice("granularity", granularity, GRANULARITIES)
         return self.run(GRANULARITIES[granularity], image, **search)
 
     def detect_objects(
@@ -160,14 +180,14 @@ class Florence2:
         **search: Any,  # noqa: ANN401
     ) -> Any:  # noqa: ANN401
         """Boxes of everything, or of ``classes``; ``captions`` describes instead of naming."""
-        if labels_mode not in ("classes", "captions"):
-            raise RequestError(unknown_name("labels_mode", labels_mode, ("classes", "captions")))
+        check_choice("labels_mode", labels_mode, ("classes", "captions"))
         if classes is not None:
-            named = [name.strip() for name in classes if name.strip()]
-            if isinstance(classes, str) or not named:
+            if labels_mode == "captions":
                 raise RequestError(
-                    f"classes is a list of names, and {classes!r} was received; name at least one."
+                    "labels_mode 'captions' finds everything and takes no classes, and "
+                    f"{shown(classes)} was received; leave one of the two out."
                 )
+            named = _named(classes)
             return self.ground_phrase(image, ". ".join(named), **search)
         task = "<OD>" if labels_mode == "classes" else "<DENSE_REGION_CAPTION>"
         return self.run(task, image, **search)
@@ -219,7 +239,18 @@ class Florence2:
         return self.run("<REGION_PROPOSAL>", image, **search)
 
 
-def _valued(value: Any, image: AnyImage) -> Any:  # noqa: ANN401
+def _named(classes: Sequence[str]) -> list[str]:
+    listed = list(classes) if isinstance(classes, Iterable) else []
+    if not isinstance(classes, str) and all(isinstance(name, str) for name in listed):
+        named = [name.strip() for name in listed if name.strip()]
+        if named:
+            return named
+    raise RequestError(
+        f"classes is a list of names, and {shown(classes)} was received; name at least one."
+    )
+
+
+def _valued(value: Any, image: AnyImage | None) -> Any:  # noqa: ANN401
     if isinstance(value, FlorenceError):
         return Failure(value.code, str(value), name_of(image))
     return value

@@ -7,12 +7,14 @@ box before it. A caption has no boxes, so before a region step its phrases are g
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Final
 
 from florence2.errors import RequestError
-from florence2.records import Box, Object, Polygon, Quad, Region, Result
+from florence2.records import Box, BoxXyxy, Object, Polygon, Quad, Region, Result, Text
 from florence2.tasks import OutputKind, Task, TaskInput, find_task
+
+Located = Box | Quad | Polygon
 
 _GROUNDING: Final = "<CAPTION_TO_PHRASE_GROUNDING>"
 _FIRST_OUTPUTS: Final = {
@@ -60,46 +62,63 @@ def _check_follows(before: Task, task: Task) -> None:
         )
 
 
-def regions_of(result: Result) -> list[tuple[Region, str]]:
-    """Every located object of ``result`` as a region with its label; polygons as their boxes."""
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One located object of the step before; ``region`` is None where it has no area."""
+
+    located: Located
+    region: Region | None
+
+
+def regions_of(result: Result) -> list[Asked]:
+    """Every located object of ``result`` with the region to ask about; polygons as their boxes."""
     return [
-        (Region(box), located.label)
+        Asked(located, _region_of(_box_of(located)))
         for located in result.objects
-        if (box := _box_of(located)) is not None
+        if not isinstance(located, Text)
     ]
 
 
-def _box_of(located: Object) -> tuple[float, float, float, float] | None:
+def _region_of(box: BoxXyxy) -> Region | None:
+    return Region(box) if box[0] < box[2] and box[1] < box[3] else None
+
+
+def _box_of(located: Located) -> BoxXyxy:
     if isinstance(located, Box):
         return located.box_xyxy
     if isinstance(located, Quad):
         points: tuple[float, ...] = located.quad_xy
-    elif isinstance(located, Polygon):
-        points = tuple(value for ring in located.rings_xy for value in ring)
     else:
-        return None
+        points = tuple(value for ring in located.rings_xy for value in ring)
     xs, ys = points[0::2], points[1::2]
     return (min(xs), min(ys), max(xs), max(ys))
 
 
 def join_region_answers(
-    name: str, before: Result, regions: Sequence[tuple[Region, str]], answers: Sequence[Result]
+    task: Task, name: str, before: Result, asked: Sequence[Asked], answers: Sequence[Result]
 ) -> Result:
-    """One result of a region step asked about every region of ``before``.
+    """One result of the region step ``task``; ``answers`` has one for every region in ``asked``.
 
-    A text answer labels the region's box; a polygon takes the label its region had.
+    A text answer becomes the label of the box that was found before, which stays with its score
+    even if the answer is empty. A polygon has its own score and the label that its region had.
     """
     objects: list[Object] = []
-    for (region, label), answer in zip(regions, answers, strict=True):
-        if any(isinstance(found, Polygon) for found in answer.objects):
+    notes: list[str] = []
+    left = iter(answers)
+    for place, one in enumerate(asked, start=1):
+        found = one.located
+        answer = None if one.region is None else next(left)
+        if answer is None:
+            notes.append(f"object {place} ({found.label!r}) has no area and was not asked about")
+        if task.output is OutputKind.TEXT:
+            label = (answer.text if answer is not None else None) or ""
+            objects.append(Box(_box_of(found), label, found.score))
+        elif answer is not None:
             objects += [
-                replace(found, label=label)
-                for found in answer.objects
-                if isinstance(found, Polygon)
+                replace(polygon, label=found.label)
+                for polygon in answer.objects
+                if isinstance(polygon, Polygon)
             ]
-        elif answer.text:
-            scores = [found.score for found in answer.objects]
-            objects.append(Box(region.box_xyxy, answer.text, scores[0] if scores else None))
     return replace(
         before,
         task=name,
@@ -107,7 +126,7 @@ def join_region_answers(
         answer="\n".join(answer.answer for answer in answers),
         token_ids=tuple(token for answer in answers for token in answer.token_ids),
         truncated=before.truncated or any(answer.truncated for answer in answers),
-        notes=before.notes + tuple(note for answer in answers for note in answer.notes),
+        notes=(*before.notes, *notes, *(note for answer in answers for note in answer.notes)),
         steps=(*(before.steps or (before,)), *answers),
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -11,6 +11,7 @@ import torch
 
 from florence2.checkpoint_files import CONFIG, CheckpointFiles, read_json
 from florence2.errors import CheckpointError
+from florence2.generate import SETTING_RULES, shown
 from florence2.hub import ProgressCallback, ProgressUpdate
 from florence2.network.config import NetworkConfig, is_original_config
 from florence2.network.florence import Florence2Network
@@ -31,8 +32,8 @@ __all__ = [
 ]
 
 _GENERATION_CONFIG: Final = "generation_config.json"
-_MAX_BEAMS: Final = 64
-_MAX_PENALTY: Final = 10
+# A length limit there is not taken over: each task has its own budget.
+_TAKEN_OVER: Final = ("num_beams", "early_stopping", "no_repeat_ngram_size", "length_penalty")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,42 +98,21 @@ def generation_settings(
     """How a checkpoint's answers are searched for, with nothing left unset.
 
     ``generation_config.json`` goes before the original layout's ``text_config``, and that before
-    the published defaults; null means unset. A length limit in either is not taken over: each
-    task has its own budget. Raises CheckpointError for a value out of range.
+    the published defaults; null means unset. Raises CheckpointError for a value that a request
+    could not have either.
     """
     legacy = config.get("text_config") if is_original_config(config) else None
     chosen: dict[str, Any] = {}
     for file, section in ((CONFIG, legacy), (_GENERATION_CONFIG, generation_config)):
-        for key, (is_valid, rule) in _RULES.items():
+        for key in _TAKEN_OVER:
             value = section.get(key) if isinstance(section, Mapping) else None
             if value is None:
                 continue
-            if not is_valid(value):
+            rule = SETTING_RULES[key]
+            if not rule.allows(value):
                 raise CheckpointError(
-                    f"{key} in the checkpoint's {file} must be {rule}, got {value!r}; correct it "
-                    "there."
+                    f"{key} in the checkpoint's {file} must be {rule.says}, not {shown(value)}; "
+                    "correct it there."
                 )
             chosen[key] = value
     return replace(GenerationSettings(), **chosen)
-
-
-def _is_count(low: int, high: int) -> Callable[[Any], bool]:
-    return lambda value: type(value) is int and low <= value <= high
-
-
-def _is_early_stopping(value: object) -> bool:
-    return isinstance(value, bool) or value == "never"
-
-
-def _is_penalty(value: object) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    return abs(value) <= _MAX_PENALTY
-
-
-_RULES: Final[dict[str, tuple[Callable[[Any], bool], str]]] = {
-    "num_beams": (_is_count(1, _MAX_BEAMS), f"a whole number from 1 to {_MAX_BEAMS}"),
-    "early_stopping": (_is_early_stopping, 'true, false or "never"'),
-    "no_repeat_ngram_size": (_is_count(0, 1024), "a whole number from 0 to 1024"),
-    "length_penalty": (_is_penalty, f"a number from -{_MAX_PENALTY} to {_MAX_PENALTY}"),
-}

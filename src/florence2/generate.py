@@ -10,9 +10,10 @@ result is settled.
 from __future__ import annotations
 
 import math
+import reprlib
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
 import torch
@@ -64,39 +65,15 @@ class Session(Protocol):
 
 def check_settings(settings: GenerationSettings) -> None:
     """Raise ``RequestError`` if a setting is outside what the search supports."""
-    beams = settings.num_beams
-    if not _is_int(beams) or not 1 <= beams <= MAX_BEAMS:
-        raise RequestError(
-            f"num_beams must be a whole number from 1 to {MAX_BEAMS}, not {beams!r}; "
-            "use 1 for speed or 3 as published."
-        )
-    limit = settings.max_new_tokens
-    if limit is not None:
-        _check_limit(limit)
-    penalty = settings.length_penalty
-    low, high = LENGTH_PENALTY_RANGE
-    if (
-        isinstance(penalty, bool)
-        or not isinstance(penalty, (int, float))
-        or not math.isfinite(penalty)
-        or not low <= penalty <= high
-    ):
-        raise RequestError(
-            f"length_penalty must be a number from {low:g} to {high:g}, not {penalty!r}; "
-            "use 1 as published."
-        )
-    stopping = settings.early_stopping
-    if not isinstance(stopping, bool) and stopping != "never":
-        raise RequestError(
-            f'early_stopping must be true, false or "never", not {stopping!r}; '
-            "use true as published."
-        )
-    ngram = settings.no_repeat_ngram_size
-    if not _is_int(ngram) or ngram < 0:
-        raise RequestError(
-            f"no_repeat_ngram_size must be a whole number of at least 0, not {ngram!r}; "
-            "use 0 to switch the ban off or 3 as published."
-        )
+    for name, rule in SETTING_RULES.items():
+        value = getattr(settings, name)
+        if not rule.allows(value):
+            raise RequestError(f"{name} must be {rule.says}, not {shown(value)}; {rule.hint}.")
+
+
+def shown(value: object) -> str:
+    """A received value in one short line, for a message."""
+    return " ".join(reprlib.repr(value).split())
 
 
 def generate(
@@ -230,16 +207,56 @@ class _OpenFlags:
         return [item for item, still in zip(earlier, flags.tolist(), strict=True) if not still]
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _is_penalty(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    low, high = LENGTH_PENALTY_RANGE
+    return low <= value <= high
 
 
-def _check_limit(limit: int) -> None:
-    if not _is_int(limit) or limit < 1:
-        raise RequestError(
-            f"max_new_tokens must be a whole number of at least 1, not {limit!r}; "
-            "leave it out to take the task's own budget."
-        )
+def _is_early_stopping(value: object) -> bool:
+    return isinstance(value, bool) or (isinstance(value, str) and value == "never")
+
+
+def _is_int(value: object, low: int, high: float = math.inf) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+@dataclass(frozen=True, slots=True)
+class SettingRule:
+    """What a search setting may be, in code and in words."""
+
+    allows: Callable[[object], bool]
+    says: str
+    hint: str
+
+
+SETTING_RULES: Final = {
+    "num_beams": SettingRule(
+        lambda value: _is_int(value, 1, MAX_BEAMS),
+        f"a whole number from 1 to {MAX_BEAMS}",
+        "use 1 for speed or 3 as published",
+    ),
+    "max_new_tokens": SettingRule(
+        lambda value: value is None or _is_int(value, 1),
+        "a whole number of at least 1",
+        "leave it out to take the task's own budget",
+    ),
+    "length_penalty": SettingRule(
+        _is_penalty,
+        f"a number from {LENGTH_PENALTY_RANGE[0]:g} to {LENGTH_PENALTY_RANGE[1]:g}",
+        "use 1 as published",
+    ),
+    "early_stopping": SettingRule(
+        _is_early_stopping, 'true, false or "never"', "use true as published"
+    ),
+    "no_repeat_ngram_size": SettingRule(
+        lambda value: _is_int(value, 0),
+        "a whole number of at least 0",
+        "use 0 to switch the ban off or 3 as published",
+    ),
+}
+"""The one table of limits: for requests and for a checkpoint's own files."""
 
 
 def _check_vocabulary(vocab: int, beams: int) -> None:
@@ -262,10 +279,10 @@ def _check_batch(
             f"A batch needs settings and a token limit for each of its {num_items} prompts, "
             f"not {len(each)} and {len(max_new_tokens)}; pass one of each per prompt."
         )
-    for limit in max_new_tokens:
-        _check_limit(limit)
-    for one in each:
-        check_settings(one)
+    for one, limit in zip(each, max_new_tokens, strict=True):
+        if limit is None:
+            raise RequestError("A batch needs a token limit for each prompt; give a number.")
+        check_settings(replace(one, max_new_tokens=limit))
     shared = {replace(one, max_new_tokens=None) for one in each}
     if len(shared) > 1:
         raise RequestError(

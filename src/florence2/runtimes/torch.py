@@ -23,6 +23,7 @@ PRECISIONS: Final = {
 
 def choose_device(name: str) -> torch.device:
     """The torch device for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; DeviceError otherwise."""
+    name = str(name)  # None and numbers get the sentence below; a torch.device is as good
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, index = name.partition(":")
@@ -42,6 +43,7 @@ def choose_device(name: str) -> torch.device:
 
 def choose_precision(name: str, device: torch.device) -> str:
     """``auto`` is bf16 on GPUs that compute in it, fp16 on older ones, and fp32 on a CPU."""
+    name = str(name)
     if name == "auto":
         if device.type == "cpu":
             return "fp32"

@@ -52,7 +52,7 @@ def test_ban_switched_off_stays_off():
     ("key", "value"),
     [
         ("num_beams", 0),
-        ("num_beams", 65),
+        ("num_beams", 33),
         ("num_beams", True),
         ("num_beams", "3"),
         ("num_beams", 3.0),
@@ -62,6 +62,8 @@ def test_ban_switched_off_stays_off():
         ("length_penalty", float("nan")),
         ("length_penalty", float("inf")),
         ("length_penalty", "1"),
+        ("length_penalty", -2),
+        ("length_penalty", 10.5),
     ],
 )
 @pytest.mark.parametrize("place", ["config.json", "generation_config.json"])

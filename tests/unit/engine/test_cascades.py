@@ -1,0 +1,74 @@
+"""Cascades: nothing found is lost, nothing given is ignored, one odd region stops nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from florence2 import Failure
+from florence2.cascade import join_region_answers, regions_of
+from florence2.errors import RequestError
+from florence2.records import Box, Polygon, Quad, Region, Result, Text
+from florence2.tasks import find_task
+from florence2.training.draw import draw_scene
+from florence2.training.scene import make_scene
+
+CAR = Box((10.0, 20.0, 60.0, 90.0), "car", 0.9)
+LINE = Polygon(((5.0, 5.0, 5.0, 30.0, 5.0, 60.0),), "a line", 0.8)
+SIGN = Quad((1.0, 2.0, 9.0, 2.0, 9.0, 7.0, 1.0, 7.0), "STOP", 0.7)
+DESCRIBE = find_task("<REGION_TO_DESCRIPTION>")
+SEGMENT = find_task("<REGION_TO_SEGMENTATION>")
+
+
+def result(*objects, text=None):
+    return Result("<OD>", (100, 100), objects, text, "", (), truncated=False)
+
+
+def described(text):
+    return result(Text(text, 0.1), text=text)
+
+
+def test_every_detected_box_stays_with_its_own_score_even_without_a_description():
+    before = result(CAR, SIGN)
+    joined = join_region_answers(
+        DESCRIBE, "both", before, regions_of(before), [described(""), described("a stop sign")]
+    )
+    assert joined.objects == (
+        Box(CAR.box_xyxy, "", 0.9),
+        Box((1.0, 2.0, 9.0, 7.0), "a stop sign", 0.7),
+    )
+
+
+def test_a_region_without_area_is_kept_with_a_note_and_not_asked_about():
+    before = result(LINE, CAR)
+    asked = regions_of(before)
+    assert [one.region for one in asked] == [None, Region(CAR.box_xyxy)]
+    joined = join_region_answers(DESCRIBE, "both", before, asked, [described("a red car")])
+    assert [found.label for found in joined.objects] == ["", "a red car"]
+    assert joined.notes == ("object 1 ('a line') has no area and was not asked about",)
+
+
+def test_a_polygon_has_the_label_of_its_region_and_its_own_score():
+    before = result(LINE, CAR)
+    outline = Polygon(((1.0, 1.0, 9.0, 1.0, 9.0, 9.0),), "", 0.4)
+    joined = join_region_answers(SEGMENT, "both", before, regions_of(before), [result(outline)])
+    assert joined.objects == (replace(outline, label="car"),)
+
+
+def test_a_text_or_a_region_that_the_first_step_does_not_take_is_refused(model):
+    image = draw_scene(make_scene(31))
+    task = "<CAPTION>+<CAPTION_TO_PHRASE_GROUNDING>"
+    with pytest.raises(RequestError, match="<CAPTION> takes no text, and 'a zebra' was received"):
+        model.run(task, image, text="a zebra")
+    with pytest.raises(RequestError, match="<CAPTION> takes no region"):
+        model.run(task, image, region=(1, 2, 30, 40))
+
+
+def test_a_detection_cascade_has_as_many_boxes_as_the_detection(model):
+    image = draw_scene(make_scene(14))
+    joined = model.run("<OD>+<REGION_TO_DESCRIPTION>", image, max_new_tokens=24)
+    assert not isinstance(joined, Failure)
+    before = joined.steps[0].objects
+    assert [found.box_xyxy for found in joined.objects] == [found.box_xyxy for found in before]
+    assert [found.score for found in joined.objects] == [found.score for found in before]
