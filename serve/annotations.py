@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
-from florence2.records import Box, BoxXyxy, Polygon, Quad, Region, Result, SizeWh, Text
-from florence2.tasks import find_task
+from florence2.records import Box, Polygon, Quad, Region, Result, SizeWh, Text
+from florence2.tasks import TaskInput, find_task
 from serve.geometry import (
     is_finite,
     overlap,
@@ -123,11 +123,14 @@ def _counts(item: _Found, threshold: float) -> bool:
 
 def _found_in(answered: Answered, rules: LabelRules) -> list[_Found]:
     result = answered.result
-    last = find_task(result.task.rsplit("+", 1)[-1]).token
-    if last in REGION_TEXT_TAGS:
-        return _region_texts(answered, REGION_TEXT_TAGS[last], rules)
+    last = find_task(result.task.rsplit("+", 1)[-1])
+    tag = REGION_TEXT_TAGS.get(last.token)
+    if last.takes is TaskInput.REGION and "+" in result.task:
+        return _region_step(answered, tag, rules)
+    if tag is not None:
+        return _region_texts(answered, tag)
     return [
-        _found(shape, last, answered, rules)
+        _found(shape, last.token, answered, rules)
         for shape in result.objects
         if not isinstance(shape, Text)
     ]
@@ -145,31 +148,70 @@ def _found(
     return _Found(shape, class_of(shape.label or answered.phrase or "", rules.classes))
 
 
-def _region_texts(answered: Answered, tag: str, rules: LabelRules) -> list[_Found]:
-    """The words about a region as a tag on it; in a cascade the class is what found the region."""
+def _region_texts(answered: Answered, tag: str) -> list[_Found]:
+    """The words about a region as a tag on it."""
     result = answered.result
-    if answered.region is not None:
+    name = clean_class_name(answered.class_name or OBJECT_CLASS)
+    if answered.region is None:
+        boxes = [shape for shape in result.objects if isinstance(shape, Box)]
+    else:
         words = result.text or " ".join(found.label for found in result.objects)
         score = result.objects[0].score if result.objects else math.nan
         boxes = [Box(answered.region.box_xyxy, words, score)] if words else []
-    else:
-        boxes = [shape for shape in result.objects if isinstance(shape, Box)]
-    before = _labels_by_box(result)
-    return [
-        _Found(box, class_of(before.get(box.box_xyxy, ""), rules.classes), ((tag, box.label),))
-        for box in boxes
-    ]
+    return [_Found(box, name, ((tag, box.label),)) for box in boxes]
 
 
-def _labels_by_box(result: Result) -> dict[BoxXyxy, str]:
-    """Names of the regions a cascade asked about; sentences are not names."""
-    return {
-        shape.box_xyxy: shape.label
-        for step in result.steps
-        if step.task != _DENSE
-        for shape in step.objects
-        if isinstance(shape, Box)
-    }
+def _region_step(answered: Answered, tag: str | None, rules: LabelRules) -> list[_Found]:
+    """What a cascade's last step said about each region.
+
+    Class and score are those of what the step before found there; words become a tag.
+    """
+    result = answered.result
+    finder = _step_before(result)
+    token = find_task(finder.task.rsplit("+", 1)[-1]).token if finder else ""
+    items: list[_Found] = []
+    for shape, owner in zip(result.objects, _owners(result, finder), strict=True):
+        if isinstance(shape, Text):
+            continue
+        if owner is None:
+            items.append(_Found(shape, OBJECT_CLASS, ((tag, shape.label),) if tag else ()))
+            continue
+        found = _found(owner, token, answered, rules)
+        tags = found.tags if tag is None else ((tag, shape.label),)
+        score = shape.score if owner.score is None else owner.score
+        items.append(_Found(replace(shape, score=score), found.class_name, tags))
+    return items
+
+
+def _step_before(result: Result) -> Result | None:
+    """The step that found the regions; each region has a result of its own behind it."""
+    before = result.task.count("+")
+    return result.steps[min(before, len(result.steps)) - 1] if result.steps else None
+
+
+def _owners(result: Result, finder: Result | None) -> list[Box | Quad | Polygon | None]:
+    """For every object of the result the one whose region it is about, by order.
+
+    A region has one text, or, from engines that leave out empty answers, none; or any number of
+    outlines.
+    """
+    count = len(result.objects)
+    regions = [found for found in finder.objects if not isinstance(found, Text)] if finder else []
+    answers = result.steps[result.task.count("+") :]
+    if len(answers) == len(regions):
+        pairs = list(zip(regions, answers, strict=True))
+        outlined = [
+            region
+            for region, answer in pairs
+            for found in answer.objects
+            if isinstance(found, Polygon)
+        ]
+        if outlined and len(outlined) == count:
+            return [*outlined]
+        answered = [region for region, answer in pairs if answer.text]
+        if len(answered) == count:
+            return [*answered]
+    return [*regions] if len(regions) == count else [None] * count
 
 
 def _merge_same_objects(kept: list[_Found], found: list[_Found]) -> list[_Found]:

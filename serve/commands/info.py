@@ -6,6 +6,7 @@ import json
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.table import Table
 
 from serve.console import OUT
@@ -67,9 +68,11 @@ def _model_rows() -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for name in CHECKPOINT_NAMES:
         known = KNOWN_BY_NAME.get(name)
+        size = known.weights_bytes if known else 0
         try:
-            resolve(name, offline=True)
+            folder = resolve(name, offline=True).folder
             here = "yes"
+            size = size or sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         except CheckpointError:
             here = "no"
         rows.append(
@@ -77,7 +80,7 @@ def _model_rows() -> list[dict[str, Any]]:
                 "model": name,
                 "hub": known.repository if known else "comes with the project",
                 "revision": known.revision[:12] if known else "",
-                "size_mb": round(known.weights_bytes / 1e6) if known else 15,
+                "size_mb": round(size / 1e6),
                 "complete_here": here,
             }
         )
@@ -93,4 +96,5 @@ def _show(rows: list[dict[str, Any]], as_json: bool) -> None:
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*(str(value) for value in row.values()))
-    OUT.print(table)
+    # Whoever reads a pipe wants one row a line, however narrow a terminal is taken to be.
+    (OUT if OUT.is_terminal else Console(width=1000, highlight=False)).print(table)

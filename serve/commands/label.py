@@ -8,18 +8,22 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from serve.commands.loading import load_model
+from serve.commands.loading import fingerprint, load_model
 
 if TYPE_CHECKING:
+    from serve.labeling.plan import Plan
     from serve.labeling.run import Model
 
 DEFAULT_MODEL: Final = "Florence-2-large"
 
+_PROMPT_HELP: Final = (
+    'What to look for: "red car. dog" or "red car; dog" asks for two things; '
+    '"red car, dog" is one phrase.'
+)
+
 Images = Annotated[Path, typer.Argument(help="A folder of images, or one image.")]
 Out = Annotated[Path, typer.Option(help="The project's folder; run again to go on with it.")]
-Prompt = Annotated[
-    str | None, typer.Option(help='What to look for: "red car. dog" asks for two things.')
-]
+Prompt = Annotated[str | None, typer.Option(help=_PROMPT_HELP)]
 TaskName = Annotated[
     str | None,
     typer.Option(help="A task of `florence2 tasks`. [default: grounding with a prompt, else <OD>]"),
@@ -33,7 +37,8 @@ RegionXyxy = Annotated[
 ]
 ModelName = Annotated[str, typer.Option(help="A name of `florence2 models`, hub id or folder.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-Runtime = Annotated[str, typer.Option(help="auto, torch or openvino.")]
+Runtime = Annotated[str, typer.Option(help="auto or torch.")]
+Precision = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")]
 Threshold = Annotated[float, typer.Option(help="Drop objects with a lower confidence.")]
 Batch = Annotated[int, typer.Option(min=1, max=256, help="Images per step.")]
 Beams = Annotated[int | None, typer.Option(min=1, help="Beams of the search.")]
@@ -64,6 +69,7 @@ def label(
     model: ModelName = DEFAULT_MODEL,
     device: Device = "auto",
     runtime: Runtime = "auto",
+    precision: Precision = "auto",
     threshold: Threshold = 0.0,
     batch: Batch = 8,
     num_beams: Beams = None,
@@ -77,18 +83,7 @@ def label(
     overwrite: Overwrite = False,
 ) -> None:
     """Label a folder of images into a Supervisely project on disk; stop and go on at will."""
-    from serve.labeling.plan import make_plan
-
-    plan = make_plan(
-        task=task,
-        prompt=prompt,
-        classes=class_ or (),
-        region=region,
-        threshold=threshold,
-        model=model,
-        num_beams=num_beams,
-        max_new_tokens=max_new_tokens,
-    )
+    plan = _plan(task, prompt, class_, region, threshold, model, num_beams, max_new_tokens)
     from serve.labeling.session import Job, label_folder
 
     job = Job(
@@ -104,14 +99,40 @@ def label(
         overwrite=overwrite,
         arguments=tuple(context.obj or ()),
     )
-    report = label_folder(plan, job, _loader(model, device, runtime))
-    raise typer.Exit(report.exit_code)
+    load = _loader(model, device, runtime, precision)
+    raise typer.Exit(label_folder(plan, job, load, lambda: fingerprint(model)).exit_code)
 
 
-def _loader(name: str, device: str, runtime: str) -> Callable[[], tuple[Model, Callable[..., Any]]]:
+def _plan(
+    task: str | None,
+    prompt: str | None,
+    classes: list[str] | None,
+    region: str | None,
+    threshold: float,
+    model: str,
+    num_beams: int | None,
+    max_new_tokens: int | None,
+) -> Plan:
+    from serve.labeling.plan import make_plan
+
+    return make_plan(
+        task=task,
+        prompt=prompt,
+        classes=classes or (),
+        region=region,
+        threshold=threshold,
+        model=model,
+        num_beams=num_beams,
+        max_new_tokens=max_new_tokens,
+    )
+
+
+def _loader(
+    name: str, device: str, runtime: str, precision: str
+) -> Callable[[], tuple[Model, Callable[..., Any]]]:
     def load() -> tuple[Model, Callable[..., Any]]:
         from florence2.ask import Ask
 
-        return load_model(name, device, runtime), Ask
+        return load_model(name, device, runtime, precision), Ask
 
     return load

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from florence2.errors import FlorenceError
+from florence2.errors import FlorenceError, ImageError
 
 LOCK_NAME: Final = ".lock"
 _PART_NAME: Final = ".part"
@@ -41,13 +41,27 @@ class Workspace:
         self._part.replace(path)
 
     def bring(self, source: Path, path: Path, *, link: bool) -> None:
-        """Copies ``source`` to ``path``, or links it where the file system can."""
+        """Copies ``source`` to ``path``, or links it where the file system can.
+
+        Raises ImageError when it is the source that cannot be read any more.
+        """
         self._part.unlink(missing_ok=True)
         if not (link and self._linked(source)):
-            shutil.copyfile(source, self._part)
+            self._copy(source)
         self._part.replace(path)
         # Renaming one name of a file onto another name of the same file leaves both in place.
         self._part.unlink(missing_ok=True)
+
+    def _copy(self, source: Path) -> None:
+        try:
+            shutil.copyfile(source, self._part)
+        except OSError as error:
+            if _is_readable(source):
+                raise
+            raise ImageError(
+                f"The image was read and then could not be copied ({error.strerror}); "
+                "put it back and use --retry-failed."
+            ) from error
 
     def _linked(self, source: Path) -> bool:
         try:
@@ -55,6 +69,15 @@ class Workspace:
         except OSError:
             return False
         return True
+
+
+def _is_readable(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            file.read(1)
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
+import warnings
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+from PIL import Image
 
 from florence2.errors import ImageError
 from florence2.images import LoadedImage, open_image
@@ -22,6 +26,8 @@ EXTENSIONS: Final = (
 _OTHER_IMAGES: Final = (".gif", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".dng", ".cr2", ".nef")
 _JOIN: Final = "__"
 _MAX_NAME_BYTES: Final = 200
+# 64 megapixels are 192 MB as RGB.
+MAX_PIXELS_IN_FLIGHT: Final = 64_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +46,10 @@ class Loaded:
     file: ImageFile
     picture: LoadedImage | None
     problem: ImageError | None = None
+
+    @property
+    def pixels(self) -> int:
+        return math.prod(self.picture.size_wh) if self.picture is not None else 0
 
 
 def find_images(source: Path, *, recursive: bool, skip: Path) -> Iterator[ImageFile]:
@@ -84,20 +94,43 @@ def project_name(key: str, *, recursive: bool) -> str:
     return f"{short}-{digest}{extension}"
 
 
-def _walk(folder: Path, prefix: str, *, recursive: bool, skip: Path) -> Iterator[tuple[str, Path]]:
-    with os.scandir(folder) as listed:
-        entries = sorted(
-            (entry for entry in listed if not entry.name.startswith(".")),
-            key=lambda entry: entry.name,
-        )
+def unreadable_folders(source: Path, *, recursive: bool, skip: Path) -> list[tuple[str, str]]:
+    """The folders below ``source`` whose images cannot be found, each with the reason."""
+    failed: list[tuple[str, str]] = []
+    if not source.is_file():
+        for _ in _walk(source, "", recursive=recursive, skip=skip, failed=failed):
+            pass
+    return failed
+
+
+def _walk(
+    folder: Path,
+    prefix: str,
+    *,
+    recursive: bool,
+    skip: Path,
+    failed: list[tuple[str, str]] | None = None,
+) -> Iterator[tuple[str, Path]]:
+    try:
+        with os.scandir(folder) as listed:
+            entries = sorted(
+                (entry for entry in listed if not entry.name.startswith(".")),
+                key=lambda entry: entry.name,
+            )
+    except OSError as error:
+        if not prefix:
+            raise
+        if failed is not None:
+            failed.append((prefix.rstrip("/"), error.strerror or str(error)))
+        return
     for entry in entries:
         key = prefix + _text(entry.name)
-        if entry.is_file():
+        if os.path.isfile(entry.path):
             yield key, Path(entry.path)
         elif recursive and entry.is_dir(follow_symlinks=False):
             below = Path(entry.path)
-            if below.resolve() != skip and not (below / JOURNAL_NAME).exists():
-                yield from _walk(below, f"{key}/", recursive=recursive, skip=skip)
+            if below.resolve() != skip and not os.path.exists(below / JOURNAL_NAME):
+                yield from _walk(below, f"{key}/", recursive=True, skip=skip, failed=failed)
 
 
 def _text(name: str) -> str:
@@ -108,19 +141,40 @@ def _text(name: str) -> str:
 def read_ahead(
     files: Iterable[ImageFile], *, threads: int, ahead: int
 ) -> Generator[Loaded, None, None]:
-    """The files in order with their pixels; at most ``ahead`` of them are in memory at once."""
+    """The files in order with their pixels.
+
+    Of those not yet taken, at most ``ahead`` and about 64 megapixels are in memory at once, or a
+    single larger one.
+    """
     with ThreadPoolExecutor(threads, thread_name_prefix="read") as pool:
-        waiting: deque[Future[Loaded]] = deque()
+        waiting: deque[tuple[Future[Loaded], int]] = deque()
+        pixels = 0
         try:
             for file in files:
-                waiting.append(pool.submit(_load, file))
-                if len(waiting) >= ahead:
-                    yield waiting.popleft().result()
+                size = _pixels_in_header(file.path)
+                while waiting and (len(waiting) >= ahead or pixels + size > MAX_PIXELS_IN_FLIGHT):
+                    future, taken = waiting.popleft()
+                    pixels -= taken
+                    yield future.result()
+                waiting.append((pool.submit(_load, file), size))
+                pixels += size
             while waiting:
-                yield waiting.popleft().result()
+                yield waiting.popleft()[0].result()
         finally:
-            for pending in waiting:
+            for pending, _ in waiting:
                 pending.cancel()
+
+
+def _pixels_in_header(path: Path) -> int:
+    """What a file will take once decoded; 0 for one that cannot be opened and so takes nothing."""
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as picture:
+            return math.prod(picture.size)
+    except Image.DecompressionBombError:
+        return MAX_PIXELS_IN_FLIGHT
+    # The reader says later what is wrong with the file.
+    except Exception:  # noqa: BLE001
+        return 0
 
 
 def _load(file: ImageFile) -> Loaded:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -33,6 +34,7 @@ class Entry:
     truncated: int = 0
     code: str = ""
     message: str = ""
+    notes: Sequence[str] = ()
 
 
 @dataclass(slots=True)
@@ -43,6 +45,8 @@ class Totals:
     empty: int = 0
     objects: int = 0
     truncated: int = 0
+    noted: int = 0
+    notes: Counter[str] = field(default_factory=Counter)
     failures: dict[str, Entry] = field(default_factory=dict)
 
     @property
@@ -62,6 +66,8 @@ class Totals:
         self.empty += entry.state == "empty"
         self.objects += entry.objects
         self.truncated += entry.truncated > 0
+        self.noted += bool(entry.notes)
+        self.notes.update(entry.notes)
 
 
 class Journal:
@@ -114,11 +120,13 @@ def open_journal(
     Raises OutputError when the folder holds other work.
     """
     path = workspace.root / JOURNAL_NAME
-    if path.exists() and _has_entries(path):
+    if is_begun(workspace.root):
         _check_same_settings(workspace.root, read_settings(path), settings)
     else:
         if not path.exists():
-            _check_unused(workspace.root)
+            check_unused(workspace.root)
+        else:
+            read_settings(path)
         header = json.dumps({"format": _FORMAT, "settings": dict(settings)}) + "\n"
         workspace.write_text(path, header, durable=True)
     return Journal(path, is_kept)
@@ -138,7 +146,14 @@ def read_settings(path: Path) -> dict[str, Any]:
     )
 
 
-def _check_unused(root: Path) -> None:
+def is_begun(root: Path) -> bool:
+    """False too for the journal of a run that never got to an image: nothing is lost with it."""
+    path = root / JOURNAL_NAME
+    return path.exists() and next(_entries(path), None) is not None
+
+
+def check_unused(root: Path) -> None:
+    """Raises OutputError for a folder that holds something else than a run."""
     others = [entry.name for entry in root.iterdir() if not entry.name.startswith(".")]
     if others:
         raise OutputError(
@@ -150,7 +165,8 @@ def _check_unused(root: Path) -> None:
 def _check_same_settings(root: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     now = json.loads(json.dumps(dict(new)))
     for key in [*now, *old]:
-        if old.get(key) != now.get(key):
+        is_unknown = key == "checkpoint" and None in (old.get(key), now.get(key))
+        if old.get(key) != now.get(key) and not is_unknown:
             raise OutputError(
                 f"One folder holds one kind of labels and {str(root)!r} was begun with "
                 f"{key} {_shown(old.get(key))}, not {_shown(now.get(key))}; choose another --out, "
@@ -173,12 +189,6 @@ def _entries(path: Path) -> Iterator[Entry]:
                 continue
 
 
-def _has_entries(path: Path) -> bool:
-    """False for the journal of a run that never got to an image: nothing is lost with it."""
-    read_settings(path)
-    return next(_entries(path), None) is not None
-
-
 def _length_of_whole_lines(path: Path) -> int:
     length = 0
     with path.open("rb") as lines:
@@ -189,7 +199,7 @@ def _length_of_whole_lines(path: Path) -> int:
 
 
 def _compact(entry: Entry) -> dict[str, Any]:
-    return {key: value for key, value in asdict(entry).items() if value not in (0, "")}
+    return {key: value for key, value in asdict(entry).items() if value not in (0, "", ())}
 
 
 def _digest(image: str) -> bytes:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from florence2.cascade import parse_steps
@@ -18,7 +18,9 @@ DEFAULT_TEXT_TASK: Final = "<CAPTION_TO_PHRASE_GROUNDING>"
 MAX_PHRASE: Final = 1000
 MAX_PHRASES: Final = 100
 
-_PHRASE_END: Final = re.compile(r"\.(?:\s+|$)|[\r\n]+")
+_PHRASE_END: Final = re.compile(r"\.(?:\s+|$)|[;\r\n]+")
+# "St. Bernard" and "J. Smith" are one phrase each.
+_ABBREVIATION: Final = re.compile(r"(?:^|[\s.])(?:[A-Z]|No|(?i:St|Mr|Mrs|Ms|Dr|vs|Jr|Sr))$")
 # "<and>" is how the model itself joins phrases, so a prompt may hold it.
 _SPECIAL_TOKEN: Final = re.compile(r"</?(?!and>)[A-Za-z_]+\d*>")
 
@@ -83,6 +85,7 @@ def make_plan(
     wanted = task or (DEFAULT_TEXT_TASK if phrases or mapping else DEFAULT_TASK)
     steps = parse_steps(wanted)
     _check_threshold(threshold)
+    _check_search(num_beams, max_new_tokens)
     return Plan(
         task="+".join(step.token for step in steps),
         prompts=_prompts(steps[0], phrases, mapping),
@@ -96,7 +99,7 @@ def make_plan(
 
 
 def _phrases(prompt: str) -> list[str]:
-    parts = [" ".join(part.split()) for part in _PHRASE_END.split(prompt)]
+    parts = [" ".join(part.split()) for part in _parts(prompt)]
     phrases = list(
         {phrase_key(part): part for part in reversed(parts) if phrase_key(part)}.values()
     )
@@ -106,6 +109,17 @@ def _phrases(prompt: str) -> list[str]:
             'write for example --prompt "red car. dog".'
         )
     return _checked(phrases[::-1])
+
+
+def _parts(prompt: str) -> Iterator[str]:
+    """The prompt cut at full stops, semicolons and line ends, but not after an abbreviation."""
+    start = 0
+    for end in _PHRASE_END.finditer(prompt):
+        if end.group().startswith(".") and _ABBREVIATION.search(prompt[start : end.start()]):
+            continue
+        yield prompt[start : end.start()]
+        start = end.end()
+    yield prompt[start:]
 
 
 def _checked(phrases: list[str]) -> list[str]:
@@ -199,6 +213,17 @@ def _region(first: Task, region: str | None) -> Region | None:
             "write for example --region 10,20,200,180."
         )
     return Region((x1, y1, x2, y2))
+
+
+def _check_search(num_beams: int | None, max_new_tokens: int | None) -> None:
+    """The engine's own rules, before a model is loaded; its module is slow to import."""
+    if num_beams is None and max_new_tokens is None:
+        return
+    from florence2.generate import check_settings
+    from florence2.records import GenerationSettings
+
+    settings = GenerationSettings(max_new_tokens=max_new_tokens)
+    check_settings(settings if num_beams is None else replace(settings, num_beams=num_beams))
 
 
 def _check_threshold(threshold: float) -> None:

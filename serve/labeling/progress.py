@@ -74,15 +74,28 @@ class _Lines:
 
 @dataclass(slots=True)
 class StopSwitch:
-    """Pulled by the first Ctrl-C; the second one interrupts at once."""
+    """Pulled by the first Ctrl-C; the second one interrupts, as does any between the batches' work.
+
+    Only labeling waits for its batch: loading a model or writing an export stops at once.
+    """
 
     pulled: bool = False
+    _is_patient: bool = False
 
     def __call__(self) -> bool:
         return self.pulled
 
+    @contextmanager
+    def after_batch(self) -> Iterator[None]:
+        """While open, the first signal only pulls the switch."""
+        self._is_patient = True
+        try:
+            yield
+        finally:
+            self._is_patient = False
+
     def pull(self, signum: int, frame: FrameType | None) -> None:
-        if self.pulled:
+        if self.pulled or not self._is_patient:
             raise KeyboardInterrupt
         self.pulled = True
         say("Stopping after the batch in hand; press Ctrl-C again to stop at once.")

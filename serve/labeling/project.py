@@ -8,7 +8,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
+from florence2.errors import ImageError
 from serve.annotations import TAG_METAS
+from serve.console import say
 from serve.labeling.files import Workspace
 from serve.labeling.images import ImageFile, is_image
 from serve.labeling.journal import Entry
@@ -16,6 +18,7 @@ from serve.naming import class_color
 from serve.sdk import sly
 
 DATASET: Final = "ds0"
+EDITED_DIR: Final = "edited"
 
 
 class GrowingProject:
@@ -71,8 +74,32 @@ class GrowingProject:
     def add(self, file: ImageFile, annotation: sly.Annotation) -> None:
         self._grow([label.obj_class for label in annotation.labels])
         text = json.dumps(annotation.to_json(), ensure_ascii=False)
-        self._workspace.write_text(self.annotation_path(file.name), text)
-        self._workspace.bring(file.path, self.image_path(file.name), link=self._link)
+        path = self.annotation_path(file.name)
+        self._keep_edited(path, text)
+        self._workspace.write_text(path, text)
+        try:
+            self._workspace.bring(file.path, self.image_path(file.name), link=self._link)
+        except ImageError:
+            path.unlink(missing_ok=True)
+            raise
+
+    def _keep_edited(self, path: Path, text: str) -> None:
+        """Moves an annotation that is not what this run writes to ``edited``: it may be a person's.
+
+        Such a file is there after a kill, or when the image of a labeled pair was removed.
+        """
+        try:
+            before = json.loads(path.read_text("utf-8"))
+        except (OSError, ValueError):
+            return
+        if before != json.loads(text):
+            folder = self._workspace.root / EDITED_DIR
+            folder.mkdir(exist_ok=True)
+            number = 0
+            while (target := folder / f"{path.stem}.{number}.json").exists():
+                number += 1
+            path.rename(target)
+            say(f"{path.name} was there and differs from the new labels; it is now {target}")
 
     def _stored_meta(self) -> sly.ProjectMeta:
         if not self._meta_path.exists():

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -28,6 +28,7 @@ class Report:
     run: RunCounts
     pending: int
     unsupported: int
+    unreadable: Sequence[str]
     retry_command: str
     resume_command: str
     settings: Mapping[str, Any]
@@ -51,8 +52,11 @@ class Report:
             "failed": totals.failed,
             "pending": self.pending,
             "unsupported_files": self.unsupported,
+            "unreadable_folders": list(self.unreadable),
             "objects": totals.objects,
             "truncated": totals.truncated,
+            "with_notes": totals.noted,
+            "notes": dict(totals.notes.most_common()),
             "failed_by_code": _by_code(totals),
             "this_run": {
                 "images": self.run.images,
@@ -94,6 +98,10 @@ def report_lines(report: Report, root: Path) -> list[str]:
         lines.append(
             f"{totals.truncated} images have an answer cut at the token limit; "
             "raise it with --max-new-tokens."
+        )
+    if totals.noted:
+        lines.append(
+            f"Dropped or repaired parts of answers: {totals.noted} images, see {root / REPORT_NAME}"
         )
     if report.unsupported:
         lines.append(

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from florence2.errors import FlorenceError, RequestError
+from florence2.errors import FlorenceError, ImageError, RequestError
 from florence2.images import LoadedImage
-from florence2.records import Failure, Result
+from florence2.processing import clip_region
+from florence2.records import Failure, Region, Result
 from serve.annotations import Answered, LabelRules, annotation_from_answers
-from serve.labeling.images import ImageFile, Loaded, read_ahead
+from serve.labeling.images import MAX_PIXELS_IN_FLIGHT, ImageFile, Loaded, read_ahead
 from serve.labeling.journal import Entry, Journal
 from serve.labeling.plan import Plan, Prompt
 from serve.labeling.previews import draw_preview, preview_path
 from serve.labeling.project import GrowingProject
 
 _READERS: Final = 3
+_AHEAD: Final = 2
+_NOTE_COUNT: Final = re.compile(r": \d+$")
 # Failures that every image would have in the same way.
 _HOPELESS: Final = ("bad_request", "bad_checkpoint", "bad_device")
 
@@ -65,13 +68,15 @@ def label_images(files: Iterable[ImageFile], plan: Plan, tools: Tools, *, batch:
     """
     started = time.perf_counter()
     rules = LabelRules(dict(plan.classes), plan.threshold)
-    loaded = read_ahead(files, threads=_READERS, ahead=batch + _READERS)
+    loaded = read_ahead(files, threads=_READERS, ahead=batch + _AHEAD)
     try:
         with closing(loaded):
             for group in _batches(loaded, batch):
                 tools.journal.append(entries := _label_batch(group, plan, rules, tools))
                 tools.counts.images += len(entries)
                 tools.on_images(len(entries))
+                # Neither this list nor the pictures in it are held while the next ones are read.
+                group.clear()
                 if tools.should_stop():
                     tools.counts.interrupted = True
                     break
@@ -80,15 +85,31 @@ def label_images(files: Iterable[ImageFile], plan: Plan, tools: Tools, *, batch:
 
 
 def _batches(loaded: Iterator[Loaded], size: int) -> Iterator[list[Loaded]]:
-    while group := list(islice(loaded, size)):
+    """At most ``size`` images, and fewer when they are large."""
+    group: list[Loaded] = []
+    pixels = 0
+    for item in loaded:
+        group.append(item)
+        pixels += item.pixels
+        if len(group) == size or pixels >= MAX_PIXELS_IN_FLIGHT:
+            yield group
+            group, pixels = [], 0
+    if group:
         yield group
 
 
 def _label_batch(group: list[Loaded], plan: Plan, rules: LabelRules, tools: Tools) -> list[Entry]:
-    readable = [(item.file, item.picture) for item in group if item.picture is not None]
+    entries: list[Entry] = []
+    readable: list[tuple[ImageFile, LoadedImage]] = []
+    for item in group:
+        if item.picture is None:
+            entries.append(_unreadable(item))
+        elif problem := _misses(plan.region, item.picture):
+            entries.append(_failed(item.file, problem.code, str(problem)))
+        else:
+            readable.append((item.file, item.picture))
     answers = _ask(readable, plan, tools)
-    _check_any_hope(answers, tools.journal)
-    entries = [_unreadable(item) for item in group if item.picture is None]
+    _check_any_hope(answers, plan, len(readable), tools.journal)
     for number, (file, picture) in enumerate(readable):
         own = answers[number * len(plan.prompts) : (number + 1) * len(plan.prompts)]
         entries.append(_settle(file, picture, own, plan, rules, tools))
@@ -113,12 +134,28 @@ def _ask(
     return tools.model.run_many(asks) if asks else []
 
 
-def _check_any_hope(answers: Sequence[Result | Failure], journal: Journal) -> None:
+def _check_any_hope(
+    answers: Sequence[Result | Failure], plan: Plan, images: int, journal: Journal
+) -> None:
+    """Raises RequestError when the first answers show that every image will fail alike."""
     if journal.totals.images or not answers:
         return
     failures = [answer for answer in answers if isinstance(answer, Failure)]
-    if len(failures) == len(answers) and all(one.code in _HOPELESS for one in failures):
+    if len(failures) < len(answers) or any(one.code not in _HOPELESS for one in failures):
+        return
+    # A later step of a cascade may fail for what this one image showed.
+    if images > 1 or "+" not in plan.task or failures[0].code != RequestError.code:
         raise RequestError(failures[0].message)
+
+
+def _misses(region: Region | None, picture: LoadedImage) -> RequestError | None:
+    """Why the region is not on this image; on another one it may well be."""
+    if region is not None:
+        try:
+            clip_region(region.box_xyxy, picture.size_wh)
+        except RequestError as problem:
+            return problem
+    return None
 
 
 def _unreadable(item: Loaded) -> Entry:
@@ -145,7 +182,10 @@ def _settle(
         for result, prompt in zip(results, plan.prompts, strict=True)
     ]
     annotation = annotation_from_answers(answered, rules, picture.size_wh)
-    tools.project.add(file, annotation)
+    try:
+        tools.project.add(file, annotation)
+    except ImageError as problem:
+        return _failed(file, problem.code, str(problem))
     if tools.previews is not None:
         draw_preview(picture.image, annotation, preview_path(tools.previews, file.name))
     objects = len(annotation.labels)
@@ -155,7 +195,14 @@ def _settle(
         state="labeled" if objects or len(annotation.img_tags) else "empty",
         objects=objects,
         truncated=sum(result.truncated for result in results),
+        notes=_notes(results),
     )
+
+
+def _notes(results: Sequence[Result]) -> tuple[str, ...]:
+    """Each kind of note once, without its count ("dropped boxes: 3")."""
+    notes = (note for result in results for note in result.notes)
+    return tuple(dict.fromkeys(_NOTE_COUNT.sub("", note) for note in notes))
 
 
 def _answered(result: Result, prompt: Prompt, plan: Plan) -> Answered:

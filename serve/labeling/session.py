@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shlex
+import shutil
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -20,8 +22,16 @@ from serve.labeling.images import (
     count_unsupported,
     find_images,
     is_image,
+    unreadable_folders,
 )
-from serve.labeling.journal import JOURNAL_NAME, Journal, open_journal
+from serve.labeling.journal import (
+    JOURNAL_NAME,
+    Journal,
+    check_unused,
+    is_begun,
+    open_journal,
+    read_settings,
+)
 from serve.labeling.plan import Plan
 from serve.labeling.previews import PREVIEWS_DIR, draw_missing_previews
 from serve.labeling.progress import StopSwitch, progress_bar, stop_on_signals
@@ -55,13 +65,15 @@ class Job:
 
     def command(self, *extra: str) -> str:
         """The command line of this job, to be typed again."""
-        dropped = ("--overwrite", *extra)
+        dropped = ("--overwrite", "--retry-failed")
         kept = [word for word in self.arguments if word not in dropped]
         return shlex.join(["florence2", *kept, *extra])
 
 
 # Gives a loaded model and the class of its requests; called only when there is work.
 Loader = Callable[[], tuple[Model, Callable[..., Any]]]
+# What tells two checkpoints of one name apart, or None while it is not on this machine.
+Fingerprint = Callable[[], str | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,32 +100,59 @@ class _Desk:
         return sum(not known(file.key) for file in _all_images(self.job))
 
 
-def label_folder(plan: Plan, job: Job, load: Loader) -> Report:
+def label_folder(
+    plan: Plan, job: Job, load: Loader, fingerprint: Fingerprint = lambda: None
+) -> Report:
     """Labels what is left to label and returns the report, which is also in the folder.
 
     Raises FlorenceError when the run cannot begin; what was labeled before stays as it is.
     """
     _check_input(job)
     with stop_on_signals() as stop, opened_workspace(job.out) as workspace:
-        if job.overwrite:
-            _set_aside(workspace)
-        settings = _settings(plan, job)
-        project = GrowingProject(workspace, link=job.link)
-        with closing(open_journal(workspace, settings, project.is_kept)) as journal:
-            desk = _Desk(plan, job, project, journal)
-            counts, error = _work(desk, load, stop)
-            report = _report(desk, counts, settings, error)
-        for line in report_lines(report, job.out):
-            say(line)
-        write_report(report, workspace)
-        if report.totals.labeled + report.totals.empty and not counts.interrupted:
-            _export(job, project)
+        is_new = job.overwrite or not is_begun(workspace.root)
+        if is_new and not job.retry_failed:
+            load = _loaded_now(workspace, load, is_kept_away=job.overwrite)
+        settings = _settings(plan, job, fingerprint())
+        if not job.overwrite:
+            return _run(plan, job, load, stop, workspace, settings)
+        with _set_aside(workspace):
+            return _run(plan, job, load, stop, workspace, settings)
+
+
+def _loaded_now(workspace: Workspace, load: Loader, *, is_kept_away: bool) -> Loader:
+    """The model before anything in the folder changes: what does not load, changes nothing."""
+    if not (workspace.root / JOURNAL_NAME).exists():
+        check_unused(workspace.root)
+    elif not is_kept_away:
+        read_settings(workspace.root / JOURNAL_NAME)
+    loaded = load()
+    return lambda: loaded
+
+
+def _run(
+    plan: Plan,
+    job: Job,
+    load: Loader,
+    stop: StopSwitch,
+    workspace: Workspace,
+    settings: dict[str, Any],
+) -> Report:
+    project = GrowingProject(workspace, link=job.link)
+    with closing(open_journal(workspace, settings, project.is_kept)) as journal:
+        desk = _Desk(plan, job, project, journal)
+        counts, error = _work(desk, load, stop)
+        report = _report(desk, counts, settings, error)
+    for line in report_lines(report, job.out):
+        say(line)
+    write_report(report, workspace)
+    if report.totals.labeled + report.totals.empty and not counts.interrupted:
+        _export(job, project)
     return report
 
 
-def _settings(plan: Plan, job: Job) -> dict[str, Any]:
+def _settings(plan: Plan, job: Job, checkpoint: str | None) -> dict[str, Any]:
     where = {"images": str(job.images.resolve()), "recursive": job.recursive}
-    return where | plan.settings()
+    return where | plan.settings() | {"checkpoint": checkpoint}
 
 
 def _all_images(job: Job) -> Iterator[ImageFile]:
@@ -122,6 +161,11 @@ def _all_images(job: Job) -> Iterator[ImageFile]:
 
 def _check_input(job: Job) -> None:
     images, shown = job.images, str(job.images)
+    if job.overwrite and job.retry_failed:
+        raise RequestError(
+            "--overwrite begins anew and --retry-failed goes on with what is there; give one of "
+            "them."
+        )
     if not images.exists():
         raise RequestError(f"Images are read from a folder and {shown!r} does not exist.")
     if images.is_file() and not is_image(images.name):
@@ -135,26 +179,54 @@ def _check_input(job: Job) -> None:
     except OSError as error:
         raise RequestError(f"{shown!r} cannot be read ({error.strerror}).") from error
     if not has_image:
-        hint = "" if job.recursive else "; add --recursive to look into its subfolders"
+        is_flat = job.recursive or not any(path.is_dir() for path in images.iterdir())
+        hint = "" if is_flat else "; add --recursive to look into its subfolders"
         raise RequestError(
             f"A folder to label holds images ({', '.join(EXTENSIONS)}) "
             f"and {shown!r} holds none{hint}."
         )
+    for folder, reason in _unreadable(job):
+        say(f"The folder {folder!r} cannot be read ({reason}); its images are left out.")
 
 
-def _set_aside(workspace: Workspace) -> None:
-    """Moves an earlier run's files to a folder beside this one; the journal goes last."""
-    root = workspace.root
+def _unreadable(job: Job) -> list[tuple[str, str]]:
+    return unreadable_folders(job.images, recursive=job.recursive, skip=job.out.resolve())
+
+
+@contextmanager
+def _set_aside(workspace: Workspace) -> Iterator[None]:
+    """Moves an earlier run's files to a folder beside this one; the journal goes last.
+
+    They come back when the new run labels nothing and ends with an error.
+    """
+    root = workspace.root.resolve()
     if not (root / JOURNAL_NAME).exists():
+        yield
         return
     number = 1
     while (target := root.with_name(f"{root.name}.old-{number}")).exists():
         number += 1
     target.mkdir()
-    names = [path.name for path in root.iterdir() if not path.name.startswith(".")]
-    for name in sorted(names, key=lambda name: name == JOURNAL_NAME):
-        (root / name).rename(target / name)
+    _move_all(root, target)
+    try:
+        yield
+    except BaseException:
+        if not is_begun(root):
+            for name in _names(root):
+                shutil.rmtree(root / name) if (root / name).is_dir() else (root / name).unlink()
+            _move_all(target, root)
+            target.rmdir()
+        raise
     say(f"The earlier labels are now in {target}")
+
+
+def _names(root: Path) -> list[str]:
+    return [path.name for path in root.iterdir() if not path.name.startswith(".")]
+
+
+def _move_all(source: Path, target: Path) -> None:
+    for name in sorted(_names(source), key=lambda name: name == JOURNAL_NAME):
+        (source / name).rename(target / name)
 
 
 def _work(desk: _Desk, load: Loader, stop: StopSwitch) -> tuple[RunCounts, str | None]:
@@ -171,7 +243,8 @@ def _work(desk: _Desk, load: Loader, stop: StopSwitch) -> tuple[RunCounts, str |
             tools = Tools(
                 model, ask, desk.project, desk.journal, advance, stop, counts, previews=previews
             )
-            label_images(desk.pending(), desk.plan, tools, batch=desk.job.batch)
+            with stop.after_batch():
+                label_images(desk.pending(), desk.plan, tools, batch=desk.job.batch)
     except KeyboardInterrupt:
         counts.interrupted = True
     except OSError as error:
@@ -179,13 +252,20 @@ def _work(desk: _Desk, load: Loader, stop: StopSwitch) -> tuple[RunCounts, str |
         return counts, _unless_first(desk, problem)
     except FlorenceError as error:
         return counts, _unless_first(desk, error)
+    # Whatever the model or a library raises, what is labeled gets its report.
+    except Exception as error:  # noqa: BLE001
+        return counts, _unless_first(desk, error)
     return counts, None
 
 
-def _unless_first(desk: _Desk, error: FlorenceError) -> str:
+def _unless_first(desk: _Desk, error: Exception) -> str:
     if not desk.journal.totals.images:
         raise error
-    return str(error)
+    if isinstance(error, FlorenceError):
+        return str(error)
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{Path(place.filename).name}:{place.lineno}"
+    return f"Something unexpected happened ({type(error).__name__}: {error}; {where})."
 
 
 def _prepare(desk: _Desk) -> None:
@@ -204,6 +284,7 @@ def _report(desk: _Desk, counts: RunCounts, settings: dict[str, Any], error: str
         run=counts,
         pending=desk.untouched(),
         unsupported=count_unsupported(job.images, recursive=job.recursive, skip=job.out.resolve()),
+        unreadable=[folder for folder, _ in _unreadable(job)],
         retry_command=job.command("--retry-failed"),
         resume_command=job.command(),
         settings=settings,

@@ -28,8 +28,10 @@ def color_in(ask: Ask) -> tuple[int, int, int]:
     return ask.image.image.getpixel((0, 0))
 
 
-def result(task: str = "<OD>", *objects: Any, size=(64, 48), text=None, truncated=False, steps=()):
-    return Result(task, size, tuple(objects), text, "", (), truncated, steps=steps)
+def result(
+    task: str = "<OD>", *objects: Any, size=(64, 48), text=None, truncated=False, steps=(), notes=()
+):
+    return Result(task, size, tuple(objects), text, "", (), truncated, notes, steps)
 
 
 def one_box(ask: Ask) -> Result:

@@ -90,13 +90,13 @@ REGION = Region(BOX)
         pytest.param(
             result("<OD>+<REGION_TO_DESCRIPTION>", Box(BOX, SENTENCE, 0.5),
                    steps=(result("<OD>", Box(BOX, "car", 0.9)),)),
-            [("car", "rectangle", {"confidence": 0.5, "description": SENTENCE})],
-            id="cascade: the class is what was detected",
+            [("car", "rectangle", {"confidence": 0.9, "description": SENTENCE})],
+            id="cascade: class and score are those of what was detected",
         ),
         pytest.param(
             result("<DENSE_REGION_CAPTION>+<REGION_TO_CATEGORY>", Box(BOX, "car", 0.5),
                    steps=(result("<DENSE_REGION_CAPTION>", Box(BOX, SENTENCE, 0.9)),)),
-            [("object", "rectangle", {"confidence": 0.5, "category": "car"})],
+            [("object", "rectangle", {"confidence": 0.9, "category": "car"})],
             id="cascade: a sentence is no class",
         ),
         pytest.param(result("<OD>", Box((math.nan,) * 4, "car", 0.5)), [], id="not a number"),
@@ -171,6 +171,63 @@ def test_labels_take_the_users_class_for_their_phrase():
     answer = result("<OD>", Box(BOX, "A Red car", 0.9), Box((30, 30, 40, 40), "wheel", 0.9))
     names = [name for name, *_ in seen(build(answer, classes={"red car": "Red Car"}))]
     assert names == ["Red Car", "wheel"]
+
+
+def cascade(found, answers, *, last="<REGION_TO_DESCRIPTION>", first="<OD>", empties=True):
+    """A cascade's result: every region's answer, or only those that are not empty."""
+    before = result(first, *found)
+    objects = [
+        Box(BOX, text, box.score if empties else 0.5)
+        for box, text in zip(found, answers, strict=True)
+        if text or empties
+    ]
+    steps = (before, *(result(last, text=text) for text in answers))
+    return result(f"{first}+{last}", *objects, steps=steps)
+
+
+@pytest.mark.parametrize("empties", [True, False])
+def test_two_detections_of_one_box_keep_their_own_labels_in_a_cascade(empties):
+    found = [Box(BOX, "cat", 0.9), Box(BOX, "dog", 0.8)]
+    assert seen(build(cascade(found, ["one", "two"], empties=empties))) == [
+        ("cat", "rectangle", {"confidence": 0.9, "description": "one"}),
+        ("dog", "rectangle", {"confidence": 0.8, "description": "two"}),
+    ]
+    late = seen(build(cascade(found, ["", "two"], empties=empties)))
+    assert late[-1] == ("dog", "rectangle", {"confidence": 0.8, "description": "two"})
+    assert len(late) == (2 if empties else 1)
+
+
+def test_the_users_class_holds_in_a_cascade_too():
+    step = cascade([Box(BOX, "puppy", 0.9)], ["it runs"], first="<OPEN_VOCABULARY_DETECTION>")
+    mapped = Answered(step, class_name="dog", phrase="puppy")
+    assert [name for name, *_ in seen(build(mapped))] == ["dog"]
+    unnamed = cascade([Box(BOX, "", 0.9)], ["it runs"], first="<OPEN_VOCABULARY_DETECTION>")
+    assert [name for name, *_ in seen(build(Answered(unnamed, phrase="cat")))] == ["cat"]
+
+
+def test_outlines_and_lines_of_text_name_their_regions_in_a_cascade():
+    line = cascade([Quad(QUAD, "STOP", 0.9)], ["a sign"], first="<OCR_WITH_REGION>")
+    assert [name for name, *_ in seen(build(line))] == ["text"]
+    task = "<OPEN_VOCABULARY_DETECTION>"
+    outline = cascade([Polygon((RING,), "kite", 0.9)], ["it flies"], first=task)
+    assert [name for name, *_ in seen(build(outline))] == ["kite"]
+
+
+def test_outlines_of_a_cascade_take_class_and_score_from_their_detections():
+    found = result("<DENSE_REGION_CAPTION>", Box(BOX, SENTENCE, 0.9), Box(BOX, "b", 0.3))
+    outlines = [Polygon((RING,), "", 0.1)]
+    answers = [result("<REGION_TO_SEGMENTATION>", *outlines), result("<REGION_TO_SEGMENTATION>")]
+    task = "<DENSE_REGION_CAPTION>+<REGION_TO_SEGMENTATION>"
+    joined = result(task, Polygon((RING,), SENTENCE, 0.1), steps=(found, *answers))
+    assert seen(build(joined, threshold=0.6)) == [
+        ("object", "polygon", {"confidence": 0.9, "description": SENTENCE})
+    ]
+
+
+@pytest.mark.parametrize("empties", [True, False])
+def test_the_threshold_looks_at_the_detection_and_not_at_the_sentence(empties):
+    step = cascade([Box(BOX, "car", 0.9), Box(BOX, "x", 0.55)], ["red", "blue"], empties=empties)
+    assert [name for name, *_ in seen(build(step, threshold=0.6))] == ["car"]
 
 
 polygon = st.lists(st.floats(-20, 90), min_size=6, max_size=40).filter(lambda v: len(v) % 2 == 0)

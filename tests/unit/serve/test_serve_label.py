@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 from label_fakes import color_in, color_of, one_box, paint, result
@@ -436,7 +437,9 @@ def test_a_full_disk_is_one_sentence_and_the_run_can_go_on(
     ("case", "sentence"),
     [
         ("missing", "does not exist"),
-        ("empty", "holds none; add --recursive"),
+        ("empty", "holds none."),
+        ("only below", "holds none; add --recursive"),
+        ("both ways", "give one of them"),
         ("text file", "ends in one of"),
         ("same folder", "two folders"),
         ("out is a file", "must be writable"),
@@ -456,6 +459,8 @@ def test_bad_folders_get_one_sentence(case, sentence, label, images, tmp_path, c
         source.write_text("hello")
     elif case == "same folder":
         out = images
+    elif case in ("both ways", "only below"):
+        pass
     elif case == "out is a file":
         out.write_text("hello")
         out = out / "below"
@@ -463,7 +468,10 @@ def test_bad_folders_get_one_sentence(case, sentence, label, images, tmp_path, c
         out.mkdir()
         name = "journal.jsonl" if "journal" in case else "thesis.doc"
         (out / name).write_text("hello\n")
-    done = label(source, out=out)
+    if case == "only below":
+        source = paint(tmp_path / "above" / "below" / "1.png", 1).parents[1]
+    options = ["--overwrite", "--retry-failed"] if case == "both ways" else []
+    done = label(source, *options, out=out)
     assert done.code == 2
     err = capsys.readouterr().err
     assert sentence in err
@@ -494,3 +502,209 @@ def test_a_file_name_that_is_not_text_is_labeled_too(label, tmp_path, journal_of
     assert done.code == 0
     assert "caf\\xe9.png" in journal_of(done.out)
     assert len(read_project(done.out)[0]) == 3
+
+
+def test_overwrite_moves_nothing_when_the_model_does_not_load(label, images, monkeypatch, capsys):
+    import serve.commands.label as command
+
+    def refuse(*_):
+        raise DeviceError("There is no device cuda:9.")
+
+    out = label(images).out
+    before = files_below(out)
+    monkeypatch.setattr(command, "load_model", refuse)
+    assert label(images, "--overwrite").code == 2
+    assert files_below(out) == before
+    assert not out.with_name("out.old-1").exists()
+
+
+def test_overwrite_puts_the_labels_back_when_no_image_can_be_asked(label, images, model):
+    out = label(images).out
+    before = files_below(out)
+    model.answer = lambda ask: Failure("bad_request", "The prompt has 700 tokens of at most 400.")
+    assert label(images, "--overwrite").code == 2
+    after = files_below(out)
+    assert {path: after[path] for path in before} == before
+    assert not out.with_name("out.old-1").exists()
+
+
+def test_overwrite_of_the_folder_one_stands_in(label, images, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert label(images, out=Path(".")).code == 0
+    assert label(images, "--overwrite", out=Path(".")).code == 0
+    assert (tmp_path / "here.old-1" / "journal.jsonl").exists()
+    assert len(read_project(tmp_path / "here")[0]) == 5
+
+
+def test_a_stopped_retry_goes_on_with_all_images(label, images, model, report_of):
+    model.answer = lambda ask: Failure("too_slow", "The answer took too long.")
+    label(images)
+    paint(images / "new.png", 77)
+    done = label(images, "--retry-failed")
+    report = report_of(done.out)
+    assert report["pending"] == 1
+    assert "--retry-failed" not in report["resume_command"]
+    assert report["retry_command"].count("--retry-failed") == 1
+
+
+@pytest.mark.parametrize("batch", ["1", "8"])
+def test_a_region_beyond_one_image_fails_that_image_only(label, tmp_path, model, report_of, batch):
+    folder = tmp_path / "mixed"
+    paint(folder / "a.png", 1, size=(100, 80))
+    paint(folder / "b.png", 2, size=(640, 480))
+    model.answer = lambda ask: result(ask.task, text="cat", size=ask.image.size_wh)
+    done = label(
+        folder, "--task", "region_category", "--region", "200,200,400,400", "--batch", batch
+    )
+    assert done.code == 1
+    report = report_of(done.out)
+    assert (report["labeled"], report["failed_by_code"]) == (1, {"bad_request": 1})
+    assert model.asked == [color_of(2)]
+
+
+def test_notes_on_answers_are_counted_by_image(label, images, model, report_of, capsys):
+    def answer(ask: Ask):
+        notes = ("boxes without area: 3", "cut: 1") if color_in(ask) == color_of(3) else ("cut: 2",)
+        return result(ask.task, size=ask.image.size_wh, notes=notes)
+
+    model.answer = answer
+    done = label(images)
+    assert report_of(done.out)["notes"] == {"cut": 5, "boxes without area": 1}
+    assert "Dropped or repaired parts of answers: 5 images" in capsys.readouterr().err
+    assert report_of(label(images).out)["notes"] == {"cut": 5, "boxes without area": 1}
+
+
+def test_a_correction_that_the_journal_does_not_know_is_kept_aside(label, images, model):
+    """After a kill between writing the files and the journal's line."""
+    out = label(images).out
+    journal = out / "journal.jsonl"
+    journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:-2]))
+    annotation = out / "ds0/ann/4.png.json"
+    corrected = json.loads(annotation.read_text()) | {"description": "mine"}
+    annotation.write_text(json.dumps(corrected))
+    assert label(images).code == 0
+    assert json.loads(annotation.read_text())["description"] == ""
+    (kept,) = (out / "edited").iterdir()
+    assert json.loads(kept.read_text()) == corrected
+
+
+def test_an_image_that_vanishes_before_it_is_copied_fails_alone(label, images, model, report_of):
+    def answer(ask: Ask):
+        if color_in(ask) == color_of(2):
+            (images / "2.png").unlink()
+        return one_box(ask)
+
+    model.answer = answer
+    done = label(images)
+    assert done.code == 1
+    report = report_of(done.out)
+    assert (report["labeled"], report["failed_by_code"]) == (4, {"bad_image": 1})
+    assert not (done.out / "ds0/ann/2.png.json").exists()
+
+
+def test_a_subfolder_that_cannot_be_read_is_named_and_left_out(
+    label, images, monkeypatch, report_of, capsys
+):
+    paint(images / "locked" / "9.png", 9)
+    scan = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    done = label(images, "--recursive")
+    assert done.code == 0
+    assert report_of(done.out)["unreadable_folders"] == ["locked"]
+    assert "'locked' cannot be read (Permission denied)" in capsys.readouterr().err
+
+
+def test_a_model_that_breaks_midway_leaves_a_report(label, images, model, report_of, capsys):
+    def answer(ask: Ask):
+        if color_in(ask) == color_of(3):
+            raise RuntimeError("out of memory")
+        return one_box(ask)
+
+    model.answer = answer
+    done = label(images, "--batch", "1")
+    assert done.code == 1
+    assert report_of(done.out)["labeled"] == 3
+    assert "RuntimeError: out of memory" in capsys.readouterr().err
+
+
+def test_pictures_in_memory_are_bounded_by_their_pixels(tmp_path, monkeypatch):
+    import serve.labeling.images as reading
+
+    alive, most = 0, 0
+
+    def load(file):
+        nonlocal alive, most
+        alive += 1
+        most = max(most, alive)
+        return reading.Loaded(file, None)
+
+    files = [
+        reading.ImageFile(paint(tmp_path / f"{n}.png", n, size=(100, 100)), str(n), str(n))
+        for n in range(20)
+    ]
+    monkeypatch.setattr(reading, "_load", load)
+    monkeypatch.setattr(reading, "MAX_PIXELS_IN_FLIGHT", 30_000)
+    for _ in reading.read_ahead(files, threads=3, ahead=10):
+        alive -= 1
+    assert most <= 4
+
+
+def test_a_signal_while_nothing_is_labeled_stops_at_once():
+    from serve.labeling.progress import StopSwitch
+
+    switch = StopSwitch()
+    with pytest.raises(KeyboardInterrupt):
+        switch.pull(2, None)
+    with switch.after_batch():
+        switch.pull(2, None)
+        assert switch()
+
+
+def test_a_replaced_checkpoint_is_refused_and_an_older_journal_is_not(
+    label, images, monkeypatch, capsys
+):
+    import serve.commands.label as command
+
+    monkeypatch.setattr(command, "fingerprint", lambda _: None)
+    label(images)
+    monkeypatch.setattr(command, "fingerprint", lambda _: "first")
+    out = label(images).out
+    assert label(images, "--overwrite").code == 0
+    assert label(images).code == 0
+    monkeypatch.setattr(command, "fingerprint", lambda _: "second")
+    capsys.readouterr()
+    assert label(images).code == 2
+    assert 'checkpoint "first", not "second"' in capsys.readouterr().err
+    assert out.exists()
+
+
+def test_a_fingerprint_changes_with_the_weights(tmp_path, monkeypatch):
+    import serve.commands.loading as loading
+
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(bytes(5000))
+    first = loading._hash(file)
+    file.write_bytes(bytes(4999) + b"x")
+    assert loading._hash(file) != first
+    monkeypatch.setattr(loading, "_WHOLE_BYTES", 100)
+    monkeypatch.setattr(loading, "_PIECE_BYTES", 10)
+    large = loading._hash(file)
+    file.write_bytes(bytes(5000))
+    assert loading._hash(file) != large
+
+
+def test_precision_reaches_the_model(label, images, monkeypatch):
+    import serve.commands.label as command
+
+    seen = []
+    load = command.load_model
+    monkeypatch.setattr(command, "load_model", lambda *given: seen.append(given) or load(*given))
+    label(images, "--precision", "fp32")
+    assert seen == [("Florence-2-large", "auto", "auto", "fp32")]

@@ -38,6 +38,13 @@ def asked(**words):
             id="a full stop inside a word is none",
         ),
         pytest.param(
+            {"prompt": "St. Bernard. Dr. No. mr. J. Smith; red car, dog"},
+            (GROUNDING,
+             [("St. Bernard", None), ("Dr. No. mr. J. Smith", None), ("red car, dog", None)],
+             ["St. Bernard", "Dr. No. mr. J. Smith", "red car, dog"]),
+            id="an abbreviation ends no phrase, a semicolon does, a comma does not",
+        ),
+        pytest.param(
             {"classes": ["dog=puppy,hound", "cat"]},
             (GROUNDING, [("puppy", "dog"), ("hound", "dog"), ("cat", "cat")], ["dog", "cat"]),
             id="several prompts, one class",
@@ -95,6 +102,7 @@ def test_words_become_prompts_and_classes(words, expected):
         pytest.param({"classes": ["=x"]}, "'=x'", id="class without a name"),
         pytest.param({"classes": ["dog=,"]}, "'dog=,'", id="class without prompts"),
         pytest.param({"classes": ["a1=x", "b1=x"]}, "'a1' and 'b1'", id="prompt of two classes"),
+        pytest.param({"num_beams": 99}, "num_beams must be", id="beams"),
         pytest.param({"threshold": 1.5}, "between 0 and 1", id="threshold"),
         pytest.param({"threshold": float("nan")}, "between 0 and 1", id="threshold nan"),
     ],
