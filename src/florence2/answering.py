@@ -82,7 +82,7 @@ def _identity(image: AnyImage) -> object:
 
 def _opened(image: AnyImage) -> LoadedImage | EncodedImage | FlorenceError:
     if isinstance(image, EncodedImage):
-        return image
+        return replace(image, vision_s=0.0)
     if isinstance(image, Failure):
         reason = FlorenceError(image.message)
         reason.code = image.code

@@ -16,12 +16,14 @@ class EncodedImage:
     """An image as the checkpoint sees it: give it to any method in the image's place.
 
     ``features`` [num_visual_tokens, d_model] on the engine's device; ``size_wh`` of the original
-    image in pixels; ``key`` names the content and the checkpoint that encoded it.
+    image in pixels; ``key`` names the content and the checkpoint that encoded it. ``vision_s`` is
+    the time its batch took in the tower just now, and 0 for an image that was encoded before.
     """
 
     features: Tensor
     size_wh: SizeWh
     key: str
+    vision_s: float = 0.0
 
     @property
     def num_bytes(self) -> int:

@@ -139,5 +139,6 @@ def join_text_answer(name: str, before: Result, answer: Result) -> Result:
         text=before.text,
         truncated=before.truncated or answer.truncated,
         notes=before.notes + answer.notes,
+        timings_s=before.timings_s,
         steps=(*(before.steps or (before,)), answer),
     )

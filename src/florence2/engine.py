@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from florence2.memory import run_halving
 from florence2.nearby import Nearby
 from florence2.parsing import parse
 from florence2.processing import check_prompt_length, prompt_sentence
-from florence2.records import Answer, GenerationSettings, Region, Result
+from florence2.records import Answer, GenerationSettings, Region, Result, Timings
 from florence2.runtimes.base import Runtime
 from florence2.scoring import NEAR_BINS
 from florence2.tasks import Task, find_task
@@ -91,13 +90,16 @@ class Engine:
         processor = self.checkpoint.image_processor
         pixels = np.stack([processor.pixels(images[key].image) for key in keys])
         with self._lock:
+            began = time.perf_counter()
             features = self.runtime.encode_images(pixels)
+            spent = time.perf_counter() - began
         encoded = []
         for key, row in zip(keys, features, strict=True):
             # A row of a batch keeps the whole batch alive; the cache counts one image's bytes.
             own = row.clone() if len(keys) > 1 else row
-            encoded.append(EncodedImage(own, images[key].size_wh, key))
-            self.cache.put(encoded[-1])
+            kept = EncodedImage(own, images[key].size_wh, key)
+            self.cache.put(kept)
+            encoded.append(replace(kept, vision_s=spent))
         return encoded
 
     def check_image(self, image: EncodedImage) -> None:
@@ -152,10 +154,10 @@ class Engine:
         return [result for result in results if result is not None]
 
     def _answer_chunk(self, prompts: Sequence[Prompt]) -> list[Result | FlorenceError]:
-        began = time.perf_counter()
         settings = prompts[0].settings
         limits = [prompt.max_new_tokens for prompt in prompts]
         with self._lock, torch.inference_mode():
+            began = time.perf_counter()
             session = self.runtime.start(
                 [prompt.image.features for prompt in prompts],
                 [prompt.prompt_ids for prompt in prompts],
@@ -164,17 +166,13 @@ class Engine:
             )
             started = time.perf_counter()
             answers = generate(session, len(prompts), settings, limits, nearby=self._nearby)
-        timings = {
-            "prompt": started - began,
-            "decode": time.perf_counter() - started,
-            "batch_size": float(len(prompts)),
-        }
+        timings = Timings(prompt=started - began, decode=time.perf_counter() - started)
         return [
             self._result(prompt, answer, timings) if isinstance(answer, Answer) else answer
             for prompt, answer in zip(prompts, answers, strict=True)
         ]
 
-    def _result(self, prompt: Prompt, answer: Answer, timings: dict[str, float]) -> Result:
+    def _result(self, prompt: Prompt, answer: Answer, timings: Timings) -> Result:
         vocabulary = self.checkpoint.vocabulary
         pieces = vocabulary.pieces(answer.token_ids, answer.log_probs, answer.near_log_probs)
         parsed = parse(pieces, prompt.task, prompt.image.size_wh)
@@ -192,7 +190,7 @@ class Engine:
             notes=notes,
             log_probs=answer.log_probs,
             near_log_probs=answer.near_log_probs,
-            timings_s=MappingProxyType(timings),
+            timings_s=replace(timings, vision=prompt.image.vision_s),
         )
 
     def self_test(self) -> None:

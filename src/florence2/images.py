@@ -81,9 +81,10 @@ def open_image(source: ImageSource | LoadedImage, max_pixels: int = MAX_PIXELS) 
     """Open an image and turn it into upright 8-bit RGB.
 
     ``source`` is a path, an image file's bytes, a ``PIL.Image``, or a uint8 RGB array
-    ``[height, width, 3]``. The EXIF rotation is applied, transparency is dropped, 16-bit values
-    keep their high byte, and of an animation the first frame is taken. The size is checked in
-    the file's header, before anything is decoded.
+    ``[height, width, 3]``. The EXIF rotation is applied, transparency is dropped, and of an
+    animation the first frame is taken. Grey of more than 8 bits a pixel is scaled by the bits in
+    use: 8, 12 or 16, told by the largest value. The size is checked in the file's header, before
+    anything is decoded.
 
     Raises ImageError with one plain sentence for anything that is not such an image.
     """
@@ -210,9 +211,16 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
 
 
 def _from_deep_grey(values: np.ndarray[Any, Any]) -> Image.Image:
-    if values.min() < 0 or values.max() > 0xFFFF:
+    """Grey of 8, 12 or 16 bits in wider pixels, which do not say how many bits are used.
+
+    The largest value tells: up to 255 the values are taken as they are, up to 4095 (12 bits, as
+    cameras and scanners give) as sixteen times too large, and above that the high byte is kept.
+    """
+    largest = values.max()
+    if values.min() < 0 or largest > 0xFFFF:
         raise ValueError("32-bit pixels have no agreed range")
-    return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+    shift = 0 if largest <= 0xFF else 4 if largest <= 0xFFF else 8
+    return Image.fromarray((values >> shift).astype(np.uint8)).convert("RGB")
 
 
 _strict_lock: Final = threading.Lock()

@@ -5,9 +5,8 @@ Coordinates are floats in pixels of the original image, x before y, origin top l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from types import MappingProxyType
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 BoxXyxy = tuple[float, float, float, float]
@@ -82,13 +81,29 @@ class GenerationSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
-    """One prompt for one image, already validated against the task table."""
+class Timings(Mapping[str, float]):
+    """Seconds spent on a result; also a mapping, so ``timings_s["decode"]`` works.
 
-    task: str
-    text: str | None = None
-    region: Region | None = None
-    settings: GenerationSettings = field(default_factory=GenerationSettings)
+    ``vision`` is 0 when the image was encoded before. Images and prompts run in batches: each is
+    the time of the whole batch. On a GPU work goes on in the background, and counts where its
+    result is waited for, mostly in ``decode``.
+    """
+
+    vision: float = 0.0
+    prompt: float = 0.0
+    decode: float = 0.0
+
+    def __getitem__(self, key: str) -> float:
+        if key not in ("vision", "prompt", "decode"):
+            raise KeyError(key)
+        value: float = getattr(self, key)
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("vision", "prompt", "decode"))
+
+    def __len__(self) -> int:
+        return 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +129,8 @@ class Answer:
 class Result:
     """The answer to one request on one image.
 
-    ``log_probs`` and ``near_log_probs`` are those of the Answer, or empty where unknown.
+    ``log_probs`` and ``near_log_probs`` are those of the Answer, or empty where unknown. The
+    ``timings_s`` of a cascade are its first step's; each of its ``steps`` has its own.
     """
 
     task: str
@@ -128,7 +144,7 @@ class Result:
     steps: tuple[Result, ...] = ()
     log_probs: tuple[float, ...] = ()
     near_log_probs: tuple[float, ...] = ()
-    timings_s: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    timings_s: Timings = Timings()
 
     def to_dict(self) -> dict[str, Any]:
         """The dictionary of the reference's ``post_process_generation``, plus scores.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -196,6 +198,22 @@ def test_a_bad_request_gets_one_plain_sentence(model, name):
         model.run(task, picture(11), text, region, **search)
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_result_can_be_pickled_copied_and_taken_apart(model):
+    result = model.run("<CAPTION>", picture(33), max_new_tokens=4)
+    assert pickle.loads(pickle.dumps(result)) == copy.deepcopy(result) == result
+    assert asdict(result)["timings_s"] == dict(result.timings_s)
+
+
+def test_the_vision_time_counts_once_and_is_nothing_from_the_cache(model):
+    image = picture(34)
+    timings = model.run("<CAPTION>", image, max_new_tokens=4).timings_s
+    assert set(timings) == {"vision", "prompt", "decode"}
+    assert min(timings.values()) > 0
+    assert model.run("<CAPTION>", image, max_new_tokens=4).timings_s["vision"] == 0
+    encoded = model.encode(picture(35))
+    assert model.run("<CAPTION>", encoded, max_new_tokens=4).timings_s["vision"] == 0
 
 
 def test_an_answer_cut_at_the_limit_says_so(model):
