@@ -25,7 +25,7 @@ $(VENV)/.dev: $(VENV)/.runtime
 install: $(VENV)/.runtime
 
 label: $(VENV)/.runtime
-	$(BIN)/florence2 label demo/images --model demo --task "<OD>" --out $(OUT)/labeled --draw
+	$(BIN)/florence2 label demo/images --model demo --task "<OD>" --threshold 0.5 --out $(OUT)/labeled --draw
 	@echo "Annotations: $(OUT)/labeled   Previews to look at: $(OUT)/labeled/previews"
 
 test: $(VENV)/.dev

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
+from florence2.cascade import regions_of
 from florence2.records import Box, Polygon, Quad, Region, Result, SizeWh, Text
 from florence2.tasks import TaskInput, find_task
 from serve.geometry import (
@@ -193,25 +194,26 @@ def _owners(result: Result, finder: Result | None) -> list[Box | Quad | Polygon 
     """For every object of the result the one whose region it is about, by order.
 
     A region has one text, or, from engines that leave out empty answers, none; or any number of
-    outlines.
+    outlines. One without an area was not asked about, so it has no answer.
     """
     count = len(result.objects)
-    regions = [found for found in finder.objects if not isinstance(found, Text)] if finder else []
+    asked = regions_of(finder) if finder else []
     answers = result.steps[result.task.count("+") :]
-    if len(answers) == len(regions):
-        pairs = list(zip(regions, answers, strict=True))
+    with_area = [one.located for one in asked if one.region is not None]
+    if len(answers) == len(with_area):
+        pairs = list(zip(with_area, answers, strict=True))
         outlined = [
-            region
-            for region, answer in pairs
+            located
+            for located, answer in pairs
             for found in answer.objects
             if isinstance(found, Polygon)
         ]
         if outlined and len(outlined) == count:
             return [*outlined]
-        answered = [region for region, answer in pairs if answer.text]
-        if len(answered) == count:
+        answered = [located for located, answer in pairs if answer.text]
+        if answered and len(answered) == count < len(asked):
             return [*answered]
-    return [*regions] if len(regions) == count else [None] * count
+    return [one.located for one in asked] if len(asked) == count else [None] * count
 
 
 def _merge_same_objects(kept: list[_Found], found: list[_Found]) -> list[_Found]:

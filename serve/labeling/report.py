@@ -18,6 +18,7 @@ from serve.labeling.run import RunCounts
 REPORT_NAME: Final = "report.json"
 FAILED_NAME: Final = "failed.csv"
 _SHOWN_FAILURES: Final = 5
+_SHOWN_NOTES: Final = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ class Report:
             "objects": totals.objects,
             "truncated": totals.truncated,
             "with_notes": totals.noted,
-            "notes": dict(totals.notes.most_common()),
+            "notes": dict(totals.notes.most_common(_SHOWN_NOTES)),
             "failed_by_code": _by_code(totals),
             "this_run": {
                 "images": self.run.images,

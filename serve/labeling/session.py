@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import shlex
-import shutil
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -14,6 +13,7 @@ from typing import Any, Final
 from florence2.errors import FlorenceError, RequestError
 from florence2.tasks import OutputKind, find_task
 from serve.console import say
+from serve.labeling.aside import set_aside
 from serve.labeling.exports import export_coco, export_yolo
 from serve.labeling.files import OutputError, Workspace, opened_workspace
 from serve.labeling.images import (
@@ -115,7 +115,7 @@ def label_folder(
         settings = _settings(plan, job, fingerprint())
         if not job.overwrite:
             return _run(plan, job, load, stop, workspace, settings)
-        with _set_aside(workspace):
+        with set_aside(workspace):
             return _run(plan, job, load, stop, workspace, settings)
 
 
@@ -191,42 +191,6 @@ def _check_input(job: Job) -> None:
 
 def _unreadable(job: Job) -> list[tuple[str, str]]:
     return unreadable_folders(job.images, recursive=job.recursive, skip=job.out.resolve())
-
-
-@contextmanager
-def _set_aside(workspace: Workspace) -> Iterator[None]:
-    """Moves an earlier run's files to a folder beside this one; the journal goes last.
-
-    They come back when the new run labels nothing and ends with an error.
-    """
-    root = workspace.root.resolve()
-    if not (root / JOURNAL_NAME).exists():
-        yield
-        return
-    number = 1
-    while (target := root.with_name(f"{root.name}.old-{number}")).exists():
-        number += 1
-    target.mkdir()
-    _move_all(root, target)
-    try:
-        yield
-    except BaseException:
-        if not is_begun(root):
-            for name in _names(root):
-                shutil.rmtree(root / name) if (root / name).is_dir() else (root / name).unlink()
-            _move_all(target, root)
-            target.rmdir()
-        raise
-    say(f"The earlier labels are now in {target}")
-
-
-def _names(root: Path) -> list[str]:
-    return [path.name for path in root.iterdir() if not path.name.startswith(".")]
-
-
-def _move_all(source: Path, target: Path) -> None:
-    for name in sorted(_names(source), key=lambda name: name == JOURNAL_NAME):
-        (source / name).rename(target / name)
 
 
 def _work(desk: _Desk, load: Loader, stop: StopSwitch) -> tuple[RunCounts, str | None]:

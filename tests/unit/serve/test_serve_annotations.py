@@ -224,6 +224,19 @@ def test_outlines_of_a_cascade_take_class_and_score_from_their_detections():
     ]
 
 
+def test_a_detection_without_area_has_no_outline_and_shifts_no_label():
+    flat = Box((4.0, 4.0, 4.0, 9.0), "line", 0.9)
+    found = result("<OD>", flat, Box(BOX, "car", 0.8))
+    answer = result("<REGION_TO_SEGMENTATION>", Polygon((RING,), "", 0.1))
+    task = "<OD>+<REGION_TO_SEGMENTATION>"
+    joined = result(task, Polygon((RING,), "car", 0.1), steps=(found, answer))
+    assert seen(build(joined)) == [("car", "polygon", {"confidence": 0.8})]
+    said = result("<REGION_TO_CATEGORY>", text="vehicle")
+    texts = (Box(flat.box_xyxy, "", 0.9), Box(BOX, "vehicle", 0.8))
+    joined = result("<OD>+<REGION_TO_CATEGORY>", *texts, steps=(found, said))
+    assert [name for name, *_ in seen(build(joined))] == ["line", "car"]
+
+
 @pytest.mark.parametrize("empties", [True, False])
 def test_the_threshold_looks_at_the_detection_and_not_at_the_sentence(empties):
     step = cascade([Box(BOX, "car", 0.9), Box(BOX, "x", 0.55)], ["red", "blue"], empties=empties)
