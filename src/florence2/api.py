@@ -23,6 +23,8 @@ from florence2.hub import ProgressCallback
 from florence2.records import Failure, Result
 from florence2.runtimes.torch import PRECISIONS, TorchRuntime, choose_device, choose_precision
 
+__all__ = ["Ask", "Florence2"]
+
 logger = logging.getLogger(__name__)
 
 RUNTIMES: Final = ("auto", "torch")
