@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
@@ -19,6 +19,8 @@ _WEIGHTS: Final = ("model.safetensors", "pytorch_model.bin")
 _WHOLE_BYTES: Final = 64 * 2**20
 _PIECES: Final = 64
 _PIECE_BYTES: Final = 2**20
+# A command sees each image once; features kept for a second look would only take memory.
+_CACHE_BYTES: Final = 0
 
 
 def fingerprint(name: str) -> str | None:
@@ -58,8 +60,14 @@ def load_model(name: str, device: str, runtime: str, precision: str = "auto") ->
     """The model, or the FlorenceError that says in a sentence why there is none."""
     from florence2.api import Florence2
 
+    chosen: dict[str, Any] = {
+        "device": device,
+        "runtime": runtime,
+        "precision": precision,
+        "cache_bytes": _CACHE_BYTES,
+    }
     if not ERR.is_terminal:
-        return Florence2.load(name, device=device, runtime=runtime, precision=precision)
+        return Florence2.load(name, **chosen)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -72,6 +80,4 @@ def load_model(name: str, device: str, runtime: str, precision: str = "auto") ->
         def show(update: ProgressUpdate) -> None:
             bar.update(task, completed=update.done_bytes, total=update.total_bytes)
 
-        return Florence2.load(
-            name, device=device, runtime=runtime, precision=precision, progress=show
-        )
+        return Florence2.load(name, **chosen, progress=show)

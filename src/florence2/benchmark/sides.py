@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from florence2.benchmark.case import NUM_VISUAL_TOKENS, Case, Timing, case_pixels, case_prompts
+from florence2.errors import FlorenceError
 from florence2.generate import generate
 from florence2.network.config import NetworkConfig
 from florence2.network.weights import build_network, read_weights
-from florence2.records import GenerationSettings
+from florence2.records import Answer, GenerationSettings
 from florence2.runtimes.torch import PRECISIONS, TorchRuntime
 from florence2.tokens import BOS_ID, DECODER_START_ID, EOS_ID, PAD_ID
 
@@ -58,7 +59,7 @@ class OurSide:
             _settle(self.device)
             marks.append(time.perf_counter())
         started, seen, prompted, done = marks
-        tokens = tuple(answer.token_ids for answer in answers)
+        tokens = tuple(_ids_of(answer) for answer in answers)
         return Timing(seen - started, prompted - seen, done - prompted, tokens)
 
 
@@ -130,6 +131,12 @@ class ReferenceSide:
                 eos_token_id=EOS_ID,
             )
         return [_spoken(row) for row in out.tolist()]
+
+
+def _ids_of(answer: Answer | FlorenceError) -> tuple[int, ...]:
+    if isinstance(answer, FlorenceError):
+        raise answer
+    return answer.token_ids
 
 
 def _spoken(row: list[int]) -> tuple[int, ...]:
