@@ -26,7 +26,7 @@ Tasks = Annotated[
     str | None, typer.Option(metavar="TASK,...", help="Only these tasks. [default: all 15]")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-Runtime = Annotated[str, typer.Option(help="auto, torch or openvino.")]
+Runtime = Annotated[str, typer.Option(help="auto or torch.")]
 Precision = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")]
 Beams = Annotated[int | None, typer.Option(min=1, help="Beams of the search.")]
 Batch = Annotated[int, typer.Option(min=1, max=256, help="Scenes per step.")]
