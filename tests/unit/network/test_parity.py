@@ -71,9 +71,12 @@ def test_bfloat16_stages(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dtype", "limit"), [(torch.float32, FLOAT32_ERROR), (torch.bfloat16, BFLOAT16_ERROR)]
+)
 @pytest.mark.parametrize("config", [base_config(), large_config()], ids=["base", "large"])
-def test_published_sizes(config: NetworkConfig) -> None:
-    check_all_stages(config, (768, 768), torch.float32, FLOAT32_ERROR, lengths=(9,))
+def test_published_sizes(config: NetworkConfig, dtype: torch.dtype, limit: float) -> None:
+    check_all_stages(config, (768, 768), dtype, limit, lengths=(9,))
 
 
 def test_names_are_the_native_ones() -> None:
