@@ -33,7 +33,7 @@ TINY: dict[str, NetworkConfig] = {
 IMAGE_SIZES_HW = [(64, 64), (80, 112)]
 
 
-def random_network(config: NetworkConfig, seed: int = 0) -> Florence2Network:
+def random_network(config: NetworkConfig, seed: int = 0, gain: float = 0.7) -> Florence2Network:
     """Weights that make every part matter: biases and norms are random too.
 
     Products keep the size of their input, or rounding would grow from layer to layer.
@@ -47,7 +47,7 @@ def random_network(config: NetworkConfig, seed: int = 0) -> Florence2Network:
             elif parameter.ndim == 1 or "embed" in name or "shared" in name:
                 parameter.normal_(std=0.1)
             else:
-                parameter.normal_(std=0.7 * parameter[0].numel() ** -0.5)
+                parameter.normal_(std=gain * parameter[0].numel() ** -0.5)
     return network.prepare_for_inference()
 
 
