@@ -202,7 +202,10 @@ def test_unusable_folder_names_the_file(tmp_path, changes, words):
     assert words in failure(place(tmp_path / "mine", **changes))
 
 
-def test_names_that_stand_for_nothing(hub, cache, tmp_path):
+def test_names_that_stand_for_nothing(hub, cache, tmp_path, monkeypatch):
+    inside = tmp_path / "empty" / "place"
+    inside.mkdir(parents=True)
+    monkeypatch.chdir(inside)
     assert "Did you mean 'Florence-2-large'?" in failure("florence-2-larg", cache_dir=cache)
     for name in (tmp_path / "none", "./none", "/no/such/folder", "a/../b", "../x"):
         assert "does not exist" in failure(name, cache_dir=cache)
