@@ -12,6 +12,7 @@ from PIL import Image
 
 from florence2.ask import Ask
 from florence2.records import Box, Failure, Result
+from serve.sdk import sly
 
 
 def color_of(number: int) -> tuple[int, int, int]:
@@ -56,3 +57,18 @@ class FakeModel:
         self.asked += [color_in(ask) for ask in requests]
         self.asks += [(ask.task, ask.text) for ask in requests]
         return [self.answer(ask) for ask in requests]
+
+
+def read_project(out):
+    """The annotations by image name, read by the SDK, and the project itself."""
+    project = sly.Project(str(out), sly.OpenMode.READ)
+    (dataset,) = project.datasets
+    return {
+        name: sly.Annotation.load_json_file(dataset.get_ann_path(name), project.meta)
+        for name in dataset.get_items_names()
+    }, project
+
+
+def files_below(folder):
+    """Every file with the time it was last written."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}

@@ -1,0 +1,163 @@
+"""Settings that differ, overwriting, corrections by people: nothing of theirs is lost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from label_fakes import files_below, paint, read_project
+
+from florence2.errors import DeviceError
+from florence2.records import Failure
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--threshold", "0.5"], ["--prompt", "dog"], ["--task", "ocr"], ["--model", "demo"],
+     ["--recursive"], ["--num-beams", "1"]],
+)  # fmt: skip
+def test_other_settings_into_the_same_folder_are_refused(label, images, model, options, capsys):
+    out = label(images).out
+    before, asked = files_below(out), len(model.asked)
+    done = label(images, *options)
+    assert done.code == 2
+    assert "One folder holds one kind of labels" in capsys.readouterr().err
+    assert files_below(out) == before
+    assert len(model.asked) == asked
+
+
+def test_another_images_folder_into_the_same_out_is_refused(label, images, tmp_path, capsys):
+    label(images)
+    paint(tmp_path / "others" / "0.png", 9)
+    assert label(tmp_path / "others").code == 2
+    assert "images" in capsys.readouterr().err
+
+
+def test_overwrite_sets_the_old_labels_aside(label, images, model):
+    out = label(images).out
+    old = (out / "journal.jsonl").read_bytes()
+    done = label(images, "--threshold", "0.5", "--overwrite")
+    assert done.code == 0
+    assert len(read_project(out)[0]) == 5
+    assert (out.with_name("out.old-1") / "journal.jsonl").read_bytes() == old
+    assert len(read_project(out.with_name("out.old-1"))[0]) == 5
+    assert label(images, "--overwrite").code == 0
+    assert out.with_name("out.old-2").exists()
+
+
+def test_what_a_person_corrected_is_never_written_over(label, images):
+    out = label(images).out
+    annotation = out / "ds0/ann/2.png.json"
+    corrected = json.loads(annotation.read_text())
+    corrected["objects"] = []
+    annotation.write_text(json.dumps(corrected))
+    paint(images / "new.png", 77)
+    label(images)
+    assert json.loads(annotation.read_text())["objects"] == []
+
+
+def test_debug_adds_the_traceback(label, tmp_path, capsys):
+    assert label(tmp_path / "nowhere", "--debug").code == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_overwrite_moves_nothing_when_the_model_does_not_load(label, images, monkeypatch, capsys):
+    import serve.commands.label as command
+
+    def refuse(*_):
+        raise DeviceError("There is no device cuda:9.")
+
+    out = label(images).out
+    before = files_below(out)
+    monkeypatch.setattr(command, "load_model", refuse)
+    assert label(images, "--overwrite").code == 2
+    assert files_below(out) == before
+    assert not out.with_name("out.old-1").exists()
+
+
+def test_overwrite_puts_the_labels_back_when_no_image_can_be_asked(label, images, model):
+    out = label(images).out
+    before = files_below(out)
+    model.answer = lambda ask: Failure("bad_request", "The prompt has 700 tokens of at most 400.")
+    assert label(images, "--overwrite").code == 2
+    after = files_below(out)
+    assert {path: after[path] for path in before} == before
+    assert not out.with_name("out.old-1").exists()
+
+
+def test_overwrite_of_the_folder_one_stands_in(label, images, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert label(images, out=Path(".")).code == 0
+    assert label(images, "--overwrite", out=Path(".")).code == 0
+    assert (tmp_path / "here.old-1" / "journal.jsonl").exists()
+    assert len(read_project(tmp_path / "here")[0]) == 5
+
+
+def test_a_stopped_retry_goes_on_with_all_images(label, images, model, report_of):
+    model.answer = lambda ask: Failure("too_slow", "The answer took too long.")
+    label(images)
+    paint(images / "new.png", 77)
+    done = label(images, "--retry-failed")
+    report = report_of(done.out)
+    assert report["pending"] == 1
+    assert "--retry-failed" not in report["resume_command"]
+    assert report["retry_command"].count("--retry-failed") == 1
+
+
+def test_a_correction_that_the_journal_does_not_know_is_kept_aside(label, images, model):
+    """After a kill between writing the files and the journal's line."""
+    out = label(images).out
+    journal = out / "journal.jsonl"
+    journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:-2]))
+    annotation = out / "ds0/ann/4.png.json"
+    corrected = json.loads(annotation.read_text()) | {"description": "mine"}
+    annotation.write_text(json.dumps(corrected))
+    assert label(images).code == 0
+    assert json.loads(annotation.read_text())["description"] == ""
+    (kept,) = (out / "edited").iterdir()
+    assert json.loads(kept.read_text()) == corrected
+
+
+def test_a_replaced_checkpoint_is_refused_and_an_older_journal_is_not(
+    label, images, monkeypatch, capsys
+):
+    import serve.commands.label as command
+
+    monkeypatch.setattr(command, "fingerprint", lambda _: None)
+    label(images)
+    monkeypatch.setattr(command, "fingerprint", lambda _: "first")
+    out = label(images).out
+    assert label(images, "--overwrite").code == 0
+    assert label(images).code == 0
+    monkeypatch.setattr(command, "fingerprint", lambda _: "second")
+    capsys.readouterr()
+    assert label(images).code == 2
+    assert 'checkpoint "first", not "second"' in capsys.readouterr().err
+    assert out.exists()
+
+
+def test_a_fingerprint_changes_with_the_weights(tmp_path, monkeypatch):
+    import serve.commands.loading as loading
+
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(bytes(5000))
+    first = loading._hash(file)
+    file.write_bytes(bytes(4999) + b"x")
+    assert loading._hash(file) != first
+    monkeypatch.setattr(loading, "_WHOLE_BYTES", 100)
+    monkeypatch.setattr(loading, "_PIECE_BYTES", 10)
+    large = loading._hash(file)
+    file.write_bytes(bytes(5000))
+    assert loading._hash(file) != large
+
+
+def test_precision_reaches_the_model(label, images, monkeypatch):
+    import serve.commands.label as command
+
+    seen = []
+    load = command.load_model
+    monkeypatch.setattr(command, "load_model", lambda *given: seen.append(given) or load(*given))
+    label(images, "--precision", "fp32")
+    assert seen == [("Florence-2-large", "auto", "auto", "fp32")]
