@@ -10,64 +10,13 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from engine_tools import REGION, CountingRuntime, ask, assert_close, essence, picture
 
 from florence2 import Ask, Failure, Florence2, FlorenceError, Result
 from florence2.cache import EncodedImage
 from florence2.engine import Engine
 from florence2.errors import CheckpointError, DeviceError, ImageError, RequestError
-from florence2.tasks import TASKS, TaskInput
-from florence2.training.draw import draw_scene
-from florence2.training.scene import make_scene
-
-REGION = (20.0, 30.0, 150.0, 170.0)
-
-
-def picture(seed: int) -> Image.Image:
-    return draw_scene(make_scene(seed))
-
-
-def ask(image: object, task: str, **search: object) -> Ask:
-    takes = next(known.takes for known in TASKS if known.token == task)
-    text = "a red car" if takes is TaskInput.TEXT else None
-    region = REGION if takes is TaskInput.REGION else None
-    return Ask(image, task, text, region, **({"max_new_tokens": 16} | search))
-
-
-def essence(result: Result) -> tuple[object, ...]:
-    return (result.task, result.token_ids, result.objects, result.text, result.truncated)
-
-
-def assert_close(one: Result, other: Result) -> None:
-    """Equal but for the rounding of scores, which depends on the batch's shape."""
-    assert one.token_ids == other.token_ids
-    assert (one.task, one.text, one.size_wh) == (other.task, other.text, other.size_wh)
-    for mine, its in zip(one.objects, other.objects, strict=True):
-        assert mine.score == pytest.approx(its.score, abs=1e-4)
-        assert replace(mine, score=0.0) == replace(its, score=0.0)
-
-
-class CountingRuntime:
-    """The real runtime, counting images through the tower and prompts through the decoder."""
-
-    def __init__(self, runtime):
-        self._runtime = runtime
-        self.num_images = 0
-        self.batches: list[int] = []
-        self.fail_above: int | None = None
-
-    def __getattr__(self, name):
-        return getattr(self._runtime, name)
-
-    def encode_images(self, pixels):
-        self.num_images += len(pixels)
-        return self._runtime.encode_images(pixels)
-
-    def start(self, features, prompt_ids, num_beams, max_new_tokens):
-        if self.fail_above is not None and len(features) > self.fail_above:
-            raise torch.OutOfMemoryError("no memory left")
-        self.batches.append(len(features))
-        return self._runtime.start(features, prompt_ids, num_beams, max_new_tokens)
+from florence2.tasks import TASKS
 
 
 @pytest.fixture
@@ -276,49 +225,3 @@ def test_loading_refuses_weights_that_are_not_numbers(checkpoint_folder, tmp_pat
 def test_a_device_that_is_not_there_gets_one_sentence(checkpoint_folder, keywords, expected):
     with pytest.raises(DeviceError, match=expected):
         Florence2.load(checkpoint_folder, **keywords)
-
-
-METHODS = {
-    "caption_image": ((), {"granularity": "detailed"}, "<DETAILED_CAPTION>"),
-    "detect_objects": ((), {}, "<OD>"),
-    "ground_phrase": (("a car",), {}, "<CAPTION_TO_PHRASE_GROUNDING>"),
-    "segment_phrase": (("a car",), {}, "<REFERRING_EXPRESSION_SEGMENTATION>"),
-    "ocr_image": ((), {}, "<OCR>"),
-    "parse_document": ((), {}, "<OCR_WITH_REGION>"),
-    "segment_region": ((REGION,), {}, "<REGION_TO_SEGMENTATION>"),
-    "classify_image_region": ((REGION,), {}, "<REGION_TO_CATEGORY>"),
-    "caption_image_region": ((REGION,), {}, "<REGION_TO_DESCRIPTION>"),
-    "ocr_image_region": ((REGION,), {}, "<REGION_TO_OCR>"),
-    "propose_regions": ((), {}, "<REGION_PROPOSAL>"),
-}
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_each_method_asks_its_task_of_an_image_and_of_a_list(model, method):
-    arguments, keywords, task = METHODS[method]
-    ability = getattr(model, method)
-    single = ability(picture(16), *arguments, **keywords, max_new_tokens=4)
-    assert single.task == task
-    several = ability([picture(16), picture(17)], *arguments, **keywords, max_new_tokens=4)
-    assert [result.task for result in several] == [task, task]
-    assert_close(several[0], single)
-
-
-def test_detecting_named_classes_grounds_them(model):
-    result = model.detect_objects(picture(16), classes=["car", "tree"], max_new_tokens=4)
-    assert result.task == "<CAPTION_TO_PHRASE_GROUNDING>"
-    with pytest.raises(RequestError, match="name at least one"):
-        model.detect_objects(picture(16), classes=[])
-    with pytest.raises(FlorenceError, match="Unknown labels_mode"):
-        model.detect_objects(picture(16), labels_mode="boxes")
-
-
-def test_a_fine_tunes_own_prompt_goes_through_as_it_is_and_comes_back_as_text(model):
-    result = model.run_custom("<DocVQA>", picture(16), "What is the total?", max_new_tokens=6)
-    expected = model.engine.checkpoint.vocabulary.answer_text(result.token_ids)
-    assert result.task == "<DocVQA>"
-    assert result.text == expected
-    with pytest.raises(RequestError, match="Unknown task"):
-        model.run("<DocVQA>", picture(16), "What is the total?")
-    with pytest.raises(RequestError):
-        model.run_custom("<OD>", picture(16))
