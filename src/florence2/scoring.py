@@ -43,6 +43,6 @@ def _geometric_mean(values: Iterable[float | None]) -> float | None:
         return None
     if not known:
         return 1.0
-    mean = math.fsum(min(log_prob, 0.0) for log_prob in known) / len(known)
+    mean = sum(min(log_prob, 0.0) for log_prob in known) / len(known)
     # A probability of 0 has the logarithm -inf; a NaN says no more about the object than that.
     return 0.0 if math.isnan(mean) else math.exp(mean)

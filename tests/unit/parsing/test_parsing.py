@@ -191,7 +191,7 @@ def test_scores_of_other_objects():
     assert text.score == pytest.approx(0.8187308)  # exp(-0.2): the words only
 
 
-@pytest.mark.parametrize("log_prob", [float("-inf"), float("nan"), 1e-3])
+@pytest.mark.parametrize("log_prob", [float("-inf"), float("nan"), 1e-3, -1e308])
 def test_odd_probabilities_stay_in_range(log_prob):
     pieces = pieces_of(("a", log_prob), *((b, 0.0) for b in (1, 2, 3, 4)))
     (found,) = parse(pieces, find_task("<OD>"), SIZE_WH).objects
