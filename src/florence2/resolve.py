@@ -74,19 +74,23 @@ def resolve(
     offline: bool | None = None,
     progress: ProgressCallback | None = None,
     verify: Verify = "size",
+    refresh: bool = False,
 ) -> CheckpointFiles:
     """The whole, verified files of a checkpoint; downloads what is missing.
 
     ``name``: one of ``CHECKPOINT_NAMES``, a local folder, or ``owner/name[@revision]`` on the
     hub. ``offline=None`` follows ``HF_HUB_OFFLINE``. ``verify="full"`` hashes every file that
-    has a manifest, "size" compares lengths; a download is always hashed. Raises CheckpointError.
+    has a manifest, "size" compares lengths; a download is always hashed. ``refresh`` hashes them
+    all and asks the hub which commit an unpinned repository is at now; without a connection it
+    keeps what is here. Raises CheckpointError.
     """
+    verify = "full" if refresh else verify
     text = str(name)
     if text == DEMO:
         return _from_folder(DEMO, _demo_folder(), verify, "demo")
     known = KNOWN_BY_NAME.get(text)
     if known is not None:
-        wanted = _Wanted(text, known.repository, known.revision, known)
+        wanted = _Wanted(text, known.repository, known.revision, known, refresh)
         return _from_hub(wanted, _as_cache(cache_dir), is_offline(offline), progress, verify)
     folder = Path(text).expanduser()
     if folder.is_dir():
@@ -94,7 +98,7 @@ def resolve(
     match = _REPOSITORY.fullmatch(text)
     if isinstance(name, Path) or match is None or text.startswith(".") or ".." in text:
         raise _no_such(text)
-    wanted = _Wanted(text, match[1], match[2] or constants.DEFAULT_REVISION, None)
+    wanted = _Wanted(text, match[1], match[2] or constants.DEFAULT_REVISION, None, refresh)
     return _from_hub(wanted, _as_cache(cache_dir), is_offline(offline), progress, verify)
 
 
@@ -145,6 +149,12 @@ class _Wanted:
     repository: str
     revision: str
     known: KnownCheckpoint | None
+    refresh: bool = False
+
+    @property
+    def may_have_moved(self) -> bool:
+        """Whether the hub is to say again which commit the revision stands for."""
+        return self.refresh and _COMMIT.fullmatch(self.revision) is None
 
     def home(self, cache: Path) -> Path:
         return cache / self.repository.replace("/", "--")
@@ -162,7 +172,7 @@ def _from_hub(
     wanted: _Wanted, cache: Path, offline: bool, progress: ProgressCallback | None, verify: Verify
 ) -> CheckpointFiles:
     found = _complete(wanted, cache, verify)
-    if found is not None:
+    if found is not None and (offline or not wanted.may_have_moved):
         return found
     if offline:
         return _without_hub(wanted, cache, "the hub is switched off (HF_HUB_OFFLINE)")
@@ -170,6 +180,8 @@ def _from_hub(
         return _online(wanted, cache, progress, verify)
     except HubUnreachableError as error:
         _log.warning("%s", error)
+        if found is not None:
+            return found
         return _without_hub(wanted, cache, f"the hub at {hub_endpoint()} cannot be reached", error)
 
 
@@ -199,10 +211,11 @@ def _online(
     try:
         home.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(home / ".lock"):
-            found = _complete(wanted, cache, verify)
+            found = None if wanted.may_have_moved else _complete(wanted, cache, verify)
             if found is not None:
                 return found
-            commit = wanted.commit(cache) or wanted.revision
+            pinned = None if wanted.may_have_moved else wanted.commit(cache)
+            commit = pinned or wanted.revision
             manifest = list_checkpoint(wanted.repository, commit)
             _check_published(wanted.known, manifest)
             folder = home / manifest.revision
