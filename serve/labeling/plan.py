@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -11,26 +10,11 @@ from florence2.cascade import parse_steps
 from florence2.errors import RequestError
 from florence2.records import Region
 from florence2.tasks import Task, TaskInput
-from serve.naming import clean_class_name, phrase_key
+from serve.naming import clean_class_name
+from serve.phrases import Prompt, classes_of, join_classes, prompts_of, split_phrases
 
 DEFAULT_TASK: Final = "<OD>"
 DEFAULT_TEXT_TASK: Final = "<CAPTION_TO_PHRASE_GROUNDING>"
-MAX_PHRASE: Final = 1000
-MAX_PHRASES: Final = 100
-
-_PHRASE_END: Final = re.compile(r"\.(?:\s+|$)|[;\r\n]+")
-# "St. Bernard" and "J. Smith" are one phrase each.
-_ABBREVIATION: Final = re.compile(r"(?:^|[\s.])(?:[A-Z]|No|(?i:St|Mr|Mrs|Ms|Dr|vs|Jr|Sr))$")
-# "<and>" is how the model itself joins phrases, so a prompt may hold it.
-_SPECIAL_TOKEN: Final = re.compile(r"</?(?!and>)[A-Za-z_]+\d*>")
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """One question per image. ``class_name`` is the class of all its answers, if mapped."""
-
-    text: str | None = None
-    class_name: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +64,7 @@ def make_plan(
 
     Raises RequestError for a prompt, class, region or number that breaks a rule.
     """
-    phrases = _phrases(prompt) if prompt is not None else []
+    phrases = split_phrases(prompt) if prompt is not None else []
     mapping = _mapping(classes)
     wanted = task or (DEFAULT_TEXT_TASK if phrases or mapping else DEFAULT_TASK)
     steps = parse_steps(wanted)
@@ -89,7 +73,7 @@ def make_plan(
     return Plan(
         task="+".join(step.token for step in steps),
         prompts=_prompts(steps[0], phrases, mapping),
-        classes=_classes(phrases, mapping),
+        classes=tuple(classes_of(phrases, mapping).items()),
         model=model,
         region=_region(steps[0], region),
         threshold=threshold,
@@ -98,53 +82,9 @@ def make_plan(
     )
 
 
-def _phrases(prompt: str) -> list[str]:
-    parts = [" ".join(part.split()) for part in _parts(prompt)]
-    phrases = list(
-        {phrase_key(part): part for part in reversed(parts) if phrase_key(part)}.values()
-    )
-    if not phrases:
-        raise RequestError(
-            f"A prompt names at least one thing and {prompt!r} names none; "
-            'write for example --prompt "red car. dog".'
-        )
-    return _checked(phrases[::-1])
-
-
-def _parts(prompt: str) -> Iterator[str]:
-    """The prompt cut at full stops, semicolons and line ends, but not after an abbreviation."""
-    start = 0
-    for end in _PHRASE_END.finditer(prompt):
-        if end.group().startswith(".") and _ABBREVIATION.search(prompt[start : end.start()]):
-            continue
-        yield prompt[start : end.start()]
-        start = end.end()
-    yield prompt[start:]
-
-
-def _checked(phrases: list[str]) -> list[str]:
-    if len(phrases) > MAX_PHRASES:
-        raise RequestError(
-            f"A run asks for at most {MAX_PHRASES} phrases and got {len(phrases)}; split the run."
-        )
-    for phrase in phrases:
-        if len(phrase) > MAX_PHRASE:
-            raise RequestError(
-                f"A phrase has at most {MAX_PHRASE} characters and this one has {len(phrase)}; "
-                "shorten it, or part it into phrases with full stops."
-            )
-        if special := _SPECIAL_TOKEN.search(phrase):
-            raise RequestError(
-                f"A prompt is plain words and {phrase[:60]!r} holds the token "
-                f"{special.group()!r}; remove it, and choose the task with --task."
-            )
-    return phrases
-
-
-def _mapping(classes: Sequence[str]) -> dict[str, list[str]]:
-    """``dog=puppy,hound`` as {"dog": ["puppy", "hound"]}; ``dog`` alone asks for "dog"."""
-    mapping: dict[str, list[str]] = {}
-    owners: dict[str, str] = {}
+def _mapping(classes: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """``dog=puppy,hound`` as {"dog": ("puppy", "hound")}; ``dog`` alone asks for "dog"."""
+    named: list[tuple[str, list[str]]] = []
     for entry in classes:
         name, _, listed = entry.partition("=")
         name = clean_class_name(name) if name.strip() else ""
@@ -154,24 +94,13 @@ def _mapping(classes: Sequence[str]) -> dict[str, list[str]]:
                 f"A class is written NAME or NAME=prompt,prompt and {entry!r} is neither; "
                 "write for example --class dog=puppy,hound."
             )
-        for prompt in _checked(prompts):
-            owner = owners.setdefault(phrase_key(prompt), name)
-            if owner != name:
-                raise RequestError(
-                    f"A prompt belongs to one class and {prompt!r} is given to {owner!r} and "
-                    f"{name!r}; keep one of them."
-                )
-        mapping.setdefault(name, []).extend(prompts)
-    return mapping
+        named.append((name, prompts))
+    return join_classes(named)
 
 
-def _classes(phrases: list[str], mapping: dict[str, list[str]]) -> tuple[tuple[str, str], ...]:
-    named = {phrase_key(p): name for name, prompts in mapping.items() for p in prompts}
-    asked = {phrase_key(p): clean_class_name(p) for p in phrases}
-    return tuple((asked | named).items())
-
-
-def _prompts(first: Task, phrases: list[str], mapping: dict[str, list[str]]) -> tuple[Prompt, ...]:
+def _prompts(
+    first: Task, phrases: list[str], mapping: dict[str, tuple[str, ...]]
+) -> tuple[Prompt, ...]:
     if first.takes is not TaskInput.TEXT:
         if phrases:
             raise RequestError(
@@ -179,16 +108,12 @@ def _prompts(first: Task, phrases: list[str], mapping: dict[str, list[str]]) -> 
                 f"leave out --prompt, or use --task {DEFAULT_TEXT_TASK!r}."
             )
         return (Prompt(),)
-    mapped = {
-        phrase_key(text): Prompt(text, name) for name, texts in mapping.items() for text in texts
-    }
-    asked = {phrase_key(text): Prompt(text) for text in phrases}
-    if not asked and not mapped:
+    if not phrases and not mapping:
         raise RequestError(
             f"{first.token} needs to be told what to look for and got no text; "
             'add for example --prompt "red car. dog".'
         )
-    return tuple((asked | mapped).values())
+    return prompts_of(phrases, mapping)
 
 
 def _region(first: Task, region: str | None) -> Region | None:

@@ -1,0 +1,115 @@
+"""Phrases: how a text is parted into prompts, and which class each prompt belongs to."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from florence2.errors import RequestError
+from serve.naming import clean_class_name, phrase_key
+
+MAX_PHRASE: Final = 1000
+MAX_PHRASES: Final = 100
+
+_PHRASE_END: Final = re.compile(r"\.(?:\s+|$)|[;\r\n]+")
+# "St. Bernard" and "J. Smith" are one phrase each.
+_ABBREVIATION: Final = re.compile(r"(?:^|[\s.])(?:[A-Z]|No|(?i:St|Mr|Mrs|Ms|Dr|vs|Jr|Sr))$")
+# "<and>" is how the model itself joins phrases, so a prompt may hold it.
+_SPECIAL_TOKEN: Final = re.compile(r"</?(?!and>)[A-Za-z_]+\d*>")
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One question per image. ``class_name`` is the class of all its answers, if mapped."""
+
+    text: str | None = None
+    class_name: str | None = None
+
+
+def split_phrases(text: str) -> list[str]:
+    """The phrases of ``text``, each once, as first written.
+
+    Raises RequestError when there is none, too many, or one that is no plain phrase.
+    """
+    parts = [" ".join(part.split()) for part in _parts(text)]
+    phrases = list(
+        {phrase_key(part): part for part in reversed(parts) if phrase_key(part)}.values()
+    )
+    if not phrases:
+        raise RequestError(
+            f"A prompt names at least one thing and {text[:60]!r} names none; "
+            'write for example "red car. dog".'
+        )
+    return check_phrases(phrases[::-1])
+
+
+def _parts(text: str) -> Iterator[str]:
+    """The text cut at full stops, semicolons and line ends, but not after an abbreviation."""
+    start = 0
+    for end in _PHRASE_END.finditer(text):
+        if end.group().startswith(".") and _ABBREVIATION.search(text[start : end.start()]):
+            continue
+        yield text[start : end.start()]
+        start = end.end()
+    yield text[start:]
+
+
+def check_phrases(phrases: list[str]) -> list[str]:
+    """``phrases`` as they are; RequestError when they are too many, too long or hold a token."""
+    if len(phrases) > MAX_PHRASES:
+        raise RequestError(
+            f"A request asks for at most {MAX_PHRASES} phrases and got {len(phrases)}; "
+            "split the request."
+        )
+    for phrase in phrases:
+        if len(phrase) > MAX_PHRASE:
+            raise RequestError(
+                f"A phrase has at most {MAX_PHRASE} characters and this one has {len(phrase)}; "
+                "shorten it, or part it into phrases with full stops."
+            )
+        if special := _SPECIAL_TOKEN.search(phrase):
+            raise RequestError(
+                f"A prompt is plain words and {phrase[:60]!r} holds the token "
+                f"{special.group()!r}; remove it, and name the task on its own."
+            )
+    return phrases
+
+
+def join_classes(
+    named: Sequence[tuple[str, Sequence[str]]],
+) -> dict[str, tuple[str, ...]]:
+    """Prompts by class; a class named twice has both lists, each prompt once.
+
+    Raises RequestError for a prompt of two classes.
+    """
+    owners: dict[str, str] = {}
+    joined: dict[str, dict[str, str]] = {}
+    for name, prompts in named:
+        for prompt in check_phrases(list(prompts)):
+            key = phrase_key(prompt)
+            owner = owners.setdefault(key, name)
+            if owner != name:
+                raise RequestError(
+                    f"A prompt belongs to one class and {prompt[:60]!r} is given to {owner!r} and "
+                    f"{name!r}; keep one of them."
+                )
+            joined.setdefault(name, {}).setdefault(key, prompt)
+    return {name: tuple(prompts.values()) for name, prompts in joined.items()}
+
+
+def classes_of(phrases: Sequence[str], mapping: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """The class of every phrase and mapped prompt, by ``phrase_key``."""
+    named = {phrase_key(p): name for name, prompts in mapping.items() for p in prompts}
+    asked = {phrase_key(p): clean_class_name(p) for p in phrases}
+    return asked | named
+
+
+def prompts_of(phrases: Sequence[str], mapping: Mapping[str, Sequence[str]]) -> tuple[Prompt, ...]:
+    """One prompt per phrase, the mapped ones with their class; the same phrase is asked once."""
+    mapped = {
+        phrase_key(text): Prompt(text, name) for name, texts in mapping.items() for text in texts
+    }
+    asked = {phrase_key(text): Prompt(text) for text in phrases}
+    return tuple((asked | mapped).values())
