@@ -1,0 +1,175 @@
+"""What a failure looks like over HTTP: a status, and a body of the SDK's shape."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Final
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from florence2.errors import FlorenceError
+from florence2.records import Failure
+from serve.http.routes import is_api_path, path_of
+
+_log = logging.getLogger(__name__)
+
+RETRY_AFTER_S: Final = 5.0
+UNEXPECTED: Final = "internal"
+UNEXPECTED_MESSAGE: Final = (
+    "The request could not be answered because of a fault in the app; see its log for the cause."
+)
+
+# Clients of the SDK send a request again after every 5xx, so 503 is only for what waiting cures:
+# a picture that does not fit in memory never will.
+STATUS_BY_CODE: Final[Mapping[str, int]] = {
+    "bad_request": 400,
+    "bad_image": 400,
+    "bad_region": 400,
+    "bad_device": 400,
+    "bad_checkpoint": 400,
+    "not_found": 404,
+    "too_large": 413,
+    "cancelled": 499,
+    "not_deployed": 503,
+    "queue_full": 503,
+    "deadline": 504,
+    "out_of_memory": 507,
+}
+
+# The beginning of what the SDK raises, as a bare RuntimeError, while no model is loaded.
+_SDK_NOT_DEPLOYED: Final = "The model has not yet been deployed"
+
+
+class TooLargeError(FlorenceError):
+    """A body, a file or a download is larger than the limits allow."""
+
+    code = "too_large"
+
+
+class NotFoundError(FlorenceError):
+    """The request names something that is not there (any more)."""
+
+    code = "not_found"
+
+
+class NotDeployedError(FlorenceError):
+    """No model is loaded; the same request can succeed once one is."""
+
+    code = "not_deployed"
+
+
+def status_of(code: str) -> int:
+    """The HTTP status of a failure's code; 500 for a code that no rule names."""
+    return STATUS_BY_CODE.get(code, 500)
+
+
+def error_body(error: FlorenceError | Failure) -> dict[str, object]:
+    """The body of an error: the keys the SDK's clients read, and the failure's code."""
+    return _body(error.code, error.message if isinstance(error, Failure) else str(error))
+
+
+def error_response(error: FlorenceError | Failure) -> JSONResponse:
+    """The answer to a request that failed as a whole; a 503 says when to come back."""
+    status = status_of(error.code)
+    headers = {}
+    if status == 503:
+        wait_s = getattr(error, "retry_after_s", RETRY_AFTER_S)
+        headers["Retry-After"] = str(max(1, math.ceil(wait_s)))
+    return JSONResponse(error_body(error), status_code=status, headers=headers)
+
+
+def unexpected_response() -> JSONResponse:
+    """The answer when something failed that nobody foresaw; the cause is only in the log."""
+    return JSONResponse(_body(UNEXPECTED, UNEXPECTED_MESSAGE), status_code=500)
+
+
+def _body(code: str, message: str) -> dict[str, object]:
+    return {"detail": message, "success": False, "message": message, "code": code}
+
+
+def install_error_handlers(server: FastAPI, path_prefix: str = "") -> None:
+    """Teach the SDK's server to answer our errors. Call it before ``Inference.serve()``.
+
+    ``path_prefix`` is the SDK's ``SUPERVISELY_SERVER_PATH_PREFIX``. ``serve()`` adds the SDK's own middleware around what is there, and that middleware answers
+    every exception with its ``repr``; ours has to stand inside of it to be asked first.
+    """
+    server.add_exception_handler(FlorenceError, _on_florence_error)
+    server.add_exception_handler(RequestValidationError, _on_invalid_form)
+    server.add_middleware(UnexpectedErrors, path_prefix=path_prefix)
+
+
+async def _on_florence_error(request: Request, error: Exception) -> JSONResponse:
+    if not isinstance(error, FlorenceError):
+        raise error
+    if status_of(error.code) == 500:
+        _log.error("%s failed: %s", request.url.path, error, exc_info=error)
+    return error_response(error)
+
+
+async def _on_invalid_form(request: Request, error: Exception) -> JSONResponse:
+    if not isinstance(error, RequestValidationError):
+        raise error
+    return JSONResponse(_body("bad_request", invalid_form_message(error)), status_code=400)
+
+
+def invalid_form_message(error: RequestValidationError) -> str:
+    """One sentence for the first thing a form lacks or has wrong."""
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"] if part != "body") or "body"
+    if first["type"] == "missing":
+        return f"The request must have the field {field!r}, and it is missing; add it."
+    return (
+        f"The field {field!r} of the request is not what it should be: "
+        f"{first['msg'][:1].lower()}{first['msg'][1:]}; correct it."
+    )
+
+
+class UnexpectedErrors:
+    """Answers what a route of the API did not foresee; pages and widgets keep the SDK's dialog.
+
+    A route of the API has one segment, and a widget's has its id before the event's name.
+    """
+
+    def __init__(self, app: ASGIApp, path_prefix: str = "") -> None:
+        self._app = app
+        self._path_prefix = path_prefix
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not is_api_path(path_of(scope, self._path_prefix)):
+            await self._app(scope, receive, send)
+            return
+        await answer_faults(self._app, scope, receive, send)
+
+
+async def answer_faults(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    """Run ``app``; what it raises becomes an answer, or is raised if one was already begun."""
+    started = False
+
+    async def watch(message: Message) -> None:
+        nonlocal started
+        started = started or message["type"] == "http.response.start"
+        await send(message)
+
+    try:
+        await app(scope, receive, watch)
+    # Whatever a route raises, the client gets a status it can act on and the log the trace.
+    except Exception as error:
+        if started:
+            raise
+        await _response_to(error, scope["path"])(scope, receive, send)
+
+
+def _response_to(error: Exception, path: str) -> JSONResponse:
+    if isinstance(error, FlorenceError) and status_of(error.code) != 500:
+        return error_response(error)
+    if isinstance(error, RuntimeError) and str(error).startswith(_SDK_NOT_DEPLOYED):
+        return error_response(
+            NotDeployedError("No model is loaded yet; deploy one and send the request again.")
+        )
+    _log.error("%s failed", path, exc_info=error)
+    return unexpected_response()
