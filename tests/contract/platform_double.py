@@ -1,0 +1,227 @@
+"""The platform, as far as the SDK's own clients can tell: a server on this machine.
+
+It answers the public API over real HTTP, passes requests on to a running app the way the platform's
+proxies do, keeps a log of calls, and breaks on demand: fails the n-th call of a method, answers
+late, sends damaged images.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import platform_catalog  # noqa: F401  (registers its methods)
+import platform_labels  # noqa: F401
+import requests
+import uvicorn
+from platform_checks import Refused
+from platform_methods import METHODS, Parts
+from platform_state import (
+    TEAM_ID,
+    WORKSPACE_ID,
+    Json,
+    PlatformState,
+    StoredImage,
+    content_hash,
+)
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+TOKEN = "token-of-the-labeler"
+TASK_ID = 42
+SESSION_TOKEN = "session-of-the-app"
+BOUNDARY = "part-of-many"
+
+
+@dataclass(frozen=True)
+class Call:
+    method: str
+    payload: Any
+
+
+@dataclass
+class Faults:
+    """What breaks, by method; counts start at 1 and count the calls made after the request."""
+
+    statuses: dict[str, dict[int, int]] = field(default_factory=dict)
+    gates: dict[str, threading.Event] = field(default_factory=dict)
+    damaged: set[int] = field(default_factory=set)
+    seen: dict[str, int] = field(default_factory=dict)
+
+    def fail(self, method: str, *, call: int = 1, times: int = 1, status: int = 500) -> None:
+        """The n-th call from now on, and so many in a row, get this status and change nothing."""
+        first = self.seen.get(method, 0) + call
+        self.statuses.setdefault(method, {}).update(
+            dict.fromkeys(range(first, first + times), status)
+        )
+
+    @contextmanager
+    def held(self, method: str) -> Iterator[threading.Event]:
+        """Calls of this method are answered only after the event is set, or the block ends."""
+        gate = self.gates[method] = threading.Event()
+        try:
+            yield gate
+        finally:
+            gate.set()
+            self.gates.pop(method, None)
+
+    def damage(self, image_id: int) -> None:
+        """From now on the bytes of this image are cut in half."""
+        self.damaged.add(image_id)
+
+    def status_of_this_call(self, method: str) -> int | None:
+        self.seen[method] = self.seen.get(method, 0) + 1
+        return self.statuses.get(method, {}).get(self.seen[method])
+
+
+class PlatformDouble:
+    """A platform at ``address`` that holds ``state`` and passes requests on to ``app_url``."""
+
+    def __init__(self) -> None:
+        self.app_url: str | None = None
+        routes = [
+            Route("/public/api/v3/{method:path}", self._public, methods=["POST", "GET"]),
+            Route(f"/net/{SESSION_TOKEN}/{{command:path}}", self._net, methods=["POST", "GET"]),
+        ]
+        config = uvicorn.Config(
+            Starlette(routes=routes), host="127.0.0.1", port=0, log_level="warning", ws="none"
+        )
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run, daemon=True)
+        self.reset()
+
+    def reset(self) -> None:
+        self.state, self.faults, self.calls = PlatformState(), Faults(), list[Call]()
+
+    def start(self) -> None:
+        self._thread.start()
+        while not self._server.started:
+            if not self._thread.is_alive():
+                raise RuntimeError("The double of the platform did not start.")
+            self._thread.join(0.01)
+
+    def stop(self) -> None:
+        self._server.should_exit = True
+        self._thread.join(10)
+
+    @property
+    def address(self) -> str:
+        port = self._server.servers[0].sockets[0].getsockname()[1]
+        return f"http://127.0.0.1:{port}"
+
+    def count(self, method: str) -> int:
+        return sum(call.method == method for call in self.calls)
+
+    async def _public(self, request: Request) -> Response:
+        name = request.path_params["method"]
+        payload = await self._payload(request)
+        return await run_in_threadpool(self._answer, name, payload, request.headers)
+
+    async def _payload(self, request: Request) -> Any:
+        if request.method == "GET":
+            return dict(request.query_params)
+        if "multipart" in request.headers.get("content-type", ""):
+            form = await request.form()
+            return [await part.read() for part in form.values() if not isinstance(part, str)]
+        return json.loads(await request.body() or b"{}")
+
+    def _answer(self, name: str, payload: Any, headers: Any) -> Response:
+        self.calls.append(Call(name, payload))
+        if gate := self.faults.gates.get(name):
+            gate.wait(60)
+        if status := self.faults.status_of_this_call(name):
+            return _refusal(Refused(f"{name} fails as the test asked.", status=status))
+        try:
+            if headers.get("x-api-key") != TOKEN:
+                raise Refused("The token is not known.", status=403, kind="AUTH")
+            return self._respond(self._result(name, payload))
+        except Refused as refused:
+            return _refusal(refused)
+
+    def _result(self, name: str, payload: Any) -> Any:
+        if name == "tasks.info":
+            return self._task_info(payload["id"])
+        if name == "tasks.request.direct":
+            return self._pass_on(payload)
+        if name == "images.bulk.upload":
+            return self._keep_upload(payload)
+        if name not in METHODS:
+            raise Refused(f"The double has no method {name!r}.", status=404)
+        return METHODS[name](self.state, payload)
+
+    def _respond(self, result: Any) -> Response:
+        if isinstance(result, Response):
+            return result
+        if isinstance(result, StoredImage):
+            return Response(self._sent(result.id, result.content), media_type=result.mime)
+        if isinstance(result, Parts):
+            return self._multipart(result)
+        return JSONResponse(result)
+
+    def _sent(self, image_id: int, content: bytes) -> bytes:
+        return content[: len(content) // 2] if image_id in self.faults.damaged else content
+
+    def _multipart(self, parts: Parts) -> Response:
+        lines = []
+        for image_id, content in parts.items():
+            head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="{image_id}"\r\n\r\n'
+            lines.append(head.encode() + self._sent(image_id, content) + b"\r\n")
+        body = b"".join(lines) + f"--{BOUNDARY}--\r\n".encode()
+        return Response(body, media_type=f"multipart/form-data; boundary={BOUNDARY}")
+
+    def _task_info(self, task_id: int) -> Json:
+        if task_id != TASK_ID:
+            raise Refused(f"Task {task_id} is not found.", status=404)
+        meta = {"sessionToken": SESSION_TOKEN, "app": {"id": 1, "moduleId": 1}}
+        row = {"id": TASK_ID, "type": "app", "status": "started", "meta": meta}
+        return {**row, "teamId": TEAM_ID, "workspaceId": WORKSPACE_ID}
+
+    def _keep_upload(self, contents: list[bytes]) -> list[Json]:
+        hashes = [content_hash(content) for content in contents]
+        self.state.uploaded.update(zip(hashes, contents, strict=True))
+        return [{"hash": digest} for digest in hashes]
+
+    def _pass_on(self, payload: Json) -> Response:
+        if payload["taskId"] != TASK_ID:
+            raise Refused(f"Task {payload['taskId']} is not found.", status=404)
+        body = {
+            "state": payload["state"],
+            "context": payload["context"],
+            "api_token": TOKEN,
+            "server_address": self.address,
+        }
+        answer = requests.post(f"{self.app_url}/{payload['command']}", json=body, timeout=60)
+        return _copied(answer)
+
+    async def _net(self, request: Request) -> Response:
+        body, command = await request.body(), request.path_params["command"]
+        kept = {"content-type", "x-api-key"}
+        headers = {name: value for name, value in request.headers.items() if name in kept}
+        answer = await run_in_threadpool(
+            requests.request,
+            request.method,
+            f"{self.app_url}/{command}",
+            data=body,
+            headers=headers,
+            timeout=60,
+        )
+        return _copied(answer)
+
+
+def _copied(answer: requests.Response) -> Response:
+    headers = {name: answer.headers[name] for name in ("Retry-After",) if name in answer.headers}
+    kind = answer.headers.get("content-type")
+    return Response(answer.content, answer.status_code, headers=headers, media_type=kind)
+
+
+def _refusal(refused: Refused) -> Response:
+    details = {"type": refused.kind, "message": str(refused)}
+    body = {"error": str(refused), "details": [details]}
+    return JSONResponse(body, status_code=refused.status)
