@@ -18,6 +18,7 @@ from florence2.engine import Engine, Prompt
 from florence2.errors import FlorenceError, RequestError
 from florence2.images import LoadedImage, open_image
 from florence2.records import Failure, GenerationSettings, Region, Result
+from florence2.stopping import BetweenPasses, Stop, stop_of_all
 from florence2.tasks import Task, TaskInput, passthrough_task
 
 Outcome = Result | FlorenceError
@@ -45,11 +46,17 @@ class _Progress:
         return "+".join(task.token for task in self.steps[: self.done + 1])
 
 
-def answer_all(engine: Engine, asks: Sequence[Ask]) -> list[Outcome]:
-    """One result or error per ask, in order; one ask's error does not touch the others."""
+def answer_all(
+    engine: Engine, asks: Sequence[Ask], between_passes: BetweenPasses | None = None
+) -> list[Outcome]:
+    """One result or error per ask, in order; one ask's error does not touch the others.
+
+    ``between_passes`` is called before every pass of the network and may call this function.
+    """
     # A list may hold anything: what is no Ask has no image to encode.
     known = [ask for ask in asks if isinstance(ask, Ask)]
-    encoded = iter(encode_all(engine, [ask.image for ask in known]))
+    images, stops = [ask.image for ask in known], [ask.stop for ask in known]
+    encoded = iter(encode_all(engine, images, stops, between_passes))
     outcomes: list[FlorenceError | _Progress] = []
     for ask in asks:
         outcomes.append(
@@ -57,26 +64,39 @@ def answer_all(engine: Engine, asks: Sequence[Ask]) -> list[Outcome]:
         )
     running = [outcome for outcome in outcomes if isinstance(outcome, _Progress)]
     while any(progress.is_open for progress in running):
-        _run_round(engine, [progress for progress in running if progress.is_open])
+        _run_round(engine, [progress for progress in running if progress.is_open], between_passes)
     return [_finished(outcome) for outcome in outcomes]
 
 
-def encode_all(engine: Engine, images: Sequence[AnyImage]) -> list[EncodedImage | FlorenceError]:
-    """The encoded images in order; the same path, object or content is encoded once."""
+def encode_all(
+    engine: Engine,
+    images: Sequence[AnyImage],
+    stops: Sequence[Stop | None] | None = None,
+    between_passes: BetweenPasses | None = None,
+) -> list[EncodedImage | FlorenceError]:
+    """The encoded images in order; the same path, object or content is encoded once.
+
+    ``stops`` has one Stop per image; an image given up has the reason in its place.
+    """
     opened: dict[object, LoadedImage | EncodedImage | FlorenceError] = {}
-    keys = [_identity(image) for image in images]
-    for key, image in zip(keys, images, strict=True):
+    waiting: dict[object, list[Stop | None]] = {}
+    keys = [identity(image) for image in images]
+    for key, image, stop in zip(keys, images, stops or [None] * len(keys), strict=True):
+        waiting.setdefault(key, []).append(stop)
         if key not in opened:
             opened[key] = _opened(image)
     loaded = {key: image for key, image in opened.items() if isinstance(image, LoadedImage)}
-    encoded = dict(zip(loaded, engine.encode(list(loaded.values())), strict=True))
-    settled: dict[object, EncodedImage | FlorenceError] = {}
-    for key, found in opened.items():
-        settled[key] = encoded[key] if isinstance(found, LoadedImage) else found
+    shared = [stop_of_all(waiting[key]) for key in loaded]
+    encoded = engine.encode(list(loaded.values()), shared, between_passes)
+    settled: dict[object, EncodedImage | FlorenceError] = {
+        key: found for key, found in opened.items() if not isinstance(found, LoadedImage)
+    }
+    settled |= zip(loaded, encoded, strict=True)
     return [settled[key] for key in keys]
 
 
-def _identity(image: AnyImage) -> object:
+def identity(image: AnyImage) -> object:
+    """Equal for what is certainly the same image: the same path, bytes or object."""
     return image if isinstance(image, str | bytes) else id(image)
 
 
@@ -103,6 +123,10 @@ def _no_ask(value: object) -> FlorenceError:
 def _begin(
     engine: Engine, ask: Ask, image: EncodedImage | FlorenceError
 ) -> FlorenceError | _Progress:
+    # Before the image's own error: an image that several asks gave up has only one's reason.
+    reason = None if ask.stop is None else ask.stop()
+    if reason is not None:
+        return reason
     if isinstance(image, FlorenceError):
         return image
     try:
@@ -115,7 +139,9 @@ def _begin(
         return error
 
 
-def _run_round(engine: Engine, running: Sequence[_Progress]) -> None:
+def _run_round(
+    engine: Engine, running: Sequence[_Progress], between_passes: BetweenPasses | None
+) -> None:
     """The next step of every open ask, in shared batches."""
     prompts: list[Prompt] = []
     counts: list[int] = []
@@ -126,7 +152,7 @@ def _run_round(engine: Engine, running: Sequence[_Progress]) -> None:
             progress.error, own = error, []
         prompts += own
         counts.append(len(own))
-    results = engine.answer(prompts)
+    results = engine.answer(prompts, between_passes)
     for progress, count in zip(running, counts, strict=True):
         _settle(progress, results[:count])
         results = results[count:]
@@ -137,7 +163,7 @@ def _next_prompts(engine: Engine, progress: _Progress) -> list[Prompt]:
     before, ask = progress.found, progress.ask
 
     def prompt(text: str | None, region: Region | None) -> Prompt:
-        return engine.prepare(task, progress.image, text, region, progress.settings)
+        return engine.prepare(task, progress.image, text, region, progress.settings, ask.stop)
 
     if before is None:
         # What a cascade's first step does not take is refused, never ignored.

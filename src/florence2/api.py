@@ -111,6 +111,13 @@ class Florence2:
         """The precision it computes in."""
         return self.engine.runtime.precision
 
+    def close(self) -> None:
+        """Frees the weights, so that another checkpoint has room; afterwards nothing is answered.
+
+        Every later call for an image raises CheckpointError. Closing twice is closing once.
+        """
+        self.engine.close()
+
     def encode(self, image: Images) -> Any:  # noqa: ANN401 - as run
         """Runs the vision tower once; give the result to any method in the image's place."""
         if isinstance(image, list | tuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from florence2.errors import RequestError, unknown_name
 from florence2.generate import check_settings, shown
 from florence2.images import ImageSource, LoadedImage
 from florence2.records import Failure, GenerationSettings, Region
+from florence2.stopping import Stop
 from florence2.tasks import Task, TaskInput
 
 AnyImage = ImageSource | LoadedImage | EncodedImage | Failure
@@ -24,9 +25,10 @@ class Ask:
 
     ``region`` is (x1, y1, x2, y2) in pixels of the original image, or the model's own spelling
     ``<loc_x1><loc_y1><loc_x2><loc_y2>``. A Failure of ``encode`` as the image stays that Failure.
-    A setting of None is the
-    checkpoint's own; ``max_new_tokens`` of None is the task's own budget. ``is_custom`` says that
-    ``task`` is a fine-tune's own token, which is passed on as it is and answered with text.
+    A setting of None is the checkpoint's own; ``max_new_tokens`` of None is the task's own budget.
+    ``is_custom`` says that ``task`` is a fine-tune's own token, which is passed on as it is and
+    answered with text. ``stop`` is asked before every pass of the network: once it gives an error
+    nobody waits for the answer any longer, and that error is the answer.
     """
 
     image: AnyImage
@@ -39,6 +41,7 @@ class Ask:
     early_stopping: bool | str | None = None
     no_repeat_ngram_size: int | None = None
     is_custom: bool = False
+    stop: Stop | None = field(default=None, repr=False)
 
     def settings(self, defaults: GenerationSettings) -> GenerationSettings:
         """The checkpoint's search settings with this ask's own put over them."""

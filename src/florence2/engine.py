@@ -13,16 +13,17 @@ import torch
 from florence2.beams import NotFiniteError
 from florence2.cache import EncodedImage, FeatureCache
 from florence2.checkpoint import Checkpoint
+from florence2.chunks import run_in_chunks
 from florence2.errors import CheckpointError, FlorenceError, RequestError
 from florence2.generate import generate
 from florence2.images import LoadedImage, open_image
-from florence2.memory import run_halving
 from florence2.nearby import Nearby
 from florence2.parsing import parse
 from florence2.processing import check_prompt_length, prompt_sentence
 from florence2.records import Answer, GenerationSettings, Region, Result, Timings
 from florence2.runtimes.base import Runtime
 from florence2.scoring import NEAR_BINS
+from florence2.stopping import BetweenPasses, Stop, stop_of_all, watch_over
 from florence2.tasks import Task, find_task
 
 
@@ -35,10 +36,16 @@ class Prompt:
     prompt_ids: tuple[int, ...]
     settings: GenerationSettings
     max_new_tokens: int
+    stop: Stop | None = None
 
 
 class Engine:
-    """One checkpoint on one runtime. Calls from several threads wait for each other."""
+    """One checkpoint on one runtime. Calls from several threads wait for each other.
+
+    ``between_passes`` of ``encode`` and ``answer`` is called before every pass of the network, on
+    the calling thread, and may call the same methods: an answer in between has a session of its
+    own. Whatever it raises comes through.
+    """
 
     def __init__(
         self,
@@ -54,7 +61,9 @@ class Engine:
         self.cache = FeatureCache(cache_bytes)
         self.image_batch = image_batch
         self.prompt_batch = prompt_batch
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._is_parked = False
+        self._is_closed = False
         self._nearby = Nearby(checkpoint.vocabulary.first_location_id, NEAR_BINS)
         revision = checkpoint.revision or "local"
         self._key_prefix = f"{checkpoint.name}@{revision} {runtime.name} {runtime.precision}"
@@ -64,24 +73,34 @@ class Engine:
         """Rows of the text network's position table: the longest input and the longest answer."""
         return self.checkpoint.config.text.max_position_embeddings
 
-    def encode(self, images: Sequence[LoadedImage]) -> list[EncodedImage | FlorenceError]:
-        """The images' visual tokens, in order; each content is run through the tower once."""
+    def encode(
+        self,
+        images: Sequence[LoadedImage],
+        stops: Sequence[Stop | None] | None = None,
+        between_passes: BetweenPasses | None = None,
+    ) -> list[EncodedImage | FlorenceError]:
+        """The images' visual tokens, in order; each content is run through the tower once.
+
+        ``stops`` has one Stop per image; an image given up has the reason in its place.
+        """
         keys = [f"{self._key_prefix}:{image.content_hash}" for image in images]
         found: dict[str, EncodedImage | FlorenceError] = {}
         missing: dict[str, LoadedImage] = {}
-        for key, image in zip(keys, images, strict=True):
+        waiting: dict[str, list[Stop | None]] = {}
+        for key, image, stop in zip(keys, images, stops or [None] * len(keys), strict=True):
             cached = self.cache.get(key)
             if cached is not None:
                 found[key] = cached
             else:
                 missing[key] = image
-        names = list(missing)
-        for start in range(0, len(names), self.image_batch):
-            chunk = names[start : start + self.image_batch]
-            encoded = run_halving(
-                chunk, lambda part: self._encode_chunk(part, missing), self.runtime
-            )
-            found |= dict(zip(chunk, encoded, strict=True))
+                waiting.setdefault(key, []).append(stop)
+        found |= run_in_chunks(
+            {key: stop_of_all(waiting[key]) for key in missing},
+            self.image_batch,
+            lambda chunk: self._encode_chunk(chunk, missing),
+            self.runtime,
+            between_passes,
+        )
         return [found[key] for key in keys]
 
     def _encode_chunk(
@@ -90,6 +109,7 @@ class Engine:
         processor = self.checkpoint.image_processor
         pixels = np.stack([processor.pixels(images[key].image) for key in keys])
         with self._lock:
+            self._wake()
             began = time.perf_counter()
             features = self.runtime.encode_images(pixels)
             spent = time.perf_counter() - began
@@ -117,6 +137,7 @@ class Engine:
         text: str | None,
         region: Region | None,
         settings: GenerationSettings,
+        stop: Stop | None = None,
     ) -> Prompt:
         """Validates one request against the task table; RequestError says what is wrong."""
         sentence = prompt_sentence(task, text, region, image.size_wh)
@@ -129,11 +150,16 @@ class Engine:
                 f"and {asked} was received; ask for fewer."
             )
         limit = asked or min(task.max_new_tokens, self.max_positions)
-        return Prompt(task, image, ids, settings, limit)
+        return Prompt(task, image, ids, settings, limit, stop)
 
-    def answer(self, prompts: Sequence[Prompt]) -> list[Result | FlorenceError]:
-        """One result per prompt, in order. Prompts with the same search settings share batches."""
-        results: list[Result | FlorenceError | None] = [None] * len(prompts)
+    def answer(
+        self, prompts: Sequence[Prompt], between_passes: BetweenPasses | None = None
+    ) -> list[Result | FlorenceError]:
+        """One result per prompt, in order. Prompts with the same search settings share batches.
+
+        A prompt given up by its own ``stop`` leaves its batch and has the reason in its place.
+        """
+        results: dict[int, Result | FlorenceError] = {}
         groups: dict[GenerationSettings, list[int]] = {}
         for place, prompt in enumerate(prompts):
             groups.setdefault(prompt.settings, []).append(place)
@@ -142,21 +168,23 @@ class Engine:
             places.sort(
                 key=lambda place: (prompts[place].max_new_tokens, prompts[place].task.token)
             )
-            for start in range(0, len(places), self.prompt_batch):
-                chunk = places[start : start + self.prompt_batch]
-                answers = run_halving(
-                    chunk,
-                    lambda part: self._answer_chunk([prompts[place] for place in part]),
-                    self.runtime,
-                )
-                for place, answer in zip(chunk, answers, strict=True):
-                    results[place] = answer
-        return [result for result in results if result is not None]
+            results |= run_in_chunks(
+                {place: prompts[place].stop for place in places},
+                self.prompt_batch,
+                lambda part: self._answer_chunk([prompts[place] for place in part], between_passes),
+                self.runtime,
+                between_passes,
+            )
+        return [results[place] for place in range(len(prompts))]
 
-    def _answer_chunk(self, prompts: Sequence[Prompt]) -> list[Result | FlorenceError]:
+    def _answer_chunk(
+        self, prompts: Sequence[Prompt], between_passes: BetweenPasses | None
+    ) -> list[Result | FlorenceError]:
         settings = prompts[0].settings
         limits = [prompt.max_new_tokens for prompt in prompts]
+        watch = watch_over([prompt.stop for prompt in prompts], between_passes)
         with self._lock, torch.inference_mode():
+            self._wake()
             began = time.perf_counter()
             session = self.runtime.start(
                 [prompt.image.features for prompt in prompts],
@@ -165,7 +193,9 @@ class Engine:
                 max(limits),
             )
             started = time.perf_counter()
-            answers = generate(session, len(prompts), settings, limits, nearby=self._nearby)
+            answers = generate(
+                session, len(prompts), settings, limits, before_pass=watch, nearby=self._nearby
+            )
         timings = Timings(prompt=started - began, decode=time.perf_counter() - started)
         return [
             self._result(prompt, answer, timings) if isinstance(answer, Answer) else answer
@@ -192,6 +222,49 @@ class Engine:
             near_log_probs=answer.near_log_probs,
             timings_s=replace(timings, vision=prompt.image.vision_s),
         )
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory the weights and the cached features take on the device now."""
+        return self.runtime.weight_bytes + self.cache.num_bytes
+
+    @property
+    def is_parked(self) -> bool:
+        """Whether the weights wait in the computer's memory, see ``park``."""
+        return self._is_parked
+
+    def park(self) -> None:
+        """Frees the device's memory; the weights wait in the computer's. Parking twice is once.
+
+        The next image or prompt brings them back by itself, ``resume`` ahead of it.
+        """
+        with self._lock:
+            if not (self._is_parked or self._is_closed):
+                self.cache.clear()
+                self.runtime.park()
+                self._is_parked = True
+
+    def resume(self) -> None:
+        """Brings parked weights back to the device; CheckpointError once closed."""
+        with self._lock:
+            self._wake()
+
+    def close(self) -> None:
+        """Gives the weights up for good, once the batch in hand is answered."""
+        with self._lock:
+            self.cache.clear()
+            self.runtime.close()
+            self._is_closed = True
+
+    def _wake(self) -> None:
+        if self._is_closed:
+            raise CheckpointError(
+                f"A checkpoint that was closed answers nothing more, and {self.checkpoint.name} "
+                "was; load it again."
+            )
+        if self._is_parked:
+            self.runtime.resume()
+            self._is_parked = False
 
     def self_test(self) -> None:
         """One short generation; CheckpointError when the checkpoint cannot really answer.

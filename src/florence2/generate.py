@@ -19,10 +19,11 @@ from typing import Final, Protocol
 import torch
 from torch import Tensor
 
-from florence2.beams import PREFIX, BeamSearch, NotFiniteError
+from florence2.beams import PREFIX, BeamSearch
 from florence2.errors import FlorenceError, RequestError
 from florence2.nearby import Nearby
 from florence2.records import Answer, GenerationSettings
+from florence2.stopping import Watch
 
 MAX_BEAMS: Final = 32
 LENGTH_PENALTY_RANGE: Final = (-1.0, 10.0)
@@ -35,7 +36,7 @@ The rows copied over a whole batch then stay below four times its size.
 
 
 class GenerationCancelledError(FlorenceError):
-    """The caller asked to stop between two steps."""
+    """The caller no longer waits for the answer."""
 
     code = "cancelled"
 
@@ -82,13 +83,18 @@ def generate(
     settings: GenerationSettings | Sequence[GenerationSettings],
     max_new_tokens: Sequence[int],
     *,
-    should_stop: Callable[[], bool | None] | None = None,
+    before_pass: Watch | None = None,
     nearby: Nearby | None = None,
-) -> list[Answer | NotFiniteError]:
+) -> list[Answer | FlorenceError]:
     """Answer every item of the session, in order.
 
     An item for which the network gives NaN or infinity is a NotFiniteError, which is returned in
     its place: the other items of the batch have their answers.
+
+    ``before_pass`` is called before every pass of the network and may name items to give up: each
+    has the error named for it in its place, and the others' answers stay what they are. Once
+    every item is settled or given up there is no further pass. Whatever ``before_pass`` raises
+    comes through.
 
     ``max_new_tokens`` has one limit per item, counted as in the reference: the forced ``<s>`` and
     the closing ``</s>`` are among them. It stands for ``settings.max_new_tokens``, which is not
@@ -100,17 +106,13 @@ def generate(
     ``length_penalty``; for one beam, where the reference has none, the same formula.
     ``truncated`` is set if the limit forced the answer's ``</s>`` although the search itself,
     bans included, ranked another token first for that beam. A limit of 1 leaves room for no
-    token at all, which counts as truncated.
-
-    ``should_stop`` is called before every pass of the network; if it returns true,
-    ``GenerationCancelledError`` is raised, and whatever it raises itself comes through.
-    ``nearby`` asks for ``Answer.near_log_probs``.
+    token at all, which counts as truncated. ``nearby`` asks for ``Answer.near_log_probs``.
     """
     shared = _check_batch(num_items, settings, max_new_tokens)
     if num_items == 0:
         return []
     with torch.inference_mode():
-        return _Loop(session, shared, max_new_tokens, should_stop, nearby).run()
+        return _Loop(session, shared, max_new_tokens, before_pass, nearby).run()
 
 
 class _Loop:
@@ -121,20 +123,24 @@ class _Loop:
         session: Session,
         settings: GenerationSettings,
         limits: Sequence[int],
-        should_stop: Callable[[], bool | None] | None,
+        before_pass: Watch | None,
         nearby: Nearby | None,
     ) -> None:
         self._session = session
         self._nearby = nearby
         self._settings = settings
         self._limits = list(limits)
-        self._should_stop = should_stop
+        self._before_pass = before_pass
         self._items = list(range(len(limits)))
         self._done: set[int] = set()
-        self._answers: dict[int, Answer | NotFiniteError] = {}
+        self._answers: dict[int, Answer | FlorenceError] = {}
 
-    def run(self) -> list[Answer | NotFiniteError]:
-        self._check_stop()
+    def run(self) -> list[Answer | FlorenceError]:
+        if self._rows_to_go_on():
+            self._search()
+        return [self._answers[item] for item in range(len(self._limits))]
+
+    def _search(self) -> None:
         logits = self._session.prefill(list(PREFIX)).unsqueeze(1)
         _check_vocabulary(logits.shape[-1], self._settings.num_beams)
         search = BeamSearch(self._limits, self._settings, logits.device, self._nearby)
@@ -145,22 +151,28 @@ class _Loop:
             self._done.update(
                 item for row, item in enumerate(self._items) if search.reached_limit(row)
             )
-            live = [row for row, item in enumerate(self._items) if item not in self._done]
+            live = self._rows_to_go_on()
             if not live:
                 break
             if len(live) <= COMPACT_AT * len(self._items):
                 self._compact(search, live)
-            self._check_stop()
             self._session.reorder(search.parents)
             logits = self._session.step(search.tokens)
         self._collect(search, range(len(self._items)))
-        return [self._answers[item] for item in range(len(self._limits))]
 
-    def _check_stop(self) -> None:
-        if self._should_stop is not None and self._should_stop():
-            raise GenerationCancelledError(
-                "The request was cancelled; send it again if it is needed."
-            )
+    def _rows_to_go_on(self) -> list[int]:
+        """The rows that need another pass, once ``before_pass`` has had its say about it."""
+        live = self._live_rows()
+        if not live or self._before_pass is None:
+            return live
+        for item, reason in self._before_pass().items():
+            if item not in self._done:
+                self._answers[item] = reason
+                self._done.add(item)
+        return self._live_rows()
+
+    def _live_rows(self) -> list[int]:
+        return [row for row, item in enumerate(self._items) if item not in self._done]
 
     def _compact(self, search: BeamSearch, live: list[int]) -> None:
         """Take the answers of the other rows and drop these rows everywhere."""
@@ -173,7 +185,8 @@ class _Loop:
 
     def _collect(self, search: BeamSearch, rows: Sequence[int]) -> None:
         for row, answer in zip(rows, search.answers(list(rows)), strict=True):
-            self._answers[self._items[row]] = answer
+            # What was given up keeps its reason.
+            self._answers.setdefault(self._items[row], answer)
 
 
 class _OpenFlags:

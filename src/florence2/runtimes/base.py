@@ -15,7 +15,10 @@ Pixels = npt.NDArray[np.float32]
 
 
 class Runtime(Protocol):
-    """Runs the network on one device in one precision."""
+    """Runs the network on one device in one precision.
+
+    Several sessions may be open at a time, and images may be encoded between their steps.
+    """
 
     name: str
     device: str
@@ -41,4 +44,21 @@ class Runtime(Protocol):
 
     def free_memory(self) -> None:
         """Gives cached device memory back before a smaller batch is tried."""
+        ...
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory the weights take on the device now: 0 while parked and once closed."""
+        ...
+
+    def park(self) -> None:
+        """Moves the weights to the computer's memory; nothing is run until ``resume``."""
+        ...
+
+    def resume(self) -> None:
+        """Moves parked weights back to the device."""
+        ...
+
+    def close(self) -> None:
+        """Frees the weights for good."""
         ...

@@ -106,3 +106,29 @@ class TorchRuntime:
         """Returns torch's cached GPU blocks to the device."""
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory the weights take on the device now; a weight used twice counts once."""
+        if self.network.device.type != self._device.type:
+            return 0
+        return sum(
+            weight.numel() * weight.element_size()
+            for weight in (*self.network.parameters(), *self.network.buffers())
+        )
+
+    @torch.inference_mode(False)
+    def park(self) -> None:
+        """Moves the weights to the computer's memory; on a CPU they are there already."""
+        self.network.to("cpu")
+        self.free_memory()
+
+    @torch.inference_mode(False)
+    def resume(self) -> None:
+        """Moves parked weights back to the device."""
+        self.network.to(self._device)
+
+    def close(self) -> None:
+        """Frees the weights for good, whoever else holds the network."""
+        self.network.to("meta")
+        self.free_memory()

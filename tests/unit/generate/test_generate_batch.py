@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from functools import partial
 
 import pytest
@@ -24,7 +25,8 @@ import florence2.generate
 from florence2.beams import NotFiniteError
 from florence2.errors import FlorenceError
 from florence2.generate import GenerationCancelledError, _OpenFlags, generate
-from florence2.records import GenerationSettings
+from florence2.records import Answer, GenerationSettings
+from florence2.stopping import Watch
 
 MODES = [(1, True), (3, True), (3, False), (3, "never"), (5, True)]
 
@@ -175,35 +177,84 @@ def test_no_items_need_no_network():
     assert generate(None, 0, GenerationSettings(), []) == []
 
 
-@pytest.mark.parametrize("passes", [0, 1, 4])
-def test_a_true_callback_cancels_between_steps(passes: int):
+def _given_up_at(call: int, items: Iterable[int]) -> Watch:
+    """Names ``items`` at the given call, counted from 0, and at every later one."""
+    reasons = {item: GenerationCancelledError(f"Nobody waits for {item}.") for item in items}
+    calls = itertools.count()
+    return lambda: reasons if next(calls) >= call else {}
+
+
+@pytest.mark.parametrize("compact_at", [0.0, 0.75, 1.0])
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("call", [0, 1, 4])
+@pytest.mark.parametrize("gone", [(0,), (1, 2, 5, 6, 7), (7,)])
+def test_what_is_given_up_leaves_the_other_answers_as_they_are(
+    monkeypatch: pytest.MonkeyPatch, compact_at: float, beams: int, call: int, gone: tuple[int, ...]
+):
+    monkeypatch.setattr(florence2.generate, "COMPACT_AT", compact_at)
     model, prompts = tiny_model(SEEDS[0]), random_prompts(SEEDS[0], 8)
-    session = NaiveSession(model, prompts)
-    asked = itertools.count()
-    with pytest.raises(GenerationCancelledError) as caught:
-        generate(
-            session, 8, GenerationSettings(), [16] * 8, should_stop=lambda: next(asked) >= passes
-        )
-    assert isinstance(caught.value, FlorenceError)
+    settings = GenerationSettings(num_beams=beams)
+    stay = [item for item in range(8) if item not in gone]
+    plain = generate(NaiveSession(model, prompts), 8, settings, [16] * 8)
+    others = NaiveSession(model, prompts.pick(stay))
+    without = generate(others, len(stay), settings, [16] * len(stay))
+    answers = generate(
+        NaiveSession(model, prompts), 8, settings, [16] * 8, before_pass=_given_up_at(call, gone)
+    )
+    given_up = [item for item in gone if not isinstance(answers[item], Answer)]
+    assert given_up
+    assert [str(answers[item]) for item in given_up] == [f"Nobody waits for {i}." for i in given_up]
+    # What was complete by then is no longer given up.
+    complete = [item for item in gone if item not in given_up]
+    assert [answers[item] for item in complete] == [plain[item] for item in complete]
+    assert [answers[item].token_ids for item in stay] == [answer.token_ids for answer in without]
+
+
+def test_rows_given_up_leave_the_batch():
+    session = NaiveSession(tiny_model(SEEDS[0]), random_prompts(SEEDS[0], 8))
+    generate(session, 8, GenerationSettings(), [16] * 8, before_pass=_given_up_at(1, range(6)))
+    assert session.calls[0] == ("prefill", 8)
+    assert session.calls[1] == ("keep", 2)
+
+
+@pytest.mark.parametrize("passes", [0, 1, 4])
+def test_once_everything_is_given_up_there_is_no_further_pass(passes: int):
+    session = NaiveSession(tiny_model(SEEDS[0]), random_prompts(SEEDS[0], 8))
+    watch = _given_up_at(passes, range(8))
+    answers = generate(session, 8, GenerationSettings(), [16] * 8, before_pass=watch)
+    assert any(isinstance(answer, GenerationCancelledError) for answer in answers)
     assert sum(name != "keep" for name, _ in session.calls) == passes
 
 
-def test_what_the_callback_raises_comes_through():
-    def deadline() -> bool:
+def test_an_answer_that_is_complete_is_not_given_up():
+    session = NaiveSession(tiny_model(SEEDS[0]), random_prompts(SEEDS[0], 2))
+    watch = _given_up_at(3, [0])
+    first, _ = generate(session, 2, GenerationSettings(), [2, 16], before_pass=watch)
+    assert isinstance(first, Answer)
+
+
+def test_what_the_watch_raises_comes_through():
+    def broken() -> dict[int, FlorenceError]:
         raise TimeoutError("too late")
 
     session = NaiveSession(tiny_model(SEEDS[0]), random_prompts(SEEDS[0], 2))
     with pytest.raises(TimeoutError, match="too late"):
-        generate(session, 2, GenerationSettings(), [16] * 2, should_stop=deadline)
+        generate(session, 2, GenerationSettings(), [16] * 2, before_pass=broken)
 
 
-def test_a_callback_that_never_stops_changes_nothing():
+def test_a_watch_that_names_nothing_changes_nothing():
     model, prompts = tiny_model(SEEDS[0]), random_prompts(SEEDS[0], 8)
     run = partial(generate, num_items=8, settings=GenerationSettings(), max_new_tokens=[16] * 8)
     plain = run(NaiveSession(model, prompts))
     asked: list[int] = []
-    assert run(NaiveSession(model, prompts), should_stop=lambda: asked.append(1)) == plain
-    assert len(asked) > 3
+
+    def watch() -> dict[int, FlorenceError]:
+        asked.append(1)
+        return {}
+
+    session = NaiveSession(model, prompts)
+    assert run(session, before_pass=watch) == plain
+    assert len(asked) == sum(name != "keep" for name, _ in session.calls)
 
 
 class _BrokenSession(NaiveSession):
