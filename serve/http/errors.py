@@ -95,8 +95,9 @@ def _body(code: str, message: str) -> dict[str, object]:
 def install_error_handlers(server: FastAPI, path_prefix: str = "") -> None:
     """Teach the SDK's server to answer our errors. Call it before ``Inference.serve()``.
 
-    ``path_prefix`` is the SDK's ``SUPERVISELY_SERVER_PATH_PREFIX``. ``serve()`` adds the SDK's own middleware around what is there, and that middleware answers
+    ``serve()`` adds the SDK's own middleware around what is there, and that middleware answers
     every exception with its ``repr``; ours has to stand inside of it to be asked first.
+    ``path_prefix`` is the SDK's ``SUPERVISELY_SERVER_PATH_PREFIX``.
     """
     server.add_exception_handler(FlorenceError, _on_florence_error)
     server.add_exception_handler(RequestValidationError, _on_invalid_form)

@@ -1,0 +1,81 @@
+"""Which network addresses the server may be sent to by somebody else's link."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from florence2.errors import RequestError
+
+Resolve = Callable[[str, int], Sequence[str]]
+
+_Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+# Translators of these networks reach the IPv4 address in the last four bytes.
+_NAT64: Final = (
+    ipaddress.IPv6Network("64:ff9b::/96"),
+    ipaddress.IPv6Network("64:ff9b:1::/48"),
+)
+_COMPATIBLE: Final = ipaddress.IPv6Network("::/96")
+
+
+def resolve_host(host: str, port: int) -> list[str]:
+    """The numeric addresses of a host, the best first; any spelling of a number is one too.
+
+    Raises OSError if there are none.
+    """
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(entry[4][0]) for entry in found))
+
+
+def checked_addresses(host: str, port: int, resolve: Resolve, allow_private: bool) -> Sequence[str]:
+    """The addresses of a host, all of them public unless ``allow_private``.
+
+    One that is not public makes the host refused as a whole: its name may be somebody's try to
+    have this server fetch from its own network. Raises RequestError.
+    """
+    try:
+        addresses = resolve(host, port)
+    except (OSError, UnicodeError) as error:
+        raise RequestError(
+            f"The host {host!r} of the image's address cannot be found; check the address."
+        ) from error
+    if not addresses:
+        raise RequestError(f"The host {host!r} of the image's address has no address; check it.")
+    if not allow_private and not all(is_public(address) for address in addresses):
+        raise RequestError(
+            f"Images are fetched from public addresses only, and {host!r} is not one; upload the "
+            "image, or have an administrator set FLORENCE_ALLOW_PRIVATE_URLS=1."
+        )
+    return addresses
+
+
+def is_public(address: str) -> bool:
+    """Whether a numeric address is one of the public internet, also inside of an IPv6 one."""
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    return all(_is_public(candidate) for candidate in (parsed, *_embedded(parsed)))
+
+
+def _is_public(address: _Address) -> bool:
+    return address.is_global and not (
+        address.is_multicast
+        or address.is_reserved
+        or address.is_loopback
+        or address.is_link_local
+        or address.is_unspecified
+    )
+
+
+def _embedded(address: _Address) -> list[ipaddress.IPv4Address]:
+    """The IPv4 addresses that an IPv6 one leads to."""
+    if isinstance(address, ipaddress.IPv4Address):
+        return []
+    embedded = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ())]
+    if any(address in network for network in (*_NAT64, _COMPATIBLE)):
+        embedded.append(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
+    return [candidate for candidate in embedded if candidate is not None]

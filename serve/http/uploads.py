@@ -1,0 +1,106 @@
+"""The files and the settings of a multipart form."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from fastapi import UploadFile
+
+from florence2.errors import RequestError
+from serve.http.errors import TooLargeError
+from serve.http.limits import MAX_FILES, MAX_IMAGE_BYTES, readable_size
+
+_LONGEST_NAME: Final = 100
+_UNPRINTABLE: Final = re.compile(r"[^\w .,()+@=~#&'-]")
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """One file of a form. ``name`` is for people to read: it is never a path, and two files of a
+    request may have the same."""
+
+    name: str
+    data: bytes
+
+
+def read_uploads(
+    files: Sequence[UploadFile], max_files: int = MAX_FILES, max_bytes: int = MAX_IMAGE_BYTES
+) -> list[Upload]:
+    """The files of a form in the order they were sent; blocks while it reads.
+
+    Raises RequestError for no file or more than ``max_files``, TooLargeError for one of more
+    than ``max_bytes``.
+    """
+    if not files:
+        raise RequestError("The form must have at least one file in 'files'; add it.")
+    if len(files) > max_files:
+        raise RequestError(
+            f"A request can have at most {max_files} files, and {len(files)} were received; "
+            "send them in several requests."
+        )
+    return [_read(file, index, max_bytes) for index, file in enumerate(files)]
+
+
+def read_one_upload(files: Sequence[UploadFile], max_bytes: int = MAX_IMAGE_BYTES) -> Upload:
+    """The file of a form that must have exactly one."""
+    if len(files) != 1:
+        raise RequestError(
+            f"The form must have exactly one file in 'files', and {len(files)} were received; "
+            "send one, or use /inference_batch."
+        )
+    return _read(files[0], 0, max_bytes)
+
+
+def _read(file: UploadFile, index: int, max_bytes: int) -> Upload:
+    name = clean_name(file.filename, index)
+    data = file.file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise TooLargeError(
+            f"A file can have at most {readable_size(max_bytes)}, and {name!r} has more; "
+            "make the image smaller."
+        )
+    return Upload(name, data)
+
+
+def clean_name(name: str | None, index: int) -> str:
+    """A file's name for messages: no folders, no unprintable characters, never empty."""
+    last = re.split(r"[/\\]", name or "")[-1]
+    cleaned = _UNPRINTABLE.sub("", last).strip(" .")[-_LONGEST_NAME:]
+    return cleaned or f"image {index + 1}"
+
+
+def parse_state(form_state: str | None, form_settings: str | None) -> dict[str, Any]:
+    """The ``state`` of a form's two text fields, by the rules that the SDK's clients rely on.
+
+    ``state`` wins; without it ``settings`` is taken as the state, so clients send
+    ``{"settings": {...}}`` there. Settings sent there without that wrapper would be ignored
+    without a word, so they are taken as the settings too.
+
+    Raises RequestError if the field that counts is not a JSON object.
+    """
+    if form_state and form_state.strip() != "{}":
+        return _parse_object(form_state, "state")
+    state = _parse_object(form_settings or "{}", "settings")
+    if not state or "settings" in state:
+        return state
+    return {**state, "settings": state}
+
+
+def _parse_object(text: str, field: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(
+            f"The field {field!r} must be a JSON object, and {text[:60]!r} cannot be read as "
+            "one; correct it."
+        ) from error
+    if not isinstance(value, dict):
+        raise RequestError(
+            f"The field {field!r} must be a JSON object, and {text[:60]!r} was received; "
+            "correct it."
+        )
+    return value

@@ -1,0 +1,177 @@
+"""Images fetched from an address that somebody else chose.
+
+The address could lead into the server's own network, so every host is resolved, checked and
+then connected to by number: a name cannot be checked as one address and opened as another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import httpx2
+
+from florence2.errors import RequestError
+from serve.http.addresses import Resolve, checked_addresses, resolve_host
+from serve.http.errors import TooLargeError
+from serve.http.limits import MAX_IMAGE_BYTES, readable_size
+
+ALLOW_PRIVATE_VARIABLE: Final = "FLORENCE_ALLOW_PRIVATE_URLS"
+
+_DEFAULT_PORTS: Final = {"http": 80, "https": 443}
+_SHOWN_CHARACTERS: Final = 120
+_HEADERS: Final = {
+    "Accept": "image/*, */*;q=0.5",
+    # The size limit counts what arrives; compressed, that could be a thousandth of the image.
+    "Accept-Encoding": "identity",
+    "User-Agent": "serve-florence-2",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class UrlLimits:
+    """What a download may take. ``total_s`` counts everything, redirects included."""
+
+    connect_s: float = 5.0
+    total_s: float = 20.0
+    max_bytes: int = MAX_IMAGE_BYTES
+    max_redirects: int = 3
+    allow_private: bool = False
+
+    @classmethod
+    def from_environment(cls) -> UrlLimits:
+        """The defaults; ``FLORENCE_ALLOW_PRIVATE_URLS=1`` is for networks without internet."""
+        chosen = os.environ.get(ALLOW_PRIVATE_VARIABLE, "").strip().lower()
+        return cls(allow_private=chosen in ("1", "on", "yes", "true"))
+
+
+def fetch_image(
+    url: object, limits: UrlLimits | None = None, resolve: Resolve = resolve_host
+) -> bytes:
+    """The bytes behind an http or https address; blocks. Proxies are not used.
+
+    ``limits`` default to those of the environment. Raises RequestError if the address is
+    refused or does not answer with a file, TooLargeError for too large a one; whether the bytes
+    are an image shows when they are opened.
+    """
+    return asyncio.run(_fetch_in_time(url, limits or UrlLimits.from_environment(), resolve))
+
+
+async def _fetch_in_time(url: object, limits: UrlLimits, resolve: Resolve) -> bytes:
+    try:
+        async with asyncio.timeout(limits.total_s):
+            return await _follow(_parse(url), limits, resolve)
+    except (TimeoutError, httpx2.TimeoutException) as error:
+        raise RequestError(
+            f"{_shown(url)} did not answer within {limits.total_s:g} seconds; upload the image "
+            "instead."
+        ) from error
+    except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
+        reason = str(error) or type(error).__name__
+        raise RequestError(f"{_shown(url)} cannot be fetched: {reason}.") from error
+
+
+def _parse(url: object) -> httpx2.URL:
+    if not isinstance(url, str):
+        raise RequestError(
+            f"The address of an image must be text, and {type(url).__name__} was received; "
+            "correct it."
+        )
+    try:
+        parsed = httpx2.URL(url.strip())
+    except httpx2.InvalidURL as error:
+        raise RequestError(
+            f"The address of an image must be valid, and {_shown(url)} is not ({error})."
+        ) from error
+    if parsed.scheme not in _DEFAULT_PORTS:
+        raise RequestError(
+            f"Images are fetched by http and https only, and {_shown(url)} was received; "
+            "upload the image instead."
+        )
+    if not parsed.raw_host:
+        raise RequestError(f"The address of an image must name a host, and {_shown(url)} does not.")
+    if parsed.userinfo:
+        raise RequestError(
+            "The address of an image must not hold a user name or password; upload the image "
+            "instead."
+        )
+    return parsed
+
+
+async def _follow(url: httpx2.URL, limits: UrlLimits, resolve: Resolve) -> bytes:
+    for _ in range(limits.max_redirects + 1):
+        answer = await _visit(url, limits, resolve)
+        if isinstance(answer, bytes):
+            return answer
+        url = answer
+    raise RequestError(
+        f"{_shown(url)} was redirected to more than {limits.max_redirects} times; give the "
+        "image's own address."
+    )
+
+
+async def _visit(url: httpx2.URL, limits: UrlLimits, resolve: Resolve) -> bytes | httpx2.URL:
+    """The file, or where else it is said to be."""
+    host = url.raw_host.decode("ascii")
+    port = url.port or _DEFAULT_PORTS[url.scheme]
+    addresses = await asyncio.to_thread(
+        checked_addresses, host, port, resolve, limits.allow_private
+    )
+    timeout = httpx2.Timeout(limits.total_s, connect=limits.connect_s)
+    async with httpx2.AsyncClient(trust_env=False, timeout=timeout, headers=_HEADERS) as client:
+        response = await _connect(client, url, addresses)
+        try:
+            return await _read(response, url, limits.max_bytes)
+        finally:
+            await response.aclose()
+
+
+async def _connect(
+    client: httpx2.AsyncClient, url: httpx2.URL, addresses: Sequence[str]
+) -> httpx2.Response:
+    """The response of the first address that can be connected to."""
+    for address in addresses[:-1]:
+        try:
+            return await _send(client, url, address)
+        except (httpx2.ConnectError, httpx2.ConnectTimeout):
+            continue
+    return await _send(client, url, addresses[-1])
+
+
+async def _send(client: httpx2.AsyncClient, url: httpx2.URL, address: str) -> httpx2.Response:
+    request = client.build_request(
+        "GET",
+        url.copy_with(host=address),
+        headers={"Host": url.netloc.decode("ascii")},
+        # The certificate must be the name's, though the connection is to the number.
+        extensions={"sni_hostname": url.raw_host.decode("ascii")},
+    )
+    return await client.send(request, stream=True)
+
+
+async def _read(response: httpx2.Response, url: httpx2.URL, max_bytes: int) -> bytes | httpx2.URL:
+    if response.status_code in (301, 302, 303, 307, 308) and "location" in response.headers:
+        return _parse(str(url.join(response.headers["location"])))
+    if response.status_code != httpx2.codes.OK:
+        raise RequestError(
+            f"{_shown(url)} answered with status {response.status_code}; check the address."
+        )
+    parts: list[bytes] = []
+    size = 0
+    async for part in response.aiter_raw():
+        parts.append(part)
+        size += len(part)
+        if size > max_bytes:
+            raise TooLargeError(
+                f"A file can have at most {readable_size(max_bytes)}, and {_shown(url)} has "
+                "more; make the image smaller."
+            )
+    return b"".join(parts)
+
+
+def _shown(url: object) -> str:
+    text = str(url)
+    return repr(text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "...")
