@@ -7,11 +7,16 @@ columns, and cuts fractions off; so rounding and the change of order happen here
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from florence2.records import BoxXyxy, SizeWh
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from florence2.records import Box, BoxXyxy, Polygon, Quad, SizeWh
 
 Tlbr = tuple[int, int, int, int]
+Located = Box | Quad | Polygon
 
 
 def is_finite(values: Sequence[float]) -> bool:
@@ -41,6 +46,55 @@ def points_rc_from_ring_xy(ring_xy: Sequence[float], size_wh: SizeWh) -> list[tu
     ]
 
 
+def rings_of(shape: Quad | Polygon) -> list[Sequence[float]]:
+    """The rings (x1, y1, x2, y2, ...) that can be drawn: three points or more, all numbers."""
+    rings = [shape.quad_xy] if isinstance(shape, Quad) else shape.rings_xy
+    return [ring for ring in rings if len(ring) >= 6 and is_finite(ring)]
+
+
+def outer_box(shape: Located) -> BoxXyxy | None:
+    """The smallest box around a shape; None for one that has no place, with x1 <= x2, y1 <= y2."""
+    if isinstance(shape, Box):
+        points = list(shape.box_xyxy) if is_finite(shape.box_xyxy) else []
+    else:
+        points = [value for ring in rings_of(shape) for value in ring]
+    if not points:
+        return None
+    xs, ys = points[0::2], points[1::2]
+    return min(xs), min(ys), max(xs), max(ys)
+
+
+def area_share(box_xyxy: BoxXyxy, size_wh: SizeWh) -> float:
+    """How much of the image a box covers, from 0 to 1."""
+    width, height = size_wh
+    x1, y1, x2, y2 = box_xyxy
+    inside = (max(x1, 0.0), max(y1, 0.0), min(x2, width), min(y2, height))
+    return max(0.0, inside[2] - inside[0]) * max(0.0, inside[3] - inside[1]) / (width * height)
+
+
+def mask_of_rings(
+    rings_xy: Iterable[Sequence[float]], size_wh: SizeWh
+) -> tuple[NDArray[np.bool_], tuple[int, int]] | None:
+    """The pixels that any of the rings covers, and where the mask's (row, column) 0, 0 is.
+
+    The mask is as small as the rings allow; None when no pixel of the image is covered.
+    """
+    width, height = size_wh
+    drawn = [_far_clamped(ring, size_wh) for ring in rings_xy]
+    if not drawn:
+        return None
+    points = np.concatenate(drawn)
+    left, top = np.maximum(points.min(axis=0), 0)
+    right, bottom = np.minimum(points.max(axis=0), (width - 1, height - 1))
+    if left > right or top > bottom:
+        return None
+    mask = np.zeros((bottom - top + 1, right - left + 1), np.uint8)
+    for ring in drawn:
+        # One call for all rings would leave out what two of them share.
+        cv2.fillPoly(mask, [ring - (left, top)], 1)
+    return (mask.astype(bool), (int(top), int(left))) if mask.any() else None
+
+
 def overlap(first: BoxXyxy, second: BoxXyxy) -> float:
     """Intersection over union of two boxes."""
     width = min(first[2], second[2]) - max(first[0], second[0])
@@ -50,6 +104,21 @@ def overlap(first: BoxXyxy, second: BoxXyxy) -> float:
     shared = width * height
     union = _area(first) + _area(second) - shared
     return shared / union if union > 0 else 0.0
+
+
+def containment(first: BoxXyxy, second: BoxXyxy) -> float:
+    """How much of the smaller of two boxes lies inside the larger, from 0 to 1."""
+    width = min(first[2], second[2]) - max(first[0], second[0])
+    height = min(first[3], second[3]) - max(first[1], second[1])
+    smaller = min(_area(first), _area(second))
+    return width * height / smaller if width > 0 and height > 0 and smaller > 0 else 0.0
+
+
+def _far_clamped(ring_xy: Sequence[float], size_wh: SizeWh) -> NDArray[np.int32]:
+    """Pixels (x, y) of a ring, [points, 2], at most an image away from it: drawing is 32 bit."""
+    ends = np.array(size_wh)
+    points = np.floor(np.array(ring_xy, np.float64).reshape(-1, 2) + 0.5)
+    return np.clip(points, -ends, 2 * ends).astype(np.int32)
 
 
 def _area(box_xyxy: BoxXyxy) -> float:
