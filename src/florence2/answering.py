@@ -51,7 +51,8 @@ def answer_all(
 ) -> list[Outcome]:
     """One result or error per ask, in order; one ask's error does not touch the others.
 
-    ``between_passes`` is called before every pass of the network and may call this function.
+    ``between_passes`` is called before every pass of the network, and before every image that is
+    opened or scaled; it may call this function.
     """
     # A list may hold anything: what is no Ask has no image to encode.
     known = [ask for ask in asks if isinstance(ask, Ask)]
@@ -84,6 +85,8 @@ def encode_all(
     for key, image, stop in zip(keys, images, stops or [None] * len(keys), strict=True):
         waiting.setdefault(key, []).append(stop)
         if key not in opened:
+            if between_passes is not None:
+                between_passes()
             opened[key] = _opened(image)
     loaded = {key: image for key, image in opened.items() if isinstance(image, LoadedImage)}
     shared = [stop_of_all(waiting[key]) for key in loaded]
@@ -95,7 +98,7 @@ def encode_all(
     return [settled[key] for key in keys]
 
 
-def identity(image: AnyImage) -> object:
+def identity(image: object) -> object:
     """Equal for what is certainly the same image: the same path, bytes or object."""
     return image if isinstance(image, str | bytes) else id(image)
 

@@ -42,9 +42,9 @@ class Prompt:
 class Engine:
     """One checkpoint on one runtime. Calls from several threads wait for each other.
 
-    ``between_passes`` of ``encode`` and ``answer`` is called before every pass of the network, on
-    the calling thread, and may call the same methods: an answer in between has a session of its
-    own. Whatever it raises comes through.
+    ``between_passes`` of ``encode`` and ``answer`` is called before every pass of the network and
+    every image to scale, on the calling thread, and may call the same methods: an answer in
+    between has a session of its own. Whatever it raises comes through.
     """
 
     def __init__(
@@ -97,17 +97,24 @@ class Engine:
         found |= run_in_chunks(
             {key: stop_of_all(waiting[key]) for key in missing},
             self.image_batch,
-            lambda chunk: self._encode_chunk(chunk, missing),
+            lambda chunk: self._encode_chunk(chunk, missing, between_passes),
             self.runtime,
             between_passes,
         )
         return [found[key] for key in keys]
 
     def _encode_chunk(
-        self, keys: Sequence[str], images: dict[str, LoadedImage]
+        self,
+        keys: Sequence[str],
+        images: dict[str, LoadedImage],
+        between_passes: BetweenPasses | None,
     ) -> list[EncodedImage]:
-        processor = self.checkpoint.image_processor
-        pixels = np.stack([processor.pixels(images[key].image) for key in keys])
+        scaled = []
+        for key in keys:
+            scaled.append(self.checkpoint.image_processor.pixels(images[key].image))
+            if between_passes is not None:
+                between_passes()
+        pixels = np.stack(scaled)
         with self._lock:
             self._wake()
             began = time.perf_counter()

@@ -1,0 +1,304 @@
+"""One thread owns the model: requests of many callers share batches, and a click goes first.
+
+An interactive request that arrives while a bulk batch runs is answered between two passes of that
+batch, in a session of its own. So it waits for one step and not for the batch.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, Final, TypeVar
+
+from florence2.answering import Outcome, answer_all
+from florence2.ask import Ask
+from florence2.engine import Engine
+from florence2.errors import FlorenceError
+from florence2.memory import OutOfMemoryError
+from florence2.records import Failure, Result
+from florence2.scheduler_queue import Piece, TicketQueue
+from florence2.scheduler_report import BatchReport, Observer, Pace, report_of
+from florence2.scheduler_ticket import DeadlineError, InternalError, Priority, Ticket
+from florence2.stopping import BetweenPasses
+
+__all__ = [
+    "BatchReport",
+    "DeadlineError",
+    "InternalError",
+    "Observer",
+    "Priority",
+    "QueueFullError",
+    "Scheduler",
+    "StoppedError",
+]
+
+logger = logging.getLogger(__name__)
+
+GATHER_S: Final = 0.003
+"""How long a batch waits for as many requests as the last one had, if that had several."""
+
+T = TypeVar("T")
+
+
+class QueueFullError(FlorenceError):
+    """Too many asks wait already; ``retry_after_s`` is about when they will be answered."""
+
+    code = "queue_full"
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class StoppedError(FlorenceError):
+    """The scheduler was closed: its checkpoint is no longer deployed."""
+
+    code = "not_deployed"
+
+
+class Scheduler:
+    """Answers the asks of many threads on one thread of its own, until ``close``.
+
+    ``max_batch`` is counted in asks, ``max_queued`` too: from that many waiting asks on a further
+    request is refused. ``observer`` is called on the model's thread after every batch, just
+    before the callers get their answers.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        max_batch: int | None = None,
+        max_queued: int = 4096,
+        observer: Observer | None = None,
+    ) -> None:
+        self._engine = engine
+        self._max_batch = max_batch or engine.prompt_batch
+        self._max_queued = max_queued
+        self._observer = observer
+        self._news = threading.Condition()
+        self._queues = {priority: TicketQueue() for priority in Priority}
+        self._postponed: list[Piece] = []
+        self._actions: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._open: set[Ticket] = set()
+        self._is_closed = False
+        self._last: BatchReport | None = None
+        self._pace = Pace()
+        self._nested_s = 0.0
+        self._thread = threading.Thread(target=self._work, name="florence2-model", daemon=True)
+        self._thread.start()
+
+    @property
+    def queue_depth(self) -> int:
+        """Asks that wait for their batch."""
+        with self._news:
+            return sum(queue.num_asks for queue in self._queues.values()) + len(self._postponed)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether nothing is answered any more."""
+        return self._is_closed
+
+    def run(
+        self,
+        asks: Sequence[Ask],
+        *,
+        priority: Priority = Priority.INTERACTIVE,
+        deadline_s: float | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> list[Result | Failure]:
+        """One result or failure per ask, in order; the calling thread waits for all of them.
+
+        ``deadline_s`` counts from now; asks without an answer by then fail with the code
+        ``deadline``. ``should_stop`` is asked on the calling thread about ten times a second; once
+        true, asks without an answer fail with ``cancelled``. Raises QueueFullError at once, and
+        StoppedError when the scheduler is closed before everything is answered.
+        """
+        if threading.current_thread() is self._thread:
+            raise RuntimeError("The model's thread cannot wait for itself; use the engine there.")
+        ticket = Ticket(asks, priority, self._max_batch, deadline_s, should_stop)
+        self._admit(ticket)
+        try:
+            reason = ticket.wait()
+            if reason is not None:
+                self._give_up(ticket, reason)
+        finally:
+            self._forget(ticket)
+        if isinstance(ticket.reason, StoppedError):
+            raise ticket.reason
+        return ticket.results()
+
+    def call(self, action: Callable[[], T]) -> T:
+        """Runs ``action`` on the model's thread after the batch in hand, ahead of all that waits.
+
+        What it raises is raised here; StoppedError if the scheduler is closed before its turn.
+        """
+        if threading.current_thread() is self._thread:
+            return action()
+        future: Future[T] = Future()
+        with self._news:
+            self._check_open()
+            self._actions.append((action, future))
+            self._news.notify()
+        return future.result()
+
+    def close(self) -> None:
+        """Answers nothing more: whoever waits gets StoppedError, the batch in hand is given up.
+
+        Returns once the pass in hand is over, so that the engine may be closed next.
+        """
+        self._stop()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _admit(self, ticket: Ticket) -> None:
+        with self._news:
+            self._check_open()
+            if not ticket.asks:
+                return
+            depth = self.queue_depth
+            if depth >= self._max_queued:
+                raise QueueFullError(
+                    f"At most {self._max_queued} prompts may wait for an answer, and {depth} do; "
+                    "send the request again later.",
+                    self._pace.seconds_for(depth),
+                )
+            self._open.add(ticket)
+            self._queues[ticket.priority].add(ticket)
+            self._news.notify()
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise _stopped()
+
+    def _give_up(self, ticket: Ticket, reason: FlorenceError) -> None:
+        with self._news:
+            if not ticket.is_done:
+                ticket.give_up(reason)
+                self._queues[ticket.priority].discard(ticket)
+                self._postponed = [piece for piece in self._postponed if piece.ticket != ticket]
+
+    def _forget(self, ticket: Ticket) -> None:
+        """Leaves nothing of a ticket behind, also when its caller was interrupted."""
+        self._give_up(ticket, _stopped())
+        with self._news:
+            self._open.discard(ticket)
+
+    def _stop(self) -> None:
+        with self._news:
+            self._is_closed = True
+            for ticket in list(self._open):
+                self._give_up(ticket, _stopped())
+            while self._actions:
+                self._actions.popleft()[1].set_exception(_stopped())
+            self._news.notify()
+
+    def _work(self) -> None:
+        try:
+            while not self._is_closed:
+                action, pieces = self._next()
+                if action is not None:
+                    _act(*action)
+                elif pieces:
+                    self._last = self._answer(pieces)
+        finally:
+            # Whatever ends this thread, nobody is left waiting for it.
+            self._stop()
+
+    def _next(self) -> tuple[tuple[Callable[[], Any], Future[Any]] | None, list[Piece]]:
+        """Waits for something to do: an action, or else a batch."""
+        with self._news:
+            self._news.wait_for(lambda: self._is_closed or self._actions or self.queue_depth)
+            if self._last is not None and self._last.requests > 1:
+                self._news.wait_for(self._is_company_here, GATHER_S)
+            if self._is_closed:
+                return None, []
+            return (self._actions.popleft(), []) if self._actions else (None, self._pick())
+
+    def _is_company_here(self) -> bool:
+        tickets = sum(len(queue) for queue in self._queues.values())
+        is_enough = self._last is None or tickets >= self._last.requests
+        return self._is_closed or bool(self._actions) or bool(self._postponed) or is_enough
+
+    def _pick(self) -> list[Piece]:
+        if self._postponed:
+            postponed, self._postponed = self._postponed, []
+            return postponed
+        # After a click comes a bulk batch, in which clicks go on being answered: both get on.
+        is_bulk_due = self._last is not None and self._last.priority is Priority.INTERACTIVE
+        for priority in sorted(Priority, reverse=is_bulk_due):
+            if pieces := self._queues[priority].pick(self._max_batch):
+                return pieces
+        return []
+
+    def _between_passes(self) -> None:
+        """Answers the clicks that came during a bulk batch, before its next pass."""
+        with self._news:
+            pieces = self._queues[Priority.INTERACTIVE].pick(self._max_batch)
+        if pieces:
+            began = time.monotonic()
+            self._answer(pieces, is_nested=True)
+            self._nested_s += time.monotonic() - began
+
+    def _answer(self, pieces: list[Piece], *, is_nested: bool = False) -> BatchReport:
+        began, nested_s = time.monotonic(), self._nested_s
+        priority = pieces[0].ticket.priority
+        outcomes = self._outcomes(
+            pieces, self._between_passes if priority is Priority.BULK else None
+        )
+        seconds = time.monotonic() - began - (self._nested_s - nested_s)
+        answered = list(zip(pieces, outcomes, strict=True))
+        if is_nested:
+            answered = self._postpone(answered)
+        report = report_of(answered, priority, began, seconds, self.queue_depth)
+        self._observe(report)
+        with self._news:
+            for piece, outcome in answered:
+                piece.ticket.settle(piece.place, outcome)
+        return report
+
+    def _outcomes(self, pieces: list[Piece], between_passes: BetweenPasses | None) -> list[Outcome]:
+        try:
+            return answer_all(self._engine, [piece.ask for piece in pieces], between_passes)
+        except FlorenceError as error:
+            return [error] * len(pieces)
+        except Exception:
+            logger.exception("A batch of %d prompts failed", len(pieces))
+            return [InternalError()] * len(pieces)
+
+    def _postpone(self, answered: list[tuple[Piece, Outcome]]) -> list[tuple[Piece, Outcome]]:
+        """What had no room beside a bulk batch is asked again right after it; gives the rest."""
+        with self._news:
+            self._postponed += [
+                piece
+                for piece, outcome in answered
+                if isinstance(outcome, OutOfMemoryError) and not piece.ticket.is_done
+            ]
+            return [pair for pair in answered if not isinstance(pair[1], OutOfMemoryError)]
+
+    def _observe(self, report: BatchReport) -> None:
+        self._pace.note(report)
+        if self._observer is None:
+            return
+        try:
+            self._observer(report)
+        except Exception:
+            logger.exception("The observer of batches failed")
+
+
+def _act(action: Callable[[], Any], future: Future[Any]) -> None:
+    try:
+        future.set_result(action())
+    except BaseException as error:  # noqa: BLE001 - it is raised where the caller waits
+        future.set_exception(error)
+
+
+def _stopped() -> StoppedError:
+    return StoppedError(
+        "No checkpoint is deployed any more, so the request was not answered; deploy one and send "
+        "it again."
+    )

@@ -1,0 +1,83 @@
+"""What a batch was, for metrics, and how fast answers come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from florence2.answering import Outcome, identity
+from florence2.records import Result
+from florence2.scheduler_queue import Piece
+from florence2.scheduler_ticket import Priority
+
+RETRY_AFTER_S: Final = (1.0, 60.0)
+FIRST_RETRY_AFTER_S: Final = 5.0
+"""What a full queue says before any batch has shown how fast answers come."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchReport:
+    """What one batch was.
+
+    ``prompts`` counts its asks, ``images`` the different images among them, ``requests`` whose
+    asks they were, ``failures`` the asks without a result, ``queue_depth`` the asks that wait now,
+    ``tokens`` those of the answers. ``seconds`` leaves out the batches answered in between;
+    ``waited_s`` is how long ago the earliest of its requests had arrived when it began.
+    """
+
+    priority: Priority
+    prompts: int
+    images: int
+    queue_depth: int
+    tokens: int
+    seconds: float
+    waited_s: float
+    requests: int = 1
+    failures: int = 0
+
+
+Observer = Callable[[BatchReport], None]
+
+
+def report_of(
+    answered: Sequence[tuple[Piece, Outcome]],
+    priority: Priority,
+    began: float,
+    seconds: float,
+    queue_depth: int,
+) -> BatchReport:
+    """The report of a batch that began at ``began`` of the monotonic clock."""
+    results = [outcome for _, outcome in answered if isinstance(outcome, Result)]
+    return BatchReport(
+        priority=priority,
+        prompts=len(answered),
+        images=len({identity(getattr(piece.ask, "image", None)) for piece, _ in answered}),
+        queue_depth=queue_depth,
+        tokens=sum(len(step.token_ids) for one in results for step in one.steps or (one,)),
+        seconds=seconds,
+        waited_s=max((began - piece.ticket.arrived for piece, _ in answered), default=0.0),
+        requests=len({piece.ticket for piece, _ in answered}),
+        failures=len(answered) - len(results),
+    )
+
+
+class Pace:
+    """Asks per second, recent batches counting most."""
+
+    def __init__(self) -> None:
+        self._asks_per_s: float | None = None
+
+    def note(self, report: BatchReport) -> None:
+        """Takes one more batch into account."""
+        if report.seconds > 0 and report.prompts:
+            rate = report.prompts / report.seconds
+            before = rate if self._asks_per_s is None else self._asks_per_s
+            self._asks_per_s = (3 * before + rate) / 4
+
+    def seconds_for(self, num_asks: int) -> float:
+        """About how long so many asks take, from 1 s to 60 s."""
+        if self._asks_per_s is None:
+            return FIRST_RETRY_AFTER_S
+        low, high = RETRY_AFTER_S
+        return min(high, max(low, num_asks / self._asks_per_s))

@@ -1,0 +1,170 @@
+"""One request at the scheduler: its asks, how long its caller waits, and what came of it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from enum import IntEnum
+from typing import Final
+
+from florence2.answering import identity
+from florence2.ask import Ask, name_of
+from florence2.errors import FlorenceError
+from florence2.generate import GenerationCancelledError
+from florence2.records import Failure, Result
+
+logger = logging.getLogger(__name__)
+
+LOOK_AFTER_S: Final = 0.1
+"""How often a waiting caller is asked whether it still waits."""
+
+
+class Priority(IntEnum):
+    """Who is answered first: someone who looks at the screen, then runs over many images."""
+
+    INTERACTIVE = 0
+    BULK = 1
+
+
+class DeadlineError(FlorenceError):
+    """The time that the caller gave was over before the answer was there."""
+
+    code = "deadline"
+
+
+class InternalError(FlorenceError):
+    """A fault of this program; its trace is in the log."""
+
+    code = "internal_error"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "An answer failed because of a fault in this program, which its log describes; send "
+            "the request again or report it."
+        )
+
+
+class Ticket:
+    """The asks of one request; each is answered once, and what comes later is dropped.
+
+    ``chunks`` are the places of the asks that nobody has begun: those about one image together,
+    at most ``max_batch`` in each; ``num_waiting`` counts them. The scheduler changes a ticket only
+    under its own lock.
+    """
+
+    def __init__(
+        self,
+        asks: Sequence[Ask],
+        priority: Priority,
+        max_batch: int,
+        deadline_s: float | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> None:
+        self.asks = [_watched(ask, self.stop) for ask in asks]
+        self.priority = priority
+        self.arrived = time.monotonic()
+        self.chunks = _by_image(asks, max_batch)
+        self.num_waiting = len(asks)
+        self.reason: FlorenceError | None = None
+        self._deadline = None if deadline_s is None else self.arrived + deadline_s
+        self._deadline_s = deadline_s
+        self._should_stop = should_stop
+        self._results: list[Result | Failure | None] = [None] * len(asks)
+        self._open = len(asks)
+        self._is_done = threading.Event()
+        if not asks:
+            self._is_done.set()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every ask has its result."""
+        return self._is_done.is_set()
+
+    def stop(self) -> FlorenceError | None:
+        """Why nobody waits any longer; the ``Stop`` of every ask of this ticket."""
+        return self.reason
+
+    def take(self, room: int) -> list[int]:
+        """The places of up to ``room`` asks about one image, which are then begun."""
+        chunk = self.chunks.popleft()
+        if len(chunk) > room:
+            self.chunks.appendleft(chunk[room:])
+        taken = chunk[:room]
+        self.num_waiting -= len(taken)
+        return taken
+
+    def settle(self, place: int, outcome: Result | FlorenceError) -> None:
+        """Notes the answer to one ask."""
+        if self._results[place] is not None:
+            return
+        if isinstance(outcome, FlorenceError):
+            image = name_of(getattr(self.asks[place], "image", None))
+            self._results[place] = Failure(outcome.code, str(outcome), image)
+        else:
+            self._results[place] = outcome
+        self._open -= 1
+        if not self._open:
+            self._is_done.set()
+
+    def give_up(self, reason: FlorenceError) -> None:
+        """Settles every open ask with ``reason``; those in the batch in hand leave it."""
+        self.reason = reason
+        self.chunks.clear()
+        self.num_waiting = 0
+        for place in range(len(self._results)):
+            self.settle(place, reason)
+
+    def wait(self) -> FlorenceError | None:
+        """Waits until all is answered, or gives the reason why the caller waits no longer."""
+        while True:
+            reason = None if self.is_done else self._overdue()
+            if reason is not None or self._is_done.wait(self._patience_s()):
+                return reason
+
+    def results(self) -> list[Result | Failure]:
+        """All results in the order of the asks, once done."""
+        return [result for result in self._results if result is not None]
+
+    def _patience_s(self) -> float | None:
+        left = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+        if self._should_stop is None:
+            return left
+        return LOOK_AFTER_S if left is None else min(left, LOOK_AFTER_S)
+
+    def _overdue(self) -> FlorenceError | None:
+        try:
+            if self._should_stop is not None and self._should_stop():
+                return GenerationCancelledError(
+                    "The request was cancelled; send it again if it is needed."
+                )
+        except Exception:
+            logger.exception("Asking whether a request is still wanted failed")
+            return InternalError()
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            return DeadlineError(
+                f"An answer was wanted within {self._deadline_s:g} s and there was none by then; "
+                "allow more time or ask for less at once."
+            )
+        return None
+
+
+def _watched(ask: Ask, stop: Callable[[], FlorenceError | None]) -> Ask:
+    if not isinstance(ask, Ask):
+        return ask
+    own = ask.stop
+    return replace(ask, stop=stop if own is None else lambda: stop() or own())
+
+
+def _by_image(asks: Sequence[Ask], max_batch: int) -> deque[list[int]]:
+    places: dict[object, list[int]] = {}
+    for place, ask in enumerate(asks):
+        places.setdefault(identity(getattr(ask, "image", None)), []).append(place)
+    return deque(
+        group[start : start + max_batch]
+        for group in places.values()
+        for start in range(0, len(group), max_batch)
+    )
