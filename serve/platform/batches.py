@@ -1,0 +1,107 @@
+"""Work that overlaps: downloads run ahead of the model, uploads behind it. Nothing polls."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Final, Generic, TypeVar
+
+from serve.platform.images import Target
+
+MAX_BYTES_AHEAD: Final = 256_000_000
+BATCHES_AHEAD: Final = 3
+BATCHES_BEHIND: Final = 2
+
+Batch = tuple[Target, ...]
+Item = TypeVar("Item")
+Fetched = TypeVar("Fetched")
+
+
+def split_batches(
+    targets: Iterable[Target], size: int, max_bytes: int = MAX_BYTES_AHEAD // 2
+) -> Iterator[Batch]:
+    """Batches of at most ``size`` images whose files are at most ``max_bytes`` together.
+
+    A larger image is a batch of its own.
+    """
+    batch: list[Target] = []
+    total = 0
+    for target in targets:
+        if batch and (len(batch) >= size or total + target.size_bytes > max_bytes):
+            yield tuple(batch)
+            batch, total = [], 0
+        batch.append(target)
+        total += target.size_bytes
+    if batch:
+        yield tuple(batch)
+
+
+def fetch_ahead(
+    batches: Iterable[Batch],
+    fetch: Callable[[Batch], Fetched],
+    max_batches: int = BATCHES_AHEAD,
+    max_bytes: int = MAX_BYTES_AHEAD,
+) -> Generator[tuple[Batch, Fetched]]:
+    """Each batch with what ``fetch`` gives for it, in order, fetched in a few threads.
+
+    Not more than ``max_batches`` and ``max_bytes`` are on the way or waiting, the bytes only from
+    the second batch on. Close it to give up what is not begun.
+    """
+    pool = ThreadPoolExecutor(max_batches, thread_name_prefix="download")
+    waiting: deque[tuple[Batch, Future[Fetched]]] = deque()
+    rest = iter(batches)
+    held: Batch | None = next(rest, None)
+    try:
+        while held is not None or waiting:
+            while held is not None and _has_room(waiting, held, max_batches, max_bytes):
+                waiting.append((held, pool.submit(fetch, held)))
+                held = next(rest, None)
+            batch, future = waiting.popleft()
+            yield batch, future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _has_room(
+    waiting: Sequence[tuple[Batch, Future[Fetched]]], batch: Batch, max_batches: int, max_bytes: int
+) -> bool:
+    if not waiting:
+        return True
+    total = sum(target.size_bytes for one, _ in waiting for target in one)
+    total += sum(target.size_bytes for target in batch)
+    return len(waiting) < max_batches and total <= max_bytes
+
+
+class Behind(Generic[Item]):
+    """One thread that settles items in order while the caller makes the next one.
+
+    ``put`` waits while two items are unsettled, and raises what settling an earlier one raised;
+    ``finish`` waits for all of them and raises likewise. An item after a raise is not settled.
+    """
+
+    def __init__(self, settle: Callable[[Item], None], max_waiting: int = BATCHES_BEHIND) -> None:
+        self._settle = settle
+        self._max_waiting = max_waiting
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="upload")
+        self._waiting: deque[Future[None]] = deque()
+        self._is_broken = False
+
+    def put(self, item: Item) -> None:
+        while len(self._waiting) >= self._max_waiting:
+            self._waiting.popleft().result()
+        self._waiting.append(self._pool.submit(self._settle_next, item))
+
+    def finish(self) -> None:
+        try:
+            while self._waiting:
+                self._waiting.popleft().result()
+        finally:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _settle_next(self, item: Item) -> None:
+        if self._is_broken:
+            return
+        self._is_broken = True
+        self._settle(item)
+        self._is_broken = False

@@ -1,0 +1,87 @@
+"""What went wrong with which image, kept apart from results, and told at the end of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from florence2.errors import FlorenceError
+from florence2.records import Failure
+
+_SHOWN_IDS: Final = 20
+
+
+class FailedImageError(FlorenceError):
+    """One failure as an error; its ``code`` is the failure's own."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.message)
+        self.code = failure.code
+
+
+class PartialFailureError(FlorenceError):
+    """A run ended and some of its images are not done; ``failures`` says which and why."""
+
+    code = "partial_failure"
+
+    def __init__(self, message: str, failures: Sequence[ImageFailure]) -> None:
+        super().__init__(message)
+        self.failures = tuple(failures)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFailure:
+    """The failure of one image of the platform."""
+
+    image_id: int
+    name: str | None
+    failure: Failure
+
+    def to_json(self) -> dict[str, object]:
+        """``image_id``, ``name``, ``code`` and ``message``."""
+        return {
+            "image_id": self.image_id,
+            "name": self.name,
+            "code": self.failure.code,
+            "message": self.failure.message,
+        }
+
+
+def failure_of(error: BaseException, what: str, code: str | None = None) -> Failure:
+    """A failure from an error: its own sentence, or ``what`` failed and the error's first line."""
+    if isinstance(error, FlorenceError):
+        return Failure(code or error.code, str(error))
+    lines = str(error).strip().splitlines()
+    reason = f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+    return Failure(code or "internal", f"{what} ({reason}); see the app's log and send it again.")
+
+
+def failed_in_part(failures: Sequence[ImageFailure], total: int, lost: str) -> PartialFailureError:
+    """The end of a run whose other images are done. ``lost``: what the failed ones lack."""
+    count = len(failures)
+    verb = "has" if count == 1 else "have"
+    others = " The others are done." if count < total else ""
+    return PartialFailureError(
+        f"{count} of {total} images failed and {verb} {lost} ({_ids(failures)}), the first "
+        f"because: {failures[0].failure.message}{others} Send these ids again.",
+        failures,
+    )
+
+
+def stopped_early(
+    error: Exception, done: int, total: int, failures: Sequence[ImageFailure]
+) -> PartialFailureError:
+    """The end of a run that an error broke off after ``done`` images."""
+    failed = f" {len(failures)} of the images failed ({_ids(failures)})." if failures else ""
+    return PartialFailureError(
+        f"The run stopped after {done} of {total} images were done: "
+        f"{failure_of(error, 'The run failed').message}{failed} Start it again for the rest.",
+        failures,
+    )
+
+
+def _ids(failures: Sequence[ImageFailure]) -> str:
+    ids = [str(failed.image_id) for failed in failures]
+    more = f" and {len(ids) - _SHOWN_IDS} more" if len(ids) > _SHOWN_IDS else ""
+    return f"{'id' if len(ids) == 1 else 'ids'} {', '.join(ids[:_SHOWN_IDS])}{more}"

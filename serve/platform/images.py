@@ -1,0 +1,155 @@
+"""The images of a run as the platform knows them, in the order that they were asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from requests.exceptions import HTTPError
+
+from florence2.errors import RequestError
+from florence2.records import Failure
+from serve.platform.plan import Source
+from serve.sdk import sly
+
+_IDS_PER_REQUEST: Final = 500
+_UNKNOWN_SIZE: Final = 1_000_000
+_IMAGES_PROJECT: Final = "images"
+
+
+class NotFoundError(RequestError):
+    """The platform has no such thing, or this account may not see it."""
+
+    code = "not_found"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One image to do: what the platform says about it, or why it cannot be done."""
+
+    image_id: int
+    project_id: int | None = None
+    info: sly.ImageInfo | None = None
+    failure: Failure | None = None
+
+    @property
+    def name(self) -> str | None:
+        return None if self.info is None else self.info.name
+
+    @property
+    def dataset_id(self) -> int | None:
+        return None if self.info is None else self.info.dataset_id
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the file; a guess where the platform does not say."""
+        size = None if self.info is None else self.info.size
+        return int(size) if size else _UNKNOWN_SIZE
+
+
+@dataclass(frozen=True, slots=True)
+class Images:
+    """The targets of a run, and the datasets they are in by id."""
+
+    targets: tuple[Target, ...]
+    datasets: dict[int, Any]
+
+
+def resolve(api: sly.Api | None, source: Source) -> Images:
+    """The images of ``source``. An unknown one is a target with a failure, unless all are.
+
+    RequestError, or NotFoundError, which is one, when there is nothing to work on.
+    """
+    if api is None:
+        raise RequestError(
+            "Images are named by id, and this app is not connected to a platform; start it with "
+            "SERVER_ADDRESS and API_TOKEN or send the image itself."
+        )
+    if source.project_id is None:
+        return _by_ids(api, source.image_ids)
+    return _of_project(api, source.project_id, source.dataset_ids)
+
+
+def _by_ids(api: sly.Api, image_ids: Sequence[int]) -> Images:
+    infos = _infos(api, image_ids)
+    if not infos:
+        raise NotFoundError(_missing_image(image_ids[0]).message)
+    datasets = {one: api.dataset.get_info_by_id(one) for one in _datasets_in(infos.values())}
+    targets = [
+        Target(one, datasets[infos[one].dataset_id].project_id, infos[one])
+        if one in infos
+        else Target(one, failure=_missing_image(one))
+        for one in image_ids
+    ]
+    return Images(tuple(targets), datasets)
+
+
+def _datasets_in(infos: Iterable[sly.ImageInfo]) -> list[int]:
+    return list(dict.fromkeys(info.dataset_id for info in infos))
+
+
+def _missing_image(image_id: int) -> Failure:
+    return Failure(
+        "not_found",
+        f"Image {image_id} does not exist, is archived, or is not visible to this account; check "
+        "the id.",
+    )
+
+
+def _infos(api: sly.Api, image_ids: Sequence[int]) -> dict[int, sly.ImageInfo]:
+    """The images that exist. The SDK's own batch call raises for all of them when one does not."""
+    infos: dict[int, sly.ImageInfo] = {}
+    waiting = dict.fromkeys(image_ids)
+    while waiting:
+        image_id, _ = waiting.popitem()
+        info = _info_or_none(api, image_id)
+        if info is None:
+            continue
+        infos[image_id] = info
+        for ids in _parts(list(waiting), _IDS_PER_REQUEST):
+            filters = [{"field": "id", "operator": "in", "value": ids}]
+            found = api.image.get_list(info.dataset_id, filters=filters)
+            infos.update({one.id: one for one in found})
+        waiting = {one: None for one in waiting if one not in infos}
+    return infos
+
+
+def _info_or_none(api: sly.Api, image_id: int) -> sly.ImageInfo | None:
+    try:
+        return api.image.get_info_by_id(image_id)
+    except HTTPError as error:
+        if error.response is not None and error.response.status_code in (403, 404):
+            return None
+        raise
+
+
+def _parts(ids: list[int], size: int) -> Iterator[list[int]]:
+    for start in range(0, len(ids), size):
+        yield ids[start : start + size]
+
+
+def _of_project(api: sly.Api, project_id: int, dataset_ids: Sequence[int] | None) -> Images:
+    project = api.project.get_info_by_id(project_id)
+    if project is None:
+        raise NotFoundError(
+            f"Project {project_id} does not exist or is not visible to this account; check the id."
+        )
+    if str(project.type) != _IMAGES_PROJECT:
+        raise RequestError(
+            f"Only projects of images can be labeled, and project {project_id} is of "
+            f"{project.type}; choose another."
+        )
+    datasets = {found.id: found for found in api.dataset.get_list(project_id, recursive=True)}
+    unknown = [one for one in dataset_ids or () if one not in datasets]
+    if unknown:
+        raise RequestError(
+            f"Project {project_id} has no dataset {unknown[0]}; choose from its own datasets."
+        )
+    chosen = datasets if dataset_ids is None else dict.fromkeys(dataset_ids)
+    targets = [
+        Target(info.id, project_id, info)
+        for dataset_id in chosen
+        for info in api.image.get_list(dataset_id)
+    ]
+    return Images(tuple(targets), datasets)

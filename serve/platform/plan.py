@@ -1,0 +1,146 @@
+"""What a request for a run says, checked: which images, how many at a time, and where to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from florence2.errors import RequestError, unknown_name
+from florence2.generate import shown
+from serve.platform.services import State
+
+UploadMode = Literal["append", "iou_merge", "replace", "create"]
+
+MAX_BATCH_SIZE: Final = 256
+DEFAULT_MERGE_IOU: Final = 0.9
+UPLOAD_MODES: Final[tuple[UploadMode, ...]] = ("append", "iou_merge", "replace", "create")
+IMAGE_ID_KEYS: Final = ("batch_ids", "image_ids", "images_ids", "imageIds", "image_id", "imageId")
+PROJECT_ID_KEYS: Final = ("projectId", "project_id")
+DATASET_ID_KEYS: Final = ("dataset_ids", "datasetIds")
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """Where labels go. ``mode`` of None: they are returned and nothing is changed.
+
+    ``iou``: predictions that overlap an existing label of their class by this or more are left
+    out; None keeps all. ``suffix`` goes behind names that the project has with another meaning.
+    """
+
+    mode: UploadMode | None = None
+    project_id: int | None = None
+    iou: float | None = None
+    suffix: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """The images: either their ids, or a project and, unless None, its datasets."""
+
+    image_ids: tuple[int, ...] = ()
+    project_id: int | None = None
+    dataset_ids: tuple[int, ...] | None = None
+
+
+def ids_source(state: State) -> Source:
+    """The images named in ``state``; RequestError when there are none or they are no ids."""
+    found = _ids(state, IMAGE_ID_KEYS)
+    if not found:
+        raise RequestError("A request needs at least one image id, and none was received; send it.")
+    return Source(image_ids=found)
+
+
+def project_source(state: State) -> Source:
+    """The project named in ``state``, and its datasets if some are."""
+    found = _ids(state, PROJECT_ID_KEYS)
+    if not found or len(found) > 1:
+        raise RequestError(
+            f"A run needs one project id, and {shown(list(found or ()))} was received; send it as "
+            "project_id."
+        )
+    return Source(project_id=found[0], dataset_ids=_ids(state, DATASET_ID_KEYS))
+
+
+def any_source(state: State) -> Source:
+    """Image ids if ``state`` has any, or else its project."""
+    return ids_source(state) if _given(state, IMAGE_ID_KEYS) is not None else project_source(state)
+
+
+def batch_size_of(state: State, default: int) -> int:
+    """How many images are predicted at a time, 1 to 256."""
+    value = state.get("batch_size")
+    if value is None:
+        return min(max(default, 1), MAX_BATCH_SIZE)
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_BATCH_SIZE:
+        raise RequestError(
+            f"batch_size is a whole number from 1 to {MAX_BATCH_SIZE}, and {shown(value)} was "
+            "received; change it or leave it out."
+        )
+    return value
+
+
+def destination_of(state: State) -> Destination:
+    """Where the labels of the run go."""
+    mode = state.get("upload_mode")
+    if mode is not None and mode not in UPLOAD_MODES:
+        received = mode if isinstance(mode, str) else shown(mode)
+        raise RequestError(unknown_name("upload_mode", received, UPLOAD_MODES))
+    project_id = state.get("output_project_id")
+    if project_id is not None:
+        project_id = _id("output_project_id", project_id)
+        mode = mode or "append"
+    iou = _iou(state)
+    if mode == "iou_merge" and iou is None:
+        iou = DEFAULT_MERGE_IOU
+    return Destination(mode, project_id, iou, _suffix(state))
+
+
+def _suffix(state: State) -> str | None:
+    suffix = state.get("model_prediction_suffix")
+    if suffix is not None and not isinstance(suffix, str):
+        raise RequestError(
+            f"model_prediction_suffix is text, and {shown(suffix)} was received; leave it out."
+        )
+    return suffix or None
+
+
+def _iou(state: State) -> float | None:
+    """The platform's apps put it into the settings, and the SDK's client beside them."""
+    settings = state.get("settings")
+    inside = settings.get("existing_objects_iou_thresh") if isinstance(settings, dict) else None
+    candidates = (
+        inside,
+        state.get("existing_objects_iou_thresh"),
+        state.get("iou_merge_threshold"),
+    )
+    value = next((candidate for candidate in candidates if candidate is not None), None)
+    if value is None:
+        return None
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
+        raise RequestError(
+            f"existing_objects_iou_thresh is a number from 0 to 1, and {shown(value)} was "
+            "received; change it or leave it out."
+        )
+    return float(value) or None
+
+
+def _given(state: State, keys: tuple[str, ...]) -> tuple[str, object] | None:
+    return next(((key, state[key]) for key in keys if state.get(key) is not None), None)
+
+
+def _ids(state: State, keys: tuple[str, ...]) -> tuple[int, ...] | None:
+    given = _given(state, keys)
+    if given is None:
+        return None
+    key, value = given
+    values = value if isinstance(value, list | tuple) else [value]
+    return tuple(_id(key, one) for one in values)
+
+
+def _id(key: str, value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise RequestError(
+            f"{key} takes whole numbers from 1, and {shown(value)} was received; send the "
+            "platform's own ids."
+        )
+    return value

@@ -1,0 +1,212 @@
+"""Runs over images of the platform, in place of the SDK's own.
+
+Images are downloaded ahead of the model and labels uploaded behind it. A failed image is a
+failure of its own; what is done stays, and the end of the run says what is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+
+from florence2.ask import AnyImage
+from florence2.errors import FlorenceError
+from florence2.records import Failure
+from serve.platform.batches import Batch, Behind, fetch_ahead, split_batches
+from serve.platform.failures import FailedImageError, failure_of
+from serve.platform.images import Images, resolve
+from serve.platform.ledger import Ledger
+from serve.platform.plan import (
+    Destination,
+    Source,
+    batch_size_of,
+    destination_of,
+    ids_source,
+    project_source,
+)
+from serve.platform.registry import InferenceRequest
+from serve.platform.results import failed_entry, predicted_entry
+from serve.platform.services import Download, HasAnnotation, RunServices, State
+from serve.platform.upload import MAX_FAILED_BATCHES, Labeled, Uploading
+from serve.platform.waiting import wait_while_paused, when_queue_has_room
+from serve.sdk import sly
+from serve.settings.model import Settings
+
+Outcome = HasAnnotation | Failure
+Settled = tuple[Batch, Sequence[Outcome]]
+
+# These end a run whatever the image: the request is wrong, or the model is gone.
+FATAL_CODES = frozenset({"bad_request", "cancelled", "not_deployed", "queue_full"})
+
+
+def run_image_ids(
+    services: RunServices, api: sly.Api, state: State, request: InferenceRequest
+) -> None:
+    """Predicts the images whose ids are in ``state``; results go to ``request``.
+
+    Without an upload the results carry the failures too, and only a run where all images failed
+    raises: the first failure. With an upload, PartialFailureError for any image that failed.
+    """
+    destination = destination_of(state)
+    run = _prepare(services, api, state, request, ids_source(state), destination)
+    run.work(must_be_whole=destination.mode is not None)
+
+
+def run_project(
+    services: RunServices, api: sly.Api, state: State, request: InferenceRequest
+) -> None:
+    """Predicts a project's images; PartialFailureError at the end for any image that failed."""
+    run = _prepare(services, api, state, request, project_source(state), destination_of(state))
+    run.work(must_be_whole=True)
+
+
+def _prepare(
+    services: RunServices,
+    api: sly.Api,
+    state: State,
+    request: InferenceRequest,
+    source: Source,
+    destination: Destination,
+) -> ImagesRun:
+    batch_size = batch_size_of(state, services.default_batch_size)
+    settings = services.settings_of(state, api)
+    images = resolve(api, source)
+    request.context.setdefault("dataset_info", {}).update(images.datasets)
+    return ImagesRun(services, api, request, images, settings, batch_size, destination)
+
+
+def fetch_batch(download: Download, api: sly.Api, batch: Batch) -> list[AnyImage]:
+    """An image or a Failure for every target of the batch."""
+    infos = [target.info for target in batch if target.failure is None]
+    found = iter(download(api, infos) if infos else [])
+    return [next(found) if target.failure is None else target.failure for target in batch]
+
+
+@dataclass(frozen=True)
+class ImagesRun:
+    """One run: what is to be done with which images."""
+
+    services: RunServices
+    api: sly.Api
+    request: InferenceRequest
+    images: Images
+    settings: Settings
+    batch_size: int
+    destination: Destination
+
+    def work(self, *, must_be_whole: bool) -> None:
+        """Does all images, or stops when the request is stopped; see ``run_image_ids``."""
+        total = len(self.images.targets)
+        self.request.set_stage(InferenceRequest.Stage.INFERENCE, 0, total)
+        lost = "new labels" if self.destination.mode else "result"
+        ledger = Ledger(self.request, total, f"no {lost}")
+        try:
+            self._predict_all(self._settler(ledger))
+        except Exception as error:
+            ledger.close_broken(error, must_be_whole=must_be_whole)
+            raise
+        ledger.close(must_be_whole=must_be_whole)
+
+    def _predict_all(self, settle: Callable[[Settled], None]) -> None:
+        behind: Behind[Settled] = Behind(settle)
+        batches = split_batches(self.images.targets, self.batch_size)
+        fetched = fetch_ahead(
+            batches, lambda batch: fetch_batch(self.services.download, self.api, batch)
+        )
+        try:
+            with closing(fetched):
+                for batch, images in fetched:
+                    if self.destination.mode is None:
+                        wait_while_paused(self.request)
+                    if self.request.is_stopped():
+                        break
+                    behind.put((batch, self._predict(images)))
+        finally:
+            behind.finish()
+
+    def _predict(self, images: Sequence[AnyImage]) -> Sequence[Outcome]:
+        try:
+            return self._ask(images)
+        except Exception as error:
+            if self.request.is_stopped():
+                return [Failure("cancelled", "The run was stopped.")] * len(images)
+            if isinstance(error, FlorenceError) and error.code in FATAL_CODES:
+                raise
+            sly.logger.error(f"{len(images)} images cannot be predicted", exc_info=True)
+            if len(images) == 1:
+                return [failure_of(error, "The image cannot be predicted")]
+        return [outcome for image in images for outcome in self._predict([image])]
+
+    def _ask(self, images: Sequence[AnyImage]) -> Sequence[Outcome]:
+        usable = [image for image in images if not isinstance(image, Failure)]
+        outcomes = iter(self._ask_model(usable) if usable else [])
+        return [image if isinstance(image, Failure) else next(outcomes) for image in images]
+
+    def _ask_model(self, images: Sequence[AnyImage]) -> Sequence[Outcome]:
+        is_bulk = len(self.images.targets) > 1
+
+        def call() -> Sequence[Outcome]:
+            return self.services.predict(
+                images,
+                self.settings,
+                api=self.api,
+                is_bulk=is_bulk,
+                should_stop=self.request.is_stopped,
+            )
+
+        outcomes = when_queue_has_room(call, self.request.is_stopped) if is_bulk else call()
+        if len(outcomes) != len(images):
+            raise RuntimeError(f"{len(images)} images were predicted with {len(outcomes)} results")
+        for outcome in outcomes:
+            if isinstance(outcome, Failure) and outcome.code == "not_deployed":
+                raise FailedImageError(outcome)
+        return outcomes
+
+    def _settler(self, ledger: Ledger) -> Callable[[Settled], None]:
+        if self.destination.mode is None:
+            return lambda settled: self._return(settled, ledger)
+        uploading = Uploading(self.services, self.api, self.destination, self.request)
+        return lambda settled: self._upload(settled, uploading, ledger)
+
+    def _return(self, settled: Settled, ledger: Ledger) -> None:
+        entries = []
+        done = 0
+        for target, outcome in zip(*settled, strict=True):
+            if not isinstance(outcome, Failure):
+                entries.append(predicted_entry(self.services, target, outcome))
+                done += 1
+            elif ledger.fail(target, outcome):
+                entries.append(failed_entry(self.services, target, outcome))
+        self.request.add_results(entries)
+        ledger.done(done)
+
+    def _upload(self, settled: Settled, uploading: Uploading, ledger: Ledger) -> None:
+        failed = {}
+        labeled = []
+        for target, outcome in zip(*settled, strict=True):
+            if isinstance(outcome, Failure):
+                failed[target] = outcome
+            else:
+                labeled.append(Labeled(target, outcome.annotation))
+        failures = uploading.upload(labeled)
+        failed |= {
+            one.target: failures[one.target.image_id]
+            for one in labeled
+            if one.target.image_id in failures
+        }
+        entries = [
+            failed_entry(self.services, target, failure)
+            for target, failure in failed.items()
+            if ledger.fail(target, failure)
+        ]
+        self.request.add_results(entries)
+        ledger.done(len(labeled) - len(failures))
+        if uploading.is_hopeless:
+            last = next(iter(failures.values()))
+            raise FailedImageError(
+                Failure(
+                    last.code,
+                    f"{MAX_FAILED_BATCHES} batches in a row could not be uploaded: {last.message}",
+                )
+            )

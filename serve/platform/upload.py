@@ -1,0 +1,237 @@
+"""Labels on their way to the platform: by batch, and image by image where a batch fails."""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from requests.exceptions import ConnectionError as ConnectionFailed
+from requests.exceptions import Timeout
+
+from florence2.records import Failure
+from serve.platform.failures import failure_of
+from serve.platform.images import Target
+from serve.platform.plan import Destination
+from serve.platform.results import prediction_of, uploaded_entry
+from serve.platform.services import RunServices
+from serve.platform.tags import is_covered, with_compatible_tags
+from serve.sdk import sly
+
+sdk = sly.nn.inference.inference
+MAX_FAILED_BATCHES: Final = 3
+
+# Two runs that read a project's meta, add to it and write it back would undo each other's work.
+_meta_lock: Final = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class Labeled:
+    """An image and its new labels."""
+
+    target: Target
+    annotation: sly.Annotation
+
+
+Step = Callable[[list[Labeled]], list[Labeled]]
+
+
+class Uploading:
+    """The uploads of one run, called from one thread. Results are added to the request."""
+
+    def __init__(
+        self,
+        services: RunServices,
+        api: sly.Api,
+        destination: Destination,
+        request: Any,  # noqa: ANN401
+    ) -> None:
+        self._services = services
+        self._api = api
+        self._destination = destination
+        self._request = request
+        self._failed_batches = 0
+        request.context.setdefault("project_meta", {})
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether the last three batches failed as a whole."""
+        return self._failed_batches >= MAX_FAILED_BATCHES
+
+    def upload(self, batch: Sequence[Labeled]) -> dict[int, Failure]:
+        """The failures by image id."""
+        groups: dict[int | None, list[Labeled]] = defaultdict(list)
+        for labeled in batch:
+            groups[labeled.target.dataset_id].append(labeled)
+        failures: dict[int, Failure] = {}
+        for group in groups.values():
+            failures.update(self._upload_dataset(group))
+        if batch:
+            is_lost = all(one.target.image_id in failures for one in batch)
+            self._failed_batches = self._failed_batches + 1 if is_lost else 0
+        return failures
+
+    def _upload_dataset(self, group: list[Labeled]) -> dict[int, Failure]:
+        # What is there already is looked up once, before anything is sent: after an upload that
+        # failed in part, the run's own labels would be taken for labels that were there.
+        fresh, failures = self._attempt(group, self._without_known, self._without_known)
+        _, more = self._attempt(fresh, self._send, self._send_again)
+        known = self._request.context.get("annotation", {})
+        for one in group:
+            known.pop(one.target.image_id, None)
+        return {**failures, **more}
+
+    def _attempt(
+        self, group: list[Labeled], step: Step, again: Step
+    ) -> tuple[list[Labeled], dict[int, Failure]]:
+        """What ``step`` makes of the group; where it raises, what ``again`` makes of each image."""
+        try:
+            return step(group), {}
+        except Exception as error:  # noqa: BLE001  (whatever it is, the other images go on)
+            sly.logger.warning(f"Labels of {len(group)} images cannot be uploaded: {error!r}")
+            if isinstance(error, ConnectionFailed | Timeout):
+                return [], {one.target.image_id: _failure(one, error) for one in group}
+        kept: list[Labeled] = []
+        failures: dict[int, Failure] = {}
+        for one in group:
+            self._request.context["project_meta"].clear()
+            try:
+                kept.extend(again([one]))
+            except Exception as error:  # noqa: BLE001  (as above)
+                sly.logger.warning(f"Labels of image {one.target.image_id} failed: {error!r}")
+                failures[one.target.image_id] = _failure(one, error)
+        return kept, failures
+
+    def _send(self, group: list[Labeled]) -> list[Labeled]:
+        if not group:
+            return group
+        output = self._output_project(group[0].target)
+        if output is None and self._destination.mode in ("append", "iou_merge"):
+            group = self._without_empty(group)
+        if group:
+            with _meta_lock:
+                self._call_upload(group, output or group[0].target.project_id, output)
+        return group
+
+    def _send_again(self, group: list[Labeled]) -> list[Labeled]:
+        return group if self._label_copy(group[0]) else self._send(group)
+
+    def _call_upload(
+        self, group: list[Labeled], project_id: int | None, output: int | None, **changed: object
+    ) -> None:
+        context = self._request.context
+        images = context.setdefault("image_info", {})
+        images.update({one.target.image_id: one.target.info for one in group})
+        options: dict[str, Any] = {
+            "api": self._api,
+            "upload_mode": self._destination.mode,
+            "context": context,
+            "dst_dataset_id": None,
+            "dst_project_id": output,
+            "progress_cb": None,
+            "iou_merge_threshold": None,
+            "inference_request": self._request,
+            "model_prediction_suffix": self._destination.suffix,
+        }
+        try:
+            predictions = self._predictions(group, project_id)
+            self._services.upload(predictions=predictions, **{**options, **changed})
+        finally:
+            for one in group:
+                images.pop(one.target.image_id, None)
+
+    def _predictions(self, group: list[Labeled], project_id: int | None) -> list[Any]:
+        meta = self._meta(project_id)
+        if not is_covered([one.annotation for one in group], meta):
+            # The project may have grown since: writing back an old meta would delete from it.
+            meta = self._meta(project_id, is_fresh=True)
+        predictions = []
+        for one in group:
+            prediction = prediction_of(one.target, None, self._services.model_meta())
+            prediction.annotation = with_compatible_tags(
+                one.annotation, meta, self._destination.suffix
+            )
+            predictions.append(prediction)
+        return predictions
+
+    def _meta(self, project_id: int | None, *, is_fresh: bool = False) -> sly.ProjectMeta:
+        metas = self._request.context["project_meta"]
+        if is_fresh or project_id not in metas:
+            metas[project_id] = sly.ProjectMeta.from_json(self._api.project.get_meta(project_id))
+        return metas[project_id]
+
+    def _output_project(self, target: Target) -> int | None:
+        """Where images are copied to; None when labels go to the images themselves."""
+        if self._destination.mode == "create" and self._destination.project_id is None:
+            self._destination = replace(self._destination, project_id=self._create_project(target))
+        output = self._destination.project_id
+        return None if output == target.project_id else output
+
+    def _create_project(self, target: Target) -> int:
+        source = self._api.project.get_info_by_id(target.project_id)
+        created = self._api.project.create(
+            source.workspace_id,
+            name=f"Predictions from task #{self._services.task_id}",
+            description=f"Auto created project from inference request {self._request.uuid}",
+            change_name_if_conflict=True,
+        )
+        self._request.context.setdefault("project_info", {})[created.id] = created
+        project_id: int = created.id
+        return project_id
+
+    def _without_empty(self, group: list[Labeled]) -> list[Labeled]:
+        """Where nothing is added, the labels that are there are not written anew either."""
+        empty = [one for one in group if not one.annotation.labels and not one.annotation.img_tags]
+        self._request.add_results([uploaded_entry(self._services, one.target) for one in empty])
+        return [one for one in group if one not in empty]
+
+    def _without_known(self, group: list[Labeled]) -> list[Labeled]:
+        """Drops what is labeled in the source already."""
+        if self._destination.iou is None or not group:
+            return group
+        first = group[0].target
+        meta = self._meta(first.project_id)
+        annotations = [one.annotation for one in group]
+        if self._output_project(first) is None:
+            # Compared under the names they will have, or a second run would not know its own.
+            annotations = [self._renamed(annotation, meta) for annotation in annotations]
+        annotations = sdk._exclude_duplicated_predictions(
+            self._api,
+            annotations,
+            first.dataset_id,
+            [one.target.image_id for one in group],
+            iou=self._destination.iou,
+            meta=meta,
+        )
+        return [
+            Labeled(one.target, annotation)
+            for one, annotation in zip(group, annotations, strict=True)
+        ]
+
+    def _renamed(self, annotation: sly.Annotation, meta: sly.ProjectMeta) -> sly.Annotation:
+        suffix = self._destination.suffix
+        annotation = with_compatible_tags(annotation, meta, suffix)
+        return sdk.update_meta_and_ann(meta, annotation, suffix)[1]
+
+    def _label_copy(self, labeled: Labeled) -> bool:
+        """Labels the copy that a failed upload has left behind, rather than copy once more."""
+        target = labeled.target
+        created = self._request.context.get("created_dataset", {}).get(target.dataset_id)
+        output = self._output_project(target)
+        if output is None or created is None:
+            return False
+        copy = self._api.image.get_info_by_name(created, target.name)
+        if copy is None:
+            return False
+        there = Labeled(Target(copy.id, output, copy), labeled.annotation)
+        with _meta_lock:
+            self._call_upload([there], output, None, upload_mode="replace", inference_request=None)
+        self._request.add_results([uploaded_entry(self._services, target)])
+        return True
+
+
+def _failure(labeled: Labeled, error: Exception) -> Failure:
+    what = f"The labels of image {labeled.target.image_id} cannot be uploaded"
+    return failure_of(error, what, "upload_failed")
