@@ -49,7 +49,9 @@ def _parts(text: str) -> Iterator[str]:
     """The text cut at full stops, semicolons and line ends, but not after an abbreviation."""
     start = 0
     for end in _PHRASE_END.finditer(text):
-        if end.group().startswith(".") and _ABBREVIATION.search(text[start : end.start()]):
+        # The longest abbreviation and what comes before it; more would cost quadratic time.
+        before = text[max(start, end.start() - 8) : end.start()]
+        if end.group().startswith(".") and _ABBREVIATION.search(before):
             continue
         yield text[start : end.start()]
         start = end.end()
@@ -77,9 +79,7 @@ def check_phrases(phrases: list[str]) -> list[str]:
     return phrases
 
 
-def join_classes(
-    named: Sequence[tuple[str, Sequence[str]]],
-) -> dict[str, tuple[str, ...]]:
+def join_classes(named: Sequence[tuple[str, Sequence[str]]]) -> dict[str, tuple[str, ...]]:
     """Prompts by class; a class named twice has both lists, each prompt once.
 
     Raises RequestError for a prompt of two classes.

@@ -13,6 +13,8 @@ from florence2.tasks import Task, TaskInput
 from serve.naming import clean_class_name
 from serve.phrases import Prompt, classes_of, join_classes, prompts_of, split_phrases
 
+__all__ = ["DEFAULT_TASK", "DEFAULT_TEXT_TASK", "Plan", "Prompt", "make_plan"]
+
 DEFAULT_TASK: Final = "<OD>"
 DEFAULT_TEXT_TASK: Final = "<CAPTION_TO_PHRASE_GROUNDING>"
 

@@ -44,65 +44,67 @@ class Settings(_Record):
     text nor mapping: the reference says what to look for.
     """
 
-    task_prompt: str = Field("<OD>", description="The task, or tasks joined by +.")
+    task_prompt: str = Field(default="<OD>", description="The task, or tasks joined by +.")
     text: str | None = Field(
-        None, description="What to look for; full stops, semicolons and new lines part phrases."
+        default=None,
+        description="What to look for; full stops, semicolons and new lines part phrases.",
     )
     mapping: dict[str, tuple[str, ...]] = Field(
         default_factory=dict,
         description="Classes and their prompts, as class: prompt or class: [prompt, prompt].",
     )
     classes: tuple[str, ...] | None = Field(
-        None, description="Only these classes are returned; empty: all of them."
+        default=None, description="Only these classes are returned; empty: all of them."
     )
     confidence_threshold: float = Field(
-        0.0, description="Objects with a lower confidence are left out."
+        default=0.0, description="Objects with a lower confidence are left out."
     )
     class_thresholds: dict[str, float] = Field(
         default_factory=dict,
         description="Other confidence thresholds for single classes, as class: number.",
     )
     nms_threshold: float | None = Field(
-        DEFAULT_NMS,
+        default=DEFAULT_NMS,
         description="Two boxes of a class whose IoU is above this are one object; off: all stay.",
     )
     containment_threshold: float | None = Field(
-        None,
+        default=None,
         description="A box is also left out when this share of it is inside a better box of its "
         "class; off: never.",
     )
     nms_across_classes: bool = Field(
-        False, description="Whether boxes of different classes also compete for one object."
+        default=False, description="Whether boxes of different classes also compete for one object."
     )
     max_box_area: float = Field(
-        1.0, description="Boxes that cover more than this share of the image are left out."
+        default=1.0, description="Boxes that cover more than this share of the image are left out."
     )
     geometry: Geometry = Field(
-        "polygon", description="How outlines are returned: polygon or bitmap."
+        default="polygon", description="How outlines are returned: polygon or bitmap."
     )
-    class_suffix: str = Field("", description="Added to the end of every class name.")
+    class_suffix: str = Field(default="", description="Added to the end of every class name.")
     sentences_as_classes: bool = Field(
-        False,
+        default=False,
         description="Whether a described region's sentence is its class; otherwise it is a tag of "
         'an "object".',
     )
     tiling: Tiling | None = Field(
-        None,
+        default=None,
         description="Look through windows of this size too, for small objects, as {width: 1024, "
         "height: 1024, overlap: 128}; full_image: false leaves out the look at the whole image.",
     )
     regions: tuple[BoxXyxy, ...] = Field(
-        (), description="Boxes that a <REGION_...> task is asked about, as [[x1, y1, x2, y2]]."
+        default=(),
+        description="Boxes that a <REGION_...> task is asked about, as [[x1, y1, x2, y2]].",
     )
     rectangle: BoxXyxy | None = Field(
-        None, description="Only this part of the image is looked at, as [x1, y1, x2, y2]."
+        default=None, description="Only this part of the image is looked at, as [x1, y1, x2, y2]."
     )
-    reference: Reference | None = Field(None, description="An object to find more of.")
+    reference: Reference | None = Field(default=None, description="An object to find more of.")
     num_beams: int | None = Field(
-        None, description="Width of the search; empty: as the checkpoint says, mostly 3."
+        default=None, description="Width of the search; empty: as the checkpoint says, mostly 3."
     )
     max_new_tokens: int | None = Field(
-        None, description="Longest answer in tokens; empty: as the task needs."
+        default=None, description="Longest answer in tokens; empty: as the task needs."
     )
 
     @property

@@ -1,0 +1,10 @@
+"""``python -m serve.settings`` writes the settings file and its documentation anew."""
+
+from __future__ import annotations
+
+from serve.console import say
+from serve.settings.written import write_files
+
+if __name__ == "__main__":
+    for path in write_files():
+        say(f"wrote {path}")
