@@ -11,14 +11,8 @@ from florence2.errors import RequestError
 
 Resolve = Callable[[str, int], Sequence[str]]
 
-_Address = ipaddress.IPv4Address | ipaddress.IPv6Address
-
-# Translators of these networks reach the IPv4 address in the last four bytes.
-_NAT64: Final = (
-    ipaddress.IPv6Network("64:ff9b::/96"),
-    ipaddress.IPv6Network("64:ff9b:1::/48"),
-)
-_COMPATIBLE: Final = ipaddress.IPv6Network("::/96")
+# What networks without IPv4 answer for a host that has nothing else: the last four bytes are it.
+_NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")
 
 
 def resolve_host(host: str, port: int) -> list[str]:
@@ -53,29 +47,22 @@ def checked_addresses(host: str, port: int, resolve: Resolve, allow_private: boo
 
 
 def is_public(address: str) -> bool:
-    """Whether a numeric address is one of the public internet, also inside of an IPv6 one."""
+    """Whether a numeric address is one of the public internet.
+
+    An IPv6 address that stands for an IPv4 one is judged by that.
+    """
     try:
         parsed = ipaddress.ip_address(address)
     except ValueError:
         return False
-    return all(_is_public(candidate) for candidate in (parsed, *_embedded(parsed)))
+    if isinstance(parsed, ipaddress.IPv6Address):
+        if parsed.sixtofour is not None:
+            return False
+        parsed = _embedded(parsed) or parsed
+    return parsed.is_global and not (parsed.is_multicast or parsed.is_reserved)
 
 
-def _is_public(address: _Address) -> bool:
-    return address.is_global and not (
-        address.is_multicast
-        or address.is_reserved
-        or address.is_loopback
-        or address.is_link_local
-        or address.is_unspecified
-    )
-
-
-def _embedded(address: _Address) -> list[ipaddress.IPv4Address]:
-    """The IPv4 addresses that an IPv6 one leads to."""
-    if isinstance(address, ipaddress.IPv4Address):
-        return []
-    embedded = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ())]
-    if any(address in network for network in (*_NAT64, _COMPATIBLE)):
-        embedded.append(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
-    return [candidate for candidate in embedded if candidate is not None]
+def _embedded(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
+    if address in _NAT64:
+        return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    return address.ipv4_mapped

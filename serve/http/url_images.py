@@ -91,14 +91,20 @@ def _parse(url: object) -> httpx2.URL:
             f"Images are fetched by http and https only, and {_shown(url)} was received; "
             "upload the image instead."
         )
-    if not parsed.raw_host:
-        raise RequestError(f"The address of an image must name a host, and {_shown(url)} does not.")
+    if not parsed.raw_host or not 0 < _port_of(parsed) < 65536:
+        raise RequestError(
+            f"The address of an image must name a host and a port, and {_shown(url)} does not."
+        )
     if parsed.userinfo:
         raise RequestError(
             "The address of an image must not hold a user name or password; upload the image "
             "instead."
         )
     return parsed
+
+
+def _port_of(url: httpx2.URL) -> int:
+    return _DEFAULT_PORTS[url.scheme] if url.port is None else url.port
 
 
 async def _follow(url: httpx2.URL, limits: UrlLimits, resolve: Resolve) -> bytes:
@@ -116,9 +122,8 @@ async def _follow(url: httpx2.URL, limits: UrlLimits, resolve: Resolve) -> bytes
 async def _visit(url: httpx2.URL, limits: UrlLimits, resolve: Resolve) -> bytes | httpx2.URL:
     """The file, or where else it is said to be."""
     host = url.raw_host.decode("ascii")
-    port = url.port or _DEFAULT_PORTS[url.scheme]
     addresses = await asyncio.to_thread(
-        checked_addresses, host, port, resolve, limits.allow_private
+        checked_addresses, host, _port_of(url), resolve, limits.allow_private
     )
     timeout = httpx2.Timeout(limits.total_s, connect=limits.connect_s)
     async with httpx2.AsyncClient(trust_env=False, timeout=timeout, headers=_HEADERS) as client:

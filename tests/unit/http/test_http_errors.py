@@ -1,0 +1,159 @@
+"""What failures look like to a client, through a real FastAPI app."""
+
+import pytest
+from fastapi import FastAPI, Form, HTTPException, UploadFile
+from fastapi.testclient import TestClient
+
+from florence2.errors import FlorenceError, ImageError, RequestError
+from florence2.records import Failure
+from serve.http.errors import (
+    NotDeployedError,
+    NotFoundError,
+    TooLargeError,
+    error_body,
+    error_response,
+    install_error_handlers,
+    status_of,
+)
+
+SDK_NOT_DEPLOYED = (
+    "The model has not yet been deployed. Please select the appropriate model in the UI and "
+    "press the 'Serve' button. If this app has no GUI, it signifies that 'load_on_device' was "
+    "never called."
+)
+
+
+class QueueIsFullError(FlorenceError):
+    code = "queue_full"
+    retry_after_s = 2.4
+
+
+STATUSES = {
+    "bad_request": 400,
+    "bad_image": 400,
+    "bad_region": 400,
+    "not_found": 404,
+    "too_large": 413,
+    "cancelled": 499,
+    "not_deployed": 503,
+    "queue_full": 503,
+    "deadline": 504,
+    "out_of_memory": 507,
+    "not_finite": 500,
+    "no rule names this": 500,
+}
+
+
+@pytest.mark.parametrize(("code", "status"), STATUSES.items(), ids=STATUSES)
+def test_a_code_has_its_status(code, status):
+    assert status_of(code) == status
+
+
+def test_the_body_has_the_keys_of_the_sdk_and_the_code():
+    expected = {"detail": "No.", "success": False, "message": "No.", "code": "bad_image"}
+    assert error_body(ImageError("No.")) == expected
+    assert error_body(Failure("bad_image", "No.", "cat.png")) == expected
+
+
+WAITS = {
+    "a queue that knows how long": (QueueIsFullError("Full."), "3"),
+    "no model yet": (NotDeployedError("Not yet."), "5"),
+    "a failure of one image": (Failure("queue_full", "Full."), "5"),
+}
+
+
+@pytest.mark.parametrize(("error", "wait"), WAITS.values(), ids=WAITS)
+def test_a_503_says_when_to_come_back(error, wait):
+    assert error_response(error).headers["retry-after"] == wait
+
+
+@pytest.mark.parametrize("error", [RequestError("No."), TooLargeError("No."), NotFoundError("No.")])
+def test_what_waiting_does_not_cure_says_nothing_about_when(error):
+    assert "retry-after" not in error_response(error).headers
+
+
+def raising(error):
+    def route():
+        raise error
+
+    return route
+
+
+@pytest.fixture
+def client():
+    server = FastAPI()
+    install_error_handlers(server)
+
+    @server.post("/form")
+    def form(files: list[UploadFile], number: int = Form(1)):
+        return len(files) * number
+
+    faults = {
+        "/ours": RequestError("Correct it."),
+        "/waiting": QueueIsFullError("Full."),
+        "/damaged": FlorenceError("The model gave nothing."),
+        "/sdk": HTTPException(400, "Only one file expected but got 2"),
+        "/undeployed": RuntimeError(SDK_NOT_DEPLOYED),
+        "/runtime": RuntimeError("the secret path"),
+        "/value": ValueError("the secret path"),
+        "/widget/clicked": ValueError("for the GUI's dialog"),
+    }
+    for path, fault in faults.items():
+        server.add_api_route(path, raising(fault))
+    return TestClient(server, raise_server_exceptions=False)
+
+
+ANSWERS = {
+    "ours": ("/ours", 400, "bad_request", "Correct it."),
+    "full": ("/waiting", 503, "queue_full", "Full."),
+    "our own fault": ("/damaged", 500, "error", "The model gave nothing."),
+    "the SDK without a model": ("/undeployed", 503, "not_deployed", None),
+    "a RuntimeError of anything else": ("/runtime", 500, "internal", None),
+    "a ValueError is not the client's fault": ("/value", 500, "internal", None),
+}
+
+
+@pytest.mark.parametrize(("path", "status", "code", "message"), ANSWERS.values(), ids=ANSWERS)
+def test_what_a_route_raises_becomes_an_answer(client, path, status, code, message):
+    response = client.get(path)
+    body = response.json()
+    assert (response.status_code, body["code"], body["success"]) == (status, code, False)
+    assert message in (None, body["message"])
+    assert "secret" not in response.text
+
+
+def test_the_trace_of_an_unexpected_error_is_in_the_log(client, caplog):
+    client.get("/value")
+    assert "/value failed" in caplog.text
+    assert "the secret path" in caplog.text
+
+
+def test_the_sdk_s_own_refusals_stay_as_they_are(client):
+    response = client.get("/sdk")
+    assert response.status_code == 400
+    assert response.json()["detail"] == "Only one file expected but got 2"
+
+
+def test_a_widget_s_error_is_left_to_the_gui(client):
+    # The SDK's own handler opens a dialog for it; here nothing does, and it stays plain text.
+    assert client.get("/widget/clicked").text == "Internal Server Error"
+
+
+FORMS = {
+    "no files": ({}, None, "'files', and it is missing"),
+    "a text where a file belongs": ({"files": "text"}, None, "'files.0'"),
+    "a word where a number belongs": (
+        {"number": "five"},
+        [("files", ("a.png", b"x"))],
+        "'number' of the request is not what it should be",
+    ),
+}
+
+
+@pytest.mark.parametrize(("data", "files", "words"), FORMS.values(), ids=FORMS)
+def test_a_form_that_lacks_something_is_400_and_says_what(client, data, files, words):
+    response = client.post("/form", data=data, files=files)
+    assert response.status_code == 400
+    assert response.json()["code"] == "bad_request"
+    assert words in response.json()["message"]
+    assert response.json()["message"].count(". ") == 0

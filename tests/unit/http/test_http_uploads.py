@@ -1,0 +1,130 @@
+"""Files and settings of forms, through a real form parser."""
+
+import json
+
+import pytest
+from fastapi import FastAPI, UploadFile
+from fastapi.testclient import TestClient
+
+from florence2.errors import RequestError
+from serve.http.errors import install_error_handlers
+from serve.http.limits import MAX_FILES
+from serve.http.uploads import clean_name, parse_state, read_one_upload, read_uploads
+
+
+@pytest.fixture
+def client():
+    server = FastAPI()
+    install_error_handlers(server)
+
+    @server.post("/many")
+    def many(files: list[UploadFile]):
+        return [[upload.name, upload.data.decode()] for upload in read_uploads(files)]
+
+    @server.post("/small")
+    def small(files: list[UploadFile]):
+        return len(read_uploads(files, max_bytes=4))
+
+    @server.post("/one")
+    def one(files: list[UploadFile]):
+        return read_one_upload(files).name
+
+    return TestClient(server)
+
+
+def send(client, path, files):
+    return client.post(path, files=[("files", file) for file in files])
+
+
+def test_files_come_back_in_order_though_all_have_the_same_name(client):
+    # The SDK's own client names them all image_0.png.
+    response = send(client, "/many", [("image_0.png", b"a"), ("image_0.png", b"b")])
+    assert response.json() == [["image_0.png", "a"], ["image_0.png", "b"]]
+
+
+def test_as_many_files_as_the_limit_are_all_answered(client):
+    response = send(client, "/many", [("a", str(i).encode()) for i in range(MAX_FILES)])
+    assert [int(data) for _, data in response.json()] == list(range(MAX_FILES))
+
+
+def test_one_more_is_400(client):
+    response = send(client, "/many", [("a", b"x")] * (MAX_FILES + 1))
+    assert response.status_code == 400
+
+
+def test_a_count_above_the_limit_says_both_numbers():
+    with pytest.raises(RequestError, match="at most 2 files, and 3 were received"):
+        read_uploads([UploadFile(None)] * 3, max_files=2)
+
+
+def test_no_file_is_refused():
+    with pytest.raises(RequestError, match="at least one file"):
+        read_uploads([])
+
+
+def test_a_file_above_its_limit_is_413_and_named(client):
+    # the limit of /small is 4 bytes
+    assert send(client, "/small", [("a.png", b"1234")]).json() == 1
+    response = send(client, "/small", [("a.png", b"1234"), ("../b.png", b"12345")])
+    assert response.status_code == 413
+    assert "'b.png' has more" in response.json()["message"]
+
+
+def test_an_upload_of_one_takes_exactly_one(client):
+    assert send(client, "/one", [("a.png", b"x")]).json() == "a.png"
+    response = send(client, "/one", [("a.png", b"x")] * 2)
+    assert response.status_code == 400
+    assert "2 were received" in response.json()["message"]
+
+
+NAMES = {
+    "plain": ("cat.png", "cat.png"),
+    "other scripts": ("кот 猫.png", "кот 猫.png"),
+    "climbing out": ("../../etc/passwd", "passwd"),
+    "of another system": ("C:\\images\\cat.png", "cat.png"),
+    "only dots": ("..", "image 3"),
+    "empty": ("", "image 3"),
+    "missing": (None, "image 3"),
+    "ends in a slash": ("folder/", "image 3"),
+    "markup": ("<b>.png", "b.png"),
+    "line breaks and zero bytes": ("a\r\nb\0.png", "ab.png"),
+    "very long": ("x" * 300 + ".png", "x" * 96 + ".png"),
+}
+
+
+@pytest.mark.parametrize(("name", "cleaned"), NAMES.values(), ids=NAMES)
+def test_a_name_is_cleaned_for_messages(name, cleaned):
+    assert clean_name(name, 2) == cleaned
+
+
+STATES = {
+    "nothing": (None, None, {}),
+    "empty texts": ("", "", {}),
+    "two empty objects, as FastAPI's defaults are": ("{}", "{}", {}),
+    "state": ('{"settings": {"a": 1}}', "{}", {"settings": {"a": 1}}),
+    "state wins": ('{"a": 1}', '{"settings": {"a": 2}}', {"a": 1}),
+    "settings as the state": ("{}", '{"settings": {"a": 2}}', {"settings": {"a": 2}}),
+    "settings without the wrapper": ("{}", '{"a": 2}', {"a": 2, "settings": {"a": 2}}),
+    "a spaced empty state does not win": (" {} ", '{"settings": {}}', {"settings": {}}),
+}
+
+
+@pytest.mark.parametrize(("state", "settings", "expected"), STATES.values(), ids=STATES)
+def test_the_state_of_a_form_follows_the_rules_of_the_sdk(state, settings, expected):
+    assert parse_state(state, settings) == expected
+
+
+BAD_STATES = {
+    "not JSON": ("{", "{}", "'state'"),
+    "a list": ("[]", "{}", "'state'"),
+    "null": ("null", "{}", "'state'"),
+    "settings not JSON": ("{}", "task: <OD>", "'settings'"),
+    "settings is text": ("{}", json.dumps("<OD>"), "'settings'"),
+    "nested too deeply": ("[" * 200_000, "{}", "'state'"),
+}
+
+
+@pytest.mark.parametrize(("state", "settings", "field"), BAD_STATES.values(), ids=BAD_STATES)
+def test_a_state_that_is_no_object_is_refused(state, settings, field):
+    with pytest.raises(RequestError, match=f"field {field} must be a JSON object"):
+        parse_state(state, settings)
