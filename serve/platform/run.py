@@ -37,11 +37,11 @@ Outcome = HasAnnotation | Failure
 Settled = tuple[Batch, Sequence[Outcome]]
 
 # These end a run whatever the image: the request is wrong, or the model is gone.
-FATAL_CODES = frozenset({"bad_request", "cancelled", "not_deployed", "queue_full"})
+FATAL_CODES = frozenset({"bad_request", "cancelled", "not_deployed", "not_found", "queue_full"})
 
 
 def run_image_ids(
-    services: RunServices, api: sly.Api, state: State, request: InferenceRequest
+    api: sly.Api, state: State, request: InferenceRequest, services: RunServices
 ) -> None:
     """Predicts the images whose ids are in ``state``; results go to ``request``.
 
@@ -54,7 +54,7 @@ def run_image_ids(
 
 
 def run_project(
-    services: RunServices, api: sly.Api, state: State, request: InferenceRequest
+    api: sly.Api, state: State, request: InferenceRequest, services: RunServices
 ) -> None:
     """Predicts a project's images; PartialFailureError at the end for any image that failed."""
     run = _prepare(services, api, state, request, project_source(state), destination_of(state))
