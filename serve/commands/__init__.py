@@ -12,7 +12,7 @@ from typing import Final
 import typer
 
 # In the order in which ``florence2 --help`` lists them.
-MODULES: Final = ("label", "info", "parse", "benchmark", "evaluate", "train")
+MODULES: Final = ("label", "serve", "info", "parse", "benchmark", "evaluate", "train")
 
 
 def register_all(app: typer.Typer) -> None:

@@ -1,0 +1,239 @@
+"""Answering requests in the SDK's terms: every way in leads to one predictor."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, Final
+
+from florence2.ask import AnyImage, Ask
+from florence2.errors import RequestError
+from florence2.records import Failure, Result
+from florence2.scheduler import Priority
+from serve.answers import check_any_answered, entries_of, raise_failure
+from serve.deployable import DeployableApp, LocalServer
+from serve.platform.existing import tag_existing_objects
+from serve.platform.plan import batch_size_of
+from serve.platform.registry import RequestsManager
+from serve.platform.run import run_image_ids, run_project
+from serve.platform.services import ExistingServices, RunServices
+from serve.platform.waiting import when_queue_has_room
+from serve.predictor import Call, Predicted, Predictor
+from serve.sdk import sly
+from serve.settings.model import Settings
+from serve.settings.parse import parse_settings
+
+# isort: split
+from supervisely.nn.inference.inference_request import InferenceRequest
+
+# Requests wait in threads for the one model thread; the SDK would allow cpu_count + 4 of them.
+_REQUEST_THREADS: Final = 128
+
+
+class AnsweringApp(DeployableApp):
+    """The part of the app that answers; each override says what it shields from."""
+
+    def __init__(self, *, local: LocalServer | None = None, **sdk_options: Any) -> None:  # noqa: ANN401
+        super().__init__(local=local, **sdk_options)
+        self.predictor = Predictor(self.deployment, self.metrics)
+        self._executor = ThreadPoolExecutor(_REQUEST_THREADS, thread_name_prefix="request")
+        self.inference_requests_manager = RequestsManager(self._executor)
+
+    def settings_of(self, state: Mapping[str, Any]) -> Settings:
+        """The settings of a request after the SDK's merge with the file; RequestError."""
+        given = state.get("settings")
+        if given is not None and not isinstance(given, Mapping):
+            raise RequestError(
+                f"settings is an object, and {type(given).__name__} was received; send for "
+                'example {"settings": {"text": "red car. dog"}}.'
+            )
+        merged = self._get_inference_settings({**state, "settings": dict(given or {})})
+        return parse_settings(merged)
+
+    def answer(
+        self, images: Sequence[AnyImage], settings: Settings, call: Call
+    ) -> list[Predicted | Failure]:
+        """One annotation or failure per image: the one door to the model."""
+        try:
+            predicted = self.predictor.predict(images, settings, call)
+        finally:
+            self._schedule_freeze_on_inactivity()
+        for one in predicted:
+            if isinstance(one, Predicted):
+                self._meta.learn(one.annotation)
+        return predicted
+
+    def _inference_auto(
+        self, source: Sequence[AnyImage], settings: Mapping[str, Any]
+    ) -> tuple[list[sly.Annotation], list[dict[str, Any]]]:
+        """All the SDK's own ways to a prediction: video frames, ``inference()``, the CLI.
+
+        Its crops and sliding windows move only some geometries and lose image tags; ours are in
+        the predictor. A failed image raises, because an annotation would hide it.
+        """
+        priority = Priority.INTERACTIVE if len(source) == 1 else Priority.BULK
+        call = Call(priority, api=self._api)
+        annotations = []
+        for one in self.answer(source, parse_settings(settings), call):
+            if isinstance(one, Failure):
+                raise_failure(one)
+            annotations.append(one.annotation)
+        return annotations, [{} for _ in annotations]
+
+    def ask(self, asks: Sequence[Ask], call: Call) -> list[Result | Failure]:
+        """Answers to single questions, without labels."""
+        try:
+            return self.predictor.ask(asks, call)
+        finally:
+            self._schedule_freeze_on_inactivity()
+
+    def answer_uploads(
+        self, images: Sequence[bytes], state: Mapping[str, Any], should_stop: Callable[[], bool]
+    ) -> list[dict[str, Any]]:
+        """The entries of uploaded images; when all of them failed, the first one's error."""
+        entries: list[dict[str, Any]] = []
+        outcomes = self._in_batches(images, state, should_stop)
+        answered: list[Predicted | Failure] = []
+        for batch in outcomes:
+            answered += batch
+            entries += entries_of(batch, self.model_meta)
+        check_any_answered(answered)
+        return entries
+
+    def _inference_images(
+        self,
+        images: Sequence[AnyImage],
+        state: Mapping[str, Any],
+        inference_request: InferenceRequest,
+    ) -> None:
+        """Uploaded images, which the SDK would keep on disk under the names clients gave."""
+        inference_request.set_stage(InferenceRequest.Stage.INFERENCE, 0, len(images))
+        for batch in self._in_batches(images, state, inference_request.is_stopped):
+            inference_request.add_results(entries_of(batch, self.model_meta))
+            inference_request.done(len(batch))
+
+    def _in_batches(
+        self,
+        images: Sequence[AnyImage],
+        state: Mapping[str, Any],
+        should_stop: Callable[[], bool],
+    ) -> Iterator[list[Predicted | Failure]]:
+        settings = self.settings_of(state)
+        size = batch_size_of(state, self.get_batch_size())
+        priority = Priority.INTERACTIVE if len(images) == 1 else Priority.BULK
+        call = Call(priority, should_stop=should_stop, api=self._api)
+        for start in range(0, len(images), size):
+            if should_stop():
+                return
+            batch = images[start : start + size]
+            if start == 0:
+                yield self.answer(batch, settings, call)
+            else:
+                yield when_queue_has_room(partial(self.answer, batch, settings, call), should_stop)
+
+    def answer_video(self, api: sly.Api, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Frames of a video of the platform; the SDK answers an error with an empty list."""
+        manager = self.inference_requests_manager
+        request, future = manager.schedule_task(self._inference_video_id, api, state)
+        future.result()
+        if request.exception is not None:
+            raise request.exception
+        return {"ann": request.pop_pending_results(), **(request.final_result or {})}
+
+    def schedule(self, work: Callable[..., Any], *arguments: object) -> dict[str, str]:
+        """Starts work that goes on behind a request; the answer names it."""
+        request, _ = self.inference_requests_manager.schedule_task(work, *arguments)
+        return {"message": "Scheduled.", "inference_request_uuid": request.uuid}
+
+    def predict(self, image_path: str, settings: Mapping[str, Any]) -> list[Predicted]:
+        """One image by path, in the SDK's terms."""
+        return self.predict_batch([image_path], settings)[0]
+
+    def predict_batch(
+        self, images_np: Sequence[AnyImage], settings: Mapping[str, Any]
+    ) -> list[list[Predicted]]:
+        """Images in the SDK's terms: for each a list that ``_predictions_to_annotation`` reads."""
+        return self.predict_benchmark(images_np, settings)[0]
+
+    def predict_benchmark(
+        self, images_np: Sequence[AnyImage], settings: Mapping[str, Any]
+    ) -> tuple[list[list[Predicted]], dict[str, float]]:
+        """As ``predict_batch``, with the milliseconds of each stage for the speed test."""
+        began = time.perf_counter()
+        call = Call(Priority.BULK, api=self._api)
+        predicted = []
+        for one in self.answer(images_np, parse_settings(settings), call):
+            if isinstance(one, Failure):
+                raise_failure(one)
+            predicted.append([one])
+        inference_s = max((sum(one.timings_s.values()) for [one] in predicted), default=0.0)
+        rest_s = max(time.perf_counter() - began - inference_s, 0.0)
+        return predicted, {
+            "preprocess": 0.0,
+            "inference": 1000 * inference_s,
+            "postprocess": 1000 * rest_s,
+        }
+
+    def _predictions_to_annotation(
+        self,
+        image_path: AnyImage,
+        predictions: Sequence[Predicted],
+        classes_whitelist: Sequence[str] | None = None,
+    ) -> sly.Annotation:
+        """The annotation is made already, with image tags, which the SDK's own would leave out."""
+        return predictions[0].annotation
+
+    def _inference_image_ids(
+        self, api: sly.Api, state: Mapping[str, Any], inference_request: InferenceRequest
+    ) -> None:
+        """Images of the platform; the SDK's run waits a second, and loses the last upload error."""
+        run_image_ids(api, state, inference_request, self._run_services())
+
+    def _inference_project_id(
+        self, api: sly.Api, state: Mapping[str, Any], inference_request: InferenceRequest
+    ) -> None:
+        """A whole project; in the SDK's run one damaged image ends it."""
+        run_project(api, state, inference_request, self._run_services())
+
+    def tag_objects(
+        self, api: sly.Api, state: Mapping[str, Any], inference_request: InferenceRequest
+    ) -> None:
+        """What the model says about existing objects, written as their tags."""
+        tag_existing_objects(api, state, inference_request, self._existing_services())
+
+    def _run_services(self) -> RunServices:
+        return RunServices(
+            predict=self._predict_images,
+            settings_of=lambda state, api: self.settings_of(state),
+            upload=self.upload_predictions,
+            format_output=self._format_output,
+            model_meta=lambda: self.model_meta,
+            task_id=self.task_id,
+            default_batch_size=self.get_batch_size(),
+        )
+
+    def _predict_images(
+        self,
+        images: Sequence[AnyImage],
+        settings: Settings,
+        *,
+        api: sly.Api,
+        is_bulk: bool,
+        should_stop: Callable[[], bool],
+    ) -> list[Predicted | Failure]:
+        priority = Priority.BULK if is_bulk else Priority.INTERACTIVE
+        return self.answer(images, settings, Call(priority, should_stop=should_stop, api=api))
+
+    def _existing_services(self) -> ExistingServices:
+        def ask(
+            asks: Sequence[Ask], *, should_stop: Callable[[], bool]
+        ) -> Sequence[Result | Failure]:
+            return self.ask(asks, Call(Priority.BULK, should_stop=should_stop))
+
+        return ExistingServices(
+            ask=ask,
+            settings_of=lambda state, api: self.settings_of(state),
+            default_batch_size=self.get_batch_size(),
+        )

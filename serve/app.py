@@ -1,0 +1,106 @@
+"""The app on the platform: a thin subclass of the SDK's base for prompt-based detection.
+
+It hands every way in to one predictor, and shields users from what the SDK gets wrong; each
+override says what it is for.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any, Final
+
+import uvicorn
+from fastapi import Request
+
+from florence2.errors import RequestError
+from serve.answering import AnsweringApp
+from serve.cli_predict import predict_path
+from serve.deployable import LocalServer
+from serve.http.errors import install_error_handlers
+from serve.http.guard import Guard
+from serve.http.limits import Limits
+from serve.http.page import PageInfo
+from serve.routes import register_routes
+from serve.sdk import sly
+
+# isort: split
+from supervisely.app.fastapi.subapp import SUPERVISELY_SERVER_PATH_PREFIX, _MainServer
+
+HOST_VARIABLE: Final = "FLORENCE_HOST"
+PORT_VARIABLE: Final = "FLORENCE_PORT"
+
+
+class Florence2App(AnsweringApp):
+    """Serves Florence-2 with the interface that the platform's tools expect."""
+
+    def __init__(self, *, local: LocalServer | None = None, **sdk_options: Any) -> None:  # noqa: ANN401
+        super().__init__(local=local, **sdk_options)
+        self._guarded: Guard | None = None
+
+    def api_from_request(self, request: Request) -> sly.Api:
+        """The platform of a request; RequestError where there is none."""
+        api = getattr(request.state, "api", None) or self.api
+        if api is None:
+            raise RequestError(
+                "Images of the platform need its address and a token, and neither came with the "
+                "request; send server_address and api_token, or the image itself."
+            )
+        return api
+
+    def page_info(self) -> PageInfo:
+        """What the page without the platform shows."""
+        model = self.deployment.current.model if self.deployment.is_deployed else None
+        return PageInfo(
+            model.name if model else None,
+            model.device if model else None,
+            model.precision if model else None,
+            is_ready=model is not None,
+        )
+
+    # The server
+
+    @property
+    def app(self) -> Any:  # noqa: ANN401 - an ASGI app
+        """What uvicorn runs: the SDK's application behind the guard."""
+        if self._guarded is None and self._app is not None:
+            self._guarded = Guard(
+                self._app,
+                Limits(),
+                lambda uuid: uuid in self.inference_requests_manager._inference_requests,
+                self._is_local,
+                count_request=self.metrics.count_request,
+                path_prefix=SUPERVISELY_SERVER_PATH_PREFIX,
+            )
+        return self._guarded
+
+    @property
+    def _is_local(self) -> bool:
+        """Whether the app was started from a command line: no platform stands before it."""
+        return bool(self._is_cli_deploy)
+
+    def serve(self) -> None:
+        """Mounts the routes and, from a command line, runs the server until it is stopped."""
+        server = _MainServer().get_server()
+        install_error_handlers(server, SUPERVISELY_SERVER_PATH_PREFIX)
+        register_routes(server, self, with_page=self.gui is None)
+        super().serve()
+
+    def _run_server(self) -> None:
+        """The SDK's listens on every address of the machine, always on port 8000."""
+        listener = self._local.listener if self._local else None
+        config = uvicorn.Config(
+            self.app,
+            host=os.environ.get(HOST_VARIABLE, "127.0.0.1"),
+            port=int(os.environ.get(PORT_VARIABLE, "8000")),
+            ws="websockets",
+            log_level="warning" if self._local else None,
+        )
+        uvicorn.Server(config).run(sockets=[listener] if listener else None)
+
+    def _inference_by_cli_deploy_args(self) -> None:
+        """``predict`` of the SDK's command line; a damaged image must not end a folder's run."""
+        if self._args.input is None:
+            super()._inference_by_cli_deploy_args()
+            return
+        sys.exit(predict_path(self, self._args))

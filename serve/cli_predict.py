@@ -1,0 +1,74 @@
+"""``predict`` of the SDK's command line for a local folder or image."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final, Protocol
+
+from florence2.errors import RequestError
+from florence2.images import open_image
+from florence2.records import Failure
+from florence2.scheduler import Priority
+from serve.console import complain, say
+from serve.labeling.previews import draw_preview
+from serve.predictor import Call, Predicted
+from serve.sdk import sly
+from serve.settings.model import Settings
+from serve.settings.parse import parse_settings
+
+_BATCH: Final = 16
+
+
+class Answers(Protocol):
+    """The app's door to its model."""
+
+    def answer(
+        self, images: Sequence[Path], settings: Settings, call: Call
+    ) -> list[Predicted | Failure]: ...
+
+
+def predict_path(app: Answers, arguments: argparse.Namespace) -> int:
+    """Writes ``OUTPUT/[folder/]image.json`` for every image; 1 when some failed.
+
+    The SDK's own sends a whole folder as one batch, which one damaged image ends. Raises
+    RequestError for settings or a path that cannot be used.
+    """
+    source, output = Path(arguments.input), Path(arguments.output)
+    settings = parse_settings(arguments.settings or {})
+    images = sorted(_images(source))
+    if not images:
+        raise RequestError(f"Images are labeled, and {source} holds none; name another folder.")
+    target = output / source.name if source.is_dir() else output
+    target.mkdir(parents=True, exist_ok=True)
+    failed = 0
+    for start in range(0, len(images), _BATCH):
+        batch = images[start : start + _BATCH]
+        for path, outcome in zip(
+            batch, app.answer(batch, settings, Call(Priority.BULK)), strict=True
+        ):
+            if isinstance(outcome, Failure):
+                failed += 1
+                complain(f"{path.name}: {outcome.message}")
+            else:
+                _write(path, outcome.annotation, target, draw=arguments.draw)
+    say(f"{len(images) - failed} of {len(images)} images are labeled in {target}.")
+    return 1 if failed else 0
+
+
+def _images(source: Path) -> Iterator[Path]:
+    if source.is_file():
+        yield source
+        return
+    if not source.is_dir():
+        raise RequestError(f"An image or a folder is labeled, and there is no {source}; check it.")
+    for path in source.iterdir():
+        if path.is_file() and path.suffix.lower() in sly.image.SUPPORTED_IMG_EXTS:
+            yield path
+
+
+def _write(path: Path, annotation: sly.Annotation, target: Path, *, draw: bool) -> None:
+    sly.json.dump_json_file(annotation.to_json(), str(target / f"{path.name}.json"))
+    if draw:
+        draw_preview(open_image(path).image, annotation, target / f"{path.stem}.preview.jpg")

@@ -1,0 +1,72 @@
+"""``florence2 serve``: the whole app on this machine, with no platform and no credentials."""
+
+from __future__ import annotations
+
+import socket
+from typing import Annotated, Final
+
+import typer
+
+from florence2.errors import RequestError
+from serve.console import say
+
+DEFAULT_MODEL: Final = "demo"
+_EXAMPLE_IMAGE: Final = "demo/images/scene_bike.png"
+_EVERYWHERE: Final = "0.0.0.0"
+_BACKLOG: Final = 256
+
+ModelName = Annotated[str, typer.Option(help="A name of `florence2 models`, hub id or folder.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+Precision = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")]
+Runtime = Annotated[str, typer.Option(help="auto or torch.")]
+Host = Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 lets the whole network in.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free port.")]
+MaxBatch = Annotated[
+    int | None, typer.Option(min=1, help="Most prompts answered at once. [default: by device]")
+]
+
+
+def register(app: typer.Typer) -> None:
+    app.command("serve")(serve)
+
+
+def serve(
+    model: ModelName = DEFAULT_MODEL,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    runtime: Runtime = "auto",
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    max_batch: MaxBatch = None,
+) -> None:
+    """Serve a model over HTTP on this machine; Ctrl-C ends it."""
+    with _listener(host, port) as listener:
+        say(f"Loading {model} ...")
+        from serve.app import Florence2App
+        from serve.deployable import LocalServer
+
+        app = Florence2App(
+            local=LocalServer(model, device, precision, runtime, max_batch, listener)
+        )
+        _greet(host, listener.getsockname()[1], model)
+        app.serve()
+
+
+def _listener(host: str, port: int) -> socket.socket:
+    """The socket to listen on, taken before a model is loaded for nothing."""
+    try:
+        return socket.create_server((host, port), backlog=_BACKLOG)
+    except OSError as error:
+        raise RequestError(
+            f"The app needs an address of its own, and {host}:{port} cannot be had "
+            f"({error.strerror}); name another --port."
+        ) from error
+
+
+def _greet(host: str, port: int, model: str) -> None:
+    url = f"http://{'127.0.0.1' if host == _EVERYWHERE else host}:{port}"
+    say(f"{model} answers at {url}; open it in a browser, or ask:")
+    say(
+        f"  curl -s -F files=@{_EXAMPLE_IMAGE} "
+        f'-F \'settings={{"settings": {{"task_prompt": "<OD>"}}}}\' {url}/inference_image'
+    )

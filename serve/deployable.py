@@ -1,0 +1,228 @@
+"""Loading, switching, freezing and stopping a model, in the SDK's terms."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import socket
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from florence2.hub import ProgressUpdate
+from florence2.resolve import resolve
+from serve.deploy_params import (
+    PRECISION_NAMES,
+    check_runtime,
+    device_name,
+    named_model,
+    params_for,
+    params_from_state,
+)
+from serve.deployment import Deployment, ModelChoice
+from serve.gui import florence_gui
+from serve.http.metrics import Metrics
+from serve.idle import IdleTimer
+from serve.model_meta import ModelMeta
+from serve.sdk import sly
+
+# isort: split
+from supervisely.nn.inference import PromptBasedObjectDetection
+
+logger = logging.getLogger(__name__)
+
+_HERE: Final = Path(__file__).resolve().parent
+_STATE_OF_A_DEPLOYMENT: Final = (
+    "model_source",
+    "device",
+    "runtime",
+    "model_precision",
+    "_hardware",
+    "checkpoint_info",
+    "_deploy_params",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LocalServer:
+    """Serving without the platform: which model, how, and the socket to listen on."""
+
+    model: str
+    device: str = "auto"
+    precision: str = "auto"
+    runtime: str = "auto"
+    max_batch: int | None = None
+    listener: socket.socket | None = None
+
+
+class DeployableApp(PromptBasedObjectDetection):  # type: ignore[misc]
+    """The part of the app that has a model; each override says what it shields from."""
+
+    FRAMEWORK_NAME = "Florence-2"
+    MODELS = str(_HERE / "models.json")
+    APP_OPTIONS = str(_HERE / "app_options.yaml")
+    INFERENCE_SETTINGS = str(_HERE / "inference_settings.yaml")
+
+    def __init__(self, *, local: LocalServer | None = None, **sdk_options: Any) -> None:  # noqa: ANN401
+        # All of it before the SDK's constructor, which may load a model.
+        self._local = local
+        self._idle = IdleTimer(self._freeze_model)
+        self._meta = ModelMeta()
+        self.metrics = Metrics()
+        self.deployment = Deployment(
+            self.metrics.observe_batch, max_batch=local.max_batch if local else None
+        )
+        with florence_gui():
+            super().__init__(**sdk_options)
+
+    def _download_pretrained_model(
+        self, model_files: Mapping[str, str], log_progress: bool = True, headless: bool = False
+    ) -> dict[str, str]:
+        """The checkpoint's files, whole and verified, with progress on the page.
+
+        The SDK would open every value as an address; ours are names that the engine resolves.
+        """
+        name = model_files["checkpoint"]
+        refresh = self.gui is not None and self.gui.refresh
+        progress = None if self.gui is None or not log_progress else self.gui.shows_download(name)
+        resolve(name, progress=progress or _log_progress(name), refresh=refresh)
+        if self.gui is not None:
+            self.gui.download_progress.hide()
+        return dict(model_files)
+
+    def _load_model_headless(self, **deploy_params: Any) -> None:  # noqa: ANN401
+        """What runs now goes on running, and is reported as before, when the next one fails."""
+        before = {name: getattr(self, name) for name in _STATE_OF_A_DEPLOYMENT}
+        try:
+            super()._load_model_headless(**deploy_params)
+        except BaseException:
+            for name, value in before.items():
+                setattr(self, name, value)
+            self._model_served = self.deployment.is_deployed
+            raise
+
+    def _load_model(self, deploy_params: dict[str, Any]) -> None:
+        deploy_params["device"] = device_name(deploy_params.get("device"))
+        deploy_params["runtime"] = check_runtime(deploy_params.get("runtime"))
+        super()._load_model(deploy_params)
+
+    def load_model(
+        self,
+        model_files: Mapping[str, str],
+        model_info: Mapping[str, Any],
+        model_source: str,
+        device: str,
+        runtime: str,
+        **others: Any,  # noqa: ANN401
+    ) -> None:
+        """Loads a checkpoint in place of the one that runs.
+
+        :param model_files: the checkpoint's name under "checkpoint"
+        :type model_files: dict
+        :param model_info: its row in models.json
+        :type model_info: dict
+        :param model_source: where it comes from
+        :type model_source: str
+        :param device: cpu, cuda or cuda:N
+        :type device: str
+        :param runtime: PyTorch
+        :type runtime: str
+        """
+        local = self._local or LocalServer(model_files["checkpoint"])
+        choice = ModelChoice(model_files["checkpoint"], device, local.precision, local.runtime)
+        model = self.deployment.switch(choice).model
+        self.model_precision = PRECISION_NAMES[model.precision]
+        self._model_meta = self.model_meta
+        self.metrics.set_model(model.name, model.device, model.precision, "torch")
+
+    def deploy_from_state(self, state: dict[str, Any]) -> dict[str, str]:
+        """A ``/deploy_from_api`` request.
+
+        The SDK's own stops what runs before it looks at the request.
+        """
+        params = params_from_state(state, self.pretrained_models, any_name=self._local is not None)
+        params["model_files"] = self._download_model_files(params)
+        self._load_model_headless(**params)
+        self._schedule_freeze_on_inactivity()
+        if self.gui is not None:
+            self.set_params_to_gui(params)
+            self.gui.set_deployed(params["device"])
+        return {"result": "model was successfully deployed"}
+
+    def shutdown_model(self) -> None:
+        """Stops and frees the model; the SDK would leave its weights where they are."""
+        self.deployment.stop()
+        self._idle.cancel()
+        super().shutdown_model()
+
+    def _freeze_model(self) -> None:
+        """Moves the weights to memory; the SDK would load them again from disk, twice."""
+        if self.deployment.freeze():
+            logger.info("The model has been idle and is moved from %s to memory", self.device)
+
+    def _unfreeze_model(self) -> None:
+        self.deployment.wake()
+
+    @property
+    def _model_frozen(self) -> bool:
+        return self.deployment.is_frozen
+
+    @_model_frozen.setter
+    def _model_frozen(self, _value: bool) -> None:
+        """The SDK sets it; the deployment knows."""
+
+    def _schedule_freeze_on_inactivity(self) -> None:
+        self._idle.touch(self._inactivity_timeout)
+
+    @property
+    def model_meta(self) -> sly.ProjectMeta:
+        """Every class and tag that answers may have, and the classes seen so far."""
+        return self._meta.snapshot()
+
+    def get_classes(self) -> list[str]:
+        """The names of the classes that are known now."""
+        return [obj_class.name for obj_class in self.model_meta.obj_classes]
+
+    def get_info(self) -> dict[str, Any]:
+        """What clients are told when they connect."""
+        info: dict[str, Any] = super().get_info()
+        model = self.deployment.current.model
+        info["app_name"] = "Serve Florence-2"
+        info["model_name"] = model.name
+        info["device"] = model.device
+        info["precision"] = self.model_precision
+        return info
+
+    def _parse_cli_deploy_args(self) -> tuple[argparse.Namespace | None, bool]:
+        """A local server is the SDK's "deploy" mode; its own reads the command line of any program.
+
+        Without ``--device`` the SDK means cuda:0, also on machines that have none.
+        """
+        if self._local is not None:
+            return argparse.Namespace(mode="deploy", model=self._local.model, settings=None), True
+        arguments, is_cli = super()._parse_cli_deploy_args()
+        if is_cli and not any(word.split("=")[0] == "--device" for word in sys.argv):
+            arguments.device = device_name(None)
+        return arguments, is_cli
+
+    def _get_deploy_params_from_args(self) -> tuple[dict[str, Any], bool]:
+        """Any checkpoint that the engine can resolve, not only those of ``models.json``."""
+        row = named_model(self._args.model, self.pretrained_models)
+        device = self._local.device if self._local is not None else self._args.device
+        return params_for(row, device), True
+
+
+def _log_progress(name: str) -> Callable[[ProgressUpdate], None]:
+    """Every tenth of a download as a line of the log."""
+    reported = -1
+
+    def report(update: ProgressUpdate) -> None:
+        nonlocal reported
+        tenth = 10 * update.done_bytes // max(update.total_bytes, 1)
+        if tenth > reported:
+            reported = tenth
+            logger.info("%s: %d %% of %d bytes", name, 10 * tenth, update.total_bytes)
+
+    return report

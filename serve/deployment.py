@@ -1,0 +1,137 @@
+"""Which checkpoint answers now: loaded, switched, put to sleep, stopped."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from florence2.api import Florence2
+from florence2.scheduler import Observer, Scheduler, StoppedError
+
+logger = logging.getLogger(__name__)
+
+NOT_DEPLOYED: Final = (
+    "No model is deployed, so nothing can be answered; choose a model and press Serve, or send "
+    "the request again when /is_ready says so."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelChoice:
+    """A checkpoint's name, id or folder, and how it is to run."""
+
+    name: str
+    device: str = "auto"
+    precision: str = "auto"
+    runtime: str = "auto"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Deployed:
+    """A model that has answered its self-test, and the one thread that runs it."""
+
+    choice: ModelChoice
+    model: Florence2
+    scheduler: Scheduler
+
+
+class Deployment:
+    """At most one model at a time. Safe to use from several threads.
+
+    Two models do not fit on every device, so the one before is freed before the next is loaded,
+    and loaded again if the next one fails.
+    """
+
+    def __init__(
+        self,
+        observer: Observer | None = None,
+        *,
+        max_batch: int | None = None,
+        load: Callable[[ModelChoice], Florence2] | None = None,
+    ) -> None:
+        self._observer = observer
+        self._max_batch = max_batch
+        self._load = load or _load
+        self._current: Deployed | None = None
+        self._is_frozen = False
+        self._lock = threading.RLock()
+
+    @property
+    def current(self) -> Deployed:
+        """The deployed model; StoppedError when there is none."""
+        current = self._current
+        if current is None:
+            raise StoppedError(NOT_DEPLOYED)
+        return current
+
+    @property
+    def is_deployed(self) -> bool:
+        return self._current is not None
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the weights are away from the device until the next request."""
+        return self._is_frozen
+
+    def switch(self, choice: ModelChoice) -> Deployed:
+        """Frees the model before and loads ``choice``; what fails leaves the one before running.
+
+        Requests that wait are refused, to be sent again. Raises CheckpointError or DeviceError.
+        """
+        with self._lock:
+            before = self._current
+            self.stop()
+            try:
+                self._current = self._started(choice)
+            except BaseException:
+                if before is not None:
+                    self._bring_back(before.choice)
+                raise
+            return self._current
+
+    def stop(self) -> None:
+        """Ends the model and frees its memory; nothing happens when there is none."""
+        with self._lock:
+            before, self._current, self._is_frozen = self._current, None, False
+            if before is not None:
+                before.scheduler.close()
+                before.model.close()
+
+    def freeze(self) -> bool:
+        """Moves the weights from the device into memory; False where they are there already."""
+        with self._lock:
+            current = self._current
+            if current is None or current.model.device == "cpu":
+                return False
+            current.scheduler.call(current.model.engine.park)
+            self._is_frozen = True
+            return True
+
+    def wake(self) -> None:
+        """Moves the weights of a frozen model back to its device."""
+        if not self._is_frozen:
+            return
+        with self._lock:
+            current = self._current
+            if self._is_frozen and current is not None:
+                current.scheduler.call(current.model.engine.resume)
+            self._is_frozen = False
+
+    def _started(self, choice: ModelChoice) -> Deployed:
+        model = self._load(choice)
+        scheduler = Scheduler(model.engine, max_batch=self._max_batch, observer=self._observer)
+        return Deployed(choice, model, scheduler)
+
+    def _bring_back(self, choice: ModelChoice) -> None:
+        try:
+            self._current = self._started(choice)
+        # The error that is on its way up says why; that nothing runs now is for the log.
+        except Exception:
+            logger.exception("%s could not be loaded again", choice.name)
+
+
+def _load(choice: ModelChoice) -> Florence2:
+    return Florence2.load(choice.name, choice.device, choice.runtime, precision=choice.precision)

@@ -1,0 +1,75 @@
+"""The page on the platform: the table of models, device, refreshing of weights, settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+from florence2.hub import ProgressUpdate
+from serve.deploy_params import DEFAULT_MODEL
+from serve.sdk import sly  # noqa: F401  (the SDK's modules are imported after this door)
+
+# isort: split
+from supervisely.app.widgets import Checkbox, Field, Widget
+from supervisely.nn.inference import gui as sdk_gui
+from supervisely.nn.inference.gui.serving_gui_template import ServingGUITemplate
+
+_REFRESH_HELP: Final = (
+    "Every file of the checkpoint is compared with its published hash, and what differs is "
+    "downloaded again."
+)
+
+
+class Florence2Gui(ServingGUITemplate):  # type: ignore[misc]
+    """The SDK's page with Florence-2-large chosen and a way to refresh the weights."""
+
+    def _initialize_extra_widgets(self) -> list[Widget]:
+        self.pretrained_models_table.set_by_model_name(DEFAULT_MODEL)
+        self._refresh = Checkbox("Refresh weights from the hub", widget_id="refresh_weights")
+        return [Field(self._refresh, title="Weights", description=_REFRESH_HELP)]
+
+    @property
+    def refresh(self) -> bool:
+        """Whether the weights are to be compared with the hub's before they are loaded."""
+        return bool(self._refresh.is_checked())
+
+    def shows_download(self, name: str) -> Callable[[ProgressUpdate], None]:
+        """Moves the page's progress bar as a download goes on."""
+        bar: Any = None
+        shown = 0
+
+        def show(update: ProgressUpdate) -> None:
+            nonlocal bar, shown
+            if bar is None:
+                self.download_progress.show()
+                bar = self.download_progress(
+                    message=f"Downloading {name}",
+                    total=update.total_bytes,
+                    unit="B",
+                    unit_scale=True,
+                )
+            bar.update(update.done_bytes - shown)
+            shown = update.done_bytes
+
+        return show
+
+    def set_inference_settings(self, inference: Any) -> None:  # noqa: ANN401 - the SDK's app
+        """The settings file as it is; the SDK would drop its comments."""
+        widget = self._model_inference_settings_widget
+        widget.set_text(inference.custom_inference_settings, "yaml")
+        widget.show()
+
+
+@contextmanager
+def florence_gui() -> Iterator[None]:
+    """Makes the SDK build our page for the app that is constructed inside.
+
+    Its constructor looks the class up in its module and has no other place to name one.
+    """
+    before = sdk_gui.ServingGUITemplate
+    sdk_gui.ServingGUITemplate = Florence2Gui
+    try:
+        yield
+    finally:
+        sdk_gui.ServingGUITemplate = before

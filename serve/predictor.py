@@ -1,0 +1,201 @@
+"""From images and settings to annotations: asks, waits for the answers, builds the labels."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from florence2.ask import AnyImage, Ask
+from florence2.cache import EncodedImage
+from florence2.cascade import parse_steps
+from florence2.errors import FlorenceError, RequestError
+from florence2.images import ImageSource, LoadedImage, open_image
+from florence2.records import Failure, Result, Timings
+from florence2.scheduler import Priority
+from florence2.tasks import TaskInput
+from serve.annotations import Answered, annotation_from_answers
+from serve.deployment import Deployment
+from serve.platform.reference import resolve_reference
+from serve.questions import Question, questions_of
+from serve.rules import rules_of
+from serve.sdk import sly
+from serve.settings.model import Settings
+from serve.shifting import moved
+from serve.tiles import TileResult, can_tile, merge_tiles
+from serve.views import View, views_of
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Who waits for a prediction, and for how long. ``api`` downloads a reference image."""
+
+    priority: Priority = Priority.INTERACTIVE
+    deadline_s: float | None = None
+    should_stop: Callable[[], bool] | None = None
+    api: sly.Api | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Predicted:
+    """One image's annotation. ``timings_s`` are those of the batches it was part of."""
+
+    annotation: sly.Annotation
+    notes: tuple[str, ...] = ()
+    timings_s: Timings = field(default_factory=Timings)
+
+
+class Watcher(Protocol):
+    """Who counts what happened; the app's metrics."""
+
+    def count_image(self, outcome: str, code: str | None = None) -> None: ...
+
+    def stage(self, name: str, seconds: float) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Job:
+    """One image with everything that is asked about it."""
+
+    picture: LoadedImage
+    views: tuple[View, ...]
+    questions: tuple[Question, ...]
+    settings: Settings
+
+    def asks(self) -> Iterator[Ask]:
+        for question in self.questions:
+            for view in self.views:
+                yield Ask(
+                    view.picture,
+                    question.task,
+                    question.text,
+                    question.region,
+                    num_beams=self.settings.num_beams,
+                    max_new_tokens=self.settings.max_new_tokens,
+                )
+
+    @property
+    def num_asks(self) -> int:
+        return len(self.questions) * len(self.views)
+
+
+class Predictor:
+    """Answers requests about images with whatever model is deployed."""
+
+    def __init__(self, deployment: Deployment, watcher: Watcher) -> None:
+        self._deployment = deployment
+        self._watcher = watcher
+
+    def ask(self, asks: Sequence[Ask], call: Call = Call()) -> list[Result | Failure]:
+        """The deployed model's answers, in order. Raises QueueFullError or StoppedError."""
+        deployed = self._deployment.current
+        self._deployment.wake()
+        return deployed.scheduler.run(
+            asks,
+            priority=call.priority,
+            deadline_s=call.deadline_s,
+            should_stop=call.should_stop,
+        )
+
+    def predict(
+        self, images: Sequence[AnyImage], settings: Settings, call: Call = Call()
+    ) -> list[Predicted | Failure]:
+        """One annotation or failure per image, in order; one image does not touch the others.
+
+        Raises RequestError for settings that fit no image, QueueFullError, StoppedError.
+        """
+        if settings.reference is not None:
+            if settings.reference.image_id is None and len(images) > 1:
+                return [self.predict([image], settings, call)[0] for image in images]
+            settings = resolve_reference(
+                settings, call.api, lambda asks: self.ask(asks, call), images[0] if images else None
+            )
+        jobs = [_job(image, settings) for image in images]
+        asks = [ask for job in jobs if isinstance(job, _Job) for ask in job.asks()]
+        answers = iter(self.ask(asks, call))
+        predicted = [
+            job
+            if isinstance(job, Failure)
+            else self._settled(job, [next(answers) for _ in range(job.num_asks)])
+            for job in jobs
+        ]
+        for one in predicted:
+            failed = isinstance(one, Failure)
+            self._watcher.count_image(
+                "failed" if failed else "labeled" if _has_labels(one) else "empty",
+                one.code if isinstance(one, Failure) else None,
+            )
+        return predicted
+
+    def _settled(self, job: _Job, answers: Sequence[Result | Failure]) -> Predicted | Failure:
+        """One failed answer fails the image: half its labels would pass for all of them."""
+        results: list[Result] = []
+        for answer in answers:
+            if isinstance(answer, Failure):
+                return replace(answer, image=None)
+            results.append(answer)
+        began = time.perf_counter()
+        per_view = len(job.views)
+        answered = [
+            _answered(job, question, results[place * per_view : (place + 1) * per_view])
+            for place, question in enumerate(job.questions)
+        ]
+        annotation = annotation_from_answers(answered, rules_of(job.settings), job.picture.size_wh)
+        self._watcher.stage("postprocess", time.perf_counter() - began)
+        notes = tuple(dict.fromkeys(note for result in results for note in result.notes))
+        return Predicted(annotation, notes, _slowest(results))
+
+
+def _has_labels(predicted: Predicted | Failure) -> bool:
+    return isinstance(predicted, Predicted) and bool(
+        predicted.annotation.labels or predicted.annotation.img_tags
+    )
+
+
+def _job(image: AnyImage, settings: Settings) -> _Job | Failure:
+    try:
+        if isinstance(image, Failure):
+            return image
+        if isinstance(image, EncodedImage):
+            raise RequestError("A prediction needs the image itself, and its features were given.")
+        picture = open_image(image)
+        questions = questions_of(settings)
+        asks_regions = parse_steps(settings.task_prompt)[0].takes is TaskInput.REGION
+        views = views_of(
+            picture,
+            None if asks_regions else settings.rectangle,
+            settings.tiling if can_tile(settings.task_prompt) else None,
+        )
+        return _Job(picture, views, questions, settings)
+    except FlorenceError as error:
+        return Failure(error.code, str(error))
+
+
+def _answered(job: _Job, question: Question, results: Sequence[Result]) -> Answered:
+    size_wh = job.picture.size_wh
+    placed = [
+        moved(result, view.offset_xy, size_wh)
+        for result, view in zip(results, job.views, strict=True)
+    ]
+    merged = placed[0]
+    if len(placed) > 1:
+        merged = merge_tiles(
+            [
+                TileResult(result, view.box_xyxy)
+                for result, view in zip(placed, job.views, strict=True)
+            ]
+        )
+    return Answered(merged, question.class_name, question.text, question.region)
+
+
+def _slowest(results: Sequence[Result]) -> Timings:
+    """The longest of each stage: the results of one image mostly share their batches."""
+    return Timings(
+        vision=max((result.timings_s.vision for result in results), default=0.0),
+        prompt=max((result.timings_s.prompt for result in results), default=0.0),
+        decode=max((result.timings_s.decode for result in results), default=0.0),
+    )
+
+
+__all__ = ["Call", "ImageSource", "Predicted", "Predictor", "Watcher"]

@@ -1,0 +1,193 @@
+"""The app's own routes. They come before the SDK's, so a path that both have is ours.
+
+Uploaded images stay in memory: the SDK keeps them on disk under the names that clients give, so
+two clients get each other's picture, and a name with ``../`` is written where it says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from anyio import CapacityLimiter, to_thread
+from fastapi import FastAPI, Form, Request, Response, UploadFile
+from fastapi.responses import HTMLResponse
+
+from serve.http.page import index_page
+from serve.http.tasks_json import instructions, tasks_json
+from serve.http.uploads import parse_state, read_one_upload, read_uploads
+from serve.http.url_images import fetch_image
+from serve.vqa import answer_question
+
+if TYPE_CHECKING:
+    from serve.app import Florence2App
+
+Done = TypeVar("Done")
+
+_FORM_TEXT: Final = Form("{}")
+_NO_FILES: Final[tuple[UploadFile, ...]] = ()
+_LOOK_AFTER_S: Final = 0.25
+# Waiting requests only hold a thread; the queue of the scheduler is what limits them.
+_WAITING: Final = 256
+
+
+def register_routes(server: FastAPI, app: Florence2App, *, with_page: bool) -> None:
+    """Mounts the routes; must come before ``Inference.serve`` mounts the SDK's."""
+    _images(server, app)
+    _batches(server, app)
+    _videos(server, app)
+    _questions(server, app)
+    _model(server, app)
+    if with_page:
+        _page(server, app)
+
+
+def _images(server: FastAPI, app: Florence2App) -> None:
+    waiting = CapacityLimiter(_WAITING)
+
+    @server.post("/inference_image")
+    async def inference_image(
+        request: Request,
+        files: list[UploadFile] = _NO_FILES,  # type: ignore[assignment]
+        settings: str = _FORM_TEXT,
+        state: str = _FORM_TEXT,
+    ) -> dict[str, Any]:
+        upload = read_one_upload(files)
+        asked = parse_state(state, settings)
+        entries = await _waited(
+            request, lambda stop: app.answer_uploads([upload.data], asked, stop), waiting
+        )
+        return entries[0]
+
+    @server.post("/inference_image_url")
+    async def inference_image_url(request: Request) -> dict[str, Any]:
+        asked: dict[str, Any] = request.state.state
+
+        def answer(stop: Callable[[], bool]) -> list[dict[str, Any]]:
+            return app.answer_uploads([fetch_image(asked.get("image_url"))], asked, stop)
+
+        return (await _waited(request, answer, waiting))[0]
+
+
+def _batches(server: FastAPI, app: Florence2App) -> None:
+    waiting = CapacityLimiter(_WAITING)
+
+    @server.post("/inference_batch")
+    async def inference_batch(
+        request: Request,
+        files: list[UploadFile] = _NO_FILES,  # type: ignore[assignment]
+        settings: str = _FORM_TEXT,
+        state: str = _FORM_TEXT,
+    ) -> list[dict[str, Any]]:
+        asked = parse_state(state, settings)
+        images = [upload.data for upload in read_uploads(files)]
+        return await _waited(request, lambda stop: app.answer_uploads(images, asked, stop), waiting)
+
+    @server.post("/inference_batch_async")
+    def inference_batch_async(
+        files: list[UploadFile] = _NO_FILES,  # type: ignore[assignment]
+        settings: str = _FORM_TEXT,
+        state: str = _FORM_TEXT,
+    ) -> dict[str, str]:
+        asked = parse_state(state, settings)
+        images = [upload.data for upload in read_uploads(files)]
+        app.settings_of(asked)
+        return app.schedule(app._inference_images, images, asked)
+
+
+def _videos(server: FastAPI, app: Florence2App) -> None:
+    @server.post("/inference_video_id")
+    def inference_video_id(request: Request) -> dict[str, Any]:
+        return app.answer_video(app.api_from_request(request), request.state.state)
+
+    @server.post("/inference_video_async")
+    def inference_video_async(
+        files: list[UploadFile] = _NO_FILES,  # type: ignore[assignment]
+        settings: str = _FORM_TEXT,
+        state: str = _FORM_TEXT,
+    ) -> dict[str, str]:
+        asked = parse_state(state, settings)
+        app.settings_of(asked)
+        upload = read_one_upload(files, max_bytes=512 * 2**20)
+        folder = tempfile.TemporaryDirectory(prefix="video-")
+        path = Path(folder.name, "video" + Path(upload.name).suffix[:8])
+        path.write_bytes(upload.data)
+
+        def infer(inference_request: Any) -> None:  # noqa: ANN401 - the SDK's record
+            with folder:
+                app._inference_video(str(path), asked, inference_request)
+
+        return app.schedule(infer)
+
+
+def _questions(server: FastAPI, app: Florence2App) -> None:
+    waiting = CapacityLimiter(_WAITING)
+
+    @server.post("/visual_question_answering")
+    async def visual_question_answering(request: Request) -> dict[str, str]:
+        asked: dict[str, Any] = request.state.state
+
+        def answer(stop: Callable[[], bool]) -> dict[str, str]:
+            return {"answer": answer_question(app, asked, request, stop)}
+
+        return await _waited(request, answer, waiting)
+
+    @server.post("/get_prompt_instructions")
+    def get_prompt_instructions() -> dict[str, str]:
+        return {"instructions": instructions()}
+
+    @server.get("/tasks")
+    @server.post("/tasks")
+    def tasks() -> dict[str, Any]:
+        return tasks_json()
+
+    @server.post("/tag_objects")
+    def tag_objects(request: Request) -> list[dict[str, Any]]:
+        api = app.api_from_request(request)
+        results: list[dict[str, Any]] = app.inference_requests_manager.run(
+            app.tag_objects, api, request.state.state
+        )
+        return results
+
+    @server.post("/tag_objects_async")
+    def tag_objects_async(request: Request) -> dict[str, str]:
+        return app.schedule(app.tag_objects, app.api_from_request(request), request.state.state)
+
+
+def _model(server: FastAPI, app: Florence2App) -> None:
+    @server.post("/deploy_from_api")
+    def deploy_from_api(request: Request) -> dict[str, str]:
+        return app.deploy_from_state(request.state.state)
+
+    @server.get("/metrics")
+    def metrics() -> Response:
+        text, content_type = app.metrics.render()
+        return Response(text, media_type=content_type)
+
+
+def _page(server: FastAPI, app: Florence2App) -> None:
+    @server.get("/")
+    def page() -> HTMLResponse:
+        return HTMLResponse(index_page(app.page_info()))
+
+
+async def _waited(
+    request: Request, work: Callable[[Callable[[], bool]], Done], limiter: CapacityLimiter
+) -> Done:
+    """``work`` in a thread, told to stop when nobody waits for its result any longer."""
+    gone = threading.Event()
+
+    async def look() -> None:
+        while not await request.is_disconnected():
+            await asyncio.sleep(_LOOK_AFTER_S)
+        gone.set()
+
+    looking = asyncio.create_task(look())
+    try:
+        return await to_thread.run_sync(work, gone.is_set, limiter=limiter)
+    finally:
+        looking.cancel()
