@@ -1,0 +1,63 @@
+"""The demo checkpoint behind a scheduler, with a runtime whose passes can be looked at."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import pytest
+from scheduler_tools import WatchedRuntime
+
+from florence2 import Florence2
+from florence2.engine import Engine
+from florence2.scheduler import BatchReport, Scheduler
+
+
+@pytest.fixture(scope="session")
+def model():
+    return Florence2.load("demo", device="cpu")
+
+
+@pytest.fixture
+def runtime(model):
+    return WatchedRuntime(model.engine.runtime)
+
+
+@pytest.fixture
+def engine(model, runtime):
+    return Engine(
+        model.engine.checkpoint, runtime, image_batch=2, prompt_batch=8, cache_bytes=2**24
+    )
+
+
+@pytest.fixture
+def reports():
+    return list[BatchReport]()
+
+
+@pytest.fixture
+def start(engine, reports):
+    """Makes schedulers that are closed when the test is over."""
+    started: list[Scheduler] = []
+
+    def make(**options):
+        scheduler = Scheduler(engine, **({"observer": reports.append} | options))
+        started.append(scheduler)
+        return scheduler
+
+    yield make
+    for scheduler in started:
+        scheduler.close()
+
+
+@pytest.fixture
+def scheduler(start):
+    return start()
+
+
+@pytest.fixture
+def send(scheduler):
+    """``send(asks, ...)`` runs a request on a thread of its own and gives its future."""
+    with ThreadPoolExecutor(max_workers=64) as threads:
+        yield partial(threads.submit, scheduler.run)
+        scheduler.close()

@@ -1,0 +1,188 @@
+"""Requests of many callers share batches and come back in order, as if each had been alone."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from scheduler_tools import PATIENCE_S, assert_same, captions, held, picture, wait_until
+
+import florence2.scheduler
+from florence2 import Ask, Failure
+from florence2.answering import identity
+from florence2.scheduler import Priority
+from florence2.tasks import TASKS, TaskInput
+
+REGION = (20.0, 30.0, 150.0, 170.0)
+
+
+def ask(seed: int, number: int) -> Ask:
+    task = TASKS[number % len(TASKS)]
+    text = "a red car" if task.takes is TaskInput.TEXT else None
+    region = REGION if task.takes is TaskInput.REGION else None
+    return Ask(picture(seed), task.token, text, region, max_new_tokens=24)
+
+
+def test_two_requests_that_arrive_together_are_one_batch(scheduler, send, reports):
+    with held(scheduler):
+        one, other = send(captions(1)), send(captions(2))
+        wait_until(lambda: scheduler.queue_depth == 2)
+    one.result(PATIENCE_S), other.result(PATIENCE_S)
+    assert [(report.prompts, report.requests) for report in reports] == [(2, 2)]
+
+
+def test_64_threads_with_different_tasks_get_the_serial_answers(model, scheduler, send, reports):
+    asks = [ask(number % 5, number) for number in range(64)]
+    futures = [send([one], priority=Priority(number % 2)) for number, one in enumerate(asks)]
+    for one, future in zip(asks, futures, strict=True):
+        [answer] = future.result(PATIENCE_S)
+        [alone] = model.run_many([one])
+        assert_same(answer, alone)
+    assert sum(report.prompts for report in reports) == 64
+    assert len(reports) < 64
+
+
+def test_a_large_request_is_cut_into_pieces_and_comes_back_in_order(model, start, reports):
+    asks = [ask(number % 3, number) for number in range(11)]
+    answers = start(max_batch=4).run(asks)
+    assert [report.prompts for report in reports] == [4, 4, 3]
+    for answer, alone in zip(answers, model.run_many(asks), strict=True):
+        assert_same(answer, alone)
+
+
+def test_the_asks_about_one_image_come_in_one_batch(start, reports):
+    asks = [
+        Ask(picture(seed), task, max_new_tokens=4)
+        for task in ("<OD>", "<CAPTION>")
+        for seed in range(4)
+    ]
+    start(max_batch=4).run(asks)
+    assert [(report.prompts, report.images) for report in reports] == [(4, 2), (4, 2)]
+
+
+def test_two_bulk_requests_take_turns_image_by_image(start, monkeypatch):
+    scheduler = start(max_batch=2)
+    batches: list[list[object]] = []
+    answer_all = florence2.scheduler.answer_all
+
+    def noting(engine, asks, between_passes=None):
+        batches.append([identity(ask.image) for ask in asks])
+        return answer_all(engine, asks, between_passes)
+
+    monkeypatch.setattr(florence2.scheduler, "answer_all", noting)
+    with ThreadPoolExecutor() as threads, held(scheduler):
+        threads.submit(scheduler.run, captions(0, 1, 2), priority=Priority.BULK)
+        wait_until(lambda: scheduler.queue_depth == 3)
+        threads.submit(scheduler.run, captions(5, 6, 7), priority=Priority.BULK)
+        wait_until(lambda: scheduler.queue_depth == 6)
+    order = [[0, 5], [1, 6], [2, 7]]
+    assert batches == [[identity(picture(seed)) for seed in batch] for batch in order]
+
+
+def test_the_rest_of_an_image_comes_in_the_next_batch(start, monkeypatch):
+    scheduler = start(max_batch=4)
+    batches: list[list[object]] = []
+    answer_all = florence2.scheduler.answer_all
+
+    def noting(engine, asks, between_passes=None):
+        batches.append([ask.text for ask in asks])
+        return answer_all(engine, asks, between_passes)
+
+    monkeypatch.setattr(florence2.scheduler, "answer_all", noting)
+
+    def asks(name):
+        return [
+            Ask(picture(3), "<OPEN_VOCABULARY_DETECTION>", f"{name} {number}", max_new_tokens=3)
+            for number in range(3)
+        ] + [Ask(picture(4), "<OPEN_VOCABULARY_DETECTION>", name, max_new_tokens=3)]
+
+    with ThreadPoolExecutor() as threads, held(scheduler):
+        threads.submit(scheduler.run, asks("a"))
+        wait_until(lambda: scheduler.queue_depth == 4)
+        threads.submit(scheduler.run, asks("b"))
+        wait_until(lambda: scheduler.queue_depth == 8)
+    assert batches == [["a 0", "a 1", "a 2", "b 0"], ["b 1", "b 2", "a", "b"]]
+
+
+def test_after_a_shared_batch_a_request_waits_for_company(scheduler, send, reports, monkeypatch):
+    monkeypatch.setattr(florence2.scheduler, "GATHER_S", PATIENCE_S)
+    for _ in range(2):
+        first = send(captions(1))
+        if not reports:
+            first.result(PATIENCE_S)
+            with held(scheduler):
+                first = send(captions(1))
+                second = send(captions(2))
+                wait_until(lambda: scheduler.queue_depth == 2)
+        else:
+            wait_until(lambda: scheduler.queue_depth == 1)
+            second = send(captions(2))
+        first.result(PATIENCE_S), second.result(PATIENCE_S)
+    assert [report.requests for report in reports] == [1, 2, 2]
+
+
+def test_after_a_request_that_was_alone_nothing_is_waited_for(scheduler, monkeypatch, reports):
+    monkeypatch.setattr(florence2.scheduler, "GATHER_S", threading.TIMEOUT_MAX)
+    for _ in range(3):
+        scheduler.run(captions(1))
+    assert [report.requests for report in reports] == [1, 1, 1]
+
+
+def test_a_report_counts_what_its_batch_was(scheduler, send, reports):
+    with held(scheduler):
+        good = send([*captions(1, 1), Ask("nowhere.jpg", "<CAPTION>")], priority=Priority.BULK)
+        wait_until(lambda: scheduler.queue_depth == 3)
+    results = good.result(PATIENCE_S)
+    [report] = reports
+    assert (report.priority, report.prompts, report.images) == (Priority.BULK, 3, 2)
+    assert (report.failures, report.requests, report.queue_depth) == (1, 1, 0)
+    assert report.tokens == 2 * len(results[0].token_ids)
+    assert report.seconds > 0
+    assert report.waited_s > 0
+
+
+def test_an_observer_that_fails_is_logged_and_changes_nothing(start, caplog):
+    def broken(report):
+        raise ValueError("a broken observer")
+
+    scheduler = start(observer=broken)
+    with caplog.at_level(logging.ERROR):
+        assert [type(result).__name__ for result in scheduler.run(captions(1))] == ["Result"]
+        assert [type(result).__name__ for result in scheduler.run(captions(1))] == ["Result"]
+    assert "a broken observer" in caplog.text
+
+
+def test_a_bad_ask_fails_alone(scheduler):
+    first, bad, odd, last = scheduler.run(
+        [*captions(1), Ask("nowhere.jpg", "<CAPTION>"), None, *captions(2)]
+    )
+    assert_same(first, scheduler.run(captions(1))[0])
+    assert_same(last, scheduler.run(captions(2))[0])
+    assert isinstance(bad, Failure)
+    assert (bad.code, bad.image) == ("bad_image", "nowhere.jpg")
+    assert odd.code == "bad_request"
+
+
+def test_no_asks_need_no_batch(scheduler, reports):
+    assert scheduler.run([]) == []
+    assert reports == []
+
+
+@pytest.mark.parametrize("priority", Priority)
+def test_a_fault_fails_its_own_batch_in_a_sentence_and_the_next_is_answered(
+    scheduler, runtime, caplog, priority
+):
+    def broken():
+        raise ZeroDivisionError("a fault of the network")
+
+    runtime.before_pass = broken
+    with caplog.at_level(logging.ERROR):
+        failures = scheduler.run(captions(1, 2), priority=priority)
+    assert [failure.code for failure in failures] == ["internal_error"] * 2
+    assert "a fault of the network" not in failures[0].message
+    assert "a fault of the network" in caplog.text
+    runtime.before_pass = lambda: None
+    [answer] = scheduler.run(captions(1), priority=priority)
+    assert not isinstance(answer, Failure)
