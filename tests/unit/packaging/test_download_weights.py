@@ -1,0 +1,125 @@
+"""docker/download_weights.py, run as the image's build runs it, against a hub on localhost."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hub_standin import HubStandin, Repository, hub_standin
+from packaging_files import ROOT
+from safetensors.numpy import save
+
+from florence2.known_checkpoints import KNOWN_BY_NAME
+
+TINY = "someone/tiny"
+OTHER = "someone/other"
+WEIGHTS = "model.safetensors"
+
+
+def files() -> dict[str, bytes]:
+    values = np.random.default_rng(0).integers(0, 255, 100_000, dtype=np.uint8)
+    return {
+        "config.json": b'{"vision_config": {"dim_embed": [1]}}',
+        "tokenizer.json": b'{"model": "tiny"}',
+        WEIGHTS: save({"weight": values}),
+    }
+
+
+class Pinned(Repository):
+    """A repository that claims a commit which its content does not have."""
+
+    commit = KNOWN_BY_NAME["Florence-2-base"].revision
+
+
+@pytest.fixture
+def hub() -> Iterator[HubStandin]:
+    with hub_standin() as standin:
+        standin.add(TINY, files())
+        yield standin
+
+
+def download(hub: HubStandin, cache: Path, *names: str) -> subprocess.CompletedProcess[str]:
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "FLOR"))}
+    env |= {
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HOME": str(cache.parent / "client"),
+        "NO_PROXY": "127.0.0.1,localhost",
+        "FLORENCE2_CACHE": str(cache),
+        "PYTHONPATH": str(ROOT / "src"),
+    }
+    command = [sys.executable, "docker/download_weights.py", *names]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+
+
+def whole_folders(cache: Path) -> list[Path]:
+    return [manifest.parent for manifest in cache.rglob("florence2-manifest.json")]
+
+
+def test_a_whole_checkpoint_lands_in_the_cache_and_ends_with_0(hub: HubStandin, tmp_path: Path):
+    ran = download(hub, tmp_path / "cache", TINY)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    (folder,) = whole_folders(tmp_path / "cache")
+    assert {name: (folder / name).read_bytes() for name in files()} == files()
+
+
+def test_a_hash_that_stays_wrong_ends_with_1_and_names_the_file(hub: HubStandin, tmp_path: Path):
+    hub.faults.corrupt_left[WEIGHTS] = 9
+    ran = download(hub, tmp_path / "cache", TINY)
+    assert ran.returncode == 1
+    assert WEIGHTS in ran.stdout
+    assert whole_folders(tmp_path / "cache") == []
+
+
+@pytest.mark.parametrize("missing", files())
+def test_a_repository_without_a_needed_file_ends_with_1(
+    missing: str, hub: HubStandin, tmp_path: Path
+):
+    hub.add(TINY, {name: data for name, data in files().items() if name != missing})
+    ran = download(hub, tmp_path / "cache", TINY)
+    assert ran.returncode == 1
+    assert f"Not in the image: {TINY}." in ran.stdout
+
+
+@pytest.mark.parametrize("status", [403, 404])
+def test_a_file_that_the_hub_refuses_ends_with_1(status: int, hub: HubStandin, tmp_path: Path):
+    hub.faults.file_status[WEIGHTS] = status
+    assert download(hub, tmp_path / "cache", TINY).returncode == 1
+    assert whole_folders(tmp_path / "cache") == []
+
+
+def test_a_published_name_with_other_weights_ends_with_1(hub: HubStandin, tmp_path: Path):
+    hub.repositories["microsoft/Florence-2-base"] = Pinned(files())
+    ran = download(hub, tmp_path / "cache", "Florence-2-base")
+    assert ran.returncode == 1
+    assert "other weights for Florence-2-base than the published ones" in ran.stdout
+    assert hub.gets(WEIGHTS) == []
+
+
+def test_one_failure_of_several_fails_all_and_only_it_is_named(hub: HubStandin, tmp_path: Path):
+    ran = download(hub, tmp_path / "cache", f"{OTHER} {TINY}")
+    assert ran.returncode == 1
+    assert f"Not in the image: {OTHER}." in ran.stdout
+    assert len(whole_folders(tmp_path / "cache")) == 1
+
+
+@pytest.mark.parametrize("arguments", [(), ("",)], ids=["nothing", "an empty build argument"])
+def test_no_names_stand_for_the_four_published_checkpoints(
+    arguments: tuple[str, ...], hub: HubStandin, tmp_path: Path
+):
+    ran = download(hub, tmp_path / "cache", *arguments)
+    assert ran.returncode == 1
+    assert f"Not in the image: {', '.join(KNOWN_BY_NAME)}." in ran.stdout
+
+
+def test_a_checkpoint_damaged_in_the_cache_is_fetched_again(hub: HubStandin, tmp_path: Path):
+    download(hub, tmp_path / "cache", TINY)
+    (folder,) = whole_folders(tmp_path / "cache")
+    content = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert download(hub, tmp_path / "cache", TINY).returncode == 0
+    assert (folder / WEIGHTS).read_bytes() == content

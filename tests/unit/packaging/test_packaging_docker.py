@@ -1,0 +1,161 @@
+"""The Dockerfiles, what is sent to them, and the compose file."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from packaging_files import (
+    COMPOSE,
+    DOCKERFILE,
+    DOCKERFILE_DEPLOY,
+    ROOT,
+    SCRIPTS,
+    instructions,
+    text_of,
+    yaml_of,
+)
+
+DOCKERFILES = [DOCKERFILE, DOCKERFILE_DEPLOY]
+
+BAD_DOCKERFILES = {
+    "no tag": "FROM python\n",
+    "the newest tag": "FROM python:latest\n",
+    "a package without a version": "FROM python:3.11.14\nRUN pip install --no-cache-dir torch\n",
+    "apt's lists left behind": (
+        "FROM debian:12\nRUN apt-get update && apt-get install -y --no-install-recommends git=1:2\n"
+    ),
+    "a shell command that cannot be parsed": "FROM debian:12\nRUN if true; then ls\n",
+}
+
+
+@contextmanager
+def answering(status: int) -> Iterator[str]:
+    """The address of a server that gives every request this status."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def hadolint(path: Path) -> subprocess.CompletedProcess[str]:
+    command = [str(SCRIPTS / "hadolint"), "--no-color", str(path)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
+def test_the_linter_finds_nothing(path: Path):
+    assert hadolint(path).stdout == ""
+
+
+@pytest.mark.parametrize("content", BAD_DOCKERFILES.values(), ids=BAD_DOCKERFILES.keys())
+def test_the_linter_would_find(content: str, tmp_path: Path):
+    (tmp_path / "Dockerfile").write_text(content, encoding="utf-8")
+    assert hadolint(tmp_path / "Dockerfile").returncode == 1
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
+def test_no_failure_of_a_build_is_swallowed(path: Path):
+    assert "|| true" not in text_of(path)
+    assert "|| :" not in text_of(path)
+
+
+def test_the_label_that_the_image_workflow_looks_for_is_the_last_line():
+    last = text_of(DOCKERFILE).rstrip("\n").splitlines()[-1]
+    assert last.startswith('LABEL python_sdk_version="')
+
+
+def test_weights_are_downloaded_where_the_app_looks_for_them():
+    stage = text_of(DOCKERFILE).split("FROM ")
+    cache = "FLORENCE2_CACHE=/opt/florence2/checkpoints"
+    assert cache in stage[2], "the stage that downloads"
+    assert cache in stage[3], "the image itself"
+    assert "COPY --from=weights /opt/florence2/checkpoints /opt/florence2/checkpoints" in stage[3]
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
+def test_what_is_copied_is_there_and_is_sent_to_the_build(path: Path):
+    sent = {line[1:] for line in text_of(ROOT / ".dockerignore").splitlines() if line[:1] == "!"}
+    copied = [words.split()[0] for keyword, words in instructions(path) if keyword == "COPY"]
+    named = [source for source in copied if not source.startswith(("--from", "."))]
+    assert all((ROOT / source).exists() for source in [*named, *sent])
+    assert set(named) <= sent
+
+
+CUDA_BUILDS = {"13.0": 0, "12.8": 1, None: 1}
+
+
+@pytest.mark.parametrize(("build", "exit_code"), CUDA_BUILDS.items(), ids=str)
+def test_the_image_build_stops_where_torch_has_another_cuda(
+    build: str | None, exit_code: int, tmp_path: Path
+):
+    guards = [words for keyword, words in instructions(DOCKERFILE) if "torch.version" in words]
+    (version,) = [
+        words.removeprefix("CUDA_VERSION=")
+        for keyword, words in instructions(DOCKERFILE)
+        if keyword == "ARG" and words.startswith("CUDA_VERSION=")
+    ]
+    (tmp_path / "torch.py").write_text(f"class version:\n    cuda = {build!r}\n", encoding="utf-8")
+    path = f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}"
+    env = {"PATH": path, "PYTHONPATH": str(tmp_path), "CUDA_VERSION": version}
+    ran = subprocess.run(["sh", "-c", *guards], env=env, capture_output=True, text=True, timeout=60)
+    assert ran.returncode == exit_code
+    if exit_code:
+        assert ran.stderr == f"torch is built for CUDA {build}, not {version}\n"
+
+
+def test_the_deployable_image_sets_the_variable_that_the_app_reads_its_address_from():
+    environment = dict(
+        pair.split("=")
+        for keyword, words in instructions(DOCKERFILE_DEPLOY)
+        if keyword == "ENV"
+        for pair in words.split()
+    )
+    assert environment["FLORENCE_HOST"] == "0.0.0.0"
+    assert '"FLORENCE_HOST"' in text_of(ROOT / "serve" / "app.py")
+
+
+def test_the_deployable_image_is_healthy_while_the_app_says_so():
+    checks = [
+        words for keyword, words in instructions(DOCKERFILE_DEPLOY) if keyword == "HEALTHCHECK"
+    ]
+    program = json.loads(checks[0].partition("CMD ")[2])[2]
+    for status, exit_code in ((200, 0), (503, 1)):
+        with answering(status) as address:
+            local = program.replace("http://127.0.0.1:8000", address)
+            assert local != program
+            ran = subprocess.run([sys.executable, "-c", local], capture_output=True, timeout=60)
+        assert ran.returncode == exit_code
+
+
+def test_compose_serves_on_this_machine_only():
+    assert yaml_of(COMPOSE)["services"]["florence-2"]["ports"] == ["127.0.0.1:8000:8000"]
+
+
+def test_the_compose_file_follows_the_compose_specification():
+    ran = subprocess.run(
+        [
+            str(SCRIPTS / "check-jsonschema"),
+            "--builtin-schema",
+            "vendor.compose-spec",
+            str(COMPOSE),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ran.returncode == 0, ran.stdout

@@ -1,0 +1,87 @@
+"""config.json: what the platform reads before it starts the app."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import supervisely
+from jsonschema import Draft202012Validator
+from packaging.version import Version
+from packaging_files import HERE, ROOT, manifest, pinned, text_of
+
+SCHEMA = json.loads(text_of(HERE / "manifest_schema.json"))
+
+Change = Callable[[dict[str, Any]], object]
+WRONG: dict[str, Change] = {
+    "another name, which other apps select by": lambda m: m.update(name="Florence-2"),
+    "no entrypoint": lambda m: m.pop("entrypoint"),
+    "a misspelt key": lambda m: m.update(sesion_tags=[]),
+    "a GPU word the platform does not know": lambda m: m.update(gpu="optional"),
+    "the image's newest tag": lambda m: m.update(docker_image="supervisely/florence-2:latest"),
+    "a version as a number": lambda m: m.update(instance_version=6.18),
+    "no tag that other apps find it by": lambda m: m["session_tags"].remove("deployed_florence_2"),
+    "a category twice": lambda m: m["categories"].append("images"),
+    "a driver without a required GPU": lambda m: m.update(min_nvidia_driver_version="580"),
+}
+
+
+def errors_of(value: dict[str, Any]) -> list[str]:
+    return [error.message for error in Draft202012Validator(SCHEMA).iter_errors(value)]
+
+
+def test_the_schema_itself_is_a_schema():
+    Draft202012Validator.check_schema(SCHEMA)
+
+
+def test_the_manifest_follows_its_schema():
+    assert errors_of(manifest()) == []
+
+
+@pytest.mark.parametrize("change", WRONG.values(), ids=WRONG.keys())
+def test_the_schema_refuses(change: Change):
+    wrong = manifest()
+    change(wrong)
+    assert errors_of(wrong)
+
+
+def test_the_instance_version_is_the_one_the_sdk_pairs_with_its_version():
+    sdk = Version(pinned("supervisely"))
+    pairs = json.loads(text_of(Path(supervisely.__file__).parent / "versions.json"))
+    able = [instance for instance, oldest_sdk in pairs.items() if Version(oldest_sdk) <= sdk]
+    assert manifest()["instance_version"] == max(able, key=Version)
+
+
+@pytest.mark.parametrize("kind", ["models", "inference_settings"])
+def test_every_file_the_manifest_names_is_there(kind: str):
+    assert (ROOT / manifest()["files"][kind]).is_file()
+
+
+def test_the_entrypoint_names_a_module_of_the_app_and_the_manifests_port():
+    words = shlex.split(manifest()["entrypoint"])
+    module, _, attribute = words[3].partition(":")
+    assert (ROOT / module.replace(".", "/")).with_suffix(".py").is_file()
+    assert attribute == "model.app"
+    assert words[words.index("--port") + 1] == str(manifest()["port"])
+
+
+def test_the_entrypoint_finds_both_packages_in_a_clone_where_nothing_is_installed(tmp_path: Path):
+    (tmp_path / "src" / "florence2").mkdir(parents=True)
+    (tmp_path / "serve").mkdir()
+    (tmp_path / "src" / "florence2" / "__init__.py").write_text("", encoding="utf-8")
+    (tmp_path / "serve" / "__init__.py").write_text("", encoding="utf-8")
+    main = "import florence2\nraise SystemExit(f'{florence2.__file__}\\n{__file__}')\n"
+    (tmp_path / "serve" / "main.py").write_text(main, encoding="utf-8")
+    command = [sys.executable, *shlex.split(manifest()["entrypoint"])[1:]]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    found = [(tmp_path / line).resolve() for line in ran.stderr.splitlines()[-2:]]
+    assert found == [
+        (tmp_path / "src" / "florence2" / "__init__.py").resolve(),
+        (tmp_path / "serve" / "main.py").resolve(),
+    ], ran.stderr
