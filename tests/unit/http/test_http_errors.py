@@ -6,6 +6,7 @@ from fastapi.testclient import TestClient
 
 from florence2.errors import FlorenceError, ImageError, RequestError
 from florence2.records import Failure
+from florence2.scheduler import QueueFullError
 from serve.http.errors import (
     NotDeployedError,
     NotFoundError,
@@ -21,11 +22,6 @@ SDK_NOT_DEPLOYED = (
     "press the 'Serve' button. If this app has no GUI, it signifies that 'load_on_device' was "
     "never called."
 )
-
-
-class QueueIsFullError(FlorenceError):
-    code = "queue_full"
-    retry_after_s = 2.4
 
 
 STATUSES = {
@@ -56,7 +52,7 @@ def test_the_body_has_the_keys_of_the_sdk_and_the_code():
 
 
 WAITS = {
-    "a queue that knows how long": (QueueIsFullError("Full."), "3"),
+    "a queue that knows how long": (QueueFullError("Full.", 2.4), "3"),
     "no model yet": (NotDeployedError("Not yet."), "5"),
     "a failure of one image": (Failure("queue_full", "Full."), "5"),
 }
@@ -90,7 +86,7 @@ def client():
 
     faults = {
         "/ours": RequestError("Correct it."),
-        "/waiting": QueueIsFullError("Full."),
+        "/waiting": QueueFullError("Full.", 2.4),
         "/damaged": FlorenceError("The model gave nothing."),
         "/sdk": HTTPException(400, "Only one file expected but got 2"),
         "/undeployed": RuntimeError(SDK_NOT_DEPLOYED),

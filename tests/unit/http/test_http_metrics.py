@@ -1,11 +1,11 @@
 """The numbers the app gives away about itself."""
 
 import threading
-from types import SimpleNamespace
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from florence2.scheduler import BatchReport, Priority
 from serve.http.metrics import STAGES, Metrics
 
 
@@ -64,7 +64,9 @@ def test_failures_are_counted_by_code_and_successes_are_not_among_them(metrics):
 
 
 def test_a_batch_is_seen_in_all_its_numbers(metrics):
-    report = SimpleNamespace(prompts=3, queue_depth=7, tokens=30, seconds=1.5, waited_s=0.25)
+    report = BatchReport(
+        Priority.BULK, prompts=3, images=2, queue_depth=7, tokens=30, seconds=1.5, waited_s=0.25
+    )
     metrics.observe_batch(report)
     values = values_of(metrics)
     assert values["florence2_batch_prompts_bucket", ("le", "2.0")] == 0
@@ -77,7 +79,9 @@ def test_a_batch_is_seen_in_all_its_numbers(metrics):
 
 
 def test_a_batch_that_took_no_time_has_no_rate(metrics):
-    report = SimpleNamespace(prompts=1, queue_depth=0, tokens=0, seconds=0.0, waited_s=0.0)
+    report = BatchReport(
+        Priority.INTERACTIVE, prompts=1, images=1, queue_depth=0, tokens=0, seconds=0.0, waited_s=0
+    )
     metrics.observe_batch(report)
     assert values_of(metrics)[("florence2_tokens_per_second",)] == 0
 
