@@ -44,24 +44,28 @@ class Settings(_Record):
     text nor mapping: the reference says what to look for.
     """
 
-    task_prompt: str = Field(default="<OD>", description="The task, or tasks joined by +.")
+    task_prompt: str = Field(
+        default="<OD>", description="What to ask: a task, or tasks joined by +."
+    )
     text: str | None = Field(
         default=None,
-        description="What to look for; full stops, semicolons and new lines part phrases.",
+        description="What to look for, such as red car. dog; full stops, semicolons and line ends "
+        "part phrases.",
     )
     mapping: dict[str, tuple[str, ...]] = Field(
         default_factory=dict,
-        description="Classes and their prompts, as class: prompt or class: [prompt, prompt].",
+        description="Classes and their prompts, such as {dog: [puppy, hound], car: red car}.",
     )
     classes: tuple[str, ...] | None = Field(
-        default=None, description="Only these classes are returned; empty: all of them."
+        default=None,
+        description="Only these classes are returned, such as [dog, car]; empty: all of them.",
     )
     confidence_threshold: float = Field(
         default=0.0, description="Objects with a lower confidence are left out."
     )
     class_thresholds: dict[str, float] = Field(
         default_factory=dict,
-        description="Other confidence thresholds for single classes, as class: number.",
+        description="Other confidence thresholds for single classes, such as {dog: 0.4, car: 0.2}.",
     )
     nms_threshold: float | None = Field(
         default=DEFAULT_NMS,
@@ -89,15 +93,16 @@ class Settings(_Record):
     )
     tiling: Tiling | None = Field(
         default=None,
-        description="Look through windows of this size too, for small objects, as {width: 1024, "
-        "height: 1024, overlap: 128}; full_image: false leaves out the look at the whole image.",
+        description="Looks through windows too, for small objects, such as {width: 1024, height: "
+        "1024, overlap: 128}; full_image: false leaves out the look at the whole image.",
     )
     regions: tuple[BoxXyxy, ...] = Field(
         default=(),
-        description="Boxes that a <REGION_...> task is asked about, as [[x1, y1, x2, y2]].",
+        description="Boxes that a <REGION_...> task is asked about, such as [[10, 20, 200, 180]].",
     )
     rectangle: BoxXyxy | None = Field(
-        default=None, description="Only this part of the image is looked at, as [x1, y1, x2, y2]."
+        default=None,
+        description="Only this part of the image is looked at, such as [10, 20, 200, 180].",
     )
     reference: Reference | None = Field(default=None, description="An object to find more of.")
     num_beams: int | None = Field(

@@ -139,7 +139,8 @@ def _geometry(name: str, value: object) -> Geometry:
 
 def _confidence(given: Mapping[str, object]) -> tuple[float, dict[str, float]]:
     by_class = _read(given, "class_thresholds", words.thresholds, _DEFAULT.class_thresholds)
-    one = _read(given, "confidence_threshold", words.confidence, _DEFAULT.confidence_threshold)
+    default = cast("words.Confidence", _DEFAULT.confidence_threshold)
+    one = _read(given, "confidence_threshold", words.confidence, default)
     if not isinstance(one, dict):
         return one, by_class
     for name in one.keys() & by_class.keys():

@@ -10,6 +10,8 @@ from serve.naming import OBJECT_CLASS, TEXT_CLASS, phrase_key
 from serve.phrases import check_phrases, join_classes, split_phrases
 from serve.settings.values import NOTHING, class_name, number, refuse, table, text
 
+Confidence = float | dict[str, float]
+
 MAX_CLASSES: Final = 100
 MAX_PROMPTS: Final = 20
 MAX_LISTED: Final = 1000
@@ -99,7 +101,7 @@ def thresholds(name: str, value: object) -> dict[str, float]:
     return read
 
 
-def confidence(name: str, value: object) -> float | dict[str, float]:
+def confidence(name: str, value: object) -> Confidence:
     """One number, or numbers by class.
 
     A client with a number for each ``mode`` sends both, in a list or a mapping; that of

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,8 +70,8 @@ it is `<CAPTION_TO_PHRASE_GROUNDING>` when there is text, a mapping or a referen
   the rectangle is the region.
 - **reference**: text and mapping are not looked at, and a task that takes no text gives way to
   `<CAPTION_TO_PHRASE_GROUNDING>`.
-- **tiling**: `{{width, height, overlap, full_image}}`, or one number for both sides. Sides are 768 by
-  default and the overlap is 128 or a quarter of the side; `overlap: [x, y]` has one for each
+- **tiling**: `{{width, height, overlap, full_image}}`, or one number for both sides. Sides are 768
+  by default and the overlap is 128 or a quarter of the side; `overlap: [x, y]` has one for each
   direction. `sliding_window_params` never includes the look at the whole image.
 - **class_suffix**: a request of nothing but `mode: text_prompt` and a `text`, as the application
   Apply Florence-2 sends it, has the suffix `_bbox`, which that application takes off again.
@@ -101,7 +102,7 @@ def docs_text() -> str:
             ", ".join(map(_code, key.spellings)),
             key.takes,
             _default(key),
-            key.says,
+            _plain(key.says),
         )
         for key in KEYS
     ]
@@ -146,6 +147,11 @@ def _task_lines() -> Iterator[str]:
 
 def _row(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
+
+
+def _plain(words: str) -> str:
+    """Words for a table of Markdown, where a token in angle brackets would vanish."""
+    return re.sub(r"<[^<>]+>", lambda token: _code(token.group()), words)
 
 
 def _code(name: str) -> str:

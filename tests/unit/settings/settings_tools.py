@@ -1,0 +1,48 @@
+"""The SDK's own merge of a client's dictionary with the settings file."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import yaml
+
+from serve.sdk import sly
+from serve.settings.written import YAML_FILE
+
+DEFAULTS = yaml.safe_load(YAML_FILE.read_text(encoding="utf-8"))
+
+
+class _Served:
+    """The attributes that the merge reads of a served model."""
+
+    sliding_window_mode = "none"
+    custom_inference_settings_dict = DEFAULTS
+    set_conf_auto = sly.nn.inference.Inference.set_conf_auto
+
+
+def merged(settings, **state):
+    """What reaches the model when a client's request has ``settings``."""
+    request = {"settings": copy.deepcopy(settings), **state}
+    return sly.nn.inference.Inference._get_inference_settings(_Served(), request)
+
+
+def session():
+    """An SDK session with a served model of ours; nothing is sent."""
+    made = object.__new__(sly.nn.inference.Session)
+    made._default_inference_settings = DEFAULTS
+    made.inference_settings = {}
+    return made
+
+
+def cli_settings(*words):
+    """What the SDK's command line makes of ``--settings`` and its words."""
+    command = SimpleNamespace(
+        _args=SimpleNamespace(settings=list(words) or None),
+        custom_inference_settings_dict=DEFAULTS,
+    )
+    inference = sly.nn.inference.Inference
+    command._read_settings = lambda settings: inference._read_settings(command, settings)
+    command._validate_settings = lambda settings: inference._validate_settings(command, settings)
+    inference._parse_inference_settings_from_args(command)
+    return command._args.settings
