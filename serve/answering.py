@@ -74,7 +74,7 @@ class AnsweringApp(DeployableApp):
         the predictor. A failed image raises, because an annotation would hide it.
         """
         priority = Priority.INTERACTIVE if len(source) == 1 else Priority.BULK
-        call = Call(priority, api=self._api)
+        call = Call(priority, api=self.api)
         annotations = []
         for one in self.answer(source, parse_settings(settings), call):
             if isinstance(one, Failure):
@@ -123,7 +123,7 @@ class AnsweringApp(DeployableApp):
         settings = self.settings_of(state)
         size = batch_size_of(state, self.get_batch_size())
         priority = Priority.INTERACTIVE if len(images) == 1 else Priority.BULK
-        call = Call(priority, should_stop=should_stop, api=self._api)
+        call = Call(priority, should_stop=should_stop, api=self.api)
         for start in range(0, len(images), size):
             if should_stop():
                 return
@@ -162,7 +162,7 @@ class AnsweringApp(DeployableApp):
     ) -> tuple[list[list[Predicted]], dict[str, float]]:
         """As ``predict_batch``, with the milliseconds of each stage for the speed test."""
         began = time.perf_counter()
-        call = Call(Priority.BULK, api=self._api)
+        call = Call(Priority.BULK, api=self.api)
         predicted = []
         for one in self.answer(images_np, parse_settings(settings), call):
             if isinstance(one, Failure):

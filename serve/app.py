@@ -23,6 +23,7 @@ from serve.http.limits import Limits
 from serve.http.page import PageInfo
 from serve.routes import register_routes
 from serve.sdk import sly
+from serve.version import VERSION
 
 # isort: split
 from supervisely.app.fastapi.subapp import SUPERVISELY_SERVER_PATH_PREFIX, _MainServer
@@ -50,13 +51,10 @@ class Florence2App(AnsweringApp):
 
     def page_info(self) -> PageInfo:
         """What the page without the platform shows."""
-        model = self.deployment.current.model if self.deployment.is_deployed else None
-        return PageInfo(
-            model.name if model else None,
-            model.device if model else None,
-            model.precision if model else None,
-            is_ready=model is not None,
-        )
+        if not self.deployment.is_deployed:
+            return PageInfo(VERSION)
+        model = self.deployment.current.model
+        return PageInfo(VERSION, model.name, model.device, model.precision, "torch")
 
     # The server
 
@@ -93,7 +91,7 @@ class Florence2App(AnsweringApp):
             self.app,
             host=os.environ.get(HOST_VARIABLE, "127.0.0.1"),
             port=int(os.environ.get(PORT_VARIABLE, "8000")),
-            ws="websockets",
+            ws="none",
             log_level="warning" if self._local else None,
         )
         uvicorn.Server(config).run(sockets=[listener] if listener else None)

@@ -8,13 +8,14 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Final
+from typing import Annotated, Final
 
 import typer
 
 from florence2.errors import FlorenceError
 from serve.commands import register_all
 from serve.console import complain
+from serve.version import VERSION
 
 _DEBUG: Final = "--debug"
 
@@ -28,6 +29,20 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 register_all(app)
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"florence2 {VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Which it is.")
+    ] = False,
+) -> None: ...
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -11,9 +11,9 @@ from florence2.ask import AnyImage, Ask
 from florence2.cache import EncodedImage
 from florence2.cascade import parse_steps
 from florence2.errors import FlorenceError, RequestError
-from florence2.images import ImageSource, LoadedImage, open_image
+from florence2.images import LoadedImage, open_image
 from florence2.records import Failure, Result, Timings
-from florence2.scheduler import Priority
+from florence2.scheduler import Priority, QueueFullError, StoppedError
 from florence2.tasks import TaskInput
 from serve.annotations import Answered, annotation_from_answers
 from serve.deployment import Deployment
@@ -107,7 +107,7 @@ class Predictor:
         """
         if settings.reference is not None:
             if settings.reference.image_id is None and len(images) > 1:
-                return [self.predict([image], settings, call)[0] for image in images]
+                return [self._with_own_reference(image, settings, call) for image in images]
             settings = resolve_reference(
                 settings, call.api, lambda asks: self.ask(asks, call), images[0] if images else None
             )
@@ -121,12 +121,27 @@ class Predictor:
             for job in jobs
         ]
         for one in predicted:
-            failed = isinstance(one, Failure)
-            self._watcher.count_image(
-                "failed" if failed else "labeled" if _has_labels(one) else "empty",
-                one.code if isinstance(one, Failure) else None,
-            )
+            self._count(one)
         return predicted
+
+    def _count(self, one: Predicted | Failure) -> None:
+        if isinstance(one, Failure):
+            self._watcher.count_image("failed", one.code)
+            return
+        found = one.annotation.labels or one.annotation.img_tags
+        self._watcher.count_image("labeled" if found else "empty")
+
+    def _with_own_reference(
+        self, image: AnyImage, settings: Settings, call: Call
+    ) -> Predicted | Failure:
+        """One image whose reference is on itself; what is wrong with it is its own failure."""
+        try:
+            return self.predict([image], settings, call)[0]
+        except (QueueFullError, StoppedError):
+            raise
+        except FlorenceError as error:
+            self._watcher.count_image("failed", error.code)
+            return Failure(error.code, str(error))
 
     def _settled(self, job: _Job, answers: Sequence[Result | Failure]) -> Predicted | Failure:
         """One failed answer fails the image: half its labels would pass for all of them."""
@@ -145,12 +160,6 @@ class Predictor:
         self._watcher.stage("postprocess", time.perf_counter() - began)
         notes = tuple(dict.fromkeys(note for result in results for note in result.notes))
         return Predicted(annotation, notes, _slowest(results))
-
-
-def _has_labels(predicted: Predicted | Failure) -> bool:
-    return isinstance(predicted, Predicted) and bool(
-        predicted.annotation.labels or predicted.annotation.img_tags
-    )
 
 
 def _job(image: AnyImage, settings: Settings) -> _Job | Failure:
@@ -196,6 +205,3 @@ def _slowest(results: Sequence[Result]) -> Timings:
         prompt=max((result.timings_s.prompt for result in results), default=0.0),
         decode=max((result.timings_s.decode for result in results), default=0.0),
     )
-
-
-__all__ = ["Call", "ImageSource", "Predicted", "Predictor", "Watcher"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from typing import Annotated, Final
 
@@ -44,7 +45,10 @@ def serve(
         say(f"Loading {model} ...")
         from serve.app import Florence2App
         from serve.deployable import LocalServer
+        from serve.sdk import sly
 
+        # The SDK writes a line of JSON for every step, which is for the platform's log.
+        sly.logger.setLevel("WARNING")
         app = Florence2App(
             local=LocalServer(model, device, precision, runtime, max_batch, listener)
         )
@@ -59,7 +63,7 @@ def _listener(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise RequestError(
             f"The app needs an address of its own, and {host}:{port} cannot be had "
-            f"({error.strerror}); name another --port."
+            f"({os.strerror(error.errno or 0)}); name another --port."
         ) from error
 
 
