@@ -58,7 +58,7 @@ class Ledger:
         if must_be_whole:
             raise failed_in_part(self._failures, self._total, self._lost)
 
-    def close_broken(self, error: Exception, *, must_be_whole: bool) -> None:
+    def close_broken(self, error: Exception) -> None:
         """The end of a run that ``error`` broke off: PartialFailureError if images were done."""
         self._summarize()
         if self._num_done:

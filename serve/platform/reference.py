@@ -8,7 +8,7 @@ from typing import Final
 from florence2.ask import AnyImage, Ask
 from florence2.errors import RequestError
 from florence2.records import Failure, Region, Result
-from serve.naming import OBJECT_CLASS, clean_text
+from serve.naming import OBJECT_CLASS, clean_class_name, clean_text
 from serve.platform.download import download_images
 from serve.platform.failures import FailedImageError
 from serve.platform.images import resolve
@@ -44,7 +44,7 @@ def resolve_reference(
         return settings
     category = _category(reference, settings, ask, _reference_image(reference, api, image))
     name = reference.class_name.strip()
-    class_name = category if name in ("", OBJECT_CLASS) else name
+    class_name = clean_class_name(category) if name in ("", OBJECT_CLASS) else name
     return settings.model_copy(
         update={
             "task_prompt": _GROUNDING_TASK,

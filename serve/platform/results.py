@@ -46,8 +46,7 @@ def uploaded_entry(services: RunServices, target: Target) -> dict[str, Any]:
 def failed_entry(services: RunServices, target: Target, failure: Failure) -> dict[str, Any]:
     """An image without a result: no annotation, which is not the same as an empty one."""
     error = {"code": failure.code, "message": failure.message}
-    entry = _entry(services, prediction_of(target, None, services.model_meta(), error=error))
-    return {**entry, "annotation": None, "data": None}
+    return _entry(services, prediction_of(target, None, services.model_meta(), error=error))
 
 
 def _entry(services: RunServices, prediction: sly.nn.model.prediction.Prediction) -> dict[str, Any]:

@@ -104,7 +104,7 @@ class ImagesRun:
         try:
             self._predict_all(self._settler(ledger))
         except Exception as error:
-            ledger.close_broken(error, must_be_whole=must_be_whole)
+            ledger.close_broken(error)
             raise
         ledger.close(must_be_whole=must_be_whole)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from typing import Final
 
 from serve.sdk import sly
 
 DEFAULT_SUFFIX: Final = "_nn"
+# Two runs that read a project's meta, add to it and write it back would undo each other's work.
+meta_lock: Final = threading.Lock()
 _ANYWHERE: Final = sly.TagApplicableTo.ALL
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,14 +16,11 @@ from serve.platform.images import Target
 from serve.platform.plan import Destination
 from serve.platform.results import prediction_of, uploaded_entry
 from serve.platform.services import RunServices
-from serve.platform.tags import is_covered, with_compatible_tags
+from serve.platform.tags import is_covered, meta_lock, with_compatible_tags
 from serve.sdk import sly
 
 sdk = sly.nn.inference.inference
 MAX_FAILED_BATCHES: Final = 3
-
-# Two runs that read a project's meta, add to it and write it back would undo each other's work.
-_meta_lock: Final = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +107,7 @@ class Uploading:
         if output is None and self._destination.mode in ("append", "iou_merge"):
             group = self._without_empty(group)
         if group:
-            with _meta_lock:
+            with meta_lock:
                 self._call_upload(group, output or group[0].target.project_id, output)
         return group
 
@@ -226,7 +222,7 @@ class Uploading:
         if copy is None:
             return False
         there = Labeled(Target(copy.id, output, copy), labeled.annotation)
-        with _meta_lock:
+        with meta_lock:
             self._call_upload([there], output, None, upload_mode="replace", inference_request=None)
         self._request.add_results([uploaded_entry(self._services, target)])
         return True
