@@ -37,3 +37,9 @@ def checkpoint_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def model(checkpoint_folder):
     return Florence2.load(checkpoint_folder, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def demo():
+    """The trained demo checkpoint: its answers hold boxes."""
+    return Florence2.load("demo", device="cpu")

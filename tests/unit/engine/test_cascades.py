@@ -65,10 +65,11 @@ def test_a_text_or_a_region_that_the_first_step_does_not_take_is_refused(model):
         model.run(task, image, region=(1, 2, 30, 40))
 
 
-def test_a_detection_cascade_has_as_many_boxes_as_the_detection(model):
+def test_a_detection_cascade_has_as_many_boxes_as_the_detection(demo):
     image = draw_scene(make_scene(14))
-    joined = model.run("<OD>+<REGION_TO_DESCRIPTION>", image, max_new_tokens=24)
+    joined = demo.run("<OD>+<REGION_TO_DESCRIPTION>", image, max_new_tokens=24)
     assert not isinstance(joined, Failure)
     before = joined.steps[0].objects
+    assert before
     assert [found.box_xyxy for found in joined.objects] == [found.box_xyxy for found in before]
     assert [found.score for found in joined.objects] == [found.score for found in before]

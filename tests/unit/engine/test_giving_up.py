@@ -81,8 +81,12 @@ def test_prompts_not_begun_are_left_out_between_two_chunks(engine, runtime):
     assert runtime.batches == [2, 2]
 
 
-def test_a_cascade_is_given_up_between_its_steps(engine, runtime, monkeypatch):
-    whole = Ask(picture(14), "<OD>+<REGION_TO_DESCRIPTION>", max_new_tokens=24)
+def test_a_cascade_is_given_up_between_its_steps(demo, monkeypatch):
+    runtime = CountingRuntime(demo.engine.runtime)
+    engine = Engine(
+        demo.engine.checkpoint, runtime, image_batch=1, prompt_batch=8, cache_bytes=2**22
+    )
+    whole = Ask(picture(14), "<OD>+<REGION_TO_DESCRIPTION>")
     [complete] = answer_all(engine, [whole])
     assert len(complete.steps) > 1
     runtime.batches.clear()
