@@ -62,6 +62,7 @@ def annotation_from_answers(
     titles = class_titles(
         ((item.class_name, _shape_name(item.shape, rules)) for item, _ in drawn),
         rules.class_suffix,
+        rules.fixed_shapes,
     )
     labels = []
     for number, (item, shapes) in enumerate(drawn):

@@ -10,8 +10,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from florence2.records import BoxXyxy
-from serve.geometry import containment, overlap
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,29 +44,56 @@ def distinct(
     switches either off. Every find that goes has a better one among those that stay; of two
     equally good ones the earlier stays.
     """
-    if iou is None and containment_share is None:
+    if not finds or (iou is None and containment_share is None):
         return list(range(len(finds)))
+    boxes = np.array([find.box_xyxy for find in finds], np.float64)
+    kinds = numbered([find.kind for find in finds])
+    names = numbered([find.class_name for find in finds])
+    left = np.ones(len(finds), bool)
     kept: list[int] = []
-    for position in sorted(range(len(finds)), key=lambda n: (-known_score(finds[n].score), n)):
-        find = finds[position]
-        if not any(
-            _comparable(find, finds[n], across_classes)
-            and is_same_box(find.box_xyxy, finds[n].box_xyxy, iou, containment_share)
-            for n in kept
-        ):
-            kept.append(position)
+    for place in sorted(range(len(finds)), key=lambda n: (-known_score(finds[n].score), n)):
+        if not left[place]:
+            continue
+        kept.append(place)
+        same = same_boxes(boxes[place], boxes, iou, containment_share) & (kinds == kinds[place])
+        left &= ~(same if across_classes else same & (names == names[place]))
     return sorted(kept)
 
 
-def is_same_box(
-    first: BoxXyxy, second: BoxXyxy, iou: float | None, containment_share: float | None
-) -> bool:
-    """Whether two boxes overlap enough to be one; boxes that share no area never do."""
-    if iou is not None and 0 < overlap(first, second) >= iou:
-        return True
-    if containment_share is None:
-        return False
-    return 0 < containment(first, second) >= containment_share
+def same_boxes(
+    box_xyxy: NDArray[np.float64],
+    boxes_xyxy: NDArray[np.float64],
+    iou: float | None,
+    containment_share: float | None = None,
+) -> NDArray[np.bool_]:
+    """Which of ``boxes_xyxy`` [N, 4] overlap a box enough to be the same: [N].
+
+    Boxes that share no area never do.
+    """
+    shared = shared_areas(box_xyxy, boxes_xyxy)
+    own, areas = areas_of(box_xyxy), areas_of(boxes_xyxy)
+    same = np.zeros(len(boxes_xyxy), bool)
+    if iou is not None:
+        same |= shared >= iou * (own + areas - shared)
+    if containment_share is not None:
+        same |= shared >= containment_share * np.minimum(own, areas)
+    return same & (shared > 0)
+
+
+def shared_areas(
+    box_xyxy: NDArray[np.float64], boxes_xyxy: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """The area that a box has in common with each of ``boxes_xyxy`` [N, 4]: [N]."""
+    first = np.maximum(box_xyxy[:2], boxes_xyxy[:, :2])
+    last = np.minimum(box_xyxy[2:], boxes_xyxy[:, 2:])
+    shared: NDArray[np.float64] = np.prod(np.maximum(last - first, 0.0), axis=1)
+    return shared
+
+
+def areas_of(boxes_xyxy: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The areas of boxes [..., 4]: [...]."""
+    areas: NDArray[np.float64] = np.prod(boxes_xyxy[..., 2:] - boxes_xyxy[..., :2], axis=-1)
+    return areas
 
 
 def known_score(score: float | None) -> float:
@@ -72,5 +101,7 @@ def known_score(score: float | None) -> float:
     return 0.0 if score is None or math.isnan(score) else score
 
 
-def _comparable(first: Find, second: Find, across_classes: bool) -> bool:
-    return first.kind == second.kind and (across_classes or first.class_name == second.class_name)
+def numbered(names: Sequence[object]) -> NDArray[np.int64]:
+    """Equal numbers for equal names: [N]."""
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return np.array([numbers[name] for name in names], np.int64)

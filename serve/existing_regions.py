@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from florence2.records import Region, SizeWh
+from florence2.records import Region
 from serve.geometry import box_xyxy_from_rectangle_tlbr
 from serve.sdk import sly
 
@@ -22,9 +23,10 @@ class LabelRegion:
 def regions_from_annotation(annotation: sly.Annotation) -> list[LabelRegion]:
     """The outer box of every label's shape, in float pixels inside the image.
 
-    A label whose shape the SDK cannot place, or that lies outside the image, is left out.
+    A label whose shape the SDK cannot place, or that lies outside the image, is left out. An
+    annotation without a size, as of an image that is only linked, does not cut off any.
     """
-    height, width = annotation.img_size
+    height, width = (math.inf if side is None else side for side in annotation.img_size)
     return [
         LabelRegion(index, label.geometry.sly_id, region)
         for index, label in enumerate(annotation.labels)
@@ -32,7 +34,9 @@ def regions_from_annotation(annotation: sly.Annotation) -> list[LabelRegion]:
     ]
 
 
-def _region(geometry: sly.geometry.geometry.Geometry, size_wh: SizeWh) -> Region | None:
+def _region(
+    geometry: sly.geometry.geometry.Geometry, size_wh: tuple[float, float]
+) -> Region | None:
     if isinstance(geometry, sly.AnyGeometry):
         return None
     box = geometry.to_bbox()

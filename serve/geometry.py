@@ -95,35 +95,11 @@ def mask_of_rings(
     return (mask.astype(bool), (int(top), int(left))) if mask.any() else None
 
 
-def overlap(first: BoxXyxy, second: BoxXyxy) -> float:
-    """Intersection over union of two boxes."""
-    width = min(first[2], second[2]) - max(first[0], second[0])
-    height = min(first[3], second[3]) - max(first[1], second[1])
-    if width <= 0 or height <= 0:
-        return 0.0
-    shared = width * height
-    union = _area(first) + _area(second) - shared
-    return shared / union if union > 0 else 0.0
-
-
-def containment(first: BoxXyxy, second: BoxXyxy) -> float:
-    """How much of the smaller of two boxes lies inside the larger, from 0 to 1."""
-    width = min(first[2], second[2]) - max(first[0], second[0])
-    height = min(first[3], second[3]) - max(first[1], second[1])
-    smaller = min(_area(first), _area(second))
-    return width * height / smaller if width > 0 and height > 0 and smaller > 0 else 0.0
-
-
 def _far_clamped(ring_xy: Sequence[float], size_wh: SizeWh) -> NDArray[np.int32]:
     """Pixels (x, y) of a ring, [points, 2], at most an image away from it: drawing is 32 bit."""
     ends = np.array(size_wh)
     points = np.floor(np.array(ring_xy, np.float64).reshape(-1, 2) + 0.5)
     return np.clip(points, -ends, 2 * ends).astype(np.int32)
-
-
-def _area(box_xyxy: BoxXyxy) -> float:
-    x1, y1, x2, y2 = box_xyxy
-    return (x2 - x1) * (y2 - y1)
 
 
 def _pixels(start: float, end: float, length: int) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from florence2.records import Region, Result
-from serve.naming import clean_class_name, clean_suffix, possible_titles
+from serve.naming import FIXED_SHAPES, clean_class_name, clean_suffix, possible_titles
 
 # Two prompts of one class see the same object: from this overlap on only the surer one is kept.
 SAME_OBJECT_IOU: Final = 0.7
@@ -32,6 +32,7 @@ class LabelRules:
     its class, or when its box covers more than ``max_box_area`` of the image. Names are compared
     cleaned, without ``class_suffix``; a whitelist may have them with it too.
     ``nms_threshold`` and ``containment_threshold``: see ``serve.dedupe``; None is off.
+    ``fixed_shapes`` are the classes whose shape the readers of the annotation already know.
     """
 
     classes: Mapping[str, str] = field(default_factory=dict)
@@ -45,6 +46,7 @@ class LabelRules:
     nms_threshold: float | None = SAME_OBJECT_IOU
     containment_threshold: float | None = None
     across_classes: bool = False
+    fixed_shapes: Mapping[str, str] = field(default_factory=lambda: FIXED_SHAPES)
 
     def __post_init__(self) -> None:
         thresholds = {clean_class_name(k): v for k, v in self.class_thresholds.items()}

@@ -6,12 +6,16 @@ both sides of one edge are joined; a piece that lies in something whole of its c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import permutations, product
 from typing import Final, TypeVar
 
+import numpy as np
+
 from florence2.records import Box, BoxXyxy, Object, Polygon, Quad, Result, Text, Timings
-from serve.dedupe import is_same_box, known_score
+from serve.dedupe import areas_of, known_score, numbered, same_boxes, shared_areas
 from serve.geometry import Located, outer_box
 
 # Seen from two tiles, at two scales, the boxes of one object differ more than within one answer.
@@ -24,6 +28,7 @@ _TOUCHES_SHARE: Final = 0.01
 _TOUCHES_MIN_PX: Final = 3.0
 _RIGHT, _BOTTOM = 2, 3
 
+TileXyxy = tuple[int, int, int, int]
 _T = TypeVar("_T", int, float)
 
 
@@ -32,7 +37,7 @@ class TileResult:
     """The result of one tile, moved into the image, and the tile (x1, y1, x2, y2) in pixels."""
 
     result: Result
-    tile_xyxy: tuple[int, int, int, int]
+    tile_xyxy: TileXyxy
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +51,15 @@ class _Seen:
 
     @property
     def rank(self) -> tuple[int, float]:
-        """What is best comes first: whole before joined before a piece, then by score."""
-        is_piece, is_joined = bool(self.cut_by), len(self.tiles) > 1
-        return 2 if is_piece else int(is_joined), -known_score(self.shape.score)
+        """What is best comes first: whole, joined, joined but still cut, a piece; then by score."""
+        is_joined = len(self.tiles) > 1
+        place = (2 if is_joined else 3) if self.cut_by else int(is_joined)
+        return place, -known_score(self.shape.score)
+
+    @property
+    def likeness(self) -> tuple[type, str]:
+        """What two views of one object share. Two readings of a line of text may differ."""
+        return type(self.shape), "" if isinstance(self.shape, Quad) else self.shape.label
 
 
 def merge_tiles(found: Sequence[TileResult]) -> Result:
@@ -56,17 +67,17 @@ def merge_tiles(found: Sequence[TileResult]) -> Result:
 
     Objects of different tiles and one label are the same when their boxes overlap by half, or when
     one is a piece that lies in the other. What one tile saw twice stays: that is not for tiles to
-    judge. Pieces of boxes and polygons are joined, with the higher score: either piece proves the
-    object, and a part is harder to recognise than the whole. Lines of text are not joined.
+    judge. Pieces of boxes and polygons are joined; lines of text are not. What stays has the
+    highest score of all its views and pieces: any of them proves the object, a part is harder to
+    recognise than the whole, and merging must not put an object below a threshold it had passed.
     The text is that of the whole image, if one of the tiles is the whole; timings are the longest.
     """
     area = _outer([tile.tile_xyxy for tile in found])
     seen = [one for number, tile in enumerate(found) for one in _seen_in(tile, number, area)]
-    kept = _once(_joined(seen, found))
     whole = next((tile.result for tile in found if tile.tile_xyxy == area), None)
     results = [tile.result for tile in found]
     texts = tuple(shape for shape in whole.objects if isinstance(shape, Text)) if whole else ()
-    objects: tuple[Object, ...] = (*texts, *(one.shape for one in kept))
+    objects: tuple[Object, ...] = (*texts, *_once(_joined(seen, found)))
     return replace(
         results[0],
         objects=objects,
@@ -82,7 +93,7 @@ def merge_tiles(found: Sequence[TileResult]) -> Result:
     )
 
 
-def _seen_in(tile: TileResult, number: int, area: tuple[int, int, int, int]) -> list[_Seen]:
+def _seen_in(tile: TileResult, number: int, area: TileXyxy) -> list[_Seen]:
     seen = []
     for shape in tile.result.objects:
         box = None if isinstance(shape, Text) else outer_box(shape)
@@ -91,100 +102,112 @@ def _seen_in(tile: TileResult, number: int, area: tuple[int, int, int, int]) -> 
     return seen
 
 
-def _cuts(
-    box: BoxXyxy, tile: tuple[int, int, int, int], area: tuple[int, int, int, int]
-) -> frozenset[int]:
+def _cuts(box: BoxXyxy, tile: TileXyxy, area: TileXyxy) -> frozenset[int]:
     """Which edges of its tile a box touches, without those where the image ends."""
     cuts = set()
     for side in range(4):
-        length = tile[side % 2 + 2] - tile[side % 2]
-        near = max(_TOUCHES_MIN_PX, _TOUCHES_SHARE * length)
-        if tile[side] != area[side] and abs(box[side] - tile[side]) <= near:
+        if tile[side] != area[side] and abs(box[side] - tile[side]) <= _near_px(tile, side % 2):
             cuts.add(side)
     return frozenset(cuts)
+
+
+def _near_px(tile: TileXyxy, axis: int) -> float:
+    """How far from a tile's edge along ``axis`` still touches it."""
+    return max(_TOUCHES_MIN_PX, _TOUCHES_SHARE * (tile[axis + 2] - tile[axis]))
 
 
 def _joined(seen: Sequence[_Seen], found: Sequence[TileResult]) -> list[_Seen]:
     """Pieces put together, where the first of them was; the rest as it is."""
     group = list(range(len(seen)))
-    for first in range(len(seen)):
-        for second in range(first + 1, len(seen)):
-            if _continues(seen[first], seen[second], found):
-                old, new = sorted((group[first], group[second]), reverse=True)
-                group = [new if one == old else one for one in group]
+    open_edges = [set(one.cut_by) for one in seen]
+    for first, second, far in _meetings(seen, found):
+        open_edges[first].discard(far)
+        open_edges[second].discard(far - 2)
+        old, new = sorted((group[first], group[second]), reverse=True)
+        group = [new if one == old else one for one in group]
+    members: dict[int, list[int]] = {}
+    for place, number in enumerate(group):
+        members.setdefault(number, []).append(place)
     return [
-        _join([seen[n] for n in range(len(seen)) if group[n] == number])
-        for number in dict.fromkeys(group)
+        _join([seen[n] for n in places], frozenset().union(*(open_edges[n] for n in places)))
+        for places in members.values()
     ]
 
 
-def _continues(one: _Seen, other: _Seen, found: Sequence[TileResult]) -> bool:
-    """Whether two pieces meet at an edge between their tiles."""
-    if isinstance(one.shape, Quad) or not _comparable(one, other):
-        return False
-    return any(
-        _meets(first, second, far, found)
-        for first, second in ((one, other), (other, one))
-        for far in (_RIGHT, _BOTTOM)
-    )
+def _meetings(seen: Sequence[_Seen], found: Sequence[TileResult]) -> Iterator[tuple[int, int, int]]:
+    """Pairs of pieces that go on from one tile to the next, and over which edge of the first."""
+    pieces: dict[int, list[int]] = {}
+    for number, one in enumerate(seen):
+        if one.cut_by and not isinstance(one.shape, Quad):
+            pieces.setdefault(one.tiles[0], []).append(number)
+    for (tile, before), (next_tile, after) in permutations(pieces.items(), 2):
+        for far in (_RIGHT, _BOTTOM):
+            edges = (found[tile].tile_xyxy, found[next_tile].tile_xyxy)
+            if edges[0][far - 2] < edges[1][far - 2] <= edges[0][far] < edges[1][far]:
+                for first, second in product(before, after):
+                    if _continues(seen[first], seen[second], far, *edges):
+                        yield first, second, far
 
 
-def _meets(before: _Seen, after: _Seen, far: int, found: Sequence[TileResult]) -> bool:
-    """Whether ``before`` ends at its tile's ``far`` edge, and ``after`` goes on from its near one.
+def _continues(before: _Seen, after: _Seen, far: int, tile: TileXyxy, next_tile: TileXyxy) -> bool:
+    """Whether ``before``, cut by its tile's ``far`` edge, goes on in ``after``.
 
-    Both tiles lie beside each other: they share or touch the edge, and the rows or columns in
-    which both pieces are.
+    An object over both edges fills the strip that the tiles share; something that ends within the
+    strip is another object. Along the edge both must have half of the longer extent in common.
     """
     near, along = far - 2, (far + 1) % 2
-    if far not in before.cut_by or near not in after.cut_by:
+    if far not in before.cut_by or near not in after.cut_by or before.likeness != after.likeness:
         return False
-    first, second = found[before.tiles[0]].tile_xyxy, found[after.tiles[0]].tile_xyxy
-    if not first[near] < second[near] <= first[far] < second[far]:
+    first, second = before.box_xyxy, after.box_xyxy
+    if first[near] > next_tile[near] + _near_px(next_tile, near):
         return False
-    start, end = along, along + 2
-    shared = min(before.box_xyxy[end], after.box_xyxy[end]) - max(
-        before.box_xyxy[start], after.box_xyxy[start]
-    )
-    longer = max(one.box_xyxy[end] - one.box_xyxy[start] for one in (before, after))
+    if second[far] < tile[far] - _near_px(tile, near):
+        return False
+    shared = min(first[along + 2], second[along + 2]) - max(first[along], second[along])
+    longer = max(first[along + 2] - first[along], second[along + 2] - second[along])
     return longer > 0 and shared >= ALONG_EDGE * longer
 
 
-def _join(pieces: Sequence[_Seen]) -> _Seen:
+def _join(pieces: Sequence[_Seen], cut_by: frozenset[int]) -> _Seen:
+    """One object of all pieces, with the label and the score of the surest."""
     if len(pieces) == 1:
         return pieces[0]
     best = min(pieces, key=lambda one: -known_score(one.shape.score)).shape
     box = _outer([one.box_xyxy for one in pieces])
     tiles = tuple(dict.fromkeys(tile for one in pieces for tile in one.tiles))
     if isinstance(best, Box):
-        return _Seen(replace(best, box_xyxy=box), box, tiles)
+        return _Seen(replace(best, box_xyxy=box), box, tiles, cut_by)
     rings = tuple(r for one in pieces if isinstance(one.shape, Polygon) for r in one.shape.rings_xy)
-    return _Seen(Polygon(rings, best.label, best.score), box, tiles)
+    return _Seen(Polygon(rings, best.label, best.score), box, tiles, cut_by)
 
 
-def _once(seen: Sequence[_Seen]) -> list[_Seen]:
-    """Without what was seen in another tile too; the best of them stays, in order."""
-    kept: list[int] = []
-    for number in sorted(range(len(seen)), key=lambda n: (*seen[n].rank, n)):
-        if not any(_is_same(seen[number], seen[other]) for other in kept):
-            kept.append(number)
-    return [seen[number] for number in sorted(kept)]
+def _once(seen: Sequence[_Seen]) -> list[Located]:
+    """Without what was seen in another tile too. The best view stays, with the highest score."""
+    if not seen:
+        return []
+    boxes = np.array([one.box_xyxy for one in seen], np.float64)
+    areas = areas_of(boxes)
+    kinds, tiles = numbered([one.likeness for one in seen]), numbered([one.tiles for one in seen])
+    is_piece = np.array([bool(one.cut_by) for one in seen])
+    left = np.ones(len(seen), bool)
+    kept: dict[int, Located] = {}
+    for place in sorted(range(len(seen)), key=lambda n: (*seen[n].rank, n)):
+        if not left[place]:
+            continue
+        shared = shared_areas(boxes[place], boxes)
+        inside = is_piece & (shared > 0) & (shared >= PIECE_INSIDE * areas)
+        same = inside | same_boxes(boxes[place], boxes, SAME_IN_TILES_IOU)
+        same &= left & (kinds == kinds[place]) & (tiles != tiles[place])
+        left &= ~same
+        left[place] = False
+        views = [seen[place].shape, *(seen[int(number)].shape for number in np.flatnonzero(same))]
+        kept[place] = replace(views[0], score=_highest([view.score for view in views]))
+    return [kept[place] for place in sorted(kept)]
 
 
-def _is_same(worse: _Seen, better: _Seen) -> bool:
-    if not _comparable(worse, better):
-        return False
-    inside = PIECE_INSIDE if worse.cut_by else None
-    return is_same_box(worse.box_xyxy, better.box_xyxy, SAME_IN_TILES_IOU, inside)
-
-
-def _comparable(one: _Seen, other: _Seen) -> bool:
-    """One kind of shape with one label, not seen by one and the same tile.
-
-    Two readings of a line of text may differ, so lines are compared whatever they say.
-    """
-    if one.tiles == other.tiles or type(one.shape) is not type(other.shape):
-        return False
-    return isinstance(one.shape, Quad) or one.shape.label == other.shape.label
+def _highest(scores: Sequence[float | None]) -> float | None:
+    known = [score for score in scores if score is not None and not math.isnan(score)]
+    return max(known, default=scores[0])
 
 
 def _outer(boxes: Sequence[tuple[_T, _T, _T, _T]]) -> tuple[_T, _T, _T, _T]:

@@ -52,15 +52,19 @@ class ModelMeta:
 
     def _add(self, seen: Iterable[sly.ObjClass]) -> None:
         with self._lock:
-            before = set(self._learnt.values())
+            before = self._shapes()
             for obj_class in seen:
                 if obj_class.name not in FIXED_SHAPES:
                     known = self._learnt.pop(obj_class.name, obj_class)
                     self._learnt[obj_class.name] = _both(known, obj_class)
             while len(self._learnt) > self._max_learnt:
                 self._learnt.pop(next(iter(self._learnt)))
-            if set(self._learnt.values()) != before:
+            if self._shapes() != before:
                 self._snapshot = _meta_of(self._learnt.values())
+
+    def _shapes(self) -> dict[str, type]:
+        """To see a change by: to the SDK a class of any shape equals one of a certain shape."""
+        return {name: obj_class.geometry_type for name, obj_class in self._learnt.items()}
 
 
 def _both(known: sly.ObjClass, seen: sly.ObjClass) -> sly.ObjClass:

@@ -56,13 +56,16 @@ def class_of(label: str, classes: Mapping[str, str]) -> str:
     return clean_class_name(classes.get(phrase_key(label)) or label)
 
 
-def class_titles(wanted: Iterable[tuple[str, str]], suffix: str = "") -> dict[tuple[str, str], str]:
+def class_titles(
+    wanted: Iterable[tuple[str, str]], suffix: str = "", fixed: Mapping[str, str] = FIXED_SHAPES
+) -> dict[tuple[str, str], str]:
     """The class of every (cleaned name, shape) in one annotation, so that a class has one shape.
 
     A name stays as it is where it can; ``cat`` that is wanted for boxes and polygons is ``cat``
-    and ``cat (polygon)``. ``suffix`` comes last; the whole is at most 100 long.
+    and ``cat (polygon)``. ``suffix`` comes last; the whole is at most 100 long. ``fixed`` are
+    the classes whose shape is known elsewhere.
     """
-    taken = dict(FIXED_SHAPES)
+    taken = dict(fixed)
     titles: dict[tuple[str, str], str] = {}
     for name, shape in sorted(dict.fromkeys(wanted), key=lambda pair: _SHAPES.index(pair[1])):
         title = next(t for t in _titles(name, shape, suffix) if taken.get(t, shape) == shape)

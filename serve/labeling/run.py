@@ -67,7 +67,7 @@ def label_images(files: Iterable[ImageFile], plan: Plan, tools: Tools, *, batch:
     Raises RequestError, with nothing journaled, when not one image could be asked as planned.
     """
     started = time.perf_counter()
-    rules = LabelRules(dict(plan.classes), plan.threshold)
+    rules = LabelRules(dict(plan.classes), plan.threshold, fixed_shapes={})
     loaded = read_ahead(files, threads=_READERS, ahead=batch + _AHEAD)
     try:
         with closing(loaded):

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from florence2.records import Box, Polygon, Quad
 from serve.geometry import (
+    area_share,
     box_xyxy_from_rectangle_tlbr,
-    overlap,
+    mask_of_rings,
+    outer_box,
     points_rc_from_ring_xy,
     rectangle_tlbr_from_box_xyxy,
 )
@@ -53,8 +58,67 @@ def test_boxes_in_the_order_and_bounds_of_the_sdk(box, tlbr):
     assert rectangle_tlbr_from_box_xyxy(box, (200, 100)) == tlbr
 
 
-def test_overlap_is_intersection_over_union():
-    assert overlap((0, 0, 10, 10), (0, 0, 10, 10)) == 1
-    assert overlap((0, 0, 10, 10), (5, 0, 15, 10)) == pytest.approx(1 / 3)
-    assert overlap((0, 0, 10, 10), (10, 0, 20, 10)) == 0
-    assert overlap((3, 3, 3, 3), (3, 3, 3, 3)) == 0
+def test_a_mask_covers_what_any_ring_covers_and_starts_at_its_first_pixel():
+    square, shifted = (2, 1, 5, 1, 5, 4, 2, 4), (4, 3, 7, 3, 7, 6, 4, 6)
+    mask, (row, column) = mask_of_rings([square, shifted], (20, 10))
+    assert (row, column) == (1, 2)
+    assert mask.shape == (6, 6)
+    drawn = {(int(y) + row, int(x) + column) for y, x in zip(*mask.nonzero(), strict=True)}
+    expected = {(y, x) for y in range(1, 5) for x in range(2, 6)}
+    assert drawn == expected | {(y, x) for y in range(3, 7) for x in range(4, 8)}
+
+
+@pytest.mark.parametrize(
+    "rings",
+    [
+        pytest.param([], id="no ring"),
+        pytest.param([(30.0, 1.0, 40.0, 1.0, 40.0, 9.0)], id="right of the image"),
+        pytest.param([(1e300, 1e300, 2e300, 1e300, 2e300, 2e300)], id="far away"),
+        pytest.param([(-9.0, 2.0, -3.0, 2.0, -3.0, 6.0)], id="left of the image"),
+    ],
+)
+def test_rings_without_a_pixel_of_the_image_have_no_mask(rings):
+    assert mask_of_rings(rings, (20, 10)) is None
+
+
+@given(st.lists(st.lists(coordinate, min_size=6, max_size=6), max_size=3), side, side)
+def test_every_mask_is_inside_the_image_and_not_empty(rings, width, height):
+    drawn = mask_of_rings(rings, (width, height))
+    if drawn is not None:
+        mask, (row, column) = drawn
+        assert mask.any()
+        assert 0 <= row <= row + mask.shape[0] <= height
+        assert 0 <= column <= column + mask.shape[1] <= width
+
+
+def test_the_part_of_a_ring_that_is_in_the_image_is_drawn_as_if_it_had_no_edge():
+    mask, (row, column) = mask_of_rings([(-10.0, -10.0, 5.0, -10.0, 5.0, 5.0, -10.0, 5.0)], (20, 9))
+    assert (row, column) == (0, 0)
+    assert mask.shape == (6, 6)
+    assert mask.all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "box"),
+    [
+        pytest.param(Box((9, 8, 1, 2), "", None), (1, 2, 9, 8), id="swapped corners"),
+        pytest.param(Box((1, 2, math.nan, 4), "", None), None, id="not a number"),
+        pytest.param(Quad((1, 1, 9, 2, 8, 7, 0, 6), "", None), (0, 1, 9, 7), id="quad"),
+        pytest.param(
+            Polygon(((1, 1, 5, 1, 5, 5), (7, 7, 9, 7, 9, 9)), "", None), (1, 1, 9, 9), id="rings"
+        ),
+        pytest.param(
+            Polygon(((1, 1, 5, 1, 5, 5), (7, math.inf, 9, 7, 9, 9)), "", None), (1, 1, 5, 5),
+            id="rings that cannot be drawn do not count",
+        ),
+        pytest.param(Polygon(((1, 1, 5, 1),), "", None), None, id="two points"),
+    ],
+)  # fmt: skip
+def test_the_outer_box_of_every_shape(shape, box):
+    assert outer_box(shape) == box
+
+
+def test_the_area_of_a_box_counts_inside_the_image():
+    assert area_share((0, 0, 10, 10), (20, 10)) == 0.5
+    assert area_share((-50, -50, 90, 90), (20, 10)) == 1
+    assert area_share((30, 0, 40, 10), (20, 10)) == 0

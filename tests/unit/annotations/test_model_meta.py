@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from serve.model_meta import ModelMeta
+from serve.sdk import sly
+from serve.tags import TAG_METAS
+
+FIXED = {
+    "object": sly.Rectangle,
+    "text": sly.Polygon,
+    "object (polygon)": sly.Polygon,
+    "object (bitmap)": sly.Bitmap,
+}
+BOX = sly.Rectangle(1, 1, 9, 9)
+OUTLINE = sly.Polygon([sly.PointLocation(*p) for p in ((1, 1), (1, 9), (9, 9))])
+
+
+def annotation(*named):
+    labels = [sly.Label(shape, sly.ObjClass(name, type(shape))) for name, shape in named]
+    return sly.Annotation((20, 20), labels)
+
+
+def shapes(meta):
+    return {one.name: one.geometry_type for one in meta.snapshot().obj_classes}
+
+
+def test_the_fixed_classes_and_every_tag_are_there_from_the_start():
+    meta = ModelMeta()
+    assert shapes(meta) == FIXED
+    assert {tag.name: tag for tag in meta.snapshot().tag_metas} == TAG_METAS
+    stored = meta.snapshot().to_json()
+    assert sly.ProjectMeta.from_json(stored) == meta.snapshot()
+
+
+def test_classes_of_answers_are_learnt_and_an_earlier_snapshot_stays_what_it_was():
+    meta = ModelMeta()
+    before = meta.snapshot()
+    meta.learn(annotation(("cat", BOX), ("kite", OUTLINE), ("cat", BOX)))
+    assert shapes(meta) == {**FIXED, "cat": sly.Rectangle, "kite": sly.Polygon}
+    assert before.get_obj_class("cat") is None
+    after = meta.snapshot()
+    meta.learn(annotation(("cat", BOX)))
+    assert meta.snapshot() is after
+
+
+def test_a_class_in_a_second_shape_becomes_one_of_any_shape_and_stays_that():
+    meta = ModelMeta()
+    both = [annotation(("cat", BOX)), annotation(("cat", OUTLINE))]
+    for one in [*both, both[0]]:
+        meta.learn(one)
+    assert shapes(meta)["cat"] is sly.AnyGeometry
+    for one in both:
+        read = sly.Annotation.from_json(one.to_json(), meta.snapshot())
+        assert type(read.labels[0].geometry) is type(one.labels[0].geometry)
+
+
+def test_a_fixed_class_keeps_its_shape_whatever_is_learnt_or_announced():
+    meta = ModelMeta()
+    meta.learn(annotation(("object", OUTLINE)))
+    meta.announce(["text"])
+    assert shapes(meta) == FIXED
+
+
+def test_announced_classes_are_cleaned_and_of_the_shape_that_is_said():
+    meta = ModelMeta()
+    meta.announce([" red \n car "])
+    meta.announce(["kite"], sly.Bitmap)
+    assert shapes(meta) == {**FIXED, "red car": sly.Rectangle, "kite": sly.Bitmap}
+
+
+def test_the_classes_seen_longest_ago_go_first_and_the_fixed_ones_never():
+    meta = ModelMeta(max_learnt=3)
+    meta.announce(["a", "b", "c"])
+    meta.learn(annotation(("a", BOX)))
+    meta.announce(["d"])
+    assert set(shapes(meta)) == {*FIXED, "a", "c", "d"}
+    meta.announce(map(str, range(50)))
+    assert set(shapes(meta)) == {*FIXED, "47", "48", "49"}
+
+
+@pytest.mark.parametrize("geometry", [BOX, OUTLINE], ids=["one shape", "two shapes"])
+def test_many_threads_learn_without_losing_a_class(geometry):
+    meta = ModelMeta()
+    names = [[f"class {thread}-{n}" for n in range(20)] for thread in range(16)]
+    seen: list[sly.ProjectMeta] = []
+    ready = threading.Barrier(len(names))
+
+    def work(own):
+        ready.wait()
+        for name in own:
+            meta.learn(annotation((name, BOX), ("shared", BOX)))
+            meta.learn(annotation(("shared", geometry)))
+            seen.append(meta.snapshot())
+
+    threads = [threading.Thread(target=work, args=(own,)) for own in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    found = shapes(meta)
+    assert set(found) == {*FIXED, "shared", *(name for own in names for name in own)}
+    assert found["shared"] is (sly.Rectangle if geometry is BOX else sly.AnyGeometry)
+    assert len(seen) == 320
+    assert all(one.get_obj_class("shared") for one in seen)
