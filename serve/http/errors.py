@@ -105,11 +105,7 @@ def install_error_handlers(server: FastAPI, path_prefix: str = "") -> None:
 
 
 async def _on_florence_error(request: Request, error: Exception) -> JSONResponse:
-    if not isinstance(error, FlorenceError):
-        raise error
-    if status_of(error.code) == 500:
-        _log.error("%s failed: %s", request.url.path, error, exc_info=error)
-    return error_response(error)
+    return _response_to(error, request.url.path)
 
 
 async def _on_invalid_form(request: Request, error: Exception) -> JSONResponse:
@@ -166,11 +162,9 @@ async def answer_faults(app: ASGIApp, scope: Scope, receive: Receive, send: Send
 
 
 def _response_to(error: Exception, path: str) -> JSONResponse:
-    if isinstance(error, FlorenceError) and status_of(error.code) != 500:
-        return error_response(error)
     if isinstance(error, RuntimeError) and str(error).startswith(_SDK_NOT_DEPLOYED):
-        return error_response(
-            NotDeployedError("No model is loaded yet; deploy one and send the request again.")
-        )
-    _log.error("%s failed", path, exc_info=error)
-    return unexpected_response()
+        error = NotDeployedError("No model is loaded yet; deploy one and send the request again.")
+    answer = error_response(error) if isinstance(error, FlorenceError) else unexpected_response()
+    if answer.status_code == 500:
+        _log.error("%s failed", path, exc_info=error)
+    return answer

@@ -165,7 +165,8 @@ function show(answer, seconds) {
   $("raw").lastElementChild.textContent = JSON.stringify(answer, null, 2);
   const found = objects.length === 1 ? "1 object" : `${objects.length} objects`;
   canvas.setAttribute("aria-label", `The image with ${found}; they are listed below`);
-  say(`${found} in ${seconds.toFixed(1)} s.`);
+  const words = objects.length || !annotation.tags?.length ? found : "Answered";
+  say(`${words} in ${seconds.toFixed(1)} s.`);
   draw();
 }
 

@@ -58,7 +58,8 @@ th { color: var(--soft); font-weight: 500; } tbody tr:last-child td { border-bot
   background: var(--code); }
 .dot { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: 8px; }
 pre { background: var(--code); border-radius: 8px; padding: 12px; margin: 8px 0; font-size: .82rem;
-  overflow: auto; max-height: 26rem; } code { font-size: .85em; }
+  overflow: auto; max-height: 26rem; } #curl { white-space: pre-wrap; overflow-wrap: anywhere; }
+code { font-size: .85em; }
 a { color: var(--accent); } footer { padding: 16px 20px 32px; color: var(--soft);
   font-size: .85rem; }
 """
