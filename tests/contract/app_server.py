@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import requests
@@ -25,16 +25,38 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-class AppServer:
-    """One app; its log is ``log_path``. ``options`` are added to the command."""
+def serve_command(port: int) -> list[str]:
+    """The local app with the demo checkpoint."""
+    options = ["--model", "demo", "--device", "cpu", "--port", str(port)]
+    return [sys.executable, "-m", "serve.cli", "serve", *options]
 
-    def __init__(self, folder: Path, env: Mapping[str, str], options: Sequence[str] = ()) -> None:
+
+def sdk_deploy_command(port: int) -> list[str]:
+    """The SDK's own command line; it has no port, the app reads one from the environment."""
+    return [sys.executable, "-m", "serve.main", "deploy", "--model", "demo", "--device", "cpu"]
+
+
+def page_command(port: int) -> list[str]:
+    """What the platform starts: the page, with no model until somebody presses Serve."""
+    options = ["--host", "127.0.0.1", "--port", str(port), "--log-level", "warning"]
+    return [sys.executable, "-m", "uvicorn", "serve.main:model.app", *options]
+
+
+class AppServer:
+    """One app, started by a command; its log is ``log_path``."""
+
+    def __init__(
+        self,
+        folder: Path,
+        env: Mapping[str, str],
+        command: Callable[[int], list[str]] = serve_command,
+    ) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log_path = folder / "app.log"
-        command = [sys.executable, "-m", "serve.cli", "serve", "--model", "demo"]
-        self._command = [*command, "--device", "cpu", "--port", str(self.port), *options]
-        self._env = {**_clean_env(), "SLY_APP_DATA_DIR": str(folder), **env}
+        self._command = command(self.port)
+        own = {"SLY_APP_DATA_DIR": str(folder), "FLORENCE_PORT": str(self.port)}
+        self._env = {**_clean_env(), **own, **env}
         self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -48,19 +70,25 @@ class AppServer:
             self._process = subprocess.Popen(
                 self._command, stdout=log, stderr=subprocess.STDOUT, env=self._env, cwd=self._folder
             )
+        try:
+            self._wait(until)
+        except BaseException:
+            self.stop()
+            raise
+
+    def _wait(self, until: str) -> None:
         deadline = time.monotonic() + PATIENCE_S
         while not self._answers(until):
-            if self._process.poll() is not None:
-                raise RuntimeError(f"The app ended with {self._process.returncode}:\n{self.log}")
+            if not self.is_alive():
+                raise RuntimeError(f"The app ended before it was ready:\n{self.log}")
             if time.monotonic() > deadline:
-                self.stop()
                 raise RuntimeError(f"The app was not ready in {PATIENCE_S:.0f} s:\n{self.log}")
             time.sleep(0.1)
 
     def _answers(self, path: str) -> bool:
         try:
             return requests.get(self.url + path, timeout=5).status_code == 200
-        except requests.ConnectionError:
+        except (requests.ConnectionError, requests.Timeout):
             return False
 
     def is_alive(self) -> bool:

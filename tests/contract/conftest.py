@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
-from platform_double import TOKEN, PlatformDouble
+from app_server import AppServer
+from contract_calls import CITY, App, classes_in
+from platform_double import SESSION_TOKEN, TOKEN, PlatformDouble
 from platform_seed import Seeded, seed
 
+from florence2 import Florence2
 from serve.sdk import sly
+
+# isort: split
+from supervisely.nn.inference import session as sdk_session
+from supervisely.nn.model import prediction_session as sdk_prediction_session
 
 SDK_ENVIRONMENT = {
     "SUPERVISELY_PUBLIC_API_RETRIES": "1",
@@ -39,6 +48,51 @@ def seeded(platform) -> Seeded:
 
 @pytest.fixture
 def api(platform, monkeypatch) -> sly.Api:
+    """The SDK's client of the double. Its polling, once a second by itself, is quicker."""
     for name, value in SDK_ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
+    quick = SimpleNamespace(
+        time=time.time, monotonic=time.monotonic, sleep=lambda seconds: time.sleep(seconds / 20)
+    )
+    monkeypatch.setattr(sdk_session, "time", quick)
+    monkeypatch.setattr(sdk_prediction_session, "time", quick)
     return sly.Api(platform.address, TOKEN, retry_count=1)
+
+
+@pytest.fixture(scope="session")
+def running_app(running_platform, tmp_path_factory) -> Iterator[AppServer]:
+    """``florence2 serve`` with the demo checkpoint, connected to the double."""
+    env = {**SDK_ENVIRONMENT, "SERVER_ADDRESS": running_platform.address, "API_TOKEN": TOKEN}
+    server = AppServer(tmp_path_factory.mktemp("app"), env)
+    server.start()
+    running_platform.app_url = server.url
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def app(running_app, platform) -> App:
+    """The app for requests that are sent as they are."""
+    return App(running_app.url)
+
+
+@pytest.fixture
+def session_url(running_app, platform) -> str:
+    """The app behind the platform's proxy, as clients address a session."""
+    return f"{platform.address}/net/{SESSION_TOKEN}"
+
+
+@pytest.fixture(scope="session")
+def model() -> Iterator[Florence2]:
+    """The same checkpoint in this process: what the app should answer."""
+    loaded = Florence2.load("demo", device="cpu")
+    yield loaded
+    loaded.close()
+
+
+@pytest.fixture
+def next_request_works(app):
+    """Whatever was sent before, a plain request is answered afterwards."""
+    yield
+    [entry] = app.upload_images([CITY], {"text": "car", "num_beams": 1})
+    assert classes_in(entry["annotation"]) == ["car", "car"]

@@ -1,0 +1,150 @@
+"""Requests to the app as they go over the wire, and what is read from the answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import requests
+from platform_seed import IMAGES
+
+from florence2.records import Box, Result
+from serve.sdk import sly
+
+CITY, STREET, HOME = (IMAGES / f"scene_{name}.jpg" for name in ("city", "street", "home"))
+TIMEOUT_S = 60
+
+# One label as (class, confidence, first column, first row, last column, last row).
+Row = tuple[str, float, int, int, int, int]
+
+
+@dataclass(frozen=True)
+class App:
+    """The app at a url."""
+
+    url: str
+
+    def get(self, path: str) -> requests.Response:
+        return requests.get(f"{self.url}/{path}", timeout=TIMEOUT_S)
+
+    def post(self, path: str, state: Any = None, **body: Any) -> requests.Response:
+        """A JSON request; ``state`` of None sends none."""
+        content = body if state is None else {"state": state, "context": {}, **body}
+        return requests.post(f"{self.url}/{path}", json=content, timeout=TIMEOUT_S)
+
+    def send(self, path: str, data: bytes | str, **headers: str) -> requests.Response:
+        """Bytes as they are, JSON by what the request says of itself unless told otherwise."""
+        named = {"Content-Type": "application/json"}
+        named |= {name.replace("_", "-"): value for name, value in headers.items()}
+        return requests.post(f"{self.url}/{path}", data=data, headers=named, timeout=TIMEOUT_S)
+
+    def upload(
+        self, path: str, files: Sequence[tuple[str, bytes]], settings: Any = None, **fields: str
+    ) -> requests.Response:
+        """A form with files by name; the settings as the SDK's clients wrap them."""
+        parts: list[tuple[str, Any]] = [("files", (name, data)) for name, data in files]
+        if settings is not None:
+            fields = {"settings": json.dumps({"settings": settings}), **fields}
+        parts += [(name, (None, value, "text/plain")) for name, value in fields.items()]
+        return requests.post(f"{self.url}/{path}", files=parts, timeout=TIMEOUT_S)
+
+    def upload_images(
+        self, paths: Sequence[Path], settings: Any = None, path: str = "inference_batch"
+    ) -> list[dict[str, Any]]:
+        answer = self.upload(path, [(one.name, one.read_bytes()) for one in paths], settings)
+        assert answer.status_code == 200, answer.text
+        found: list[dict[str, Any]] = answer.json()
+        return found
+
+
+def assert_refused(answer: requests.Response, *statuses: int, says: str = "") -> dict[str, Any]:
+    """The request failed by its own fault, and the body says so in one sentence."""
+    allowed = statuses or tuple(range(400, 500))
+    assert answer.status_code in allowed, f"{answer.status_code}: {answer.text[:300]}"
+    body: dict[str, Any] = answer.json()
+    assert body["success"] is False
+    assert body["message"] == body["detail"]
+    assert body["code"]
+    message = body["message"]
+    assert 20 < len(message) < 500, message
+    assert message[0].isupper() or message[0] in "'<\"/" or "_" in message.split()[0], message
+    assert message.rstrip().endswith((".", "?", "!")), message
+    assert "Traceback" not in message
+    assert "Error(" not in message
+    assert says.lower() in message.lower(), message
+    return body
+
+
+def refused_now_or_later(app: App, path: str, state: dict[str, Any]) -> str:
+    """The sentence of a refusal, at once or, for a request in the background, as its error."""
+    answer = app.post(path, state)
+    if not (path.endswith("_async") and answer.status_code == 200):
+        return str(assert_refused(answer)["message"])
+    request = {"inference_request_uuid": answer.json()["inference_request_uuid"]}
+    while (progress := app.post("get_inference_progress", request).json())["is_inferring"]:
+        pass
+    assert progress["exception"]
+    assert progress["stage"] == "Error"
+    assert app.post("pop_inference_results", request).json()["pending_results"] == []
+    message: str = progress["exception"]["message"]
+    assert message.endswith((".", "?"))
+    return message
+
+
+def rows_of(annotation: dict[str, Any]) -> list[Row]:
+    """The rectangles of an annotation's JSON, in no particular order: sorted."""
+    rows = []
+    for item in annotation["objects"]:
+        assert item["geometryType"] == "rectangle"
+        (left, top), (right, bottom) = item["points"]["exterior"]
+        tags = {tag["name"]: tag["value"] for tag in item["tags"]}
+        rows.append((item["classTitle"], tags["confidence"], left, top, right, bottom))
+    return sorted(rows)
+
+
+def rows_of_labels(annotation: sly.Annotation) -> list[Row]:
+    return rows_of(annotation.to_json())
+
+
+def classes_in(annotation: dict[str, Any]) -> list[str]:
+    return sorted(item["classTitle"] for item in annotation["objects"])
+
+
+def expected_rows(result: Result, size_wh: tuple[int, int], names: dict[str, str]) -> list[Row]:
+    """The rows that an answer of the model should become.
+
+    A box covers [x1, x2) and a rectangle names its last pixel, hence the one less; ``names`` are
+    classes by label, where they differ.
+    """
+    width, height = size_wh
+    rows = []
+    for found in result.objects:
+        assert isinstance(found, Box)
+        assert found.score is not None
+        x1, y1, x2, y2 = found.box_xyxy
+        rows.append(
+            (
+                names.get(found.label, found.label),
+                round(found.score, 4),
+                int(x1 + 0.5),
+                int(y1 + 0.5),
+                min(int(x2 + 0.5), width) - 1,
+                min(int(y2 + 0.5), height) - 1,
+            )
+        )
+    return sorted(rows)
+
+
+def image_size_wh(path: Path) -> tuple[int, int]:
+    height, width = sly.image.read(str(path)).shape[:2]
+    return width, height
+
+
+def near(found: Sequence[Row], expected: Sequence[Row]) -> bool:
+    """Whether rows are the same, the confidence to what batches of other sizes change in it."""
+    return [(row[0], *row[2:]) for row in found] == [
+        (row[0], *row[2:]) for row in expected
+    ] and all(abs(one[1] - two[1]) <= 2e-4 for one, two in zip(found, expected, strict=True))
