@@ -4,7 +4,7 @@ import json
 import math
 
 import numpy as np
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from florence2.records import Box, Polygon, Quad, Region, Result, Text
@@ -70,6 +70,7 @@ rules = st.builds(
 )
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(answers, rules)
 def test_every_answer_gives_an_annotation_that_clients_can_read(answered, label_rules):
     annotation = annotation_from_answers(answered, label_rules, (WIDTH, HEIGHT))
