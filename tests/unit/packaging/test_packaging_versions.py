@@ -18,6 +18,8 @@ from packaging_files import (
     yaml_of,
 )
 
+from serve.version import VERSION
+
 DEPLOYING = ROOT / "docs" / "deploying.md"
 IMAGE = manifest()["docker_image"]
 
@@ -27,7 +29,7 @@ def project() -> dict[str, object]:
 
 
 def test_the_image_has_the_projects_version():
-    assert IMAGE.partition(":")[2] == project()["version"]
+    assert IMAGE.partition(":")[2] == VERSION
 
 
 def test_the_deployable_image_is_built_from_the_platforms():
