@@ -19,13 +19,14 @@ from serve.http.routes import is_api_path, path_of
 _log = logging.getLogger(__name__)
 
 RETRY_AFTER_S: Final = 5.0
-UNEXPECTED: Final = "internal"
+UNEXPECTED: Final = "internal_error"
 UNEXPECTED_MESSAGE: Final = (
     "The request could not be answered because of a fault in the app; see its log for the cause."
 )
 
 # Clients of the SDK send a request again after every 5xx, so 503 is only for what waiting cures:
-# a picture that does not fit in memory never will.
+# a picture that does not fit in memory never will, and a run that is done but for some images
+# would be done again from the start.
 STATUS_BY_CODE: Final[Mapping[str, int]] = {
     "bad_request": 400,
     "bad_image": 400,
@@ -34,6 +35,7 @@ STATUS_BY_CODE: Final[Mapping[str, int]] = {
     "bad_checkpoint": 400,
     "not_found": 404,
     "too_large": 413,
+    "partial_failure": 422,
     "cancelled": 499,
     "not_deployed": 503,
     "queue_full": 503,

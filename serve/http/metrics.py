@@ -29,7 +29,7 @@ class Metrics:
     """The app's counters, in a registry of their own. Every method may be called by any thread.
 
     Labels come from closed sets, so their number is bounded: a route that is not in the table is
-    counted as ``"other"``, a failure's code without a rule as ``"internal"``.
+    counted as ``"other"``, a failure's code without a rule as ``"internal_error"``.
     """
 
     def __init__(self) -> None:

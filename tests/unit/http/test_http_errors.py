@@ -30,6 +30,7 @@ STATUSES = {
     "bad_region": 400,
     "not_found": 404,
     "too_large": 413,
+    "partial_failure": 422,
     "cancelled": 499,
     "not_deployed": 503,
     "queue_full": 503,
@@ -104,8 +105,8 @@ ANSWERS = {
     "full": ("/waiting", 503, "queue_full", "Full."),
     "our own fault": ("/damaged", 500, "error", "The model gave nothing."),
     "the SDK without a model": ("/undeployed", 503, "not_deployed", None),
-    "a RuntimeError of anything else": ("/runtime", 500, "internal", None),
-    "a ValueError is not the client's fault": ("/value", 500, "internal", None),
+    "a RuntimeError of anything else": ("/runtime", 500, "internal_error", None),
+    "a ValueError is not the client's fault": ("/value", 500, "internal_error", None),
 }
 
 

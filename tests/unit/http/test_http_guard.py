@@ -234,7 +234,7 @@ def test_an_unexpected_error_is_500_with_one_sentence_and_the_trace_in_the_log(c
     inner = Inner(fail_with=KeyError("a secret"))
     status, answer = post(inner, STATE_PATH, b'{"state": {}}')
     body = json.loads(answer)
-    assert (status, body["code"], body["success"]) == (500, "internal", False)
+    assert (status, body["code"], body["success"]) == (500, "internal_error", False)
     assert b"secret" not in answer
     assert "a secret" in caplog.text
     assert "Traceback" in caplog.text

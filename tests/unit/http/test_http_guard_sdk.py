@@ -148,7 +148,7 @@ def test_an_unexpected_error_is_the_same_500_wherever_the_app_runs(
     # Without the handlers: plain text in development, the exception's repr in production.
     monkeypatch.setenv("ENV", environment)
     response = client.post("/get_status", json={})
-    assert (response.status_code, response.json()["code"]) == (500, "internal")
+    assert (response.status_code, response.json()["code"]) == (500, "internal_error")
     assert "foresaw" not in response.text
 
 

@@ -48,7 +48,7 @@ def test_unknown_routes_and_codes_share_one_label(metrics):
         metrics.count_image("failed", f"code {number}")
     values = values_of(metrics)
     assert values["florence2_requests_total", ("route", "other"), ("status", "404")] == 100
-    assert values["florence2_failures_total", ("code", "internal")] == 100
+    assert values["florence2_failures_total", ("code", "internal_error")] == 100
     assert not [key for key in values if "/7" in str(key) or "code 7" in str(key)]
 
 
