@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -13,8 +14,8 @@ from typing import Final
 
 from florence2.answering import identity
 from florence2.ask import Ask, name_of
-from florence2.errors import FlorenceError
-from florence2.generate import GenerationCancelledError
+from florence2.errors import FlorenceError, RequestError
+from florence2.generate import GenerationCancelledError, shown
 from florence2.records import Failure, Result
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ class Ticket:
         deadline_s: float | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> None:
+        _check_deadline(deadline_s)
         self.asks = [_watched(ask, self.stop) for ask in asks]
         self.priority = priority
         self.arrived = time.monotonic()
@@ -131,6 +133,8 @@ class Ticket:
 
     def _patience_s(self) -> float | None:
         left = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+        if left is not None:
+            left = min(left, threading.TIMEOUT_MAX)
         if self._should_stop is None:
             return left
         return LOOK_AFTER_S if left is None else min(left, LOOK_AFTER_S)
@@ -150,6 +154,14 @@ class Ticket:
                 "allow more time or ask for less at once."
             )
         return None
+
+
+def _check_deadline(deadline_s: float | None) -> None:
+    if deadline_s is not None and math.isnan(deadline_s):
+        raise RequestError(
+            f"A deadline is a number of seconds from now, and {shown(deadline_s)} was received; "
+            "leave it out to wait as long as it takes."
+        )
 
 
 def _watched(ask: Ask, stop: Callable[[], FlorenceError | None]) -> Ask:

@@ -9,6 +9,7 @@ import pytest
 from scheduler_tools import PATIENCE_S, assert_same, captions, held, wait_until
 
 from florence2 import Result
+from florence2.errors import RequestError
 from florence2.scheduler import Priority, QueueFullError, StoppedError
 
 
@@ -32,6 +33,12 @@ def test_a_request_whose_time_is_over_while_it_waits_is_answered_at_once(schedul
     assert failure.code == "deadline"
     assert "0.05 s" in failure.message
     assert scheduler.call(lambda: runtime.passes) == []
+
+
+def test_a_deadline_may_be_far_away_but_must_be_a_number(scheduler):
+    assert isinstance(scheduler.run(captions(1), deadline_s=float("inf"))[0], Result)
+    with pytest.raises(RequestError, match="number of seconds"):
+        scheduler.run(captions(1), deadline_s=float("nan"))
 
 
 @pytest.mark.parametrize("priority", Priority)
