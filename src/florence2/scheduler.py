@@ -255,7 +255,8 @@ class Scheduler:
         if is_nested:
             answered = self._postpone(answered)
         report = report_of(answered, priority, began, seconds, self.queue_depth)
-        self._observe(report)
+        if answered:
+            self._observe(report)
         with self._news:
             for piece, outcome in answered:
                 piece.ticket.settle(piece.place, outcome)
