@@ -1,0 +1,63 @@
+"""One demo model for the tests of the app; the SDK's process-wide objects fresh for each app."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from florence2 import Florence2
+from serve.deployment import Deployment, ModelChoice
+from serve.http.metrics import Metrics
+from serve.predictor import Predictor
+from serve.sdk import sly  # noqa: F401  (the SDK's modules are imported after this door)
+
+# isort: split
+from supervisely.app.singleton import Singleton
+
+IMAGES = Path(__file__).parents[3] / "demo" / "images"
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Florence2:
+    return Florence2.load("demo", device="cpu")
+
+
+class Undying:
+    """The shared model under another owner, who must not take its weights away."""
+
+    def __init__(self, model: Florence2) -> None:
+        self._model = model
+
+    def __getattr__(self, name):
+        return getattr(self._model, name)
+
+    def close(self) -> None:
+        """The next test needs it."""
+
+
+@pytest.fixture
+def deployment(demo_model):
+    deployed = Deployment(load=lambda choice: Undying(demo_model))
+    deployed.switch(ModelChoice("demo"))
+    yield deployed
+    deployed.stop()
+
+
+@pytest.fixture
+def predictor(deployment) -> Predictor:
+    return Predictor(deployment, Metrics())
+
+
+@pytest.fixture
+def fresh_sdk(monkeypatch, tmp_path):
+    """Another app in this process: the SDK keeps one application, server and state per process."""
+    monkeypatch.setattr(Singleton, "_instances", {})
+    monkeypatch.setenv("SLY_APP_DATA_DIR", str(tmp_path / "data"))
+    for name in ("SERVER_ADDRESS", "API_TOKEN", "TASK_ID"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def image_path():
+    return lambda name: IMAGES / name
