@@ -40,7 +40,8 @@ def refuse(name: str, rule: str, value: object, example: str) -> NoReturn:
 def nearest(kind: str, received: object, known: Iterable[str]) -> str:
     """One sentence about a name that is in no list, with the nearest one that is."""
     choices = list(known)
-    near = difflib.get_close_matches(str(received)[:100], choices, n=1, cutoff=0.5)
+    words = received[:100] if isinstance(received, str) else shown(received)
+    near = difflib.get_close_matches(words, choices, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(choices)}."
     return f"Unknown {kind} {shown(received)}; {hint}"
 

@@ -12,6 +12,7 @@ from settings_tools import DEFAULTS, merged
 
 from florence2.errors import RequestError
 from florence2.tasks import TASKS
+from serve.naming import phrase_key
 from serve.settings import Settings, parse_settings, raw_settings
 from serve.settings.keys import KEYS, LET_THROUGH
 
@@ -21,7 +22,7 @@ WORDS = st.sampled_from(
      "&a [*a]", "<OD>", "<loc_3>", "od", "text_prompt", "reference_image", "sliding_window",
      "bitmap", "1,2,3,4", "a. b; c", "\ud800", "\x00", "St. ", "!!python/name:x", "<<: 3", "? "]
 ) | st.text(max_size=30)  # fmt: skip
-NUMBERS = st.integers() | st.floats() | st.sampled_from([10**400, -(10**5000), 2**63])
+NUMBERS = st.integers() | st.floats() | st.sampled_from([10**400, 2**63])
 SCALARS = st.none() | st.booleans() | NUMBERS | WORDS
 INNER = ["points", "exterior", "width", "overlap", "windowWidth", "overlapX", "text_prompt", "dog"]
 JUNK = st.recursive(
@@ -35,32 +36,35 @@ JUNK = st.recursive(
 )
 
 
+def outcome(raw):
+    """The settings, or the one line that says why not; anything else fails the test."""
+    try:
+        return parse_settings(raw)
+    except RequestError as error:
+        return str(error)
+
+
+def is_sound(answer):
+    """Settings that parse to themselves, or a line of a length that people read."""
+    if isinstance(answer, Settings):
+        return parse_settings(raw_settings(answer)) == answer
+    return "\n" not in answer and len(answer) < 1500
+
+
 @given(raw=st.dictionaries(st.sampled_from([*NAMES, *LET_THROUGH]) | SCALARS, JUNK, max_size=6))
 def test_any_dictionary_parses_or_is_refused(raw):
-    try:
-        settings = parse_settings(raw)
-    except RequestError as error:
-        assert "\n" not in str(error)
-    else:
-        assert parse_settings(raw_settings(settings)) == settings
+    assert is_sound(outcome(raw))
 
 
 @pytest.mark.parametrize("name", NAMES)
 @given(value=JUNK)
 def test_any_value_of_a_key_parses_or_is_refused(name, value):
-    try:
-        parse_settings({name: value})
-    except RequestError as error:
-        assert "\n" not in str(error)
-        assert len(str(error)) < 1500
+    assert is_sound(outcome({name: value}))
 
 
 @given(raw=JUNK)
 def test_anything_parses_or_is_refused(raw):
-    try:
-        assert isinstance(parse_settings(raw), Settings)
-    except RequestError as error:
-        assert str(error).startswith(("settings is a mapping", "Unknown setting"))
+    assert is_sound(outcome(raw))
 
 
 SHARES = st.floats(0, 1)
@@ -95,13 +99,14 @@ USUAL = {
     "num_beams": st.integers(1, 32),
     "max_new_tokens": st.integers(1, 4096),
 }
+OWN_NAMES = st.lists(CLASS_NAMES, min_size=1, max_size=4, unique_by=phrase_key).map(dict.fromkeys)
 KINDS = [
     st.fixed_dictionaries({"task": st.sampled_from([task.name for task in TASKS[:6]])}),
     st.fixed_dictionaries({"text": PHRASES | st.lists(PHRASES, min_size=1, max_size=4)}),
     st.fixed_dictionaries(
         {"mapping": st.dictionaries(CLASS_NAMES, PHRASES, min_size=1, max_size=1)}
     ),
-    st.fixed_dictionaries({"mapping": st.dictionaries(CLASS_NAMES, st.none(), min_size=1)}),
+    st.fixed_dictionaries({"mapping": OWN_NAMES}),
     st.fixed_dictionaries({"mode": st.just("text_prompt"), "text": PHRASES}),
     st.fixed_dictionaries({"regions": st.lists(BOXES, min_size=1, max_size=3)}),
     st.fixed_dictionaries(

@@ -173,6 +173,7 @@ def test_a_value_is_read(raw, expected):
         pytest.param({"conff": 1}, "Unknown setting 'conff'; did you mean 'conf'?", id="misspelt"),
         pytest.param({"zzz9": 1}, "Unknown setting 'zzz9'; remove it.", id="like nothing"),
         pytest.param({3: 1}, "Unknown setting 3; remove it.", id="no text for a key"),
+        pytest.param({10**5000: 1}, "Unknown setting a very long number", id="digits for a key"),
         pytest.param({"conf": "high"}, "conf is a number from 0 to 1", id="word for a number"),
         pytest.param({"conf": True}, "True was received", id="flag for a number"),
         pytest.param({"conf": float("nan")}, "nan was received", id="not a number"),
