@@ -74,6 +74,10 @@ def merged(*tiles):
             id="two small ones within the strip",
         ),
         pytest.param(
+            car(90, 8, 100, 30), car(80, 12, 130, 30), [car(80, 12, 130, 30)],
+            id="a piece within the strip adds nothing to one that fills it",
+        ),
+        pytest.param(
             car(40, 10, 100, 30, None), car(80, 10, 130, 30, 0.2), [car(40, 10, 130, 30, 0.2)],
             id="one has no score",
         ),
