@@ -51,10 +51,15 @@ class _Seen:
 
     @property
     def rank(self) -> tuple[int, float]:
-        """What is best comes first: whole, joined, joined but still cut, a piece; then by score."""
+        """What is best comes first: whole, joined, joined but still cut, a piece.
+
+        Then the surer; but of two views that are cut, the one that shows more.
+        """
         is_joined = len(self.tiles) > 1
-        place = (2 if is_joined else 3) if self.cut_by else int(is_joined)
-        return place, -known_score(self.shape.score)
+        if not self.cut_by:
+            return int(is_joined), -known_score(self.shape.score)
+        x1, y1, x2, y2 = self.box_xyxy
+        return 2 if is_joined else 3, -(x2 - x1) * (y2 - y1)
 
     @property
     def likeness(self) -> tuple[type, str]:

@@ -74,7 +74,7 @@ def merged(*tiles):
             id="two small ones within the strip",
         ),
         pytest.param(
-            car(90, 8, 100, 30), car(80, 12, 130, 30), [car(80, 12, 130, 30)],
+            car(90, 8, 100, 30, 0.9), car(80, 12, 130, 30), [car(80, 12, 130, 30, 0.9)],
             id="a piece within the strip adds nothing to one that fills it",
         ),
         pytest.param(
