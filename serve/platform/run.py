@@ -182,26 +182,22 @@ class ImagesRun:
         ledger.done(done)
 
     def _upload(self, settled: Settled, uploading: Uploading, ledger: Ledger) -> None:
-        failed = {}
-        labeled = []
-        for target, outcome in zip(*settled, strict=True):
-            if isinstance(outcome, Failure):
-                failed[target] = outcome
-            else:
-                labeled.append(Labeled(target, outcome.annotation))
-        failures = uploading.upload(labeled)
-        failed |= {
-            one.target: failures[one.target.image_id]
-            for one in labeled
-            if one.target.image_id in failures
-        }
-        entries = [
-            failed_entry(self.services, target, failure)
-            for target, failure in failed.items()
-            if ledger.fail(target, failure)
+        labeled = [
+            Labeled(target, outcome.annotation)
+            for target, outcome in zip(*settled, strict=True)
+            if not isinstance(outcome, Failure)
         ]
+        failures = uploading.upload(labeled)
+        entries = []
+        done = 0
+        for target, outcome in zip(*settled, strict=True):
+            failure = outcome if isinstance(outcome, Failure) else failures.get(target.image_id)
+            if failure is None:
+                done += 1
+            elif ledger.fail(target, failure):
+                entries.append(failed_entry(self.services, target, failure))
         self.request.add_results(entries)
-        ledger.done(len(labeled) - len(failures))
+        ledger.done(done)
         if uploading.is_hopeless:
             last = next(iter(failures.values()))
             raise FailedImageError(

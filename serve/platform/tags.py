@@ -62,14 +62,3 @@ def with_compatible_tags(
 
 def _renamed(tags: Iterable[sly.Tag], metas: dict[str, sly.TagMeta]) -> sly.TagCollection:
     return sly.TagCollection([tag.clone(meta=metas[tag.meta.name]) for tag in tags])
-
-
-def is_covered(annotations: Iterable[sly.Annotation], project_meta: sly.ProjectMeta) -> bool:
-    """Whether the project knows every class and tag of the annotations."""
-    for annotation in annotations:
-        tags = [*annotation.img_tags, *(tag for label in annotation.labels for tag in label.tags)]
-        if any(project_meta.get_tag_meta(tag.meta.name) is None for tag in tags):
-            return False
-        if any(project_meta.get_obj_class(one.obj_class.name) is None for one in annotation.labels):
-            return False
-    return True

@@ -16,7 +16,7 @@ from serve.platform.images import Target
 from serve.platform.plan import Destination
 from serve.platform.results import prediction_of, uploaded_entry
 from serve.platform.services import RunServices
-from serve.platform.tags import is_covered, meta_lock, with_compatible_tags
+from serve.platform.tags import meta_lock, with_compatible_tags
 from serve.sdk import sly
 
 sdk = sly.nn.inference.inference
@@ -29,6 +29,14 @@ class Labeled:
 
     target: Target
     annotation: sly.Annotation
+
+
+@dataclass(frozen=True, slots=True)
+class _Fitted:
+    """An annotation under the names a project has for it, and whether it lacks some of them."""
+
+    annotation: sly.Annotation
+    needs_more: bool
 
 
 Step = Callable[[list[Labeled]], list[Labeled]]
@@ -107,15 +115,27 @@ class Uploading:
         if output is None and self._destination.mode in ("append", "iou_merge"):
             group = self._without_empty(group)
         if group:
-            with meta_lock:
-                self._call_upload(group, output or group[0].target.project_id, output)
+            self._upload_group(group, output or group[0].target.project_id, output)
         return group
 
     def _send_again(self, group: list[Labeled]) -> list[Labeled]:
         return group if self._label_copy(group[0]) else self._send(group)
 
-    def _call_upload(
+    def _upload_group(
         self, group: list[Labeled], project_id: int | None, output: int | None, **changed: object
+    ) -> None:
+        annotations = [one.annotation for one in group]
+        meta = self._meta(project_id)
+        if not any(self._fitted(annotation, meta).needs_more for annotation in annotations):
+            self._call_upload(group, meta, output, **changed)
+            return
+        with meta_lock:
+            # The project may have grown since: writing back an old meta would delete from it.
+            meta = self._meta(project_id, is_fresh=True)
+            self._call_upload(group, meta, output, **changed)
+
+    def _call_upload(
+        self, group: list[Labeled], meta: sly.ProjectMeta, output: int | None, **changed: object
     ) -> None:
         context = self._request.context
         images = context.setdefault("image_info", {})
@@ -131,26 +151,16 @@ class Uploading:
             "inference_request": self._request,
             "model_prediction_suffix": self._destination.suffix,
         }
+        predictions = []
+        for one in group:
+            prediction = prediction_of(one.target, None, self._services.model_meta())
+            prediction.annotation = self._fitted(one.annotation, meta).annotation
+            predictions.append(prediction)
         try:
-            predictions = self._predictions(group, project_id)
             self._services.upload(predictions=predictions, **{**options, **changed})
         finally:
             for one in group:
                 images.pop(one.target.image_id, None)
-
-    def _predictions(self, group: list[Labeled], project_id: int | None) -> list[Any]:
-        meta = self._meta(project_id)
-        if not is_covered([one.annotation for one in group], meta):
-            # The project may have grown since: writing back an old meta would delete from it.
-            meta = self._meta(project_id, is_fresh=True)
-        predictions = []
-        for one in group:
-            prediction = prediction_of(one.target, None, self._services.model_meta())
-            prediction.annotation = with_compatible_tags(
-                one.annotation, meta, self._destination.suffix
-            )
-            predictions.append(prediction)
-        return predictions
 
     def _meta(self, project_id: int | None, *, is_fresh: bool = False) -> sly.ProjectMeta:
         metas = self._request.context["project_meta"]
@@ -192,7 +202,7 @@ class Uploading:
         annotations = [one.annotation for one in group]
         if self._output_project(first) is None:
             # Compared under the names they will have, or a second run would not know its own.
-            annotations = [self._renamed(annotation, meta) for annotation in annotations]
+            annotations = [self._fitted(one, meta).annotation for one in annotations]
         annotations = sdk._exclude_duplicated_predictions(
             self._api,
             annotations,
@@ -206,10 +216,11 @@ class Uploading:
             for one, annotation in zip(group, annotations, strict=True)
         ]
 
-    def _renamed(self, annotation: sly.Annotation, meta: sly.ProjectMeta) -> sly.Annotation:
+    def _fitted(self, annotation: sly.Annotation, meta: sly.ProjectMeta) -> _Fitted:
         suffix = self._destination.suffix
-        annotation = with_compatible_tags(annotation, meta, suffix)
-        return sdk.update_meta_and_ann(meta, annotation, suffix)[1]
+        tagged = with_compatible_tags(annotation, meta, suffix)
+        _, renamed, needs_more = sdk.update_meta_and_ann(meta, tagged, suffix)
+        return _Fitted(renamed, needs_more)
 
     def _label_copy(self, labeled: Labeled) -> bool:
         """Labels the copy that a failed upload has left behind, rather than copy once more."""
@@ -222,8 +233,7 @@ class Uploading:
         if copy is None:
             return False
         there = Labeled(Target(copy.id, output, copy), labeled.annotation)
-        with meta_lock:
-            self._call_upload([there], output, None, upload_mode="replace", inference_request=None)
+        self._upload_group([there], output, None, upload_mode="replace", inference_request=None)
         self._request.add_results([uploaded_entry(self._services, target)])
         return True
 

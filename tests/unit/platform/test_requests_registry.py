@@ -1,0 +1,37 @@
+"""The registry of requests: who waits for results, and how long a request is remembered."""
+
+import pytest
+
+from serve.platform.registry import AWAITED, FORGET_AFTER_S
+
+
+def test_a_request_somebody_waits_for_says_so_and_is_soon_forgotten(manager):
+    seen = []
+
+    def work(inference_request):
+        seen.append(inference_request)
+        inference_request.add_results([{"image_id": 1}])
+
+    assert manager.run(work) == [{"image_id": 1}]
+    assert seen[0].context[AWAITED] is True
+    assert seen[0]._ttl == FORGET_AFTER_S
+
+
+def test_a_request_that_was_made_before_is_the_one_that_runs(manager):
+    request = manager.create()
+    manager.run(lambda inference_request: None, inference_request=request)
+    assert request.context[AWAITED] is True
+
+
+def test_a_scheduled_request_is_not_awaited(manager):
+    request, future = manager.schedule_task(lambda inference_request: None)
+    future.result()
+    assert AWAITED not in request.context
+
+
+def test_the_error_of_the_work_is_the_callers(manager):
+    def work(inference_request):
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        manager.run(work)

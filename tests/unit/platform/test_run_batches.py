@@ -1,0 +1,119 @@
+"""Downloads ahead, uploads behind, and their limits."""
+
+import threading
+
+import pytest
+from platform_fakes import image_info
+
+from serve.platform.batches import Behind, fetch_ahead, split_batches
+from serve.platform.images import Target
+
+
+def targets(*sizes):
+    return [Target(n, 1, image_info(n, size=size)) for n, size in enumerate(sizes, 1)]
+
+
+def ids(batches):
+    return [[target.image_id for target in batch] for batch in batches]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "size", "expected"),
+    [
+        pytest.param([1, 1, 1, 1, 1], 2, [[1, 2], [3, 4], [5]], id="by number"),
+        pytest.param([60, 60, 10], 8, [[1], [2, 3]], id="by bytes"),
+        pytest.param([10, 500, 10], 8, [[1], [2], [3]], id="one too large alone"),
+        pytest.param([], 2, [], id="none"),
+    ],
+)
+def test_batches_are_bounded_by_number_and_bytes(sizes, size, expected):
+    assert ids(split_batches(targets(*sizes), size, max_bytes=100)) == expected
+
+
+def test_an_image_whose_size_nobody_knows_counts_as_a_megabyte():
+    assert Target(1, 1, image_info(1, size=None)).size_bytes == 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("max_batches", "max_bytes", "expected"),
+    [
+        pytest.param(3, 1000, 3, id="batches"),
+        pytest.param(3, 25, 2, id="bytes"),
+        pytest.param(3, 5, 1, id="always one"),
+    ],
+)
+def test_no_more_is_fetched_ahead_than_allowed(max_batches, max_bytes, expected):
+    gate = threading.Event()
+    begun = threading.Semaphore(0)
+
+    def fetch(batch):
+        begun.release()
+        gate.wait()
+
+    batches = split_batches(targets(*[10] * 6), 1)
+    consumed = []
+
+    def consume():
+        consumed.extend(batch for batch, _ in fetch_ahead(batches, fetch, max_batches, max_bytes))
+
+    thread = threading.Thread(target=consume)
+    thread.start()
+    for _ in range(expected):
+        begun.acquire()
+    assert not begun.acquire(blocking=False)
+    gate.set()
+    thread.join()
+    assert ids(consumed) == [[1], [2], [3], [4], [5], [6]]
+
+
+def test_what_is_left_is_not_fetched_when_the_reader_closes():
+    fetched = []
+    reader = fetch_ahead(split_batches(targets(*[10] * 9), 1), fetched.append, max_batches=2)
+    next(reader)
+    reader.close()
+    assert len(fetched) <= 3
+
+
+def test_an_error_while_fetching_reaches_the_reader():
+    def fetch(batch):
+        raise OSError("no network")
+
+    with pytest.raises(OSError, match="no network"):
+        list(fetch_ahead(split_batches(targets(1), 1), fetch))
+
+
+def test_items_are_settled_in_order():
+    settled = []
+    behind = Behind(settled.append)
+    for n in range(20):
+        behind.put(n)
+    behind.finish()
+    assert settled == list(range(20))
+
+
+def test_the_last_error_is_raised_and_nothing_is_settled_after_one():
+    settled = []
+
+    def settle(item):
+        settled.append(item)
+        if item == 1:
+            raise ValueError("the second")
+
+    behind = Behind(settle, max_waiting=3)
+    for n in range(3):
+        behind.put(n)
+    with pytest.raises(ValueError, match="the second"):
+        behind.finish()
+    assert settled == [0, 1]
+
+
+def test_putting_waits_for_room():
+    gate = threading.Event()
+    behind = Behind(lambda item: gate.wait(), max_waiting=1)
+    behind.put(1)
+    put = threading.Thread(target=behind.put, args=(2,))
+    put.start()
+    assert put.is_alive()
+    gate.set()
+    put.join()
+    behind.finish()
