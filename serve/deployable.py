@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import psutil
+
 from florence2.hub import ProgressUpdate
 from florence2.resolve import resolve
 from serve.deploy_params import (
@@ -30,6 +32,7 @@ from serve.sdk import sly
 
 # isort: split
 from supervisely.nn.inference import PromptBasedObjectDetection
+from supervisely.nn.tracker import TRACKING_LIBS_INSTALLED
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +77,7 @@ class DeployableApp(PromptBasedObjectDetection):  # type: ignore[misc]
         self.deployment = Deployment(
             self.metrics.observe_batch, max_batch=local.max_batch if local else None
         )
+        self.metrics.watch_memory(_resident_bytes, self._device_bytes)
         with florence_gui():
             super().__init__(**sdk_options)
 
@@ -154,6 +158,7 @@ class DeployableApp(PromptBasedObjectDetection):  # type: ignore[misc]
     def shutdown_model(self) -> None:
         """Stops and frees the model; the SDK would leave its weights where they are."""
         self.deployment.stop()
+        self.metrics.clear_model()
         self._idle.cancel()
         super().shutdown_model()
 
@@ -193,7 +198,13 @@ class DeployableApp(PromptBasedObjectDetection):  # type: ignore[misc]
         info["model_name"] = model.name
         info["device"] = model.device
         info["precision"] = self.model_precision
+        # The SDK says True whether or not what its tracker needs is installed.
+        info["tracking_on_videos_support"] = TRACKING_LIBS_INSTALLED
         return info
+
+    def _device_bytes(self) -> float:
+        engine = self.deployment.current.model.engine if self.deployment.is_deployed else None
+        return float(engine.memory_bytes) if engine is not None else 0.0
 
     def _parse_cli_deploy_args(self) -> tuple[argparse.Namespace | None, bool]:
         """A local server is the SDK's "deploy" mode; its own reads the command line of any program.
@@ -212,6 +223,10 @@ class DeployableApp(PromptBasedObjectDetection):  # type: ignore[misc]
         row = named_model(self._args.model, self.pretrained_models)
         device = self._local.device if self._local is not None else self._args.device
         return params_for(row, device), True
+
+
+def _resident_bytes() -> float:
+    return float(psutil.Process().memory_info().rss)
 
 
 def _log_progress(name: str) -> Callable[[ProgressUpdate], None]:

@@ -17,6 +17,7 @@ from florence2.scheduler import Priority, QueueFullError, StoppedError
 from florence2.tasks import TaskInput
 from serve.annotations import Answered, annotation_from_answers
 from serve.deployment import Deployment
+from serve.http.metrics import Outcome, Stage
 from serve.platform.reference import resolve_reference
 from serve.questions import Question, questions_of
 from serve.rules import rules_of
@@ -49,9 +50,9 @@ class Predicted:
 class Watcher(Protocol):
     """Who counts what happened; the app's metrics."""
 
-    def count_image(self, outcome: str, code: str | None = None) -> None: ...
+    def count_image(self, outcome: Outcome, code: str | None = None) -> None: ...
 
-    def stage(self, name: str, seconds: float) -> None: ...
+    def stage(self, name: Stage, seconds: float) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -157,9 +158,13 @@ class Predictor:
             for place, question in enumerate(job.questions)
         ]
         annotation = annotation_from_answers(answered, rules_of(job.settings), job.picture.size_wh)
+        timings_s = _slowest(results)
         self._watcher.stage("postprocess", time.perf_counter() - began)
+        self._watcher.stage("vision", timings_s.vision)
+        self._watcher.stage("prompt", timings_s.prompt)
+        self._watcher.stage("decode", timings_s.decode)
         notes = tuple(dict.fromkeys(note for result in results for note in result.notes))
-        return Predicted(annotation, notes, _slowest(results))
+        return Predicted(annotation, notes, timings_s)
 
 
 def _job(image: AnyImage, settings: Settings) -> _Job | Failure:

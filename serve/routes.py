@@ -7,20 +7,19 @@ two clients get each other's picture, and a name with ``../`` is written where i
 from __future__ import annotations
 
 import asyncio
-import tempfile
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from anyio import CapacityLimiter, to_thread
-from fastapi import FastAPI, Form, Request, Response, UploadFile
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse
 
 from serve.http.page import index_page
 from serve.http.tasks_json import instructions, tasks_json
-from serve.http.uploads import parse_state, read_one_upload, read_uploads
+from serve.http.uploads import NO_FILES, Files, FormText, parse_state, read_one_upload, read_uploads
 from serve.http.url_images import fetch_image
+from serve.sdk_routes import register_sdk_routes
 from serve.vqa import answer_question
 
 if TYPE_CHECKING:
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
 
 Done = TypeVar("Done")
 
-_FORM_TEXT: Final = Form("{}")
-_NO_FILES: Final[tuple[UploadFile, ...]] = ()
 _LOOK_AFTER_S: Final = 0.25
 # Waiting requests only hold a thread; the queue of the scheduler is what limits them.
 _WAITING: Final = 256
@@ -39,7 +36,7 @@ def register_routes(server: FastAPI, app: Florence2App, *, with_page: bool) -> N
     """Mounts the routes; must come before ``Inference.serve`` mounts the SDK's."""
     _images(server, app)
     _batches(server, app)
-    _videos(server, app)
+    register_sdk_routes(server, app)
     _questions(server, app)
     _model(server, app)
     if with_page:
@@ -52,9 +49,9 @@ def _images(server: FastAPI, app: Florence2App) -> None:
     @server.post("/inference_image")
     async def inference_image(
         request: Request,
-        files: list[UploadFile] = _NO_FILES,  # type: ignore[assignment]
-        settings: str = _FORM_TEXT,
-        state: str = _FORM_TEXT,
+        files: Files = NO_FILES,
+        settings: FormText = "{}",
+        state: FormText = "{}",
     ) -> dict[str, Any]:
         upload = read_one_upload(files)
         asked = parse_state(state, settings)
@@ -79,9 +76,9 @@ def _batches(server: FastAPI, app: Florence2App) -> None:
     @server.post("/inference_batch")
     async def inference_batch(
         request: Request,
-        files: list[UploadFile] = _NO_FILES,  # type: ignore[assignment]
-        settings: str = _FORM_TEXT,
-        state: str = _FORM_TEXT,
+        files: Files = NO_FILES,
+        settings: FormText = "{}",
+        state: FormText = "{}",
     ) -> list[dict[str, Any]]:
         asked = parse_state(state, settings)
         images = [upload.data for upload in read_uploads(files)]
@@ -89,39 +86,14 @@ def _batches(server: FastAPI, app: Florence2App) -> None:
 
     @server.post("/inference_batch_async")
     def inference_batch_async(
-        files: list[UploadFile] = _NO_FILES,  # type: ignore[assignment]
-        settings: str = _FORM_TEXT,
-        state: str = _FORM_TEXT,
+        files: Files = NO_FILES,
+        settings: FormText = "{}",
+        state: FormText = "{}",
     ) -> dict[str, str]:
         asked = parse_state(state, settings)
         images = [upload.data for upload in read_uploads(files)]
         app.settings_of(asked)
         return app.schedule(app._inference_images, images, asked)
-
-
-def _videos(server: FastAPI, app: Florence2App) -> None:
-    @server.post("/inference_video_id")
-    def inference_video_id(request: Request) -> dict[str, Any]:
-        return app.answer_video(app.api_from_request(request), request.state.state)
-
-    @server.post("/inference_video_async")
-    def inference_video_async(
-        files: list[UploadFile] = _NO_FILES,  # type: ignore[assignment]
-        settings: str = _FORM_TEXT,
-        state: str = _FORM_TEXT,
-    ) -> dict[str, str]:
-        asked = parse_state(state, settings)
-        app.settings_of(asked)
-        upload = read_one_upload(files, max_bytes=512 * 2**20)
-        folder = tempfile.TemporaryDirectory(prefix="video-")
-        path = Path(folder.name, "video" + Path(upload.name).suffix[:8])
-        path.write_bytes(upload.data)
-
-        def infer(inference_request: Any) -> None:  # noqa: ANN401 - the SDK's record
-            with folder:
-                app._inference_video(str(path), asked, inference_request)
-
-        return app.schedule(infer)
 
 
 def _questions(server: FastAPI, app: Florence2App) -> None:

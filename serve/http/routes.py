@@ -67,6 +67,8 @@ ROUTES: Final[tuple[Route, ...]] = (
     Route("/freeze_model"),
     Route("/deploy_from_api", Body.STATE),
     Route("/run_speedtest", Body.STATE),
+    Route("/tag_objects", Body.STATE),
+    Route("/tag_objects_async", Body.STATE),
     Route("/smart_cache", Body.STATE),
     Route("/smart_cache_files", Body.FORM),
     Route("/inference_image", Body.FORM),

@@ -6,13 +6,18 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
-from fastapi import UploadFile
+from fastapi import File, Form, UploadFile
 
 from florence2.errors import RequestError
 from serve.http.errors import TooLargeError
 from serve.http.limits import MAX_FILES, MAX_IMAGE_BYTES, readable_size
+
+Files = Annotated[Sequence[UploadFile], File()]
+FormText = Annotated[str, Form()]
+# A form without files gets our sentence, not the framework's.
+NO_FILES: Final[tuple[UploadFile, ...]] = ()
 
 _LONGEST_NAME: Final = 100
 _UNPRINTABLE: Final = re.compile(r"[^\w .,()+@=~#&'-]")

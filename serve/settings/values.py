@@ -7,7 +7,7 @@ import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Final, NoReturn
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 from florence2.errors import RequestError
 from serve.naming import clean_class_name, clean_text

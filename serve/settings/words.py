@@ -6,7 +6,7 @@ from collections.abc import Collection
 from typing import Final
 
 from florence2.errors import RequestError
-from serve.naming import OBJECT_CLASS, TEXT_CLASS, phrase_key
+from serve.naming import FIXED_SHAPES, phrase_key
 from serve.phrases import check_phrases, join_classes, split_phrases
 from serve.settings.values import NOTHING, class_name, number, refuse, table, text
 
@@ -16,7 +16,7 @@ MAX_CLASSES: Final = 100
 MAX_PROMPTS: Final = 20
 MAX_LISTED: Final = 1000
 
-ADVERTISED: Final = frozenset({OBJECT_CLASS, TEXT_CLASS})
+ADVERTISED: Final = frozenset(FIXED_SHAPES)
 """The classes that the app itself tells clients about; some send them back with every request."""
 
 _PER_MODE: Final = frozenset({"text_prompt", "reference_image"})
@@ -77,10 +77,15 @@ def whitelist(name: str, value: object) -> tuple[str, ...] | None:
 
 
 def without_echo(listed: tuple[str, ...] | None, asked: Collection[str]) -> tuple[str, ...] | None:
-    """``listed``, or None where it only repeats what the app advertises and nobody asked for."""
-    if listed is None or not ADVERTISED.issuperset(listed) or any(one in asked for one in listed):
+    """``listed``, or None where it only repeats what the app advertises and nobody asked for.
+
+    Clients send the classes of the model meta: those it always has, some of them, or all of them
+    with the classes that were seen since.
+    """
+    if listed is None or any(one in asked and one in ADVERTISED for one in listed):
         return listed
-    return None
+    is_echo = ADVERTISED.issuperset(listed) or ADVERTISED.issubset(listed)
+    return None if is_echo else listed
 
 
 def thresholds(name: str, value: object) -> dict[str, float]:

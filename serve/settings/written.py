@@ -61,8 +61,9 @@ it is `<CAPTION_TO_PHRASE_GROUNDING>` when there is text, a mapping or a referen
   entries of a list are prompts as they are, and a class without prompts is asked for by its name.
   A prompt belongs to one class. With a task that takes no text, labels that equal a prompt become
   its class.
-- **classes**: names without `class_suffix`. A list of nothing but `object` and `text`, the classes
-  that the app tells clients about, counts as empty unless one of them was asked for.
+- **classes**: names without `class_suffix`. Clients repeat the classes that the app tells them
+  about: a list of nothing but the general ones (`object`, `text`, ...), or with all of them, counts
+  as empty unless one of them was asked for.
 - **confidence_threshold**: a mapping of classes to numbers is the same as `class_thresholds`. A
   list such as `[{{text_prompt: 0.1}}, {{reference_image: 0.9}}]` stands for its `text_prompt`.
 - **rectangle, regions**: `[x1, y1, x2, y2]` in pixels with x2 and y2 outside, or a rectangle as the

@@ -1,0 +1,180 @@
+"""The whole app without the platform, in this process: routes, switching, sleep, metrics."""
+
+from __future__ import annotations
+
+import base64
+import json
+
+import pytest
+from starlette.testclient import TestClient
+
+from serve.app import Florence2App
+from serve.deployable import LocalServer
+
+
+@pytest.fixture
+def app(fresh_sdk, monkeypatch):
+    monkeypatch.setattr(Florence2App, "_run_server", lambda self: None)
+    served = Florence2App(local=LocalServer("demo", "cpu"))
+    served.serve()
+    yield served
+    served.shutdown_model()
+
+
+@pytest.fixture
+def client(app):
+    with TestClient(app.app, raise_server_exceptions=False) as client:
+        yield client
+
+
+@pytest.fixture
+def bike(image_path) -> bytes:
+    return image_path("scene_bike.png").read_bytes()
+
+
+def ask(client, image, route="/inference_image", **settings):
+    form = {"state": json.dumps({"settings": settings})}
+    return client.post(route, files=[("files", ("a.png", image))], data=form)
+
+
+def classes_in(entry) -> list[str]:
+    return sorted(label["classTitle"] for label in entry["annotation"]["objects"])
+
+
+def test_the_local_app_is_ready_and_shows_a_page(client):
+    assert client.get("/is_ready").json() == {"status": "ready"}
+    page = client.get("/").text
+    assert "demo" in page
+    assert "inference_image" in page
+
+
+def test_an_upload_is_answered_with_an_annotation(client, bike):
+    answer = ask(client, bike)
+    assert answer.status_code == 200
+    assert classes_in(answer.json()) == ["arrow", "box", "star", "tree"]
+
+
+def test_settings_reach_the_model(client, bike):
+    answer = ask(client, bike, mapping={"heaven": "star"})
+    assert set(classes_in(answer.json())) == {"heaven"}
+    wrong = ask(client, bike, treshold=0.5)
+    assert wrong.status_code == 400
+    assert "treshold" in wrong.json()["message"]
+
+
+def test_classes_that_were_seen_are_announced_from_then_on(client, bike):
+    before = client.post("/get_output_classes_and_tags", json={}).json()
+    ask(client, bike)
+    after = client.post("/get_output_classes_and_tags", json={}).json()
+    names = {obj_class["title"] for obj_class in before["classes"]}
+    assert {"object", "text"} <= names
+    assert {obj_class["title"] for obj_class in after["classes"]} >= names | {"star", "tree"}
+    tags = {tag["name"] for tag in before["tags"]}
+    assert {"confidence", "caption", "ocr_text", "text", "category", "description"} <= tags
+
+
+def test_a_batch_has_an_entry_per_image_and_an_error_where_one_failed(client, bike):
+    files = [("files", ("same.png", content)) for content in (bike, b"junk", bike)]
+    answer = client.post("/inference_batch", files=files)
+    assert answer.status_code == 200
+    good, bad, again = answer.json()
+    assert classes_in(good) == classes_in(again)
+    assert bad["annotation"] is None
+    assert bad["error"]["code"] == "bad_image"
+
+
+def test_a_batch_without_one_good_image_is_an_error(client):
+    answer = client.post("/inference_batch", files=[("files", ("a.png", b"junk"))] * 2)
+    assert answer.status_code == 400
+    assert answer.json()["success"] is False
+
+
+def test_questions_are_answered_with_text(client, bike):
+    def question(**state):
+        return client.post("/visual_question_answering", json={"state": state})
+
+    encoded = base64.b64encode(bike).decode()
+    caption = question(image_encoding=encoded, text_prompt="<CAPTION>")
+    assert caption.status_code == 200
+    assert "star" in caption.json()["answer"] or "tree" in caption.json()["answer"]
+    found = question(image_encoding=encoded, text_prompt="<OPEN_VOCABULARY_DETECTION> star")
+    assert "star" in found.json()["answer"]
+    path = question(image_path="/etc/passwd", text_prompt="<CAPTION>")
+    assert path.status_code == 400
+    assert "path on the server" in path.json()["message"]
+    assert question(image_encoding=encoded).status_code == 400
+    assert "<CAPTION>" in client.post("/get_prompt_instructions", json={}).json()["instructions"]
+
+
+def test_the_model_before_runs_on_when_another_cannot_be_deployed(client, bike, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    state = {"deploy_params": {"device": "cpu"}, "model_name": "someone/nothing-here"}
+    answer = client.post("/deploy_from_api", json={"state": state})
+    assert answer.status_code == 400
+    assert client.get("/is_ready").status_code == 200
+    info = client.post("/get_deploy_info", json={}).json()
+    assert (info["model_name"], info["device"], info["model_precision"]) == ("demo", "cpu", "FP32")
+    assert ask(client, bike).status_code == 200
+
+
+def test_a_damaged_checkpoint_leaves_the_model_before_running(client, app, bike, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    state = {"deploy_params": {"device": "cpu"}, "model_name": str(tmp_path)}
+    assert client.post("/deploy_from_api", json={"state": state}).status_code == 400
+    state["model_name"] = "demo"
+    assert client.post("/deploy_from_api", json={"state": state}).status_code == 200
+    assert ask(client, bike).status_code == 200
+
+
+def test_a_stopped_model_refuses_until_it_is_deployed_again(client, app, bike):
+    app.shutdown_model()
+    assert client.get("/is_ready").status_code == 503
+    refused = [
+        ask(client, bike),
+        ask(client, bike, route="/inference_batch"),
+        client.post("/get_session_info", json={}),
+        client.post(
+            "/visual_question_answering",
+            json={"state": {"image_encoding": "AAAA", "text_prompt": "<CAPTION>"}},
+        ),
+    ]
+    assert [answer.status_code for answer in refused] == [503] * 4
+    assert all(answer.headers["Retry-After"] for answer in refused)
+    state = {"deploy_params": {"device": "cpu"}, "model_name": "demo"}
+    assert client.post("/deploy_from_api", json={"state": state}).status_code == 200
+    assert ask(client, bike).status_code == 200
+
+
+def test_an_unavailable_device_is_refused_and_changes_nothing(client, bike):
+    state = {"deploy_params": {"device": "cuda:7"}, "model_name": "demo"}
+    answer = client.post("/deploy_from_api", json={"state": state})
+    assert answer.status_code == 400
+    assert "cuda:7" in answer.json()["message"]
+    assert ask(client, bike).status_code == 200
+
+
+def test_metrics_tell_what_was_done(client, bike):
+    ask(client, bike)
+    ask(client, b"junk")
+    text = client.get("/metrics").text
+    assert 'florence2_requests_total{route="/inference_image",status="200"} 1.0' in text
+    assert 'florence2_requests_total{route="/inference_image",status="400"} 1.0' in text
+    assert 'florence2_images_total{outcome="labeled"} 1.0' in text
+    assert 'florence2_model_info{device="cpu",name="demo",precision="fp32",runtime="torch"}' in text
+    assert "florence2_process_resident_bytes" in text
+
+
+def test_tasks_are_listed(client):
+    tasks = client.get("/tasks").json()["tasks"]
+    assert len(tasks) == 15
+    assert client.post("/tasks", json={}).json()["tasks"] == tasks
+
+
+def test_the_sdks_python_interface_works_too(app, image_path):
+    annotation = app.inference(str(image_path("scene_bike.png")), app.custom_inference_settings_dict)
+    assert sorted(label.obj_class.name for label in annotation.labels)
+    predictions, milliseconds = app.predict_benchmark(
+        [str(image_path("scene_bike.png"))], app.custom_inference_settings_dict
+    )
+    assert app._predictions_to_annotation("", predictions[0]) == predictions[0][0].annotation
+    assert milliseconds["inference"] > 0
