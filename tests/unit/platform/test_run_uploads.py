@@ -227,6 +227,18 @@ def test_classes_added_by_somebody_else_meanwhile_survive(runner, platform):
     assert {one.name for one in platform.metas[1].obj_classes} == {"cat", "by hand", "new class"}
 
 
+def test_labels_of_a_class_that_came_meanwhile_are_no_failure(runner, platform):
+    def label_by_hand(ids):
+        if 1 in ids:
+            with_labels(platform, 2, rectangle("by hand"))
+
+    platform.upload_fault = label_by_hand
+    state = {"image_ids": [1, 2], "batch_size": 1, "upload_mode": "append"}
+    request = runner.finish(platform, state)
+    assert request.stage == Stage.FINISHED, request.exception
+    assert names(platform, 2) == ["by hand", "cat"]
+
+
 def test_numbers_do_not_go_into_a_tag_of_texts(runner):
     theirs = sly.TagMeta("confidence", sly.TagValueType.ANY_STRING)
     platform = FakePlatform(ids=[1], meta=sly.ProjectMeta(tag_metas=[theirs]))
@@ -251,10 +263,10 @@ def test_a_run_that_uploads_is_not_paused_by_results_nobody_fetches(runner, plat
     request = runner.create()
     monkeypatch.setattr(type(request), "PENDING_RESULTS_MAX_SIZE", 1)
     monkeypatch.setattr(type(request), "PAUSE_SLEEP_MAX_WAIT", -1)
-    state = {"image_ids": [1, 2, 3], "batch_size": 1, "upload_mode": "append"}
+    state = {"image_ids": [1, 2, 3, 4, 5, 6], "batch_size": 1, "upload_mode": "append"}
     runner.finish(platform, state, request=request)
     assert request.stage == Stage.FINISHED
-    assert set(platform.uploads) == {1, 2, 3}
+    assert set(platform.uploads) == {1, 2, 3, 4, 5, 6}
 
 
 def test_the_context_does_not_grow_with_the_images(runner, platform):
