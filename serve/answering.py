@@ -16,6 +16,7 @@ from serve.answers import check_any_answered, entries_of, raise_failure
 from serve.deployable import DeployableApp, LocalServer
 from serve.platform.existing import tag_existing_objects
 from serve.platform.plan import batch_size_of
+from serve.platform.reference import resolve_reference
 from serve.platform.registry import RequestsManager
 from serve.platform.run import run_image_ids, run_project
 from serve.platform.services import ExistingServices, RunServices
@@ -206,12 +207,21 @@ class AnsweringApp(DeployableApp):
     def _run_services(self) -> RunServices:
         return RunServices(
             predict=self._predict_images,
-            settings_of=lambda state, api: self.settings_of(state),
+            settings_of=self._settings_of_run,
             upload=self.upload_predictions,
             format_output=self._format_output,
             model_meta=lambda: self.model_meta,
             task_id=self.task_id,
             default_batch_size=self.get_batch_size(),
+        )
+
+    def _settings_of_run(self, state: Mapping[str, Any], api: sly.Api) -> Settings:
+        """A reference on one image is looked at once for all the images of a run."""
+        settings = self.settings_of(state)
+        if settings.reference is None or settings.reference.image_id is None:
+            return settings
+        return resolve_reference(
+            settings, api, lambda asks: self.ask(asks, Call(api=api)), image=None
         )
 
     def _predict_images(

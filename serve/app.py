@@ -82,7 +82,12 @@ class Florence2App(AnsweringApp):
         server = _MainServer().get_server()
         install_error_handlers(server, SUPERVISELY_SERVER_PATH_PREFIX)
         register_routes(server, self, with_page=self.gui is None)
+        if self.gui is None:
+            super().serve()
+            return
+        self.gui.is_starting = True
         super().serve()
+        self.gui.is_starting = False
 
     def _run_server(self) -> None:
         """The SDK's listens on every address of the machine, always on port 8000."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
+from florence2.errors import FlorenceError
 from florence2.hub import ProgressUpdate
 from serve.deploy_params import DEFAULT_MODEL
 from serve.sdk import sly  # noqa: F401  (the SDK's modules are imported after this door)
@@ -14,6 +16,8 @@ from serve.sdk import sly  # noqa: F401  (the SDK's modules are imported after t
 from supervisely.app.widgets import Checkbox, Field, Widget
 from supervisely.nn.inference import gui as sdk_gui
 from supervisely.nn.inference.gui.serving_gui_template import ServingGUITemplate
+
+logger = logging.getLogger(__name__)
 
 _REFRESH_HELP: Final = (
     "Every file of the checkpoint is compared with its published hash, and what differs is "
@@ -28,6 +32,19 @@ class Florence2Gui(ServingGUITemplate):  # type: ignore[misc]
         self.pretrained_models_table.set_by_model_name(DEFAULT_MODEL)
         self._refresh = Checkbox("Refresh weights from the hub", widget_id="refresh_weights")
         return [Field(self._refresh, title="Weights", description=_REFRESH_HELP)]
+
+    is_starting = False
+    """Whether the app starts and nobody has pressed anything yet."""
+
+    def deploy_with_current_params(self) -> None:
+        """Serves what is chosen. An automatic start that fails leaves the page, not a dead app."""
+        try:
+            super().deploy_with_current_params()
+        except FlorenceError as error:
+            self._before_deploy_msg.set(str(error), "error")
+            if not self.is_starting:
+                raise
+            logger.exception("The automatic start failed")
 
     @property
     def refresh(self) -> bool:

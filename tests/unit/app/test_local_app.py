@@ -171,7 +171,9 @@ def test_tasks_are_listed(client):
 
 
 def test_the_sdks_python_interface_works_too(app, image_path):
-    annotation = app.inference(str(image_path("scene_bike.png")), app.custom_inference_settings_dict)
+    annotation = app.inference(
+        str(image_path("scene_bike.png")), app.custom_inference_settings_dict
+    )
     assert sorted(label.obj_class.name for label in annotation.labels)
     predictions, milliseconds = app.predict_benchmark(
         [str(image_path("scene_bike.png"))], app.custom_inference_settings_dict

@@ -1,0 +1,114 @@
+"""The app with its page, as the platform starts it, with no platform behind the address."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from serve.app import Florence2App
+from serve.deployable import LocalServer
+
+STEPS = Path(__file__).with_name("page_steps.py")
+
+
+def run_steps(folder: Path, *words: str) -> dict:
+    done = subprocess.run(
+        [sys.executable, str(STEPS), *words],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={
+            "PATH": "/usr/bin:/bin",
+            "HOME": str(folder),
+            "SLY_APP_DATA_DIR": str(folder / "data"),
+            "FLORENCE2_CACHE": str(folder / "cache"),
+            "OMP_NUM_THREADS": "1",
+        },
+        cwd=Path(__file__).parents[3],
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory) -> dict:
+    return run_steps(tmp_path_factory.mktemp("page"))
+
+
+def test_large_is_chosen_among_exactly_four(seen):
+    assert seen["gui"] == "Florence2Gui"
+    assert seen["chosen"] == "Florence-2-large"
+    assert seen["models"] == [
+        "Florence-2-base",
+        "Florence-2-large",
+        "Florence-2-base-ft",
+        "Florence-2-large-ft",
+    ]
+
+
+def test_serve_deploys_what_is_chosen_on_the_page(seen):
+    assert seen["served"] == {"files": {"checkpoint": "Florence-2-large"}, "device": "cpu"}
+
+
+def test_weights_that_cannot_be_had_are_told_about(seen):
+    assert "cannot be reached" in seen["refused"]
+
+
+def test_the_page_is_there_before_a_model_is(seen):
+    assert seen["before"] == [503, 503]
+    assert seen["after"] == [200, 200]
+
+
+def test_clients_find_the_app_by_name_and_kind(seen):
+    assert seen["session"]["app_name"] == "Serve Florence-2"
+    assert seen["session"]["task type"] == "prompt-based object detection"
+    assert seen["session"]["sliding_window_support"] == "basic"
+
+
+def test_settings_keep_their_comments(seen):
+    assert seen["settings"].startswith("# Settings of a request")
+    assert seen["shown"]
+
+
+def test_a_request_from_outside_does_not_change_the_page(seen):
+    assert seen["polluted"] is False
+
+
+def test_stopping_on_the_page_frees_the_model(seen):
+    assert seen["stopped"] == [False, False]
+
+
+def test_an_automatic_start_that_fails_leaves_the_page(tmp_path):
+    seen = run_steps(tmp_path, "autostart")
+    assert seen["before"] == [503, 503]
+    assert seen["after"] == [200, 200]
+
+
+def test_refreshing_is_asked_of_the_checkpoint(fresh_sdk, monkeypatch):
+    asked: list[dict] = []
+    monkeypatch.setattr(Florence2App, "_run_server", lambda self: None)
+    app = Florence2App(local=LocalServer("demo", "cpu"))
+    monkeypatch.setattr(
+        "serve.deployable.resolve", lambda name, **options: asked.append({"name": name, **options})
+    )
+
+    class Page:
+        refresh = True
+        shows_download = staticmethod(lambda name: print)
+        download_progress = type("Bar", (), {"hide": staticmethod(lambda: None)})
+
+    app._gui = Page()
+    app._download_pretrained_model({"checkpoint": "Florence-2-base"})
+    app._gui = None
+    app._download_pretrained_model({"checkpoint": "Florence-2-base"})
+    app.shutdown_model()
+    assert [(one["name"], one["refresh"]) for one in asked] == [
+        ("Florence-2-base", True),
+        ("Florence-2-base", False),
+    ]
+    assert all(callable(one["progress"]) for one in asked)
