@@ -43,7 +43,7 @@ def page_command(port: int) -> list[str]:
 
 
 class AppServer:
-    """One app, started by a command; its log is ``log_path``."""
+    """One app, started by a command with ``environment``; its log is ``log_path``."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class AppServer:
         self.log_path = folder / "app.log"
         self._command = command(self.port)
         own = {"SLY_APP_DATA_DIR": str(folder), "FLORENCE_PORT": str(self.port)}
-        self._env = {**_clean_env(), **own, **env}
+        self.environment = {**_clean_env(), **own, **env}
         self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -68,7 +68,11 @@ class AppServer:
         """Returns when the path answers 200; raises with the log when the app ends before that."""
         with self.log_path.open("wb") as log:
             self._process = subprocess.Popen(
-                self._command, stdout=log, stderr=subprocess.STDOUT, env=self._env, cwd=self._folder
+                self._command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self.environment,
+                cwd=self._folder,
             )
         try:
             self._wait(until)

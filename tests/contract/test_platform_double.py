@@ -236,9 +236,9 @@ def echo(platform):
 
     app = PlatformDouble()
     app.start()
-    platform.app_url = app.address + "/public/api/v3"
+    before, platform.app_url = platform.app_url, app.address + "/public/api/v3"
     yield app
-    platform.app_url = None
+    platform.app_url = before
     app.stop()
 
 

@@ -147,8 +147,8 @@ class TestApplyToImages:
         started = send("inference_image_id_async", image_id=city, settings=settings)
 
         uuid = started["inference_request_uuid"]
-        while (progress := send("get_inference_progress", inference_request_uuid=uuid))[
-            "is_inferring"
+        while not (progress := send("get_inference_progress", inference_request_uuid=uuid))[
+            "finished"
         ]:
             assert {"current", "total"} <= set(progress["progress"])
         popped = send("pop_inference_results", inference_request_uuid=uuid)["pending_results"]
@@ -199,7 +199,7 @@ class TestPredictApp:
         )
 
         uuid = started["inference_request_uuid"]
-        while send("get_inference_progress", inference_request_uuid=uuid)["is_inferring"]:
+        while not send("get_inference_progress", inference_request_uuid=uuid)["finished"]:
             pass
         status = send("get_inference_status", inference_request_uuid=uuid)
         assert status["stage"] == "Finished"
@@ -240,7 +240,7 @@ class TestQuestions:
     def test_a_file_of_the_server_is_not_read(self, send):
         import requests
 
-        with pytest.raises(requests.HTTPError, match="image_path") as raised:
+        with pytest.raises(requests.HTTPError, match="path on the server is not read") as raised:
             send("visual_question_answering", image_path=str(CITY), text_prompt="<CAPTION>")
 
         assert raised.value.response.status_code == 400

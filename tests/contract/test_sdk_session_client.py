@@ -158,21 +158,19 @@ def test_labels_for_another_project_go_there_with_copies_of_the_images(
     assert platform.state.image(seeded.labeled_id).to_json(1)["labelsCount"] == 1
 
 
-def test_a_run_that_is_stopped_ends_and_its_request_is_forgotten(
-    json_session, app, platform, seeded
-):
+def test_a_run_that_is_stopped_ends_without_an_error(app, platform, seeded):
     with platform.faults.held("images.bulk.download"):
         answer = app.post("inference_project_id_async", {"projectId": seeded.project_id})
         uuid = answer.json()["inference_request_uuid"]
         stopped = app.post("stop_inference", {"inference_request_uuid": uuid})
         assert stopped.json()["success"] is True
 
-    json_session._async_inference_uuid = uuid
-    while json_session._get_inference_progress()["is_inferring"]:
-        pass
-    progress = json_session._get_inference_progress()
+    progress = app.finished(uuid)
     assert (progress["stopped"], progress["exception"]) == (True, None)
-    assert json_session._pop_pending_results()["pending_results"] == []
+    popped = app.post("pop_inference_results", {"inference_request_uuid": uuid}).json()
+    assert popped["pending_results"] == []
+    cleared = app.post("clear_inference_request", {"inference_request_uuid": uuid})
+    assert cleared.json()["success"] is True
 
 
 def test_the_sdk_is_told_which_setting_it_misspelt(session):
