@@ -95,9 +95,8 @@ class AnsweringApp(DeployableApp):
     ) -> list[dict[str, Any]]:
         """The entries of uploaded images; when all of them failed, the first one's error."""
         entries: list[dict[str, Any]] = []
-        outcomes = self._in_batches(images, state, should_stop)
         answered: list[Predicted | Failure] = []
-        for batch in outcomes:
+        for batch in self._in_batches(images, state, should_stop):
             answered += batch
             entries += entries_of(batch, self.model_meta)
         check_any_answered(answered)
@@ -111,9 +110,12 @@ class AnsweringApp(DeployableApp):
     ) -> None:
         """Uploaded images, which the SDK would keep on disk under the names clients gave."""
         inference_request.set_stage(InferenceRequest.Stage.INFERENCE, 0, len(images))
+        answered: list[Predicted | Failure] = []
         for batch in self._in_batches(images, state, inference_request.is_stopped):
+            answered += batch
             inference_request.add_results(entries_of(batch, self.model_meta))
             inference_request.done(len(batch))
+        check_any_answered(answered)
 
     def _in_batches(
         self,
@@ -147,6 +149,10 @@ class AnsweringApp(DeployableApp):
         """Starts work that goes on behind a request; the answer names it."""
         request, _ = self.inference_requests_manager.schedule_task(work, *arguments)
         return {"message": "Scheduled.", "inference_request_uuid": request.uuid}
+
+    def _validate_settings(self, settings: Mapping[str, Any]) -> None:
+        """Settings of the SDK's command line, by the rules of every other request."""
+        parse_settings(settings)
 
     def predict(self, image_path: str, settings: Mapping[str, Any]) -> list[Predicted]:
         """One image by path, in the SDK's terms."""

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import logging
 import socket
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
 import psutil
+import yaml
 
 from florence2.hub import ProgressUpdate
 from florence2.resolve import resolve
@@ -180,6 +183,16 @@ class DeployableApp(PromptBasedObjectDetection):  # type: ignore[misc]
 
     def _schedule_freeze_on_inactivity(self) -> None:
         self._idle.touch(self._inactivity_timeout)
+
+    @cached_property
+    def _default_settings(self) -> dict[str, Any]:
+        loaded: dict[str, Any] = yaml.safe_load(self._custom_inference_settings)
+        return loaded
+
+    @property
+    def custom_inference_settings_dict(self) -> dict[str, Any]:
+        """The settings file's values; the SDK reads the file's text anew for every request."""
+        return copy.deepcopy(self._default_settings)
 
     @property
     def model_meta(self) -> sly.ProjectMeta:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
 
@@ -121,7 +122,11 @@ class Deployment:
             self._is_frozen = False
 
     def _started(self, choice: ModelChoice) -> Deployed:
-        model = self._load(choice)
+        # Every thread that computes gets workers of its own from OpenMP, and with more workers
+        # than cores it puts them to sleep between any two operations: a request then takes three
+        # times as long. So the thread that loads ends, and its workers with it.
+        with ThreadPoolExecutor(1, thread_name_prefix="load") as loading:
+            model = loading.submit(self._load, choice).result()
         scheduler = Scheduler(model.engine, max_batch=self._max_batch, observer=self._observer)
         return Deployed(choice, model, scheduler)
 

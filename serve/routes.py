@@ -154,6 +154,8 @@ async def _waited(
     gone = threading.Event()
 
     async def look() -> None:
+        # Most answers come before the first look, which is not free.
+        await asyncio.sleep(_LOOK_AFTER_S)
         while not await request.is_disconnected():
             await asyncio.sleep(_LOOK_AFTER_S)
         gone.set()

@@ -24,6 +24,7 @@ _CACHE_IDS: Final = ("image_ids", "frame_ranges", "frame_indexes")
 def register_sdk_routes(server: FastAPI, app: Florence2App) -> None:
     """Mounts them in front of the SDK's own."""
     _videos(server, app)
+    _tracking(server, app)
     _speed_test(server, app)
     _caching(server, app)
 
@@ -59,6 +60,18 @@ def _videos(server: FastAPI, app: Florence2App) -> None:
                 app._inference_video(str(path), asked, inference_request)
 
         return app.schedule(infer)
+
+
+def _tracking(server: FastAPI, app: Florence2App) -> None:
+    @server.post("/tracking_by_detection")
+    def tracking_by_detection(request: Request) -> dict[str, str]:
+        """The SDK starts it whatever it was sent, and fails where nobody looks."""
+        state = {**request.state.state, **(request.state.context or {})}
+        _with_number(state, "videoId", "video_id")
+        state["tracker"] = state.get("tracker") or "botsort"
+        app.settings_of(state)
+        app.schedule(app._tracking_by_detection, app.api_from_request(request), state)
+        return {"message": "Track task started."}
 
 
 def _speed_test(server: FastAPI, app: Florence2App) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Final, Literal
 
 from florence2.answering import answer_all, encode_all
 from florence2.ask import AnyImage, AnyRegion, Ask, check_choice, name_of
+from florence2.batch_sizes import image_batch, prompt_batch
 from florence2.checkpoint import load_weights, open_checkpoint
 from florence2.engine import Engine
 from florence2.errors import (
@@ -34,9 +35,6 @@ GRANULARITIES: Final = {
     "detailed": "<DETAILED_CAPTION>",
     "very_detailed": "<MORE_DETAILED_CAPTION>",
 }
-# On a CPU a larger batch of images is no faster and only takes memory.
-_IMAGE_BATCH: Final = {"cpu": 1, "cuda": 16}
-_PROMPT_BATCH: Final = {"cpu": 8, "cuda": 32}
 
 Granularity = Literal["normal", "detailed", "very_detailed"]
 LabelsMode = Literal["classes", "captions"]
@@ -88,8 +86,8 @@ class Florence2:
         engine = Engine(
             checkpoint,
             TorchRuntime(network, chosen, used),
-            image_batch=_IMAGE_BATCH[chosen.type],
-            prompt_batch=_PROMPT_BATCH[chosen.type],
+            image_batch=image_batch(checkpoint, chosen.type),
+            prompt_batch=prompt_batch(checkpoint, chosen.type),
             cache_bytes=cache_bytes,
         )
         engine.self_test()
