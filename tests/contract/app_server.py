@@ -17,6 +17,11 @@ import requests
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 120.0
+SDK_ENVIRONMENT = {
+    "SUPERVISELY_PUBLIC_API_RETRIES": "1",
+    "SUPERVISELY_PUBLIC_API_RETRY_SLEEP_SEC": "0",
+    "SUPERVISELY_SKIP_HTTPS_USER_HELPER_CHECK": "true",
+}
 
 
 def free_port() -> int:

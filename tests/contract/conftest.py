@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
-from app_server import AppServer
+from app_server import SDK_ENVIRONMENT, AppServer
 from contract_calls import CITY, App, classes_in
 from platform_double import SESSION_TOKEN, TOKEN, PlatformDouble
 from platform_seed import Seeded, seed
@@ -18,12 +18,6 @@ from serve.sdk import sly
 # isort: split
 from supervisely.nn.inference import session as sdk_session
 from supervisely.nn.model import prediction_session as sdk_prediction_session
-
-SDK_ENVIRONMENT = {
-    "SUPERVISELY_PUBLIC_API_RETRIES": "1",
-    "SUPERVISELY_PUBLIC_API_RETRY_SLEEP_SEC": "0",
-    "SUPERVISELY_SKIP_HTTPS_USER_HELPER_CHECK": "true",
-}
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,7 @@ from __future__ import annotations
 import base64
 
 import pytest
-from app_server import AppServer, page_command
-from conftest import SDK_ENVIRONMENT
+from app_server import SDK_ENVIRONMENT, AppServer, page_command
 from contract_calls import CITY, App, assert_refused
 from platform_double import TOKEN
 
