@@ -189,7 +189,7 @@ def measure(seconds: float, images: Images) -> list[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=10.0, help="of every cell")
-    parser.add_argument("--images", type=int, default=4000, help="no image is sent twice")
+    parser.add_argument("--images", type=int, default=6000, help="no image is sent twice")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     images = Images(options.images)
