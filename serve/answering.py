@@ -13,7 +13,7 @@ from florence2.errors import RequestError
 from florence2.records import Failure, Result
 from florence2.scheduler import Priority
 from serve.answers import check_any_answered, entries_of, raise_failure
-from serve.deployable import DeployableApp, LocalServer
+from serve.deployable import DeployableApp
 from serve.platform.existing import tag_existing_objects
 from serve.platform.plan import batch_size_of
 from serve.platform.reference import resolve_reference
@@ -21,13 +21,16 @@ from serve.platform.registry import RequestsManager
 from serve.platform.run import run_image_ids, run_project
 from serve.platform.services import ExistingServices, RunServices
 from serve.platform.waiting import when_queue_has_room
-from serve.predictor import Call, Predicted, Predictor
+from serve.predictor import Call, Predicted
 from serve.sdk import sly
+from serve.sdk_uploader import use_prompt_uploader
 from serve.settings.model import Settings
 from serve.settings.parse import parse_settings
 
 # isort: split
 from supervisely.nn.inference.inference_request import InferenceRequest
+
+use_prompt_uploader()
 
 # Requests wait in threads for the one model thread; the SDK would allow cpu_count + 4 of them.
 _REQUEST_THREADS: Final = 128
@@ -36,11 +39,11 @@ _REQUEST_THREADS: Final = 128
 class AnsweringApp(DeployableApp):
     """The part of the app that answers; each override says what it shields from."""
 
-    def __init__(self, *, local: LocalServer | None = None, **sdk_options: Any) -> None:  # noqa: ANN401
-        super().__init__(local=local, **sdk_options)
-        self.predictor = Predictor(self.deployment, self.metrics)
+    def serve(self) -> None:
+        """Mounts the SDK's routes on threads enough for every request that waits."""
         self._executor = ThreadPoolExecutor(_REQUEST_THREADS, thread_name_prefix="request")
         self.inference_requests_manager = RequestsManager(self._executor)
+        super().serve()
 
     def settings_of(self, state: Mapping[str, Any]) -> Settings:
         """The settings of a request after the SDK's merge with the file; RequestError."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from typing import Any, Final
 
 import uvicorn
@@ -16,7 +17,6 @@ from fastapi import Request
 from florence2.errors import RequestError
 from serve.answering import AnsweringApp
 from serve.cli_predict import predict_path
-from serve.deployable import LocalServer
 from serve.http.errors import install_error_handlers
 from serve.http.guard import Guard
 from serve.http.limits import Limits
@@ -35,9 +35,8 @@ PORT_VARIABLE: Final = "FLORENCE_PORT"
 class Florence2App(AnsweringApp):
     """Serves Florence-2 with the interface that the platform's tools expect."""
 
-    def __init__(self, *, local: LocalServer | None = None, **sdk_options: Any) -> None:  # noqa: ANN401
-        super().__init__(local=local, **sdk_options)
-        self._guarded: Guard | None = None
+    # An app that is made with a model serves inside of the SDK's constructor.
+    _guarded: Guard | None = None
 
     def api_from_request(self, request: Request) -> sly.Api:
         """The platform of a request; RequestError where there is none."""
@@ -74,8 +73,8 @@ class Florence2App(AnsweringApp):
 
     @property
     def _is_local(self) -> bool:
-        """Whether the app was started from a command line: no platform stands before it."""
-        return bool(self._is_cli_deploy)
+        """Whether a command line or a program started it: no platform stands before it."""
+        return bool(self._is_cli_deploy or self._is_quick_deploy)
 
     def serve(self) -> None:
         """Mounts the routes and, from a command line, runs the server until it is stopped."""
@@ -85,6 +84,7 @@ class Florence2App(AnsweringApp):
         if self.gui is None:
             super().serve()
             return
+        self.gui.has_model = self.is_model_deployed
         self.gui.is_starting = True
         super().serve()
         self.gui.is_starting = False
@@ -92,14 +92,23 @@ class Florence2App(AnsweringApp):
     def _run_server(self) -> None:
         """The SDK's listens on every address of the machine, always on port 8000."""
         listener = self._local.listener if self._local else None
-        config = uvicorn.Config(
+        self._uvicorn_server = uvicorn.Server(self._server_config())
+        self._uvicorn_server.run(sockets=[listener] if listener else None)
+
+    def _run_server_in_thread(self) -> None:
+        """For an app that a program made with ``model=``."""
+        self._uvicorn_server = uvicorn.Server(self._server_config())
+        self._server_thread = threading.Thread(target=self._uvicorn_server.run, daemon=True)
+        self._server_thread.start()
+
+    def _server_config(self) -> uvicorn.Config:
+        return uvicorn.Config(
             self.app,
             host=os.environ.get(HOST_VARIABLE, "127.0.0.1"),
             port=int(os.environ.get(PORT_VARIABLE, "8000")),
             ws="none",
             log_level="warning" if self._local else None,
         )
-        uvicorn.Server(config).run(sockets=[listener] if listener else None)
 
     def _inference_by_cli_deploy_args(self) -> None:
         """``predict`` of the SDK's command line; a damaged image must not end a folder's run."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import logging
+import os
 import socket
 import sys
 from collections.abc import Callable, Mapping
@@ -31,6 +32,7 @@ from serve.gui import florence_gui
 from serve.http.metrics import Metrics
 from serve.idle import IdleTimer
 from serve.model_meta import ModelMeta
+from serve.predictor import Predictor
 from serve.sdk import sly
 
 # isort: split
@@ -40,6 +42,8 @@ from supervisely.nn.tracker import TRACKING_LIBS_INSTALLED
 logger = logging.getLogger(__name__)
 
 _HERE: Final = Path(__file__).resolve().parent
+# Where the SDK looks for a folder of its own; without one of them it refuses to start.
+_DATA_DIR_VARIABLES: Final = ("SLY_APP_DATA_DIR", "DEBUG_APP_DIR", "TASK_ID")
 _STATE_OF_A_DEPLOYMENT: Final = (
     "model_source",
     "device",
@@ -80,7 +84,10 @@ class DeployableApp(PromptBasedObjectDetection):  # type: ignore[misc]
         self.deployment = Deployment(
             self.metrics.observe_batch, max_batch=local.max_batch if local else None
         )
+        self.predictor = Predictor(self.deployment, self.metrics)
         self.metrics.watch_memory(_resident_bytes, self._device_bytes)
+        if not any(os.environ.get(name) for name in _DATA_DIR_VARIABLES):
+            sdk_options.setdefault("model_dir", str(Path.home() / ".cache" / "supervisely"))
         with florence_gui():
             super().__init__(**sdk_options)
 
@@ -144,6 +151,19 @@ class DeployableApp(PromptBasedObjectDetection):  # type: ignore[misc]
         self._model_meta = self.model_meta
         self.metrics.set_model(model.name, model.device, model.precision, "torch")
 
+    def _deploy_headless(
+        self, model: str, device: str | None = None, runtime: str | None = None
+    ) -> DeployableApp:
+        """``Florence2App(model=...)`` of a program: any checkpoint that the engine can resolve.
+
+        The SDK asks for the hardware of a device that nobody named, and fails.
+        """
+        params = params_for(named_model(model, self.pretrained_models), device, runtime)
+        params["model_files"] = self._download_model_files(params)
+        self._load_model_headless(**params)
+        self._schedule_freeze_on_inactivity()
+        return self
+
     def deploy_from_state(self, state: dict[str, Any]) -> dict[str, str]:
         """A ``/deploy_from_api`` request.
 
@@ -193,6 +213,13 @@ class DeployableApp(PromptBasedObjectDetection):  # type: ignore[misc]
     def custom_inference_settings_dict(self) -> dict[str, Any]:
         """The settings file's values; the SDK reads the file's text anew for every request."""
         return copy.deepcopy(self._default_settings)
+
+    @property
+    def api(self) -> sly.Api | None:
+        """The platform of the environment; None where there is none, which the SDK fails on."""
+        if self._api is None and not os.environ.get("SERVER_ADDRESS"):
+            return None
+        return super().api
 
     @property
     def model_meta(self) -> sly.ProjectMeta:

@@ -35,9 +35,16 @@ class Florence2Gui(ServingGUITemplate):  # type: ignore[misc]
 
     is_starting = False
     """Whether the app starts and nobody has pressed anything yet."""
+    has_model: Callable[[], bool] = staticmethod(lambda: False)
+    """Whether a model is deployed, of which the app tells the page."""
 
     def deploy_with_current_params(self) -> None:
-        """Serves what is chosen. An automatic start that fails leaves the page, not a dead app."""
+        """Serves what is chosen. An automatic start that fails leaves the page, not a dead app.
+
+        A restarted app has its model back before the SDK starts one automatically.
+        """
+        if self.is_starting and self.has_model():
+            return
         try:
             super().deploy_with_current_params()
         except FlorenceError as error:

@@ -89,7 +89,8 @@ def test_a_batch_that_fails_is_an_error_and_not_an_empty_list(app):
 
 def test_one_image_of_the_platform_does_not_pass_through_the_uploader(app, seeded):
     # The SDK's uploader blocks for a second whatever the model takes, and loses its last error.
-    source = "\n".join(path.read_text("utf-8") for path in (ROOT / "serve").rglob("*.py"))
+    runs = ROOT / "serve" / "platform"
+    source = "\n".join(path.read_text("utf-8") for path in runs.rglob("*.py"))
 
     assert not re.search(r"\bUploader\b", source)
     state = {"image_id": seeded.image_ids["scene_city.jpg"]}

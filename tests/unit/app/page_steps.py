@@ -27,6 +27,10 @@ from starlette.testclient import TestClient
 from florence2.errors import FlorenceError
 from serve.app import Florence2App
 from serve.deploy_params import named_model, params_for
+from serve.sdk import sly  # noqa: F401  (the SDK's modules are imported after this door)
+
+# isort: split
+from supervisely.nn.inference.inference import AutoRestartInfo
 
 BIKE = Path(__file__).parents[3] / "demo" / "images" / "scene_bike.png"
 seen: dict[str, object] = {}
@@ -74,6 +78,21 @@ def pressing_stop_frees() -> None:
     seen["stopped"] = [app.deployment.is_deployed, app.is_model_deployed()]
 
 
+def restarting_brings_the_model_back() -> None:
+    loads: list[object] = []
+    switch = app.deployment.switch
+    app.deployment.switch = lambda choice: (loads.append(choice), switch(choice))[1]
+    app.autorestart = AutoRestartInfo(params_for(named_model("demo", app.pretrained_models), "cpu"))
+    app._deploy_on_autorestart()
+    app.gui.is_starting = True
+    app.gui.deploy_with_current_params()
+    seen["restarted"] = {
+        "deployed": app.is_model_deployed(),
+        "name": app.deployment.current.model.name,
+        "loads": len(loads),
+    }
+
+
 seen["gui"] = type(app.gui).__name__
 seen["chosen"] = app.gui.model_name
 seen["models"] = [row["meta"]["model_name"] for row in app.pretrained_models]
@@ -83,4 +102,5 @@ if "autostart" not in sys.argv:
 app.serve()
 answers_before_and_after_deploying()
 pressing_stop_frees()
+restarting_brings_the_model_back()
 sys.stdout.write("\n" + json.dumps(seen) + "\n")

@@ -13,11 +13,12 @@ from serve.app import Florence2App
 from serve.deployable import LocalServer
 
 STEPS = Path(__file__).with_name("page_steps.py")
+HEADLESS = Path(__file__).with_name("headless_steps.py")
 
 
-def run_steps(folder: Path, *words: str) -> dict:
+def run_steps(folder: Path, *words: str, program: Path = STEPS) -> dict:
     done = subprocess.run(
-        [sys.executable, str(STEPS), *words],
+        [sys.executable, str(program), *words],
         capture_output=True,
         text=True,
         timeout=300,
@@ -25,8 +26,8 @@ def run_steps(folder: Path, *words: str) -> dict:
         env={
             "PATH": "/usr/bin:/bin",
             "HOME": str(folder),
-            "SLY_APP_DATA_DIR": str(folder / "data"),
             "FLORENCE2_CACHE": str(folder / "cache"),
+            "HF_ENDPOINT": "http://127.0.0.1:9",
             "OMP_NUM_THREADS": "1",
         },
         cwd=Path(__file__).parents[3],
@@ -81,6 +82,22 @@ def test_a_request_from_outside_does_not_change_the_page(seen):
 
 def test_stopping_on_the_page_frees_the_model(seen):
     assert seen["stopped"] == [False, False]
+
+
+def test_a_restarted_app_has_its_model_back_and_loads_it_once(seen):
+    assert seen["restarted"] == {"deployed": True, "name": "demo", "loads": 1}
+
+
+def test_an_app_without_a_page_is_deployed_by_requests(tmp_path):
+    seen = run_steps(tmp_path, "plain", program=HEADLESS)
+    assert (seen["first"], seen["ready"], seen["labels"]) == (503, 200, 4)
+    assert "cannot be reached" in seen["refused"]
+    assert seen["device"] == "cpu"
+
+
+def test_a_program_deploys_by_name(tmp_path):
+    seen = run_steps(tmp_path, "quick", program=HEADLESS)
+    assert seen == {"labels": 4, "model": "demo", "precision": "FP32", "device": "cpu"}
 
 
 def test_an_automatic_start_that_fails_leaves_the_page(tmp_path):
