@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from florence2.ask import AnyImage, Ask
 from florence2.errors import RequestError
+from florence2.generate import GenerationCancelledError
 from florence2.records import Failure, Result
 from florence2.scheduler import Priority
 from serve.answers import check_any_answered, entries_of, raise_failure
@@ -103,6 +104,8 @@ class AnsweringApp(DeployableApp):
             answered += batch
             entries += entries_of(batch, self.model_meta)
         check_any_answered(answered)
+        if len(answered) < len(images):
+            raise GenerationCancelledError("The client left; send the request again.")
         return entries
 
     def _inference_images(
@@ -206,6 +209,15 @@ class AnsweringApp(DeployableApp):
     ) -> None:
         """A whole project; in the SDK's run one damaged image ends it."""
         run_project(api, state, inference_request, self._run_services())
+
+    def answer_image_ids(
+        self, api: sly.Api, state: Mapping[str, Any], inference_request: InferenceRequest
+    ) -> list[dict[str, Any]]:
+        """The entries of images of the platform, for a caller who waits for them."""
+        entries: list[dict[str, Any]] = self.inference_requests_manager.run(
+            self._inference_image_ids, api, state, inference_request=inference_request
+        )
+        return entries
 
     def tag_objects(
         self, api: sly.Api, state: Mapping[str, Any], inference_request: InferenceRequest

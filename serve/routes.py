@@ -7,7 +7,6 @@ two clients get each other's picture, and a name with ``../`` is written where i
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -15,6 +14,7 @@ from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse
 
+from serve.http.leaving import client_is_gone
 from serve.http.page import index_page
 from serve.http.tasks_json import instructions, tasks_json
 from serve.http.uploads import NO_FILES, Files, FormText, parse_state, read_one_upload, read_uploads
@@ -27,15 +27,16 @@ if TYPE_CHECKING:
 
 Done = TypeVar("Done")
 
-_LOOK_AFTER_S: Final = 0.25
 # Waiting requests only hold a thread; the queue of the scheduler is what limits them.
 _WAITING: Final = 256
+_LOOK_AFTER_S: Final = 0.25
 
 
 def register_routes(server: FastAPI, app: Florence2App, *, with_page: bool) -> None:
     """Mounts the routes; must come before ``Inference.serve`` mounts the SDK's."""
     _images(server, app)
     _batches(server, app)
+    _image_ids(server, app)
     register_sdk_routes(server, app)
     _questions(server, app)
     _model(server, app)
@@ -96,6 +97,30 @@ def _batches(server: FastAPI, app: Florence2App) -> None:
         return app.schedule(app._inference_images, images, asked)
 
 
+def _image_ids(server: FastAPI, app: Florence2App) -> None:
+    waiting = CapacityLimiter(_WAITING)
+
+    async def entries_of(request: Request) -> list[dict[str, Any]]:
+        state, api = request.state.state, app.api_from_request(request)
+        asked = app.inference_requests_manager.create()
+        stopping = asyncio.create_task(_stop_when_gone(request, asked.stop))
+        try:
+            return await _waited(
+                request, lambda _: app.answer_image_ids(api, state, asked), waiting
+            )
+        finally:
+            stopping.cancel()
+
+    @server.post("/inference_image_id")
+    async def inference_image_id(request: Request) -> dict[str, Any]:
+        entry: dict[str, Any] = app._get_single_inference_result(await entries_of(request))
+        return entry
+
+    @server.post("/inference_batch_ids")
+    async def inference_batch_ids(request: Request) -> list[dict[str, Any]]:
+        return await entries_of(request)
+
+
 def _questions(server: FastAPI, app: Florence2App) -> None:
     waiting = CapacityLimiter(_WAITING)
 
@@ -147,21 +172,16 @@ def _page(server: FastAPI, app: Florence2App) -> None:
         return HTMLResponse(index_page(app.page_info()))
 
 
+async def _stop_when_gone(request: Request, stop: Callable[[], None]) -> None:
+    gone = client_is_gone(request.scope)
+    while not gone.is_set():
+        await asyncio.sleep(_LOOK_AFTER_S)
+    stop()
+
+
 async def _waited(
     request: Request, work: Callable[[Callable[[], bool]], Done], limiter: CapacityLimiter
 ) -> Done:
     """``work`` in a thread, told to stop when nobody waits for its result any longer."""
-    gone = threading.Event()
-
-    async def look() -> None:
-        # Most answers come before the first look, which is not free.
-        await asyncio.sleep(_LOOK_AFTER_S)
-        while not await request.is_disconnected():
-            await asyncio.sleep(_LOOK_AFTER_S)
-        gone.set()
-
-    looking = asyncio.create_task(look())
-    try:
-        return await to_thread.run_sync(work, gone.is_set, limiter=limiter)
-    finally:
-        looking.cancel()
+    gone = client_is_gone(request.scope)
+    return await to_thread.run_sync(work, gone.is_set, limiter=limiter)
