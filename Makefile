@@ -3,11 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= out
+PORT ?= 8000
 
-.PHONY: help label test check bench lint types install clean
+.PHONY: help label serve test check bench lint types install clean
 
 help:
 	@echo "make label   label demo/images with the demo checkpoint, into $(OUT)/"
+	@echo "make serve   serve the demo checkpoint on http://127.0.0.1:$(PORT), with a page to try it"
 	@echo "make test    run the tests"
 	@echo "make check   formatting, lint, types, generated docs, tests (what CI runs)"
 	@echo "make bench   speed and memory against the reference implementation"
@@ -27,6 +29,9 @@ install: $(VENV)/.runtime
 label: $(VENV)/.runtime
 	$(BIN)/florence2 label demo/images --model demo --task "<OD>" --threshold 0.5 --out $(OUT)/labeled --draw
 	@echo "Annotations: $(OUT)/labeled   Previews to look at: $(OUT)/labeled/previews"
+
+serve: $(VENV)/.runtime
+	$(BIN)/florence2 serve --model demo --port $(PORT)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest

@@ -22,8 +22,8 @@ def blocks(language: str) -> list[str]:
 def commands() -> list[list[str]]:
     """Every ``florence2 ...`` line, as words without comments and redirections."""
     lines = [line for block in blocks("bash") for line in block.splitlines()]
-    words = [shlex.split(line.split(" < ")[0], comments=True) for line in lines]
-    return [line[1:] for line in words if line and line[0].rsplit("/", 1)[-1] == "florence2"]
+    own = [line for line in lines if line.split(" ")[0].rsplit("/", 1)[-1] == "florence2"]
+    return [shlex.split(line.split(" < ")[0], comments=True)[1:] for line in own]
 
 
 def test_the_python_example_runs(monkeypatch, capsys):
