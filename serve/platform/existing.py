@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from florence2.ask import Ask
-from florence2.errors import FlorenceError, RequestError
-from florence2.generate import shown
+from florence2.errors import FlorenceError, RequestError, shown
 from florence2.images import LoadedImage, open_image
 from florence2.records import Failure, Result
 from florence2.tasks import find_task

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from florence2.errors import RequestError, unknown_name
-from florence2.generate import shown
+from florence2.errors import RequestError, shown, unknown_name
 from serve.platform.services import State
 
 UploadMode = Literal["append", "iou_merge", "replace", "create"]

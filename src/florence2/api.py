@@ -17,12 +17,13 @@ from florence2.errors import (
     DeviceError,
     FlorenceError,
     RequestError,
+    shown,
     unknown_name,
 )
-from florence2.generate import shown
 from florence2.hub import ProgressCallback
 from florence2.records import Failure, Result
 from florence2.runtimes.torch import PRECISIONS, TorchRuntime, choose_device, choose_precision
+from florence2.self_test import self_test
 
 __all__ = ["Ask", "Florence2"]
 
@@ -90,7 +91,7 @@ class Florence2:
             prompt_batch=prompt_batch(checkpoint, chosen.type),
             cache_bytes=cache_bytes,
         )
-        engine.self_test()
+        self_test(engine)
         logger.info("%s is ready on %s in %s", checkpoint.name, chosen, used)
         return cls(engine)
 

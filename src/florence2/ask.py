@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from florence2.cache import EncodedImage
-from florence2.errors import RequestError, unknown_name
-from florence2.generate import check_settings, shown
+from florence2.errors import RequestError, shown, unknown_name
+from florence2.generation_rules import check_settings
 from florence2.images import ImageSource, LoadedImage
 from florence2.records import Failure, GenerationSettings, Region
 from florence2.stopping import Stop

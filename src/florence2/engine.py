@@ -10,13 +10,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from florence2.beams import NotFiniteError
 from florence2.cache import EncodedImage, FeatureCache
 from florence2.checkpoint import Checkpoint
 from florence2.chunks import run_in_chunks
 from florence2.errors import CheckpointError, FlorenceError, RequestError
 from florence2.generate import generate
-from florence2.images import LoadedImage, open_image
+from florence2.images import LoadedImage
 from florence2.nearby import Nearby
 from florence2.parsing import parse
 from florence2.processing import check_prompt_length, prompt_sentence
@@ -24,7 +23,7 @@ from florence2.records import Answer, GenerationSettings, Region, Result, Timing
 from florence2.runtimes.base import Runtime
 from florence2.scoring import NEAR_BINS
 from florence2.stopping import BetweenPasses, Stop, stop_of_all, watch_over
-from florence2.tasks import Task, find_task
+from florence2.tasks import Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,31 +271,3 @@ class Engine:
         if self._is_parked:
             self.runtime.resume()
             self._is_parked = False
-
-    def self_test(self) -> None:
-        """One short generation; CheckpointError when the checkpoint cannot really answer.
-
-        Catches weights that load and yet are useless: NaN, nothing at all, or ``<s>`` for ever.
-        """
-        gradient = np.linspace(0, 255, 64, dtype=np.uint8)
-        picture = np.stack(np.broadcast_arrays(gradient[:, None], gradient[None], np.uint8(96)), 2)
-        encoded = self.encode([open_image(picture)])[0]
-        if isinstance(encoded, FlorenceError):
-            raise encoded
-        if not bool(torch.isfinite(encoded.features).all()):
-            raise self._useless("its visual features are not finite numbers")
-        settings = replace(self.checkpoint.generation, num_beams=1, max_new_tokens=8)
-        prompt = self.prepare(find_task("<CAPTION>"), encoded, None, None, settings)
-        result = self.answer([prompt])[0]
-        if isinstance(result, NotFiniteError):
-            raise self._useless("its answer to <CAPTION> is not made of finite numbers")
-        if isinstance(result, FlorenceError):
-            raise result
-        if not result.token_ids:
-            raise self._useless("its answer to <CAPTION> is empty")
-
-    def _useless(self, why: str) -> CheckpointError:
-        return CheckpointError(
-            f"Checkpoint {self.checkpoint.name} loads but does not answer: {why}; "
-            "download it again or use another precision."
-        )

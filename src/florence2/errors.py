@@ -1,17 +1,27 @@
 """Errors a caller can act on.
 
-``FlorenceError``            anything this package raises on purpose; its text is one plain
-                             sentence: the rule, the value received, what to do
-├── RequestError             the caller's task, prompt, region or setting is wrong
-├── ImageError               an image cannot be read or is outside the limits
-├── CheckpointError          a checkpoint is missing, damaged, or does not answer
-└── DeviceError              a device or runtime cannot be used here
+``FlorenceError``                anything this package raises on purpose; its text is one plain
+                                 sentence: the rule, the value received, what to do
+├── RequestError                 the caller's task, prompt, region or setting is wrong
+├── ImageError                   an image cannot be read or is outside the limits
+├── CheckpointError              a checkpoint is missing, damaged, or does not answer
+│   └── HubUnreachableError      the hub gave no answer (``hub_errors``)
+├── DeviceError                  a device or runtime cannot be used here
+├── OutOfMemoryError             one request alone does not fit into the device (``memory``)
+├── NotFiniteError               the network gave NaN or infinity for a prompt (``beams``)
+├── GenerationCancelledError     the caller no longer waits (``scheduler_errors``)
+├── DeadlineError                the caller's time was over (``scheduler_errors``)
+├── QueueFullError               too many wait already (``scheduler_errors``)
+├── StoppedError                 the scheduler was closed (``scheduler_errors``)
+└── InternalError                a fault of this program (``scheduler_errors``)
 """
 
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
+from typing import TypeVar
 
 
 class FlorenceError(Exception):
@@ -42,6 +52,29 @@ class DeviceError(FlorenceError):
     """The device or the runtime asked for is not available on this machine."""
 
     code = "bad_device"
+
+
+Error = TypeVar("Error", bound=BaseException)
+
+
+def as_value(error: Error) -> Error:
+    """``error`` to be handed on as a value: without the tracebacks of itself and its causes.
+
+    A traceback holds the variables of its frames and of all their callers: pixels, features, a
+    decoding session with its keys and values. They would live until the garbage collector ran.
+    """
+    chain: list[BaseException | None] = [error]
+    while chain:
+        link = chain.pop()
+        if link is not None and link.__traceback__ is not None:
+            link.__traceback__ = None
+            chain += [link.__cause__, link.__context__]
+    return error
+
+
+def shown(value: object) -> str:
+    """A received value in one short line, for a message."""
+    return " ".join(reprlib.repr(value).split())
 
 
 def unknown_name(kind: str, received: str, known: Iterable[str]) -> str:

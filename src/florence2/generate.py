@@ -9,36 +9,42 @@ result is settled.
 
 from __future__ import annotations
 
-import math
-import reprlib
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from typing import Final, Protocol
 
 import torch
 from torch import Tensor
 
 from florence2.beams import PREFIX, BeamSearch
-from florence2.errors import FlorenceError, RequestError
+from florence2.errors import FlorenceError, shown
+from florence2.generation_rules import (
+    MAX_BEAMS,
+    SETTING_RULES,
+    check_batch,
+    check_settings,
+    check_vocabulary,
+)
 from florence2.nearby import Nearby
 from florence2.records import Answer, GenerationSettings
+from florence2.scheduler_errors import GenerationCancelledError
 from florence2.stopping import Watch
 
-MAX_BEAMS: Final = 32
-LENGTH_PENALTY_RANGE: Final = (-1.0, 10.0)
+__all__ = [
+    "MAX_BEAMS",
+    "SETTING_RULES",
+    "GenerationCancelledError",
+    "Session",
+    "check_settings",
+    "generate",
+    "shown",
+]
 
 COMPACT_AT: Final = 0.75
 """Rows are dropped once at most this share of them is live.
 
 The rows copied over a whole batch then stay below four times its size.
 """
-
-
-class GenerationCancelledError(FlorenceError):
-    """The caller no longer waits for the answer."""
-
-    code = "cancelled"
 
 
 class Session(Protocol):
@@ -62,19 +68,6 @@ class Session(Protocol):
 
     def keep(self, item_indices: Tensor) -> None:
         """Go on with these items only, in this order ([B']); may come before the first step."""
-
-
-def check_settings(settings: GenerationSettings) -> None:
-    """Raise ``RequestError`` if a setting is outside what the search supports."""
-    for name, rule in SETTING_RULES.items():
-        value = getattr(settings, name)
-        if not rule.allows(value):
-            raise RequestError(f"{name} must be {rule.says}, not {shown(value)}; {rule.hint}.")
-
-
-def shown(value: object) -> str:
-    """A received value in one short line, for a message."""
-    return " ".join(reprlib.repr(value).split())
 
 
 def generate(
@@ -108,7 +101,7 @@ def generate(
     bans included, ranked another token first for that beam. A limit of 1 leaves room for no
     token at all, which counts as truncated. ``nearby`` asks for ``Answer.near_log_probs``.
     """
-    shared = _check_batch(num_items, settings, max_new_tokens)
+    shared = check_batch(num_items, settings, max_new_tokens)
     if num_items == 0:
         return []
     with torch.inference_mode():
@@ -142,7 +135,7 @@ class _Loop:
 
     def _search(self) -> None:
         logits = self._session.prefill(list(PREFIX)).unsqueeze(1)
-        _check_vocabulary(logits.shape[-1], self._settings.num_beams)
+        check_vocabulary(logits.shape[-1], self._settings.num_beams)
         search = BeamSearch(self._limits, self._settings, logits.device, self._nearby)
         flags = _OpenFlags(lag=0 if logits.device.type == "cpu" else 1)
         while True:
@@ -218,88 +211,3 @@ class _OpenFlags:
         if copied is not None:
             copied.synchronize()
         return [item for item, still in zip(earlier, flags.tolist(), strict=True) if not still]
-
-
-def _is_penalty(value: object) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    low, high = LENGTH_PENALTY_RANGE
-    return low <= value <= high
-
-
-def _is_early_stopping(value: object) -> bool:
-    return isinstance(value, bool) or (isinstance(value, str) and value == "never")
-
-
-def _is_int(value: object, low: int, high: float = math.inf) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-
-
-@dataclass(frozen=True, slots=True)
-class SettingRule:
-    """What a search setting may be, in code and in words."""
-
-    allows: Callable[[object], bool]
-    says: str
-    hint: str
-
-
-SETTING_RULES: Final = {
-    "num_beams": SettingRule(
-        lambda value: _is_int(value, 1, MAX_BEAMS),
-        f"a whole number from 1 to {MAX_BEAMS}",
-        "use 1 for speed or 3 as published",
-    ),
-    "max_new_tokens": SettingRule(
-        lambda value: value is None or _is_int(value, 1),
-        "a whole number of at least 1",
-        "leave it out to take the task's own budget",
-    ),
-    "length_penalty": SettingRule(
-        _is_penalty,
-        f"a number from {LENGTH_PENALTY_RANGE[0]:g} to {LENGTH_PENALTY_RANGE[1]:g}",
-        "use 1 as published",
-    ),
-    "early_stopping": SettingRule(
-        _is_early_stopping, 'true, false or "never"', "use true as published"
-    ),
-    "no_repeat_ngram_size": SettingRule(
-        lambda value: _is_int(value, 0),
-        "a whole number of at least 0",
-        "use 0 to switch the ban off or 3 as published",
-    ),
-}
-"""The one table of limits: for requests and for a checkpoint's own files."""
-
-
-def _check_vocabulary(vocab: int, beams: int) -> None:
-    if 2 * beams >= vocab:
-        raise RequestError(
-            f"num_beams must be below half of the vocabulary of {vocab} tokens, not {beams}; "
-            "use fewer beams."
-        )
-
-
-def _check_batch(
-    num_items: int,
-    settings: GenerationSettings | Sequence[GenerationSettings],
-    max_new_tokens: Sequence[int],
-) -> GenerationSettings:
-    """The settings that the whole batch shares, once everything about them is checked."""
-    each = [settings] * num_items if isinstance(settings, GenerationSettings) else list(settings)
-    if len(each) != num_items or len(max_new_tokens) != num_items:
-        raise RequestError(
-            f"A batch needs settings and a token limit for each of its {num_items} prompts, "
-            f"not {len(each)} and {len(max_new_tokens)}; pass one of each per prompt."
-        )
-    for one, limit in zip(each, max_new_tokens, strict=True):
-        if limit is None:
-            raise RequestError("A batch needs a token limit for each prompt; give a number.")
-        check_settings(replace(one, max_new_tokens=limit))
-    shared = {replace(one, max_new_tokens=None) for one in each}
-    if len(shared) > 1:
-        raise RequestError(
-            f"The prompts of one batch must share all settings but max_new_tokens, not "
-            f"{len(shared)} kinds; decode them in separate batches."
-        )
-    return shared.pop() if shared else GenerationSettings()

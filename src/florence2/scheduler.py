@@ -20,14 +20,23 @@ from florence2.engine import Engine
 from florence2.errors import FlorenceError
 from florence2.memory import OutOfMemoryError
 from florence2.records import Failure, Result
+from florence2.scheduler_errors import (
+    DeadlineError,
+    GenerationCancelledError,
+    InternalError,
+    QueueFullError,
+    StoppedError,
+    stopped,
+)
 from florence2.scheduler_queue import Piece, TicketQueue
 from florence2.scheduler_report import BatchReport, Observer, Pace, report_of
-from florence2.scheduler_ticket import DeadlineError, InternalError, Priority, Ticket
+from florence2.scheduler_ticket import Priority, Ticket
 from florence2.stopping import BetweenPasses
 
 __all__ = [
     "BatchReport",
     "DeadlineError",
+    "GenerationCancelledError",
     "InternalError",
     "Observer",
     "Priority",
@@ -42,22 +51,6 @@ GATHER_S: Final = 0.003
 """How long a batch waits for as many requests as the last one had, if that had several."""
 
 T = TypeVar("T")
-
-
-class QueueFullError(FlorenceError):
-    """Too many asks wait already; ``retry_after_s`` is about when they will be answered."""
-
-    code = "queue_full"
-
-    def __init__(self, message: str, retry_after_s: float) -> None:
-        super().__init__(message)
-        self.retry_after_s = retry_after_s
-
-
-class StoppedError(FlorenceError):
-    """The scheduler was closed: its checkpoint is no longer deployed."""
-
-    code = "not_deployed"
 
 
 class Scheduler:
@@ -173,7 +166,7 @@ class Scheduler:
 
     def _check_open(self) -> None:
         if self._is_closed:
-            raise _stopped()
+            raise stopped()
 
     def _give_up(self, ticket: Ticket, reason: FlorenceError) -> None:
         with self._news:
@@ -184,7 +177,7 @@ class Scheduler:
 
     def _forget(self, ticket: Ticket) -> None:
         """Leaves nothing of a ticket behind, also when its caller was interrupted."""
-        self._give_up(ticket, _stopped())
+        self._give_up(ticket, stopped())
         with self._news:
             self._open.discard(ticket)
 
@@ -192,9 +185,9 @@ class Scheduler:
         with self._news:
             self._is_closed = True
             for ticket in list(self._open):
-                self._give_up(ticket, _stopped())
+                self._give_up(ticket, stopped())
             while self._actions:
-                self._actions.popleft()[1].set_exception(_stopped())
+                self._actions.popleft()[1].set_exception(stopped())
             self._news.notify()
 
     def _work(self) -> None:
@@ -296,10 +289,3 @@ def _act(action: Callable[[], Any], future: Future[Any]) -> None:
         future.set_result(action())
     except BaseException as error:  # noqa: BLE001 - it is raised where the caller waits
         future.set_exception(error)
-
-
-def _stopped() -> StoppedError:
-    return StoppedError(
-        "No checkpoint is deployed any more, so the request was not answered; deploy one and send "
-        "it again."
-    )

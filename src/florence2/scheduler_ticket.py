@@ -14,9 +14,9 @@ from typing import Final
 
 from florence2.answering import identity
 from florence2.ask import Ask, name_of
-from florence2.errors import FlorenceError, RequestError
-from florence2.generate import GenerationCancelledError, shown
+from florence2.errors import FlorenceError, RequestError, shown
 from florence2.records import Failure, Result
+from florence2.scheduler_errors import DeadlineError, GenerationCancelledError, InternalError
 
 logger = logging.getLogger(__name__)
 
@@ -29,24 +29,6 @@ class Priority(IntEnum):
 
     INTERACTIVE = 0
     BULK = 1
-
-
-class DeadlineError(FlorenceError):
-    """The time that the caller gave was over before the answer was there."""
-
-    code = "deadline"
-
-
-class InternalError(FlorenceError):
-    """A fault of this program; its trace is in the log."""
-
-    code = "internal_error"
-
-    def __init__(self) -> None:
-        super().__init__(
-            "An answer failed because of a fault in this program, which its log describes; send "
-            "the request again or report it."
-        )
 
 
 class Ticket:

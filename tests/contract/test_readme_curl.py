@@ -18,4 +18,4 @@ def test_the_readmes_curl_returns_the_annotation_of_what_it_asks_for(app):
         ["bash", "-c", command], capture_output=True, text=True, check=True, cwd=ROOT
     )
     entry = json.loads(done.stdout)
-    assert sorted(set(classes_in(entry["annotation"]))) == ["a green tree", "star"]
+    assert sorted(set(classes_in(entry["annotation"]))) == ["green box", "orange star"]

@@ -11,7 +11,7 @@ from florence2 import Ask, Failure, Result
 from florence2.answering import answer_all
 from florence2.engine import Engine
 from florence2.errors import FlorenceError, RequestError
-from florence2.generate import GenerationCancelledError
+from florence2.scheduler_errors import GenerationCancelledError
 
 
 def gone() -> FlorenceError:

@@ -24,8 +24,9 @@ from torch import Tensor
 import florence2.generate
 from florence2.beams import NotFiniteError
 from florence2.errors import FlorenceError
-from florence2.generate import GenerationCancelledError, _OpenFlags, generate
+from florence2.generate import _OpenFlags, generate
 from florence2.records import Answer, GenerationSettings
+from florence2.scheduler_errors import GenerationCancelledError
 from florence2.stopping import Watch
 
 MODES = [(1, True), (3, True), (3, False), (3, "never"), (5, True)]

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from florence2.errors import RequestError
-from florence2.generate import check_settings, generate
+from florence2.generate import generate
+from florence2.generation_rules import check_settings
 from florence2.records import GenerationSettings
 
 
