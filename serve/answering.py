@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
@@ -14,6 +15,7 @@ from florence2.generate import GenerationCancelledError
 from florence2.records import Failure, Result
 from florence2.scheduler import Priority
 from serve.answers import check_any_answered, entries_of, raise_failure
+from serve.deadline import Deadline
 from serve.deployable import DeployableApp
 from serve.platform.existing import tag_existing_objects
 from serve.platform.plan import batch_size_of
@@ -129,7 +131,7 @@ class AnsweringApp(DeployableApp):
         state: Mapping[str, Any],
         should_stop: Callable[[], bool],
     ) -> Iterator[list[Predicted | Failure]]:
-        settings = self.settings_of(state)
+        settings, deadline = self.settings_of(state), Deadline.of(state)
         size = batch_size_of(state, self.get_batch_size())
         priority = Priority.INTERACTIVE if len(images) == 1 else Priority.BULK
         call = Call(priority, should_stop=should_stop, api=self.api)
@@ -137,10 +139,10 @@ class AnsweringApp(DeployableApp):
             if should_stop():
                 return
             batch = images[start : start + size]
-            if start == 0:
-                yield self.answer(batch, settings, call)
-            else:
-                yield when_queue_has_room(partial(self.answer, batch, settings, call), should_stop)
+            answer = partial(
+                self.answer, batch, settings, replace(call, deadline_s=deadline.left_s)
+            )
+            yield answer() if start == 0 else when_queue_has_room(answer, should_stop)
 
     def answer_video(self, api: sly.Api, state: Mapping[str, Any]) -> dict[str, Any]:
         """Frames of a video of the platform; the SDK answers an error with an empty list."""
@@ -202,13 +204,13 @@ class AnsweringApp(DeployableApp):
         self, api: sly.Api, state: Mapping[str, Any], inference_request: InferenceRequest
     ) -> None:
         """Images of the platform; the SDK's run waits a second, and loses the last upload error."""
-        run_image_ids(api, state, inference_request, self._run_services())
+        run_image_ids(api, state, inference_request, self._run_services(state))
 
     def _inference_project_id(
         self, api: sly.Api, state: Mapping[str, Any], inference_request: InferenceRequest
     ) -> None:
         """A whole project; in the SDK's run one damaged image ends it."""
-        run_project(api, state, inference_request, self._run_services())
+        run_project(api, state, inference_request, self._run_services(state))
 
     def answer_image_ids(
         self, api: sly.Api, state: Mapping[str, Any], inference_request: InferenceRequest
@@ -225,9 +227,9 @@ class AnsweringApp(DeployableApp):
         """What the model says about existing objects, written as their tags."""
         tag_existing_objects(api, state, inference_request, self._existing_services())
 
-    def _run_services(self) -> RunServices:
+    def _run_services(self, state: Mapping[str, Any]) -> RunServices:
         return RunServices(
-            predict=self._predict_images,
+            predict=partial(self._predict_images, deadline=Deadline.of(state)),
             settings_of=self._settings_of_run,
             upload=self.upload_predictions,
             format_output=self._format_output,
@@ -253,9 +255,10 @@ class AnsweringApp(DeployableApp):
         api: sly.Api,
         is_bulk: bool,
         should_stop: Callable[[], bool],
+        deadline: Deadline,
     ) -> list[Predicted | Failure]:
         priority = Priority.BULK if is_bulk else Priority.INTERACTIVE
-        return self.answer(images, settings, Call(priority, should_stop=should_stop, api=api))
+        return self.answer(images, settings, Call(priority, deadline.left_s, should_stop, api))
 
     def _existing_services(self) -> ExistingServices:
         def ask(

@@ -12,6 +12,7 @@ from florence2.errors import RequestError
 from florence2.records import Failure, Result
 from florence2.tasks import find_task
 from serve.answers import raise_failure
+from serve.deadline import Deadline
 from serve.http.encoded_images import decode_image
 from serve.platform.download import failed_download
 from serve.predictor import Call
@@ -35,7 +36,7 @@ def answer_question(
     task, text = task_and_text(state.get("text_prompt"))
     region = state.get("region")
     ask = Ask(_image(app, state, request), task, text, region)
-    [result] = app.ask([ask], Call(should_stop=stop))
+    [result] = app.ask([ask], Call(deadline_s=Deadline.of(state).left_s, should_stop=stop))
     if isinstance(result, Failure):
         raise_failure(result)
     return text_of(result)

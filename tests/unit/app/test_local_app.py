@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import threading
 
 import pytest
 from starlette.testclient import TestClient
@@ -150,6 +151,26 @@ def test_an_unavailable_device_is_refused_and_changes_nothing(client, bike):
     answer = client.post("/deploy_from_api", json={"state": state})
     assert answer.status_code == 400
     assert "cuda:7" in answer.json()["message"]
+    assert ask(client, bike).status_code == 200
+
+
+@pytest.mark.parametrize("seconds", ["soon", -1, 0, True, [1]])
+def test_a_timeout_is_a_number_of_seconds(client, bike, seconds):
+    form = {"state": json.dumps({"timeout_s": seconds})}
+    answer = client.post("/inference_image", files={"files": ("a.png", bike)}, data=form)
+    assert answer.status_code == 400
+    assert "timeout_s" in answer.json()["message"]
+
+
+def test_an_answer_that_is_not_there_in_time_is_given_up(client, app, bike):
+    held, go_on = threading.Event(), threading.Event()
+    scheduler = app.deployment.current.scheduler
+    threading.Thread(target=scheduler.call, args=(lambda: (held.set(), go_on.wait()),)).start()
+    held.wait()
+    form = {"state": json.dumps({"timeout_s": 0.2})}
+    late = client.post("/inference_image", files={"files": ("a.png", bike)}, data=form)
+    go_on.set()
+    assert late.status_code == 504
     assert ask(client, bike).status_code == 200
 
 
