@@ -19,3 +19,12 @@ def test_the_readmes_curl_returns_the_annotation_of_what_it_asks_for(app):
     )
     entry = json.loads(done.stdout)
     assert sorted(set(classes_in(entry["annotation"]))) == ["green box", "orange star"]
+
+
+def test_the_serving_guides_program_prints_labels(app, monkeypatch, capsys):
+    guide = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    [program] = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+    monkeypatch.chdir(ROOT)
+    program = program.replace("http://127.0.0.1:8000", app.url)
+    exec(compile(program, "serving.md", "exec"), {})
+    assert "plant" in capsys.readouterr().out
