@@ -1,0 +1,108 @@
+"""What a search setting may be: one table for requests and for a checkpoint's own files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from florence2.errors import RequestError, shown
+from florence2.records import GenerationSettings
+
+MAX_BEAMS: Final = 32
+LENGTH_PENALTY_RANGE: Final = (-1.0, 10.0)
+
+
+def _is_penalty(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    low, high = LENGTH_PENALTY_RANGE
+    return low <= value <= high
+
+
+def _is_early_stopping(value: object) -> bool:
+    return isinstance(value, bool) or (isinstance(value, str) and value == "never")
+
+
+def _is_int(value: object, low: int, high: float = math.inf) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+@dataclass(frozen=True, slots=True)
+class SettingRule:
+    """What a search setting may be, in code and in words."""
+
+    allows: Callable[[object], bool]
+    says: str
+    hint: str
+
+
+SETTING_RULES: Final = {
+    "num_beams": SettingRule(
+        lambda value: _is_int(value, 1, MAX_BEAMS),
+        f"a whole number from 1 to {MAX_BEAMS}",
+        "use 1 for speed or 3 as published",
+    ),
+    "max_new_tokens": SettingRule(
+        lambda value: value is None or _is_int(value, 1),
+        "a whole number of at least 1",
+        "leave it out to take the task's own budget",
+    ),
+    "length_penalty": SettingRule(
+        _is_penalty,
+        f"a number from {LENGTH_PENALTY_RANGE[0]:g} to {LENGTH_PENALTY_RANGE[1]:g}",
+        "use 1 as published",
+    ),
+    "early_stopping": SettingRule(
+        _is_early_stopping, 'true, false or "never"', "use true as published"
+    ),
+    "no_repeat_ngram_size": SettingRule(
+        lambda value: _is_int(value, 0),
+        "a whole number of at least 0",
+        "use 0 to switch the ban off or 3 as published",
+    ),
+}
+"""The one table of limits: for requests and for a checkpoint's own files."""
+
+
+def check_settings(settings: GenerationSettings) -> None:
+    """Raise ``RequestError`` if a setting is outside what the search supports."""
+    for name, rule in SETTING_RULES.items():
+        value = getattr(settings, name)
+        if not rule.allows(value):
+            raise RequestError(f"{name} must be {rule.says}, not {shown(value)}; {rule.hint}.")
+
+
+def check_vocabulary(vocab: int, beams: int) -> None:
+    """RequestError for more beams than the vocabulary has candidates for."""
+    if 2 * beams >= vocab:
+        raise RequestError(
+            f"num_beams must be below half of the vocabulary of {vocab} tokens, not {beams}; "
+            "use fewer beams."
+        )
+
+
+def check_batch(
+    num_items: int,
+    settings: GenerationSettings | Sequence[GenerationSettings],
+    max_new_tokens: Sequence[int],
+) -> GenerationSettings:
+    """The settings that the whole batch shares, once everything about them is checked."""
+    each = [settings] * num_items if isinstance(settings, GenerationSettings) else list(settings)
+    if len(each) != num_items or len(max_new_tokens) != num_items:
+        raise RequestError(
+            f"A batch needs settings and a token limit for each of its {num_items} prompts, "
+            f"not {len(each)} and {len(max_new_tokens)}; pass one of each per prompt."
+        )
+    for one, limit in zip(each, max_new_tokens, strict=True):
+        if limit is None:
+            raise RequestError("A batch needs a token limit for each prompt; give a number.")
+        check_settings(replace(one, max_new_tokens=limit))
+    shared = {replace(one, max_new_tokens=None) for one in each}
+    if len(shared) > 1:
+        raise RequestError(
+            f"The prompts of one batch must share all settings but max_new_tokens, not "
+            f"{len(shared)} kinds; decode them in separate batches."
+        )
+    return shared.pop() if shared else GenerationSettings()
