@@ -27,7 +27,7 @@ from serve.deploy_params import (
     params_for,
     params_from_state,
 )
-from serve.deployment import Deployment, ModelChoice
+from serve.deployment import MAX_QUEUED, Deployment, ModelChoice
 from serve.gui import florence_gui
 from serve.http.metrics import Metrics
 from serve.idle import IdleTimer
@@ -64,6 +64,7 @@ class LocalServer:
     precision: str = "auto"
     runtime: str = "auto"
     max_batch: int | None = None
+    max_queued: int = MAX_QUEUED
     listener: socket.socket | None = None
 
 
@@ -82,7 +83,9 @@ class DeployableApp(PromptBasedObjectDetection):  # type: ignore[misc]
         self._meta = ModelMeta()
         self.metrics = Metrics()
         self.deployment = Deployment(
-            self.metrics.observe_batch, max_batch=local.max_batch if local else None
+            self.metrics.observe_batch,
+            max_batch=local.max_batch if local else None,
+            max_queued=local.max_queued if local else MAX_QUEUED,
         )
         self.predictor = Predictor(self.deployment, self.metrics)
         self.metrics.watch_memory(_resident_bytes, self._device_bytes)

@@ -14,6 +14,7 @@ from florence2.scheduler import Observer, Scheduler, StoppedError
 
 logger = logging.getLogger(__name__)
 
+MAX_QUEUED: Final = 4096
 NOT_DEPLOYED: Final = (
     "No model is deployed, so nothing can be answered; choose a model and press Serve, or send "
     "the request again when /is_ready says so."
@@ -51,10 +52,12 @@ class Deployment:
         observer: Observer | None = None,
         *,
         max_batch: int | None = None,
+        max_queued: int = MAX_QUEUED,
         load: Callable[[ModelChoice], Florence2] | None = None,
     ) -> None:
         self._observer = observer
         self._max_batch = max_batch
+        self._max_queued = max_queued
         self._load = load or _load
         self._current: Deployed | None = None
         self._is_frozen = False
@@ -127,7 +130,12 @@ class Deployment:
         # times as long. So the thread that loads ends, and its workers with it.
         with ThreadPoolExecutor(1, thread_name_prefix="load") as loading:
             model = loading.submit(self._load, choice).result()
-        scheduler = Scheduler(model.engine, max_batch=self._max_batch, observer=self._observer)
+        scheduler = Scheduler(
+            model.engine,
+            max_batch=self._max_batch,
+            max_queued=self._max_queued,
+            observer=self._observer,
+        )
         return Deployed(choice, model, scheduler)
 
     def _bring_back(self, choice: ModelChoice) -> None:

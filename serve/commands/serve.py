@@ -26,6 +26,8 @@ MaxBatch = Annotated[
     int | None, typer.Option(min=1, help="Most prompts answered at once. [default: by device]")
 ]
 
+MaxQueued = Annotated[int, typer.Option(min=1, help="Prompts that may wait; then 503.")]
+
 
 def register(app: typer.Typer) -> None:
     app.command("serve")(serve)
@@ -39,6 +41,7 @@ def serve(
     host: Host = "127.0.0.1",
     port: Port = 8000,
     max_batch: MaxBatch = None,
+    max_queued: MaxQueued = 4096,
 ) -> None:
     """Serve a model over HTTP on this machine; Ctrl-C ends it."""
     with _listener(host, port) as listener:
@@ -50,7 +53,7 @@ def serve(
         # The SDK writes a line of JSON for every step, which is for the platform's log.
         sly.logger.setLevel("WARNING")
         app = Florence2App(
-            local=LocalServer(model, device, precision, runtime, max_batch, listener)
+            local=LocalServer(model, device, precision, runtime, max_batch, max_queued, listener)
         )
         _greet(host, listener.getsockname()[1], model)
         app.serve()

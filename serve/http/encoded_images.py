@@ -9,6 +9,7 @@ from typing import Final
 
 from florence2.errors import RequestError
 from serve.http.errors import TooLargeError
+from serve.http.kinds import kind_of
 from serve.http.limits import MAX_IMAGE_BYTES, readable_size
 
 _DATA_URL: Final = re.compile(r"\s*data:[^,;]*(?:;[^,;]*)*;base64,", re.IGNORECASE)
@@ -24,7 +25,7 @@ def decode_image(encoded: object, max_bytes: int = MAX_IMAGE_BYTES) -> bytes:
     if not isinstance(encoded, str):
         raise RequestError(
             "The image must be text in base64, and "
-            f"{type(encoded).__name__} was received; encode the image file."
+            f"{kind_of(encoded)} was received; encode the image file."
         )
     prefix = _DATA_URL.match(encoded)
     text = (encoded[prefix.end() :] if prefix else encoded).translate(_WHITESPACE).rstrip("=")

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from florence2.errors import RequestError
 from serve.http.errors import NotFoundError
+from serve.http.kinds import kind_of
 from serve.http.routes import Body, RequestId, Route
 
 KnownRequest = Callable[[str], bool]
@@ -48,7 +49,7 @@ def _parse(raw: bytes, needs_state: bool) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise RequestError(
             "The body must be a JSON object, and "
-            f'{_kind(content)} was received; send an object such as {{"state": {{}}}}.'
+            f'{kind_of(content)} was received; send an object such as {{"state": {{}}}}.'
         )
     return content
 
@@ -67,7 +68,7 @@ def _check_types(content: dict[str, Any]) -> None:
             content.pop(key, None)
         elif not isinstance(content[key], dict):
             raise RequestError(
-                f"'{key}' of the body must be an object, and {_kind(content[key])} was received; "
+                f"'{key}' of the body must be an object, and {kind_of(content[key])} was received; "
                 "correct it."
             )
     named = {key: content.get(key) for key in _TEXTS}
@@ -75,7 +76,7 @@ def _check_types(content: dict[str, Any]) -> None:
     for key, value in named.items():
         if value is not None and not isinstance(value, str):
             raise RequestError(
-                f"'{key}' of the body must be text, and {_kind(value)} was received; correct it."
+                f"'{key}' of the body must be text, and {kind_of(value)} was received; correct it."
             )
 
 
@@ -90,7 +91,7 @@ def _check_state(content: dict[str, Any], route: Route, known: KnownRequest) -> 
     if not isinstance(uuid, str) or not uuid:
         raise RequestError(
             "'inference_request_uuid' is required in 'state': the id that the request was "
-            f"answered with when it was started, and {_kind(uuid)} was received; add it."
+            f"answered with when it was started, and {kind_of(uuid)} was received; add it."
         )
     if route.request_id is RequestId.KNOWN and not known(uuid):
         raise NotFoundError(
@@ -104,10 +105,3 @@ def _mark_outside(content: dict[str, Any]) -> None:
     context = content.get("context", {})
     if context.get("outside_request") is not True:
         content["context"] = {**context, "outside_request": True}
-
-
-def _kind(value: object) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false"}
-    if value is None:
-        return "nothing"
-    return names.get(type(value), "a number")

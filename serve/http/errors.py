@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
+from fastapi.exception_handlers import http_exception_handler
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from florence2.errors import FlorenceError
@@ -45,6 +47,8 @@ STATUS_BY_CODE: Final[Mapping[str, int]] = {
     "deadline": 504,
     "out_of_memory": 507,
 }
+
+_UNREADABLE_FORM: Final = "There was an error parsing the body"
 
 # The beginning of what the SDK raises, as a bare RuntimeError, while no model is loaded.
 _SDK_NOT_DEPLOYED: Final = "The model has not yet been deployed"
@@ -106,11 +110,39 @@ def install_error_handlers(server: FastAPI, path_prefix: str = "") -> None:
     """
     server.add_exception_handler(FlorenceError, _on_florence_error)
     server.add_exception_handler(RequestValidationError, _on_invalid_form)
+    server.add_exception_handler(HTTPException, _on_refusal(path_prefix))
     server.add_middleware(UnexpectedErrors, path_prefix=path_prefix)
 
 
 async def _on_florence_error(request: Request, error: Exception) -> JSONResponse:
     return _response_to(error, request.url.path)
+
+
+def _on_refusal(path_prefix: str) -> Callable[[Request, Exception], Awaitable[Response]]:
+    """What the framework or the SDK refuses; pages and widgets keep the framework's answer."""
+
+    async def answer(request: Request, error: Exception) -> Response:
+        if not isinstance(error, HTTPException):
+            raise error
+        path = path_of(request.scope, path_prefix)
+        if not is_api_path(path) or error.status_code >= 500 or not isinstance(error.detail, str):
+            return await http_exception_handler(request, error)
+        code = NotFoundError.code if error.status_code == 404 else "bad_request"
+        message = _refusal_message(error, path, request.method)
+        return JSONResponse(_body(code, message), error.status_code, headers=error.headers)
+
+    return answer
+
+
+def _refusal_message(error: HTTPException, path: str, method: str) -> str:
+    if error.detail == "Not Found":
+        return f"There is no {path[:100]} here; see GET / for what there is."
+    if error.detail == "Method Not Allowed":
+        allowed = (error.headers or {}).get("Allow", "another method")
+        return f"{path} takes {allowed}, and {method} was received; send {allowed}."
+    if error.detail == _UNREADABLE_FORM:
+        return "The form cannot be read; send it as multipart/form-data, such as curl -F does."
+    return error.detail
 
 
 async def _on_invalid_form(request: Request, error: Exception) -> JSONResponse:

@@ -1,4 +1,4 @@
-"""What the page does: ask, draw the answer, show the same request for a shell.
+"""What the page does: ask, show the answer, show the same request for a shell.
 
 Everything that comes from an answer is put on the page as text, never as markup.
 """
@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Final
 
-SCRIPT: Final = r"""
-"use strict";
+from serve.http.page_drawing import DRAWING
+
+_ASKING: Final = r"""
 const $ = (id) => document.getElementById(id);
 const canvas = $("canvas"), pen = canvas.getContext("2d");
 const ready = document.body.dataset.ready === "true";
@@ -16,6 +17,7 @@ let picture = null, file = null, objects = [], active = -1, drag = null;
 
 const takes = () => $("task").selectedOptions[0].dataset.takes;
 const region = () => $("region").value.split(/[\s,;]+/).filter(Boolean).map(Number);
+const isBox = (box) => box.length === 4 && box.every(Number.isFinite);
 const names = [];
 function hue(name) {
   if (!names.includes(name)) names.push(name);
@@ -25,9 +27,12 @@ function hue(name) {
 function settings() {
   const wanted = { task_prompt: $("task").value };
   if (takes().includes("text") && $("text").value.trim()) wanted.text = $("text").value.trim();
-  if (takes() === "region" && region().length) wanted.regions = [region()];
-  const more = $("more").value.trim();
-  return more ? Object.assign(wanted, JSON.parse(more)) : wanted;
+  // What is no box goes as it was typed, so that the app can say what is wrong with it.
+  const box = isBox(region()) ? region() : $("region").value.trim();
+  if (takes() === "region" && box) wanted.regions = [box];
+  const more = JSON.parse($("more").value.trim() || "{}");
+  if (more === null || typeof more !== "object" || Array.isArray(more)) throw new TypeError("more");
+  return Object.assign(wanted, more);
 }
 
 function say(text, bad = false) {
@@ -54,8 +59,11 @@ async function choose(chosen) {
   if (!chosen) return;
   file = chosen;
   clear();
-  try { picture = await createImageBitmap(chosen, { imageOrientation: "from-image" }); }
-  catch { picture = null; say("This browser cannot show the file; asking about it may work."); }
+  const opened = await createImageBitmap(chosen, { imageOrientation: "from-image" })
+    .catch(() => null);
+  if (file !== chosen) return;
+  picture = opened;
+  if (!picture) say("This browser cannot show the file; asking about it may work.");
   $("hint").hidden = picture !== null;
   canvas.width = picture ? picture.width : 0;
   canvas.height = picture ? picture.height : 0;
@@ -68,59 +76,6 @@ function clear() {
   $("objects").hidden = $("raw").hidden = true;
   $("tags").replaceChildren();
   say("");
-}
-
-function rings(thing) {
-  const { exterior = [], interior = [] } = thing.points || {};
-  if (thing.geometryType !== "rectangle") return [exterior, ...interior];
-  const [[left, top], [right, bottom]] = exterior;
-  return [[[left, top], [right, top], [right, bottom], [left, bottom]]];
-}
-
-function trace(thing) {
-  pen.beginPath();
-  for (const ring of rings(thing)) {
-    ring.forEach(([x, y], i) => (i ? pen.lineTo(x, y) : pen.moveTo(x, y)));
-    pen.closePath();
-  }
-}
-
-function draw() {
-  if (!picture) return;
-  pen.drawImage(picture, 0, 0);
-  const unit = canvas.width / (canvas.clientWidth || canvas.width);
-  objects.forEach((thing, i) => {
-    const color = hue(thing.classTitle);
-    trace(thing);
-    pen.fillStyle = `hsl(${color} 90% 55% / ${i === active ? 0.45 : 0.15})`;
-    pen.fill("evenodd");
-    pen.lineWidth = (i === active ? 4 : 2) * unit;
-    pen.strokeStyle = `hsl(${color} 90% 50%)`;
-    pen.stroke();
-  });
-  objects.forEach((thing) => label(thing, unit));
-  const box = drag || (takes() === "region" ? region() : []);
-  if (box.length !== 4) return;
-  pen.setLineDash([6 * unit, 4 * unit]);
-  pen.lineWidth = 2 * unit;
-  pen.strokeStyle = "#fff";
-  pen.strokeRect(box[0], box[1], box[2] - box[0], box[3] - box[1]);
-  pen.setLineDash([]);
-}
-
-function label(thing, unit) {
-  const ring = rings(thing)[0];
-  if (!ring.length) return;
-  const score = confidence(thing);
-  const words = thing.classTitle + (score === null ? "" : " " + score.toFixed(2));
-  pen.font = `600 ${13 * unit}px system-ui, sans-serif`;
-  const width = pen.measureText(words).width + 10 * unit, height = 19 * unit;
-  const x = Math.max(0, Math.min(Math.min(...ring.map((p) => p[0])), canvas.width - width));
-  const y = Math.max(height, Math.min(...ring.map((p) => p[1])));
-  pen.fillStyle = `hsl(${hue(thing.classTitle)} 75% 30%)`;
-  pen.fillRect(x, y - height, width, height);
-  pen.fillStyle = "#fff";
-  pen.fillText(words, x + 5 * unit, y - 5 * unit);
 }
 
 function confidence(thing) {
@@ -151,8 +106,8 @@ function row(thing, i) {
 }
 
 function show(answer, seconds) {
-  const annotation = answer.annotation || answer;
-  objects = annotation.objects || [];
+  const annotation = answer.annotation;
+  objects = annotation.objects;
   $("objects").tBodies[0].replaceChildren(...objects.map(row));
   $("objects").hidden = objects.length === 0;
   $("tags").replaceChildren(...(annotation.tags || []).map((tag) => {
@@ -166,7 +121,8 @@ function show(answer, seconds) {
   const found = objects.length === 1 ? "1 object" : `${objects.length} objects`;
   canvas.setAttribute("aria-label", `The image with ${found}; they are listed below`);
   const words = objects.length || !annotation.tags?.length ? found : "Answered";
-  say(`${words} in ${seconds.toFixed(1)} s.`);
+  const notes = (answer.notes || []).map((note) => ` Note: ${note}.`).join("");
+  say(`${words} in ${seconds.toFixed(1)} s.${notes}`);
   draw();
 }
 
@@ -174,8 +130,8 @@ async function ask(event) {
   event.preventDefault();
   clear();
   if (!file) return say("Choose an image first.", true);
-  const body = new FormData();
-  body.append("files", file);
+  const asked = file, body = new FormData();
+  body.append("files", asked);
   try { body.append("state", JSON.stringify({ settings: settings() })); }
   catch { return say("More settings must be a JSON object; correct them.", true); }
   $("run").disabled = true;
@@ -184,7 +140,12 @@ async function ask(event) {
   try {
     const response = await fetch("inference_image", { method: "POST", body });
     const answer = await response.json();
-    if (response.ok) show(answer, (performance.now() - start) / 1000);
+    const seconds = (performance.now() - start) / 1000;
+    const masked = (answer.annotation?.objects || []).filter((thing) => thing.bitmap);
+    await Promise.all(masked.map(async (thing) => { thing.mask = await readMask(thing); }));
+    // The answer is about the image it was asked for, and another may be shown by now.
+    if (file !== asked) return;
+    if (response.ok) show(answer, seconds);
     else say(answer.message || answer.detail || `Status ${response.status}.`, true);
   } catch (error) { say(`The app did not answer: ${error.message}.`, true); }
   finally { $("run").disabled = false; }
@@ -192,10 +153,12 @@ async function ask(event) {
 
 async function showSettings() {
   if (!$("settings").open) return;
-  const response = await fetch("get_custom_inference_settings", { method: "POST" });
-  const { settings: text } = await response.json();
-  $("settings").lastElementChild.textContent =
-    typeof text === "string" ? text : JSON.stringify(text, null, 2);
+  const shown = $("settings").lastElementChild;
+  try {
+    const response = await fetch("get_custom_inference_settings", { method: "POST" });
+    const answer = await response.json();
+    shown.textContent = response.ok ? answer.settings : answer.message;
+  } catch (error) { shown.textContent = `The app did not answer: ${error.message}.`; }
 }
 
 function place(event) {
@@ -220,9 +183,11 @@ canvas.onpointerup = () => {
   const [x1, y1, x2, y2] = drag;
   drag = null;
   const box = [Math.min(x1, x2), Math.min(y1, y2), Math.max(x1, x2), Math.max(y1, y2)];
-  $("region").value = box.join(", ");
+  // A click is no box; it leaves the one before.
+  if (box[0] < box[2] && box[1] < box[3]) $("region").value = box.join(", ");
   refresh();
 };
+canvas.onpointercancel = () => { drag = null; draw(); };
 const stage = $("stage");
 stage.ondragover = (event) => { event.preventDefault(); stage.classList.add("over"); };
 stage.ondragleave = () => stage.classList.remove("over");
@@ -250,3 +215,5 @@ if (!ready) {
   setTimeout(waitForModel, 3000);
 }
 """
+
+SCRIPT: Final = f'\n"use strict";{_ASKING}\n{DRAWING}'

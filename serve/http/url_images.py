@@ -17,6 +17,7 @@ import httpx2
 from florence2.errors import RequestError
 from serve.http.addresses import Resolve, checked_addresses, resolve_host
 from serve.http.errors import TooLargeError
+from serve.http.kinds import kind_of
 from serve.http.limits import MAX_IMAGE_BYTES, readable_size
 
 ALLOW_PRIVATE_VARIABLE: Final = "FLORENCE_ALLOW_PRIVATE_URLS"
@@ -77,8 +78,7 @@ async def _fetch_in_time(url: object, limits: UrlLimits, resolve: Resolve) -> by
 def _parse(url: object) -> httpx2.URL:
     if not isinstance(url, str):
         raise RequestError(
-            f"The address of an image must be text, and {type(url).__name__} was received; "
-            "correct it."
+            f"The address of an image must be text, and {kind_of(url)} was received; correct it."
         )
     try:
         parsed = httpx2.URL(url.strip())

@@ -162,6 +162,31 @@ def test_a_timeout_is_a_number_of_seconds(client, bike, seconds):
     assert "timeout_s" in answer.json()["message"]
 
 
+def test_a_full_queue_says_when_to_come_back(fresh_sdk, monkeypatch, bike):
+    monkeypatch.setattr(Florence2App, "_run_server", lambda self: None)
+    app = Florence2App(local=LocalServer("demo", "cpu", max_queued=1))
+    app.serve()
+    held, go_on = threading.Event(), threading.Event()
+    scheduler = app.deployment.current.scheduler
+    threading.Thread(target=scheduler.call, args=(lambda: (held.set(), go_on.wait()),)).start()
+    held.wait()
+    answers = []
+    with TestClient(app.app, raise_server_exceptions=False) as client:
+        waiting = threading.Thread(target=lambda: answers.append(ask(client, bike)))
+        waiting.start()
+        while scheduler.queue_depth == 0:
+            pass
+        full = ask(client, bike)
+        go_on.set()
+        waiting.join(30)
+        assert ask(client, bike).status_code == 200
+    app.shutdown_model()
+    assert full.status_code == 503
+    assert 1 <= int(full.headers["Retry-After"]) <= 60
+    assert full.json()["code"] == "queue_full"
+    assert [answer.status_code for answer in answers] == [200]
+
+
 def test_an_answer_that_is_not_there_in_time_is_given_up(client, app, bike):
     held, go_on = threading.Event(), threading.Event()
     scheduler = app.deployment.current.scheduler

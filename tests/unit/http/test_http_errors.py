@@ -125,10 +125,42 @@ def test_the_trace_of_an_unexpected_error_is_in_the_log(client, caplog):
     assert "the secret path" in caplog.text
 
 
-def test_the_sdk_s_own_refusals_stay_as_they_are(client):
-    response = client.get("/sdk")
-    assert response.status_code == 400
-    assert response.json()["detail"] == "Only one file expected but got 2"
+MULTIPART = {"Content-Type": "multipart/form-data; boundary=b"}
+REFUSALS = {
+    "the SDK's own": ("GET", "/sdk", b"", 400, "bad_request", "Only one file expected but got 2"),
+    "a path that is not there": ("GET", "/nope", b"", 404, "not_found", "There is no /nope here"),
+    "another method": ("PUT", "/ours", b"", 405, "bad_request", "/ours takes GET, and PUT was"),
+    "a form that breaks off": ("POST", "/form", b"x", 400, "bad_request", "cannot be read"),
+    "too many files": (
+        "POST",
+        "/form",
+        b"".join(
+            b'--b\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\n\r\n'
+            for _ in range(1001)
+        )
+        + b"--b--",
+        400,
+        "bad_request",
+        "Too many files",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "content", "status", "code", "words"), REFUSALS.values(), ids=REFUSALS
+)
+def test_what_the_framework_refuses_has_the_same_body_as_our_errors(
+    client, method, path, content, status, code, words
+):
+    response = client.request(method, path, content=content, headers=MULTIPART)
+    body = response.json()
+    assert (response.status_code, body["code"], body["success"]) == (status, code, False)
+    assert words in body["message"]
+    assert body["detail"] == body["message"]
+
+
+def test_a_page_that_is_not_there_keeps_the_frameworks_answer(client):
+    assert client.get("/widget/nope").json() == {"detail": "Not Found"}
 
 
 def test_a_widget_s_error_is_left_to_the_gui(client):
