@@ -191,7 +191,9 @@ class DeployableApp(PromptBasedObjectDetection):  # type: ignore[misc]
     def _freeze_model(self) -> None:
         """Moves the weights to memory; the SDK would load them again from disk, twice."""
         if self.deployment.freeze():
-            logger.info("The model has been idle and is moved from %s to memory", self.device)
+            logger.info("The model is moved from %s to memory until the next request", self.device)
+        elif self.deployment.is_deployed:
+            logger.info("The model is on the CPU already, so there is no device to free")
 
     def _unfreeze_model(self) -> None:
         self.deployment.wake()

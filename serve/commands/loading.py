@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -12,7 +14,7 @@ from serve.console import ERR
 
 if TYPE_CHECKING:
     from florence2.api import Florence2
-    from florence2.hub import ProgressUpdate
+    from florence2.hub import ProgressCallback, ProgressUpdate
 
 
 _WEIGHTS: Final = ("model.safetensors", "pytorch_model.bin")
@@ -66,8 +68,24 @@ def load_model(name: str, device: str, runtime: str, precision: str = "auto") ->
         "precision": precision,
         "cache_bytes": _CACHE_BYTES,
     }
+    with _bar(name) as progress:
+        return Florence2.load(name, **chosen, progress=progress)
+
+
+def fetch(name: str) -> None:
+    """The checkpoint's files on this machine; CheckpointError when they cannot be had."""
+    from florence2.resolve import resolve
+
+    with _bar(name) as progress:
+        resolve(name, progress=progress)
+
+
+@contextmanager
+def _bar(name: str) -> Iterator[ProgressCallback | None]:
+    """A bar of a download for a person; a log has no use for one."""
     if not ERR.is_terminal:
-        return Florence2.load(name, **chosen)
+        yield None
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -80,4 +98,4 @@ def load_model(name: str, device: str, runtime: str, precision: str = "auto") ->
         def show(update: ProgressUpdate) -> None:
             bar.update(task, completed=update.done_bytes, total=update.total_bytes)
 
-        return Florence2.load(name, **chosen, progress=show)
+        yield show

@@ -9,6 +9,7 @@ from typing import Annotated, Final
 import typer
 
 from florence2.errors import RequestError
+from serve.commands.loading import fetch
 from serve.console import say
 
 DEFAULT_MODEL: Final = "demo"
@@ -46,6 +47,7 @@ def serve(
     """Serve a model over HTTP on this machine; Ctrl-C ends it."""
     with _listener(host, port) as listener:
         say(f"Loading {model} ...")
+        fetch(model)
         from serve.app import Florence2App
         from serve.deployable import LocalServer
         from serve.sdk import sly
