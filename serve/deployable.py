@@ -37,7 +37,6 @@ from serve.sdk import sly
 
 # isort: split
 from supervisely.nn.inference import PromptBasedObjectDetection
-from supervisely.nn.tracker import TRACKING_LIBS_INSTALLED
 
 logger = logging.getLogger(__name__)
 
@@ -243,7 +242,9 @@ class DeployableApp(PromptBasedObjectDetection):  # type: ignore[misc]
         info["model_name"] = model.name
         info["device"] = model.device
         info["precision"] = self.model_precision
-        # The SDK says True whether or not what its tracker needs is installed.
+        # The SDK says True whether or not what its tracker needs is installed; asking it logs.
+        from supervisely.nn.tracker import TRACKING_LIBS_INSTALLED
+
         info["tracking_on_videos_support"] = TRACKING_LIBS_INSTALLED
         return info
 

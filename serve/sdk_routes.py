@@ -68,6 +68,11 @@ def _tracking(server: FastAPI, app: Florence2App) -> None:
         """The SDK starts it whatever it was sent, and fails where nobody looks."""
         state = {**request.state.state, **(request.state.context or {})}
         _with_number(state, "videoId", "video_id")
+        if not app.get_info()["tracking_on_videos_support"]:
+            raise RequestError(
+                "Tracking needs packages that are not installed beside this app; install "
+                "supervisely[tracking], or ask for the frames without tracking."
+            )
         state["tracker"] = state.get("tracker") or "botsort"
         app.settings_of(state)
         app.schedule(app._tracking_by_detection, app.api_from_request(request), state)

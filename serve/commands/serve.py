@@ -47,13 +47,16 @@ def serve(
     """Serve a model over HTTP on this machine; Ctrl-C ends it."""
     with _listener(host, port) as listener:
         say(f"Loading {model} ...")
-        fetch(model)
-        from serve.app import Florence2App
-        from serve.deployable import LocalServer
+        from florence2.runtimes.torch import choose_device
         from serve.sdk import sly
 
         # The SDK writes a line of JSON for every step, which is for the platform's log.
         sly.logger.setLevel("WARNING")
+        choose_device(device)
+        fetch(model)
+        from serve.app import Florence2App
+        from serve.deployable import LocalServer
+
         app = Florence2App(
             local=LocalServer(model, device, precision, runtime, max_batch, max_queued, listener)
         )
