@@ -30,7 +30,7 @@ class LabelRules:
     ``classes`` maps ``phrase_key`` of a label to a class. An object goes when its score is below
     the threshold of its class (``class_thresholds``, else ``threshold``), when ``whitelist`` lacks
     its class, or when its box covers more than ``max_box_area`` of the image. Names are compared
-    cleaned, without ``class_suffix``; a whitelist may have them with it too.
+    cleaned, in any case, without ``class_suffix``; a whitelist may have them with it too.
     ``nms_threshold`` and ``containment_threshold``: see ``serve.dedupe``; None is off.
     ``fixed_shapes`` are the classes whose shape the readers of the annotation already know.
     """
@@ -49,18 +49,23 @@ class LabelRules:
     fixed_shapes: Mapping[str, str] = field(default_factory=lambda: FIXED_SHAPES)
 
     def __post_init__(self) -> None:
-        thresholds = {clean_class_name(k): v for k, v in self.class_thresholds.items()}
+        thresholds = {_key(name): value for name, value in self.class_thresholds.items()}
         object.__setattr__(self, "class_thresholds", thresholds)
         object.__setattr__(self, "class_suffix", clean_suffix(self.class_suffix))
         if self.whitelist is not None:
-            object.__setattr__(self, "whitelist", frozenset(map(clean_class_name, self.whitelist)))
+            object.__setattr__(self, "whitelist", frozenset(map(_key, self.whitelist)))
 
     def threshold_of(self, class_name: str) -> float:
-        return self.class_thresholds.get(class_name, self.threshold)
+        return self.class_thresholds.get(_key(class_name), self.threshold)
 
     def wants(self, class_name: str, shape: str) -> bool:
         """Whether the whitelist has the class, as it is called or as its labels will be."""
         return self.whitelist is None or any(
-            title in self.whitelist
+            _key(title) in self.whitelist
             for title in (class_name, *possible_titles(class_name, shape, self.class_suffix))
         )
+
+
+def _key(class_name: str) -> str:
+    """What two spellings of a class share: a labeler's ``Car`` is the model's ``car``."""
+    return clean_class_name(class_name).casefold()

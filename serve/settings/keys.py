@@ -67,7 +67,6 @@ KEYS: Final[tuple[Key, ...]] = (
         "0 to 1, or off",
         "iou",
         "iou_threshold",
-        "nms_threshhold",
         default=_DEFAULT.nms_threshold,
     ),
     _field("containment_threshold", "0 to 1, or off"),

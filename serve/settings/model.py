@@ -45,12 +45,14 @@ class Settings(_Record):
     """
 
     task_prompt: str = Field(
-        default="<OD>", description="What to ask: a task, or tasks joined by +."
+        default="<OD>",
+        description="What to ask: a task such as <OD>, or tasks joined by + such as "
+        "<OD>+<REGION_TO_SEGMENTATION>.",
     )
     text: str | None = Field(
         default=None,
-        description="What to look for, such as red car. dog; full stops, semicolons and line ends "
-        "part phrases.",
+        description='What to look for, such as "red car. dog". Full stops, semicolons and line '
+        "ends part phrases.",
     )
     mapping: dict[str, tuple[str, ...]] = Field(
         default_factory=dict,
@@ -58,7 +60,8 @@ class Settings(_Record):
     )
     classes: tuple[str, ...] | None = Field(
         default=None,
-        description="Only these classes are returned, such as [dog, car]; empty: all of them.",
+        description="Only these classes are returned, such as [dog, car], in any case; empty: all "
+        "of them.",
     )
     confidence_threshold: float = Field(
         default=0.0, description="Objects with a lower confidence are left out."
@@ -69,15 +72,17 @@ class Settings(_Record):
     )
     nms_threshold: float | None = Field(
         default=DEFAULT_NMS,
-        description="Two boxes of a class whose IoU is above this are one object; off: all stay.",
+        description="Two boxes of a class with this IoU or more are one object, and the one with the "
+        "higher confidence stays; off: both stay.",
     )
     containment_threshold: float | None = Field(
         default=None,
-        description="A box is also left out when this share of it is inside a better box of its "
-        "class; off: never.",
+        description="Two boxes of a class are also one object when this share of the smaller box "
+        "is inside the larger one; empty or off: never.",
     )
     nms_across_classes: bool = Field(
-        default=False, description="Whether boxes of different classes also compete for one object."
+        default=False,
+        description="Whether boxes of different classes can be one object too.",
     )
     max_box_area: float = Field(
         default=1.0, description="Boxes that cover more than this share of the image are left out."
@@ -98,7 +103,8 @@ class Settings(_Record):
     )
     regions: tuple[BoxXyxy, ...] = Field(
         default=(),
-        description="Boxes that a <REGION_...> task is asked about, such as [[10, 20, 200, 180]].",
+        description="Boxes that a <REGION_...> task is asked about, each [x1, y1, x2, y2] in "
+        "pixels, such as [[10, 20, 200, 180]].",
     )
     rectangle: BoxXyxy | None = Field(
         default=None,

@@ -21,7 +21,7 @@ _SDK_KEY: Final = "existing_objects_iou_thresh"
 _WIDTH: Final = 96
 
 _INTRO: Final = """\
-# Settings of a request. A key that is left out, null or "" has the value that it has here.
+# Fill in what you need and leave the rest: what is null, "" or left out has its default.
 """
 _BELOW: Final = """\
 # Understood for other clients: the same under other names, and keys that they set themselves.

@@ -44,6 +44,10 @@ TWO = detected(Box(BOX, "cat", 0.4), Box(BOX, "dog", 0.6))
             TWO, {"class_thresholds": {" dog\n": 0.7}}, ["cat"], id="or higher, by the clean name"
         ),
         pytest.param(TWO, {"whitelist": frozenset({" cat "})}, ["cat"], id="whitelist, cleaned"),
+        pytest.param(TWO, {"whitelist": frozenset({"Cat"})}, ["cat"], id="whitelist in any case"),
+        pytest.param(
+            TWO, {"class_thresholds": {"CAT": 0.5}}, ["dog"], id="thresholds in any case"
+        ),
         pytest.param(TWO, {"whitelist": frozenset()}, [], id="empty whitelist"),
         pytest.param(
             TWO, {"whitelist": frozenset({"cat"}), "class_suffix": "_bbox"}, ["cat_bbox"],
