@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
     from serve.app import Florence2App
 
 _MAX_VIDEO_BYTES: Final = 512 * MIB
-_CACHE_IDS: Final = ("image_ids", "frame_ranges", "frame_indexes")
+_MAX_CACHED: Final = 10_000
+
+_log = logging.getLogger(__name__)
 
 
 def register_sdk_routes(server: FastAPI, app: Florence2App) -> None:
@@ -98,7 +101,8 @@ def _caching(server: FastAPI, app: Florence2App) -> None:
     @server.post("/smart_cache")
     def smart_cache(request: Request, tasks: BackgroundTasks) -> dict[str, str]:
         state = _cacheable(request.state.state)
-        tasks.add_task(app.cache.cache_task, api=app.api_from_request(request), state=state)
+        api = app.api_from_request(request)
+        tasks.add_task(_logged, app.cache.cache_task, api=api, state=state)
         return {"message": "Cache task started."}
 
     @server.post("/smart_cache_files")
@@ -109,33 +113,82 @@ def _caching(server: FastAPI, app: Florence2App) -> None:
         state: FormText = "{}",
     ) -> dict[str, str]:
         asked = _cacheable(parse_state(state, settings))
-        tasks.add_task(app.cache.cache_files_task, files=files, state=asked)
+        if not files:
+            raise RequestError("The form must have at least one file in 'files'; add it.")
+        tasks.add_task(_logged, app.cache.cache_files_task, files=files, state=asked)
         return {"message": "Cache task started."}
 
 
-def _cacheable(state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A state of the cache's routes; the SDK makes paths of the ids in it."""
-    if not any(name in state for name in (*_CACHE_IDS, "image_hashes", "video_id")):
+def _logged(work: Callable[..., None], **arguments: object) -> None:
+    """``work`` after the answer; an error that left it would end the client's connection."""
+    try:
+        work(**arguments)
+    except Exception:  # noqa: BLE001 - the SDK and its transport raise what they like
+        _log.exception("What was to be cached could not be")
+
+
+def _cacheable(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What the cache reads of a state, checked: the SDK makes paths and lists of it."""
+    ids = {name: state[name] for name in _CACHED if state.get(name) is not None}
+    if not ids:
         raise RequestError(
             "The cache takes image_ids, image_hashes or video_id, and none was received; add one."
         )
-    if "video_id" in state:
-        _with_number(state, "video_id")
-    for name in _CACHE_IDS:
-        if name in state and not all(isinstance(one, int) for one in _flat(state[name])):
-            raise RequestError(f"{name} is a list of numbers, and something else was received.")
-    hashes = state.get("image_hashes", [])
-    if not isinstance(hashes, list) or any(
-        not isinstance(one, str) or ".." in one or one.startswith("/") for one in hashes
+    if ids.keys() <= {"frame_ranges", "frame_indexes"}:
+        raise RequestError("Frames are those of a video, and no video_id was received; add it.")
+    for name, value in ids.items():
+        _CACHED[name](name, value)
+    return {**{name: value for name, value in state.items() if name not in _CACHED}, **ids}
+
+
+def _check_numbers(name: str, value: object) -> None:
+    if not isinstance(value, list) or not all(_is_whole(one) for one in value):
+        raise RequestError(f"{name} is a list of whole numbers, and something else was received.")
+    _check_count(name, len(value))
+
+
+def _check_ranges(name: str, value: object) -> None:
+    pairs = value if isinstance(value, list) else [None]
+    if not all(
+        isinstance(pair, list) and len(pair) == 2 and all(map(_is_whole, pair)) for pair in pairs
     ):
-        raise RequestError("image_hashes is a list of hashes, and something else was received.")
-    return state
+        raise RequestError(
+            f"{name} is a list of pairs of first and last frame, and something else was received."
+        )
+    _check_count(name, sum(abs(last - first) + 1 for first, last in pairs))
 
 
-def _flat(value: object) -> list[object]:
-    if not isinstance(value, list):
-        return [value] if isinstance(value, int) else [None]
-    return [inner for one in value for inner in (one if isinstance(one, list) else [one])]
+def _check_hashes(name: str, value: object) -> None:
+    if not isinstance(value, list) or any(
+        not isinstance(one, str) or ".." in one or one.startswith("/") for one in value
+    ):
+        raise RequestError(f"{name} is a list of hashes, and something else was received.")
+    _check_count(name, len(value))
+
+
+def _check_count(name: str, count: int) -> None:
+    if count > _MAX_CACHED:
+        raise RequestError(
+            f"{name} names at most {_MAX_CACHED} at a time, and {count} were received; send them "
+            "in several requests."
+        )
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _check_video(name: str, value: object) -> None:
+    _with_number({name: value}, name)
+
+
+_CACHED: Final[Mapping[str, Callable[[str, object], None]]] = {
+    "image_ids": _check_numbers,
+    "image_hashes": _check_hashes,
+    "frame_ranges": _check_ranges,
+    "frame_indexes": _check_numbers,
+    "video_id": _check_video,
+}
 
 
 def _with_number(state: Mapping[str, Any], *names: str) -> dict[str, Any]:
