@@ -15,7 +15,7 @@ from florence2.cascade import (
     regions_of,
 )
 from florence2.engine import Engine, Prompt
-from florence2.errors import FlorenceError, RequestError
+from florence2.errors import FlorenceError, RequestError, as_value
 from florence2.images import LoadedImage, open_image
 from florence2.records import Failure, GenerationSettings, Region, Result
 from florence2.stopping import BetweenPasses, Stop, stop_of_all
@@ -113,7 +113,7 @@ def _opened(image: AnyImage) -> LoadedImage | EncodedImage | FlorenceError:
     try:
         return open_image(image)
     except FlorenceError as error:
-        return error
+        return as_value(error)
 
 
 def _no_ask(value: object) -> FlorenceError:
@@ -139,7 +139,7 @@ def _begin(
         engine.check_image(image)
         return _Progress(ask, image, steps, settings)
     except FlorenceError as error:
-        return error
+        return as_value(error)
 
 
 def _run_round(
@@ -152,7 +152,7 @@ def _run_round(
         try:
             own = _next_prompts(engine, progress)
         except FlorenceError as error:
-            progress.error, own = error, []
+            progress.error, own = as_value(error), []
         prompts += own
         counts.append(len(own))
     results = engine.answer(prompts, between_passes)

@@ -17,7 +17,7 @@ from typing import Any, Final, TypeVar
 from florence2.answering import Outcome, answer_all
 from florence2.ask import Ask
 from florence2.engine import Engine
-from florence2.errors import FlorenceError
+from florence2.errors import FlorenceError, as_value
 from florence2.memory import OutOfMemoryError
 from florence2.records import Failure, Result
 from florence2.scheduler_errors import (
@@ -29,7 +29,7 @@ from florence2.scheduler_errors import (
     stopped,
 )
 from florence2.scheduler_queue import Piece, TicketQueue
-from florence2.scheduler_report import BatchReport, Observer, Pace, report_of
+from florence2.scheduler_report import BatchReport, Observer, Reports, report_of
 from florence2.scheduler_ticket import Priority, Ticket
 from florence2.stopping import BetweenPasses
 
@@ -56,9 +56,9 @@ T = TypeVar("T")
 class Scheduler:
     """Answers the asks of many threads on one thread of its own, until ``close``.
 
-    ``max_batch`` is counted in asks, ``max_queued`` too: from that many waiting asks on a further
-    request is refused. ``observer`` is called on the model's thread after every batch, just
-    before the callers get their answers.
+    ``max_batch`` is counted in asks, ``max_queued`` too: from that many waiting asks of a priority
+    on a further request of it is refused. ``observer`` is called on the model's thread after every
+    batch, just before the callers get their answers.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Scheduler:
         self._engine = engine
         self._max_batch = max_batch or engine.prompt_batch
         self._max_queued = max_queued
-        self._observer = observer
+        self._reports = Reports(observer)
         self._news = threading.Condition()
         self._queues = {priority: TicketQueue() for priority in Priority}
         self._postponed: list[Piece] = []
@@ -80,7 +80,6 @@ class Scheduler:
         self._open: set[Ticket] = set()
         self._is_closed = False
         self._last: BatchReport | None = None
-        self._pace = Pace()
         self._nested_s = 0.0
         self._thread = threading.Thread(target=self._work, name="florence2-model", daemon=True)
         self._thread.start()
@@ -89,7 +88,7 @@ class Scheduler:
     def queue_depth(self) -> int:
         """Asks that wait for their batch."""
         with self._news:
-            return sum(queue.num_asks for queue in self._queues.values()) + len(self._postponed)
+            return sum(self._depth(priority) for priority in Priority)
 
     @property
     def is_closed(self) -> bool:
@@ -122,7 +121,8 @@ class Scheduler:
         finally:
             self._forget(ticket)
         if isinstance(ticket.reason, StoppedError):
-            raise ticket.reason
+            # Not the reason itself, whose traceback would hold the ticket that holds the reason.
+            raise stopped()
         return ticket.results()
 
     def call(self, action: Callable[[], T]) -> T:
@@ -153,16 +153,21 @@ class Scheduler:
             self._check_open()
             if not ticket.asks:
                 return
-            depth = self.queue_depth
+            # By priority: someone at the screen is not refused because a run fills the queue.
+            depth = self._depth(ticket.priority)
             if depth >= self._max_queued:
                 raise QueueFullError(
                     f"At most {self._max_queued} prompts may wait for an answer, and {depth} do; "
                     "send the request again later.",
-                    self._pace.seconds_for(depth),
+                    self._reports.pace.seconds_for(depth),
                 )
             self._open.add(ticket)
             self._queues[ticket.priority].add(ticket)
             self._news.notify()
+
+    def _depth(self, priority: Priority) -> int:
+        postponed = sum(piece.ticket.priority is priority for piece in self._postponed)
+        return self._queues[priority].num_asks + postponed
 
     def _check_open(self) -> None:
         if self._is_closed:
@@ -193,14 +198,18 @@ class Scheduler:
     def _work(self) -> None:
         try:
             while not self._is_closed:
-                action, pieces = self._next()
-                if action is not None:
-                    _act(*action)
-                elif pieces:
-                    self._last = self._answer(pieces)
+                self._work_once()
         finally:
             # Whatever ends this thread, nobody is left waiting for it.
             self._stop()
+
+    def _work_once(self) -> None:
+        """By itself: in the loop its variables would hold a request's images till the next one."""
+        action, pieces = self._next()
+        if action is not None:
+            _act(*action)
+        elif pieces:
+            self._last = self._answer(pieces)
 
     def _next(self) -> tuple[tuple[Callable[[], Any], Future[Any]] | None, list[Piece]]:
         """Waits for something to do: an action, or else a batch."""
@@ -249,7 +258,7 @@ class Scheduler:
             answered = self._postpone(answered)
         report = report_of(answered, priority, began, seconds, self.queue_depth)
         if answered:
-            self._observe(report)
+            self._reports.note(report)
         with self._news:
             for piece, outcome in answered:
                 piece.ticket.settle(piece.place, outcome)
@@ -259,10 +268,13 @@ class Scheduler:
         try:
             return answer_all(self._engine, [piece.ask for piece in pieces], between_passes)
         except FlorenceError as error:
-            return [error] * len(pieces)
+            return [as_value(error)] * len(pieces)
         except Exception:
             logger.exception("A batch of %d prompts failed", len(pieces))
-            return [InternalError()] * len(pieces)
+        if len(pieces) == 1:
+            return [InternalError()]
+        # The fault of one ask must not be that of all who share its batch.
+        return [found for one in pieces for found in self._outcomes([one], between_passes)]
 
     def _postpone(self, answered: list[tuple[Piece, Outcome]]) -> list[tuple[Piece, Outcome]]:
         """What had no room beside a bulk batch is asked again right after it; gives the rest."""
@@ -273,15 +285,6 @@ class Scheduler:
                 if isinstance(outcome, OutOfMemoryError) and not piece.ticket.is_done
             ]
             return [pair for pair in answered if not isinstance(pair[1], OutOfMemoryError)]
-
-    def _observe(self, report: BatchReport) -> None:
-        self._pace.note(report)
-        if self._observer is None:
-            return
-        try:
-            self._observer(report)
-        except Exception:
-            logger.exception("The observer of batches failed")
 
 
 def _act(action: Callable[[], Any], future: Future[Any]) -> None:

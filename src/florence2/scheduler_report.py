@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -10,6 +11,8 @@ from florence2.answering import Outcome, identity
 from florence2.records import Result
 from florence2.scheduler_queue import Piece
 from florence2.scheduler_ticket import Priority
+
+logger = logging.getLogger(__name__)
 
 RETRY_AFTER_S: Final = (1.0, 60.0)
 FIRST_RETRY_AFTER_S: Final = 5.0
@@ -81,3 +84,21 @@ class Pace:
             return FIRST_RETRY_AFTER_S
         low, high = RETRY_AFTER_S
         return min(high, max(low, num_asks / self._asks_per_s))
+
+
+class Reports:
+    """Hands every report on to the observer, and learns the pace from it."""
+
+    def __init__(self, observer: Observer | None) -> None:
+        self.pace = Pace()
+        self._observer = observer
+
+    def note(self, report: BatchReport) -> None:
+        """Takes one more batch into account; an observer that fails is only logged."""
+        self.pace.note(report)
+        if self._observer is None:
+            return
+        try:
+            self._observer(report)
+        except Exception:
+            logger.exception("The observer of batches failed")

@@ -31,6 +31,22 @@ class Priority(IntEnum):
     BULK = 1
 
 
+class _Interest:
+    """Whether anyone waits for the answers still.
+
+    Asks that looked at their ticket itself would keep each other, and their images, alive.
+    """
+
+    __slots__ = ("reason",)
+
+    def __init__(self) -> None:
+        self.reason: FlorenceError | None = None
+
+    def stop(self) -> FlorenceError | None:
+        """Why nobody waits any longer; the ``Stop`` of every ask of a ticket."""
+        return self.reason
+
+
 class Ticket:
     """The asks of one request; each is answered once, and what comes later is dropped.
 
@@ -48,12 +64,12 @@ class Ticket:
         should_stop: Callable[[], bool] | None = None,
     ) -> None:
         _check_deadline(deadline_s)
-        self.asks = [_watched(ask, self.stop) for ask in asks]
+        self._interest = _Interest()
+        self.asks = [_watched(ask, self._interest.stop) for ask in asks]
         self.priority = priority
         self.arrived = time.monotonic()
         self.chunks = _by_image(asks, max_batch)
         self.num_waiting = len(asks)
-        self.reason: FlorenceError | None = None
         self._deadline = None if deadline_s is None else self.arrived + deadline_s
         self._deadline_s = deadline_s
         self._should_stop = should_stop
@@ -68,9 +84,10 @@ class Ticket:
         """Whether every ask has its result."""
         return self._is_done.is_set()
 
-    def stop(self) -> FlorenceError | None:
-        """Why nobody waits any longer; the ``Stop`` of every ask of this ticket."""
-        return self.reason
+    @property
+    def reason(self) -> FlorenceError | None:
+        """Why nobody waits any longer, if so."""
+        return self._interest.reason
 
     def take(self, room: int) -> list[int]:
         """The places of up to ``room`` asks about one image, which are then begun."""
@@ -96,7 +113,7 @@ class Ticket:
 
     def give_up(self, reason: FlorenceError) -> None:
         """Settles every open ask with ``reason``; those in the batch in hand leave it."""
-        self.reason = reason
+        self._interest.reason = reason
         self.chunks.clear()
         self.num_waiting = 0
         for place in range(len(self._results)):

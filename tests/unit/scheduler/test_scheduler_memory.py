@@ -1,0 +1,76 @@
+"""What was asked is let go of with its answer, without waiting for the garbage collector."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+from scheduler_tools import PATIENCE_S, WatchedRuntime, captions, picture, wait_until
+
+from florence2 import Ask, Failure
+from florence2.engine import Engine
+from florence2.images import open_image
+from florence2.scheduler import Priority, Scheduler
+
+BAD_ASKS = {
+    "no such image": Ask("nowhere.jpg", "<CAPTION>"),
+    "a damaged image": Ask(b"no image at all", "<CAPTION>"),
+    "an unknown task": Ask(picture(2), "<NO_TASK>"),
+    "no beams": Ask(picture(2), "<CAPTION>", num_beams=0),
+    "a text too much": Ask(picture(2), "<CAPTION>", "a dog"),
+    "no region": Ask(picture(2), "<REGION_TO_CATEGORY>", region=(1, 2, 3)),
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_collector():
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.parametrize("bad", BAD_ASKS.values(), ids=BAD_ASKS)
+def test_a_bad_click_during_a_bulk_batch_keeps_no_session_alive(scheduler, runtime, send, bad):
+    clicks = []
+
+    def before_pass():
+        if len(runtime.passes) == 5 and not clicks:
+            clicks.append(None)
+            clicks[0] = send([bad])
+            wait_until(lambda: scheduler.queue_depth > 0)
+
+    runtime.before_pass = before_pass
+    scheduler.run(captions(1), priority=Priority.BULK)
+    [failure] = clicks[0].result(PATIENCE_S)
+    assert isinstance(failure, Failure)
+    assert scheduler.call(lambda: runtime.open_sessions) == 0
+
+
+@pytest.mark.parametrize("given_up", [False, True])
+def test_the_images_of_a_request_go_with_it(scheduler, given_up):
+    image = open_image(picture(1))
+    gone = weakref.ref(image)
+    asks = [Ask(image, "<CAPTION>"), Ask(image, "<NO_TASK>")]
+    scheduler.run(asks, should_stop=lambda: given_up)
+    del image, asks
+    scheduler.call(lambda: None)
+    assert gone() is None
+
+
+def test_what_closing_stops_is_let_go_of_too(model):
+    runtime = WatchedRuntime(model.engine.runtime)
+    engine = Engine(
+        model.engine.checkpoint, runtime, image_batch=2, prompt_batch=8, cache_bytes=2**20
+    )
+    scheduler = Scheduler(engine)
+    image = open_image(picture(1))
+    gone = weakref.ref(image)
+    runtime.before_pass = lambda: len(runtime.passes) == 4 and scheduler._stop()
+    with pytest.raises(Exception, match="No checkpoint is deployed"):
+        scheduler.run([Ask(image, "<CAPTION>")], priority=Priority.BULK)
+    scheduler.close()
+    del image
+    assert gone() is None
+    assert runtime.open_sessions == 0
