@@ -247,8 +247,9 @@ class Engine:
         with self._lock:
             if not (self._is_parked or self._is_closed):
                 self.cache.clear()
-                self.runtime.park()
+                # First: weights that were moved only in part are all brought back.
                 self._is_parked = True
+                self.runtime.park()
 
     def resume(self) -> None:
         """Brings parked weights back to the device; CheckpointError once closed."""
@@ -258,9 +259,9 @@ class Engine:
     def close(self) -> None:
         """Gives the weights up for good, once the batch in hand is answered."""
         with self._lock:
+            self._is_closed = True
             self.cache.clear()
             self.runtime.close()
-            self._is_closed = True
 
     def _wake(self) -> None:
         if self._is_closed:

@@ -20,6 +20,13 @@ PRECISIONS: Final = {
     "fp16": torch.float16,
 }
 
+_OUT_OF_MEMORY: Final = (
+    "DefaultCPUAllocator",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+
 
 def choose_device(name: str) -> torch.device:
     """The torch device for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; DeviceError otherwise."""
@@ -27,7 +34,7 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
         raise DeviceError(unknown_name("device", name, ["auto", "cpu", "cuda", "cuda:0"]))
     if kind == "cuda" and not torch.cuda.is_available():
         raise DeviceError(
@@ -97,10 +104,12 @@ class TorchRuntime:
         return DecoderSession(self.network, states, states_mask, num_beams, max_new_tokens)
 
     def is_out_of_memory(self, error: BaseException) -> bool:
-        """Whether torch could not allocate; on a CPU it says so only in the message."""
+        """Whether torch or a library below it could not allocate; most say so only in words."""
         if isinstance(error, torch.OutOfMemoryError | MemoryError):
             return True
-        return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+        return isinstance(error, RuntimeError) and any(
+            words in str(error) for words in _OUT_OF_MEMORY
+        )
 
     def free_memory(self) -> None:
         """Returns torch's cached GPU blocks to the device."""
