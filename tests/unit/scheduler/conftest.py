@@ -56,8 +56,14 @@ def scheduler(start):
 
 
 @pytest.fixture
-def send(scheduler):
-    """``send(asks, ...)`` runs a request on a thread of its own and gives its future."""
+def send_to():
+    """``send_to(scheduler, asks, ...)`` runs a request on a thread of its own: its future."""
     with ThreadPoolExecutor(max_workers=64) as threads:
-        yield partial(threads.submit, scheduler.run)
-        scheduler.close()
+        yield lambda scheduler, asks, **how: threads.submit(scheduler.run, asks, **how)
+
+
+@pytest.fixture
+def send(scheduler, send_to):
+    """``send_to`` the scheduler of the test."""
+    yield partial(send_to, scheduler)
+    scheduler.close()

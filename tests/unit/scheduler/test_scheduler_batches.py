@@ -186,3 +186,16 @@ def test_a_fault_fails_its_own_batch_in_a_sentence_and_the_next_is_answered(
     runtime.before_pass = lambda: None
     [answer] = scheduler.run(captions(1), priority=priority)
     assert not isinstance(answer, Failure)
+
+
+@pytest.mark.parametrize("priority", Priority)
+def test_a_fault_of_one_ask_is_not_that_of_its_batch(model, scheduler, send, caplog, priority):
+    faulty = Ask(picture(1), "<CAPTION>", stop=lambda: 1 / 0)
+    with held(scheduler), caplog.at_level(logging.ERROR):
+        one = send([faulty, *captions(1)], priority=priority)
+        other = send(captions(2), priority=priority)
+        wait_until(lambda: scheduler.queue_depth == 3)
+    failure, beside = one.result(PATIENCE_S)
+    assert failure.code == "internal_error"
+    assert_same(beside, model.run_many(captions(1))[0])
+    assert_same(other.result(PATIENCE_S)[0], model.run_many(captions(2))[0])

@@ -126,6 +126,19 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(start):
     assert isinstance(scheduler.run(captions(6))[0], Result)
 
 
+def test_a_click_is_let_in_although_a_run_fills_the_queue(start, send_to):
+    scheduler = start(max_queued=3)
+    with held(scheduler):
+        bulk = send_to(scheduler, captions(1, 2, 3, 4), priority=Priority.BULK)
+        wait_until(lambda: scheduler.queue_depth == 4)
+        click = send_to(scheduler, captions(5))
+        wait_until(lambda: scheduler.queue_depth == 5)
+        with pytest.raises(QueueFullError, match="and 4 do"):
+            scheduler.run(captions(6), priority=Priority.BULK)
+    assert isinstance(click.result(PATIENCE_S)[0], Result)
+    assert all(isinstance(result, Result) for result in bulk.result(PATIENCE_S))
+
+
 def test_closing_stops_those_who_wait_and_the_batch_in_hand(start, runtime):
     scheduler = start(max_batch=1)
     caught: list[Exception] = []

@@ -1,0 +1,83 @@
+"""Which device and precision are taken, and which errors mean that there is no memory left."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from engine_tools import ask, assert_close, picture
+
+from florence2 import Florence2
+from florence2.errors import DeviceError
+from florence2.runtimes.torch import choose_device, choose_precision
+
+NO_MEMORY = {
+    "of the GPU": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    "of the driver": RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be ..."),
+    "of cuBLAS": RuntimeError(
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+    ),
+    "of cuDNN": RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    "of the CPU": RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    "of numpy": MemoryError("Unable to allocate 3.00 GiB for an array"),
+}
+OTHER = {
+    "a shape": RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+    "a kernel": RuntimeError("CUDA error: device-side assert triggered"),
+    "another kind": ValueError("CUDA error: out of memory"),
+}
+
+
+@pytest.mark.parametrize("error", NO_MEMORY.values(), ids=NO_MEMORY)
+def test_these_errors_mean_that_a_smaller_batch_may_fit(model, error):
+    assert model.engine.runtime.is_out_of_memory(error)
+
+
+@pytest.mark.parametrize("error", OTHER.values(), ids=OTHER)
+def test_other_errors_are_faults(model, error):
+    assert not model.engine.runtime.is_out_of_memory(error)
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", "cuda:²", "cpu:-1", "", "None", None, 0])
+def test_another_device_is_refused_in_a_sentence(monkeypatch, name):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(DeviceError, match="Unknown device"):
+        choose_device(name)
+
+
+def test_a_gpu_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(DeviceError, match="2 CUDA device"):
+        choose_device("cuda:2")
+    assert choose_device("cuda:1") == torch.device("cuda:1")
+    assert choose_device("auto") == torch.device("cuda")
+
+
+def test_precisions_are_for_devices():
+    cpu = torch.device("cpu")
+    assert choose_precision("auto", cpu) == "fp32"
+    assert choose_precision("bf16", cpu) == "bf16"
+    with pytest.raises(DeviceError, match="for GPUs"):
+        choose_precision("fp16", cpu)
+    with pytest.raises(DeviceError, match="Unknown precision"):
+        choose_precision("int8", cpu)
+
+
+def test_weights_that_were_parked_in_part_come_back(checkpoint_folder, monkeypatch):
+    model = Florence2.load(checkpoint_folder, device="cpu")
+    before = model.run_many([ask(picture(1), "<OD>")])
+    runtime = model.engine.runtime
+
+    def park_in_part():
+        runtime.network.model.vision_tower.to("meta")
+        raise MemoryError("half of it is gone")
+
+    whole = {name: value.clone() for name, value in runtime.network.state_dict().items()}
+    monkeypatch.setattr(runtime, "park", park_in_part)
+    monkeypatch.setattr(
+        runtime, "resume", lambda: runtime.network.load_state_dict(whole, assign=True)
+    )
+    with pytest.raises(MemoryError):
+        model.engine.park()
+    [answer] = model.run_many([ask(picture(1), "<OD>")])
+    assert_close(answer, before[0])
