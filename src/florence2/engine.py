@@ -64,8 +64,9 @@ class Engine:
         self._is_parked = False
         self._is_closed = False
         self._nearby = Nearby(checkpoint.vocabulary.first_location_id, NEAR_BINS)
-        revision = checkpoint.revision or "local"
-        self._key_prefix = f"{checkpoint.name}@{revision} {runtime.name} {runtime.precision}"
+        # Two folders may have one name, and features of one device mean nothing on another.
+        where = f"{runtime.name} {runtime.device} {runtime.precision}"
+        self._key_prefix = f"{checkpoint.folder}@{checkpoint.revision} {where}"
 
     @property
     def max_positions(self) -> int:
@@ -129,11 +130,12 @@ class Engine:
         return encoded
 
     def check_image(self, image: EncodedImage) -> None:
-        """RequestError for features of another checkpoint, which mean nothing here."""
+        """RequestError for features of another checkpoint or device, which mean nothing here."""
         if not image.key.startswith(f"{self._key_prefix}:"):
             raise RequestError(
-                f"An encoded image belongs to the checkpoint that encoded it, and this one is not "
-                f"of {self.checkpoint.name}; encode the image again."
+                f"An encoded image belongs to the checkpoint and device that encoded it, and this "
+                f"one is not of {self.checkpoint.name} on {self.runtime.device}; encode the image "
+                "again."
             )
 
     def prepare(
