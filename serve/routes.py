@@ -11,13 +11,21 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from anyio import CapacityLimiter, to_thread
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import HTMLResponse
 
 from serve.http.leaving import client_is_gone
 from serve.http.page import index_page
 from serve.http.tasks_json import instructions, tasks_json
-from serve.http.uploads import NO_FILES, Files, FormText, parse_state, read_one_upload, read_uploads
+from serve.http.uploads import (
+    NO_FILES,
+    Files,
+    FormText,
+    check_fields,
+    parse_state,
+    read_one_upload,
+    read_uploads,
+)
 from serve.http.url_images import fetch_image
 from serve.sdk_routes import register_sdk_routes
 from serve.vqa import answer_question
@@ -47,7 +55,7 @@ def register_routes(server: FastAPI, app: Florence2App, *, with_page: bool) -> N
 def _images(server: FastAPI, app: Florence2App) -> None:
     waiting = CapacityLimiter(_WAITING)
 
-    @server.post("/inference_image")
+    @server.post("/inference_image", dependencies=[Depends(check_fields)])
     async def inference_image(
         request: Request,
         files: Files = NO_FILES,
@@ -74,7 +82,7 @@ def _images(server: FastAPI, app: Florence2App) -> None:
 def _batches(server: FastAPI, app: Florence2App) -> None:
     waiting = CapacityLimiter(_WAITING)
 
-    @server.post("/inference_batch")
+    @server.post("/inference_batch", dependencies=[Depends(check_fields)])
     async def inference_batch(
         request: Request,
         files: Files = NO_FILES,
@@ -82,10 +90,15 @@ def _batches(server: FastAPI, app: Florence2App) -> None:
         state: FormText = "{}",
     ) -> list[dict[str, Any]]:
         asked = parse_state(state, settings)
-        images = [upload.data for upload in read_uploads(files)]
-        return await _waited(request, lambda stop: app.answer_uploads(images, asked, stop), waiting)
 
-    @server.post("/inference_batch_async")
+        def answer(stop: Callable[[], bool]) -> list[dict[str, Any]]:
+            # Up to half a gigabyte from a temporary file: no work for the thread of all requests.
+            images = [upload.data for upload in read_uploads(files)]
+            return app.answer_uploads(images, asked, stop)
+
+        return await _waited(request, answer, waiting)
+
+    @server.post("/inference_batch_async", dependencies=[Depends(check_fields)])
     def inference_batch_async(
         files: Files = NO_FILES,
         settings: FormText = "{}",

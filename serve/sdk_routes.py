@@ -148,14 +148,13 @@ def _check_numbers(name: str, value: object) -> None:
 
 
 def _check_ranges(name: str, value: object) -> None:
-    pairs = value if isinstance(value, list) else [None]
-    if not all(
-        isinstance(pair, list) and len(pair) == 2 and all(map(_is_whole, pair)) for pair in pairs
+    if not isinstance(value, list) or not all(
+        isinstance(pair, list) and len(pair) == 2 and all(map(_is_whole, pair)) for pair in value
     ):
         raise RequestError(
             f"{name} is a list of pairs of first and last frame, and something else was received."
         )
-    _check_count(name, sum(abs(last - first) + 1 for first, last in pairs))
+    _check_count(name, sum(abs(last - first) + 1 for first, last in value))
 
 
 def _check_hashes(name: str, value: object) -> None:

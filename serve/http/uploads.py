@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Final
 
-from fastapi import File, Form, UploadFile
+from fastapi import File, Form, Request, UploadFile
 
 from florence2.errors import RequestError
 from serve.http.errors import TooLargeError
 from serve.http.limits import MAX_FILES, MAX_IMAGE_BYTES, readable_size
+from serve.settings.parse import check_placement
 
 Files = Annotated[Sequence[UploadFile], File()]
 FormText = Annotated[str, Form()]
@@ -71,6 +72,11 @@ def _read(file: UploadFile, index: int, max_bytes: int) -> Upload:
     return Upload(name, data)
 
 
+async def check_fields(request: Request) -> None:
+    """RequestError for a setting that is a field of its own, which nothing would read."""
+    check_placement(dict.fromkeys(await request.form()))
+
+
 def clean_name(name: str | None, index: int) -> str:
     """A file's name for messages: no folders, no unprintable characters, never empty."""
     last = re.split(r"[/\\]", name or "")[-1]
@@ -85,12 +91,16 @@ def parse_state(form_state: str | None, form_settings: str | None) -> dict[str, 
     ``{"settings": {...}}`` there. Settings sent there without that wrapper would be ignored
     without a word, so they are taken as the settings too.
 
-    Raises RequestError if the field that counts is not a JSON object.
+    Raises RequestError if the field that counts is not a JSON object, or if a ``state`` has
+    settings beside ``settings``.
     """
     if form_state and form_state.strip() != "{}":
-        return _parse_object(form_state, "state")
+        state = _parse_object(form_state, "state")
+        check_placement(state)
+        return state
     state = _parse_object(form_settings or "{}", "settings")
     if not state or "settings" in state:
+        check_placement(state)
         return state
     return {**state, "settings": state}
 

@@ -124,6 +124,11 @@ KEYS: Final[tuple[Key, ...]] = (
 
 BY_NAME: Final = {key.name: key for key in KEYS}
 
+ONLY_SETTINGS: Final = frozenset(
+    key.name for key in KEYS if not key.for_clients and key.name not in ("classes", "rectangle")
+)
+"""Keys that mean nothing beside the settings; the SDK has a meaning of its own for the others."""
+
 LEFT_OUT: Final = frozenset({"rectangle", "rectangles"})
 """Not in the settings file: the SDK takes a null under these names for a box, and fails."""
 

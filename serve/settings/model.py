@@ -72,8 +72,8 @@ class Settings(_Record):
     )
     nms_threshold: float | None = Field(
         default=DEFAULT_NMS,
-        description="Two boxes of a class with this IoU or more are one object, and the one with the "
-        "higher confidence stays; off: both stay.",
+        description="Two boxes of a class with this IoU or more are one object, and the one with "
+        "the higher confidence stays; off: both stay.",
     )
     containment_threshold: float | None = Field(
         default=None,

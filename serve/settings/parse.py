@@ -14,7 +14,7 @@ from florence2.errors import RequestError
 from serve.naming import OBJECT_CLASS
 from serve.phrases import classes_of, split_phrases
 from serve.settings import boxes, choose, values, windows, words
-from serve.settings.keys import BY_NAME, KEYS, LET_THROUGH, Key
+from serve.settings.keys import BY_NAME, KEYS, LET_THROUGH, ONLY_SETTINGS, Key
 from serve.settings.model import Geometry, Reference, Settings, Tiling
 
 BOX_SUFFIX: Final = "_bbox"
@@ -83,6 +83,19 @@ def parse_settings(raw: Mapping[str, object] | None) -> Settings:
         num_beams=num_beams,
         max_new_tokens=max_new_tokens,
     )
+
+
+def check_placement(state: Mapping[str, object]) -> None:
+    """RequestError for settings that stand in a request beside ``settings``.
+
+    They would be ignored without a word, and another question answered.
+    """
+    for name in state:
+        if name in ONLY_SETTINGS:
+            raise RequestError(
+                f"{name} is one of the settings, and it was received beside them; send "
+                f'{{"settings": {{"{name}": ...}}}}.'
+            )
 
 
 def _checked_keys(raw: object) -> Mapping[str, object]:

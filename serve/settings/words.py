@@ -91,14 +91,17 @@ def without_echo(listed: tuple[str, ...] | None, asked: Collection[str]) -> tupl
 def thresholds(name: str, value: object) -> dict[str, float]:
     """A number from 0 to 1 by class."""
     read: dict[str, float] = {}
+    by_key: dict[str, float] = {}
     for key, entry in table(name, value, "{dog: 0.4, car: 0.2}").items():
         one = class_name(name, key)
         found = number(f"The threshold of {one!r} in {name}", entry)
-        if read.setdefault(one, found) != found:
+        before = by_key.setdefault(one.casefold(), found)
+        if before != found:
             raise RequestError(
-                f"A class has one threshold, and {name} has {read[one]:g} and {found:g} for "
+                f"A class has one threshold, and {name} has {before:g} and {found:g} for "
                 f"{one!r}; keep one of them."
             )
+        read[one] = found
     if len(read) > MAX_LISTED:
         raise RequestError(
             f"{name} has at most {MAX_LISTED} classes, and {len(read)} were received; list fewer."

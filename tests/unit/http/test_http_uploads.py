@@ -3,13 +3,19 @@
 import json
 
 import pytest
-from fastapi import FastAPI, UploadFile
+from fastapi import Depends, FastAPI, UploadFile
 from fastapi.testclient import TestClient
 
 from florence2.errors import RequestError
 from serve.http.errors import install_error_handlers
 from serve.http.limits import MAX_FILES
-from serve.http.uploads import clean_name, parse_state, read_one_upload, read_uploads
+from serve.http.uploads import (
+    check_fields,
+    clean_name,
+    parse_state,
+    read_one_upload,
+    read_uploads,
+)
 
 
 @pytest.fixture
@@ -28,6 +34,10 @@ def client():
     @server.post("/one")
     def one(files: list[UploadFile]):
         return read_one_upload(files).name
+
+    @server.post("/checked", dependencies=[Depends(check_fields)])
+    def checked(files: list[UploadFile]):
+        return read_uploads(files)[0].data.decode()
 
     return TestClient(server)
 
@@ -112,6 +122,26 @@ STATES = {
 @pytest.mark.parametrize(("state", "settings", "expected"), STATES.values(), ids=STATES)
 def test_the_state_of_a_form_follows_the_rules_of_the_sdk(state, settings, expected):
     assert parse_state(state, settings) == expected
+
+
+def test_settings_beside_the_settings_are_refused():
+    with pytest.raises(RequestError, match="task_prompt is one of the settings"):
+        parse_state('{"task_prompt": "<CAPTION>", "batch_size": 2}', "{}")
+    with pytest.raises(RequestError, match="geometry is one of the settings"):
+        parse_state("{}", '{"geometry": "bitmap", "settings": {}}')
+
+
+def test_a_setting_as_a_field_of_its_own_is_refused(client):
+    files = {"files": ("a.png", b"x")}
+    response = client.post("/checked", files=files, data={"task_prompt": "<CAPTION>"})
+    assert response.status_code == 400
+    assert "task_prompt is one of the settings" in response.json()["message"]
+    assert client.post("/checked", files=files, data={"other": "1"}).json() == "x"
+
+
+def test_what_the_sdk_sends_beside_the_settings_is_kept():
+    beside = {"rectangle": [0, 0, 5, 5], "classes": ["cat"], "batch_size": 2, "upload_mode": None}
+    assert parse_state(json.dumps(beside), "{}") == beside
 
 
 BAD_STATES = {

@@ -86,7 +86,9 @@ WINDOWS = st.fixed_dictionaries(
 USUAL = {
     "classes": st.lists(CLASS_NAMES, max_size=4) | st.just("all"),
     "confidence_threshold": SHARES,
-    "class_thresholds": st.dictionaries(CLASS_NAMES.map(str.split).map(" ".join), SHARES),
+    "class_thresholds": st.dictionaries(
+        CLASS_NAMES.map(str.split).map(" ".join).map(str.casefold), SHARES
+    ),
     "nms_threshold": OFF_OR_SHARES,
     "containment_threshold": OFF_OR_SHARES,
     "nms_across_classes": st.booleans(),
