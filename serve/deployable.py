@@ -8,6 +8,7 @@ import logging
 import os
 import socket
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -78,6 +79,7 @@ class DeployableApp(PromptBasedObjectDetection):  # type: ignore[misc]
     def __init__(self, *, local: LocalServer | None = None, **sdk_options: Any) -> None:  # noqa: ANN401
         # All of it before the SDK's constructor, which may load a model.
         self._local = local
+        self._deploying = threading.Lock()
         self._idle = IdleTimer(self._freeze_model)
         self._meta = ModelMeta()
         self.metrics = Metrics()
@@ -110,14 +112,15 @@ class DeployableApp(PromptBasedObjectDetection):  # type: ignore[misc]
 
     def _load_model_headless(self, **deploy_params: Any) -> None:  # noqa: ANN401
         """What runs now goes on running, and is reported as before, when the next one fails."""
-        before = {name: getattr(self, name) for name in _STATE_OF_A_DEPLOYMENT}
-        try:
-            super()._load_model_headless(**deploy_params)
-        except BaseException:
-            for name, value in before.items():
-                setattr(self, name, value)
-            self._model_served = self.deployment.is_deployed
-            raise
+        with self._deploying:
+            before = {name: getattr(self, name) for name in _STATE_OF_A_DEPLOYMENT}
+            try:
+                super()._load_model_headless(**deploy_params)
+            except BaseException:
+                for name, value in before.items():
+                    setattr(self, name, value)
+                self._model_served = self.deployment.is_deployed
+                raise
 
     def _load_model(self, deploy_params: dict[str, Any]) -> None:
         deploy_params["device"] = device_name(deploy_params.get("device"))

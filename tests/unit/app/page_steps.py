@@ -67,7 +67,7 @@ def answers_before_and_after_deploying() -> None:
         answer = client.post("/get_custom_inference_settings", json={}).json()
         seen["settings"] = answer["settings"]
         shown = [client.post(path, json={}).json() for path in ("/sly/data", "/sly/state")]
-        seen["shown"] = "# Settings of a request" in json.dumps(shown)
+        seen["shown"] = "# What to ask" in json.dumps(shown)
         client.post("/get_status", json={"state": {"polluted": True}})
         seen["polluted"] = "polluted" in client.post("/sly/state", json={}).json()
 
