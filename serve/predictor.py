@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Final, Protocol
 
 from florence2.ask import AnyImage, Ask
 from florence2.cache import EncodedImage
@@ -26,6 +27,9 @@ from serve.settings.model import Settings
 from serve.shifting import moved
 from serve.tiles import TileResult, can_tile, merge_tiles
 from serve.views import View, views_of
+
+# Three bytes each; a batch of a few large images is answered in parts.
+MAX_OPEN_PIXELS: Final = 100_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,18 +116,22 @@ class Predictor:
             settings = resolve_reference(
                 settings, call.api, lambda asks: self.ask(asks, call), images[0] if images else None
             )
-        jobs = [_job(image, settings) for image in images]
+        predicted = [
+            one for jobs in _groups(images, settings) for one in self._answer_jobs(jobs, call)
+        ]
+        for one in predicted:
+            self._count(one)
+        return predicted
+
+    def _answer_jobs(self, jobs: Sequence[_Job | Failure], call: Call) -> list[Predicted | Failure]:
         asks = [ask for job in jobs if isinstance(job, _Job) for ask in job.asks()]
         answers = iter(self.ask(asks, call))
-        predicted = [
+        return [
             job
             if isinstance(job, Failure)
             else self._settled(job, [next(answers) for _ in range(job.num_asks)])
             for job in jobs
         ]
-        for one in predicted:
-            self._count(one)
-        return predicted
 
     def _count(self, one: Predicted | Failure) -> None:
         if isinstance(one, Failure):
@@ -165,6 +173,21 @@ class Predictor:
         self._watcher.stage("decode", timings_s.decode)
         notes = tuple(dict.fromkeys(note for result in results for note in result.notes))
         return Predicted(annotation, notes, timings_s)
+
+
+def _groups(images: Sequence[AnyImage], settings: Settings) -> Iterator[list[_Job | Failure]]:
+    """The images opened, and no more of them at a time than memory should hold."""
+    group: list[_Job | Failure] = []
+    pixels = 0
+    for image in images:
+        job = _job(image, settings)
+        group.append(job)
+        pixels += math.prod(job.picture.size_wh) if isinstance(job, _Job) else 0
+        if pixels >= MAX_OPEN_PIXELS:
+            yield group
+            group, pixels = [], 0
+    if group:
+        yield group
 
 
 def _job(image: AnyImage, settings: Settings) -> _Job | Failure:

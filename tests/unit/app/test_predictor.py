@@ -140,6 +140,16 @@ def test_who_stops_waiting_gets_a_failure_that_says_so(predictor, bike):
     assert failed.code == "cancelled"
 
 
+def test_large_images_are_answered_in_parts(predictor, bike, monkeypatch):
+    monkeypatch.setattr("serve.predictor.MAX_OPEN_PIXELS", 640 * 480 * 2)
+    asked: list[int] = []
+    ask = predictor.ask
+    predictor.ask = lambda asks, call: (asked.append(len(asks)), ask(asks, call))[1]
+    predicted = predictor.predict([bike, b"junk", bike, bike], parse_settings({}))
+    assert asked == [2, 1]
+    assert [type(one) for one in predicted] == [Predicted, Failure, Predicted, Predicted]
+
+
 def test_outcomes_are_counted(deployment, bike, tmp_path):
     metrics = Metrics()
     blank = Image.new("RGB", (64, 64), (9, 9, 9))
