@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import permutations, product
+from itertools import product
 from typing import Final, TypeVar
 
 import numpy as np
@@ -123,45 +123,65 @@ def _near_px(tile: TileXyxy, axis: int) -> float:
 
 def _joined(seen: Sequence[_Seen], found: Sequence[TileResult]) -> list[_Seen]:
     """Pieces put together, where the first of them was; the rest as it is."""
-    group = list(range(len(seen)))
+    parents = list(range(len(seen)))
     open_edges = [set(one.cut_by) for one in seen]
     for first, second, far in _meetings(seen, found):
         open_edges[first].discard(far)
         open_edges[second].discard(far - 2)
-        old, new = sorted((group[first], group[second]), reverse=True)
-        group = [new if one == old else one for one in group]
+        new, old = sorted((_root(parents, first), _root(parents, second)))
+        parents[old] = new
     members: dict[int, list[int]] = {}
-    for place, number in enumerate(group):
-        members.setdefault(number, []).append(place)
+    for place in range(len(seen)):
+        members.setdefault(_root(parents, place), []).append(place)
     return [
         _join([seen[n] for n in places], frozenset().union(*(open_edges[n] for n in places)))
         for places in members.values()
     ]
 
 
+def _root(parents: list[int], place: int) -> int:
+    """The first piece of the object that the piece at ``place`` belongs to."""
+    while parents[place] != place:
+        parents[place] = parents[parents[place]]
+        place = parents[place]
+    return place
+
+
 def _meetings(seen: Sequence[_Seen], found: Sequence[TileResult]) -> Iterator[tuple[int, int, int]]:
     """Pairs of pieces that go on from one tile to the next, and over which edge of the first."""
-    pieces: dict[int, list[int]] = {}
+    cut: list[dict[int, list[int]]] = [{} for _ in range(4)]
     for number, one in enumerate(seen):
-        if one.cut_by and not isinstance(one.shape, Quad):
-            pieces.setdefault(one.tiles[0], []).append(number)
-    for (tile, before), (next_tile, after) in permutations(pieces.items(), 2):
-        for far in (_RIGHT, _BOTTOM):
+        if not isinstance(one.shape, Quad):
+            for edge in one.cut_by:
+                cut[edge].setdefault(one.tiles[0], []).append(number)
+    for far in (_RIGHT, _BOTTOM):
+        for (tile, before), (next_tile, after) in product(cut[far].items(), cut[far - 2].items()):
             edges = (found[tile].tile_xyxy, found[next_tile].tile_xyxy)
-            if edges[0][far - 2] < edges[1][far - 2] <= edges[0][far] < edges[1][far]:
-                for first, second in product(before, after):
-                    if _continues(seen[first], seen[second], far, *edges):
-                        yield first, second, far
+            if not _goes_on(*edges, far):
+                continue
+            for first, second in product(before, after):
+                if _continues(seen[first], seen[second], far, *edges):
+                    yield first, second, far
+
+
+def _goes_on(tile: TileXyxy, next_tile: TileXyxy, far: int) -> bool:
+    """Whether the next tile lies over or at the ``far`` edge of a tile."""
+    near, along = far - 2, (far + 1) % 2
+    return (
+        tile[near] < next_tile[near] <= tile[far] < next_tile[far]
+        and tile[along] < next_tile[along + 2]
+        and next_tile[along] < tile[along + 2]
+    )
 
 
 def _continues(before: _Seen, after: _Seen, far: int, tile: TileXyxy, next_tile: TileXyxy) -> bool:
-    """Whether ``before``, cut by its tile's ``far`` edge, goes on in ``after``.
+    """Whether ``before``, cut by its tile's ``far`` edge, goes on in ``after``, cut by the other.
 
     An object over both edges fills the strip that the tiles share; something that ends within the
     strip is another object. Along the edge both must have half of the longer extent in common.
     """
     near, along = far - 2, (far + 1) % 2
-    if far not in before.cut_by or near not in after.cut_by or before.likeness != after.likeness:
+    if before.likeness != after.likeness:
         return False
     first, second = before.box_xyxy, after.box_xyxy
     if first[near] > next_tile[near] + _near_px(next_tile, near):
@@ -188,11 +208,20 @@ def _join(pieces: Sequence[_Seen], cut_by: frozenset[int]) -> _Seen:
 
 def _once(seen: Sequence[_Seen]) -> list[Located]:
     """Without what was seen in another tile too. The best view stays, with the highest score."""
-    if not seen:
-        return []
+    alike: dict[tuple[type, str], list[int]] = {}
+    for place, one in enumerate(seen):
+        alike.setdefault(one.likeness, []).append(place)
+    kept: dict[int, Located] = {}
+    for places in alike.values():
+        kept |= {places[n]: view for n, view in _once_of_kind([seen[p] for p in places]).items()}
+    return [kept[place] for place in sorted(kept)]
+
+
+def _once_of_kind(seen: Sequence[_Seen]) -> dict[int, Located]:
+    """What stays of views that are alike, by its place among them."""
     boxes = np.array([one.box_xyxy for one in seen], np.float64)
     areas = areas_of(boxes)
-    kinds, tiles = numbered([one.likeness for one in seen]), numbered([one.tiles for one in seen])
+    tiles = numbered([one.tiles for one in seen])
     is_piece = np.array([bool(one.cut_by) for one in seen])
     left = np.ones(len(seen), bool)
     kept: dict[int, Located] = {}
@@ -202,12 +231,12 @@ def _once(seen: Sequence[_Seen]) -> list[Located]:
         shared = shared_areas(boxes[place], boxes)
         inside = is_piece & (shared > 0) & (shared >= PIECE_INSIDE * areas)
         same = inside | same_boxes(boxes[place], boxes, SAME_IN_TILES_IOU)
-        same &= left & (kinds == kinds[place]) & (tiles != tiles[place])
+        same &= left & (tiles != tiles[place])
         left &= ~same
         left[place] = False
         views = [seen[place].shape, *(seen[int(number)].shape for number in np.flatnonzero(same))]
         kept[place] = replace(views[0], score=_highest([view.score for view in views]))
-    return [kept[place] for place in sorted(kept)]
+    return kept
 
 
 def _highest(scores: Sequence[float | None]) -> float | None:

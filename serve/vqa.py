@@ -16,6 +16,7 @@ from serve.deadline import Deadline
 from serve.http.encoded_images import decode_image
 from serve.platform.download import failed_download
 from serve.predictor import Call
+from serve.settings.values import shown
 
 if TYPE_CHECKING:
     from fastapi import Request
@@ -47,12 +48,16 @@ def task_and_text(prompt: object) -> tuple[str, str | None]:
     if not isinstance(prompt, str) or not prompt.strip():
         raise RequestError(
             "text_prompt is a task prompt such as <DETAILED_CAPTION>, and "
-            f"{prompt!r} was received; /get_prompt_instructions lists them."
+            f"{_received(prompt)} was received; /get_prompt_instructions lists them."
         )
     found = _TASK_FIRST.fullmatch(prompt)
     if found is None:
         return find_task(prompt).token, None
     return re.sub(r"\s", "", found[1]), found[2].strip() or None
+
+
+def _received(prompt: object) -> str:
+    return "nothing" if prompt is None or prompt == "" else shown(prompt)
 
 
 def text_of(result: Result) -> str:
@@ -72,7 +77,7 @@ def _image(app: Florence2App, state: Mapping[str, Any], request: Request) -> byt
             "received; a path on the server is not read."
         )
     if isinstance(image_id, bool) or not isinstance(image_id, int):
-        raise RequestError(f"image_id is a number, and {image_id!r} was received; correct it.")
+        raise RequestError(f"image_id is a number, and {shown(image_id)} was received; correct it.")
     api = app.api_from_request(request)
     info = api.image.get_info_by_id(image_id)
     if info is None:

@@ -117,6 +117,12 @@ def test_an_object_over_three_tiles_and_one_over_four_are_one_each():
     ]
 
 
+def test_an_object_along_a_hundred_tiles_is_one_and_its_neighbour_another():
+    tiles = [(80 * n, row, 80 * n + 100, row + 100) for n in range(100) for row in (0, 100)]
+    seen = [tile(one, car(one[0], one[1] + 10, one[2], one[1] + 30)) for one in tiles]
+    assert merged(*seen) == [car(0, 10, 8020, 30), car(0, 110, 8020, 130)]
+
+
 def test_a_pass_over_the_whole_image_takes_the_place_of_the_pieces():
     whole = tile(WHOLE, car(40, 10, 130, 30, 0.4), text="a road")
     pieces = tile(LEFT, car(40, 10, 100, 30, 0.9)), tile(RIGHT, car(80, 10, 131, 30, 0.5))
