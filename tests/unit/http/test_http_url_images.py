@@ -8,7 +8,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from florence2.errors import RequestError
-from serve.http.addresses import is_public, resolve_host
 from serve.http.errors import TooLargeError
 from serve.http.url_images import UrlLimits, fetch_image
 
@@ -128,13 +127,6 @@ def test_one_private_address_among_public_ones_refuses_the_host(web):
         fetch_image(url_of(web), UrlLimits(), Names(images=["8.8.8.8", "127.0.0.1"]))
 
 
-@pytest.mark.parametrize(
-    "address", ["8.8.8.8", "2606:4700::1", "::ffff:8.8.8.8", "64:ff9b::808:808"]
-)
-def test_a_public_address_is_public(address):
-    assert is_public(address)
-
-
 SPELLINGS = [
     "127.0.0.1",
     "127.1",
@@ -153,10 +145,6 @@ def test_no_spelling_of_this_machine_gets_through(web, host):
     with pytest.raises(RequestError, match=r"public addresses only|cannot be found"):
         fetch_image(url_of(web, host=host), UrlLimits())
     assert web.seen == []
-
-
-def test_the_resolver_turns_numbers_of_any_spelling_into_addresses():
-    assert resolve_host("2130706433", 80) == ["127.0.0.1"]
 
 
 BAD_ADDRESSES = {
