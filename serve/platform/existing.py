@@ -60,7 +60,7 @@ def tag_existing_objects(
     wish = wish_of(state)
     settings = services.settings_of(_without_task(state), api)
     batch_size = batch_size_of(state, services.default_batch_size)
-    images = resolve(api, any_source(state))
+    images = resolve(api, any_source(state)).without_repeats()
     request.set_stage(InferenceRequest.Stage.INFERENCE, 0, len(images.targets))
     ledger = Ledger(request, len(images.targets), "labels without the tag")
     try:

@@ -15,6 +15,7 @@ from serve.sdk import sly
 
 _IDS_PER_REQUEST: Final = 500
 _UNKNOWN_SIZE: Final = 1_000_000
+_UNKNOWN_PIXELS: Final = 4_000_000
 _IMAGES_PROJECT: Final = "images"
 
 
@@ -47,6 +48,13 @@ class Target:
         size = None if self.info is None else self.info.size
         return int(size) if size else _UNKNOWN_SIZE
 
+    @property
+    def num_pixels(self) -> int:
+        """Of the picture; a guess where the platform does not say."""
+        if self.info is None or not self.info.width or not self.info.height:
+            return _UNKNOWN_PIXELS
+        return int(self.info.width * self.info.height)
+
 
 @dataclass(frozen=True, slots=True)
 class Images:
@@ -54,6 +62,11 @@ class Images:
 
     targets: tuple[Target, ...]
     datasets: dict[int, Any]
+
+    def without_repeats(self) -> Images:
+        """Each image once: labels that are added twice are there twice."""
+        by_id = {target.image_id: target for target in self.targets}
+        return Images(tuple(by_id.values()), self.datasets)
 
 
 def resolve(api: sly.Api | None, source: Source) -> Images:

@@ -72,6 +72,8 @@ def _prepare(
     batch_size = batch_size_of(state, services.default_batch_size)
     settings = services.settings_of(state, api)
     images = resolve(api, source)
+    if destination.mode is not None:
+        images = images.without_repeats()
     request.context.setdefault("dataset_info", {}).update(images.datasets)
     return ImagesRun(services, api, request, images, settings, batch_size, destination)
 

@@ -101,6 +101,13 @@ def test_every_label_is_asked_and_tagged_where_it_is(tag, labeled):
     assert labeled.metas[1].get_tag_meta("category").value_type == "any_string"
 
 
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_an_image_named_twice_is_tagged_once(tag, labeled, batch_size):
+    state = {"image_ids": [1, 2, 1], "batch_size": batch_size, **CATEGORY}
+    assert counts(tag(labeled, state)) == [(1, 2, 0, 0), (2, 2, 0, 0)]
+    assert len(labeled.advanced.tags_of(11)) == 1
+
+
 def test_all_labels_of_an_image_go_in_one_request_with_one_picture(tag, labeled):
     model = Model()
     tag(labeled, {"image_ids": [1, 2], **CATEGORY}, model)

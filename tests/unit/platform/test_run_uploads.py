@@ -289,3 +289,12 @@ def test_a_stopped_upload_keeps_what_is_uploaded(runner, platform):
     runner.finish(platform, state, predict, request)
     assert request.stage == Stage.CANCELLED
     assert set(platform.uploads) == {1, 2}
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("mode", ["append", "iou_merge", "replace", "create"])
+def test_an_image_named_twice_gets_its_labels_once(runner, platform, mode, batch_size):
+    state = {"image_ids": [1, 2, 1, 1], "upload_mode": mode, "batch_size": batch_size}
+    request = runner.finish(platform, state)
+    assert [entry["image_id"] for entry in request.pop_pending_results()] == [1, 2]
+    assert [len(uploaded.labels) for uploaded in platform.uploads.values()] == [1, 1]
