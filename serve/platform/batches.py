@@ -10,6 +10,8 @@ from typing import Final, Generic, TypeVar
 from serve.platform.images import Target
 
 MAX_BYTES_AHEAD: Final = 256_000_000
+# Three bytes each once they are opened.
+MAX_BATCH_PIXELS: Final = 100_000_000
 BATCHES_AHEAD: Final = 3
 BATCHES_BEHIND: Final = 2
 
@@ -19,20 +21,24 @@ Fetched = TypeVar("Fetched")
 
 
 def split_batches(
-    targets: Iterable[Target], size: int, max_bytes: int = MAX_BYTES_AHEAD // 2
+    targets: Iterable[Target],
+    size: int,
+    max_bytes: int = MAX_BYTES_AHEAD // 2,
+    max_pixels: int = MAX_BATCH_PIXELS,
 ) -> Iterator[Batch]:
-    """Batches of at most ``size`` images whose files are at most ``max_bytes`` together.
+    """Batches of at most ``size`` images, ``max_bytes`` of files and ``max_pixels`` together.
 
     A larger image is a batch of its own.
     """
     batch: list[Target] = []
-    total = 0
+    num_bytes = num_pixels = 0
     for target in targets:
-        if batch and (len(batch) >= size or total + target.size_bytes > max_bytes):
+        num_bytes += target.size_bytes
+        num_pixels += target.num_pixels
+        if batch and (len(batch) >= size or num_bytes > max_bytes or num_pixels > max_pixels):
             yield tuple(batch)
-            batch, total = [], 0
+            batch, num_bytes, num_pixels = [], target.size_bytes, target.num_pixels
         batch.append(target)
-        total += target.size_bytes
     if batch:
         yield tuple(batch)
 

@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
+from requests.exceptions import ConnectionError as ConnectionFailed
+from requests.exceptions import Timeout
+
 from florence2.ask import AnyImage
 from florence2.records import Failure
 from serve.platform.failures import failure_of
@@ -17,7 +20,8 @@ from serve.sdk import sly
 def download_images(api: sly.Api, infos: Sequence[sly.ImageInfo]) -> list[AnyImage]:
     """The bytes of every image, or its Failure, in order.
 
-    A request that fails is sent again image by image, so that one bad image costs only itself.
+    A request that fails is sent again image by image, so that one bad image costs only itself;
+    not so one that found no connection, which the SDK has tried for minutes by then.
     """
     ids_of: dict[int, list[int]] = defaultdict(list)
     for info in infos:
@@ -33,9 +37,9 @@ def _download_dataset(api: sly.Api, dataset_id: int, ids: list[int]) -> dict[int
     try:
         return dict(zip(ids, api.image.download_bytes(dataset_id, ids), strict=True))
     except Exception as error:  # noqa: BLE001  (the SDK and its transport raise what they like)
-        if len(ids) == 1:
-            sly.logger.warning(f"Image {ids[0]} cannot be downloaded: {error!r}")
-            return {ids[0]: failed_download(ids[0], error)}
+        if len(ids) == 1 or isinstance(error, ConnectionFailed | Timeout):
+            sly.logger.warning(f"Images {ids} cannot be downloaded: {error!r}")
+            return {one: failed_download(one, error) for one in ids}
         sly.logger.warning(
             f"{len(ids)} images of dataset {dataset_id} are downloaded one by one, because their "
             f"common download failed: {error!r}"

@@ -54,7 +54,9 @@ def failure_of(error: BaseException, what: str, code: str | None = None) -> Fail
         return Failure(code or error.code, str(error))
     lines = str(error).strip().splitlines()
     reason = f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
-    return Failure(code or "internal", f"{what} ({reason}); see the app's log and send it again.")
+    return Failure(
+        code or "internal_error", f"{what} ({reason}); see the app's log and send it again."
+    )
 
 
 def failed_in_part(failures: Sequence[ImageFailure], total: int, lost: str) -> PartialFailureError:

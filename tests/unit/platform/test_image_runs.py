@@ -2,7 +2,8 @@
 
 import pytest
 from platform_fakes import CodedError, FakePlatform, FakePredictor, png
-from requests.exceptions import HTTPError
+from requests.exceptions import ConnectionError as ConnectionFailed
+from requests.exceptions import HTTPError, Timeout
 
 from florence2.errors import RequestError
 from serve.platform.failures import FailedImageError, PartialFailureError
@@ -114,6 +115,19 @@ def test_a_download_that_fails_costs_only_its_own_image(runner, platform):
     assert [ids for [ids] in platform.called("download")] == [(1, 2, 3), (1,), (2,), (3,)]
 
 
+@pytest.mark.parametrize("kind", [ConnectionFailed, Timeout])
+def test_without_a_connection_images_are_not_tried_one_by_one(runner, platform, kind):
+    def fault(ids):
+        if 2 in ids:
+            raise kind("no route to the platform")
+
+    platform.download_fault = fault
+    entries = runner.ids(platform, {"image_ids": [1, 2, 3, 4], "batch_size": 2})
+    codes = [entry.get("error", {}).get("code") for entry in entries]
+    assert codes == ["download_failed"] * 2 + [None] * 2
+    assert len(platform.called("download")) == 2
+
+
 def test_a_prediction_that_fails_is_tried_image_by_image(runner, platform):
     def before(images):
         if any(platform.content[2] == image for image in images):
@@ -122,7 +136,7 @@ def test_a_prediction_that_fails_is_tried_image_by_image(runner, platform):
     predict = FakePredictor(before)
     entries = runner.ids(platform, {"image_ids": [1, 2, 3]}, predict)
     assert [entry["annotation"] is None for entry in entries] == [False, True, False]
-    assert entries[1]["error"]["code"] == "internal"
+    assert entries[1]["error"]["code"] == "internal_error"
     assert [size for size, _ in predict.batches] == [3, 1, 1, 1]
 
 

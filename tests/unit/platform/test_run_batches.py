@@ -22,12 +22,20 @@ def ids(batches):
     [
         pytest.param([1, 1, 1, 1, 1], 2, [[1, 2], [3, 4], [5]], id="by number"),
         pytest.param([60, 60, 10], 8, [[1], [2, 3]], id="by bytes"),
+        pytest.param([60, 40, 1, 99, 2], 8, [[1, 2], [3, 4], [5]], id="by bytes of each batch"),
         pytest.param([10, 500, 10], 8, [[1], [2], [3]], id="one too large alone"),
         pytest.param([], 2, [], id="none"),
     ],
 )
 def test_batches_are_bounded_by_number_and_bytes(sizes, size, expected):
     assert ids(split_batches(targets(*sizes), size, max_bytes=100)) == expected
+
+
+def test_batches_are_bounded_by_pixels_too():
+    large = image_info(1)._replace(width=8000, height=6000)
+    batch = [Target(n, 1, large._replace(id=n)) for n in range(5)]
+    assert ids(split_batches(batch, 8)) == [[0, 1], [2, 3], [4]]
+    assert ids(split_batches(batch, 8, max_pixels=1)) == [[0], [1], [2], [3], [4]]
 
 
 def test_an_image_whose_size_nobody_knows_counts_as_a_megabyte():
