@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import uuid
 from typing import Any, Final, TypeAlias
 
+from florence2.errors import as_value
 from serve.sdk import sly
 
 Manager: TypeAlias = sly.nn.inference.inference_request.InferenceRequestsManager
@@ -18,6 +20,23 @@ class RequestsManager(Manager):  # type: ignore[misc]
     The SDK pauses every run at 500 results that nobody has fetched. The caller of ``run`` fetches
     at the end only, so that pause would last until it is given up an hour later.
     """
+
+    def create(self, inference_request_uuid: str | None = None) -> InferenceRequest:
+        """A new request; the SDK names it after the time, which two may share and all can guess."""
+        return super().create(inference_request_uuid or uuid.uuid4().hex)
+
+    def _handle_error_in_async(
+        self,
+        inference_request_uuid: str,
+        *work: Any,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
+        """A failed request is kept for an hour, and with its error's frames all it worked on."""
+        request = self._inference_requests.get(inference_request_uuid)
+        try:
+            return super()._handle_error_in_async(inference_request_uuid, *work)
+        finally:
+            if request is not None and request.exception is not None:
+                as_value(request.exception)
 
     def run(self, func: Any, *args: Any, **kwargs: Any) -> list[dict[str, Any]]:  # noqa: ANN401
         """The results of ``func``, or its error."""

@@ -1,41 +1,15 @@
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from platform_fakes import FakePlatform, FakePredictor, SdkPart
+from platform_fakes import FakePlatform, bound, services
 
 from serve.platform.registry import RequestsManager
 from serve.platform.run import run_image_ids, run_project
-from serve.platform.services import RunServices
-from serve.sdk import sly
-from serve.settings.model import Settings
 
 
 @pytest.fixture(scope="session")
 def manager():
     return RequestsManager(ThreadPoolExecutor(4))
-
-
-def services(predict=None, **changed):
-    app = SdkPart()
-    given = {
-        "predict": predict or FakePredictor(),
-        "settings_of": lambda state, api: Settings(),
-        "upload": app.upload_predictions,
-        "format_output": app._format_output,
-        "model_meta": sly.ProjectMeta,
-        "task_id": 3,
-        "default_batch_size": 4,
-    }
-    return RunServices(**{**given, **changed})
-
-
-def bound(work, run_services):
-    """``work`` as the app's method of the SDK's name and arguments."""
-
-    def method(api, state, inference_request):
-        return work(api, state, inference_request, run_services)
-
-    return method
 
 
 class Runner:

@@ -8,7 +8,9 @@ from PIL import Image
 from florence2.errors import FlorenceError, ImageError
 from florence2.images import open_image
 from florence2.records import Failure
+from serve.platform.services import RunServices
 from serve.sdk import sly
+from serve.settings.model import Settings
 
 Inference = sly.nn.inference.inference.Inference
 SIZE_WH = (60, 40)
@@ -232,3 +234,26 @@ class SdkPart:
 
     upload_predictions = Inference.upload_predictions
     _format_output = Inference._format_output
+
+
+def services(predict=None, **changed):
+    app = SdkPart()
+    given = {
+        "predict": predict or FakePredictor(),
+        "settings_of": lambda state, api: Settings(),
+        "upload": app.upload_predictions,
+        "format_output": app._format_output,
+        "model_meta": sly.ProjectMeta,
+        "task_id": 3,
+        "default_batch_size": 4,
+    }
+    return RunServices(**{**given, **changed})
+
+
+def bound(work, run_services):
+    """``work`` as the app's method of the SDK's name and arguments."""
+
+    def method(api, state, inference_request):
+        return work(api, state, inference_request, run_services)
+
+    return method

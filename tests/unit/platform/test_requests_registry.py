@@ -1,8 +1,13 @@
 """The registry of requests: who waits for results, and how long a request is remembered."""
 
+import gc
+import time
+import weakref
+
 import pytest
 
 from serve.platform.registry import AWAITED, FORGET_AFTER_S
+from serve.sdk import sly
 
 
 def test_a_request_somebody_waits_for_says_so_and_is_soon_forgotten(manager):
@@ -35,3 +40,37 @@ def test_the_error_of_the_work_is_the_callers(manager):
 
     with pytest.raises(ValueError, match="no"):
         manager.run(work)
+
+
+def test_requests_of_one_moment_have_names_of_their_own(manager, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 1.0)
+    assert len({manager.create().uuid for _ in range(5)}) == 5
+    assert manager.create("given").uuid == "given"
+
+
+def test_a_failed_request_keeps_its_error_and_not_what_it_worked_on(manager, monkeypatch):
+    class Image:
+        pass
+
+    images = []
+    # The test's own log keeps tracebacks.
+    monkeypatch.setattr(sly.logger, "error", lambda *words, **options: None)
+
+    def work(inference_request):
+        image = Image()
+        images.append(weakref.ref(image))
+        try:
+            raise KeyError("the cause")
+        except KeyError as error:
+            raise ValueError("no") from error
+
+    gc.disable()
+    try:
+        request, future = manager.schedule_task(work)
+        future.result()
+        assert images[0]() is None
+    finally:
+        gc.enable()
+    described = request.exception_json()
+    assert (described["type"], described["message"]) == ("ValueError", "no")
+    assert "the cause" in described["traceback"]

@@ -4,10 +4,11 @@ import threading
 from types import SimpleNamespace
 
 import pytest
-from platform_fakes import CodedError, FakePredictor
+from platform_fakes import CodedError, FakePlatform, FakePredictor, bound, services
 
 from florence2.records import Failure
 from serve.platform import waiting
+from serve.platform.run import run_image_ids
 from serve.sdk import sly
 
 Stage = sly.nn.inference.inference_request.InferenceRequest.Stage
@@ -64,6 +65,47 @@ def test_a_stopped_run_is_cancelled_and_keeps_what_it_has(runner, platform):
     assert request.exception is None
     assert [entry["image_id"] for entry in request.pop_pending_results()] == [1]
     assert request.context["failures"] == []
+
+
+ENDS = {
+    "stopped": lambda manager, uuid: manager.get(uuid).stop(),
+    "cleared": lambda manager, uuid: manager.remove_after(uuid, 60),
+    "expired": lambda manager, uuid: manager.remove(uuid),
+}
+
+
+@pytest.mark.parametrize("mode", [None, "append"])
+@pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
+def test_a_run_ended_from_outside_really_ends(runner, manager, end, mode):
+    platform = FakePlatform(ids=range(1, 41))
+    request = runner.create()
+    is_asked = threading.Event()
+
+    def predict(images, settings, *, api, is_bulk, should_stop):
+        if len(predicted) == 2:
+            is_asked.set()
+            while not should_stop():
+                request._stopped.wait(0.01)
+            return [Failure("cancelled", "The request was cancelled.")] * len(images)
+        predicted.append(images)
+        return FakePredictor()(images, settings, api=api, is_bulk=is_bulk, should_stop=should_stop)
+
+    predicted = []
+    state = {"image_ids": list(range(1, 41)), "batch_size": 2, "upload_mode": mode}
+    work = bound(run_image_ids, services(predict))
+    _, future = manager.schedule_task(work, platform, state, inference_request=request)
+    assert is_asked.wait(60)
+    end(manager, request.uuid)
+    assert future.result(60) is None
+    assert request.exception is None
+    assert [entry["image_id"] for entry in request.pop_pending_results()] == [1, 2, 3, 4]
+    assert list(platform.uploads) == ([] if mode is None else [1, 2, 3, 4])
+    assert len(platform.called("download")) <= 6
+    assert not [
+        thread.name
+        for thread in threading.enumerate()
+        if thread.name.startswith(("download", "upload"))
+    ]
 
 
 def test_a_stop_while_the_queue_is_full_ends_the_wait(runner, platform, monkeypatch):
