@@ -116,12 +116,13 @@ def test_the_last_error_is_raised_and_nothing_is_settled_after_one():
 
 
 def test_putting_waits_for_room():
-    gate = threading.Event()
-    behind = Behind(lambda item: gate.wait(), max_waiting=1)
+    is_put = threading.Event()
+
+    def settle(item):
+        assert item != 1 or not is_put.wait(0.2), "the second was put before the first was settled"
+
+    behind = Behind(settle, max_waiting=1)
     behind.put(1)
-    put = threading.Thread(target=behind.put, args=(2,))
-    put.start()
-    assert put.is_alive()
-    gate.set()
-    put.join()
+    behind.put(2)
+    is_put.set()
     behind.finish()
