@@ -11,9 +11,8 @@ from typing import Any, Final
 
 from florence2.ask import AnyImage, Ask
 from florence2.errors import RequestError
-from florence2.generate import GenerationCancelledError
 from florence2.records import Failure, Result
-from florence2.scheduler import Priority
+from florence2.scheduler import GenerationCancelledError, Priority
 from serve.answers import check_any_answered, entries_of, raise_failure
 from serve.deadline import Deadline
 from serve.deployable import DeployableApp
@@ -28,7 +27,7 @@ from serve.predictor import Call, Predicted
 from serve.sdk import sly
 from serve.sdk_uploader import use_prompt_uploader
 from serve.settings.model import Settings
-from serve.settings.parse import parse_settings
+from serve.settings.parse import check_placement, parse_settings
 
 # isort: split
 from supervisely.nn.inference.inference_request import InferenceRequest
@@ -56,8 +55,13 @@ class AnsweringApp(DeployableApp):
                 f"settings is an object, and {type(given).__name__} was received; send for "
                 'example {"settings": {"text": "red car. dog"}}.'
             )
-        merged = self._get_inference_settings({**state, "settings": dict(given or {})})
-        return parse_settings(merged)
+        check_placement(state)
+        return self._merged_settings(state, given or {})
+
+    def _merged_settings(self, state: Mapping[str, Any], given: Mapping[str, Any]) -> Settings:
+        # As they were sent first: the SDK's merge makes two different thresholds one.
+        parse_settings(given)
+        return parse_settings(self._get_inference_settings({**state, "settings": dict(given)}))
 
     def answer(
         self, images: Sequence[AnyImage], settings: Settings, call: Call
@@ -268,6 +272,7 @@ class AnsweringApp(DeployableApp):
 
         return ExistingServices(
             ask=ask,
-            settings_of=lambda state, api: self.settings_of(state),
+            # What these runs ask stands beside the settings, under some of the same names.
+            settings_of=lambda state, api: self.settings_of({"settings": state.get("settings")}),
             default_batch_size=self.get_batch_size(),
         )

@@ -29,6 +29,7 @@ from serve.version import VERSION
 # isort: split
 from supervisely.app.fastapi.subapp import SUPERVISELY_SERVER_PATH_PREFIX, _MainServer
 
+_RETRIES_OF_A_NAMED_SERVER: Final = 2
 HOST_VARIABLE: Final = "FLORENCE_HOST"
 PORT_VARIABLE: Final = "FLORENCE_PORT"
 
@@ -41,7 +42,11 @@ class Florence2App(AnsweringApp):
 
     def api_from_request(self, request: Request) -> sly.Api:
         """The platform of a request; RequestError where there is none."""
-        api = getattr(request.state, "api", None) or self.api
+        api = getattr(request.state, "api", None)
+        if api is not None and not os.environ.get("SERVER_ADDRESS"):
+            # A server that a caller named, and nobody who set the app up.
+            api.retry_count = min(api.retry_count, _RETRIES_OF_A_NAMED_SERVER)
+        api = api or self.api
         if api is None:
             raise RequestError(
                 "Images of the platform need its address and a token, and neither came with the "

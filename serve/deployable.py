@@ -6,11 +6,9 @@ import argparse
 import copy
 import logging
 import os
-import socket
 import sys
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -32,6 +30,7 @@ from serve.deployment import MAX_QUEUED, Deployment, ModelChoice
 from serve.gui import florence_gui
 from serve.http.metrics import Metrics
 from serve.idle import IdleTimer
+from serve.local_server import LocalServer
 from serve.model_meta import ModelMeta
 from serve.predictor import Predictor
 from serve.sdk import sly
@@ -53,19 +52,6 @@ _STATE_OF_A_DEPLOYMENT: Final = (
     "checkpoint_info",
     "_deploy_params",
 )
-
-
-@dataclass(frozen=True, slots=True)
-class LocalServer:
-    """Serving without the platform: which model, how, and the socket to listen on."""
-
-    model: str
-    device: str = "auto"
-    precision: str = "auto"
-    runtime: str = "auto"
-    max_batch: int | None = None
-    max_queued: int = MAX_QUEUED
-    listener: socket.socket | None = None
 
 
 class DeployableApp(PromptBasedObjectDetection):  # type: ignore[misc]
@@ -190,12 +176,22 @@ class DeployableApp(PromptBasedObjectDetection):  # type: ignore[misc]
         self._idle.cancel()
         super().shutdown_model()
 
+    def freeze(self) -> str:
+        """Moves the weights from the device to memory; what was done, in a sentence.
+
+        Raises StoppedError when no model is deployed.
+        """
+        current = self.deployment.current
+        if self.deployment.is_frozen:
+            return "The model is in memory already; the next request brings it back."
+        if not self.deployment.freeze():
+            return f"The model runs on {current.model.device}, so there is no device to free."
+        return "The model was moved to memory; the next request brings it back."
+
     def _freeze_model(self) -> None:
-        """Moves the weights to memory; the SDK would load them again from disk, twice."""
-        if self.deployment.freeze():
-            logger.info("The model is moved from %s to memory until the next request", self.device)
-        elif self.deployment.is_deployed:
-            logger.info("The model is on the CPU already, so there is no device to free")
+        """When it was idle; the SDK would load the weights again from disk, twice."""
+        if self.deployment.is_deployed:
+            logger.info(self.freeze())
 
     def _unfreeze_model(self) -> None:
         self.deployment.wake()

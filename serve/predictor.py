@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Final, Protocol
 
 from florence2.ask import AnyImage, Ask
@@ -20,6 +21,7 @@ from serve.annotations import Answered, annotation_from_answers
 from serve.deployment import Deployment
 from serve.http.metrics import Outcome, Stage
 from serve.platform.reference import resolve_reference
+from serve.platform.waiting import when_queue_has_room
 from serve.questions import Question, questions_of
 from serve.rules import rules_of
 from serve.sdk import sly
@@ -40,6 +42,10 @@ class Call:
     deadline_s: float | None = None
     should_stop: Callable[[], bool] | None = None
     api: sly.Api | None = None
+
+    def has_to_stop(self) -> bool:
+        """Whether nobody waits any longer."""
+        return self.should_stop is not None and self.should_stop()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -117,15 +123,21 @@ class Predictor:
                 settings, call.api, lambda asks: self.ask(asks, call), images[0] if images else None
             )
         predicted = [
-            one for jobs in _groups(images, settings) for one in self._answer_jobs(jobs, call)
+            one
+            for part, jobs in enumerate(_groups(images, settings))
+            for one in self._answer_jobs(jobs, call, is_first=part == 0)
         ]
         for one in predicted:
             self._count(one)
         return predicted
 
-    def _answer_jobs(self, jobs: Sequence[_Job | Failure], call: Call) -> list[Predicted | Failure]:
+    def _answer_jobs(
+        self, jobs: Sequence[_Job | Failure], call: Call, *, is_first: bool
+    ) -> list[Predicted | Failure]:
         asks = [ask for job in jobs if isinstance(job, _Job) for ask in job.asks()]
-        answers = iter(self.ask(asks, call))
+        ask = partial(self.ask, asks, call)
+        # What was answered already is not asked again because the queue is full now.
+        answers = iter(ask() if is_first else when_queue_has_room(ask, call.has_to_stop))
         return [
             job
             if isinstance(job, Failure)

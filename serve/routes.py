@@ -72,6 +72,7 @@ def _images(server: FastAPI, app: Florence2App) -> None:
     @server.post("/inference_image_url")
     async def inference_image_url(request: Request) -> dict[str, Any]:
         asked: dict[str, Any] = request.state.state
+        app.settings_of(asked)
 
         def answer(stop: Callable[[], bool]) -> list[dict[str, Any]]:
             return app.answer_uploads([fetch_image(asked.get("image_url"))], asked, stop)
@@ -172,6 +173,10 @@ def _model(server: FastAPI, app: Florence2App) -> None:
     @server.post("/deploy_from_api")
     def deploy_from_api(request: Request) -> dict[str, str]:
         return app.deploy_from_state(request.state.state)
+
+    @server.post("/freeze_model")
+    def freeze_model() -> dict[str, str]:
+        return {"message": app.freeze()}
 
     @server.get("/metrics")
     def metrics() -> Response:

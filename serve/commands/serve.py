@@ -55,7 +55,7 @@ def serve(
         choose_device(device)
         fetch(model)
         from serve.app import Florence2App
-        from serve.deployable import LocalServer
+        from serve.local_server import LocalServer
 
         app = Florence2App(
             local=LocalServer(model, device, precision, runtime, max_batch, max_queued, listener)

@@ -38,6 +38,7 @@ STATUS_BY_CODE: Final[Mapping[str, int]] = {
     "not_found": 404,
     "too_large": 413,
     "partial_failure": 422,
+    "not_finite": 422,
     "download_failed": 424,
     "upload_failed": 424,
     "bad_annotation": 424,

@@ -10,8 +10,8 @@ from typing import Any, Final
 import torch
 
 from florence2.checkpoint_files import CONFIG, CheckpointFiles, read_json
-from florence2.errors import CheckpointError
-from florence2.generate import SETTING_RULES, shown
+from florence2.errors import CheckpointError, shown
+from florence2.generation_rules import SETTING_RULES
 from florence2.hub import ProgressCallback, ProgressUpdate
 from florence2.network.config import NetworkConfig, is_original_config
 from florence2.network.florence import Florence2Network

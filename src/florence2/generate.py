@@ -17,28 +17,11 @@ import torch
 from torch import Tensor
 
 from florence2.beams import PREFIX, BeamSearch
-from florence2.errors import FlorenceError, shown
-from florence2.generation_rules import (
-    MAX_BEAMS,
-    SETTING_RULES,
-    check_batch,
-    check_settings,
-    check_vocabulary,
-)
+from florence2.errors import FlorenceError
+from florence2.generation_rules import check_batch, check_vocabulary
 from florence2.nearby import Nearby
 from florence2.records import Answer, GenerationSettings
-from florence2.scheduler_errors import GenerationCancelledError
 from florence2.stopping import Watch
-
-__all__ = [
-    "MAX_BEAMS",
-    "SETTING_RULES",
-    "GenerationCancelledError",
-    "Session",
-    "check_settings",
-    "generate",
-    "shown",
-]
 
 COMPACT_AT: Final = 0.75
 """Rows are dropped once at most this share of them is live.

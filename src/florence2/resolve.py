@@ -93,13 +93,21 @@ def resolve(
         wanted = _Wanted(text, known.repository, known.revision, known, refresh)
         return _from_hub(wanted, _as_cache(cache_dir), is_offline(offline), progress, verify)
     folder = Path(text).expanduser()
-    if folder.is_dir():
+    if _is_folder(folder):
         return _from_folder(text, folder, verify, "folder")
     match = _REPOSITORY.fullmatch(text)
     if isinstance(name, Path) or match is None or text.startswith(".") or ".." in text:
         raise _no_such(text)
     wanted = _Wanted(text, match[1], match[2] or constants.DEFAULT_REVISION, None, refresh)
     return _from_hub(wanted, _as_cache(cache_dir), is_offline(offline), progress, verify)
+
+
+def _is_folder(path: Path) -> bool:
+    """Also for text that no file system takes for a path."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
 
 
 def _as_cache(cache_dir: str | Path | None) -> Path:

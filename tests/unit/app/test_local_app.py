@@ -10,7 +10,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from serve.app import Florence2App
-from serve.deployable import LocalServer
+from serve.local_server import LocalServer
 
 
 @pytest.fixture
@@ -196,6 +196,32 @@ def test_an_answer_that_is_not_there_in_time_is_given_up(client, app, bike):
     late = client.post("/inference_image", files={"files": ("a.png", bike)}, data=form)
     go_on.set()
     assert late.status_code == 504
+    assert ask(client, bike).status_code == 200
+
+
+def test_settings_beside_the_settings_are_refused_on_every_route(client):
+    state = {"image_url": "http://example.com/a.png", "task_prompt": "<CAPTION>"}
+    answer = client.post("/inference_image_url", json={"state": state})
+    assert answer.status_code == 400
+    assert "task_prompt is one of the settings" in answer.json()["message"]
+
+
+def test_two_different_thresholds_are_refused_before_they_are_merged(client, bike):
+    answer = ask(client, bike, conf=0.9, confidence_threshold=0.1)
+    assert answer.status_code == 400
+    assert "conf" in answer.json()["message"]
+
+
+def test_a_model_on_the_cpu_has_no_device_to_free(client, app):
+    assert "no device to free" in client.post("/freeze_model", json={}).json()["message"]
+    app.shutdown_model()
+    assert client.post("/freeze_model", json={}).status_code == 503
+
+
+def test_a_name_that_no_file_system_takes_is_no_checkpoint(client, bike):
+    for name in ("x" * 5000, "a\0b"):
+        answer = client.post("/deploy_from_api", json={"state": {"model_name": name}})
+        assert answer.status_code == 400
     assert ask(client, bike).status_code == 200
 
 

@@ -11,7 +11,7 @@ import pytest
 
 import serve
 from serve.app import Florence2App
-from serve.deployable import LocalServer
+from serve.local_server import LocalServer
 
 STEPS = Path(__file__).with_name("page_steps.py")
 HEADLESS = Path(__file__).with_name("headless_steps.py")

@@ -36,7 +36,7 @@ STATUSES = {
     "queue_full": 503,
     "deadline": 504,
     "out_of_memory": 507,
-    "not_finite": 500,
+    "not_finite": 422,
     "no rule names this": 500,
 }
 

@@ -11,6 +11,9 @@ from serve.platform.failures import FailedImageError
 from serve.sdk import sly
 from serve.settings.model import Settings
 
+# isort: split
+from supervisely.nn.inference.uploader import Uploader
+
 Inference = sly.nn.inference.inference.Inference
 DAMAGED = png()[:60]
 
@@ -35,6 +38,12 @@ class SdkApp(SdkPart):
 
     def _inference_auto(self, source, settings):
         return [annotation(rectangle()) for _ in source], [{} for _ in source]
+
+
+@pytest.fixture(autouse=True)
+def sdk_as_it_is(monkeypatch):
+    """The SDK without what the app puts in its places, wherever the app was imported before."""
+    monkeypatch.setattr(sly.nn.inference.inference, "Uploader", Uploader)
 
 
 @pytest.fixture
