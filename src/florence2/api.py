@@ -22,7 +22,13 @@ from florence2.errors import (
 )
 from florence2.hub import ProgressCallback
 from florence2.records import Failure, Result
-from florence2.runtimes.torch import PRECISIONS, TorchRuntime, choose_device, choose_precision
+from florence2.runtimes.torch import (
+    PRECISIONS,
+    TorchRuntime,
+    check_precision,
+    choose_device,
+    choose_precision,
+)
 from florence2.self_test import self_test
 
 __all__ = ["Ask", "Florence2"]
@@ -70,8 +76,9 @@ class Florence2:
         """Finds or downloads a checkpoint, loads it and checks that it answers.
 
         ``name``: a checkpoint's name, a hub repository id, or a local folder. ``device``: auto,
-        cpu, cuda, cuda:N. ``precision``: auto, fp32, bf16, fp16. Raises CheckpointError or
-        DeviceError with one sentence.
+        cpu, cuda, cuda:N. ``precision``: auto, fp32, bf16, fp16; only fp32 gives the reference's
+        tokens exactly, and ``auto`` is the fastest, see ``choose_precision``. Raises
+        CheckpointError or DeviceError with one sentence.
         """
         if runtime not in RUNTIMES:
             raise DeviceError(unknown_name("runtime", str(runtime), RUNTIMES))
@@ -81,8 +88,9 @@ class Florence2:
                 "was received; name one."
             )
         chosen = choose_device(device)
-        used = choose_precision(precision, chosen)
+        check_precision(precision, chosen)
         checkpoint = open_checkpoint(name, cache_dir=cache_dir, offline=offline, progress=progress)
+        used = choose_precision(precision, chosen, checkpoint.config.text.d_model)
         network = load_weights(checkpoint, PRECISIONS[used])
         engine = Engine(
             checkpoint,

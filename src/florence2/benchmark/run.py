@@ -18,7 +18,7 @@ from typing import Any, Final
 from florence2.benchmark.case import Case
 from florence2.benchmark.weights import size_config, write_weights
 from florence2.errors import FlorenceError, RequestError, unknown_name
-from florence2.runtimes.torch import choose_device, choose_precision
+from florence2.runtimes.torch import check_precision, choose_device
 
 SIZES: Final = ("base", "large", "tiny")
 STAGES: Final = ("vision_s", "prompt_s", "decode_s")
@@ -49,7 +49,7 @@ class BenchmarkPlan:
         for size in self.sizes:
             if size not in SIZES:
                 raise RequestError(unknown_name("size", size, SIZES))
-        choose_precision(self.precision, choose_device(self.device))
+        check_precision(self.precision, choose_device(self.device))
         longest = size_config("base").text.max_position_embeddings
         if max(self.tokens) > longest:
             raise RequestError(

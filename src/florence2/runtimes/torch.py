@@ -27,6 +27,9 @@ _OUT_OF_MEMORY: Final = (
     "CUDNN_STATUS_ALLOC_FAILED",
 )
 
+BF16_FROM_D_MODEL: Final = 512
+"""Below, a step is many small operations, which reduced precision makes slower, not faster."""
+
 
 def choose_device(name: str) -> torch.device:
     """The torch device for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; DeviceError otherwise."""
@@ -48,18 +51,32 @@ def choose_device(name: str) -> torch.device:
     return torch.device(kind if kind == "cpu" or not index else name)
 
 
-def choose_precision(name: str, device: torch.device) -> str:
-    """``auto`` is bf16 on GPUs that compute in it, fp16 on older ones, and fp32 on a CPU."""
-    name = str(name)
-    if name == "auto":
-        if device.type == "cpu":
-            return "fp32"
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    if name not in PRECISIONS:
-        raise DeviceError(unknown_name("precision", name, ["auto", *PRECISIONS]))
+def check_precision(name: str, device: torch.device) -> None:
+    """DeviceError for a precision that does not exist, or not on this device."""
+    if name not in ("auto", *PRECISIONS):
+        raise DeviceError(unknown_name("precision", str(name), ["auto", *PRECISIONS]))
     if name == "fp16" and device.type == "cpu":
         raise DeviceError("Precision 'fp16' is for GPUs; on a CPU use 'fp32' or 'bf16'.")
-    return name
+
+
+def choose_precision(name: str, device: torch.device, d_model: int) -> str:
+    """The precision to compute in; ``auto`` is the fastest that device and network are good at.
+
+    On a GPU bf16 where it computes in it, else fp16. On a CPU bf16 where it has instructions for
+    it and the network (``d_model``) is wide enough to wait for its weights; else fp32.
+    """
+    check_precision(name, device)
+    if name != "auto":
+        return name
+    if device.type == "cpu":
+        return "bf16" if d_model >= BF16_FROM_D_MODEL and cpu_computes_bf16() else "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+
+
+def cpu_computes_bf16() -> bool:
+    """Whether this CPU multiplies bf16 itself (AMX, AVX-512 BF16) and does not emulate it."""
+    tests = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(bool(getattr(torch.cpu, name, bool)()) for name in tests)
 
 
 class TorchRuntime:

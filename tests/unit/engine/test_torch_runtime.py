@@ -55,12 +55,36 @@ def test_a_gpu_that_is_not_there_is_named(monkeypatch):
 
 def test_precisions_are_for_devices():
     cpu = torch.device("cpu")
-    assert choose_precision("auto", cpu) == "fp32"
-    assert choose_precision("bf16", cpu) == "bf16"
+    assert choose_precision("bf16", cpu, 64) == "bf16"
+    assert choose_precision("fp32", cpu, 1024) == "fp32"
     with pytest.raises(DeviceError, match="for GPUs"):
-        choose_precision("fp16", cpu)
+        choose_precision("fp16", cpu, 1024)
     with pytest.raises(DeviceError, match="Unknown precision"):
-        choose_precision("int8", cpu)
+        choose_precision("int8", cpu, 1024)
+
+
+@pytest.mark.parametrize(
+    ("instructions", "d_model", "precision"),
+    [
+        ({"_is_amx_tile_supported"}, 1024, "bf16"),
+        ({"_is_avx512_bf16_supported"}, 768, "bf16"),
+        ({"_is_amx_tile_supported"}, 128, "fp32"),
+        (set(), 1024, "fp32"),
+    ],
+    ids=["AMX", "AVX-512 BF16", "a small network", "neither"],
+)
+def test_a_cpu_takes_bf16_by_itself_where_it_is_faster(
+    monkeypatch, instructions, d_model, precision
+):
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda name=name: name in instructions, raising=False)
+    assert choose_precision("auto", torch.device("cpu"), d_model) == precision
+
+
+def test_a_gpu_takes_what_it_computes_in(monkeypatch):
+    for is_supported, precision in ((True, "bf16"), (False, "fp16")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda found=is_supported: found)
+        assert choose_precision("auto", torch.device("cuda"), 128) == precision
 
 
 def test_weights_that_were_parked_in_part_come_back(checkpoint_folder, monkeypatch):
