@@ -84,12 +84,15 @@ def _region_of(box: BoxXyxy) -> Region | None:
 
 
 def _box_of(located: Located) -> BoxXyxy:
+    """The box around an object; without an area where it has no points."""
     if isinstance(located, Box):
         return located.box_xyxy
     if isinstance(located, Quad):
         points: tuple[float, ...] = located.quad_xy
     else:
         points = tuple(value for ring in located.rings_xy for value in ring)
+    if not points:
+        return (0.0, 0.0, 0.0, 0.0)
     xs, ys = points[0::2], points[1::2]
     return (min(xs), min(ys), max(xs), max(ys))
 

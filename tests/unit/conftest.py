@@ -1,6 +1,7 @@
 """A small tokenizer in the published layout, and the reference's processor around it."""
 
 import json
+import os
 
 import pytest
 from hypothesis import settings
@@ -10,9 +11,11 @@ from florence2.phrases import BANNED_PHRASES
 from florence2.tasks import TASKS
 from florence2.tokens import ADDED_TOKENS, IMAGE, MASK
 
-# Machines that run tests are shared; how long an example takes says nothing there.
-settings.register_profile("shared", deadline=None)
-settings.load_profile("shared")
+# Machines that run tests are shared; how long an example takes says nothing there. A run tries the
+# same examples as the last one; HYPOTHESIS_PROFILE=explore looks for new ones.
+settings.register_profile("shared", deadline=None, derandomize=True)
+settings.register_profile("explore", deadline=None, max_examples=500)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "shared"))
 
 BASE_SIZE = 700
 SAMPLE_TEXTS = [

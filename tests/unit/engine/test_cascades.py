@@ -73,3 +73,9 @@ def test_a_detection_cascade_has_as_many_boxes_as_the_detection(demo):
     assert before
     assert [found.box_xyxy for found in joined.objects] == [found.box_xyxy for found in before]
     assert [found.score for found in joined.objects] == [found.score for found in before]
+
+
+def test_an_outline_without_points_has_no_region():
+    empty = Polygon(rings_xy=(), label="cat", score=None)
+    result = Result("<OD>", (10, 10), (empty,), None, "", (), truncated=False)
+    assert [asked.region for asked in regions_of(result)] == [None]
