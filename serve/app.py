@@ -19,7 +19,6 @@ from serve.answering import AnsweringApp
 from serve.cli_predict import predict_path
 from serve.http.errors import install_error_handlers
 from serve.http.guard import Guard
-from serve.http.leaving import NoticesLeaving
 from serve.http.limits import Limits
 from serve.http.page import PageInfo
 from serve.routes import register_routes
@@ -68,7 +67,7 @@ class Florence2App(AnsweringApp):
         """What uvicorn runs: the SDK's application behind the guard."""
         if self._guarded is None and self._app is not None:
             self._guarded = Guard(
-                NoticesLeaving(self._app),
+                self._app,
                 Limits(),
                 lambda uuid: uuid in self.inference_requests_manager._inference_requests,
                 self._is_local,

@@ -16,6 +16,7 @@ from florence2.errors import RequestError
 from serve.http.bodies import header_of, read_body, replay, run_counted, with_json
 from serve.http.envelope import KnownRequest, checked_json
 from serve.http.errors import NotFoundError, answer_faults
+from serve.http.leaving import NoticesLeaving
 from serve.http.limits import Limits
 from serve.http.routes import (
     NEVER_SERVED,
@@ -55,6 +56,7 @@ class Guard:
         path_prefix: str = "",
     ) -> None:
         self._app = app
+        self._inner = NoticesLeaving(app)
         self._limits = limits
         self._known_request = known_request
         self._not_served = NEVER_SERVED | NOT_SERVED_LOCALLY if local else NEVER_SERVED
@@ -66,7 +68,7 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
+            await self._inner(scope, receive, send)
             return
         started_s = time.perf_counter()
         status = _CLIENT_LEFT
@@ -103,7 +105,7 @@ class Guard:
             await self._answer_json(path, route, scope, receive, send)
             return
         max_bytes = self._limits.multipart_bytes if is_form else self._limits.json_bytes
-        await run_counted(self._app, scope, receive, send, max_bytes)
+        await run_counted(self._inner, scope, receive, send, max_bytes)
 
     async def _answer_json(
         self, path: str, route: Route | None, scope: Scope, receive: Receive, send: Send
@@ -114,7 +116,7 @@ class Guard:
         if raw is None:
             return
         body = checked_json(raw, route, is_api_path(path), self._known_request)
-        await self._app(with_json(scope, len(body)), replay(body, receive), send)
+        await self._inner(with_json(scope, len(body)), replay(body, receive), send)
 
 
 def _check_content_type(route: Route, received: str, is_json: bool, is_form: bool) -> None:

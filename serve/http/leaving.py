@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from typing import Any, Final
+from typing import Final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -23,13 +23,10 @@ def client_is_gone(scope: Scope) -> threading.Event:
 
 
 class NoticesLeaving:
-    """Wraps the SDK's Application; everything but the call itself is the Application's."""
+    """The app inside; its routes find in the scope whether their client is gone."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
-
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
-        return getattr(self._app, name)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

@@ -191,7 +191,7 @@ def test_a_content_type_in_capitals_is_what_the_sdk_looks_for():
 def test_a_path_prefix_and_a_root_path_are_no_part_of_the_route():
     inner = Inner()
     guard = guard_around(inner, path_prefix="/net/abc")
-    scope = scope_of("/root/net/abc" + STATE_PATH, JSON, root_path="/root")
+    scope = scope_of("/mounted/net/abc" + STATE_PATH, JSON, root_path="/mounted")
     assert ask(guard, scope, parts(b"[]"))[0] == 400
 
 
