@@ -12,6 +12,7 @@ from torch import Tensor
 from florence2.generate import Session
 
 Pixels = npt.NDArray[np.float32]
+ImageBytes = npt.NDArray[np.uint8]
 
 
 class Runtime(Protocol):
@@ -26,6 +27,13 @@ class Runtime(Protocol):
 
     def encode_images(self, pixels: Pixels) -> Tensor:
         """Visual tokens [B, num_visual_tokens, d_model] of ``pixels`` [B, 3, H, W]."""
+        ...
+
+    def encode_bytes(self, images_bhwc: ImageBytes, lookup_table: Pixels) -> Tensor:
+        """As ``encode_images`` for resized images [B, H, W, 3] that are not normalised yet.
+
+        ``lookup_table`` [3, 256] is the value of each byte of each channel.
+        """
         ...
 
     def start(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Final
 
 import torch
@@ -11,7 +12,10 @@ from torch import Tensor
 from florence2.errors import DeviceError, unknown_name
 from florence2.network.florence import Florence2Network
 from florence2.network.session import DecoderSession
-from florence2.runtimes.base import Pixels
+from florence2.runtimes.base import ImageBytes, Pixels
+from florence2.runtimes.device_pixels import check_bytes, normalise, upload
+from florence2.runtimes.graphs import GraphRunner, make_runner
+from florence2.runtimes.vision_graphs import VisionGraphs
 from florence2.tokens import PAD_ID
 
 PRECISIONS: Final = {
@@ -79,25 +83,69 @@ def cpu_computes_bf16() -> bool:
     return any(bool(getattr(torch.cpu, name, bool)()) for name in tests)
 
 
+@contextmanager
+def exact_convolutions() -> Iterator[None]:
+    """Convolutions of float32 in float32; torch's default on a GPU is TF32, 10 bits of mantissa."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
 class TorchRuntime:
-    """Runs a network whose weights are already on ``device`` in ``precision``."""
+    """Runs a network whose weights are already on ``device`` in ``precision``.
+
+    ``graphs`` records work as CUDA graphs on a GPU and just runs it on a CPU; whatever is recorded
+    is forgotten when the weights move.
+    """
 
     name = "torch"
 
-    def __init__(self, network: Florence2Network, device: torch.device, precision: str) -> None:
+    def __init__(
+        self,
+        network: Florence2Network,
+        device: torch.device,
+        precision: str,
+        graphs: GraphRunner | None = None,
+    ) -> None:
         self.network = network.to(device=device, dtype=PRECISIONS[precision]).eval()
         self.network.prepare_for_inference()
         self.device = str(device)
         self.precision = precision
+        self.graphs = make_runner(device) if graphs is None else graphs
         self._device = device
-        self._dtype = PRECISIONS[precision]
+        self._vision = VisionGraphs(self.graphs)
+        self._tables: dict[bytes, tuple[int, Tensor]] = {}
 
     @torch.inference_mode()
     def encode_images(self, pixels: Pixels) -> Tensor:
         """Visual tokens [B, num_visual_tokens, d_model] of ``pixels`` [B, 3, H, W]."""
-        return self.network.encode_images(
-            torch.from_numpy(pixels).to(device=self._device, dtype=self._dtype)
+        return self._vision.run("pixels", upload(pixels, self._device), self._encode)
+
+    @torch.inference_mode()
+    def encode_bytes(self, images_bhwc: ImageBytes, lookup_table: Pixels) -> Tensor:
+        """Visual tokens as ``encode_images``, of images that are normalised on the device.
+
+        ``images_bhwc`` [B, H, W, 3] of the network's size and ``lookup_table`` [3, 256], the value
+        of each byte of each channel, as ``ImageProcessor`` gives them.
+        """
+        check_bytes(images_bhwc, lookup_table)
+        content = lookup_table.tobytes()
+        if content not in self._tables:
+            self._tables[content] = len(self._tables), upload(lookup_table, self._device)
+        number, table = self._tables[content]
+        return self._vision.run(
+            ("bytes", number),
+            upload(images_bhwc, self._device),
+            lambda received: self._encode(normalise(received, table)),
         )
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        is_exact = self.precision == "fp32" and self._device.type == "cuda"
+        with exact_convolutions() if is_exact else nullcontext():
+            return self.network.encode_images(pixels)
 
     @torch.inference_mode()
     def start(
@@ -129,9 +177,14 @@ class TorchRuntime:
         )
 
     def free_memory(self) -> None:
-        """Returns torch's cached GPU blocks to the device."""
+        """Gives up what is recorded, and returns torch's cached GPU blocks to the device."""
+        self._forget_recordings()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _forget_recordings(self) -> None:
+        self.graphs.clear()
+        self._vision.clear()
 
     @property
     def weight_bytes(self) -> int:
@@ -146,6 +199,7 @@ class TorchRuntime:
     @torch.inference_mode(False)
     def park(self) -> None:
         """Moves the weights to the computer's memory; on a CPU they are there already."""
+        self._forget_recordings()
         self.network.to("cpu")
         self.free_memory()
 
@@ -156,5 +210,6 @@ class TorchRuntime:
 
     def close(self) -> None:
         """Frees the weights for good, whoever else holds the network."""
+        self._forget_recordings()
         self.network.to("meta")
         self.free_memory()

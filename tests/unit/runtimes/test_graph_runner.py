@@ -1,0 +1,126 @@
+"""Recorded work is done exactly as often as it is asked for, whatever the warm-up did."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from replaying import ReplayingRecorder
+
+from florence2.runtimes.graphs import WARM_UPS, GraphRunner, make_runner
+
+
+class Counting:
+    """Work that reads and writes a counter on the device, and a copy of it that it only writes."""
+
+    def __init__(self):
+        self.counter = torch.zeros(3)
+        self.shown = torch.zeros(3)
+        self.num_calls = 0
+
+    def __call__(self):
+        self.num_calls += 1
+        self.counter += 1
+        self.shown.copy_(self.counter)
+
+
+@pytest.mark.parametrize("recorder", [None, ReplayingRecorder()], ids=["a CPU", "recording"])
+def test_every_run_does_the_work_once(recorder):
+    runner, work = GraphRunner(recorder), Counting()
+    for expected in range(1, 5):
+        runner.run("count", work, [work.counter])
+        assert work.counter.tolist() == work.shown.tolist() == [expected] * 3
+
+
+def test_a_recording_is_made_once_and_replayed():
+    recorder = ReplayingRecorder()
+    runner, work = GraphRunner(recorder), Counting()
+    for _ in range(3):
+        runner.run("count", work, [work.counter])
+    assert recorder.events == ["aside", "record", "replay", "replay", "replay"]
+    assert work.num_calls == WARM_UPS + 3
+    assert runner.num_graphs == 1
+
+
+def test_a_cpu_records_nothing():
+    runner, work = make_runner(torch.device("cpu")), Counting()
+    runner.run("count", work, [work.counter])
+    assert (runner.is_enabled, runner.num_graphs, work.num_calls) == (False, 0, 1)
+
+
+def test_without_the_state_the_warm_up_shows():
+    runner, work = GraphRunner(ReplayingRecorder()), Counting()
+    runner.run("count", work)
+    assert work.counter.tolist() == [WARM_UPS + 1] * 3
+
+
+def test_a_known_key_replays_the_first_tensors():
+    runner, first, second = GraphRunner(ReplayingRecorder()), Counting(), Counting()
+    runner.run("count", first, [first.counter])
+    runner.run("count", second, [second.counter])
+    assert first.counter.tolist() == [2] * 3
+    assert second.num_calls == 0
+
+
+def test_the_least_recently_used_recording_goes_first():
+    recorder = ReplayingRecorder()
+    runner, works = GraphRunner(recorder, max_graphs=2), {name: Counting() for name in "abc"}
+    for name in "abac":
+        runner.run(name, works[name], [works[name].counter])
+    assert recorder.num_alive == runner.num_graphs == 2
+    assert recorder.events[-5:] == ["aside", "settle", "reset", "record", "replay"]
+    recorder.events.clear()
+    for name in "acb":
+        runner.run(name, works[name], [works[name].counter])
+    assert recorder.events[:3] == ["replay", "replay", "aside"]
+    assert [works[name].counter[0].item() for name in "abc"] == [3, 2, 2]
+
+
+def test_work_that_cannot_be_recorded_is_run_and_logged_once(caplog):
+    runner, work = GraphRunner(ReplayingRecorder(refuse=True)), Counting()
+    with caplog.at_level(logging.WARNING):
+        for expected in range(1, 4):
+            runner.run("count", work, [work.counter])
+            assert work.counter.tolist() == [expected] * 3
+    [logged] = caplog.messages
+    assert "count runs without a CUDA graph" in logged
+    assert "not permitted" in logged
+    assert runner.num_graphs == 0
+
+
+def test_an_error_of_the_work_comes_through_with_the_state_put_back():
+    runner, work = GraphRunner(ReplayingRecorder()), Counting()
+
+    def failing():
+        work()
+        raise torch.OutOfMemoryError("no memory left")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        runner.run("count", failing, [work.counter])
+    assert work.counter.tolist() == [0] * 3
+    runner.run("count", work, [work.counter])
+    assert work.counter.tolist() == [1] * 3
+
+
+def test_paused_it_just_runs_and_keeps_what_it_has():
+    recorder = ReplayingRecorder()
+    runner, work = GraphRunner(recorder), Counting()
+    runner.run("count", work, [work.counter])
+    with runner.paused():
+        assert not runner.is_enabled
+        runner.run("count", work, [work.counter])
+    runner.run("count", work, [work.counter])
+    assert recorder.events == ["aside", "record", "replay", "replay"]
+    assert work.counter.tolist() == [3] * 3
+
+
+def test_cleared_it_waits_for_the_device_and_records_anew():
+    recorder = ReplayingRecorder()
+    runner, first, second = GraphRunner(recorder), Counting(), Counting()
+    runner.run("count", first, [first.counter])
+    runner.clear()
+    assert recorder.events[-2:] == ["settle", "reset"]
+    assert recorder.num_alive == runner.num_graphs == 0
+    runner.run("count", second, [second.counter])
+    assert (first.counter[0], second.counter[0]) == (1, 1)
