@@ -11,6 +11,7 @@ from florence2.network.bart import LanguageModel
 from florence2.network.config import NetworkConfig
 from florence2.network.davit import VisionTower
 from florence2.network.layers import Linear
+from florence2.network.products import choose_forms
 from florence2.network.projector import Projector
 
 
@@ -93,6 +94,11 @@ class Florence2Network(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        decoder = self.model.language_model.decoder.modules()
+        choose_forms(
+            [module.weight for module in decoder if isinstance(module, Linear)]
+            + [self.lm_head.weight]
+        )
         return self.eval().requires_grad_(False)
 
     def reset_parameters(self, std: float = 0.02) -> None:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# Up to so many rows, a float32 product on a CPU takes several times longer than reading the
-# weight; the transposed product does not. The second bound is for weights that widen the rows.
+from florence2.network.products import product
+
+# Up to so many rows of queries the plain products are faster than the fused kernel on a CPU.
 FEW_ROWS: Final = 4
-FEW_ROWS_WIDENED: Final = 8
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:
@@ -27,21 +27,14 @@ def _tanh_gelu(values: Tensor) -> Tensor:
 
 
 def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``functional.linear`` that is also fast for a few float32 rows on a CPU.
+    """``functional.linear`` that is also fast for the few rows of a decoder step.
 
     ``rows`` [..., C_in], ``weight`` [C_out, C_in] -> [..., C_out].
     """
     # Always two dimensions: a view of one row of a larger tensor keeps that tensor's strides,
     # with which oneDNN's reduced precision takes a path that is a hundred times slower.
     flat = rows.reshape(-1, rows.shape[-1])
-    few = FEW_ROWS_WIDENED if weight.shape[0] > weight.shape[1] else FEW_ROWS
-    if flat.shape[0] > few or flat.device.type != "cpu" or flat.dtype != torch.float32:
-        out = functional.linear(flat, weight, bias)
-    elif bias is None:
-        out = (weight @ flat.t()).t()
-    else:
-        out = torch.addmm(bias[:, None], weight, flat.t()).t()
-    return out.reshape(*rows.shape[:-1], weight.shape[0])
+    return product(flat, weight, bias).reshape(*rows.shape[:-1], weight.shape[0])
 
 
 def attend(
@@ -62,11 +55,10 @@ def attend(
 
 
 def _is_small(query: Tensor, mask: Tensor | None, is_causal: bool) -> bool:
-    """Whether the plain products are faster: a decoder step on a CPU.
+    """Whether the plain products are faster: a decoder step in float32 on a CPU.
 
-    Reduced precision takes them for single rows only: the fused kernel keeps float32 scores.
+    In reduced precision the fused kernel keeps float32 scores.
     """
-    rows = query.shape[2]
     if is_causal or query.device.type != "cpu" or (mask is not None and mask.dtype == torch.bool):
         return False
-    return rows <= FEW_ROWS if query.dtype == torch.float32 else rows == 1
+    return query.dtype == torch.float32 and query.shape[2] <= FEW_ROWS
