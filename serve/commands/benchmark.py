@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from florence2.errors import RequestError
 from serve.console import say
 
 if TYPE_CHECKING:
-    from florence2.benchmark.run import Row
+    from collections.abc import Sequence
+
+    from florence2.benchmark.plan import Axes, BenchmarkPlan
+    from florence2.benchmark.rows import Row
 
 
 def register(app: typer.Typer) -> None:
@@ -25,97 +22,120 @@ def register(app: typer.Typer) -> None:
 
 
 def benchmark(
-    size: Annotated[str, typer.Option(help="base, large, or both with a comma.")] = "base,large",
-    runtime: Annotated[str, typer.Option(help="The runtime of ours.")] = "torch",
-    precision: Annotated[str, typer.Option(help="The precision of ours: fp32, bf16.")] = "fp32",
+    size: Annotated[str | None, typer.Option(help="base, large, or both with a comma.")] = None,
+    runtime: Annotated[str | None, typer.Option(help="The runtime of ours: torch.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="The precision of ours: fp32, bf16, several with commas.")
+    ] = None,
+    beams: Annotated[str | None, typer.Option(help="Beams, several with commas.")] = None,
+    tokens: Annotated[str | None, typer.Option(help="New tokens, several with commas.")] = None,
+    prompts: Annotated[str | None, typer.Option(help="Prompts per image.")] = None,
+    batch: Annotated[str | None, typer.Option(help="Images at once.")] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="Every combination of the axes; takes many hours.")
+    ] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    beams: Annotated[str, typer.Option(help="Beams, several with commas.")] = "3",
-    tokens: Annotated[str, typer.Option(help="New tokens, several with commas.")] = "30,100",
-    prompts: Annotated[str, typer.Option(help="Prompts per image.")] = "1",
-    batch: Annotated[str, typer.Option(help="Images at once.")] = "1",
     repeats: Annotated[int, typer.Option(help="Timed runs per figure, after a warm-up.")] = 3,
+    seconds: Annotated[
+        float, typer.Option(help="Runs of one figure stop when the next would exceed this time.")
+    ] = 45.0,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds after which a side without an answer is ended.")
+    ] = 3600.0,
     bf16_reference: Annotated[bool, typer.Option(help="Time the reference in bf16 too.")] = True,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
+    others: Annotated[bool, typer.Option(help="Time one prompt at a time, nothing kept.")] = True,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the rows here, each as it is measured.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the ratios into this SVG file.")] = None,
+    saved: Annotated[
+        Path | None, typer.Option("--from", help="Show an earlier run's file; measure nothing.")
+    ] = None,
 ) -> None:
-    """Compare speed and memory with transformers' generate(), with random weights at full size."""
-    from florence2.benchmark.run import BenchmarkPlan, run_benchmark
+    """Compare speed and memory with transformers' generate(), with random weights at full size.
 
-    if runtime != "torch":
-        raise RequestError(f"The benchmark runs runtime 'torch', and {runtime!r} was received.")
-    plan = BenchmarkPlan(
-        sizes=[name.strip() for name in size.split(",")],
-        batches=_counts("--batch", batch),
-        prompts=_counts("--prompts", prompts),
-        beams=_counts("--beams", beams),
-        tokens=_counts("--tokens", tokens),
-        device=device,
-        precision=precision,
-        repeats=repeats,
-        reference_bf16=bf16_reference,
-    )
-    rows = run_benchmark(plan, lambda row: say(_sentence(row)))
-    # A fixed width: columns cut to a pipe's 80 characters would be useless.
-    Console(width=150, highlight=False).print(_table(rows))
-    if json_file is not None:
-        content = {"machine": _machine(), "rows": [asdict(row) for row in rows]}
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    Without axes a chosen selection is run, about 20 minutes on two cores. Naming any of --size,
+    --runtime, --precision, --beams, --tokens, --prompts and --batch runs their combinations, by
+    default base and large, fp32, 3 beams, 30 and 100 tokens, one prompt on one image.
+    """
+    from florence2.benchmark.plan import BenchmarkPlan
+    from florence2.benchmark.saved import load_rows
+    from serve.commands.benchmark_table import print_results
+
+    if saved is not None:
+        machine, rows = load_rows(saved)
+    else:
+        words = {"sizes": size, "runtimes": runtime, "precisions": precision}
+        numbers = {"batches": batch, "prompts": prompts, "beams": beams, "tokens": tokens}
+        plan = BenchmarkPlan(
+            blocks=_blocks(words, numbers, full),
+            device=device,
+            repeats=repeats,
+            figure_limit_s=seconds,
+            timeout_s=timeout,
+            reference_bf16=bf16_reference,
+            others=others,
+        )
+        machine, rows = _run(plan, json_file)
+    print_results(rows)
+    if plot is not None:
+        _draw(plot, rows, machine)
 
 
-def _counts(option: str, text: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() and int(part) > 0 for part in parts):
+def _blocks(
+    words: dict[str, str | None], numbers: dict[str, str | None], full: bool
+) -> Sequence[Axes]:
+    """The blocks that were asked for; both dictionaries have an option's text by its axis."""
+    from florence2.benchmark.plan import CHOSEN, FULL, Axes
+
+    named: dict[str, Any] = {axis: _split(text) for axis, text in words.items() if text is not None}
+    named |= {axis: _counts(axis, text) for axis, text in numbers.items() if text is not None}
+    if full and named:
         raise RequestError(
-            f"{option} takes whole numbers of at least 1, separated by commas, and {text!r} was "
+            f"--full measures every combination, and {', '.join(named)} were named besides; "
+            "leave out one of the two."
+        )
+    if full:
+        return FULL
+    return (Axes(**named),) if named else CHOSEN
+
+
+def _run(plan: BenchmarkPlan, json_file: Path | None) -> tuple[dict[str, Any], list[Row]]:
+    """Measures all rows; the file has each of them as soon as it is measured."""
+    from florence2.benchmark.machine import describe_machine
+    from florence2.benchmark.run import run_benchmark
+    from florence2.benchmark.saved import save_rows
+    from serve.commands.benchmark_table import row_sentence
+
+    machine = describe_machine(plan.device)
+    rows: list[Row] = []
+
+    def keep(row: Row) -> None:
+        rows.append(row)
+        say(row_sentence(row))
+        if json_file is not None:
+            save_rows(json_file, machine, rows)
+
+    run_benchmark(plan, keep)
+    return machine, rows
+
+
+def _draw(file: Path, rows: Sequence[Row], machine: dict[str, Any]) -> None:
+    from florence2.benchmark.plot import draw_plot
+    from florence2.benchmark.saved import write_text
+
+    write_text(file, draw_plot(rows, machine))
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",")]
+
+
+def _counts(axis: str, text: str) -> list[int]:
+    parts = _split(text)
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise RequestError(
+            f"The {axis} are whole numbers of at least 1, separated by commas, and {text!r} was "
             "received."
         )
     return [int(part) for part in parts]
-
-
-def _sentence(row: Row) -> str:
-    return (
-        f"{row.size}, batch {row.batch}, prompts {row.prompts}, beams {row.beams}, "
-        f"tokens {row.tokens}: {row.ours_s:.2f} s, the reference takes {row.ratio_fp32:.2f} times "
-        "as long"
-    )
-
-
-def _table(rows: list[Row]) -> Table:
-    table = Table(title="ours / transformers in float32, seconds, same run", box=None)
-    for name in ("size", "batch", "prompts", "beams", "tokens"):
-        table.add_column(name)
-    for name in ("vision", "prompt", "decode", "whole", "ratio", "vs bf16", "MiB", "same tokens"):
-        table.add_column(name, justify="right")
-    for row in rows:
-        axes = (row.size, row.batch, row.prompts, row.beams, row.tokens)
-        stages = [
-            _pair(row.ours_stages_s[stage], row.reference_stages_s[stage])
-            for stage in ("vision_s", "prompt_s", "decode_s")
-        ]
-        table.add_row(
-            *(str(axis) for axis in axes),
-            *stages,
-            _pair(row.ours_s, row.reference_fp32_s),
-            f"{row.ratio_fp32:.2f}x",
-            f"{row.ratio_bf16:.2f}x" if row.ratio_bf16 else "-",
-            f"{row.peak_memory_mib:.0f} / {row.reference_peak_memory_mib:.0f}",
-            "yes" if row.same_tokens else "no",
-        )
-    return table
-
-
-def _pair(ours: float, reference: float) -> str:
-    return f"{ours:.2f} / {reference:.2f}"
-
-
-def _machine() -> dict[str, Any]:
-    import torch
-    import transformers
-
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }

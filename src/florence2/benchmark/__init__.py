@@ -1,1 +1,1 @@
-"""Ours against the reference implementation, on the same weights, in the same run."""
+"""Ours against the reference implementation and the usual way to serve it, in the same run."""

@@ -1,17 +1,22 @@
-"""What is measured: one row of the table."""
+"""What is measured: one row of the table, and its images and questions."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
-import numpy.typing as npt
+from PIL import Image
 
-from florence2.tokens import BOS_ID, EOS_ID
+from florence2.records import SizeWh
 
-IMAGE_SIDE_PX = 768
-NUM_VISUAL_TOKENS = 577
-PROMPT_TOKENS = 13
+TASK: Final = "<CAPTION_TO_PHRASE_GROUNDING>"
+IMAGE_SIZE_WH: Final[SizeWh] = (1280, 720)
+STAGES: Final = ("preprocess_s", "vision_s", "prompt_s", "decode_s")
+
+_COLOURS: Final = ("red", "green", "blue", "white", "black")
+_THINGS: Final = ("car", "tree", "house", "dog", "boat", "star", "bird", "lamp", "sign", "door")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,28 +28,55 @@ class Case:
     beams: int
     tokens: int
 
+    @property
+    def asks(self) -> int:
+        """Answers of the whole case."""
+        return self.batch * self.prompts
+
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds of one run of a case, by stage, and the tokens that came out of it."""
+    """Seconds of one run of a case, by stage, and the tokens of its answers.
 
-    vision_s: float
-    prompt_s: float
-    decode_s: float
-    token_ids: tuple[tuple[int, ...], ...]
+    The answers are in the order of the images, and within an image of its prompts. An answer that
+    was not measured, because the run reached its limit, is None there.
+    """
+
+    stages_s: Mapping[str, float]
+    token_ids: tuple[tuple[int, ...] | None, ...]
+
+    @property
+    def measured_asks(self) -> int:
+        """Answers that the seconds are for."""
+        return sum(ids is not None for ids in self.token_ids)
+
+    @property
+    def whole_s(self) -> float:
+        """Seconds of all asks; those that were not measured count as the mean of the others."""
+        return sum(self.stages_s.values()) * len(self.token_ids) / self.measured_asks
 
 
-def case_pixels(case: Case) -> npt.NDArray[np.float32]:
-    """The images [B, 3, 768, 768]: noise, the same on both sides."""
-    generator = np.random.default_rng(5)
-    shape = (case.batch, 3, IMAGE_SIDE_PX, IMAGE_SIDE_PX)
-    return generator.standard_normal(shape, dtype=np.float32)
+def case_images(case: Case, round_index: int) -> list[Image.Image]:
+    """The RGB images, ``case.batch`` of them: noise, the same on all sides.
 
-
-def case_prompts(case: Case) -> list[list[int]]:
-    """The prompts' ids, ``case.prompts`` of the usual length."""
-    generator = np.random.default_rng(6)
+    Every round has images of its own, so that nothing kept from an earlier round can help.
+    """
+    generator = np.random.default_rng([5, round_index])
+    width, height = IMAGE_SIZE_WH
     return [
-        [BOS_ID, *generator.integers(10, 50_000, PROMPT_TOKENS - 2).tolist(), EOS_ID]
-        for _ in range(case.prompts)
+        Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        for _ in range(case.batch)
     ]
+
+
+def case_texts(case: Case) -> list[str]:
+    """What the prompts ask for, ``case.prompts`` texts; a prompt with one has 12 tokens."""
+    return [
+        f"a {_COLOURS[place % len(_COLOURS)]} {_THINGS[place % len(_THINGS)]}"
+        for place in range(case.prompts)
+    ]
+
+
+def all_texts() -> list[str]:
+    """Every text that a case can ask for, for the tokenizer to know their words."""
+    return [f"a {colour} {thing}" for colour in _COLOURS for thing in _THINGS]

@@ -1,20 +1,27 @@
-"""Random weights at the published sizes, written once and read by both sides."""
+"""Random checkpoints at the published sizes, written once and read by all sides."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 import torch
 from safetensors.torch import save_file
 
+from florence2.benchmark.case import all_texts
 from florence2.network.config import NetworkConfig
 from florence2.network.florence import Florence2Network
 from florence2.network.presets import base_config, large_config, tiny_config
-from florence2.tokens import EOS_ID
+from florence2.tasks import TASKS
+from florence2.tokens import ADDED_TOKENS, EOS_ID
+from florence2.training.tokenizer_build import build_tokenizer
 
+SIZES: Final = ("base", "large", "tiny")
 VOCABULARY: Final = 51328
+# The words of all prompts; the rest of the embedding's rows are tokens that nobody spells.
+_SPELLED: Final = 400
 
 
 def size_config(size: str) -> NetworkConfig:
@@ -25,14 +32,16 @@ def size_config(size: str) -> NetworkConfig:
     return {"base": base_config, "large": large_config}[size](VOCABULARY)
 
 
-def write_weights(size: str, folder: Path) -> None:
-    """Writes a random checkpoint in float16, as published: ``config.json`` and the weights.
+def write_checkpoint(size: str, folder: Path) -> None:
+    """Writes a whole random checkpoint, weights in float16 as published.
 
     The embedding of ``</s>`` is zero, so that its logit never ranks among the first and every
-    answer runs to the token limit: both sides then do the same work.
+    answer runs to the token limit: all sides then do the same work.
     """
+    texts = [task.sentence.replace("{input}", text) for text in all_texts() for task in TASKS]
+    build_tokenizer(folder, texts, _SPELLED)
     torch.manual_seed(1)
-    config = size_config(size)
+    config = replace(size_config(size), image_token_id=_SPELLED + len(ADDED_TOKENS))
     network = Florence2Network(config)
     with torch.no_grad():
         network.model.language_model.shared.weight[EOS_ID] = 0.0
