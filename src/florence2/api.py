@@ -9,8 +9,7 @@ from typing import Any, Final, Literal
 
 from florence2.answering import answer_all, encode_all
 from florence2.ask import AnyImage, AnyRegion, Ask, check_choice, name_of
-from florence2.batch_sizes import image_batch, prompt_batch
-from florence2.checkpoint import load_weights, open_checkpoint
+from florence2.checkpoint import open_checkpoint
 from florence2.engine import Engine
 from florence2.errors import (
     CheckpointError,
@@ -21,15 +20,9 @@ from florence2.errors import (
     unknown_name,
 )
 from florence2.hub import ProgressCallback
+from florence2.loading import load_engine
 from florence2.records import Failure, Result
-from florence2.runtimes.torch import (
-    PRECISIONS,
-    TorchRuntime,
-    check_precision,
-    choose_device,
-    choose_precision,
-)
-from florence2.self_test import self_test
+from florence2.runtimes.torch import check_precision, choose_device
 
 __all__ = ["Ask", "Florence2"]
 
@@ -77,8 +70,9 @@ class Florence2:
 
         ``name``: a checkpoint's name, a hub repository id, or a local folder. ``device``: auto,
         cpu, cuda, cuda:N. ``precision``: auto, fp32, bf16, fp16; only fp32 gives the reference's
-        tokens exactly, and ``auto`` is the fastest, see ``choose_precision``. Raises
-        CheckpointError or DeviceError with one sentence.
+        tokens exactly, and ``auto`` is the fastest that this checkpoint is sane in, see
+        ``choose_precision`` and ``load_engine``. Raises CheckpointError or DeviceError with one
+        sentence.
         """
         if runtime not in RUNTIMES:
             raise DeviceError(unknown_name("runtime", str(runtime), RUNTIMES))
@@ -90,17 +84,8 @@ class Florence2:
         chosen = choose_device(device)
         check_precision(precision, chosen)
         checkpoint = open_checkpoint(name, cache_dir=cache_dir, offline=offline, progress=progress)
-        used = choose_precision(precision, chosen, checkpoint.config.text.d_model)
-        network = load_weights(checkpoint, PRECISIONS[used])
-        engine = Engine(
-            checkpoint,
-            TorchRuntime(network, chosen, used),
-            image_batch=image_batch(checkpoint, chosen.type),
-            prompt_batch=prompt_batch(checkpoint, chosen.type),
-            cache_bytes=cache_bytes,
-        )
-        self_test(engine)
-        logger.info("%s is ready on %s in %s", checkpoint.name, chosen, used)
+        engine = load_engine(checkpoint, chosen, precision, cache_bytes)
+        logger.info("%s is ready on %s in %s", checkpoint.name, chosen, engine.runtime.precision)
         return cls(engine)
 
     @property

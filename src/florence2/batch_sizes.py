@@ -1,15 +1,26 @@
 """How many images and prompts go through the network at once: by device and by their size.
 
 A CPU is busy with one image of 768 x 768 pixels; small networks have so little work per image that
-a batch costs hardly more than one. On a GPU batches always pay.
+a batch costs hardly more than one. On a GPU batches always pay, so they are as large as its memory
+allows: what one more image or prompt costs is measured once the checkpoint is loaded.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Final
 
+import numpy as np
+import torch
+
 from florence2.checkpoint import Checkpoint
+from florence2.generate import generate
+from florence2.runtimes.memory_meter import MemoryMeter, measure_cost
+from florence2.runtimes.torch import TorchRuntime
+from florence2.tasks import TASKS
+from florence2.tokens import BOS_ID, EOS_ID
 
 _GPU_IMAGES: Final = 16
 _GPU_PROMPTS: Final = 32
@@ -18,6 +29,24 @@ _CPU_PIXELS: Final = 640 * 640
 _CPU_PROMPTS: Final = (8, 32)
 _CPU_KEY_VALUE_BYTES: Final = 128 * 2**20
 _FLOAT_BYTES: Final = 4
+
+MOST_IMAGES: Final = 64
+MOST_PROMPTS: Final = 128
+# Of the memory that is free once the checkpoint is loaded. The rest is for answers that are
+# searched meanwhile, for what is cached, and for memory that is free in pieces too small to use.
+_IMAGE_SHARE: Final = 0.35
+_PROMPT_SHARE: Final = 0.45
+_BEAMS: Final = 3
+_PROMPT_TOKENS: Final = 32
+_MEASURED_TOKENS: Final = 8
+
+
+@dataclass(frozen=True, slots=True)
+class BatchSizes:
+    """Images of one pass through the vision tower, and prompts decoded together."""
+
+    images: int
+    prompts: int
 
 
 def image_batch(checkpoint: Checkpoint, device_type: str) -> int:
@@ -38,3 +67,72 @@ def prompt_batch(checkpoint: Checkpoint, device_type: str) -> int:
     values = 2 * text.decoder_layers * visual_tokens * text.d_model
     fewest, most = _CPU_PROMPTS
     return max(fewest, min(most, _CPU_KEY_VALUE_BYTES // (values * _FLOAT_BYTES)))
+
+
+def fit_batch(free_bytes: int, fixed_bytes: int, bytes_per_item: int, most: int) -> int:
+    """The largest batch, from 1 to ``most``, with ``fixed + n * bytes_per_item`` <= ``free``.
+
+    1 also where not even that fits: smaller batches than one there are none.
+    """
+    room = free_bytes - fixed_bytes
+    fitting = most if bytes_per_item <= 0 else room // bytes_per_item
+    return int(max(1, min(most, fitting if room > 0 else 1)))
+
+
+def measured_batches(
+    checkpoint: Checkpoint, runtime: TorchRuntime, meter: MemoryMeter, reserved_bytes: int = 0
+) -> BatchSizes:
+    """Batches that fit into the memory that is free now, but for ``reserved_bytes`` of it.
+
+    Measured by real passes at two batch sizes. A prompt is counted with the longest answer of the
+    task table and 3 beams, as published; the loop halves batches that do not fit after all.
+    """
+    width, height = checkpoint.image_processor.size_wh
+    pixels = np.zeros((1, 3, height, width), np.float32)
+    growth = _longest_answer_bytes(checkpoint, runtime)
+    with runtime.graphs.paused(), torch.inference_mode():
+        features = runtime.encode_images(pixels)[0]
+        free = max(0, meter.free_bytes() - reserved_bytes)
+
+        def encode(count: int) -> None:
+            runtime.encode_images(np.repeat(pixels, count, axis=0))
+
+        def decode(count: int) -> None:
+            ids = [BOS_ID, *[EOS_ID] * (_PROMPT_TOKENS - 1)]
+            session = runtime.start([features] * count, [ids] * count, _BEAMS, _MEASURED_TOKENS)
+            settings = replace(checkpoint.generation, num_beams=_BEAMS)
+            generate(session, count, settings, [_MEASURED_TOKENS] * count)
+
+        return BatchSizes(
+            _measured(runtime, meter, encode, int(free * _IMAGE_SHARE), 0, MOST_IMAGES),
+            _measured(runtime, meter, decode, int(free * _PROMPT_SHARE), growth, MOST_PROMPTS),
+        )
+
+
+def _measured(
+    runtime: TorchRuntime,
+    meter: MemoryMeter,
+    run: Callable[[int], None],
+    free_bytes: int,
+    growth_bytes: int,
+    most: int,
+) -> int:
+    """The batch that fits when each item takes ``growth_bytes`` more than ``run`` shows."""
+    try:
+        cost = measure_cost(meter, run)
+    except (RuntimeError, MemoryError) as error:
+        if not runtime.is_out_of_memory(error):
+            raise
+    else:
+        return fit_batch(free_bytes, cost.fixed_bytes, cost.bytes_per_item + growth_bytes, most)
+    # Outside the handler, whose traceback keeps tensors alive.
+    runtime.free_memory()
+    return 1
+
+
+def _longest_answer_bytes(checkpoint: Checkpoint, runtime: TorchRuntime) -> int:
+    """Self-attention keys and values of one prompt's longest answer."""
+    text = checkpoint.config.text
+    tokens = min(max(task.max_new_tokens for task in TASKS), text.max_position_embeddings)
+    values = 2 * text.decoder_layers * text.d_model * tokens * _BEAMS
+    return values * runtime.network.dtype.itemsize

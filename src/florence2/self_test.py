@@ -1,8 +1,9 @@
-"""Whether a checkpoint that was loaded really answers."""
+"""Whether a checkpoint that was loaded really answers, and in the precision it was loaded in."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,31 +15,48 @@ from florence2.images import open_image
 from florence2.tasks import find_task
 
 
+class PrecisionError(CheckpointError):
+    """The checkpoint gives NaN or infinity in reduced precision; in float32 it may answer."""
+
+
 def self_test(engine: Engine) -> None:
     """One short generation; CheckpointError when the checkpoint cannot really answer.
 
     Catches weights that load and yet are useless: NaN, nothing at all, or ``<s>`` for ever.
+    Numbers that are not finite are a PrecisionError where the precision may be why.
     """
-    gradient = np.linspace(0, 255, 64, dtype=np.uint8)
-    picture = np.stack(np.broadcast_arrays(gradient[:, None], gradient[None], np.uint8(96)), 2)
-    encoded = engine.encode([open_image(picture)])[0]
+    encoded = engine.encode([open_image(probe_picture())])[0]
     if isinstance(encoded, FlorenceError):
         raise encoded
     if not bool(torch.isfinite(encoded.features).all()):
-        raise _useless(engine, "its visual features are not finite numbers")
+        raise _not_finite(engine, "its visual features are not finite numbers")
     settings = replace(engine.checkpoint.generation, num_beams=1, max_new_tokens=8)
     prompt = engine.prepare(find_task("<CAPTION>"), encoded, None, None, settings)
     result = engine.answer([prompt])[0]
     if isinstance(result, NotFiniteError):
-        raise _useless(engine, "its answer to <CAPTION> is not made of finite numbers")
+        raise _not_finite(engine, "its answer to <CAPTION> is not made of finite numbers")
     if isinstance(result, FlorenceError):
         raise result
     if not result.token_ids:
-        raise _useless(engine, "its answer to <CAPTION> is empty")
+        raise CheckpointError(_useless(engine, "its answer to <CAPTION> is empty"))
 
 
-def _useless(engine: Engine, why: str) -> CheckpointError:
-    return CheckpointError(
-        f"Checkpoint {engine.checkpoint.name} loads but does not answer: {why}; "
-        "download it again or use another precision."
+def probe_picture() -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """A small picture [64, 64, 3] of two gradients: no two parts of it are alike."""
+    gradient = np.linspace(0, 255, 64, dtype=np.uint8)
+    return np.stack(np.broadcast_arrays(gradient[:, None], gradient[None], np.uint8(96)), 2)
+
+
+def _not_finite(engine: Engine, why: str) -> CheckpointError:
+    kind = CheckpointError if engine.runtime.precision == "fp32" else PrecisionError
+    return kind(_useless(engine, why))
+
+
+def _useless(engine: Engine, why: str) -> str:
+    advice = "download it again"
+    if engine.runtime.precision != "fp32":
+        advice += " or use precision fp32"
+    return (
+        f"Checkpoint {engine.checkpoint.name} loads but does not answer in "
+        f"{engine.runtime.precision}: {why}; {advice}."
     )

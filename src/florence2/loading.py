@@ -1,0 +1,103 @@
+"""From a checkpoint's files to an engine that has answered: precision, batches, self-test."""
+
+from __future__ import annotations
+
+import logging
+from typing import Final
+
+import torch
+
+from florence2.batch_sizes import BatchSizes, image_batch, measured_batches, prompt_batch
+from florence2.checkpoint import Checkpoint, load_weights
+from florence2.engine import Engine
+from florence2.images import open_image
+from florence2.runtimes.memory_meter import CudaMeter
+from florence2.runtimes.precision import TOLERANCE, error_against_fp32, float32_bytes
+from florence2.runtimes.torch import PRECISIONS, TorchRuntime, choose_precision
+from florence2.self_test import PrecisionError, self_test, probe_picture
+
+logger = logging.getLogger(__name__)
+
+_ROOM_FOR_CHECK: Final = 2
+"""The float32 check runs where so many times its weights are free: activations need room too."""
+
+
+def load_engine(
+    checkpoint: Checkpoint, device: torch.device, precision: str, cache_bytes: int
+) -> Engine:
+    """An engine on ``device`` that has answered once.
+
+    ``precision`` as for ``choose_precision``. Where ``auto`` chose one that this checkpoint is not
+    sane in (NaN, infinity, or on a GPU features far from float32's), it is loaded in fp32 instead,
+    with a warning. One asked for by name stays: NaN and infinity raise PrecisionError, features
+    that are far off are a warning.
+    """
+    used = choose_precision(precision, device, checkpoint.config.text.d_model)
+    is_free = precision == "auto" and used != "fp32"
+    try:
+        return _load(checkpoint, device, used, cache_bytes, is_free)
+    except PrecisionError as error:
+        if not is_free:
+            raise
+        logger.warning("%s It is loaded in fp32 instead.", error)
+    # Outside the handler, whose traceback keeps the first engine's memory.
+    return _load(checkpoint, device, "fp32", cache_bytes, False)
+
+
+def _load(
+    checkpoint: Checkpoint, device: torch.device, used: str, cache_bytes: int, is_free: bool
+) -> Engine:
+    runtime = TorchRuntime(load_weights(checkpoint, PRECISIONS[used]), device, used)
+    engine = Engine(
+        checkpoint,
+        runtime,
+        image_batch=image_batch(checkpoint, device.type),
+        prompt_batch=prompt_batch(checkpoint, device.type),
+        cache_bytes=cache_bytes,
+    )
+    try:
+        self_test(engine)
+        if device.type == "cuda":
+            if used != "fp32" and _has_room_for_check(runtime, device):
+                check_against_fp32(checkpoint, runtime, is_free)
+            sizes = measured_batches(checkpoint, runtime, CudaMeter(device), cache_bytes)
+            _take_over(engine, sizes)
+    except BaseException:
+        engine.close()
+        raise
+    return engine
+
+
+def check_against_fp32(checkpoint: Checkpoint, runtime: TorchRuntime, is_error: bool) -> float:
+    """The error of the visual features against float32, see ``error_against_fp32``.
+
+    Beyond ``TOLERANCE`` a PrecisionError if ``is_error``, else a warning. A pass of the vision
+    tower in float32: milliseconds on a GPU, many seconds on a CPU at full size.
+    """
+    picture = open_image(probe_picture()).image
+    error = error_against_fp32(runtime, checkpoint.image_processor.pixels(picture)[None])
+    limit = TOLERANCE[runtime.precision]
+    logger.info("%s in %s: features within %.2g of fp32", checkpoint.name, runtime.precision, error)
+    if error > limit:
+        found = (
+            f"The visual features of checkpoint {checkpoint.name} in {runtime.precision} may be "
+            f"at most {limit:g} from those in fp32, relative to their size, and are {error:.2g} "
+            "from them; use precision fp32."
+        )
+        if is_error:
+            raise PrecisionError(found)
+        logger.warning(found)
+    return error
+
+
+def _has_room_for_check(runtime: TorchRuntime, device: torch.device) -> bool:
+    needed = _ROOM_FOR_CHECK * float32_bytes(runtime.network)
+    free = CudaMeter(device).free_bytes()
+    if free < needed:
+        logger.info("No check against fp32: %d MiB are free, not %d", free >> 20, needed >> 20)
+    return free >= needed
+
+
+def _take_over(engine: Engine, sizes: BatchSizes) -> None:
+    engine.image_batch, engine.prompt_batch = sizes.images, sizes.prompts
+    logger.info("Batches: %d images, %d prompts", sizes.images, sizes.prompts)

@@ -1,0 +1,28 @@
+"""A small random checkpoint that is sane in every precision."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from florence2.network.florence import Florence2Network
+from florence2.training.demo_config import demo_config
+from florence2.training.export import save_checkpoint, write_tokenizer_and_processor
+from florence2.vocabulary import Vocabulary
+
+
+@pytest.fixture(scope="session")
+def sane_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sane")
+    write_tokenizer_and_processor(folder)
+    torch.manual_seed(11)
+    vocab_size = -(-Vocabulary.from_folder(folder).size // 64) * 64
+    network = Florence2Network(demo_config(vocab_size))
+    for module in network.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
+            nn.init.normal_(module.weight, std=1.2 / math.sqrt(module.weight[0].numel()))
+    save_checkpoint(network, folder)
+    return folder

@@ -1,0 +1,133 @@
+"""Batches follow from what one more image or prompt was measured to cost."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from florence2 import Florence2, batch_sizes, loading
+from florence2.batch_sizes import MOST_IMAGES, MOST_PROMPTS, fit_batch, measured_batches
+from florence2.runtimes.memory_meter import Cost, measure_cost
+
+MIB = 2**20
+
+FITTING = {
+    # name: (free, fixed, per item, most), expected
+    "what is free over what one costs": ((100, 0, 10, 64), 10),
+    "rounded down": ((109, 0, 10, 64), 10),
+    "the fixed part is taken off first": ((100, 25, 10, 64), 7),
+    "never above the bound": ((10_000, 0, 10, 64), 64),
+    "one always": ((5, 0, 10, 64), 1),
+    "one when not even the fixed part fits": ((10, 50, 10, 64), 1),
+    "items that cost nothing": ((100, 50, 0, 64), 64),
+    "items that cost nothing without room": ((10, 50, 0, 64), 1),
+}
+
+
+@pytest.mark.parametrize(("numbers", "expected"), FITTING.values(), ids=FITTING)
+def test_a_batch_fits(numbers, expected):
+    assert fit_batch(*numbers) == expected
+
+
+class FakeMeter:
+    """Memory of a device that does not exist: what each size of batch takes is given."""
+
+    def __init__(self, free_bytes=0, image=(0, 0), prompt=(0, 0)):
+        self.free = free_bytes
+        self.costs = {"image": image, "prompt": prompt}
+        self.running = None
+        self.counts = {"image": [], "prompt": []}
+
+    def free_bytes(self):
+        return self.free
+
+    def saw(self, kind, count):
+        self.running = kind, count
+
+    def peak_bytes(self, work):
+        work()
+        kind, count = self.running
+        self.counts[kind].append(count)
+        fixed, each = self.costs[kind]
+        return fixed + count * each
+
+
+LINES = {
+    # name: (fixed, each) of the device, what is measured
+    "through the origin": ((0, 10), Cost(0, 10)),
+    "with a fixed part": ((50, 3), Cost(50, 3)),
+    "flat": ((40, 0), Cost(40, 0)),
+    "shrinking counts as flat": ((100, -10), Cost(90, 0)),
+}
+
+
+@pytest.mark.parametrize(("line", "expected"), LINES.values(), ids=LINES)
+def test_the_cost_is_the_line_through_two_peaks(line, expected):
+    meter = FakeMeter(image=line)
+    assert measure_cost(meter, lambda count: meter.saw("image", count)) == expected
+
+
+@pytest.fixture
+def model(sane_folder):
+    return Florence2.load(sane_folder, device="cpu")
+
+
+def measured(model, monkeypatch, meter, no_memory_above=100, reserved_bytes=0):
+    """The batches of a model whose passes tell the meter what they were."""
+    runtime = model.engine.runtime
+    encode, start = runtime.encode_images, runtime.start
+
+    def encode_images(pixels):
+        meter.saw("image", len(pixels))
+        return encode(pixels)
+
+    def started(features, *rest):
+        if len(features) > no_memory_above:
+            raise torch.OutOfMemoryError("no memory left")
+        meter.saw("prompt", len(features))
+        return start(features, *rest)
+
+    monkeypatch.setattr(runtime, "encode_images", encode_images)
+    monkeypatch.setattr(runtime, "start", started)
+    monkeypatch.setattr(batch_sizes, "_longest_answer_bytes", lambda *_: MIB)
+    return measured_batches(model.engine.checkpoint, runtime, meter, reserved_bytes)
+
+
+def test_both_batches_follow_from_real_passes(model, monkeypatch):
+    meter = FakeMeter(1000 * MIB, image=(50 * MIB, 20 * MIB), prompt=(30 * MIB, 9 * MIB))
+    sizes = measured(model, monkeypatch, meter)
+    assert meter.counts == {"image": [1, 4], "prompt": [1, 4]}
+    # 350 MiB for images: (350 - 50) / 20; 450 MiB for prompts: (450 - 30) / (9 + 1).
+    assert (sizes.images, sizes.prompts) == (15, 42)
+
+
+def test_what_is_reserved_is_left_alone(model, monkeypatch):
+    meter = FakeMeter(1000 * MIB, image=(0, 20 * MIB), prompt=(0, 9 * MIB))
+    sizes = measured(model, monkeypatch, meter, reserved_bytes=600 * MIB)
+    # 400 MiB: 140 / 20 and 180 / (9 + 1).
+    assert (sizes.images, sizes.prompts) == (7, 18)
+
+
+def test_a_large_device_is_filled_up_to_the_bounds_only(model, monkeypatch):
+    meter = FakeMeter(10**6 * MIB, image=(0, MIB), prompt=(0, MIB))
+    sizes = measured(model, monkeypatch, meter)
+    assert (sizes.images, sizes.prompts) == (MOST_IMAGES, MOST_PROMPTS)
+
+
+def test_a_device_that_does_not_hold_the_larger_batch_takes_one(model, monkeypatch):
+    meter = FakeMeter(1000 * MIB, image=(0, 10 * MIB), prompt=(0, MIB))
+    sizes = measured(model, monkeypatch, meter, no_memory_above=1)
+    assert (sizes.images, sizes.prompts) == (35, 1)
+
+
+def test_the_longest_answer_is_counted_by_its_keys_and_values(model):
+    # Keys and values, 3 layers, 192 wide, 512 positions at most, 3 beams, 4 bytes.
+    assert batch_sizes._longest_answer_bytes(model.engine.checkpoint, model.engine.runtime) == (
+        2 * 3 * 192 * 512 * 3 * 4
+    )
+
+
+def test_on_a_cpu_nothing_is_measured(sane_folder, monkeypatch):
+    monkeypatch.setattr(loading, "measured_batches", None)
+    engine = Florence2.load(sane_folder, device="cpu").engine
+    assert (engine.image_batch, engine.prompt_batch) == (8, 32)
