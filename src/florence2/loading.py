@@ -14,7 +14,7 @@ from florence2.images import open_image
 from florence2.runtimes.memory_meter import CudaMeter
 from florence2.runtimes.precision import TOLERANCE, error_against_fp32, float32_bytes
 from florence2.runtimes.torch import PRECISIONS, TorchRuntime, choose_precision
-from florence2.self_test import PrecisionError, self_test, probe_picture
+from florence2.self_test import PrecisionError, probe_picture, self_test
 
 logger = logging.getLogger(__name__)
 
