@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,7 @@ from PIL import Image
 
 from florence2.errors import CheckpointError, RequestError
 from florence2.pieces import DROPPED_TOKENS, MARKERS
+from florence2.pixels import Pixels, Scaled, look_up, scale
 from florence2.records import BoxXyxy, Region, SizeWh
 from florence2.tasks import TASKS, Task, TaskInput
 from florence2.tokens import AND, NUM_LOCATION_BINS, location_token
@@ -69,27 +71,37 @@ class ImageProcessor:
                     return _from_settings(settings, path)
         return cls()
 
-    def resize(self, image: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """An 8-bit RGB image at the network's size: uint8 ``[height, width, 3]``."""
-        resized = image.resize(self.size_wh, Image.Resampling(self.resample))
-        return np.asarray(resized, dtype=np.uint8)
+    def resize(self, image: Image.Image, helpers: Executor | None = None) -> Scaled:
+        """An 8-bit RGB image at the network's size: uint8 ``[height, width, 3]``.
+
+        A large image is shared with one of ``helpers``; the pixels are the same.
+        """
+        return scale(image, self.size_wh, self.resample, helpers)
 
     @cached_property
-    def lookup_table(self) -> np.ndarray[Any, np.dtype[np.float32]]:
+    def lookup_table(self) -> Pixels:
         """The normalised value of each 8-bit value of each channel: float32 ``[3, 256]``."""
         values = (np.arange(256, dtype=np.float64) * self.rescale).astype(np.float32)
         mean = np.asarray(self.mean, np.float32)[:, None]
         std = np.asarray(self.std, np.float32)[:, None]
         return (values - mean) / std
 
-    def pixels(self, image: Image.Image) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """The network's input for an 8-bit RGB image: float32 ``[3, height, width]``."""
-        resized = self.resize(image)
-        height, width, channels = resized.shape
-        result = np.empty((channels, height, width), np.float32)
-        for channel in range(channels):
-            np.take(self.lookup_table[channel], resized[:, :, channel], out=result[channel])
-        return result
+    def normalise(self, scaled: Scaled, out_hwc: Pixels | None = None) -> Pixels:
+        """The network's values for uint8 ``[height, width, 3]``: float32 ``[3, height, width]``.
+
+        A view of memory in the order height, width, channel, which the network computes in:
+        ``out_hwc`` if given (contiguous float32 of that shape), or else new. ``np.stack`` keeps
+        that order.
+        """
+        return look_up(scaled, self.lookup_table, out_hwc).transpose(2, 0, 1)
+
+    def pixels(self, image: Image.Image) -> Pixels:
+        """The network's input for an 8-bit RGB image, as ``normalise`` gives it."""
+        return self.normalise(self.resize(image))
+
+    def pixels_into(self, image: Image.Image, out_hwc: Pixels) -> None:
+        """Writes the network's input into float32 ``[height, width, 3]``, an item of a batch."""
+        self.normalise(self.resize(image), out_hwc)
 
 
 def prompt_sentence(task: Task, text: str | None, region: Region | None, size_wh: SizeWh) -> str:

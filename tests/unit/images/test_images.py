@@ -54,6 +54,24 @@ def test_a_changed_source_does_not_change_what_was_opened():
     assert all(np.array_equal(np.asarray(one.image), PIXELS) for one in opened)
 
 
+KINDS = ["JPEG", "PNG", "WEBP", "TIFF", "GIF"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_opened_is_apart_from_its_file(kind):
+    loaded = open_image(encoded(RGB, kind))
+    # An image of a file format keeps hold of the file.
+    assert type(loaded.image) is Image.Image
+    assert not any(isinstance(value, io.BytesIO) for value in vars(loaded.image).values())
+
+
+def test_the_pixels_of_a_file_are_not_copied(monkeypatch):
+    copied = []
+    monkeypatch.setattr(Image.Image, "copy", lambda self: copied.append(self) or self)
+    open_image(encoded(RGB, "JPEG"))
+    assert copied == []
+
+
 def test_arrays_may_be_views():
     assert np.array_equal(rgb_of(PIXELS[::-1, ::2]), PIXELS[::-1, ::2])
 

@@ -1,5 +1,6 @@
 """The network's pixels equal the reference's; processor files of every layout are understood."""
 
+import io
 import json
 from dataclasses import replace
 
@@ -8,6 +9,7 @@ import pytest
 from PIL import Image
 
 from florence2.errors import CheckpointError
+from florence2.images import open_image
 from florence2.processing import ImageProcessor
 
 RNG = np.random.default_rng(11)
@@ -21,8 +23,60 @@ def test_pixels_equal_the_reference(size_wh, reference):
     theirs = reference.image_processor(image, return_tensors="np")["pixel_values"][0]
     assert ours.dtype == np.float32
     assert ours.shape == (3, 768, 768)
-    assert ours.flags.c_contiguous
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
+
+
+def test_pixels_lie_in_memory_as_the_network_reads_them():
+    image = Image.fromarray(RNG.integers(0, 256, (50, 60, 3), dtype=np.uint8))
+    processor = ImageProcessor(size_wh=(40, 30))
+    one = processor.pixels(image)
+    batch = np.stack([one, one])
+    assert one.transpose(1, 2, 0).flags.c_contiguous
+    assert batch.transpose(0, 2, 3, 1).flags.c_contiguous
+
+
+def test_pixels_are_written_into_an_item_of_a_batch():
+    image = Image.fromarray(RNG.integers(0, 256, (50, 60, 3), dtype=np.uint8))
+    processor = ImageProcessor(size_wh=(40, 30))
+    batch_bhwc = np.zeros((3, 30, 40, 3), np.float32)
+    processor.pixels_into(image, batch_bhwc[1])
+    assert np.array_equal(batch_bhwc[1].transpose(2, 0, 1), processor.pixels(image))
+    assert not batch_bhwc[[0, 2]].any()
+
+
+def photo(size_wh):
+    coarse = Image.fromarray(RNG.integers(0, 256, (9, 12, 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize(size_wh, Image.Resampling.BICUBIC)).astype(np.int16)
+    noise = RNG.integers(-9, 10, smooth.shape)
+    return Image.fromarray((smooth + noise).clip(0, 255).astype(np.uint8))
+
+
+FILES = [
+    ("JPEG 4:2:0", "RGB", "JPEG", {"subsampling": 2}),
+    ("JPEG 4:2:2", "RGB", "JPEG", {"subsampling": 1}),
+    ("JPEG 4:4:4", "RGB", "JPEG", {"subsampling": 0}),
+    ("JPEG, progressive", "RGB", "JPEG", {"progressive": True}),
+    ("JPEG, restart markers", "RGB", "JPEG", {"restart_marker_rows": 1}),
+    ("JPEG, poor", "RGB", "JPEG", {"quality": 5}),
+    ("JPEG, grey", "L", "JPEG", {}),
+    ("JPEG, CMYK", "CMYK", "JPEG", {}),
+    ("PNG", "RGB", "PNG", {}),
+    ("PNG, palette", "P", "PNG", {}),
+    ("WebP", "RGB", "WEBP", {}),
+]
+
+
+@pytest.mark.parametrize("size_wh", [(1001, 333), (64, 48)])
+@pytest.mark.parametrize(
+    ("mode", "kind", "options"), [x[1:] for x in FILES], ids=[x[0] for x in FILES]
+)
+def test_a_file_gives_the_pixels_of_the_reference(size_wh, mode, kind, options, reference):
+    file = io.BytesIO()
+    photo(size_wh).convert(mode).save(file, kind, **options)
+    ours = ImageProcessor().pixels(open_image(file.getvalue()).image)
+    with Image.open(file) as opened:
+        theirs = reference.image_processor(opened.convert("RGB"), return_tensors="np")
+    np.testing.assert_allclose(ours, theirs["pixel_values"][0], rtol=0, atol=1e-6)
 
 
 def test_pixels_are_the_resized_image_through_the_table():

@@ -1,0 +1,227 @@
+"""Images made ready for the network ahead of it, by a few threads: opened, scaled and hashed.
+
+Pillow and hashlib let other Python threads run meanwhile, and none of it enters PyTorch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Final
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from florence2.ask import AnyImage
+from florence2.cache import EncodedImage
+from florence2.errands import Errand
+from florence2.errors import FlorenceError, as_value
+from florence2.images import ImageSource, LoadedImage, identity, open_image
+from florence2.pixels import Scaled
+from florence2.processing import ImageProcessor
+from florence2.records import Failure, SizeWh
+
+THREADS: Final = 2
+MAX_AHEAD: Final = 16
+
+AnySource = ImageSource | LoadedImage
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PreparedImage:
+    """What the network needs of an image.
+
+    ``size_wh`` of the original in pixels, after the EXIF rotation; ``scaled`` uint8
+    ``[height, width, 3]`` at the network's size, which ``ImageProcessor.normalise`` or the device
+    turns into the network's values. ``content_hash`` has 32 hex digits that are equal for equal
+    ``scaled`` of equal ``size_wh``: for images with the same features and the same answers.
+    """
+
+    size_wh: SizeWh
+    content_hash: str
+    scaled: Scaled
+
+
+Prepared = PreparedImage | FlorenceError
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    """An image's errand, and how many will still take what comes of it.
+
+    ``source`` is held as long as the job can be found by its identity, which another object could
+    have once this one is gone.
+    """
+
+    source: AnySource
+    errand: Errand[Prepared]
+    num_takers: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Handle:
+    """One claim to a prepared image: it is taken once, or forgotten."""
+
+    _preparer: Preparer
+    _job: _Job | None = field(repr=False)
+
+    def result(self) -> Prepared:
+        """The prepared image or why there is none; made here and now if nobody has begun.
+
+        RuntimeError if it was taken or forgotten before. What is no FlorenceError is raised.
+        """
+        job, self._job = self._job, None
+        if job is None:
+            raise RuntimeError("A prepared image is taken once; submit the image again.")
+        return self._preparer._take(job)
+
+    def forget(self) -> None:
+        """Gives the claim up, so that its memory is released; twice is once."""
+        job, self._job = self._job, None
+        if job is not None:
+            self._preparer._release(job)
+
+
+class Preparer:
+    """Prepares images for one checkpoint ahead of the model; safe to use from many threads.
+
+    At most ``max_ahead`` images are in hand or prepared and not taken: whatever is beyond is
+    prepared by the thread that takes it. So is an image that no helper has begun, which is why
+    nobody waits behind other images. The same path, bytes or object is prepared once for all who
+    wait for it. It must not be changed meanwhile.
+    """
+
+    def __init__(
+        self, processor: ImageProcessor, *, threads: int = THREADS, max_ahead: int = MAX_AHEAD
+    ) -> None:
+        self._processor = processor
+        self._max_ahead = max_ahead
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="florence2-images")
+        self._lock = threading.Lock()
+        self._jobs: dict[object, _Job] = {}
+        self._listed: dict[object, _Job] = {}
+        self._hashes: WeakKeyDictionary[LoadedImage, str] = WeakKeyDictionary()
+        self._is_closed = False
+
+    def submit(self, image: AnySource) -> Handle:
+        """A claim to the prepared image, which is begun ahead if there is room.
+
+        Every handle must be taken or forgotten, else its room is never free again.
+        """
+        with self._lock:
+            return Handle(self, self._claim(image))
+
+    def ahead(self, images: Iterable[AnyImage]) -> None:
+        """The images that ``take`` will be asked for next, in order, in place of those said before.
+
+        What was said before and is neither here nor taken is forgotten. As many as there is room
+        for are begun; images that were prepared before and are still open are not, because their
+        features are mostly known. What needs no preparing is passed over.
+        """
+        with self._lock:
+            wanted = {
+                identity(image): image
+                for image in images
+                if not isinstance(image, EncodedImage | Failure)
+            }
+            for key in [key for key in self._listed if key not in wanted]:
+                self._leave(self._listed.pop(key))
+            for key, image in wanted.items():
+                if key in self._listed or self._known_hash(image) is not None:
+                    continue
+                if not (key in self._jobs or self._has_room()):
+                    break
+                self._listed[key] = self._claim(image)
+
+    def take(self, image: AnySource) -> Prepared:
+        """The prepared image or why there is none; made here and now if nobody has begun."""
+        with self._lock:
+            job = self._listed.pop(identity(image), None)
+            if job is None:
+                job = self._jobs.get(identity(image)) or self._new_job(image)
+                job.num_takers += 1
+        return self._take(job)
+
+    def known_hash(self, image: object) -> str | None:
+        """The ``content_hash`` of an open image that was prepared before.
+
+        Who has its features need not take it again.
+        """
+        with self._lock:
+            return self._known_hash(image)
+
+    @property
+    def num_ahead(self) -> int:
+        """Images in hand or prepared, and not taken."""
+        with self._lock:
+            return len(self._jobs)
+
+    def close(self) -> None:
+        """Prepares nothing ahead any more; what is begun is finished, and may still be taken."""
+        with self._lock:
+            self._is_closed = True
+            for job in self._listed.values():
+                self._leave(job)
+            self._listed.clear()
+        self._pool.shutdown(cancel_futures=True)
+
+    def _known_hash(self, image: object) -> str | None:
+        return self._hashes.get(image) if isinstance(image, LoadedImage) else None
+
+    def _has_room(self) -> bool:
+        return not self._is_closed and len(self._jobs) < self._max_ahead
+
+    def _claim(self, image: AnySource) -> _Job:
+        """The job in hand with one taker more, or a new one, which is begun if there is room."""
+        key = identity(image)
+        job = self._jobs.get(key)
+        if job is None:
+            job = self._new_job(image)
+            if self._has_room():
+                self._jobs[key] = job
+                self._pool.submit(job.errand.run)
+        job.num_takers += 1
+        return job
+
+    def _new_job(self, image: AnySource) -> _Job:
+        return _Job(image, Errand(partial(self._prepare, image)))
+
+    def _take(self, job: _Job) -> Prepared:
+        try:
+            return job.errand.result()
+        finally:
+            self._release(job)
+
+    def _release(self, job: _Job) -> None:
+        with self._lock:
+            self._leave(job)
+
+    def _leave(self, job: _Job) -> None:
+        job.num_takers -= 1
+        if job.num_takers < 1:
+            job.errand.drop()
+            key = identity(job.source)
+            if self._jobs.get(key) is job:
+                del self._jobs[key]
+
+    def _prepare(self, image: AnySource) -> Prepared:
+        try:
+            opened = open_image(image)
+            scaled = self._processor.resize(opened.image, self._pool)
+        except FlorenceError as error:
+            return as_value(error)
+        found = _hash_of(opened.size_wh, scaled)
+        if opened is image:
+            with self._lock:
+                self._hashes[opened] = found
+        return PreparedImage(opened.size_wh, found, scaled)
+
+
+def _hash_of(size_wh: SizeWh, scaled: Scaled) -> str:
+    digest = hashlib.blake2b(f"{size_wh} {scaled.shape}".encode(), digest_size=16)
+    digest.update(np.ascontiguousarray(scaled).data)
+    return digest.hexdigest()

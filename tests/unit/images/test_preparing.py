@@ -1,0 +1,321 @@
+"""Images are prepared once, ahead of the model or by whoever takes them, and then forgotten."""
+
+import gc
+import io
+import random
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from florence2.errors import ImageError
+from florence2.images import LoadedImage, open_image
+from florence2.preparing import PreparedImage, Preparer
+from florence2.processing import ImageProcessor
+from florence2.records import Failure
+
+RNG = np.random.default_rng(3)
+SIZE_WH = (8, 6)
+PATIENCE_S = 20
+
+
+def picture(width=20, height=14):
+    return open_image(RNG.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@dataclass(frozen=True)
+class Watched(ImageProcessor):
+    """Notes who scales which size where; ``gates`` holds up the images of a width."""
+
+    size_wh: tuple[int, int] = SIZE_WH
+    seen: list = field(default_factory=list, hash=False, compare=False)
+    gates: dict = field(default_factory=dict, hash=False, compare=False)
+
+    def resize(self, image, helpers=None):
+        self.seen.append((image.size, threading.current_thread().name))
+        gate = self.gates.get(image.width)
+        if gate is not None:
+            gate.begun.set()
+            assert gate.opened.wait(PATIENCE_S)
+        return super().resize(image, helpers)
+
+    @property
+    def widths(self):
+        return [size[0] for size, _ in self.seen]
+
+
+class Gate:
+    def __init__(self):
+        self.begun, self.opened = threading.Event(), threading.Event()
+
+
+@pytest.fixture
+def processor():
+    return Watched()
+
+
+@pytest.fixture
+def make(processor):
+    made = []
+
+    def maker(**options):
+        made.append(Preparer(processor, **options))
+        return made[-1]
+
+    yield maker
+    for gate in processor.gates.values():
+        gate.opened.set()
+    for preparer in made:
+        preparer.close()
+
+
+@pytest.fixture
+def busy(make, processor):
+    """A preparer whose one helper is busy with another image until the gate opens."""
+    processor.gates[99] = Gate()
+    preparer = make(threads=1, max_ahead=3)
+    preparer.submit(picture(99))
+    assert processor.gates[99].begun.wait(PATIENCE_S)
+    return preparer
+
+
+def file_of(image):
+    file = io.BytesIO()
+    image.image.save(file, "PNG")
+    return file.getvalue()
+
+
+def test_a_prepared_image_is_the_processors(make):
+    image = picture()
+    for prepared in (make().take(image), make().submit(image).result()):
+        assert prepared.size_wh == (20, 14)
+        assert np.array_equal(prepared.scaled, ImageProcessor(size_wh=SIZE_WH).resize(image.image))
+
+
+def test_every_source_of_one_picture_has_one_hash(make, tmp_path):
+    image = picture()
+    path = tmp_path / "a.png"
+    path.write_bytes(file_of(image))
+    preparer = make()
+    sources = [image, image.image, np.asarray(image.image), file_of(image), path, str(path)]
+    assert len({preparer.take(source).content_hash for source in sources}) == 1
+
+
+def test_images_that_could_be_answered_otherwise_have_other_hashes(make):
+    grey = [np.full((height, width, 3), 90, np.uint8) for width, height in ((5, 7), (7, 5))]
+    sources = [*grey, np.full((5, 7, 3), 91, np.uint8)]
+    assert len({make().take(source).content_hash for source in sources}) == 3
+
+
+def test_an_image_is_prepared_once_for_all_who_wait_for_it(busy, processor):
+    image = picture(30)
+    file = file_of(picture(31))
+    same_file = bytes(bytearray(file))
+    handles = [busy.submit(image), busy.submit(image), busy.submit(file), busy.submit(same_file)]
+    results = [handle.result() for handle in handles]
+    assert results[0] is results[1]
+    assert results[2] is results[3]
+    assert processor.widths == [99, 30, 31]
+
+
+def test_what_is_ahead_is_taken_from_there(make, processor):
+    preparer, images = make(), [picture(30), picture(31)]
+    preparer.ahead(images)
+    taken = [preparer.take(image) for image in images]
+    assert [one.size_wh[0] for one in taken] == [30, 31]
+    assert sorted(processor.widths) == [30, 31]
+    assert preparer.num_ahead == 0
+
+
+def test_helpers_work_while_nobody_takes(make, processor):
+    gate = processor.gates[30] = Gate()
+    make().ahead([picture(30)])
+    assert gate.begun.wait(PATIENCE_S)
+    assert processor.seen[0][1].startswith("florence2-images")
+
+
+def test_nobody_waits_behind_other_images(busy, processor):
+    image = picture(30)
+    handle = busy.submit(image)
+    assert handle.result().size_wh == (30, 14)
+    assert processor.seen[-1] == ((30, 14), threading.current_thread().name)
+
+
+def test_an_image_in_hand_is_waited_for(make, processor):
+    gate = processor.gates[30] = Gate()
+    preparer, image = make(), picture(30)
+    handle = preparer.submit(image)
+    assert gate.begun.wait(PATIENCE_S)
+    threading.Timer(0.05, gate.opened.set).start()
+    assert handle.result().size_wh == (30, 14)
+    assert processor.widths == [30]
+
+
+def test_no_more_than_allowed_is_prepared_ahead(make, processor):
+    preparer, images = make(max_ahead=2), [picture(width) for width in (30, 31, 32, 33)]
+    handles = [preparer.submit(image) for image in images]
+    assert preparer.num_ahead == 2
+    assert handles[3].result().size_wh == (33, 14)
+    assert processor.seen[-1][1] == threading.current_thread().name
+    assert handles[0].result().size_wh == (30, 14)
+    assert preparer.num_ahead == 1
+    preparer.submit(images[3])
+    assert preparer.num_ahead == 2
+    preparer.ahead([images[2]])
+    assert preparer.take(images[2]).size_wh == (32, 14)
+
+
+def test_what_comes_next_replaces_what_was_to_come(busy, processor):
+    first, second, third = (picture(width) for width in (30, 31, 32))
+    busy.ahead([first, second, third])
+    assert busy.num_ahead == 3
+    busy.ahead([third])
+    assert busy.num_ahead == 2
+    busy.ahead([])
+    assert busy.num_ahead == 1
+    processor.gates[99].opened.set()
+    busy.close()
+    assert processor.widths == [99]
+
+
+def test_what_was_prepared_before_is_known_and_not_ahead(make):
+    preparer, image = make(), picture()
+    assert preparer.known_hash(image) is None
+    found = preparer.take(image).content_hash
+    assert preparer.known_hash(image) == found
+    assert preparer.known_hash(picture()) is None
+    preparer.ahead([image])
+    assert preparer.num_ahead == 0
+
+
+def test_what_needs_no_preparing_is_passed_over(make):
+    preparer = make()
+    preparer.ahead([Failure("bad_image", "It was cut.", None)])
+    assert preparer.num_ahead == 0
+
+
+def take(preparer, image):
+    return preparer.take(image)
+
+
+def take_ahead(preparer, image):
+    preparer.ahead([image])
+    return preparer.take(image)
+
+
+def take_handle(preparer, image):
+    return preparer.submit(image).result()
+
+
+def take_twice(preparer, image):
+    handle = preparer.submit(image)
+    preparer.take(image)
+    return handle.result()
+
+
+def forget(preparer, image):
+    preparer.submit(image).forget()
+
+
+def forget_ahead(preparer, image):
+    preparer.ahead([image])
+    preparer.ahead([])
+
+
+def close(preparer, image):
+    preparer.ahead([image])
+    preparer.close()
+
+
+WAYS = [take, take_ahead, take_handle, take_twice, forget, forget_ahead, close]
+
+
+@pytest.mark.parametrize("state", ["idle", "busy"])
+@pytest.mark.parametrize("way", WAYS)
+def test_nothing_is_held_afterwards(way, state, make, processor, request):
+    preparer = request.getfixturevalue("busy") if state == "busy" else make()
+    if state == "busy" and way is close:
+        processor.gates[99].opened.set()
+    image = picture()
+    held = weakref.ref(image)
+    pixels = weakref.ref(image.image)
+    prepared = way(preparer, image)
+    scaled = None if prepared is None else weakref.ref(prepared.scaled)
+    del image, prepared
+    if state == "idle":
+        # A helper that had begun what is forgotten lets go of it when it is done.
+        preparer.close()
+    gc.disable()
+    try:
+        assert held() is None
+        assert pixels() is None
+        assert scaled is None or scaled() is None
+    finally:
+        gc.enable()
+
+
+def test_an_image_that_cannot_be_opened_is_a_value(make):
+    for way in (take, take_ahead, take_handle):
+        error = way(make(), b"no image")
+        assert isinstance(error, ImageError)
+        assert error.__traceback__ is None
+    assert isinstance(make().take(7), ImageError)
+
+
+class FaultyProcessor(ImageProcessor):
+    def resize(self, image, helpers=None):
+        raise MemoryError("no room")
+
+
+def test_a_fault_is_raised_where_the_image_is_taken():
+    preparer = Preparer(FaultyProcessor())
+    image = picture()
+    for way in (take, take_ahead, take_handle):
+        with pytest.raises(MemoryError, match="no room"):
+            way(preparer, image)
+    assert preparer.num_ahead == 0
+    preparer.close()
+
+
+def test_a_handle_is_good_for_one_image(make):
+    handle = make().submit(picture())
+    handle.result()
+    handle.forget()
+    with pytest.raises(RuntimeError, match="taken once"):
+        handle.result()
+
+
+def test_after_closing_images_are_prepared_by_their_takers(make, processor):
+    preparer, image = make(), picture(30)
+    handle = preparer.submit(image)
+    preparer.close()
+    preparer.close()
+    assert handle.result().size_wh == (30, 14)
+    preparer.ahead([image])
+    assert preparer.take(picture(31)).size_wh == (31, 14)
+    assert processor.seen[-1][1] == threading.current_thread().name
+    assert preparer.num_ahead == 0
+
+
+def test_many_threads_each_get_their_own_image(make):
+    preparer, images = make(threads=3, max_ahead=5), [picture(20 + n) for n in range(12)]
+    expected = [ImageProcessor(size_wh=SIZE_WH).resize(image.image) for image in images]
+
+    def ask(seed):
+        dice = random.Random(seed)
+        for _ in range(60):
+            number = dice.randrange(len(images))
+            image = LoadedImage(images[number].image) if dice.random() < 0.3 else images[number]
+            way = dice.choice([take, take_ahead, take_handle, take_twice, forget])
+            prepared = way(preparer, image)
+            assert prepared is None or isinstance(prepared, PreparedImage)
+            assert prepared is None or np.array_equal(prepared.scaled, expected[number])
+
+    with ThreadPoolExecutor(8) as pool:
+        for done in [pool.submit(ask, seed) for seed in range(8)]:
+            done.result(PATIENCE_S)
+    preparer.ahead([])
+    assert preparer.num_ahead == 0
