@@ -46,7 +46,7 @@ types: $(VENV)/.dev
 check: lint types test
 
 bench: $(VENV)/.runtime
-	$(BIN)/florence2 benchmark --json docs/benchmark.json
+	$(BIN)/florence2 benchmark --json docs/benchmark.json --plot docs/benchmark.svg
 
 clean:
 	rm -rf $(OUT) build dist

@@ -70,7 +70,7 @@ def case_images(case: Case, round_index: int) -> list[Image.Image]:
 
 
 def case_texts(case: Case) -> list[str]:
-    """What the prompts ask for, ``case.prompts`` texts; a prompt with one has 12 tokens."""
+    """What the prompts ask for, ``case.prompts`` texts; a prompt with one has 13 tokens."""
     return [
         f"a {_COLOURS[place % len(_COLOURS)]} {_THINGS[place % len(_THINGS)]}"
         for place in range(case.prompts)

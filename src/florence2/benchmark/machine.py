@@ -9,7 +9,6 @@ from typing import Any, Final
 
 import torch
 
-from florence2.benchmark.run import usable_cores
 from florence2.runtimes.torch import choose_device
 
 _PROCESSOR: Final = Path("/proc/cpuinfo")
@@ -24,7 +23,7 @@ def describe_machine(device: str) -> dict[str, Any]:
         "processor": _field("model name") or platform.processor() or platform.machine(),
         "instructions": [name for name in _INSTRUCTIONS if name in _field("flags").split()],
         "cores": os.cpu_count(),
-        "threads": usable_cores(),
+        "threads": torch.get_num_threads(),
         "memory_gib": _memory_gib(),
         "python": platform.python_version(),
         "torch": torch.__version__,

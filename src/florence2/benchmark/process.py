@@ -95,6 +95,11 @@ class Worker:
         return Measured(timing, self.loading_mib, found["peak_memory_mib"])
 
     @property
+    def process_id(self) -> int:
+        """The system's number of the process."""
+        return self._process.pid
+
+    @property
     def is_alive(self) -> bool:
         """Whether it can be asked again."""
         return self._process.poll() is None
@@ -167,6 +172,11 @@ class Workers:
     def run(self, way: Way, case: Case, round_index: int, limit_s: float) -> Measured:
         """One timed run; SideFailedError for a side that gives none, others are not touched."""
         return self._worker(way.process).run(way.name, case, round_index, limit_s)
+
+    @property
+    def process_ids(self) -> dict[Process, int]:
+        """The system's numbers of the processes that were started."""
+        return {process: worker.process_id for process, worker in self._started.items()}
 
     def _worker(self, process: Process) -> Worker:
         if process in self._unusable:

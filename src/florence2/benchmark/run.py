@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
+
+import torch
 
 from florence2.benchmark.case import Case
 from florence2.benchmark.plan import BenchmarkPlan, Subject
@@ -67,20 +68,13 @@ def run_benchmark(plan: BenchmarkPlan, show: Callable[[Row], None]) -> list[Row]
     for size, cases in plan.work().items():
         with tempfile.TemporaryDirectory(prefix="florence2-benchmark-") as name:
             write_checkpoint(size, Path(name))
-            place = Place(Path(name), plan.device, usable_cores(), plan.timeout_s)
+            place = Place(Path(name), plan.device, torch.get_num_threads(), plan.timeout_s)
             with Workers(place) as workers:
                 for case, subjects in cases.items():
                     for row in measure(case, subjects, workers.run, plan):
                         rows.append(row)
                         show(row)
     return rows
-
-
-def usable_cores() -> int:
-    """The cores that this process may use: every side has as many threads."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def measure(case: Case, subjects: Iterable[Subject], ask: Ask, plan: BenchmarkPlan) -> list[Row]:
