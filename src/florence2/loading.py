@@ -11,7 +11,7 @@ from florence2.batch_sizes import BatchSizes, image_batch, measured_batches, pro
 from florence2.checkpoint import Checkpoint, load_weights
 from florence2.engine import Engine
 from florence2.images import open_image
-from florence2.runtimes.memory_meter import CudaMeter
+from florence2.runtimes.memory_meter import CudaMeter, MemoryMeter
 from florence2.runtimes.precision import TOLERANCE, error_against_fp32, float32_bytes
 from florence2.runtimes.torch import PRECISIONS, TorchRuntime, choose_precision
 from florence2.self_test import PrecisionError, probe_picture, self_test
@@ -58,10 +58,9 @@ def _load(
     try:
         self_test(engine)
         if device.type == "cuda":
-            if used != "fp32" and _has_room_for_check(runtime, device):
-                check_against_fp32(checkpoint, runtime, is_free)
-            sizes = measured_batches(checkpoint, runtime, CudaMeter(device), cache_bytes)
-            _take_over(engine, sizes)
+            meter = CudaMeter(device)
+            check_where_it_fits(checkpoint, runtime, meter, is_free)
+            _take_over(engine, measured_batches(checkpoint, runtime, meter, cache_bytes))
     except BaseException:
         engine.close()
         raise
@@ -90,12 +89,28 @@ def check_against_fp32(checkpoint: Checkpoint, runtime: TorchRuntime, is_error: 
     return error
 
 
-def _has_room_for_check(runtime: TorchRuntime, device: torch.device) -> bool:
-    needed = _ROOM_FOR_CHECK * float32_bytes(runtime.network)
-    free = CudaMeter(device).free_bytes()
-    if free < needed:
-        logger.info("No check against fp32: %d MiB are free, not %d", free >> 20, needed >> 20)
-    return free >= needed
+def check_where_it_fits(
+    checkpoint: Checkpoint, runtime: TorchRuntime, meter: MemoryMeter, is_error: bool
+) -> bool:
+    """``check_against_fp32`` in reduced precision where memory allows; whether it was made."""
+    if runtime.precision == "fp32":
+        return False
+    free, needed = meter.free_bytes(), _ROOM_FOR_CHECK * float32_bytes(runtime.network)
+    if free >= needed:
+        try:
+            check_against_fp32(checkpoint, runtime, is_error)
+        except (RuntimeError, MemoryError) as error:
+            if not runtime.is_out_of_memory(error):
+                raise
+        else:
+            return True
+    logger.info(
+        "%s is not checked against fp32: too little memory, %d MiB are free",
+        checkpoint.name,
+        free >> 20,
+    )
+    runtime.free_memory()
+    return False
 
 
 def _take_over(engine: Engine, sizes: BatchSizes) -> None:

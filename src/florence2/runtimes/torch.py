@@ -205,8 +205,8 @@ class TorchRuntime:
 
     @torch.inference_mode(False)
     def resume(self) -> None:
-        """Moves parked weights back to the device."""
-        self.network.to(self._device)
+        """Moves parked weights back to the device, and lays them out for speed there again."""
+        self.network.to(self._device).prepare_for_inference()
 
     def close(self) -> None:
         """Frees the weights for good, whoever else holds the network."""

@@ -31,7 +31,7 @@ def test_on_a_cpu_a_batch_is_as_large_as_the_network_is_small(preset):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_on_a_gpu_batches_are_always_of_the_same_size(preset):
+def test_on_a_gpu_batches_start_from_one_size_until_memory_is_measured(preset):
     assert sizes(preset, "cuda") == (16, 32)
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from florence2 import Florence2, loading
 from florence2.checkpoint import open_checkpoint
 from florence2.errors import CheckpointError
-from florence2.loading import check_against_fp32, load_engine
+from florence2.loading import check_against_fp32, check_where_it_fits, load_engine
 from florence2.runtimes.torch import PRECISIONS, TorchRuntime
 from florence2.self_test import PrecisionError
 
@@ -112,6 +112,42 @@ def test_features_that_are_far_off_are_an_error_or_a_warning(sane_folder, monkey
     with caplog.at_level(logging.WARNING):
         check_against_fp32(checkpoint, runtime, is_error=False)
     assert "use precision fp32" in caplog.messages[0]
+
+
+class Room:
+    """A device with so much memory free, which nothing is measured on."""
+
+    def __init__(self, free_bytes):
+        self._free_bytes = free_bytes
+
+    def free_bytes(self):
+        return self._free_bytes
+
+    def peak_bytes(self, work):
+        raise NotImplementedError
+
+
+def out_of_memory(*_):
+    raise torch.OutOfMemoryError("no memory left")
+
+
+CHECKS = {
+    # name: (precision, free bytes, check, whether it is made)
+    "room enough": ("bf16", 2**40, check_against_fp32, True),
+    "no room": ("bf16", 2**10, check_against_fp32, False),
+    "memory ends meanwhile": ("bf16", 2**40, out_of_memory, False),
+    "nothing to check": ("fp32", 2**40, check_against_fp32, False),
+}
+
+
+@pytest.mark.parametrize(("precision", "free", "check", "is_made"), CHECKS.values(), ids=CHECKS)
+def test_a_load_does_not_fail_for_lack_of_room_to_check(
+    sane_folder, monkeypatch, precision, free, check, is_made
+):
+    monkeypatch.setattr(loading, "check_against_fp32", check)
+    checkpoint = open_checkpoint(sane_folder)
+    runtime = runtime_of(checkpoint, precision)
+    assert check_where_it_fits(checkpoint, runtime, Room(free), is_error=True) is is_made
 
 
 def test_an_engine_that_is_not_taken_frees_its_weights(sane_folder, monkeypatch):

@@ -113,3 +113,14 @@ def test_recordings_are_given_up_when_memory_is(network, recorder, leave):
     assert recorder.num_alive == 1
     getattr(runtime, leave)()
     assert recorder.num_alive == runtime.graphs.num_graphs == 0
+
+
+def test_weights_that_were_moved_are_laid_out_for_speed_again(network, monkeypatch):
+    runtime = TorchRuntime(Florence2Network(network.config), CPU, "fp32")
+    before = runtime.encode_images(pixels_of(IMAGES[:1]))
+    laid_out = []
+    monkeypatch.setattr(runtime.network, "prepare_for_inference", lambda: laid_out.append(True))
+    runtime.park()
+    runtime.resume()
+    assert laid_out == [True]
+    assert torch.equal(runtime.encode_images(pixels_of(IMAGES[:1])), before)
