@@ -34,11 +34,11 @@ def benchmark(
     full: Annotated[
         bool, typer.Option("--full", help="Every combination of the axes; takes many hours.")
     ] = False,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, or cuda:N.")] = "cpu",
     repeats: Annotated[int, typer.Option(help="Timed runs per figure, after a warm-up.")] = 3,
     seconds: Annotated[
         float, typer.Option(help="Runs of one figure stop when the next would exceed this time.")
-    ] = 45.0,
+    ] = 30.0,
     timeout: Annotated[
         float, typer.Option(help="Seconds after which a side without an answer is ended.")
     ] = 3600.0,
@@ -54,9 +54,10 @@ def benchmark(
 ) -> None:
     """Compare speed and memory with transformers' generate(), with random weights at full size.
 
-    Without axes a chosen selection is run, about 20 minutes on two cores. Naming any of --size,
-    --runtime, --precision, --beams, --tokens, --prompts and --batch runs their combinations, by
-    default base and large, fp32, 3 beams, 30 and 100 tokens, one prompt on one image.
+    Without axes a chosen selection is run, less than half an hour on two cores. Naming any of
+    --size, --runtime, --precision, --beams, --tokens, --prompts and --batch runs their
+    combinations, by default base and large, fp32, 3 beams, 30 and 100 tokens, one prompt on one
+    image.
     """
     from florence2.benchmark.plan import BenchmarkPlan
     from florence2.benchmark.saved import load_rows

@@ -25,8 +25,8 @@ _SIDES: Final = {
     OTHERS: "one prompt at a time",
 }
 _HEADING: Final = (
-    "Seconds and MiB, ours / generate() of transformers in float32, same run; then the time of "
-    "generate() in float32 and bf16, and of one prompt at a time in float32, over ours"
+    "seconds and MiB: ours / generate() of transformers in fp32; ratios: generate() in fp32, "
+    "in bf16, and one prompt at a time, over ours; all in the same run"
 )
 
 

@@ -64,15 +64,17 @@ class BenchmarkPlan:
     """The blocks of the table, and how each figure is measured.
 
     A figure is the median of at most ``repeats`` runs; after the first of them no run is begun
-    that would take the figure over ``figure_limit_s`` seconds. A first run shorter than
-    ``warm_up_below_s`` is not counted. A side that does not answer within ``timeout_s`` is ended.
+    that would take the figure over ``figure_limit_s`` seconds. Within a run the side that answers
+    one prompt at a time begins no further answer after that time, and the reference no further
+    prompt after five times that time. A first run shorter than ``warm_up_below_s`` is not
+    counted. A side that does not answer within ``timeout_s`` is ended.
     """
 
     blocks: Sequence[Axes] = CHOSEN
     device: str = "cpu"
     repeats: int = 3
-    figure_limit_s: float = 45.0
-    warm_up_below_s: float = 20.0
+    figure_limit_s: float = 30.0
+    warm_up_below_s: float = 15.0
     timeout_s: float = 3600.0
     reference_bf16: bool = True
     others: bool = True

@@ -24,6 +24,7 @@ from florence2.benchmark.rows import (
     make_row,
 )
 from florence2.benchmark.weights import write_checkpoint
+from florence2.runtimes.torch import choose_device
 
 # A whole reference is worth waiting for longer than one that nobody compares tokens with.
 _REFERENCE_LIMITS: Final = 5
@@ -68,7 +69,8 @@ def run_benchmark(plan: BenchmarkPlan, show: Callable[[Row], None]) -> list[Row]
     for size, cases in plan.work().items():
         with tempfile.TemporaryDirectory(prefix="florence2-benchmark-") as name:
             write_checkpoint(size, Path(name))
-            place = Place(Path(name), plan.device, torch.get_num_threads(), plan.timeout_s)
+            device = str(choose_device(plan.device))
+            place = Place(Path(name), device, torch.get_num_threads(), plan.timeout_s)
             with Workers(place) as workers:
                 for case, subjects in cases.items():
                     for row in measure(case, subjects, workers.run, plan):
