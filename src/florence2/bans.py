@@ -21,20 +21,36 @@ _BLOCK: Final = 128
 _SMALL_VOCABULARY: Final = 4096
 
 
-def ban_repeated_ngrams(log_probs: Tensor, history: Tensor, ngram_size: int) -> None:
+def ban_repeated_ngrams(
+    log_probs: Tensor, history: Tensor, ngram_size: int, lengths: Tensor | None = None
+) -> None:
     """Ban every token that would repeat an n-gram of its row.
 
     ``history`` is ``[rows, length]``: all tokens of each row so far, the decoder's start token
-    and ``<s>`` included, because the reference counts them too.
+    and ``<s>`` included, because the reference counts them too. Where rows differ, ``lengths``
+    [rows] says how many of them each has; the others are -1.
     """
     length = history.shape[1]
     if length < ngram_size:
         return
     windows = history.unfold(1, ngram_size, 1)
-    suffix = history[:, length - ngram_size + 1 :].unsqueeze(1)
-    repeats = (windows[..., :-1] == suffix).all(dim=-1)
+    repeats = (windows[..., :-1] == _suffix(history, ngram_size - 1, lengths)).all(dim=-1)
+    last = windows[..., -1]
+    if lengths is not None:
+        repeats = repeats & (last >= 0)
+        last = last.clamp(min=0)
     penalty = torch.zeros(repeats.shape, dtype=log_probs.dtype, device=log_probs.device)
-    log_probs.scatter_add_(1, windows[..., -1], penalty.masked_fill_(repeats, NEVER))
+    log_probs.scatter_add_(1, last, penalty.masked_fill_(repeats, NEVER))
+
+
+def _suffix(history: Tensor, size: int, lengths: Tensor | None) -> Tensor:
+    """The last ``size`` tokens of each row: [rows, 1, size]."""
+    if lengths is None:
+        return history[:, history.shape[1] - size :].unsqueeze(1)
+    back = torch.arange(-size, 0, device=history.device)
+    # A shorter row has no n-gram to repeat, and one that nobody waits for may be beyond the end.
+    places = (lengths.unsqueeze(1) + back).clamp(0, history.shape[1] - 1)
+    return history.gather(1, places).unsqueeze(1)
 
 
 def ban_bos(log_probs: Tensor) -> None:

@@ -6,15 +6,17 @@ Source of the architecture: BART (arXiv 1910.13461) as published in Florence-2.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from florence2 import tokens
 from florence2.errors import RequestError
 from florence2.network.config import TextConfig
 from florence2.network.layers import Embedding, Linear
-from florence2.network.ops import activation, attend
+from florence2.network.ops import activation, attend, linear
 
 POSITION_OFFSET = 2
 
@@ -29,6 +31,30 @@ class Attention(nn.Module):
         self.v_proj = Linear(dim, dim)
         self.q_proj = Linear(dim, dim)
         self.out_proj = Linear(dim, dim)
+        self._fused: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def fused_weight(self) -> Tensor | None:
+        """The three input projections as one weight [3 * dim, dim], see ``fuse``."""
+        return None if self._fused is None else self._fused[0]
+
+    def fuse(self) -> None:
+        """Lays the three input projections out as one weight.
+
+        Theirs become views of it, so it takes no memory of its own. Moving or casting the module
+        undoes it, and gradients are computed without it.
+        """
+        parts = (self.q_proj, self.k_proj, self.v_proj)
+        weight = torch.cat([part.weight.detach() for part in parts])
+        bias = torch.cat([part.bias.detach() for part in parts])
+        for part, rows, offset in zip(parts, weight.chunk(3), bias.chunk(3), strict=True):
+            part.weight.data, part.bias.data = rows, offset
+        self._fused = weight, bias
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Attention:
+        self._fused = None
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def split(self, rows: Tensor) -> Tensor:
         """[B, L, dim] -> [B, heads, L, dim / heads]."""
@@ -41,7 +67,23 @@ class Attention(nn.Module):
 
     def project_key_value(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """[B, L, dim] -> keys and values, each [B, heads, L, head_dim]."""
-        return self.split(self.k_proj(rows)), self.split(self.v_proj(rows))
+        if self._fused is None or torch.is_grad_enabled():
+            return self.split(self.k_proj(rows)), self.split(self.v_proj(rows))
+        weight, bias = (part[rows.shape[-1] :] for part in self._fused)
+        key, value = self._split_all(linear(rows, weight, bias), 2)
+        return key, value
+
+    def project(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, L, dim] -> queries, keys and values, each [B, heads, L, head_dim]."""
+        if self._fused is None or torch.is_grad_enabled():
+            return self.project_query(rows), *self.project_key_value(rows)
+        query, key, value = self._split_all(linear(rows, *self._fused), 3)
+        return query, key, value
+
+    def _split_all(self, rows: Tensor, count: int) -> tuple[Tensor, ...]:
+        batch, length, dim = rows.shape
+        head_dim = dim // (count * self.heads)
+        return rows.view(batch, length, count, self.heads, head_dim).permute(2, 0, 3, 1, 4).unbind()
 
     def attend(
         self,
@@ -71,9 +113,7 @@ class EncoderLayer(nn.Module):
     def forward(self, states: Tensor, mask: Tensor | None) -> Tensor:
         """[B, S, d] -> [B, S, d]."""
         attention = self.self_attn
-        mixed = attention.attend(
-            attention.project_query(states), *attention.project_key_value(states), mask
-        )
+        mixed = attention.attend(*attention.project(states), mask)
         states = self.self_attn_layer_norm(states + mixed)
         return cast(
             Tensor,
@@ -113,9 +153,7 @@ class DecoderLayer(nn.Module):
 
     def forward(self, rows: Tensor, states: Tensor, cross_mask: Tensor | None) -> Tensor:
         """Teacher-forced: rows [B, L, d] over states [B, S, d] -> [B, L, d]."""
-        query = self.self_attn.project_query(rows)
-        key, value = self.self_attn.project_key_value(rows)
-        mixed = self.self_attn.attend(query, key, value, is_causal=True)
+        mixed = self.self_attn.attend(*self.self_attn.project(rows), is_causal=True)
         cross_key, cross_value = self.encoder_attn.project_key_value(states)
         return self.after_self_attention(rows, mixed, cross_key, cross_value, cross_mask)
 
@@ -148,6 +186,15 @@ class Stack(nn.Module):
         self.check_length(position + 1)
         row = self.embed_positions.weight[position + POSITION_OFFSET]
         return cast(Tensor, self.layernorm_embedding(vectors + row))
+
+    def add_position_each(self, vectors: Tensor, positions: Tensor) -> Tensor:
+        """[B, L, d], each item's at its own of ``positions`` [B] -> the first layer's input.
+
+        Positions beyond the table take its last row: they belong to items nobody waits for.
+        """
+        places = (positions + POSITION_OFFSET).clamp(max=self.limit + POSITION_OFFSET - 1)
+        rows = self.embed_positions(places).unsqueeze(1)
+        return cast(Tensor, self.layernorm_embedding(vectors + rows))
 
     def check_length(self, length: int) -> None:
         """Raises when a sequence is longer than the position table."""
@@ -188,6 +235,16 @@ class Decoder(Stack):
         for layer in self.layers:
             rows = layer(rows, states, wide)
         return rows
+
+    def product_weights(self) -> list[Tensor]:
+        """Every matrix that a step multiplies its rows by."""
+        found: list[Tensor] = []
+        for module in self.modules():
+            if isinstance(module, Linear):
+                found.append(module.weight)
+            elif isinstance(module, Attention) and module.fused_weight is not None:
+                found.append(module.fused_weight)
+        return found
 
 
 class LanguageModel(nn.Module):

@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from florence2.network.bart import LanguageModel
+from florence2.network.bart import Attention, LanguageModel
 from florence2.network.config import NetworkConfig
 from florence2.network.davit import VisionTower
 from florence2.network.layers import Linear
@@ -90,15 +90,14 @@ class Florence2Network(nn.Module):
         self.lm_head.weight = nn.Parameter(shared.detach().clone())
 
     def prepare_for_inference(self) -> Florence2Network:
-        """Freezes the weights and lays those of the convolutions out for channels-last input."""
+        """Freezes the weights and lays them out for speed; to be called again once moved."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        decoder = self.model.language_model.decoder.modules()
-        choose_forms(
-            [module.weight for module in decoder if isinstance(module, Linear)]
-            + [self.lm_head.weight]
-        )
+            elif isinstance(module, Attention):
+                module.fuse()
+        decoder = self.model.language_model.decoder
+        choose_forms([*decoder.product_weights(), self.lm_head.weight])
         return self.eval().requires_grad_(False)
 
     def reset_parameters(self, std: float = 0.02) -> None:
@@ -121,7 +120,13 @@ class Florence2Network(nn.Module):
         if self.is_tied:
             dropped.add("lm_head.weight")
         return {
-            name: value.detach().contiguous()
+            name: _of_its_own(value.detach())
             for name, value in self.state_dict().items()
             if name not in dropped
         }
+
+
+def _of_its_own(value: Tensor) -> Tensor:
+    """Contiguous, and no part of a larger tensor: what is stored must not share memory."""
+    is_part = value.untyped_storage().nbytes() > value.numel() * value.element_size()
+    return value.clone() if is_part else value.contiguous()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Final, cast
 
 import torch
@@ -12,32 +11,28 @@ from torch import Tensor
 from florence2.errors import RequestError
 from florence2.network.bart import DecoderLayer
 from florence2.network.florence import Florence2Network
+from florence2.network.key_values import KeyValues
+from florence2.rows import put_rows, row_numbers, widened
 
 FIRST_STEPS: Final = 32
 # Kernels for masked attention on a GPU copy a mask whose rows do not start at multiples of this.
 ROW_ALIGNMENT: Final = 16
 
-
-@dataclass(slots=True)
-class _LayerCache:
-    """Keys and values of one layer: ``cross_*`` [B, h, S, d_h], ``own_*`` [B, h, slots, d_h]."""
-
-    cross_key: Tensor
-    cross_value: Tensor
-    own_key: Tensor
-    own_value: Tensor
+_HIDDEN: Final = float("-inf")
 
 
 class DecoderSession:
     """The decoder's state while the answers of B items are searched with ``num_beams`` beams.
 
     Cross-attention keys and values exist once per item; beams are query rows over them. A token
-    of beam b at step t is written to slot P + t * num_beams + b of its item's self-attention
-    cache (P the prefix's length) and never moves: which slots a beam sees, its own history's,
-    is a row of an additive mask, and ``reorder`` only copies such rows.
+    of beam b at its item's step t is written to slot P + t * num_beams + b of the item's
+    self-attention cache (P the prefix's length) and never moves: which slots a beam sees, its own
+    history's, is a row of an additive mask, and ``reorder`` only copies such rows. Items may have
+    begun at different times, so that a row whose answer is settled can be given to another item.
 
     ``max_new_tokens`` counts every token after the decoder's start token, as the published
-    generation settings do; the last of them is never fed back.
+    generation settings do; the last of them is never fed back. With ``is_static`` no shape and no
+    branch of ``step_on_device`` depends on how far the items are, so it can be recorded.
     """
 
     def __init__(
@@ -47,6 +42,8 @@ class DecoderSession:
         mask: Tensor,
         num_beams: int,
         max_new_tokens: int,
+        *,
+        is_static: bool = False,
     ) -> None:
         """``states`` [B, S, d_model] and ``mask`` [B, S] bool, from ``encode_prompts``."""
         self._network = network
@@ -58,11 +55,17 @@ class DecoderSession:
             )
         self.num_beams = num_beams
         self.max_new_tokens = max_new_tokens
+        self._is_static = is_static
         self._prefix_length = 0
-        self._steps = 0
+        self._steps_of = [0] * states.shape[0]
         with torch.inference_mode():
-            self._layers = [self._start_layer(layer, states) for layer in self._decoder_layers()]
-            self._cross_mask = None if bool(mask.all()) else _additive(mask, states.dtype)
+            self._steps = torch.zeros(states.shape[0], dtype=torch.long, device=states.device)
+            self._layers = [
+                KeyValues(*layer.encoder_attn.project_key_value(states))
+                for layer in self._decoder_layers()
+            ]
+            all_seen = not is_static and bool(mask.all())
+            self._cross_mask = None if all_seen else _additive(mask, states.dtype)
             self._own_mask = states.new_empty(states.shape[0], num_beams, 0)
 
     @property
@@ -72,8 +75,13 @@ class DecoderSession:
 
     @property
     def length(self) -> int:
-        """Tokens fed so far, the prefix included."""
-        return self._prefix_length + self._steps
+        """Tokens fed so far to the item that has most, the prefix included."""
+        return self._prefix_length + max(self._steps_of)
+
+    @property
+    def cross_length(self) -> int:
+        """S: positions of the longest encoded prompt."""
+        return self._layers[0].cross_key.shape[2]
 
     @torch.inference_mode()
     def prefill(self, prefix_ids: Sequence[int]) -> Tensor:
@@ -81,28 +89,59 @@ class DecoderSession:
 
         Gives the logits [B, V] after the last of them.
         """
-        if self.length or not prefix_ids:
+        if self._prefix_length or not prefix_ids:
             raise RuntimeError("prefill takes at least one token, and only before any step.")
-        self._prefix_length = len(prefix_ids)
-        self._reserve(self._prefix_length)
+        self._prefix_length = end = len(prefix_ids)
+        self.reserve(0)
         token_ids = torch.tensor([list(prefix_ids)], device=self._own_mask.device)
         vectors = self._decoder.embed(token_ids).expand(self.num_items, -1, -1)
         rows = self._decoder.add_positions(vectors)
-        rows = self._run_layers(rows, 0, mask=None, is_causal=True)
+        for layer, cache in zip(self._decoder_layers(), self._layers, strict=True):
+            query, key, value = layer.self_attn.project(rows)
+            cache.write(0, key, value)
+            own = cache.own_key[:, :, :end], cache.own_value[:, :, :end]
+            mixed = layer.self_attn.attend(query, *own, is_causal=True)
+            rows = self._finish_layer(layer, cache, rows, mixed)
         return cast(Tensor, self._network.lm_head(rows[:, -1]))
 
-    @torch.inference_mode()
     def step(self, token_ids: Tensor) -> Tensor:
         """Feeds one token per beam, [B, beams] -> logits [B, beams, V]."""
+        self.count_pass()
+        return self.step_on_device(token_ids)
+
+    @torch.inference_mode()
+    def count_pass(self) -> None:
+        """What the host notes of a step, and makes room for; ``step_on_device`` is the rest."""
         if not self._prefix_length:
             raise RuntimeError("step continues a prefix; call prefill first.")
-        start = self._prefix_length + self._steps * self.num_beams
-        end = start + self.num_beams
-        rows = self._decoder.add_position(self._decoder.embed(token_ids), self.length)
-        self._reserve(end)
+        if not self._is_static:
+            self._decoder.check_length(self.length + 1)
+            self.reserve(max(self._steps_of) + 1)
+        self._steps_of = [count + 1 for count in self._steps_of]
+
+    @torch.inference_mode()
+    def step_on_device(self, token_ids: Tensor) -> Tensor:
+        """What the device does of a step."""
+        end = self._end()
+        rows = self._decoder.embed(token_ids)
+        if self._is_together():
+            rows = self._decoder.add_position(rows, self.length - 1)
+        else:
+            rows = self._decoder.add_position_each(rows, self._prefix_length + self._steps)
+        slots = self._slots()
+        self._own_mask.scatter_(2, slots.unsqueeze(2), 0.0)
+        sees_all = self.num_beams == 1 and self._is_together()
+        mask = None if sees_all else self._own_mask[:, None, :, :end]
+        for layer, cache in zip(self._decoder_layers(), self._layers, strict=True):
+            query, key, value = layer.self_attn.project(rows)
+            if self._is_together():
+                cache.write(end - self.num_beams, key, value)
+            else:
+                cache.write_each(slots, key, value)
+            own = cache.own_key[:, :, :end], cache.own_value[:, :, :end]
+            mixed = layer.self_attn.attend(query, *own, mask)
+            rows = self._finish_layer(layer, cache, rows, mixed)
         self._steps += 1
-        mask = None if self.num_beams == 1 else self._own_mask[:, None, :, :end]
-        rows = self._run_layers(rows, start, mask, is_causal=False)
         return cast(Tensor, self._network.lm_head(rows))
 
     @torch.inference_mode()
@@ -111,87 +150,107 @@ class DecoderSession:
 
         ``beam_indices`` [B, beams], called before the step it is meant for.
         """
-        written = self._prefix_length + self._steps * self.num_beams
-        if self.num_beams == 1 or not self._steps:
+        if self.num_beams == 1 or not (self._is_static or any(self._steps_of)):
             return
-        past = self._own_mask[:, :, :written]
+        past = self._own_mask[:, :, : self._end()]
         past.copy_(past.gather(1, beam_indices[:, :, None].expand(past.shape)))
 
     @torch.inference_mode()
-    def keep(self, item_indices: Tensor) -> None:
-        """Goes on with these items [B'] only, in this order."""
+    def keep(self, items: list[int]) -> None:
+        """Goes on with these items only, in this order; an item may be named twice."""
+        kept = row_numbers(items, self._own_mask.device)
+        self._steps_of = [self._steps_of[item] for item in items]
+        self._steps = self._steps[kept]
         for layer in self._layers:
-            layer.cross_key = layer.cross_key.index_select(0, item_indices)
-            layer.cross_value = layer.cross_value.index_select(0, item_indices)
-            layer.own_key = layer.own_key.index_select(0, item_indices)
-            layer.own_value = layer.own_value.index_select(0, item_indices)
-        self._own_mask = self._own_mask.index_select(0, item_indices)
+            layer.keep(kept)
+        self._own_mask = self._own_mask[kept]
         if self._cross_mask is not None:
-            self._cross_mask = self._cross_mask.index_select(0, item_indices)
+            self._cross_mask = self._cross_mask[kept]
 
-    def _decoder_layers(self) -> list[DecoderLayer]:
-        return [cast(DecoderLayer, layer) for layer in self._decoder.layers]
+    @torch.inference_mode()
+    def put(self, items: list[int], other: DecoderSession) -> None:
+        """Gives the places of these items to the items of ``other``, in order.
 
-    @staticmethod
-    def _start_layer(layer: DecoderLayer, states: Tensor) -> _LayerCache:
-        key, value = layer.encoder_attn.project_key_value(states)
-        nothing = key[:, :, :0].contiguous()
-        return _LayerCache(key.contiguous(), value.contiguous(), nothing, nothing)
+        ``other`` has the same prefix and as many beams, and may be at any step.
+        """
+        into = row_numbers(items, self._own_mask.device)
+        self._prefix_length = other._prefix_length
+        self.reserve(max(other._steps_of))
+        self._reserve_cross(other)
+        for item, count in zip(items, other._steps_of, strict=True):
+            self._steps_of[item] = count
+        put_rows(self._steps, into, other._steps, 0)
+        for mine, theirs in zip(self._layers, other._layers, strict=True):
+            mine.put(into, theirs, self._slots_for(other._steps_of))
+        own = other._own_mask[:, :, : self._own_mask.shape[2]]
+        put_rows(self._own_mask, into, own, _HIDDEN)
+        if self._cross_mask is not None:
+            put_rows(self._cross_mask, into, other._wide_cross_mask(), _HIDDEN)
 
-    def _run_layers(self, rows: Tensor, start: int, mask: Tensor | None, is_causal: bool) -> Tensor:
-        """Writes the rows' keys and values from slot ``start`` on; [B, L, d] -> [B, L, d]."""
-        end = start + rows.shape[1]
-        for layer, cache in zip(self._decoder_layers(), self._layers, strict=True):
-            attention = layer.self_attn
-            query = attention.project_query(rows)
-            cache.own_key[:, :, start:end], cache.own_value[:, :, start:end] = (
-                attention.project_key_value(rows)
-            )
-            key, value = cache.own_key[:, :, :end], cache.own_value[:, :, :end]
-            mixed = attention.attend(query, key, value, mask, is_causal)
-            rows = layer.after_self_attention(
-                rows, mixed, cache.cross_key, cache.cross_value, self._cross_mask
-            )
-        return rows
-
-    def _reserve(self, slots: int) -> None:
-        """Makes room for the first ``slots`` slots, doubling, so that long limits cost nothing."""
+    @torch.inference_mode()
+    def reserve(self, steps: int) -> None:
+        """Makes room for so many steps, doubling, so that long limits cost nothing."""
+        slots = self._prefix_length + steps * self.num_beams
         capacity = self._own_mask.shape[2]
-        if slots <= capacity:
+        if slots <= capacity and capacity:
             return
         most = self._prefix_length + self.max_new_tokens * self.num_beams
         first = self._prefix_length + FIRST_STEPS * self.num_beams
         capacity = max(slots, min(most, max(first, 2 * capacity)))
         capacity = -(-capacity // ROW_ALIGNMENT) * ROW_ALIGNMENT
         for layer in self._layers:
-            layer.own_key = _widen(layer.own_key, capacity)
-            layer.own_value = _widen(layer.own_value, capacity)
-        self._own_mask = self._start_mask(capacity)
+            layer.reserve(capacity)
+        wide = widened(self._own_mask, 2, capacity, _HIDDEN)
+        wide[:, :, : self._prefix_length] = 0.0
+        self._own_mask = wide
 
-    def _start_mask(self, capacity: int) -> Tensor:
-        """The own mask [B, beams, capacity] with the old one's values in front.
+    def _reserve_cross(self, other: DecoderSession) -> None:
+        if self._cross_mask is None and (
+            other._cross_mask is not None or other.cross_length != self.cross_length
+        ):
+            self._cross_mask = self._wide_cross_mask()
+        if other.cross_length > self.cross_length:
+            for layer in self._layers:
+                layer.reserve_cross(other.cross_length)
+            if self._cross_mask is not None:
+                self._cross_mask = widened(self._cross_mask, 3, other.cross_length, _HIDDEN)
 
-        All see the prefix; every beam sees, of the slots of a step not made yet, only its own.
-        """
-        old = self._own_mask
-        beams = self.num_beams
-        own = torch.eye(beams, dtype=torch.bool, device=old.device)
-        later = -(-(capacity - self._prefix_length) // beams)
-        prefix = own.new_ones(beams, self._prefix_length)
-        visible = torch.cat([prefix, own.repeat(1, later)], dim=1)[:, :capacity]
-        bias = torch.zeros(visible.shape, dtype=old.dtype, device=old.device)
-        mask = bias.masked_fill_(~visible, float("-inf")).repeat(old.shape[0], 1, 1)
-        mask[:, :, : old.shape[2]] = old
-        return mask
+    def _wide_cross_mask(self) -> Tensor:
+        if self._cross_mask is not None:
+            return self._cross_mask
+        return self._own_mask.new_zeros(self.num_items, 1, 1, self.cross_length)
+
+    def _slots_for(self, steps_of: list[int]) -> int:
+        return self._prefix_length + max(steps_of) * self.num_beams
+
+    def _is_together(self) -> bool:
+        """Whether all items are at the same step, so that no index is needed."""
+        return not self._is_static and len(set(self._steps_of)) == 1
+
+    def _end(self) -> int:
+        """Slots to look at, those of the step in hand included."""
+        if self._is_static:
+            return self._own_mask.shape[2]
+        return self._slots_for(self._steps_of)
+
+    def _slots(self) -> Tensor:
+        """The slots [B, beams] of the step in hand; items nobody waits for may be beyond."""
+        beams = torch.arange(self.num_beams, device=self._steps.device)
+        slots = self._prefix_length + self._steps.unsqueeze(1) * self.num_beams + beams
+        return slots.clamp(max=self._own_mask.shape[2] - 1)
+
+    def _finish_layer(
+        self, layer: DecoderLayer, cache: KeyValues, rows: Tensor, mixed: Tensor
+    ) -> Tensor:
+        return layer.after_self_attention(
+            rows, mixed, cache.cross_key, cache.cross_value, self._cross_mask
+        )
+
+    def _decoder_layers(self) -> list[DecoderLayer]:
+        return [cast(DecoderLayer, layer) for layer in self._decoder.layers]
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """A bool mask [B, S] as an addend [B, 1, 1, S]: 0 where True, minus infinity elsewhere."""
     bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-    return bias.masked_fill_(~mask, float("-inf"))[:, None, None, :]
-
-
-def _widen(cache: Tensor, slots: int) -> Tensor:
-    wide = cache.new_zeros(*cache.shape[:2], slots, cache.shape[3])
-    wide[:, :, : cache.shape[2]] = cache
-    return wide
+    return bias.masked_fill_(~mask, _HIDDEN)[:, None, None, :]

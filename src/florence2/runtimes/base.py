@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from florence2.generate import Session
+from florence2.space import Session
 
 Pixels = npt.NDArray[np.float32]
 ImageBytes = npt.NDArray[np.uint8]

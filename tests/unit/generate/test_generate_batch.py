@@ -21,10 +21,11 @@ from tiny_reference import (
 )
 from torch import Tensor
 
-import florence2.generate
+import florence2.decoding
 from florence2.beams import NotFiniteError
+from florence2.decoding import OpenFlags
 from florence2.errors import FlorenceError
-from florence2.generate import _OpenFlags, generate
+from florence2.generate import generate
 from florence2.records import Answer, GenerationSettings
 from florence2.stopping import Watch
 
@@ -69,9 +70,9 @@ def test_prompt_lengths_mix_without_changing_answers():
 def test_retirement_does_not_change_answers(
     monkeypatch: pytest.MonkeyPatch, beams: int, early_stopping, compact_at: float, lag: int
 ):
-    monkeypatch.setattr(florence2.generate, "COMPACT_AT", compact_at)
-    original = _OpenFlags
-    monkeypatch.setattr(florence2.generate, "_OpenFlags", lambda **_: original(lag=lag))
+    monkeypatch.setattr(florence2.decoding, "COMPACT_AT", compact_at)
+    original = OpenFlags
+    monkeypatch.setattr(florence2.decoding, "OpenFlags", lambda **_: original(lag=lag))
     settings = GenerationSettings(num_beams=beams, early_stopping=early_stopping)
     model, prompts = tiny_model(SEEDS[1]), random_prompts(SEEDS[1], 24)
     expected = expected_answers(model, prompts, settings, 16)
@@ -159,11 +160,10 @@ class _LongNumbers(NaiveSession):
         assert token_ids.shape == self._history.shape[:2]
         return super().step(token_ids)
 
-    def keep(self, item_indices: Tensor) -> None:
+    def keep(self, items: list[int]) -> None:
         assert not self.reordered
-        assert item_indices.dtype == torch.long
-        assert item_indices.tolist() == sorted(set(item_indices.tolist()))
-        super().keep(item_indices)
+        assert items == sorted(set(items))
+        super().keep(items)
 
 
 def test_what_a_session_may_rely_on():
@@ -191,7 +191,7 @@ def _given_up_at(call: int, items: Iterable[int]) -> Watch:
 def test_what_is_given_up_leaves_the_other_answers_as_they_are(
     monkeypatch: pytest.MonkeyPatch, compact_at: float, beams: int, call: int, gone: tuple[int, ...]
 ):
-    monkeypatch.setattr(florence2.generate, "COMPACT_AT", compact_at)
+    monkeypatch.setattr(florence2.decoding, "COMPACT_AT", compact_at)
     model, prompts = tiny_model(SEEDS[0]), random_prompts(SEEDS[0], 8)
     settings = GenerationSettings(num_beams=beams)
     stay = [item for item in range(8) if item not in gone]

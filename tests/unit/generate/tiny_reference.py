@@ -13,11 +13,12 @@ from transformers import Florence2Config, Florence2ForConditionalGeneration
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutput
 
-from florence2.generate import Session, generate
+from florence2.generate import generate
 from florence2.network.config import NetworkConfig
 from florence2.network.florence import Florence2Network
 from florence2.network.session import DecoderSession
 from florence2.records import Answer, GenerationSettings
+from florence2.space import Session
 from florence2.tokens import BOS_ID, DECODER_START_ID, EOS_ID, PAD_ID
 
 SEEDS = (0, 3, 5)
@@ -196,12 +197,10 @@ class NaiveSession:
         logits = decoder_logits(self._model, spread, self._history.flatten(0, 1))[:, -1]
         return logits.view(items, beams, -1)
 
-    def keep(self, item_indices: Tensor) -> None:
-        self.calls.append(("keep", len(item_indices)))
-        self._history = self._history[item_indices]
-        self._prompts = Prompts(
-            self._prompts.states[item_indices], self._prompts.mask[item_indices]
-        )
+    def keep(self, items: list[int]) -> None:
+        self.calls.append(("keep", len(items)))
+        self._history = self._history[items]
+        self._prompts = Prompts(self._prompts.states[items], self._prompts.mask[items])
 
 
 def naive_session(

@@ -79,7 +79,7 @@ class Replay:
         return self.session.step(chosen)
 
     def keep(self, indices: list[int]) -> None:
-        self.session.keep(torch.tensor(indices))
+        self.session.keep(indices)
         self.items = [self.items[index] for index in indices]
 
 

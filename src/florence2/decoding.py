@@ -1,0 +1,198 @@
+"""The one decode loop: items come and go while the rows of a batch are searched.
+
+What a batch of one asks for and what a busy server asks for are the same loop: it takes items from
+a source, and gives a row whose answer is settled to the next. That changes no answer, because the
+rules of the search are stated per item (``florence2.beams``).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from florence2.beams import BeamSearch
+from florence2.errors import FlorenceError
+from florence2.generation_rules import check_vocabulary
+from florence2.hypotheses import PREFIX
+from florence2.nearby import Nearby
+from florence2.records import Answer, GenerationSettings
+from florence2.space import Session, Space
+
+COMPACT_AT: Final = 0.75
+"""Rows are dropped once at most this share of them is live.
+
+The rows copied over a whole batch then stay below four times its size.
+"""
+
+Item = TypeVar("Item", bound=Hashable)
+
+
+@dataclass(frozen=True, slots=True)
+class Started(Generic[Item]):
+    """Items whose prompts are encoded: a session that holds them, in order, before its prefill.
+
+    ``max_new_tokens`` has one limit per item, counted as in the reference: the forced ``<s>`` and
+    the closing ``</s>`` are among them.
+    """
+
+    items: Sequence[Item]
+    session: Session
+    max_new_tokens: Sequence[int]
+
+
+class Source(Protocol[Item]):
+    """Where the loop takes items from, and where their answers go."""
+
+    def given_up(self) -> Mapping[Item, FlorenceError]:
+        """The items nobody waits for any longer, and why; asked before every pass."""
+
+    def start(self, room: int) -> Started[Item] | None:
+        """Up to ``room`` more items; None when there are none now."""
+
+    def settle(self, item: Item, answer: Answer | FlorenceError) -> None:
+        """Takes an item's answer, or why it has none. Called once for every item."""
+
+
+class DecodeLoop(Generic[Item]):
+    """Searches until the source has no more items and every item is settled.
+
+    All items have the same ``settings``, of which ``max_new_tokens`` is not looked at. At most
+    ``max_rows`` are searched at a time; while others are, new ones wait until ``least_room`` of
+    the rows are free, so that a device which likes large batches encodes several at once.
+    """
+
+    def __init__(
+        self,
+        source: Source[Item],
+        settings: GenerationSettings,
+        space: Space,
+        *,
+        max_rows: int,
+        least_room: int = 1,
+        nearby: Nearby | None = None,
+    ) -> None:
+        self._source = source
+        self._settings = settings
+        self._space = space
+        self._max_rows = max_rows
+        self._least_room = least_room
+        self._nearby = nearby
+        self._flags: OpenFlags[Item] | None = None
+        self._items: list[Item | None] = []
+        self._done: set[Item] = set()
+        self._settled: set[Item] = set()
+
+    @torch.inference_mode()
+    def run(self) -> None:
+        """Returns once everything is settled. What the source raises comes through."""
+        while True:
+            self._give_up()
+            if self._admit():
+                continue
+            live = self._live_rows()
+            if not live:
+                return
+            if len(live) <= COMPACT_AT * len(self._items):
+                self._space.keep(live)
+                self._items = [self._items[row] for row in live]
+            self._space.advance()
+            self._notice()
+
+    def _give_up(self) -> None:
+        for item, reason in self._source.given_up().items():
+            if item not in self._done:
+                self._done.add(item)
+                self._settled.add(item)
+                self._source.settle(item, reason)
+
+    def _admit(self) -> bool:
+        """Takes new items in as far as there is room; whether some of them came."""
+        live = self._live_rows()
+        room = self._max_rows - len(live)
+        if room < 1 or (live and room < self._least_room):
+            return False
+        started = self._source.start(room)
+        if started is None:
+            return False
+        logits = started.session.prefill(list(PREFIX)).unsqueeze(1)
+        check_vocabulary(logits.shape[-1], self._settings.num_beams)
+        search = BeamSearch(
+            started.max_new_tokens, self._settings, logits.device, self._nearby
+        )
+        search.advance(logits)
+        live = self._live_rows()
+        free = [row for row in range(len(self._items)) if row not in set(live)]
+        places = self._space.join(started.session, search, free)
+        self._items += [None] * (max(places) + 1 - len(self._items))
+        if not live:
+            self._items = [None] * len(places)
+        for place, item in zip(places, started.items, strict=True):
+            self._items[place] = item
+        self._notice()
+        return True
+
+    def _notice(self) -> None:
+        """Learns which items are settled, and hands their answers out."""
+        search = self._space.search
+        if self._flags is None:
+            self._flags = OpenFlags(lag=0 if search.is_open.device.type == "cpu" else 1)
+        self._done.update(self._flags.closed(self._items, search.is_open))
+        for row, item in enumerate(self._items):
+            if item is not None and search.reached_limit(row):
+                self._done.add(item)
+        ready = [
+            (row, item)
+            for row, item in enumerate(self._items)
+            if item is not None and item in self._done and item not in self._settled
+        ]
+        answers = search.answers([row for row, _ in ready]) if ready else []
+        for (_, item), answer in zip(ready, answers, strict=True):
+            self._settled.add(item)
+            self._source.settle(item, answer)
+
+    def _live_rows(self) -> list[int]:
+        return [
+            row
+            for row, item in enumerate(self._items)
+            if item is not None and item not in self._done
+        ]
+
+
+class OpenFlags(Generic[Item]):
+    """Brings "is this item settled" to the host, ``lag`` steps late.
+
+    On an accelerator reading it at once would leave the device idle while the host prepares the
+    next step. Late news cost at most ``lag`` useless steps and change nothing: a closed item
+    takes no further hypotheses, and token limits are known to the host without asking.
+    """
+
+    def __init__(self, lag: int) -> None:
+        self._lag = lag
+        self._waiting: deque[tuple[list[Item | None], Tensor, torch.cuda.Event | None]] = deque()
+
+    def closed(self, items: list[Item | None], is_open: Tensor) -> list[Item]:
+        """Hand in the flags of this step, get the items that were settled ``lag`` steps ago."""
+        event: torch.cuda.Event | None = None
+        if is_open.device.type == "cuda":
+            host = torch.empty(is_open.shape, dtype=torch.bool, pin_memory=True)
+            host.copy_(is_open, non_blocking=True)
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(torch.cuda.current_stream(is_open.device))
+        else:
+            host = is_open.clone()
+        self._waiting.append((list(items), host, event))
+        if len(self._waiting) <= self._lag:
+            return []
+        earlier, flags, copied = self._waiting.popleft()
+        if copied is not None:
+            copied.synchronize()
+        return [
+            item
+            for item, still in zip(earlier, flags.tolist(), strict=False)
+            if item is not None and not still
+        ]
