@@ -149,7 +149,7 @@ class _LongNumbers(NaiveSession):
     def reorder(self, beam_indices: Tensor) -> None:
         assert beam_indices.dtype == torch.long
         assert beam_indices.shape == (len(self._history), self.beams)
-        assert int(beam_indices.max()) < self._history.shape[1]
+        assert int(beam_indices.max()) < len(self._history[0])
         self.reordered = True
         super().reorder(beam_indices)
 
@@ -157,7 +157,7 @@ class _LongNumbers(NaiveSession):
         assert self.reordered
         self.reordered = False
         assert token_ids.dtype == torch.long
-        assert token_ids.shape == self._history.shape[:2]
+        assert token_ids.shape == (len(self._history), self.beams)
         return super().step(token_ids)
 
     def keep(self, items: list[int]) -> None:

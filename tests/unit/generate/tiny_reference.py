@@ -173,34 +173,58 @@ class NaiveSession:
 
     def __init__(self, model: Florence2ForConditionalGeneration, prompts: Prompts) -> None:
         self._model = model
-        self._prompts = prompts
-        self._history: Tensor | None = None
+        # What each item's prompt is, and each item's history [beams, length].
+        self._prompts = [prompts.pick([item]) for item in range(len(prompts.states))]
+        self._history: list[Tensor] = []
         self.calls: list[tuple[str, int]] = []
 
     def prefill(self, prefix_ids: list[int]) -> Tensor:
-        items = len(self._prompts.states)
-        self.calls.append(("prefill", items))
-        self._history = torch.tensor(prefix_ids).expand(items, 1, -1)
-        return decoder_logits(self._model, self._prompts, self._history[:, 0])[:, -1]
+        self.calls.append(("prefill", len(self._prompts)))
+        self._history = [torch.tensor([prefix_ids]) for _ in self._prompts]
+        return self._logits()[:, 0]
 
     def reorder(self, beam_indices: Tensor) -> None:
-        self._history = torch.take_along_dim(self._history, beam_indices.unsqueeze(2), dim=1)
+        self._history = [
+            history[chosen] for history, chosen in zip(self._history, beam_indices, strict=True)
+        ]
 
     def step(self, token_ids: Tensor) -> Tensor:
         self.calls.append(("step", len(token_ids)))
-        self._history = torch.cat((self._history, token_ids.unsqueeze(2)), dim=2)
-        items, beams, _ = self._history.shape
-        spread = Prompts(
-            self._prompts.states.repeat_interleave(beams, dim=0),
-            self._prompts.mask.repeat_interleave(beams, dim=0),
-        )
-        logits = decoder_logits(self._model, spread, self._history.flatten(0, 1))[:, -1]
-        return logits.view(items, beams, -1)
+        self._history = [
+            torch.cat((history, ids.unsqueeze(1)), dim=1)
+            for history, ids in zip(self._history, token_ids, strict=True)
+        ]
+        return self._logits()
 
     def keep(self, items: list[int]) -> None:
         self.calls.append(("keep", len(items)))
-        self._history = self._history[items]
-        self._prompts = Prompts(self._prompts.states[items], self._prompts.mask[items])
+        self._history = [self._history[item] for item in items]
+        self._prompts = [self._prompts[item] for item in items]
+
+    def put(self, items: list[int], other: NaiveSession) -> None:
+        self.calls.append(("put", len(items)))
+        for place, item in enumerate(items):
+            self._history[item] = other._history[place]
+            self._prompts[item] = other._prompts[place]
+
+    def _logits(self) -> Tensor:
+        """[items, beams, vocab] after every history; those equally long are run together."""
+        found: dict[int, Tensor] = {}
+        by_size: dict[tuple[int, int], list[int]] = {}
+        for item, history in enumerate(self._history):
+            size = (history.shape[1], self._prompts[item].states.shape[1])
+            by_size.setdefault(size, []).append(item)
+        for items in by_size.values():
+            histories = torch.stack([self._history[item] for item in items])
+            beams = histories.shape[1]
+            states = torch.cat([self._prompts[item].states for item in items])
+            mask = torch.cat([self._prompts[item].mask for item in items])
+            spread = Prompts(
+                states.repeat_interleave(beams, dim=0), mask.repeat_interleave(beams, dim=0)
+            )
+            logits = decoder_logits(self._model, spread, histories.flatten(0, 1))[:, -1]
+            found |= zip(items, logits.view(len(items), beams, -1), strict=True)
+        return torch.stack([found[item] for item in range(len(self._history))])
 
 
 def naive_session(
