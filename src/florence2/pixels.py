@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from concurrent.futures import Executor
+from functools import partial
+from itertools import pairwise
 from typing import Any, Final
 
 import cv2
@@ -12,11 +16,16 @@ from PIL import Image
 from florence2.errands import Errand
 from florence2.records import SizeWh
 
+logger = logging.getLogger(__name__)
+
 Pixels = np.ndarray[Any, np.dtype[np.float32]]
 Scaled = np.ndarray[Any, np.dtype[np.uint8]]
 
-SHARED_FROM_PIXELS: Final = 4_000_000
+SHARED_FROM_PIXELS: Final = 3_000_000
 """Scaling takes some 6 ms per million pixels; below this, sharing it would gain too little."""
+
+# More make the wait for the last one shorter, and cost more where they are joined.
+_PARTS: Final = 8
 
 # OpenCV hands arrays of 2**18 pixels and more to threads of its own, which would take the cores
 # from the model's.
@@ -28,28 +37,41 @@ def scale(
 ) -> Scaled:
     """An 8-bit RGB image at another size, by Pillow's filter: uint8 ``[height, width, 3]``.
 
-    A large image is scaled by this thread and, if one is free, one of ``helpers``. The pixels are
-    the same: Pillow scales each row by itself, rounds, and then each column.
+    A large image is scaled by this thread and, if one is free, one of ``helpers``, which meet
+    somewhere between its ends. The pixels are the same: Pillow scales each row by itself, rounds,
+    and then each column.
     """
     filter_ = Image.Resampling(resample)
     width, height = image.size
-    if helpers is None or width * height < SHARED_FROM_PIXELS or height < 2:
+    if helpers is None or width * height < SHARED_FROM_PIXELS:
         return np.asarray(image.resize(size_wh, filter_), dtype=np.uint8)
-    narrow = Image.new("RGB", (size_wh[0], height))
-    middle = height // 2
-
-    def narrowed(top: int, bottom: int) -> Image.Image:
-        return image.crop((0, top, width, bottom)).resize((size_wh[0], bottom - top), filter_)
-
-    lower = Errand(lambda: narrowed(middle, height))
+    edges = [height * part // _PARTS for part in range(_PARTS + 1)]
+    parts = [
+        (top, Errand(partial(_narrowed, image, top, bottom, size_wh[0], filter_)))
+        for top, bottom in pairwise(edges)
+        if bottom > top
+    ]
     try:
-        helpers.submit(lower.run)
+        helpers.submit(_run, [part for _, part in reversed(parts)])
     except RuntimeError:
-        # The helpers were sent home meanwhile: the work is this thread's.
-        lower.run()
-    narrow.paste(narrowed(0, middle), (0, 0))
-    narrow.paste(lower.result(), (0, middle))
+        logger.debug("The helpers were sent home: the work is all this thread's")
+    _run([part for _, part in parts])
+    narrow = Image.new("RGB", (size_wh[0], height))
+    for top, part in parts:
+        narrow.paste(part.result(), (0, top))
     return np.asarray(narrow.resize(size_wh, filter_), dtype=np.uint8)
+
+
+def _narrowed(
+    image: Image.Image, top: int, bottom: int, width: int, filter_: Image.Resampling
+) -> Image.Image:
+    rows = image.crop((0, top, image.width, bottom))
+    return rows.resize((width, bottom - top), filter_)
+
+
+def _run(parts: Sequence[Errand[Image.Image]]) -> None:
+    for part in parts:
+        part.run()
 
 
 def look_up(scaled: Scaled, table: Pixels, out: Pixels | None = None) -> Pixels:
