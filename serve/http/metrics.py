@@ -71,8 +71,8 @@ class Metrics:
         self._stage_s.labels(name).observe(seconds)
 
     def observe_batch(self, report: BatchReport) -> None:
-        """One batch of the scheduler; to be given to it as its observer."""
-        self._batch.observe(report.prompts)
+        """What the scheduler answered; to be given to it as its observer."""
+        self._batch.observe(report.together)
         self._queued.set(report.queue_depth)
         self._tokens.inc(report.tokens)
         if report.seconds > 0:

@@ -116,21 +116,21 @@ class DecodeLoop(Generic[Item]):
         room = self._max_rows - len(live)
         if room < 1 or (live and room < self._least_room):
             return False
+        if not live:
+            # What nobody needs any longer must not take the memory of what comes.
+            self._space.clear()
+            self._items = []
         started = self._source.start(room)
         if started is None:
             return False
         logits = started.session.prefill(list(PREFIX)).unsqueeze(1)
         check_vocabulary(logits.shape[-1], self._settings.num_beams)
-        search = BeamSearch(
-            started.max_new_tokens, self._settings, logits.device, self._nearby
-        )
+        search = BeamSearch(started.max_new_tokens, self._settings, logits.device, self._nearby)
         search.advance(logits)
-        live = self._live_rows()
-        free = [row for row in range(len(self._items)) if row not in set(live)]
+        taken = set(self._live_rows())
+        free = [row for row in range(len(self._items)) if row not in taken]
         places = self._space.join(started.session, search, free)
         self._items += [None] * (max(places) + 1 - len(self._items))
-        if not live:
-            self._items = [None] * len(places)
         for place, item in zip(places, started.items, strict=True):
             self._items[place] = item
         self._notice()

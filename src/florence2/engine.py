@@ -3,39 +3,27 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-
-import numpy as np
-import torch
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Final
 
 from florence2.cache import EncodedImage, FeatureCache
 from florence2.checkpoint import Checkpoint
-from florence2.chunks import run_in_chunks
+from florence2.encoding import Coming, encode_images
 from florence2.errors import CheckpointError, FlorenceError, RequestError
-from florence2.generate import generate
-from florence2.images import LoadedImage
 from florence2.nearby import Nearby
 from florence2.parsing import parse
+from florence2.preparing import AnySource, Preparer
 from florence2.processing import check_prompt_length, prompt_sentence
-from florence2.records import Answer, GenerationSettings, Region, Result, Timings
+from florence2.prompt_search import Prompt, PromptFeed, PromptList, PromptSearch
+from florence2.records import Answer, GenerationSettings, Region, Result
 from florence2.runtimes.base import Runtime
 from florence2.scoring import NEAR_BINS
-from florence2.stopping import BetweenPasses, Stop, stop_of_all, watch_over
+from florence2.stopping import BetweenPasses, Stop
 from florence2.tasks import Task
 
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """One validated prompt for one encoded image, ready to be decoded."""
-
-    task: Task
-    image: EncodedImage
-    prompt_ids: tuple[int, ...]
-    settings: GenerationSettings
-    max_new_tokens: int
-    stop: Stop | None = None
+__all__ = ["Engine", "Prompt"]
 
 
 class Engine:
@@ -58,12 +46,13 @@ class Engine:
         self.checkpoint = checkpoint
         self.runtime = runtime
         self.cache = FeatureCache(cache_bytes)
+        self.preparer = Preparer(checkpoint.image_processor)
         self.image_batch = image_batch
         self.prompt_batch = prompt_batch
         self._lock = threading.RLock()
         self._is_parked = False
         self._is_closed = False
-        self._nearby = Nearby(checkpoint.vocabulary.first_location_id, NEAR_BINS)
+        self.nearby: Final = Nearby(checkpoint.vocabulary.first_location_id, NEAR_BINS)
         # Two folders may have one name, and features of one device mean nothing on another.
         where = f"{runtime.name} {runtime.device} {runtime.precision}"
         self._key_prefix = f"{checkpoint.folder}@{checkpoint.revision} {where}"
@@ -75,59 +64,23 @@ class Engine:
 
     def encode(
         self,
-        images: Sequence[LoadedImage],
+        images: Sequence[AnySource],
         stops: Sequence[Stop | None] | None = None,
         between_passes: BetweenPasses | None = None,
+        coming: Coming | None = None,
     ) -> list[EncodedImage | FlorenceError]:
         """The images' visual tokens, in order; each content is run through the tower once.
 
-        ``stops`` has one Stop per image; an image given up has the reason in its place.
+        The next images, and then those that are ``coming``, are opened and scaled while the tower
+        runs. ``stops`` has one Stop per image; an image given up, or that cannot be opened, has
+        the reason in its place.
         """
-        keys = [f"{self._key_prefix}:{image.content_hash}" for image in images]
-        found: dict[str, EncodedImage | FlorenceError] = {}
-        missing: dict[str, LoadedImage] = {}
-        waiting: dict[str, list[Stop | None]] = {}
-        for key, image, stop in zip(keys, images, stops or [None] * len(keys), strict=True):
-            cached = self.cache.get(key)
-            if cached is not None:
-                found[key] = cached
-            else:
-                missing[key] = image
-                waiting.setdefault(key, []).append(stop)
-        found |= run_in_chunks(
-            {key: stop_of_all(waiting[key]) for key in missing},
-            self.image_batch,
-            lambda chunk: self._encode_chunk(chunk, missing, between_passes),
-            self.runtime,
-            between_passes,
-        )
-        return [found[key] for key in keys]
+        listed = [None] * len(images) if stops is None else stops
+        return encode_images(self, images, listed, between_passes, coming)
 
-    def _encode_chunk(
-        self,
-        keys: Sequence[str],
-        images: dict[str, LoadedImage],
-        between_passes: BetweenPasses | None,
-    ) -> list[EncodedImage]:
-        scaled = []
-        for key in keys:
-            scaled.append(self.checkpoint.image_processor.pixels(images[key].image))
-            if between_passes is not None:
-                between_passes()
-        pixels = np.stack(scaled)
-        with self._lock:
-            self._wake()
-            began = time.perf_counter()
-            features = self.runtime.encode_images(pixels)
-            spent = time.perf_counter() - began
-        encoded = []
-        for key, row in zip(keys, features, strict=True):
-            # A row of a batch keeps the whole batch alive; the cache counts one image's bytes.
-            own = row.clone() if len(keys) > 1 else row
-            kept = EncodedImage(own, images[key].size_wh, key)
-            self.cache.put(kept)
-            encoded.append(replace(kept, vision_s=spent))
-        return encoded
+    def image_key(self, content_hash: str) -> str:
+        """The name under which an image's features are cached."""
+        return f"{self._key_prefix}:{content_hash}"
 
     def check_image(self, image: EncodedImage) -> None:
         """RequestError for features of another checkpoint or device, which mean nothing here."""
@@ -158,7 +111,8 @@ class Engine:
                 f"and {asked} was received; ask for fewer."
             )
         limit = asked or min(task.max_new_tokens, self.max_positions)
-        return Prompt(task, image, ids, settings, limit, stop)
+        # Every prompt has a limit of its own, so those of different limits can share a batch.
+        return Prompt(task, image, ids, replace(settings, max_new_tokens=None), limit, stop)
 
     def answer(
         self, prompts: Sequence[Prompt], between_passes: BetweenPasses | None = None
@@ -167,50 +121,21 @@ class Engine:
 
         A prompt given up by its own ``stop`` leaves its batch and has the reason in its place.
         """
-        results: dict[int, Result | FlorenceError] = {}
-        groups: dict[GenerationSettings, list[int]] = {}
-        for place, prompt in enumerate(prompts):
-            groups.setdefault(prompt.settings, []).append(place)
-        for places in groups.values():
-            # Neighbours of one task finish at about the same length, which wastes fewest steps.
-            places.sort(
-                key=lambda place: (prompts[place].max_new_tokens, prompts[place].task.token)
-            )
-            results |= run_in_chunks(
-                {place: prompts[place].stop for place in places},
-                self.prompt_batch,
-                lambda part: self._answer_chunk([prompts[place] for place in part], between_passes),
-                self.runtime,
-                between_passes,
-            )
-        return [results[place] for place in range(len(prompts))]
+        listed = PromptList(prompts)
+        self.answer_feed(listed, between_passes)
+        return listed.outcomes()
 
-    def _answer_chunk(
-        self, prompts: Sequence[Prompt], between_passes: BetweenPasses | None
-    ) -> list[Result | FlorenceError]:
-        settings = prompts[0].settings
-        limits = [prompt.max_new_tokens for prompt in prompts]
-        watch = watch_over([prompt.stop for prompt in prompts], between_passes)
-        with self._lock, torch.inference_mode():
-            self._wake()
-            began = time.perf_counter()
-            session = self.runtime.start(
-                [prompt.image.features for prompt in prompts],
-                [prompt.prompt_ids for prompt in prompts],
-                settings.num_beams,
-                max(limits),
-            )
-            started = time.perf_counter()
-            answers = generate(
-                session, len(prompts), settings, limits, before_pass=watch, nearby=self._nearby
-            )
-        timings = Timings(prompt=started - began, decode=time.perf_counter() - started)
-        return [
-            self._result(prompt, answer, timings) if isinstance(answer, Answer) else answer
-            for prompt, answer in zip(prompts, answers, strict=True)
-        ]
+    def answer_feed(self, feed: PromptFeed, between_passes: BetweenPasses | None = None) -> None:
+        """Answers the prompts of ``feed`` until it has no more; each is settled once known.
 
-    def _result(self, prompt: Prompt, answer: Answer, timings: Timings) -> Result:
+        A row of the batch whose answer is complete is given to the feed's next prompt.
+        """
+        while (settings := feed.next_settings()) is not None:
+            with self.in_use():
+                PromptSearch(self, feed, settings, between_passes).run()
+
+    def result(self, prompt: Prompt, answer: Answer) -> Result:
+        """What an answer says about the prompt's image."""
         vocabulary = self.checkpoint.vocabulary
         pieces = vocabulary.pieces(answer.token_ids, answer.log_probs, answer.near_log_probs)
         parsed = parse(pieces, prompt.task, prompt.image.size_wh)
@@ -228,8 +153,14 @@ class Engine:
             notes=notes,
             log_probs=answer.log_probs,
             near_log_probs=answer.near_log_probs,
-            timings_s=replace(timings, vision=prompt.image.vision_s),
         )
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Holds the engine for one caller, its weights on the device."""
+        with self._lock:
+            self._wake()
+            yield
 
     @property
     def memory_bytes(self) -> int:
@@ -263,6 +194,7 @@ class Engine:
         with self._lock:
             self._is_closed = True
             self.cache.clear()
+            self.preparer.close()
             self.runtime.close()
 
     def _wake(self) -> None:

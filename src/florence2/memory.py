@@ -21,6 +21,14 @@ class OutOfMemoryError(FlorenceError):
     code = "out_of_memory"
 
 
+def out_of_memory(device: str) -> OutOfMemoryError:
+    """What to say of a request that does not fit alone."""
+    return OutOfMemoryError(
+        f"One request alone does not fit into the memory of {device}; close other "
+        "programs, or use a smaller checkpoint or fewer beams."
+    )
+
+
 def run_halving(
     items: Sequence[Item], run: Callable[[Sequence[Item]], Sequence[Done]], runtime: Runtime
 ) -> list[Done | FlorenceError]:
@@ -34,12 +42,7 @@ def run_halving(
     # Outside the handler: its traceback would keep the failed batch's tensors alive.
     runtime.free_memory()
     if len(items) == 1:
-        return [
-            OutOfMemoryError(
-                f"One request alone does not fit into the memory of {runtime.device}; close other "
-                "programs, or use a smaller checkpoint or fewer beams."
-            )
-        ]
+        return [out_of_memory(runtime.device)]
     half = len(items) // 2
     first = run_halving(items[:half], run, runtime)
     return first + run_halving(items[half:], run, runtime)

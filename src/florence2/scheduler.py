@@ -6,18 +6,16 @@ batch, in a session of its own. So it waits for one step and not for the batch.
 
 from __future__ import annotations
 
-import logging
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
-from florence2.answering import Outcome, answer_all
-from florence2.ask import Ask
+from florence2.ask import AnyImage, Ask
 from florence2.engine import Engine
-from florence2.errors import FlorenceError, as_value
+from florence2.errors import FlorenceError
 from florence2.memory import OutOfMemoryError
 from florence2.records import Failure, Result
 from florence2.scheduler_errors import (
@@ -29,9 +27,9 @@ from florence2.scheduler_errors import (
     stopped,
 )
 from florence2.scheduler_queue import Piece, TicketQueue
-from florence2.scheduler_report import BatchReport, Observer, Reports, report_of
+from florence2.scheduler_report import Answered, BatchReport, Observer, Reports, report_of
+from florence2.scheduler_run import Run
 from florence2.scheduler_ticket import Priority, Ticket
-from florence2.stopping import BetweenPasses
 
 __all__ = [
     "BatchReport",
@@ -44,8 +42,6 @@ __all__ = [
     "Scheduler",
     "StoppedError",
 ]
-
-logger = logging.getLogger(__name__)
 
 GATHER_S: Final = 0.003
 """How long a batch waits for as many requests as the last one had, if that had several."""
@@ -79,8 +75,7 @@ class Scheduler:
         self._actions: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._open: set[Ticket] = set()
         self._is_closed = False
-        self._last: BatchReport | None = None
-        self._nested_s = 0.0
+        self._last: _Turn | None = None
         self._thread = threading.Thread(target=self._work, name="florence2-model", daemon=True)
         self._thread.start()
 
@@ -209,7 +204,7 @@ class Scheduler:
         if action is not None:
             _act(*action)
         elif pieces:
-            self._last = self._answer(pieces)
+            self._answer(pieces)
 
     def _next(self) -> tuple[tuple[Callable[[], Any], Future[Any]] | None, list[Piece]]:
         """Waits for something to do: an action, or else a batch."""
@@ -237,54 +232,77 @@ class Scheduler:
                 return pieces
         return []
 
+    def _more(self, priority: Priority, room: int, num_open: int) -> list[Piece]:
+        """Asks that join a run while rows of its batch are free; none when others' turn is due."""
+        with self._news:
+            is_due = bool(self._is_closed or self._actions or self._postponed)
+            if priority is Priority.INTERACTIVE:
+                is_due = is_due or len(self._queues[Priority.BULK]) > 0
+            room = min(room, self._max_batch - num_open)
+            return [] if is_due or room < 1 else self._queues[priority].pick(room)
+
+    def _coming(self) -> list[AnyImage]:
+        with self._news:
+            return [
+                image
+                for priority in Priority
+                for image in self._queues[priority].images_ahead(self._max_batch)
+            ]
+
     def _between_passes(self) -> None:
         """Answers the clicks that came during a bulk batch, before its next pass."""
         with self._news:
             pieces = self._queues[Priority.INTERACTIVE].pick(self._max_batch)
         if pieces:
-            began = time.monotonic()
-            self._answer(pieces, is_nested=True)
-            self._nested_s += time.monotonic() - began
+            # Those that come meanwhile wait for a pass of the bulk batch, so that it gets on.
+            deliver = self._deliver_nested
+            Run(self._engine, pieces, deliver, _pass, _no_more, self._coming).answer()
 
-    def _answer(self, pieces: list[Piece], *, is_nested: bool = False) -> BatchReport:
-        began, nested_s = time.monotonic(), self._nested_s
-        priority = pieces[0].ticket.priority
-        outcomes = self._outcomes(
-            pieces, self._between_passes if priority is Priority.BULK else None
-        )
-        seconds = time.monotonic() - began - (self._nested_s - nested_s)
-        answered = list(zip(pieces, outcomes, strict=True))
-        if is_nested:
-            answered = self._postpone(answered)
-        report = report_of(answered, priority, began, seconds, self.queue_depth)
-        if answered:
-            self._reports.note(report)
+    def _answer(self, pieces: list[Piece]) -> None:
+        self._last = _Turn(pieces[0].ticket.priority, len({piece.ticket for piece in pieces}))
+        is_bulk = self._last.priority is Priority.BULK
+        between_passes = self._between_passes if is_bulk else _pass
+        deliver, more = self._deliver, self._more
+        Run(self._engine, pieces, deliver, between_passes, more, self._coming).answer()
+
+    def _deliver(
+        self, priority: Priority, answered: Sequence[Answered], seconds: float, together: int
+    ) -> None:
+        report = report_of(answered, priority, seconds, self.queue_depth, together)
+        self._reports.note(report)
         with self._news:
-            for piece, outcome in answered:
-                piece.ticket.settle(piece.place, outcome)
-        return report
+            for one in answered:
+                one.piece.ticket.settle(one.piece.place, one.outcome)
 
-    def _outcomes(self, pieces: list[Piece], between_passes: BetweenPasses | None) -> list[Outcome]:
-        try:
-            return answer_all(self._engine, [piece.ask for piece in pieces], between_passes)
-        except FlorenceError as error:
-            return [as_value(error)] * len(pieces)
-        except Exception:
-            logger.exception("A batch of %d prompts failed", len(pieces))
-        if len(pieces) == 1:
-            return [InternalError()]
-        # The fault of one ask must not be that of all who share its batch.
-        return [found for one in pieces for found in self._outcomes([one], between_passes)]
-
-    def _postpone(self, answered: list[tuple[Piece, Outcome]]) -> list[tuple[Piece, Outcome]]:
-        """What had no room beside a bulk batch is asked again right after it; gives the rest."""
+    def _deliver_nested(
+        self, priority: Priority, answered: Sequence[Answered], seconds: float, together: int
+    ) -> None:
+        """As ``_deliver``; what had no room beside a bulk batch is asked again right after it."""
+        kept = [one for one in answered if not isinstance(one.outcome, OutOfMemoryError)]
         with self._news:
             self._postponed += [
-                piece
-                for piece, outcome in answered
-                if isinstance(outcome, OutOfMemoryError) and not piece.ticket.is_done
+                one.piece
+                for one in answered
+                if isinstance(one.outcome, OutOfMemoryError) and not one.piece.ticket.is_done
             ]
-            return [pair for pair in answered if not isinstance(pair[1], OutOfMemoryError)]
+        if kept:
+            self._deliver(priority, kept, seconds, together)
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """Whose turn it was last, and how many requests began together."""
+
+    priority: Priority
+    requests: int
+
+
+def _pass() -> None:
+    """Nothing is more urgent than an interactive batch."""
+
+
+def _no_more(_priority: Priority, _room: int, _num_open: int) -> list[Piece]:
+    return []
 
 
 def _act(action: Callable[[], Any], future: Future[Any]) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from itertools import islice
 
-from florence2.ask import Ask
+from florence2.ask import AnyImage, Ask
 from florence2.scheduler_ticket import Ticket
 
 
@@ -61,3 +62,12 @@ class TicketQueue:
                 # A ticket cut by a full batch stays first: the rest of that image comes next.
                 self._tickets.rotate(-1)
         return picked
+
+    def images_ahead(self, limit: int) -> list[AnyImage]:
+        """The images of the asks whose turn comes next, ``limit`` at most of each ticket."""
+        return [
+            ticket.asks[places[0]].image
+            for ticket in self._tickets
+            for places in islice(ticket.chunks, limit)
+            if isinstance(ticket.asks[places[0]], Ask)
+        ][:limit]

@@ -21,12 +21,14 @@ FIRST_RETRY_AFTER_S: Final = 5.0
 
 @dataclass(frozen=True, slots=True)
 class BatchReport:
-    """What one batch was.
+    """What was answered between two passes of the network.
 
-    ``prompts`` counts its asks, ``images`` the different images among them, ``requests`` whose
-    asks they were, ``failures`` the asks without a result, ``queue_depth`` the asks that wait now,
-    ``tokens`` those of the answers. ``seconds`` leaves out the batches answered in between;
-    ``waited_s`` is how long ago the earliest of its requests had arrived when it began.
+    ``prompts`` counts the asks answered, ``together`` those that shared the batch with them,
+    themselves included, ``images`` the different images among them, ``requests`` whose asks they
+    were, ``failures`` the asks without a result, ``queue_depth`` the asks that wait now,
+    ``tokens`` those of the answers. ``seconds`` is the time since the run's report before,
+    without that of clicks answered in between; ``waited_s`` is the longest time from an ask's
+    arrival to its turn.
     """
 
     priority: Priority
@@ -38,30 +40,41 @@ class BatchReport:
     waited_s: float
     requests: int = 1
     failures: int = 0
+    together: int = 1
 
 
 Observer = Callable[[BatchReport], None]
 
 
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A piece with its outcome; its turn came ``waited_s`` after its request."""
+
+    piece: Piece
+    outcome: Outcome
+    waited_s: float
+
+
 def report_of(
-    answered: Sequence[tuple[Piece, Outcome]],
+    answered: Sequence[Answered],
     priority: Priority,
-    began: float,
     seconds: float,
     queue_depth: int,
+    together: int,
 ) -> BatchReport:
-    """The report of a batch that began at ``began`` of the monotonic clock."""
-    results = [outcome for _, outcome in answered if isinstance(outcome, Result)]
+    """The report of what was answered in ``seconds``."""
+    results = [one.outcome for one in answered if isinstance(one.outcome, Result)]
     return BatchReport(
         priority=priority,
         prompts=len(answered),
-        images=len({identity(getattr(piece.ask, "image", None)) for piece, _ in answered}),
+        images=len({identity(getattr(one.piece.ask, "image", None)) for one in answered}),
         queue_depth=queue_depth,
         tokens=sum(len(step.token_ids) for one in results for step in one.steps or (one,)),
         seconds=seconds,
-        waited_s=max((began - piece.ticket.arrived for piece, _ in answered), default=0.0),
-        requests=len({piece.ticket for piece, _ in answered}),
+        waited_s=max((one.waited_s for one in answered), default=0.0),
+        requests=len({one.piece.ticket for one in answered}),
         failures=len(answered) - len(results),
+        together=together,
     )
 
 

@@ -46,7 +46,6 @@ class Space(Protocol):
         """Takes items in that have made their first step; gives their row numbers.
 
         ``free`` are the rows that nobody needs any longer; more are made where they are too few.
-        If no row is needed any longer the items begin a batch of their own, from row 0 on.
         """
 
     def advance(self) -> None:
@@ -54,6 +53,9 @@ class Space(Protocol):
 
     def keep(self, rows: list[int]) -> None:
         """Drops the other rows; the kept ones have the numbers 0, 1, ... afterwards."""
+
+    def clear(self) -> None:
+        """Drops all rows."""
 
 
 class PlainSpace:
@@ -72,7 +74,7 @@ class PlainSpace:
     def join(self, session: Session, search: BeamSearch, free: list[int]) -> list[int]:
         """See ``Space``."""
         count = len(search.tokens)
-        if len(free) == self._num_rows:
+        if self._session is None:
             self._session, self._search, self._num_rows = session, search, count
             return list(range(count))
         missing = max(0, count - len(free))
@@ -98,6 +100,10 @@ class PlainSpace:
         session.keep(rows)
         search.keep(rows)
         self._num_rows = len(rows)
+
+    def clear(self) -> None:
+        """See ``Space``."""
+        self._session, self._search, self._num_rows = None, None, 0
 
     def _joined(self) -> tuple[Session, BeamSearch]:
         if self._session is None or self._search is None:

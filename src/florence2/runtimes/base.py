@@ -9,7 +9,9 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from florence2.space import Session
+from florence2.nearby import Nearby
+from florence2.records import GenerationSettings
+from florence2.space import Session, Space
 
 Pixels = npt.NDArray[np.float32]
 ImageBytes = npt.NDArray[np.uint8]
@@ -44,6 +46,10 @@ class Runtime(Protocol):
         max_new_tokens: int,
     ) -> Session:
         """A decoding session: one item per prompt, its image's visual tokens in ``features``."""
+        ...
+
+    def space(self, settings: GenerationSettings, nearby: Nearby | None) -> Space:
+        """Where one run of the decode loop with these settings searches its items."""
         ...
 
     def is_out_of_memory(self, error: BaseException) -> bool:

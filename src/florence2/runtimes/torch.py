@@ -6,16 +6,21 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from florence2.errors import DeviceError, unknown_name
+from florence2.nearby import Nearby
 from florence2.network.florence import Florence2Network
 from florence2.network.session import DecoderSession
+from florence2.pixels import look_up
+from florence2.records import GenerationSettings
 from florence2.runtimes.base import ImageBytes, Pixels
 from florence2.runtimes.device_pixels import check_bytes, normalise, upload
 from florence2.runtimes.graphs import GraphRunner, make_runner
 from florence2.runtimes.vision_graphs import VisionGraphs
+from florence2.space import PlainSpace, Space
 from florence2.tokens import PAD_ID
 
 PRECISIONS: Final = {
@@ -132,6 +137,9 @@ class TorchRuntime:
         of each byte of each channel, as ``ImageProcessor`` gives them.
         """
         check_bytes(images_bhwc, lookup_table)
+        if not self.graphs.is_enabled and self._device.type == "cpu":
+            values = np.stack([look_up(image, lookup_table) for image in images_bhwc])
+            return self.encode_images(values.transpose(0, 3, 1, 2))
         content = lookup_table.tobytes()
         if content not in self._tables:
             self._tables[content] = len(self._tables), upload(lookup_table, self._device)
@@ -167,6 +175,10 @@ class TorchRuntime:
             torch.stack(list(features)), prompts, mask
         )
         return DecoderSession(self.network, states, states_mask, num_beams, max_new_tokens)
+
+    def space(self, settings: GenerationSettings, nearby: Nearby | None) -> Space:
+        """Where one run of the decode loop searches its items."""
+        return PlainSpace()
 
     def is_out_of_memory(self, error: BaseException) -> bool:
         """Whether torch or a library below it could not allocate; most say so only in words."""

@@ -52,9 +52,9 @@ class CountingRuntime:
     def __getattr__(self, name):
         return getattr(self._runtime, name)
 
-    def encode_images(self, pixels):
-        self.num_images += len(pixels)
-        return self._runtime.encode_images(pixels)
+    def encode_bytes(self, images, table):
+        self.num_images += len(images)
+        return self._runtime.encode_bytes(images, table)
 
     def start(self, features, prompt_ids, num_beams, max_new_tokens):
         if self.fail_above is not None and len(features) > self.fail_above:

@@ -91,14 +91,13 @@ def test_a_cascade_is_given_up_between_its_steps(demo, monkeypatch):
     assert len(complete.steps) > 1
     runtime.batches.clear()
     finished: list[int] = []
-    answer = engine.answer
+    result = engine.result
 
-    def answering(*arguments):
-        results = answer(*arguments)
-        finished.append(len(results))
-        return results
+    def answered(*arguments):
+        finished.append(1)
+        return result(*arguments)
 
-    monkeypatch.setattr(engine, "answer", answering)
+    monkeypatch.setattr(engine, "result", answered)
     asked = replace(whole, stop=lambda: gone() if finished else None)
     [error] = answer_all(engine, [asked])
     assert isinstance(error, GenerationCancelledError)

@@ -88,9 +88,9 @@ class WatchedRuntime:
         self.before_pass()
         self.passes.append(name)
 
-    def encode_images(self, pixels):
+    def encode_bytes(self, images, table):
         self.note("images")
-        return self._runtime.encode_images(pixels)
+        return self._runtime.encode_bytes(images, table)
 
     def start(self, features, *arguments):
         if self.open_sessions >= self.has_room_for:

@@ -30,7 +30,8 @@ def test_two_requests_that_arrive_together_are_one_batch(scheduler, send, report
         one, other = send(captions(1)), send(captions(2))
         wait_until(lambda: scheduler.queue_depth == 2)
     one.result(PATIENCE_S), other.result(PATIENCE_S)
-    assert [(report.prompts, report.requests) for report in reports] == [(2, 2)]
+    assert reports[0].together == 2
+    assert sum(report.requests for report in reports) == 2
 
 
 def test_64_threads_with_different_tasks_get_the_serial_answers(model, scheduler, send, reports):
@@ -47,50 +48,56 @@ def test_64_threads_with_different_tasks_get_the_serial_answers(model, scheduler
 def test_a_large_request_is_cut_into_pieces_and_comes_back_in_order(model, start, reports):
     asks = [ask(number % 3, number) for number in range(11)]
     answers = start(max_batch=4).run(asks)
-    assert [report.prompts for report in reports] == [4, 4, 3]
+    assert sum(report.prompts for report in reports) == 11
+    assert reports[0].together == 4
+    assert all(report.together <= 4 for report in reports)
     for answer, alone in zip(answers, model.run_many(asks), strict=True):
         assert_same(answer, alone)
 
 
-def test_the_asks_about_one_image_come_in_one_batch(start, reports):
+def noted_picks(scheduler, priority, name_of) -> list[object]:
+    """The names of the asks of this priority, in the order in which they are begun."""
+    names: list[object] = []
+    queue = scheduler._queues[priority]
+    pick = queue.pick
+
+    def noting(limit):
+        pieces = pick(limit)
+        names.extend(name_of(piece.ask) for piece in pieces)
+        return pieces
+
+    queue.pick = noting
+    return names
+
+
+def test_the_asks_about_one_image_are_begun_together(start):
     asks = [
         Ask(picture(seed), task, max_new_tokens=4)
         for task in ("<OD>", "<CAPTION>")
         for seed in range(4)
     ]
-    start(max_batch=4).run(asks)
-    assert [(report.prompts, report.images) for report in reports] == [(4, 2), (4, 2)]
+    scheduler = start(max_batch=4)
+    seeds = {identity(picture(seed)): seed for seed in range(4)}
+    picked = noted_picks(scheduler, Priority.INTERACTIVE, lambda ask: seeds[identity(ask.image)])
+    scheduler.run(asks)
+    assert picked == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
-def test_two_bulk_requests_take_turns_image_by_image(start, monkeypatch):
+def test_two_bulk_requests_take_turns_image_by_image(start):
     scheduler = start(max_batch=2)
-    batches: list[list[object]] = []
-    answer_all = florence2.scheduler.answer_all
-
-    def noting(engine, asks, between_passes=None):
-        batches.append([identity(ask.image) for ask in asks])
-        return answer_all(engine, asks, between_passes)
-
-    monkeypatch.setattr(florence2.scheduler, "answer_all", noting)
+    seeds = {identity(picture(seed)): seed for seed in range(8)}
+    picked = noted_picks(scheduler, Priority.BULK, lambda ask: seeds[identity(ask.image)])
     with ThreadPoolExecutor() as threads, held(scheduler):
         threads.submit(scheduler.run, captions(0, 1, 2), priority=Priority.BULK)
         wait_until(lambda: scheduler.queue_depth == 3)
         threads.submit(scheduler.run, captions(5, 6, 7), priority=Priority.BULK)
         wait_until(lambda: scheduler.queue_depth == 6)
-    order = [[0, 5], [1, 6], [2, 7]]
-    assert batches == [[identity(picture(seed)) for seed in batch] for batch in order]
+    assert picked == [0, 5, 1, 6, 2, 7]
 
 
-def test_the_rest_of_an_image_comes_in_the_next_batch(start, monkeypatch):
+def test_the_rest_of_an_image_comes_next(start):
     scheduler = start(max_batch=4)
-    batches: list[list[object]] = []
-    answer_all = florence2.scheduler.answer_all
-
-    def noting(engine, asks, between_passes=None):
-        batches.append([ask.text for ask in asks])
-        return answer_all(engine, asks, between_passes)
-
-    monkeypatch.setattr(florence2.scheduler, "answer_all", noting)
+    picked = noted_picks(scheduler, Priority.INTERACTIVE, lambda ask: ask.text)
 
     def asks(name):
         return [
@@ -103,7 +110,36 @@ def test_the_rest_of_an_image_comes_in_the_next_batch(start, monkeypatch):
         wait_until(lambda: scheduler.queue_depth == 4)
         threads.submit(scheduler.run, asks("b"))
         wait_until(lambda: scheduler.queue_depth == 8)
-    assert batches == [["a 0", "a 1", "a 2", "b 0"], ["b 1", "b 2", "a", "b"]]
+    assert picked == ["a 0", "a 1", "a 2", "b 0", "b 1", "b 2", "a", "b"]
+
+
+def test_a_request_joins_the_batch_in_hand_and_may_be_answered_first(
+    model, scheduler, runtime, send
+):
+    joined: list[object] = []
+
+    def join_once() -> None:
+        if len(runtime.passes) == 4 and not joined:
+            joined.append(send(captions(2, max_new_tokens=3)))
+            wait_until(lambda: scheduler.queue_depth == 1)
+
+    runtime.before_pass = join_once
+    first = send(captions(1))
+    [answer] = first.result(PATIENCE_S)
+    [short] = joined[0].result(PATIENCE_S)
+    # A pass of its own to begin with; all others are those of the batch it joined.
+    assert runtime.passes.count(2) == 1, runtime.passes
+    assert_same(answer, model.run_many(captions(1))[0])
+    assert_same(short, model.run_many(captions(2, max_new_tokens=3))[0])
+
+
+def test_what_is_answered_does_not_wait_for_the_rest_of_its_batch(scheduler, runtime, send):
+    with held(scheduler):
+        short, long = send(captions(2, max_new_tokens=3)), send(captions(1))
+        wait_until(lambda: scheduler.queue_depth == 2)
+        runtime.before_pass = lambda: short.result(PATIENCE_S) if len(runtime.passes) == 8 else None
+    assert long.result(PATIENCE_S)
+    assert len(runtime.passes) > 8
 
 
 def test_after_a_shared_batch_a_request_waits_for_company(scheduler, send, reports, monkeypatch):
@@ -120,7 +156,8 @@ def test_after_a_shared_batch_a_request_waits_for_company(scheduler, send, repor
             wait_until(lambda: scheduler.queue_depth == 1)
             second = send(captions(2))
         first.result(PATIENCE_S), second.result(PATIENCE_S)
-    assert [report.requests for report in reports] == [1, 2, 2]
+        scheduler.call(lambda: None)  # Until then a request would join the batch in hand.
+    assert [report.together for report in reports] == [1, 2, 1, 2, 1]
 
 
 def test_after_a_request_that_was_alone_nothing_is_waited_for(scheduler, monkeypatch, reports):
@@ -130,17 +167,18 @@ def test_after_a_request_that_was_alone_nothing_is_waited_for(scheduler, monkeyp
     assert [report.requests for report in reports] == [1, 1, 1]
 
 
-def test_a_report_counts_what_its_batch_was(scheduler, send, reports):
+def test_a_report_counts_what_was_answered(scheduler, send, reports):
     with held(scheduler):
         good = send([*captions(1, 1), Ask("nowhere.jpg", "<CAPTION>")], priority=Priority.BULK)
         wait_until(lambda: scheduler.queue_depth == 3)
     results = good.result(PATIENCE_S)
-    [report] = reports
-    assert (report.priority, report.prompts, report.images) == (Priority.BULK, 3, 2)
-    assert (report.failures, report.requests, report.queue_depth) == (1, 1, 0)
-    assert report.tokens == 2 * len(results[0].token_ids)
-    assert report.seconds > 0
-    assert report.waited_s > 0
+    failed, answered = reports
+    assert (failed.priority, failed.prompts, failed.images) == (Priority.BULK, 1, 1)
+    assert (failed.failures, failed.tokens, failed.together) == (1, 0, 3)
+    assert (answered.prompts, answered.images, answered.together) == (2, 1, 2)
+    assert (answered.failures, answered.requests, answered.queue_depth) == (0, 1, 0)
+    assert answered.tokens == 2 * len(results[0].token_ids)
+    assert all(report.seconds > 0 and report.waited_s > 0 for report in reports)
 
 
 def test_an_observer_that_fails_is_logged_and_changes_nothing(start, caplog):

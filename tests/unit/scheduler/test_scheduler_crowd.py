@@ -89,5 +89,7 @@ def test_everyone_in_a_crowd_gets_the_own_answers_or_the_right_error(
     assert scheduler.queue_depth == 0
     assert not scheduler._open
     scheduler.close()
-    assert set(threading.enumerate()) <= threads_before
+    left = set(threading.enumerate()) - threads_before
+    # The engine's helpers that open images stay as long as the engine does.
+    assert [thread for thread in left if not thread.name.startswith("florence2-images")] == []
     assert runtime.open_sessions == 0
