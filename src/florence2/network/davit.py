@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from florence2.network.biased import BiasedLinear
 from florence2.network.config import VisionConfig
-from florence2.network.layers import Conv2d, Linear
+from florence2.network.layers import Conv2d
 from florence2.network.ops import activation
-from florence2.network.slabs import Slab, runs_in_slabs, slabs
+from florence2.network.slabs import Slab, keep_freed_memory, runs_in_slabs, slabs
 
 Grid = tuple[int, int]
 
@@ -77,8 +78,8 @@ class WindowAttention(nn.Module):
         dim = config.embed_dim[stage]
         self.window = config.window_size
         self.heads = config.num_heads[stage]
-        self.qkv = Linear(dim, 3 * dim, bias=config.qkv_bias)
-        self.proj = Linear(dim, dim)
+        self.qkv = BiasedLinear(dim, 3 * dim, bias=config.qkv_bias)
+        self.proj = BiasedLinear(dim, dim)
 
     def forward(self, image: Tensor) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]."""
@@ -106,8 +107,8 @@ class ChannelAttention(nn.Module):
         super().__init__()
         dim = config.embed_dim[stage]
         self.groups = config.num_groups[stage]
-        self.qkv = Linear(dim, 3 * dim, bias=config.qkv_bias)
-        self.proj = Linear(dim, dim)
+        self.qkv = BiasedLinear(dim, 3 * dim, bias=config.qkv_bias)
+        self.proj = BiasedLinear(dim, dim)
 
     def forward(self, image: Tensor) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]."""
@@ -145,8 +146,8 @@ class FeedForward(nn.Module):
         dim = config.embed_dim[stage]
         hidden = int(dim * config.mlp_ratio)
         self.activation = activation(config.activation)
-        self.fc1 = Linear(dim, hidden)
-        self.fc2 = Linear(hidden, dim)
+        self.fc1 = BiasedLinear(dim, hidden)
+        self.fc2 = BiasedLinear(hidden, dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[..., C] -> [..., C]."""
@@ -257,6 +258,8 @@ class VisionTower(nn.Module):
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Grid]:
         """Pixels [B, 3, H, W] -> tokens [B, N, C] in row order, and their grid (rows, columns)."""
+        if runs_in_slabs(pixels):
+            keep_freed_memory()
         image = pixels.to(self.dtype).permute(0, 2, 3, 1)
         for embed, blocks in zip(self.convs, self.blocks, strict=True):
             image = embed(image)

@@ -6,6 +6,7 @@ hands out again without asking the system: their pages would be mapped and clear
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Final
 
@@ -20,6 +21,18 @@ SLAB_BYTES: Final = 4 * 2**20
 SLAB_TOKENS: Final = 2048
 # Two threads share a slab of this size; more threads get larger slabs.
 SLAB_THREADS: Final = 2
+# Just below the largest block (32 MiB) that glibc takes a lesson from.
+LESSON_BYTES: Final = 2**25 - 2**16
+
+
+@functools.cache
+def keep_freed_memory() -> None:
+    """Has the C library keep a slab's memory for the next one.
+
+    glibc gives memory back to the system, which clears it anew, when twice as much lies free as
+    the largest block freed so far. One large block, of which nothing is touched, teaches it that.
+    """
+    torch.empty(LESSON_BYTES, dtype=torch.uint8)
 
 
 def runs_in_slabs(image: Tensor) -> bool:
