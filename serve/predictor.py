@@ -216,9 +216,6 @@ def _job(image: AnyImage, settings: Settings) -> _Job | Failure:
             None if asks_regions else settings.rectangle,
             settings.tiling if can_tile(settings.task_prompt) else None,
         )
-        for view in views:
-            # Made once and kept: here, while the model's thread works for somebody else.
-            _ = view.picture.content_hash
         return _Job(picture, views, questions, settings)
     except FlorenceError as error:
         return Failure(error.code, str(error))

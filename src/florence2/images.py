@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import re
@@ -11,7 +10,6 @@ import threading
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any, BinaryIO, Final
 
 import numpy as np
@@ -64,22 +62,10 @@ class LoadedImage:
         """Width and height in pixels, after the EXIF rotation."""
         return self.image.size
 
-    @cached_property
-    def content_hash(self) -> str:
-        """32 hex digits that are equal for equal pixels; computed once."""
-        return content_hash(self.image)
-
 
 def identity(image: object) -> object:
     """Equal for what is certainly the same image: the same path, bytes or object."""
     return image if isinstance(image, str | bytes) else id(image)
-
-
-def content_hash(image: Image.Image) -> str:
-    """BLAKE2b of an image's mode, size and pixels: 32 hex digits, equal for equal pixels."""
-    digest = hashlib.blake2b(f"{image.mode} {image.size}".encode(), digest_size=16)
-    digest.update(image.tobytes())
-    return digest.hexdigest()
 
 
 def open_image(source: ImageSource | LoadedImage, max_pixels: int = MAX_PIXELS) -> LoadedImage:

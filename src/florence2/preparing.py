@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -122,20 +122,16 @@ class Preparer:
         for are begun; images that were prepared before and are still open are not, because their
         features are mostly known. What needs no preparing is passed over.
         """
+        wanted = _to_prepare(images)
         with self._lock:
-            wanted = {
-                identity(image): image
-                for image in images
-                if not isinstance(image, EncodedImage | Failure)
-            }
             for key in [key for key in self._listed if key not in wanted]:
                 self._leave(self._listed.pop(key))
-            for key, image in wanted.items():
-                if key in self._listed or self._known_hash(image) is not None:
-                    continue
-                if not (key in self._jobs or self._has_room()):
-                    break
-                self._listed[key] = self._claim(image)
+            self._list(wanted)
+
+    def also_ahead(self, images: Iterable[AnyImage]) -> None:
+        """As ``ahead``, beside what was said before."""
+        with self._lock:
+            self._list(_to_prepare(images))
 
     def take(self, image: AnySource) -> Prepared:
         """The prepared image or why there is none; made here and now if nobody has begun."""
@@ -168,6 +164,14 @@ class Preparer:
                 self._leave(job)
             self._listed.clear()
         self._pool.shutdown(cancel_futures=True)
+
+    def _list(self, wanted: Mapping[object, AnySource]) -> None:
+        for key, image in wanted.items():
+            if key in self._listed or self._known_hash(image) is not None:
+                continue
+            if not (key in self._jobs or self._has_room()):
+                break
+            self._listed[key] = self._claim(image)
 
     def _known_hash(self, image: object) -> str | None:
         return self._hashes.get(image) if isinstance(image, LoadedImage) else None
@@ -219,6 +223,12 @@ class Preparer:
             with self._lock:
                 self._hashes[opened] = found
         return PreparedImage(opened.size_wh, found, scaled)
+
+
+def _to_prepare(images: Iterable[AnyImage]) -> dict[object, AnySource]:
+    return {
+        identity(image): image for image in images if not isinstance(image, EncodedImage | Failure)
+    }
 
 
 def _hash_of(size_wh: SizeWh, scaled: Scaled) -> str:

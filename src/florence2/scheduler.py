@@ -10,7 +10,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 from florence2.ask import AnyImage, Ask
@@ -28,7 +27,7 @@ from florence2.scheduler_errors import (
 )
 from florence2.scheduler_queue import Piece, TicketQueue
 from florence2.scheduler_report import Answered, BatchReport, Observer, Reports, report_of
-from florence2.scheduler_run import Run
+from florence2.scheduler_run import Run, Turn
 from florence2.scheduler_ticket import Priority, Ticket
 
 __all__ = [
@@ -75,7 +74,7 @@ class Scheduler:
         self._actions: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._open: set[Ticket] = set()
         self._is_closed = False
-        self._last: _Turn | None = None
+        self._last: Turn | None = None
         self._thread = threading.Thread(target=self._work, name="florence2-model", daemon=True)
         self._thread.start()
 
@@ -159,6 +158,8 @@ class Scheduler:
             self._open.add(ticket)
             self._queues[ticket.priority].add(ticket)
             self._news.notify()
+        # While the model is busy with others; whoever is first at an image prepares it.
+        self._engine.preparer.also_ahead(self._coming())
 
     def _depth(self, priority: Priority) -> int:
         postponed = sum(piece.ticket.priority is priority for piece in self._postponed)
@@ -255,15 +256,14 @@ class Scheduler:
             pieces = self._queues[Priority.INTERACTIVE].pick(self._max_batch)
         if pieces:
             # Those that come meanwhile wait for a pass of the bulk batch, so that it gets on.
-            deliver = self._deliver_nested
-            Run(self._engine, pieces, deliver, _pass, _no_more, self._coming).answer()
+            Run(self._engine, pieces, self._deliver_nested, self._coming).answer()
 
     def _answer(self, pieces: list[Piece]) -> None:
-        self._last = _Turn(pieces[0].ticket.priority, len({piece.ticket for piece in pieces}))
+        self._last = Turn(pieces[0].ticket.priority, len({piece.ticket for piece in pieces}))
         is_bulk = self._last.priority is Priority.BULK
-        between_passes = self._between_passes if is_bulk else _pass
+        between_passes = self._between_passes if is_bulk else None
         deliver, more = self._deliver, self._more
-        Run(self._engine, pieces, deliver, between_passes, more, self._coming).answer()
+        Run(self._engine, pieces, deliver, self._coming, between_passes, more).answer()
 
     def _deliver(
         self, priority: Priority, answered: Sequence[Answered], seconds: float, together: int
@@ -287,22 +287,6 @@ class Scheduler:
             ]
         if kept:
             self._deliver(priority, kept, seconds, together)
-
-
-@dataclass(frozen=True, slots=True)
-class _Turn:
-    """Whose turn it was last, and how many requests began together."""
-
-    priority: Priority
-    requests: int
-
-
-def _pass() -> None:
-    """Nothing is more urgent than an interactive batch."""
-
-
-def _no_more(_priority: Priority, _room: int, _num_open: int) -> list[Piece]:
-    return []
 
 
 def _act(action: Callable[[], Any], future: Future[Any]) -> None:

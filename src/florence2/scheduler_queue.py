@@ -64,10 +64,11 @@ class TicketQueue:
         return picked
 
     def images_ahead(self, limit: int) -> list[AnyImage]:
-        """The images of the asks whose turn comes next, ``limit`` at most of each ticket."""
-        return [
+        """The images of the asks whose turn comes next, ``limit`` at most."""
+        images = (
             ticket.asks[places[0]].image
             for ticket in self._tickets
             for places in islice(ticket.chunks, limit)
             if isinstance(ticket.asks[places[0]], Ask)
-        ][:limit]
+        )
+        return list(islice(images, limit))

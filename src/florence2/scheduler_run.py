@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 from florence2.answering import AskRun, More, Outcome, Settle
@@ -26,6 +27,14 @@ MorePieces = Callable[[Priority, int, int], list[Piece]]
 """Gives up to so many further pieces of a priority, when so many are in hand."""
 
 
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """Whose turn it was, and how many requests began together."""
+
+    priority: Priority
+    requests: int
+
+
 class Run:
     """Answers pieces; delivers what is known before every pass, and at the end.
 
@@ -39,9 +48,9 @@ class Run:
         engine: Engine,
         pieces: list[Piece],
         deliver: Deliver,
-        between_passes: Callable[[], None],
-        more: MorePieces,
         coming: Coming,
+        between_passes: Callable[[], None] | None = None,
+        more: MorePieces | None = None,
     ) -> None:
         self._engine = engine
         self._deliver = deliver
@@ -83,7 +92,8 @@ class Run:
 
     def _join(self, room: int) -> list[Ask]:
         pieces, self._first = self._first, []
-        pieces = pieces or self._more(self._priority, room, len(self._open))
+        if not pieces and self._more is not None:
+            pieces = self._more(self._priority, room, len(self._open))
         now = time.monotonic()
         for number, piece in enumerate(pieces, start=self._count):
             self._open[number] = piece, now - piece.ticket.arrived
@@ -103,9 +113,10 @@ class Run:
 
     def _before_pass(self) -> None:
         self._flush()
-        began = time.monotonic()
-        self._between_passes()
-        self._mark += time.monotonic() - began
+        if self._between_passes is not None:
+            began = time.monotonic()
+            self._between_passes()
+            self._mark += time.monotonic() - began
 
     def _flush(self) -> None:
         answered, self._answered = self._answered, []

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 from PIL import Image
 
-from florence2 import images
 from florence2.errors import RequestError
 from florence2.records import Failure
 from florence2.scheduler import BatchReport, Priority
@@ -141,20 +138,6 @@ def test_who_stops_waiting_gets_a_failure_that_says_so(predictor, bike):
     [failed] = predictor.predict([bike], parse_settings({}), Call(should_stop=lambda: True))
     assert isinstance(failed, Failure)
     assert failed.code == "cancelled"
-
-
-def test_the_models_thread_neither_opens_nor_hashes_images(predictor, bike, monkeypatch):
-    threads: set[str] = set()
-    hashed = images.content_hash
-
-    def noted(image):
-        threads.add(threading.current_thread().name)
-        return hashed(image)
-
-    monkeypatch.setattr(images, "content_hash", noted)
-    tiled = {"tiling": {"width": 400, "height": 400, "overlap": 160}}
-    predictor.predict([bike, bike.read_bytes()], parse_settings(tiled))
-    assert threads == {threading.current_thread().name}
 
 
 def test_large_images_are_answered_in_parts(predictor, bike, monkeypatch):

@@ -10,8 +10,9 @@ import pytest
 from scheduler_tools import PATIENCE_S, assert_same, captions, held, picture, wait_until
 
 import florence2.scheduler
-from florence2 import Ask, Failure
+from florence2 import Ask, Failure, Result
 from florence2.answering import identity
+from florence2.processing import ImageProcessor
 from florence2.scheduler import Priority
 from florence2.tasks import TASKS, TaskInput
 
@@ -237,3 +238,26 @@ def test_a_fault_of_one_ask_is_not_that_of_its_batch(model, scheduler, send, cap
     assert failure.code == "internal_error"
     assert_same(beside, model.run_many(captions(1))[0])
     assert_same(other.result(PATIENCE_S)[0], model.run_many(captions(2))[0])
+
+
+def test_while_the_model_is_busy_its_next_images_are_opened_and_scaled(
+    scheduler, send, monkeypatch, tmp_path
+):
+    paths = [tmp_path / f"{seed}.png" for seed in range(3)]
+    for seed, path in enumerate(paths):
+        picture(seed).save(path)
+    threads: list[str] = []
+    resize = ImageProcessor.resize
+
+    def noted(*arguments):
+        threads.append(threading.current_thread().name)
+        return resize(*arguments)
+
+    monkeypatch.setattr(ImageProcessor, "resize", noted)
+    with held(scheduler):
+        bulk = [Ask(path, "<CAPTION>", max_new_tokens=3) for path in paths]
+        answers = send(bulk, priority=Priority.BULK)
+        wait_until(lambda: len(threads) == 3)
+    assert all(isinstance(answer, Result) for answer in answers.result(PATIENCE_S))
+    assert len(threads) == 3
+    assert "florence2-model" not in threads
