@@ -8,7 +8,6 @@ Each side is a process of its own; they run in turns, so that a busy machine slo
 from __future__ import annotations
 
 import argparse
-import resource
 import statistics
 import subprocess
 import sys
@@ -19,17 +18,13 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from florence2.benchmark.memory_use import PeakMemory
 from florence2.benchmark.weights import size_config
 from florence2.network.florence import Florence2Network
 
 SIDES: Final = ("reference", "ours")
 DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16}
 IMAGE_SIDE: Final = 768
-
-
-def peak_mib() -> float:
-    """The largest resident memory of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def build_tower(side: str, size: str, precision: str) -> Callable[[Tensor], object]:
@@ -53,13 +48,16 @@ def answer(side: str, size: str, precision: str, batch: int) -> None:
     """A side's process: one run for every line that comes in, answered in seconds and MiB."""
     tower = build_tower(side, size, precision)
     pixels = torch.randn(batch, 3, IMAGE_SIDE, IMAGE_SIDE).to(DTYPES[precision])
-    loaded_mib = peak_mib()
+    memory = PeakMemory("cpu")
+    memory.restart()
+    loaded_mib = memory.peak_mib()
     with torch.inference_mode():
         tower(pixels)
         for _ in sys.stdin:
             began = time.perf_counter()
             tower(pixels)
-            print(time.perf_counter() - began, peak_mib() - loaded_mib, peak_mib(), flush=True)
+            seconds, peak_mib = time.perf_counter() - began, memory.peak_mib()
+            print(seconds, peak_mib - loaded_mib, peak_mib, flush=True)
 
 
 def ask(process: subprocess.Popen[str]) -> list[float]:
