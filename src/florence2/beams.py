@@ -13,6 +13,7 @@ One beam is the reference's greedy search: the best candidate is always taken, a
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Final
@@ -25,10 +26,20 @@ from florence2.errors import FlorenceError
 from florence2.hypotheses import PREFIX, Hypotheses
 from florence2.nearby import Nearby
 from florence2.records import Answer, GenerationSettings
-from florence2.rows import put_rows, row_numbers
+from florence2.rows import put_rows, row_numbers, to_device
 from florence2.tokens import BOS_ID, EOS_ID
 
 _OUT: Final = -1.0e9
+
+_STATE: Final = (
+    "_counts",
+    "_scores",
+    "_finished_scores",
+    "_finished",
+    "tokens",
+    "parents",
+    "is_open",
+)
 
 
 class NotFiniteError(FlorenceError):
@@ -67,7 +78,7 @@ class BeamSearch:
         self._is_static = is_static
         self._limit_of = list(limits)
         self._count_of = [1] * batch
-        self._limits = torch.tensor(self._limit_of, device=device)
+        self._limits = to_device(self._limit_of, torch.long, device)
         self._counts = torch.ones_like(self._limits)
         capacity = max(1, max(limits) - 1)
         with_history = settings.no_repeat_ngram_size > 0
@@ -132,20 +143,37 @@ class BeamSearch:
         self.tokens, self.parents = self.tokens[kept], self.parents[kept]
         self.is_open = self.is_open[kept]
 
-    def put(self, rows: list[int], other: BeamSearch) -> None:
-        """Gives these rows to the items of ``other``, in order: same settings, any step."""
+    def put(self, rows: list[int], other: BeamSearch, chosen: list[int] | None = None) -> None:
+        """Gives these rows to the items of ``other``, in order: same settings, any step.
+
+        To all of them, or to those ``chosen``, which may be rows of this search itself.
+        """
         if other.capacity > self.capacity:
             self._said.reserve(other.capacity)
             self._norms = self._length_norms(other.capacity)
-        for place, row in enumerate(rows):
-            self._limit_of[row] = other._limit_of[place]
-            self._count_of[row] = other._count_of[place]
-        into = row_numbers(rows, self.tokens.device)
-        self._said.put(into, other._said)
-        for name in ("_limits", "_counts", "_scores", "_finished_scores", "_finished"):
-            put_rows(getattr(self, name), into, getattr(other, name), 0)
-        for name in ("tokens", "parents", "is_open"):
-            put_rows(getattr(self, name), into, getattr(other, name), 0)
+        numbers = range(len(other._limit_of)) if chosen is None else chosen
+        known = [(other._limit_of[number], other._count_of[number]) for number in numbers]
+        for row, (limit, count) in zip(rows, known, strict=True):
+            self._limit_of[row], self._count_of[row] = limit, count
+        device = self.tokens.device
+        into = row_numbers(rows, device)
+        picked = None if chosen is None else row_numbers(chosen, device)
+        self._said.put(into, other._said, picked)
+        for name in ("_limits", *_STATE):
+            put_rows(getattr(self, name), into, getattr(other, name), 0, picked)
+
+    def window(self, num_rows: int) -> BeamSearch:
+        """The first rows, in the same memory; for the device's part of a step."""
+        part = copy.copy(self)
+        for name in ("_limits", *_STATE):
+            setattr(part, name, getattr(self, name)[:num_rows])
+        part._said = self._said.window(num_rows)
+        return part
+
+    @property
+    def state(self) -> list[Tensor]:
+        """The tensors that ``advance_on_device`` both reads and writes."""
+        return [*(getattr(self, name) for name in _STATE), *self._said.state]
 
     def answers(self, rows: Sequence[int]) -> list[Answer | NotFiniteError]:
         """The best finished hypothesis of each of these rows, or why a row has none."""
@@ -181,11 +209,8 @@ class BeamSearch:
     def _length_norms(self, capacity: int) -> Tensor:
         """What a score is divided by, for every count of tokens; as exact as the reference's."""
         penalty = self._settings.length_penalty
-        return torch.tensor(
-            [max(count, 1) ** penalty for count in range(capacity + 2)],
-            dtype=torch.float32,
-            device=self._limits.device,
-        )
+        norms = [max(count, 1) ** penalty for count in range(capacity + 2)]
+        return to_device(norms, torch.float32, self._limits.device)
 
     def _steps(self) -> Tensor:
         """The number [B] of each row's step in hand; rows that nobody waits for may be beyond."""

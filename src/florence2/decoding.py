@@ -90,18 +90,23 @@ class DecodeLoop(Generic[Item]):
     @torch.inference_mode()
     def run(self) -> None:
         """Returns once everything is settled. What the source raises comes through."""
-        while True:
-            self._give_up()
-            if self._admit():
-                continue
-            live = self._live_rows()
-            if not live:
-                return
-            if len(live) <= COMPACT_AT * len(self._items):
-                self._space.keep(live)
-                self._items = [self._items[row] for row in live]
-            self._space.advance()
-            self._notice()
+        try:
+            while self._admit() or self._advance():
+                pass
+        finally:
+            self._space.clear()
+
+    def _advance(self) -> bool:
+        """One pass; False once nobody waits for one."""
+        live = self._live_rows()
+        if not live:
+            return False
+        if len(live) <= COMPACT_AT * len(self._items):
+            self._space.keep(live)
+            self._items = [self._items[row] for row in live]
+        self._space.advance()
+        self._notice()
+        return True
 
     def _give_up(self) -> None:
         for item, reason in self._source.given_up().items():
@@ -112,6 +117,7 @@ class DecodeLoop(Generic[Item]):
 
     def _admit(self) -> bool:
         """Takes new items in as far as there is room; whether some of them came."""
+        self._give_up()
         live = self._live_rows()
         room = self._max_rows - len(live)
         if room < 1 or (live and room < self._least_room):

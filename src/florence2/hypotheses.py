@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Final
 
 import torch
@@ -35,7 +36,8 @@ class Hypotheses:
         if with_history:
             line = (num_rows, beams, len(PREFIX) + capacity)
             self._history = torch.full(line, _NOTHING, dtype=torch.long, device=device)
-            self._history[..., : len(PREFIX)] = torch.tensor(PREFIX, device=device)
+            for place, token in enumerate(PREFIX):
+                self._history[..., place] = token
 
     @property
     def capacity(self) -> int:
@@ -88,13 +90,31 @@ class Hypotheses:
         if self._history is not None:
             self._history = widened(self._history, 2, len(PREFIX) + capacity, _NOTHING)
 
-    def put(self, rows: Tensor, other: Hypotheses) -> None:
-        """Gives these rows [B'] to the B' rows of ``other``, which needs no more room."""
-        put_rows(self._tokens, rows, other._tokens, 0)
-        put_rows(self._parents, rows, other._parents, 0)
-        put_rows(self._log_probs, rows, other._log_probs, 0.0)
+    def put(self, rows: Tensor, other: Hypotheses, chosen: Tensor | None = None) -> None:
+        """Gives these rows [B'] to those of ``other``, which needs no more room.
+
+        To all of its rows, or to those ``chosen`` [B'].
+        """
+        put_rows(self._tokens, rows, other._tokens, 0, chosen)
+        put_rows(self._parents, rows, other._parents, 0, chosen)
+        put_rows(self._log_probs, rows, other._log_probs, 0.0, chosen)
         if self._history is not None and other._history is not None:
-            put_rows(self._history, rows, other._history, _NOTHING)
+            put_rows(self._history, rows, other._history, _NOTHING, chosen)
+
+    def window(self, num_rows: int) -> Hypotheses:
+        """The first rows, in the same memory."""
+        part = copy.copy(self)
+        part._tokens = self._tokens[:num_rows]
+        part._parents = self._parents[:num_rows]
+        part._log_probs = self._log_probs[:num_rows]
+        if self._history is not None:
+            part._history = self._history[:num_rows]
+        return part
+
+    @property
+    def state(self) -> list[Tensor]:
+        """What a step both reads and writes."""
+        return [] if self._history is None else [self._history]
 
     def trace(
         self, rows: Tensor, ends: list[tuple[int, int]]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+
 from torch import Tensor
 
-from florence2.rows import put_rows, widened
+from florence2.rows import enlarged, put_rows, widened
 
 
 class KeyValues:
@@ -40,12 +42,17 @@ class KeyValues:
         self.own_key = self.own_key[items]
         self.own_value = self.own_value[items]
 
-    def put(self, items: Tensor, other: KeyValues, slots: int) -> None:
-        """Gives the rows of ``items`` [B'] to those of ``other``, which has filled ``slots``."""
-        put_rows(self.cross_key, items, other.cross_key, 0.0)
-        put_rows(self.cross_value, items, other.cross_value, 0.0)
-        put_rows(self.own_key, items, other.own_key[:, :, :slots], 0.0)
-        put_rows(self.own_value, items, other.own_value[:, :, :slots], 0.0)
+    def put(
+        self, items: Tensor, other: KeyValues, slots: int, chosen: Tensor | None = None
+    ) -> None:
+        """Gives the rows of ``items`` [B'] to those of ``other``, which has filled ``slots``.
+
+        To all of them, or to those ``chosen`` [B'].
+        """
+        put_rows(self.cross_key, items, other.cross_key, 0.0, chosen)
+        put_rows(self.cross_value, items, other.cross_value, 0.0, chosen)
+        put_rows(self.own_key, items, other.own_key[:, :, :slots], 0.0, chosen)
+        put_rows(self.own_value, items, other.own_value[:, :, :slots], 0.0, chosen)
 
     def reserve(self, slots: int) -> None:
         """Makes room for so many slots."""
@@ -56,3 +63,27 @@ class KeyValues:
         """Makes room for prompts so long."""
         self.cross_key = widened(self.cross_key, 2, length, 0.0)
         self.cross_value = widened(self.cross_value, 2, length, 0.0)
+
+    def enlarge(self, num_rows: int, slots: int, cross_length: int) -> None:
+        """Makes room for so many rows, slots and positions of prompts, nowhere fewer."""
+        _, heads, _, head_dim = self.cross_key.shape
+        cross, own = (num_rows, heads, cross_length, head_dim), (num_rows, heads, slots, head_dim)
+        self.cross_key = enlarged(self.cross_key, cross, 0.0)
+        self.cross_value = enlarged(self.cross_value, cross, 0.0)
+        self.own_key = enlarged(self.own_key, own, 0.0)
+        self.own_value = enlarged(self.own_value, own, 0.0)
+
+    def window(self, num_rows: int, slots: int, cross_length: int) -> KeyValues:
+        """The first rows, slots and positions, in the same memory."""
+        part = copy.copy(self)
+        part.cross_key = self.cross_key[:num_rows, :, :cross_length]
+        part.cross_value = self.cross_value[:num_rows, :, :cross_length]
+        part.own_key = self.own_key[:num_rows, :, :slots]
+        part.own_value = self.own_value[:num_rows, :, :slots]
+        return part
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that these tensors take."""
+        tensors = (self.cross_key, self.cross_value, self.own_key, self.own_value)
+        return sum(tensor.nbytes for tensor in tensors)

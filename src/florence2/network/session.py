@@ -18,7 +18,7 @@ FIRST_STEPS: Final = 32
 # Kernels for masked attention on a GPU copy a mask whose rows do not start at multiples of this.
 ROW_ALIGNMENT: Final = 16
 
-_HIDDEN: Final = float("-inf")
+HIDDEN: Final = float("-inf")
 
 
 class DecoderSession:
@@ -31,8 +31,7 @@ class DecoderSession:
     begun at different times, so that a row whose answer is settled can be given to another item.
 
     ``max_new_tokens`` counts every token after the decoder's start token, as the published
-    generation settings do; the last of them is never fed back. With ``is_static`` no shape and no
-    branch of ``step_on_device`` depends on how far the items are, so it can be recorded.
+    generation settings do; the last of them is never fed back.
     """
 
     def __init__(
@@ -43,9 +42,12 @@ class DecoderSession:
         num_beams: int,
         max_new_tokens: int,
         *,
-        is_static: bool = False,
+        all_seen: bool | None = None,
     ) -> None:
-        """``states`` [B, S, d_model] and ``mask`` [B, S] bool, from ``encode_prompts``."""
+        """``states`` [B, S, d_model] and ``mask`` [B, S] bool, from ``encode_prompts``.
+
+        ``all_seen`` says whether the mask is True everywhere; to look waits for the device.
+        """
         self._network = network
         self._decoder = network.model.language_model.decoder
         if max_new_tokens > self._decoder.limit:
@@ -55,7 +57,6 @@ class DecoderSession:
             )
         self.num_beams = num_beams
         self.max_new_tokens = max_new_tokens
-        self._is_static = is_static
         self._prefix_length = 0
         self._steps_of = [0] * states.shape[0]
         with torch.inference_mode():
@@ -64,7 +65,7 @@ class DecoderSession:
                 KeyValues(*layer.encoder_attn.project_key_value(states))
                 for layer in self._decoder_layers()
             ]
-            all_seen = not is_static and bool(mask.all())
+            all_seen = bool(mask.all()) if all_seen is None else all_seen
             self._cross_mask = None if all_seen else _additive(mask, states.dtype)
             self._own_mask = states.new_empty(states.shape[0], num_beams, 0)
 
@@ -93,7 +94,7 @@ class DecoderSession:
             raise RuntimeError("prefill takes at least one token, and only before any step.")
         self._prefix_length = end = len(prefix_ids)
         self.reserve(0)
-        token_ids = torch.tensor([list(prefix_ids)], device=self._own_mask.device)
+        token_ids = row_numbers(list(prefix_ids), self._own_mask.device)
         vectors = self._decoder.embed(token_ids).expand(self.num_items, -1, -1)
         rows = self._decoder.add_positions(vectors)
         for layer, cache in zip(self._decoder_layers(), self._layers, strict=True):
@@ -114,9 +115,8 @@ class DecoderSession:
         """What the host notes of a step, and makes room for; ``step_on_device`` is the rest."""
         if not self._prefix_length:
             raise RuntimeError("step continues a prefix; call prefill first.")
-        if not self._is_static:
-            self._decoder.check_length(self.length + 1)
-            self.reserve(max(self._steps_of) + 1)
+        self._decoder.check_length(self.length + 1)
+        self.reserve(max(self._steps_of) + 1)
         self._steps_of = [count + 1 for count in self._steps_of]
 
     @torch.inference_mode()
@@ -150,7 +150,7 @@ class DecoderSession:
 
         ``beam_indices`` [B, beams], called before the step it is meant for.
         """
-        if self.num_beams == 1 or not (self._is_static or any(self._steps_of)):
+        if self.num_beams == 1 or not self._has_past():
             return
         past = self._own_mask[:, :, : self._end()]
         past.copy_(past.gather(1, beam_indices[:, :, None].expand(past.shape)))
@@ -168,24 +168,29 @@ class DecoderSession:
             self._cross_mask = self._cross_mask[kept]
 
     @torch.inference_mode()
-    def put(self, items: list[int], other: DecoderSession) -> None:
+    def put(self, items: list[int], other: DecoderSession, chosen: list[int] | None = None) -> None:
         """Gives the places of these items to the items of ``other``, in order.
 
+        To all of them, or to those ``chosen``, which may be items of this session itself.
         ``other`` has the same prefix and as many beams, and may be at any step.
         """
-        into = row_numbers(items, self._own_mask.device)
+        numbers = range(other.num_items) if chosen is None else chosen
+        steps_of = [other._steps_of[number] for number in numbers]
+        device = self._own_mask.device
+        into = row_numbers(items, device)
+        picked = None if chosen is None else row_numbers(chosen, device)
         self._prefix_length = other._prefix_length
-        self.reserve(max(other._steps_of))
+        self.reserve(max(steps_of))
         self._reserve_cross(other)
-        for item, count in zip(items, other._steps_of, strict=True):
+        for item, count in zip(items, steps_of, strict=True):
             self._steps_of[item] = count
-        put_rows(self._steps, into, other._steps, 0)
+        put_rows(self._steps, into, other._steps, 0, picked)
         for mine, theirs in zip(self._layers, other._layers, strict=True):
-            mine.put(into, theirs, self._slots_for(other._steps_of))
+            mine.put(into, theirs, self._slots_for(steps_of), picked)
         own = other._own_mask[:, :, : self._own_mask.shape[2]]
-        put_rows(self._own_mask, into, own, _HIDDEN)
+        put_rows(self._own_mask, into, own, HIDDEN, picked)
         if self._cross_mask is not None:
-            put_rows(self._cross_mask, into, other._wide_cross_mask(), _HIDDEN)
+            put_rows(self._cross_mask, into, other._wide_cross_mask(), HIDDEN, picked)
 
     @torch.inference_mode()
     def reserve(self, steps: int) -> None:
@@ -197,10 +202,10 @@ class DecoderSession:
         most = self._prefix_length + self.max_new_tokens * self.num_beams
         first = self._prefix_length + FIRST_STEPS * self.num_beams
         capacity = max(slots, min(most, max(first, 2 * capacity)))
-        capacity = -(-capacity // ROW_ALIGNMENT) * ROW_ALIGNMENT
+        capacity = aligned(capacity)
         for layer in self._layers:
             layer.reserve(capacity)
-        wide = widened(self._own_mask, 2, capacity, _HIDDEN)
+        wide = widened(self._own_mask, 2, capacity, HIDDEN)
         wide[:, :, : self._prefix_length] = 0.0
         self._own_mask = wide
 
@@ -213,7 +218,7 @@ class DecoderSession:
             for layer in self._layers:
                 layer.reserve_cross(other.cross_length)
             if self._cross_mask is not None:
-                self._cross_mask = widened(self._cross_mask, 3, other.cross_length, _HIDDEN)
+                self._cross_mask = widened(self._cross_mask, 3, other.cross_length, HIDDEN)
 
     def _wide_cross_mask(self) -> Tensor:
         if self._cross_mask is not None:
@@ -225,12 +230,14 @@ class DecoderSession:
 
     def _is_together(self) -> bool:
         """Whether all items are at the same step, so that no index is needed."""
-        return not self._is_static and len(set(self._steps_of)) == 1
+        return len(set(self._steps_of)) == 1
+
+    def _has_past(self) -> bool:
+        """Whether any item has made a step."""
+        return any(self._steps_of)
 
     def _end(self) -> int:
         """Slots to look at, those of the step in hand included."""
-        if self._is_static:
-            return self._own_mask.shape[2]
         return self._slots_for(self._steps_of)
 
     def _slots(self) -> Tensor:
@@ -250,7 +257,12 @@ class DecoderSession:
         return [cast(DecoderLayer, layer) for layer in self._decoder.layers]
 
 
+def aligned(slots: int) -> int:
+    """The next number of slots that masks may have."""
+    return -(-slots // ROW_ALIGNMENT) * ROW_ALIGNMENT
+
+
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """A bool mask [B, S] as an addend [B, 1, 1, S]: 0 where True, minus infinity elsewhere."""
     bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-    return bias.masked_fill_(~mask, _HIDDEN)[:, None, None, :]
+    return bias.masked_fill_(~mask, HIDDEN)[:, None, None, :]

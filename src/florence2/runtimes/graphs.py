@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Final, Protocol
 
@@ -120,6 +120,15 @@ class GraphRunner:
             yield
         finally:
             self._is_paused = before
+
+    def forget(self, keys: Iterable[Hashable]) -> None:
+        """Forgets these recordings, of which there may be none, as ``clear`` does all."""
+        held = [key for key in keys if key in self._held]
+        if self._recorder is not None and held:
+            self._recorder.settle()
+        for key in held:
+            self._held.move_to_end(key, last=False)
+            self._drop_oldest()
 
     def clear(self) -> None:
         """Forgets all recordings, to give their memory back or because tensors have moved."""

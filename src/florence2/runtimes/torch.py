@@ -16,7 +16,9 @@ from florence2.network.florence import Florence2Network
 from florence2.network.session import DecoderSession
 from florence2.pixels import look_up
 from florence2.records import GenerationSettings
+from florence2.rows import row_numbers
 from florence2.runtimes.base import ImageBytes, Pixels
+from florence2.runtimes.decode_graphs import DecodePool, most_idle_bytes
 from florence2.runtimes.device_pixels import check_bytes, normalise, upload
 from florence2.runtimes.graphs import GraphRunner, make_runner
 from florence2.runtimes.vision_graphs import VisionGraphs
@@ -122,6 +124,7 @@ class TorchRuntime:
         self.graphs = make_runner(device) if graphs is None else graphs
         self._device = device
         self._vision = VisionGraphs(self.graphs)
+        self._decode = DecodePool(self.network, self.graphs, most_idle_bytes(device))
         self._tables: dict[bytes, tuple[int, Tensor]] = {}
 
     @torch.inference_mode()
@@ -166,19 +169,20 @@ class TorchRuntime:
         """A decoding session; prompts of different lengths are padded and masked."""
         width = max(len(ids) for ids in prompt_ids)
         rows = [[*ids, *[PAD_ID] * (width - len(ids))] for ids in prompt_ids]
-        prompts = torch.tensor(rows, device=self._device)
-        mask = torch.tensor(
-            [[place < len(ids) for place in range(width)] for ids in prompt_ids],
-            device=self._device,
-        )
+        prompts = upload(np.array(rows, dtype=np.int64), self._device)
+        lengths = row_numbers([len(ids) for ids in prompt_ids], self._device)
+        mask = torch.arange(width, device=self._device) < lengths.unsqueeze(1)
         states, states_mask = self.network.encode_prompts(
             torch.stack(list(features)), prompts, mask
         )
-        return DecoderSession(self.network, states, states_mask, num_beams, max_new_tokens)
+        all_seen = all(len(ids) == width for ids in prompt_ids)
+        return DecoderSession(
+            self.network, states, states_mask, num_beams, max_new_tokens, all_seen=all_seen
+        )
 
     def space(self, settings: GenerationSettings, nearby: Nearby | None) -> Space:
         """Where one run of the decode loop searches its items."""
-        return PlainSpace()
+        return self._decode.space(settings, nearby) if self.graphs.is_enabled else PlainSpace()
 
     def is_out_of_memory(self, error: BaseException) -> bool:
         """Whether torch or a library below it could not allocate; most say so only in words."""
@@ -197,6 +201,7 @@ class TorchRuntime:
     def _forget_recordings(self) -> None:
         self.graphs.clear()
         self._vision.clear()
+        self._decode.clear()
 
     @property
     def weight_bytes(self) -> int:
