@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import torch
@@ -23,56 +23,72 @@ ROW_COUNTS: Final = (1, 4, 12, 48)
 _MEASURED_ROWS: Final = (1, 3, 8, 24)
 _CLEARLY_FASTER: Final = 0.9
 _REPEATS: Final = 3
-_ROUND: Final = 12
 
-_transposed: dict[tuple[torch.dtype, torch.Size], tuple[bool, ...]] = {}
+_Key = tuple[torch.dtype, torch.Size]
+_Form = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+_transposed: dict[_Key, tuple[bool, ...]] = {}
 """What ``choose_forms`` found, by precision and shape of the weight. A fact about the machine."""
 
 
 def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``functional.linear`` of [N, C_in] and [C_out, C_in], in the form chosen for so few rows."""
     if rows.shape[0] <= ROW_COUNTS[-1] and rows.device.type == "cpu":
-        forms = _transposed.get((weight.dtype, weight.shape))
+        forms = _transposed.get(_key(weight))
         if forms is not None and forms[bisect_left(ROW_COUNTS, rows.shape[0])]:
             return _transposed_product(rows, weight, bias)
     return functional.linear(rows, weight, bias)
 
 
-def choose_forms(weights: Iterable[Tensor]) -> None:
+def choose_forms(weights: Sequence[Tensor]) -> None:
     """Measures both forms for every shape among these CPU weights that is not measured yet.
 
-    Takes about half a second for the largest published checkpoint, less for what is known.
+    ``weights`` are those of a whole step in its order, so that each is read from where a step
+    reads it: one weight alone would stay in the processor's cache. Takes as long as some 20 steps.
     """
-    by_shape: dict[tuple[torch.dtype, torch.Size], list[Tensor]] = {}
-    for weight in weights:
-        if weight.device.type == "cpu":
-            by_shape.setdefault((weight.dtype, weight.shape), []).append(weight)
-    for key, alike in by_shape.items():
-        if key not in _transposed:
-            _transposed[key] = tuple(
-                _is_transposed_faster(count, alike) for count in _MEASURED_ROWS
-            )
+    on_cpu = [weight for weight in weights if weight.device.type == "cpu"]
+    new = {_key(weight) for weight in on_cpu} - _transposed.keys()
+    if not new:
+        return
+    faster = [_faster_transposed(on_cpu, count) for count in _MEASURED_ROWS]
+    for key in new:
+        _transposed[key] = tuple(key in found for found in faster)
 
 
-def _is_transposed_faster(count: int, weights: Sequence[Tensor]) -> bool:
-    rows = weights[0].new_ones(count, weights[0].shape[1])
-    # Different weights in turn, as in a step: one alone would stay in the processor's cache.
-    turn = weights[:_ROUND]
-    forms = (functional.linear, _transposed_product)
-    plain, transposed = (min(_seconds(form, rows, turn) for _ in range(_REPEATS)) for form in forms)
-    return transposed < _CLEARLY_FASTER * plain
+def _key(weight: Tensor) -> _Key:
+    return weight.dtype, weight.shape
 
 
-def _seconds(
-    form: Callable[[Tensor, Tensor, None], Tensor], rows: Tensor, weights: Sequence[Tensor]
-) -> float:
+def _faster_transposed(weights: Sequence[Tensor], count: int) -> set[_Key]:
+    """The shapes for which the transposed form is clearly faster with so many rows."""
+    plain, transposed = (
+        _best_seconds(form, weights, count) for form in (functional.linear, _transposed_product)
+    )
+    return {key for key in plain if transposed[key] < _CLEARLY_FASTER * plain[key]}
+
+
+def _best_seconds(form: _Form, weights: Sequence[Tensor], count: int) -> dict[_Key, float]:
+    """Seconds of all products of a step by shape: the best of several steps."""
+    best: dict[_Key, float] = {}
+    for _ in range(_REPEATS):
+        step: dict[_Key, float] = {}
+        for weight in weights:
+            rows = weight.new_ones(count, weight.shape[1])
+            step[_key(weight)] = step.get(_key(weight), 0.0) + _seconds(form, rows, weight)
+        best = {key: min(spent, best.get(key, spent)) for key, spent in step.items()}
+    return best
+
+
+def _seconds(form: _Form, rows: Tensor, weight: Tensor) -> float:
     began = time.perf_counter()
-    for weight in weights:
-        form(rows, weight, None)
+    form(rows, weight, None)
     return time.perf_counter() - began
 
 
 def _transposed_product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    # Contiguous: fused attention takes a many times slower path for queries that are not.
-    out = (weight @ rows.t()).t().contiguous()
+    if rows.shape[0] == 1:
+        out = (weight @ rows[0]).unsqueeze(0)
+    else:
+        # Contiguous: fused attention takes a many times slower path for queries that are not.
+        out = (weight @ rows.t()).t().contiguous()
     return out if bias is None else out.add_(bias)

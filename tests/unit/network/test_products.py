@@ -56,9 +56,9 @@ def test_the_faster_form_is_chosen_and_measured_once(monkeypatch: pytest.MonkeyP
     measured: list[tuple[str, torch.Size]] = []
     seconds = {"linear": 2.0, "_transposed_product": 1.0}
 
-    def clock(form, rows, weights) -> float:
-        measured.append((form.__name__, weights[0].shape))
-        return seconds[form.__name__] if weights[0].shape == (8, 4) else 1.0
+    def clock(form, rows, weight) -> float:
+        measured.append((form.__name__, weight.shape))
+        return seconds[form.__name__] if weight.shape == (8, 4) else 1.0
 
     monkeypatch.setattr(products, "_transposed", {})
     monkeypatch.setattr(products, "_seconds", clock)
