@@ -5,7 +5,8 @@
 ├── RequestError                 the caller's task, prompt, region or setting is wrong
 ├── ImageError                   an image cannot be read or is outside the limits
 ├── CheckpointError              a checkpoint is missing, damaged, or does not answer
-│   └── HubUnreachableError      the hub gave no answer (``hub_errors``)
+│   ├── HubUnreachableError      the hub gave no answer (``hub_errors``)
+│   └── PrecisionError           reduced precision gives NaN, infinity or is far off (``self_test``)
 ├── DeviceError                  a device or runtime cannot be used here
 ├── OutOfMemoryError             one request alone does not fit into the device (``memory``)
 ├── NotFiniteError               the network gave NaN or infinity for a prompt (``beams``)
