@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _COMPANY: Final = 4
-"""On a GPU prompts join a running batch once this part of its rows is free, so several at once."""
+"""On a GPU prompts join a running batch once a fourth of its rows is free, so several at once."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,13 +85,12 @@ class PromptSearch:
 
     def _runs_to_its_end(self) -> bool:
         runtime = self._engine.runtime
-        is_gpu = not runtime.device.startswith("cpu")
         loop = DecodeLoop(
             self,
             self._settings,
             runtime.space(self._settings, self._engine.nearby),
             max_rows=self._room,
-            least_room=max(1, self._room // _COMPANY) if is_gpu else 1,
+            least_room=self._least_room(),
             nearby=self._engine.nearby,
         )
         try:
@@ -104,6 +103,13 @@ class PromptSearch:
             )
             return False
         return True
+
+    def _least_room(self) -> int:
+        """Free rows that are worth a pass of the tower and the encoder beside a running batch."""
+        company = max(1, self._room // _COMPANY)
+        # A CPU gains from company only as far as a batch of images is faster than one by one.
+        is_gpu = not self._engine.runtime.device.startswith("cpu")
+        return company if is_gpu else max(1, min(company, self._engine.image_batch // 2))
 
     def _start_over(self) -> None:
         self._again = [*self._in_hand, *self._again]
