@@ -36,11 +36,12 @@ Item = TypeVar("Item", bound=Hashable)
 class Started(Generic[Item]):
     """Items whose prompts are encoded: a session that holds them, in order, before its prefill.
 
+    None stands for an item that was given up meanwhile.
     ``max_new_tokens`` has one limit per item, counted as in the reference: the forced ``<s>`` and
     the closing ``</s>`` are among them.
     """
 
-    items: Sequence[Item]
+    items: Sequence[Item | None]
     session: Session
     max_new_tokens: Sequence[int]
 
@@ -49,7 +50,10 @@ class Source(Protocol[Item]):
     """Where the loop takes items from, and where their answers go."""
 
     def given_up(self) -> Mapping[Item, FlorenceError]:
-        """The items nobody waits for any longer, and why; asked before every pass."""
+        """The items not settled yet that nobody waits for any longer, and why.
+
+        Asked before every pass. May name items that have not been started.
+        """
 
     def start(self, room: int) -> Started[Item] | None:
         """Up to ``room`` more items; None when there are none now."""
@@ -83,9 +87,8 @@ class DecodeLoop(Generic[Item]):
         self._least_room = least_room
         self._nearby = nearby
         self._flags: OpenFlags[Item] | None = None
+        # Whose each row is; a run may last for days, so what is settled is nowhere remembered.
         self._items: list[Item | None] = []
-        self._done: set[Item] = set()
-        self._settled: set[Item] = set()
 
     @torch.inference_mode()
     def run(self) -> None:
@@ -109,11 +112,12 @@ class DecodeLoop(Generic[Item]):
         return True
 
     def _give_up(self) -> None:
-        for item, reason in self._source.given_up().items():
-            if item not in self._done:
-                self._done.add(item)
-                self._settled.add(item)
-                self._source.settle(item, reason)
+        given_up = self._source.given_up()
+        for row, item in enumerate(self._items):
+            if item is not None and item in given_up:
+                self._items[row] = None
+        for item, reason in given_up.items():
+            self._source.settle(item, reason)
 
     def _admit(self) -> bool:
         """Takes new items in as far as there is room; whether some of them came."""
@@ -147,26 +151,19 @@ class DecodeLoop(Generic[Item]):
         search = self._space.search
         if self._flags is None:
             self._flags = OpenFlags(lag=0 if search.is_open.device.type == "cpu" else 1)
-        self._done.update(self._flags.closed(self._items, search.is_open))
-        for row, item in enumerate(self._items):
-            if item is not None and search.reached_limit(row):
-                self._done.add(item)
+        closed = set(self._flags.closed(self._items, search.is_open))
         ready = [
             (row, item)
             for row, item in enumerate(self._items)
-            if item is not None and item in self._done and item not in self._settled
+            if item is not None and (item in closed or search.reached_limit(row))
         ]
         answers = search.answers([row for row, _ in ready]) if ready else []
-        for (_, item), answer in zip(ready, answers, strict=True):
-            self._settled.add(item)
+        for (row, item), answer in zip(ready, answers, strict=True):
+            self._items[row] = None
             self._source.settle(item, answer)
 
     def _live_rows(self) -> list[int]:
-        return [
-            row
-            for row, item in enumerate(self._items)
-            if item is not None and item not in self._done
-        ]
+        return [row for row, item in enumerate(self._items) if item is not None]
 
 
 class OpenFlags(Generic[Item]):

@@ -77,14 +77,17 @@ class _Batch:
         """What ``before_pass`` names, as long as there is something to wait for."""
         if self._before_pass is None or self._is_settled():
             return {}
-        return self._before_pass()
+        reasons = self._before_pass()
+        return {item: why for item, why in reasons.items() if item not in self._answers}
 
     def start(self, room: int) -> Started[int] | None:
         """All items at once."""
         if self._has_started or self._is_settled():
             return None
         self._has_started = True
-        return Started(range(len(self._limits)), self._session, self._limits)
+        numbers = range(len(self._limits))
+        items = [None if number in self._answers else number for number in numbers]
+        return Started(items, self._session, self._limits)
 
     def settle(self, item: int, answer: Answer | FlorenceError) -> None:
         """Notes an answer."""

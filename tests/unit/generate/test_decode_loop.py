@@ -42,7 +42,7 @@ class Drip:
         self.reasons: dict[int, FlorenceError] = {}
 
     def given_up(self) -> Mapping[int, FlorenceError]:
-        return self.reasons
+        return {item: why for item, why in self.reasons.items() if item not in self.answers}
 
     def start(self, room: int) -> Started[int] | None:
         waits = len(self.answers) + len(self.left) < len(self.limits)
@@ -53,7 +53,8 @@ class Drip:
         self.rooms.append((room, count))
         limits = [self.limits[item] for item in items]
         session = self.make(self.model, self.prompts.pick(items), self.beams, limits)
-        return Started(items, session, limits)
+        waited_for = [None if item in self.answers else item for item in items]
+        return Started(waited_for, session, limits)
 
     def settle(self, item: int, answer: Answer | FlorenceError) -> None:
         assert item not in self.answers
