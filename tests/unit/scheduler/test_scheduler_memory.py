@@ -74,3 +74,28 @@ def test_what_closing_stops_is_let_go_of_too(model):
     del image
     assert gone() is None
     assert runtime.open_sessions == 0
+
+
+def test_what_is_answered_is_let_go_of_while_the_run_that_answered_it_goes_on(
+    scheduler, runtime, send
+):
+    """A server with enough clients is one run without end."""
+    gone: list[weakref.ref[object]] = []
+    requests = []
+
+    def ask_again() -> None:
+        if len(requests) < 6 and (not requests or requests[-1].done()):
+            image = open_image(picture(len(requests) + 1))
+            gone.append(weakref.ref(image))
+            requests.append(send([Ask(image, "<CAPTION>", max_new_tokens=4)]))
+            wait_until(lambda: scheduler.queue_depth > 0)
+        elif len(requests) == 6 and requests[-1].done():
+            alive.append([one() is not None for one in gone])
+
+    alive: list[list[bool]] = []
+    runtime.before_pass = ask_again
+    # Long answers, so that there is always something in hand beside them.
+    answers = scheduler.run([Ask(picture(9), "<DETAILED_CAPTION>")] * 3)
+    assert all(not isinstance(answer, Failure) for answer in answers)
+    assert alive
+    assert alive[-1] == [False] * 6
