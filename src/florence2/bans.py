@@ -55,7 +55,7 @@ def _suffix(history: Tensor, size: int, lengths: Tensor | None) -> Tensor:
 
 def ban_bos(log_probs: Tensor) -> None:
     """Ban ``<s>``, which the large checkpoints otherwise repeat without end."""
-    log_probs[:, BOS_ID] = NEVER
+    log_probs.select(1, BOS_ID).fill_(NEVER)
 
 
 def top_candidates(log_probs: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from florence2.network.florence import Florence2Network
 from florence2.training.demo_config import demo_config
 from florence2.training.export import save_checkpoint, write_tokenizer_and_processor
 from florence2.vocabulary import Vocabulary
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "generate"))
 
 
 @pytest.fixture(scope="session")

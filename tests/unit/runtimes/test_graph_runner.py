@@ -124,3 +124,18 @@ def test_cleared_it_waits_for_the_device_and_records_anew():
     assert recorder.num_alive == runner.num_graphs == 0
     runner.run("count", second, [second.counter])
     assert (first.counter[0], second.counter[0]) == (1, 1)
+
+
+def test_forgotten_recordings_are_made_anew_and_the_others_stay():
+    recorder = ReplayingRecorder()
+    runner, works = GraphRunner(recorder), {name: Counting() for name in "abc"}
+    for name in "abc":
+        runner.run(name, works[name], [works[name].counter])
+    recorder.events.clear()
+    runner.forget(["b", "never recorded"])
+    assert recorder.events == ["settle", "reset"]
+    assert recorder.num_alive == runner.num_graphs == 2
+    for name in "abc":
+        runner.run(name, works[name], [works[name].counter])
+    assert recorder.events.count("record") == 1
+    assert [works[name].counter[0].item() for name in "abc"] == [2, 2, 2]

@@ -1,0 +1,247 @@
+"""Searches in recorded buffers give the reference's answers, whoever comes, goes and grows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from crowd import COUNT, Crowd, Place, mixed_limits, settings_of
+from replaying import ReplayingRecorder
+from taping import TapingRecorder
+from tiny_reference import SEEDS
+
+from florence2.errors import FlorenceError
+from florence2.nearby import Nearby
+from florence2.network.static_session import StaticSession
+from florence2.records import Answer, GenerationSettings
+from florence2.runtimes import decode_buffers
+from florence2.runtimes.decode_buffers import Window
+from florence2.space import PlainSpace
+
+MODES = [(1, True), (3, True), (3, False), (4, "never")]
+RECORDERS = {"eager": lambda: None, "replayed": ReplayingRecorder, "taped": TapingRecorder}
+NEARBY = Nearby(first_location_id=20, radius_bins=2)
+
+
+@pytest.fixture(autouse=True)
+def small_windows(monkeypatch):
+    """Sizes of which the tiny searches need many."""
+    monkeypatch.setattr(decode_buffers, "STEPS", (2, 4, 8, 16, 32))
+    monkeypatch.setattr(decode_buffers, "CROSS_LENGTHS", 3)
+    monkeypatch.setattr("florence2.runtimes.decode_graphs.FIRST_STEPS", 2)
+
+
+@pytest.fixture
+def place():
+    return Place(SEEDS[0], TapingRecorder())
+
+
+@pytest.mark.parametrize("recorder", RECORDERS.values(), ids=RECORDERS)
+@pytest.mark.parametrize("ngram", [0, 3])
+@pytest.mark.parametrize(("beams", "early_stopping"), MODES)
+def test_whoever_comes_is_answered_as_the_reference_does(beams, early_stopping, ngram, recorder):
+    settings = settings_of(beams, early_stopping, ngram)
+    for seed in SEEDS:
+        place = Place(seed, recorder())
+        for _ in range(2):
+            crowd = Crowd(seed, settings, mixed_limits())
+            crowd.run(place.pool.space(settings, None))
+            assert crowd.differing() == []
+        assert (place.graphs.num_graphs > 0) == (place.recorder is not None)
+
+
+def test_scores_are_those_of_searching_plainly(place):
+    settings = settings_of()
+    recorded = Crowd(SEEDS[0], settings, mixed_limits())
+    plain = Crowd(SEEDS[0], settings, mixed_limits())
+    found = recorded.run(place.pool.space(settings, NEARBY), nearby=NEARBY)
+    expected = plain.run(PlainSpace(), nearby=NEARBY)
+    assert any(one.near_log_probs != one.log_probs for one in expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.token_ids == theirs.token_ids
+        assert ours.truncated == theirs.truncated
+        assert ours.log_probs == pytest.approx(theirs.log_probs, abs=1e-4)
+        assert ours.near_log_probs == pytest.approx(theirs.near_log_probs, abs=1e-4)
+        assert ours.beam_score == pytest.approx(theirs.beam_score, abs=1e-4)
+
+
+def test_the_same_once_more_records_nothing(place):
+    settings = settings_of()
+    for _ in range(7):
+        place.recorder.events.clear()
+        crowd = Crowd(SEEDS[0], settings, mixed_limits())
+        crowd.run(place.pool.space(settings, None))
+    assert crowd.differing() == []
+    assert "record" not in place.recorder.events
+    assert place.recorder.events.count("replay") > 10
+
+
+def test_rows_steps_and_prompts_grow_in_the_middle_of_answers(place, monkeypatch):
+    sizes = []
+    enlarge = StaticSession.enlarge
+
+    def noting(session, *size):
+        sizes.append(size)
+        enlarge(session, *size)
+
+    monkeypatch.setattr(StaticSession, "enlarge", noting)
+    settings = settings_of()
+    crowd = Crowd(SEEDS[0], settings, [39] * COUNT)
+    space = place.pool.space(settings, None)
+    lengths = crowd.prompts.mask.sum(dim=1)
+    by_length = sorted(range(COUNT), key=lambda item: int(lengths[item]))
+    crowd.left = by_length
+    crowd.random.randint = lambda low, high: 1 + len(crowd.answers) % 3
+    crowd.run(space, max_rows=7)
+    assert crowd.differing() == []
+    rows, steps, cross = (sorted(set(column)) for column in zip(*sizes, strict=True))
+    assert len(rows) > 1
+    assert len(steps) > 2
+    assert cross == [3, 6, 9]
+
+
+def test_another_search_in_between_has_rows_of_its_own(place):
+    settings = settings_of()
+    outer = Crowd(SEEDS[0], settings, mixed_limits())
+    inner: list[Crowd] = []
+
+    def ask_in_between():
+        if outer.random.random() < 0.1:
+            inner.append(Crowd(SEEDS[0], settings, [16, 9]))
+            inner[-1].run(place.pool.space(settings, None))
+
+    outer.meanwhile = ask_in_between
+    outer.run(place.pool.space(settings, None))
+    assert len(inner) > 2
+    assert outer.differing() == []
+    assert [crowd.differing() for crowd in inner] == [[]] * len(inner)
+    assert place.pool.idle_bytes > 0
+
+
+@pytest.mark.parametrize("recorder", [ReplayingRecorder, TapingRecorder])
+def test_memory_freed_in_the_middle_costs_recordings_and_no_answers(recorder):
+    place, settings = Place(SEEDS[1], recorder()), settings_of()
+    crowd = Crowd(SEEDS[1], settings, mixed_limits())
+    passes = iter(range(10**6))
+    crowd.meanwhile = lambda: next(passes) % 11 or place.free_memory()
+    for _ in range(2):
+        crowd.left, crowd.answers = list(range(COUNT)), {}
+        crowd.run(place.pool.space(settings, None))
+        assert crowd.differing() == []
+    assert place.recorder.events.count("record") > place.graphs.num_graphs > 0
+    place.free_memory()
+    assert place.recorder.num_alive == place.graphs.num_graphs == place.pool.idle_bytes == 0
+
+
+def test_nan_stays_in_its_row_and_is_gone_with_it(place):
+    settings = settings_of()
+    crowd = Crowd(SEEDS[0], settings, [12, 24, 9, 9, 9, 9, 24, 9])
+
+    def spoil(items, session):
+        if 0 in items:
+            for layer in session._layers:
+                layer.cross_value[items.index(0)] = float("nan")
+
+    crowd.alter = spoil
+    crowd.random.randint = lambda low, high: min(2, high)
+    for _ in range(3):
+        crowd.left, crowd.answers = list(range(8)), {}
+        crowd.run(place.pool.space(settings, None), max_rows=3)
+        assert not isinstance(crowd.answers[0], Answer)
+        assert crowd.differing(list(range(1, 8))) == []
+    assert place.graphs.num_graphs > 0
+
+
+def test_the_place_of_what_is_given_up_is_taken_by_another(place):
+    settings = settings_of()
+    crowd = Crowd(SEEDS[0], settings, [16] * COUNT)
+    crowd.reasons = {item: FlorenceError(f"Nobody waits for {item}.") for item in (0, 7, 8, 21)}
+    crowd.run(place.pool.space(settings, None), max_rows=4)
+    gone = [item for item in range(COUNT) if not isinstance(crowd.answers[item], Answer)]
+    assert gone == [0, 7, 8, 21]
+    assert crowd.differing([item for item in range(COUNT) if item not in gone]) == []
+
+
+def test_searches_of_different_settings_share_no_buffers(place):
+    for beams in (1, 3, 4, 3, 1):
+        settings = settings_of(beams)
+        crowd = Crowd(SEEDS[0], settings, mixed_limits(8))
+        crowd.run(place.pool.space(settings, None))
+        assert crowd.differing() == []
+
+
+def test_what_was_recorded_for_one_limit_serves_another(place):
+    for limit in (24, 39, 7):
+        settings = GenerationSettings(max_new_tokens=limit)
+        crowd = Crowd(SEEDS[0], settings, [limit] * 8)
+        crowd.run(place.pool.space(settings, None))
+        assert crowd.differing() == []
+    assert len(place.pool._idle) == 1
+
+
+def test_idle_buffers_take_no_more_memory_than_they_may():
+    place, settings = Place(SEEDS[0], TapingRecorder(), max_idle_bytes=0), settings_of()
+    for _ in range(2):
+        crowd = Crowd(SEEDS[0], settings, [39] * 8)
+        crowd.run(place.pool.space(settings, None))
+        assert crowd.differing() == []
+        assert place.pool.idle_bytes == 0
+        assert place.graphs.num_graphs == place.recorder.num_alive == 0
+
+
+def test_a_search_that_breaks_off_gives_its_buffers_back(place):
+    settings = settings_of()
+    crowd = Crowd(SEEDS[0], settings, [39] * COUNT)
+
+    def stop():
+        if len(crowd.answers) > 3:
+            raise KeyboardInterrupt
+
+    crowd.meanwhile = stop
+    with pytest.raises(KeyboardInterrupt):
+        crowd.run(place.pool.space(settings, None))
+    assert place.pool.idle_bytes > 0
+    again = Crowd(SEEDS[0], settings, mixed_limits())
+    again.run(place.pool.space(settings, None))
+    assert again.differing() == []
+
+
+def test_buffers_that_could_not_grow_are_not_used_again(place, monkeypatch):
+    settings = settings_of()
+    enlarge, sizes = StaticSession.enlarge, []
+
+    def run_out(session, num_rows, steps, cross_length):
+        sizes.append(steps)
+        if len(sizes) == 3:
+            session._layers[0].enlarge(num_rows, 3 * steps + 100, cross_length)
+            raise torch.OutOfMemoryError("no memory left")
+        enlarge(session, num_rows, steps, cross_length)
+
+    monkeypatch.setattr(StaticSession, "enlarge", run_out)
+    with pytest.raises(torch.OutOfMemoryError):
+        Crowd(SEEDS[0], settings, [39] * COUNT).run(place.pool.space(settings, None))
+    assert place.pool.idle_bytes == 0
+    crowd = Crowd(SEEDS[0], settings, mixed_limits())
+    crowd.run(place.pool.space(settings, None))
+    assert crowd.differing() == []
+
+
+def test_nothing_can_be_asked_of_a_space_before_something_joins(place):
+    space = place.pool.space(settings_of(), None)
+    for ask in (lambda: space.search, space.advance, lambda: space.keep([])):
+        with pytest.raises(RuntimeError, match="Nothing has joined"):
+            ask()
+
+
+@pytest.mark.parametrize(
+    ("needed", "recorded"),
+    [
+        ((1, 1, 1), (1, 2, 3)),
+        ((5, 2, 3), (8, 2, 3)),
+        ((24, 3, 4), (24, 4, 6)),
+        ((25, 17, 9), (32, 32, 9)),
+        ((128, 33, 7), (128, 40, 9)),
+        ((129, 40, 7), (256, 40, 9)),
+    ],
+)
+def test_windows_are_rounded_up(needed, recorded):
+    assert Window(*needed).rounded(40) == Window(*recorded)
