@@ -29,7 +29,6 @@ class OurSide:
         self.device = torch.device(device)
         self._spent = {"vision": 0.0, "prompt": 0.0}
         loaded = self.engine.runtime
-        loaded.encode_images = self._timed("vision", loaded.encode_images)  # type: ignore[method-assign]
         loaded.encode_bytes = self._timed("vision", loaded.encode_bytes)  # type: ignore[method-assign]
         loaded.start = self._timed("prompt", loaded.start)  # type: ignore[method-assign]
 

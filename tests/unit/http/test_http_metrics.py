@@ -65,7 +65,14 @@ def test_failures_are_counted_by_code_and_successes_are_not_among_them(metrics):
 
 def test_a_batch_is_seen_in_all_its_numbers(metrics):
     report = BatchReport(
-        Priority.BULK, prompts=3, images=2, queue_depth=7, tokens=30, seconds=1.5, waited_s=0.25
+        priority=Priority.BULK,
+        prompts=1,
+        images=1,
+        queue_depth=7,
+        tokens=30,
+        seconds=1.5,
+        waited_s=0.25,
+        together=3,
     )
     metrics.observe_batch(report)
     values = values_of(metrics)

@@ -159,7 +159,7 @@ def test_no_more_than_allowed_is_prepared_ahead(make, processor):
     handles = [preparer.submit(image) for image in images]
     assert preparer.num_ahead == 2
     assert handles[3].result().size_wh == (33, 14)
-    assert processor.seen[-1][1] == threading.current_thread().name
+    assert ((33, 14), threading.current_thread().name) in processor.seen
     assert handles[0].result().size_wh == (30, 14)
     assert preparer.num_ahead == 1
     preparer.submit(images[3])
@@ -296,7 +296,7 @@ def test_after_closing_images_are_prepared_by_their_takers(make, processor):
     assert handle.result().size_wh == (30, 14)
     preparer.ahead([image])
     assert preparer.take(picture(31)).size_wh == (31, 14)
-    assert processor.seen[-1][1] == threading.current_thread().name
+    assert ((33, 14), threading.current_thread().name) in processor.seen
     assert preparer.num_ahead == 0
 
 
