@@ -1,0 +1,100 @@
+"""Where a decoder step's time goes on this CPU, against the time to read its weights once.
+
+    python bench/decode_step.py --size base --precision bf16
+
+Random weights, one item. A step must read the decoder's weights and the output projection's: however
+fast the arithmetic, it cannot be faster than that. The floor is measured in the same run, by a
+product of the same weights with one row each, the fastest way found to read them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from florence2.benchmark.weights import SIZES, size_config
+from florence2.generate import generate
+from florence2.network.florence import Florence2Network
+from florence2.network.session import DecoderSession
+from florence2.records import GenerationSettings
+from florence2.runtimes.torch import PRECISIONS
+from florence2.tokens import EOS_ID
+
+SHORT, LONG = 20, 80
+ENCODED = 590
+
+
+def main() -> None:
+    """Prints a line per number of beams, and the floor."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=SIZES, default="base")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--beams", type=int, nargs="+", default=[1, 3])
+    parser.add_argument("--repeats", type=int, default=5)
+    given = parser.parse_args()
+    with torch.inference_mode():
+        network = _network(given.size, PRECISIONS[given.precision])
+        read = _weights_of_step(network)
+        size_mb = sum(weight.numel() * weight.element_size() for weight in read) / 1e6
+        floor_ms = 1000 * _median(lambda: _read(read), given.repeats)
+        print(f"{given.size} {given.precision}, {torch.get_num_threads()} threads")
+        print(f"weights of a step: {size_mb:.0f} MB, read in {floor_ms:.1f} ms", end=" ")
+        print(f"({size_mb / floor_ms:.0f} GB/s)")
+        for beams in given.beams:
+            step_ms = _step_ms(network, beams, given.repeats)
+            print(f"{beams} beams: {step_ms:.1f} ms a step, {step_ms / floor_ms:.2f} x the floor")
+
+
+def _network(size: str, dtype: torch.dtype) -> Florence2Network:
+    torch.manual_seed(1)
+    network = Florence2Network(size_config(size))
+    # Never among the best, so that every answer is as long as it may be.
+    network.model.language_model.shared.weight[EOS_ID] = 0.0
+    return network.to(dtype).prepare_for_inference()
+
+
+def _weights_of_step(network: Florence2Network) -> list[Tensor]:
+    """Without the projections of the encoded prompt, which are made once."""
+    read = [network.lm_head.weight]
+    for layer in network.model.language_model.decoder.layers:
+        own, cross = layer.self_attn, layer.encoder_attn
+        read += [own.q_proj.weight, own.k_proj.weight, own.v_proj.weight, own.out_proj.weight]
+        read += [cross.q_proj.weight, cross.out_proj.weight, layer.fc1.weight, layer.fc2.weight]
+    return read
+
+
+def _read(weights: list[Tensor]) -> None:
+    for weight in weights:
+        torch.mv(weight, weight[0])
+
+
+def _step_ms(network: Florence2Network, beams: int, repeats: int) -> float:
+    states = torch.randn(1, ENCODED, network.config.text.d_model).to(network.dtype)
+    mask = torch.ones(1, ENCODED, dtype=torch.bool)
+    settings = GenerationSettings(num_beams=beams)
+
+    def answer(tokens: int) -> None:
+        session = DecoderSession(network, states, mask, beams, tokens)
+        generate(session, 1, settings, [tokens])
+
+    spent_s = _median(lambda: answer(LONG), repeats) - _median(lambda: answer(SHORT), repeats)
+    return 1000 * spent_s / (LONG - SHORT)
+
+
+def _median(work: Callable[[], None], repeats: int) -> float:
+    work()
+    spent = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        work()
+        spent.append(time.perf_counter() - began)
+    return statistics.median(spent)
+
+
+if __name__ == "__main__":
+    main()
