@@ -14,7 +14,6 @@ One beam is the reference's greedy search: the best candidate is always taken, a
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from typing import Final
 
@@ -22,12 +21,14 @@ import torch
 from torch import Tensor
 
 from florence2.bans import NEVER, ban_bos, ban_repeated_ngrams, top_candidates
-from florence2.errors import FlorenceError
 from florence2.hypotheses import PREFIX, Hypotheses
 from florence2.nearby import Nearby
+from florence2.readout import NotFiniteError, Readout
 from florence2.records import Answer, GenerationSettings
 from florence2.rows import put_rows, row_numbers, to_device
 from florence2.tokens import BOS_ID, EOS_ID
+
+__all__ = ["BeamSearch", "NotFiniteError"]
 
 _OUT: Final = -1.0e9
 
@@ -40,13 +41,6 @@ _STATE: Final = (
     "parents",
     "is_open",
 )
-
-
-class NotFiniteError(FlorenceError):
-    """The network gave no finite numbers for one prompt, so there is no answer to it."""
-
-    code = "not_finite"
-    token_ids: tuple[int, ...] = ()  # as an Answer of nothing
 
 
 class BeamSearch:
@@ -175,36 +169,21 @@ class BeamSearch:
         """The tensors that ``advance_on_device`` both reads and writes."""
         return [*(getattr(self, name) for name in _STATE), *self._said.state]
 
-    def answers(self, rows: Sequence[int]) -> list[Answer | NotFiniteError]:
-        """The best finished hypothesis of each of these rows, or why a row has none."""
+    def read(self, rows: Sequence[int]) -> Readout:
+        """The best finished hypothesis of each of these rows; later steps do not change it."""
         chosen = row_numbers(list(rows), self.tokens.device)
-        scores: list[float] = self._finished_scores[chosen, 0].tolist()
-        packed: list[int] = self._finished[chosen, 0].tolist()
-        ends = [divmod(max(end, 0) // 2, self._beams) for end in packed]
-        said = self._said.trace(chosen, ends)
-        answers: list[Answer | NotFiniteError] = []
-        for row, end, score, (ids, logs) in zip(rows, packed, scores, said, strict=True):
-            if self._limit_of[row] == 1:
-                answers.append(Answer((), (), 0.0, truncated=True))
-            elif end < 0 or not math.isfinite(score):
-                answers.append(
-                    NotFiniteError(
-                        "The network must return finite numbers, and it did not for this image "
-                        "and prompt; use precision fp32, or another image."
-                    )
-                )
-            else:
-                answers.append(self._answer(ids, logs, score, is_cut=bool(end % 2)))
-        return answers
+        # No answer has more entries than its row has tokens.
+        steps = max((self._count_of[row] for row in rows), default=0)
+        return Readout(
+            (self._finished_scores[chosen, 0], self._finished[chosen, 0]),
+            self._said.entries(chosen, steps),
+            [self._limit_of[row] for row in rows],
+            has_nearby=self._nearby is not None,
+        )
 
-    def _answer(
-        self, ids: list[int], logs: list[list[float]], score: float, is_cut: bool
-    ) -> Answer:
-        first = next((at for at, token in enumerate(ids) if token != BOS_ID), len(ids))
-        own, near = zip(*logs[first:], strict=True) if logs[first:] else ((), ())
-        if self._nearby is None:
-            near = ()
-        return Answer(tuple(ids[first:]), own, score, is_cut, near)
+    def answers(self, rows: Sequence[int]) -> list[Answer | NotFiniteError]:
+        """What ``read`` finds, at once: an answer of each of these rows, or why it has none."""
+        return self.read(rows).answers()
 
     def _length_norms(self, capacity: int) -> Tensor:
         """What a score is divided by, for every count of tokens; as exact as the reference's."""

@@ -20,6 +20,7 @@ from florence2.errors import FlorenceError
 from florence2.generation_rules import check_vocabulary
 from florence2.hypotheses import PREFIX
 from florence2.nearby import Nearby
+from florence2.readout import HostCopies, Readout
 from florence2.records import Answer, GenerationSettings
 from florence2.space import Session, Space
 
@@ -89,6 +90,9 @@ class DecodeLoop(Generic[Item]):
         self._flags: OpenFlags[Item] | None = None
         # Whose each row is; a run may last for days, so what is settled is nowhere remembered.
         self._items: list[Item | None] = []
+        # Answers on their way to the host, and which of them nobody waits for any longer.
+        self._arriving: deque[tuple[list[Item], Readout]] = deque()
+        self._gone: set[Item] = set()
 
     @torch.inference_mode()
     def run(self) -> None:
@@ -108,6 +112,8 @@ class DecodeLoop(Generic[Item]):
             self._space.keep(live)
             self._items = [self._items[row] for row in live]
         self._space.advance()
+        # While the device is busy with the next pass.
+        self._hand_out()
         self._notice()
         return True
 
@@ -118,6 +124,8 @@ class DecodeLoop(Generic[Item]):
                 self._items[row] = None
         for item, reason in given_up.items():
             self._source.settle(item, reason)
+        if self._arriving:
+            self._gone.update(given_up)
 
     def _admit(self) -> bool:
         """Takes new items in as far as there is room; whether some of them came."""
@@ -130,7 +138,10 @@ class DecodeLoop(Generic[Item]):
             # What nobody needs any longer must not take the memory of what comes.
             self._space.clear()
             self._items = []
+            self._hand_out()
         started = self._source.start(room)
+        # While the device is busy with the new prompts.
+        self._hand_out()
         if started is None:
             return False
         logits = started.session.prefill(list(PREFIX)).unsqueeze(1)
@@ -157,10 +168,23 @@ class DecodeLoop(Generic[Item]):
             for row, item in enumerate(self._items)
             if item is not None and (item in closed or search.reached_limit(row))
         ]
-        answers = search.answers([row for row, _ in ready]) if ready else []
-        for (row, item), answer in zip(ready, answers, strict=True):
+        if ready:
+            self._arriving.append(
+                ([item for _, item in ready], search.read([row for row, _ in ready]))
+            )
+        for row, _ in ready:
             self._items[row] = None
-            self._source.settle(item, answer)
+        if not self._flags.lag or not self._live_rows():
+            self._hand_out()
+
+    def _hand_out(self) -> None:
+        """Settles what has been read."""
+        while self._arriving:
+            items, readout = self._arriving.popleft()
+            for item, answer in zip(items, readout.answers(), strict=True):
+                if item not in self._gone:
+                    self._source.settle(item, answer)
+        self._gone.clear()
 
     def _live_rows(self) -> list[int]:
         return [row for row, item in enumerate(self._items) if item is not None]
@@ -175,25 +199,16 @@ class OpenFlags(Generic[Item]):
     """
 
     def __init__(self, lag: int) -> None:
-        self._lag = lag
-        self._waiting: deque[tuple[list[Item | None], Tensor, torch.cuda.Event | None]] = deque()
+        self.lag = lag
+        self._waiting: deque[tuple[list[Item | None], HostCopies]] = deque()
 
     def closed(self, items: list[Item | None], is_open: Tensor) -> list[Item]:
         """Hand in the flags of this step, get the items that were settled ``lag`` steps ago."""
-        event: torch.cuda.Event | None = None
-        if is_open.device.type == "cuda":
-            host = torch.empty(is_open.shape, dtype=torch.bool, pin_memory=True)
-            host.copy_(is_open, non_blocking=True)
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record(torch.cuda.current_stream(is_open.device))
-        else:
-            host = is_open.clone()
-        self._waiting.append((list(items), host, event))
-        if len(self._waiting) <= self._lag:
+        self._waiting.append((list(items), HostCopies([is_open])))
+        if len(self._waiting) <= self.lag:
             return []
-        earlier, flags, copied = self._waiting.popleft()
-        if copied is not None:
-            copied.synchronize()
+        earlier, copies = self._waiting.popleft()
+        [flags] = copies.wait()
         return [
             item
             for item, still in zip(earlier, flags.tolist(), strict=False)

@@ -116,29 +116,10 @@ class Hypotheses:
         """What a step both reads and writes."""
         return [] if self._history is None else [self._history]
 
-    def trace(
-        self, rows: Tensor, ends: list[tuple[int, int]]
-    ) -> list[tuple[list[int], list[list[float]]]]:
-        """Token ids and pairs of log-probs of one hypothesis of each of these rows [B'].
-
-        ``ends`` says for each at which step it ended, and which beam it continued.
-        """
-        longest = max((step for step, _ in ends), default=0)
-        tables = (self._tokens, self._parents, self._log_probs)
-        columns = [table[rows, :longest].cpu().unbind(0) for table in tables]
-        return [_trace(*found, *end) for *found, end in zip(*columns, ends, strict=True)]
-
-
-def _trace(
-    tokens: Tensor, parents: Tensor, log_probs: Tensor, step: int, beam: int
-) -> tuple[list[int], list[list[float]]]:
-    token_rows: list[list[int]] = tokens[:step].tolist()
-    parent_rows: list[list[int]] = parents[:step].tolist()
-    log_prob_rows: list[list[list[float]]] = log_probs[:step].tolist()
-    ids: list[int] = []
-    logs: list[list[float]] = []
-    for at in range(step - 1, -1, -1):
-        ids.append(token_rows[at][beam])
-        logs.append(log_prob_rows[at][beam])
-        beam = parent_rows[at][beam]
-    return ids[::-1], logs[::-1]
+    def entries(self, rows: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens, parents and log-probabilities of the first ``steps`` entries of these rows."""
+        return (
+            self._tokens[rows, :steps],
+            self._parents[rows, :steps],
+            self._log_probs[rows, :steps],
+        )

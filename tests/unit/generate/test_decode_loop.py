@@ -19,7 +19,8 @@ from tiny_reference import (
     tiny_model,
 )
 
-from florence2.decoding import DecodeLoop, Started
+import florence2.decoding
+from florence2.decoding import DecodeLoop, OpenFlags, Started
 from florence2.errors import FlorenceError
 from florence2.records import Answer, GenerationSettings
 from florence2.space import PlainSpace
@@ -131,3 +132,58 @@ def test_nan_stays_in_its_row_and_is_gone_with_it():
     assert not isinstance(source.answers[0], Answer)
     found = [source.answers[item] for item in range(1, 6)]
     assert differences(found, expected[1:]) == []
+
+
+@pytest.mark.parametrize("lag", [1, 2])
+def test_answers_that_arrive_late_are_handed_out_once(monkeypatch: pytest.MonkeyPatch, lag: int):
+    original = OpenFlags
+    monkeypatch.setattr(florence2.decoding, "OpenFlags", lambda **_: original(lag=lag))
+    for seed in SEEDS:
+        model, prompts = tiny_model(seed), random_prompts(seed, COUNT)
+        limits = [LIMITS[item % len(LIMITS)] for item in range(COUNT)]
+        source = Drip(network_session, model, prompts, 3, limits, seed)
+        passes = iter(range(10**6))
+        given_up = source.given_up
+
+        def name_some(source=source, passes=passes, given_up=given_up):
+            open_items = set(range(COUNT)) - {*source.answers, *source.left}
+            if next(passes) % 5 == 4 and open_items:
+                # Among them are some whose answers are on their way already.
+                item = min(open_items)
+                source.reasons[item] = FlorenceError(f"Nobody waits for {item}.")
+            return given_up()
+
+        source.given_up = name_some
+        DecodeLoop(source, GenerationSettings(), PlainSpace(), max_rows=5).run()
+        assert sorted(source.answers) == list(range(COUNT))
+        stay = [item for item in range(COUNT) if item not in source.reasons]
+        expected = expected_by_limit(model, prompts, GenerationSettings(), limits)
+        found = [source.answers[item] for item in stay]
+        assert differences(found, [expected[item] for item in stay]) == []
+        assert 0 < len(source.reasons) < COUNT
+
+
+def test_who_waits_for_an_answer_on_its_way_is_taken_in_after_it(monkeypatch: pytest.MonkeyPatch):
+    original = OpenFlags
+    monkeypatch.setattr(florence2.decoding, "OpenFlags", lambda **_: original(lag=1))
+    model, prompts = tiny_model(SEEDS[0]), random_prompts(SEEDS[0], 3)
+    source = Drip(network_session, model, prompts, 3, [5, 24, 9], 0)
+    loop = DecodeLoop(source, GenerationSettings(), PlainSpace(), max_rows=2)
+    start = source.start
+
+    def start_alone(room: int):
+        in_hand = 3 - len(source.left) - len(source.answers)
+        source.random.randint = lambda low, high: high
+        return None if in_hand else start(room)
+
+    def give_up_the_other():
+        if loop._arriving:
+            source.reasons[1] = FlorenceError("Nobody waits for 1.")
+        return {item: why for item, why in source.reasons.items() if item not in source.answers}
+
+    source.start, source.given_up = start_alone, give_up_the_other
+    loop.run()
+    assert [isinstance(source.answers[item], Answer) for item in range(3)] == [True, False, True]
+    expected = expected_by_limit(model, prompts, GenerationSettings(), [5, 24, 9])
+    found = [source.answers[item] for item in (0, 2)]
+    assert differences(found, [expected[0], expected[2]]) == []

@@ -9,6 +9,8 @@ from replaying import ReplayingRecorder
 from taping import TapingRecorder
 from tiny_reference import SEEDS
 
+import florence2.decoding
+from florence2.decoding import OpenFlags
 from florence2.errors import FlorenceError
 from florence2.nearby import Nearby
 from florence2.network.static_session import StaticSession
@@ -47,6 +49,17 @@ def test_whoever_comes_is_answered_as_the_reference_does(beams, early_stopping, 
             crowd.run(place.pool.space(settings, None))
             assert crowd.differing() == []
         assert (place.graphs.num_graphs > 0) == (place.recorder is not None)
+
+
+@pytest.mark.parametrize("lag", [1, 2])
+def test_news_that_come_late_change_no_answer(place, monkeypatch, lag):
+    monkeypatch.setattr(florence2.decoding, "OpenFlags", lambda **_: OpenFlags(lag=lag))
+    settings = settings_of()
+    for _ in range(3):
+        crowd = Crowd(SEEDS[0], settings, mixed_limits())
+        crowd.run(place.pool.space(settings, None))
+        assert crowd.differing() == []
+    assert place.graphs.num_graphs > 0
 
 
 def test_scores_are_those_of_searching_plainly(place):
