@@ -3,8 +3,8 @@
     python bench/decode_step.py --size base --precision bf16
 
 Random weights, one item. A step must read the decoder's weights and the output projection's:
-however fast the arithmetic, it cannot be faster than that. The floor is measured in the same run, by
-a product of the same weights with one row each, the fastest way found to read them.
+however fast the arithmetic, it cannot be faster than that. The floor is measured in the same run,
+by a product of the same weights with one row each, the fastest way found to read them.
 """
 
 from __future__ import annotations
