@@ -28,15 +28,15 @@ def put_rows(
 
 def widened(tensor: Tensor, dim: int, size: int, fill: float) -> Tensor:
     """A copy with ``size`` entries along ``dim``, the new ones ``fill``; itself if it has them."""
-    if tensor.shape[dim] >= size:
-        return tensor
     shape = list(tensor.shape)
-    shape[dim] = size
+    shape[dim] = max(size, shape[dim])
     return enlarged(tensor, shape, fill)
 
 
 def enlarged(tensor: Tensor, shape: Sequence[int], fill: float) -> Tensor:
-    """A copy of this ``shape``, nowhere smaller, with ``fill`` in what is new."""
+    """A copy of this ``shape``, nowhere smaller, ``fill`` in what is new; itself if it has it."""
+    if tuple(shape) == tensor.shape:
+        return tensor
     large = tensor.new_full(list(shape), fill)
     part = large
     for dim, size in enumerate(tensor.shape):

@@ -55,7 +55,7 @@ class Space(Protocol):
         """Drops the other rows; the kept ones have the numbers 0, 1, ... afterwards."""
 
     def clear(self) -> None:
-        """Drops all rows."""
+        """Drops all rows; also called once a run has ended, however it did."""
 
 
 class PlainSpace:

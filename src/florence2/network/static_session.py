@@ -46,7 +46,7 @@ class StaticSession(DecoderSession):
     def enlarge(self, num_rows: int, steps: int, cross_length: int) -> None:
         """Makes room for so many rows, steps and positions of a prompt, nowhere for fewer.
 
-        All tensors move; windows made before are of no use afterwards.
+        Tensors move; windows made before are of no use afterwards.
         """
         slots = self._slots_of(steps)
         for layer in self._layers:

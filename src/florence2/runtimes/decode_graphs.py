@@ -16,6 +16,9 @@ from florence2.runtimes.decode_buffers import FIRST_STEPS, DecodeBuffers, Kind, 
 from florence2.runtimes.graphs import GraphRunner
 from florence2.space import Session
 
+MAX_IDLE: Final = 16
+"""Clients may ask with ever new settings, of which each has buffers of its own."""
+
 _IDLE_PART: Final = 8
 """Buffers kept for later runs take at most this part of a GPU's memory."""
 
@@ -30,8 +33,8 @@ def most_idle_bytes(device: torch.device) -> int:
 class DecodePool:
     """The buffers that no run of the loop uses now, kept for the next one with their recordings.
 
-    At most ``max_idle_bytes`` of them. A run takes buffers out and gives them back; another one
-    in between takes others. Not for several threads at a time.
+    At most ``MAX_IDLE`` of them, and ``max_idle_bytes``. A run takes buffers out and gives them
+    back; another one in between takes others. Not for several threads at a time.
     """
 
     def __init__(self, network: Florence2Network, graphs: GraphRunner, max_idle_bytes: int) -> None:
@@ -60,7 +63,7 @@ class DecodePool:
             buffers.forget()
             return
         self._idle.append((kind, buffers))
-        while self._idle and self.idle_bytes > self._max_idle_bytes:
+        while len(self._idle) > MAX_IDLE or self.idle_bytes > self._max_idle_bytes:
             self._idle.pop(0)[1].forget()
 
     def clear(self) -> None:

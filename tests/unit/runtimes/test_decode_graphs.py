@@ -201,6 +201,16 @@ def test_idle_buffers_take_no_more_memory_than_they_may():
         assert place.graphs.num_graphs == place.recorder.num_alive == 0
 
 
+def test_ever_new_settings_keep_a_stated_number_of_buffers(place, monkeypatch):
+    monkeypatch.setattr("florence2.runtimes.decode_graphs.MAX_IDLE", 2)
+    for penalty in (0.5, 1.0, 1.5, 2.0, 1.5):
+        settings = GenerationSettings(length_penalty=penalty)
+        crowd = Crowd(SEEDS[0], settings, mixed_limits(8))
+        crowd.run(place.pool.space(settings, None))
+        assert crowd.differing() == []
+    assert [kind.settings.length_penalty for kind, _ in place.pool._idle] == [2.0, 1.5]
+
+
 def test_a_search_that_breaks_off_gives_its_buffers_back(place):
     settings = settings_of()
     crowd = Crowd(SEEDS[0], settings, [39] * COUNT)
