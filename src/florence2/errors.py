@@ -9,7 +9,7 @@
 │   └── PrecisionError           reduced precision gives NaN, infinity or is far off (``self_test``)
 ├── DeviceError                  a device or runtime cannot be used here
 ├── OutOfMemoryError             one request alone does not fit into the device (``memory``)
-├── NotFiniteError               the network gave NaN or infinity for a prompt (``beams``)
+├── NotFiniteError               the network gave NaN or infinity for a prompt (``readout``)
 ├── GenerationCancelledError     the caller no longer waits (``scheduler_errors``)
 ├── DeadlineError                the caller's time was over (``scheduler_errors``)
 ├── QueueFullError               too many wait already (``scheduler_errors``)

@@ -112,11 +112,12 @@ class PromptSearch:
         return company if is_gpu else max(1, min(company, self._engine.image_batch // 2))
 
     def _start_over(self) -> None:
+        if len(self._in_hand) == 1:
+            [alone] = self._in_hand
+            self.settle(alone, out_of_memory(self._engine.runtime.device))
+            return
         self._again = [*self._in_hand, *self._again]
         self._room = max(1, len(self._in_hand) // 2)
-        if len(self._in_hand) == 1:
-            self.settle(self._again[0], out_of_memory(self._engine.runtime.device))
-            self._again = self._again[1:]
         self._in_hand.clear()
 
     def given_up(self) -> Mapping[Prompt, FlorenceError]:
@@ -178,6 +179,9 @@ class PromptSearch:
             missing = room - len(prompts)
             if self._again:
                 taken, self._again = self._again[:missing], self._again[missing:]
+            elif self._room < self._engine.prompt_batch:
+                # Memory was short for these; the next run tries the usual number again.
+                break
             else:
                 taken = list(self._feed.take(missing, self._settings))
             if not taken:
