@@ -96,10 +96,10 @@ def taken_ms(file: bytes, preparer: Preparer, repeats: int) -> float:
     for _ in range(repeats):
         # An equal copy, as the next request would send.
         image = bytes(bytearray(file))
-        handle = preparer.submit(image)
+        preparer.ahead([image])
         time.sleep(0.3)
         began = time.perf_counter()
-        if not isinstance(handle.result(), PreparedImage):
+        if not isinstance(preparer.take(image), PreparedImage):
             raise SystemExit("The image of the benchmark cannot be opened.")
         waits.append(1000 * (time.perf_counter() - began))
     return statistics.median(waits)

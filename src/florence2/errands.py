@@ -59,8 +59,3 @@ class Errand(Generic[T]):
             self._is_over.set()
         # An error that was raised has a traceback, whose frames hold this errand.
         self._value, self._error = _NONE, None
-
-    @property
-    def is_over(self) -> bool:
-        """Whether the result is there."""
-        return self._is_over.is_set()

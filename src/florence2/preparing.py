@@ -9,7 +9,7 @@ import hashlib
 import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Final
 from weakref import WeakKeyDictionary
@@ -62,30 +62,6 @@ class _Job:
     num_takers: int = 0
 
 
-@dataclass(slots=True, eq=False)
-class Handle:
-    """One claim to a prepared image: it is taken once, or forgotten."""
-
-    _preparer: Preparer
-    _job: _Job | None = field(repr=False)
-
-    def result(self) -> Prepared:
-        """The prepared image or why there is none; made here and now if nobody has begun.
-
-        RuntimeError if it was taken or forgotten before. What is no FlorenceError is raised.
-        """
-        job, self._job = self._job, None
-        if job is None:
-            raise RuntimeError("A prepared image is taken once; submit the image again.")
-        return self._preparer._take(job)
-
-    def forget(self) -> None:
-        """Gives the claim up, so that its memory is released; twice is once."""
-        job, self._job = self._job, None
-        if job is not None:
-            self._preparer._release(job)
-
-
 class Preparer:
     """Prepares images for one checkpoint ahead of the model; safe to use from many threads.
 
@@ -106,14 +82,6 @@ class Preparer:
         self._listed: dict[object, _Job] = {}
         self._hashes: WeakKeyDictionary[LoadedImage, str] = WeakKeyDictionary()
         self._is_closed = False
-
-    def submit(self, image: AnySource) -> Handle:
-        """A claim to the prepared image, which is begun ahead if there is room.
-
-        Every handle must be taken or forgotten, else its room is never free again.
-        """
-        with self._lock:
-            return Handle(self, self._claim(image))
 
     def ahead(self, images: Iterable[AnyImage]) -> None:
         """The images that ``take`` will be asked for next, in order, in place of those said before.
@@ -149,12 +117,6 @@ class Preparer:
         """
         with self._lock:
             return self._known_hash(image)
-
-    @property
-    def num_ahead(self) -> int:
-        """Images in hand or prepared, and not taken."""
-        with self._lock:
-            return len(self._jobs)
 
     def close(self) -> None:
         """Prepares nothing ahead any more; what is begun is finished, and may still be taken."""

@@ -86,22 +86,17 @@ class ImageProcessor:
         std = np.asarray(self.std, np.float32)[:, None]
         return (values - mean) / std
 
-    def normalise(self, scaled: Scaled, out_hwc: Pixels | None = None) -> Pixels:
+    def normalise(self, scaled: Scaled) -> Pixels:
         """The network's values for uint8 ``[height, width, 3]``: float32 ``[3, height, width]``.
 
-        A view of memory in the order height, width, channel, which the network computes in:
-        ``out_hwc`` if given (contiguous float32 of that shape), or else new. ``np.stack`` keeps
-        that order.
+        A view of memory in the order height, width, channel, which the network computes in;
+        ``np.stack`` keeps that order.
         """
-        return look_up(scaled, self.lookup_table, out_hwc).transpose(2, 0, 1)
+        return look_up(scaled, self.lookup_table).transpose(2, 0, 1)
 
     def pixels(self, image: Image.Image) -> Pixels:
         """The network's input for an 8-bit RGB image, as ``normalise`` gives it."""
         return self.normalise(self.resize(image))
-
-    def pixels_into(self, image: Image.Image, out_hwc: Pixels) -> None:
-        """Writes the network's input into float32 ``[height, width, 3]``, an item of a batch."""
-        self.normalise(self.resize(image), out_hwc)
 
 
 def prompt_sentence(task: Task, text: str | None, region: Region | None, size_wh: SizeWh) -> str:

@@ -141,7 +141,9 @@ class TorchRuntime:
         """
         check_bytes(images_bhwc, lookup_table)
         if not self.graphs.is_enabled and self._device.type == "cpu":
-            values = np.stack([look_up(image, lookup_table) for image in images_bhwc])
+            values = np.empty(images_bhwc.shape, np.float32)
+            for image, pixels in zip(images_bhwc, values, strict=True):
+                look_up(image, lookup_table, pixels)
             return self.encode_images(values.transpose(0, 3, 1, 2))
         content = lookup_table.tobytes()
         if content not in self._tables:

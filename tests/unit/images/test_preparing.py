@@ -4,6 +4,7 @@ import gc
 import io
 import random
 import threading
+import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from florence2.errors import ImageError
-from florence2.images import LoadedImage, open_image
+from florence2.images import LoadedImage, identity, open_image
 from florence2.preparing import PreparedImage, Preparer
 from florence2.processing import ImageProcessor
 from florence2.records import Failure
@@ -77,7 +78,7 @@ def busy(make, processor):
     """A preparer whose one helper is busy with another image until the gate opens."""
     processor.gates[99] = Gate()
     preparer = make(threads=1, max_ahead=3)
-    preparer.submit(picture(99))
+    preparer.ahead([picture(99)])
     assert processor.gates[99].begun.wait(PATIENCE_S)
     return preparer
 
@@ -90,7 +91,7 @@ def file_of(image):
 
 def test_a_prepared_image_is_the_processors(make):
     image = picture()
-    for prepared in (make().take(image), make().submit(image).result()):
+    for prepared in (take(make(), image), take_ahead(make(), image)):
         assert prepared.size_wh == (20, 14)
         assert np.array_equal(prepared.scaled, ImageProcessor(size_wh=SIZE_WH).resize(image.image))
 
@@ -110,15 +111,21 @@ def test_images_that_could_be_answered_otherwise_have_other_hashes(make):
     assert len({make().take(source).content_hash for source in sources}) == 3
 
 
-def test_an_image_is_prepared_once_for_all_who_wait_for_it(busy, processor):
-    image = picture(30)
-    file = file_of(picture(31))
-    same_file = bytes(bytearray(file))
-    handles = [busy.submit(image), busy.submit(image), busy.submit(file), busy.submit(same_file)]
-    results = [handle.result() for handle in handles]
+@pytest.mark.parametrize("is_file", [False, True])
+def test_an_image_is_prepared_once_for_all_who_wait_for_it(make, processor, is_file):
+    gate = processor.gates[30] = Gate()
+    preparer, image = make(), picture(30)
+    one, same = (image, image) if not is_file else (file_of(image), bytes(file_of(image)))
+    preparer.ahead([one])
+    assert gate.begun.wait(PATIENCE_S)
+    with ThreadPoolExecutor(2) as pool:
+        takers = [pool.submit(preparer.take, source) for source in (one, same)]
+        while preparer._jobs[identity(one)].num_takers < 2:
+            time.sleep(0.001)
+        gate.opened.set()
+        results = [taker.result(PATIENCE_S) for taker in takers]
     assert results[0] is results[1]
-    assert results[2] is results[3]
-    assert processor.widths == [99, 30, 31]
+    assert processor.widths == [30]
 
 
 def test_what_is_ahead_is_taken_from_there(make, processor):
@@ -127,7 +134,7 @@ def test_what_is_ahead_is_taken_from_there(make, processor):
     taken = [preparer.take(image) for image in images]
     assert [one.size_wh[0] for one in taken] == [30, 31]
     assert sorted(processor.widths) == [30, 31]
-    assert preparer.num_ahead == 0
+    assert preparer._jobs == {}
 
 
 def test_helpers_work_while_nobody_takes(make, processor):
@@ -138,44 +145,48 @@ def test_helpers_work_while_nobody_takes(make, processor):
 
 
 def test_nobody_waits_behind_other_images(busy, processor):
-    image = picture(30)
-    handle = busy.submit(image)
-    assert handle.result().size_wh == (30, 14)
+    assert take_also(busy, picture(30)).size_wh == (30, 14)
     assert processor.seen[-1] == ((30, 14), threading.current_thread().name)
 
 
 def test_an_image_in_hand_is_waited_for(make, processor):
     gate = processor.gates[30] = Gate()
     preparer, image = make(), picture(30)
-    handle = preparer.submit(image)
+    preparer.ahead([image])
     assert gate.begun.wait(PATIENCE_S)
     threading.Timer(0.05, gate.opened.set).start()
-    assert handle.result().size_wh == (30, 14)
+    assert preparer.take(image).size_wh == (30, 14)
     assert processor.widths == [30]
 
 
 def test_no_more_than_allowed_is_prepared_ahead(make, processor):
     preparer, images = make(max_ahead=2), [picture(width) for width in (30, 31, 32, 33)]
-    handles = [preparer.submit(image) for image in images]
-    assert preparer.num_ahead == 2
-    assert handles[3].result().size_wh == (33, 14)
+    preparer.ahead(images)
+    assert len(preparer._jobs) == 2
+    assert preparer.take(images[3]).size_wh == (33, 14)
     assert ((33, 14), threading.current_thread().name) in processor.seen
-    assert handles[0].result().size_wh == (30, 14)
-    assert preparer.num_ahead == 1
-    preparer.submit(images[3])
-    assert preparer.num_ahead == 2
-    preparer.ahead([images[2]])
+    assert preparer.take(images[0]).size_wh == (30, 14)
+    assert len(preparer._jobs) == 1
+    preparer.also_ahead([images[2]])
+    assert len(preparer._jobs) == 2
     assert preparer.take(images[2]).size_wh == (32, 14)
+
+
+def test_what_comes_besides_replaces_nothing(busy):
+    first, second = picture(30), picture(31)
+    busy.also_ahead([first])
+    busy.also_ahead([second])
+    assert len(busy._jobs) == 3
 
 
 def test_what_comes_next_replaces_what_was_to_come(busy, processor):
     first, second, third = (picture(width) for width in (30, 31, 32))
     busy.ahead([first, second, third])
-    assert busy.num_ahead == 3
+    assert len(busy._jobs) == 3
     busy.ahead([third])
-    assert busy.num_ahead == 2
+    assert len(busy._jobs) == 1
     busy.ahead([])
-    assert busy.num_ahead == 1
+    assert len(busy._jobs) == 0
     processor.gates[99].opened.set()
     busy.close()
     assert processor.widths == [99]
@@ -188,13 +199,13 @@ def test_what_was_prepared_before_is_known_and_not_ahead(make):
     assert preparer.known_hash(image) == found
     assert preparer.known_hash(picture()) is None
     preparer.ahead([image])
-    assert preparer.num_ahead == 0
+    assert preparer._jobs == {}
 
 
 def test_what_needs_no_preparing_is_passed_over(make):
     preparer = make()
     preparer.ahead([Failure("bad_image", "It was cut.", None)])
-    assert preparer.num_ahead == 0
+    assert preparer._jobs == {}
 
 
 def take(preparer, image):
@@ -206,18 +217,15 @@ def take_ahead(preparer, image):
     return preparer.take(image)
 
 
-def take_handle(preparer, image):
-    return preparer.submit(image).result()
+def take_also(preparer, image):
+    preparer.also_ahead([image])
+    return preparer.take(image)
 
 
 def take_twice(preparer, image):
-    handle = preparer.submit(image)
+    preparer.ahead([image])
     preparer.take(image)
-    return handle.result()
-
-
-def forget(preparer, image):
-    preparer.submit(image).forget()
+    return preparer.take(image)
 
 
 def forget_ahead(preparer, image):
@@ -230,7 +238,7 @@ def close(preparer, image):
     preparer.close()
 
 
-WAYS = [take, take_ahead, take_handle, take_twice, forget, forget_ahead, close]
+WAYS = [take, take_ahead, take_also, take_twice, forget_ahead, close]
 
 
 @pytest.mark.parametrize("state", ["idle", "busy"])
@@ -258,7 +266,7 @@ def test_nothing_is_held_afterwards(way, state, make, processor, request):
 
 
 def test_an_image_that_cannot_be_opened_is_a_value(make):
-    for way in (take, take_ahead, take_handle):
+    for way in (take, take_ahead, take_also):
         error = way(make(), b"no image")
         assert isinstance(error, ImageError)
         assert error.__traceback__ is None
@@ -273,31 +281,23 @@ class FaultyProcessor(ImageProcessor):
 def test_a_fault_is_raised_where_the_image_is_taken():
     preparer = Preparer(FaultyProcessor())
     image = picture()
-    for way in (take, take_ahead, take_handle):
+    for way in (take, take_ahead, take_also):
         with pytest.raises(MemoryError, match="no room"):
             way(preparer, image)
-    assert preparer.num_ahead == 0
+    assert preparer._jobs == {}
     preparer.close()
-
-
-def test_a_handle_is_good_for_one_image(make):
-    handle = make().submit(picture())
-    handle.result()
-    handle.forget()
-    with pytest.raises(RuntimeError, match="taken once"):
-        handle.result()
 
 
 def test_after_closing_images_are_prepared_by_their_takers(make, processor):
     preparer, image = make(), picture(30)
-    handle = preparer.submit(image)
+    preparer.ahead([image])
     preparer.close()
     preparer.close()
-    assert handle.result().size_wh == (30, 14)
+    assert preparer.take(image).size_wh == (30, 14)
     preparer.ahead([image])
     assert preparer.take(picture(31)).size_wh == (31, 14)
     assert ((31, 14), threading.current_thread().name) in processor.seen
-    assert preparer.num_ahead == 0
+    assert preparer._jobs == {}
 
 
 def test_many_threads_each_get_their_own_image(make):
@@ -309,7 +309,7 @@ def test_many_threads_each_get_their_own_image(make):
         for _ in range(60):
             number = dice.randrange(len(images))
             image = LoadedImage(images[number].image) if dice.random() < 0.3 else images[number]
-            way = dice.choice([take, take_ahead, take_handle, take_twice, forget])
+            way = dice.choice([take, take_ahead, take_also, take_twice, forget_ahead])
             prepared = way(preparer, image)
             assert prepared is None or isinstance(prepared, PreparedImage)
             assert prepared is None or np.array_equal(prepared.scaled, expected[number])
@@ -318,4 +318,4 @@ def test_many_threads_each_get_their_own_image(make):
         for done in [pool.submit(ask, seed) for seed in range(8)]:
             done.result(PATIENCE_S)
     preparer.ahead([])
-    assert preparer.num_ahead == 0
+    assert preparer._jobs == {}

@@ -35,15 +35,6 @@ def test_pixels_lie_in_memory_as_the_network_reads_them():
     assert batch.transpose(0, 2, 3, 1).flags.c_contiguous
 
 
-def test_pixels_are_written_into_an_item_of_a_batch():
-    image = Image.fromarray(RNG.integers(0, 256, (50, 60, 3), dtype=np.uint8))
-    processor = ImageProcessor(size_wh=(40, 30))
-    batch_bhwc = np.zeros((3, 30, 40, 3), np.float32)
-    processor.pixels_into(image, batch_bhwc[1])
-    assert np.array_equal(batch_bhwc[1].transpose(2, 0, 1), processor.pixels(image))
-    assert not batch_bhwc[[0, 2]].any()
-
-
 def photo(size_wh):
     coarse = Image.fromarray(RNG.integers(0, 256, (9, 12, 3), dtype=np.uint8))
     smooth = np.asarray(coarse.resize(size_wh, Image.Resampling.BICUBIC)).astype(np.int16)
