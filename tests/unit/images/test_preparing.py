@@ -1,92 +1,29 @@
 """Images are prepared once, ahead of the model or by whoever takes them, and then forgotten."""
 
-import gc
-import io
-import random
+from __future__ import annotations
+
 import threading
 import time
-import weakref
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+from preparing_tools import (
+    PATIENCE_S,
+    SIZE_WH,
+    Gate,
+    file_of,
+    picture,
+    take,
+    take_ahead,
+    take_also,
+)
 
 from florence2.errors import ImageError
-from florence2.images import LoadedImage, identity, open_image
-from florence2.preparing import PreparedImage, Preparer
+from florence2.images import identity
+from florence2.preparing import Preparer
 from florence2.processing import ImageProcessor
 from florence2.records import Failure
-
-RNG = np.random.default_rng(3)
-SIZE_WH = (8, 6)
-PATIENCE_S = 20
-
-
-def picture(width=20, height=14):
-    return open_image(RNG.integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-@dataclass(frozen=True)
-class Watched(ImageProcessor):
-    """Notes who scales which size where; ``gates`` holds up the images of a width."""
-
-    size_wh: tuple[int, int] = SIZE_WH
-    seen: list = field(default_factory=list, hash=False, compare=False)
-    gates: dict = field(default_factory=dict, hash=False, compare=False)
-
-    def resize(self, image, helpers=None):
-        self.seen.append((image.size, threading.current_thread().name))
-        gate = self.gates.get(image.width)
-        if gate is not None:
-            gate.begun.set()
-            assert gate.opened.wait(PATIENCE_S)
-        return super().resize(image, helpers)
-
-    @property
-    def widths(self):
-        return [size[0] for size, _ in self.seen]
-
-
-class Gate:
-    def __init__(self):
-        self.begun, self.opened = threading.Event(), threading.Event()
-
-
-@pytest.fixture
-def processor():
-    return Watched()
-
-
-@pytest.fixture
-def make(processor):
-    made = []
-
-    def maker(**options):
-        made.append(Preparer(processor, **options))
-        return made[-1]
-
-    yield maker
-    for gate in processor.gates.values():
-        gate.opened.set()
-    for preparer in made:
-        preparer.close()
-
-
-@pytest.fixture
-def busy(make, processor):
-    """A preparer whose one helper is busy with another image until the gate opens."""
-    processor.gates[99] = Gate()
-    preparer = make(threads=1, max_ahead=3)
-    preparer.ahead([picture(99)])
-    assert processor.gates[99].begun.wait(PATIENCE_S)
-    return preparer
-
-
-def file_of(image):
-    file = io.BytesIO()
-    image.image.save(file, "PNG")
-    return file.getvalue()
 
 
 def test_a_prepared_image_is_the_processors(make):
@@ -208,63 +145,6 @@ def test_what_needs_no_preparing_is_passed_over(make):
     assert preparer._jobs == {}
 
 
-def take(preparer, image):
-    return preparer.take(image)
-
-
-def take_ahead(preparer, image):
-    preparer.ahead([image])
-    return preparer.take(image)
-
-
-def take_also(preparer, image):
-    preparer.also_ahead([image])
-    return preparer.take(image)
-
-
-def take_twice(preparer, image):
-    preparer.ahead([image])
-    preparer.take(image)
-    return preparer.take(image)
-
-
-def forget_ahead(preparer, image):
-    preparer.ahead([image])
-    preparer.ahead([])
-
-
-def close(preparer, image):
-    preparer.ahead([image])
-    preparer.close()
-
-
-WAYS = [take, take_ahead, take_also, take_twice, forget_ahead, close]
-
-
-@pytest.mark.parametrize("state", ["idle", "busy"])
-@pytest.mark.parametrize("way", WAYS)
-def test_nothing_is_held_afterwards(way, state, make, processor, request):
-    preparer = request.getfixturevalue("busy") if state == "busy" else make()
-    if state == "busy" and way is close:
-        processor.gates[99].opened.set()
-    image = picture()
-    held = weakref.ref(image)
-    pixels = weakref.ref(image.image)
-    prepared = way(preparer, image)
-    scaled = None if prepared is None else weakref.ref(prepared.scaled)
-    del image, prepared
-    if state == "idle":
-        # A helper that had begun what is forgotten lets go of it when it is done.
-        preparer.close()
-    gc.disable()
-    try:
-        assert held() is None
-        assert pixels() is None
-        assert scaled is None or scaled() is None
-    finally:
-        gc.enable()
-
-
 def test_an_image_that_cannot_be_opened_is_a_value(make):
     for way in (take, take_ahead, take_also):
         error = way(make(), b"no image")
@@ -297,25 +177,4 @@ def test_after_closing_images_are_prepared_by_their_takers(make, processor):
     preparer.ahead([image])
     assert preparer.take(picture(31)).size_wh == (31, 14)
     assert ((31, 14), threading.current_thread().name) in processor.seen
-    assert preparer._jobs == {}
-
-
-def test_many_threads_each_get_their_own_image(make):
-    preparer, images = make(threads=3, max_ahead=5), [picture(20 + n) for n in range(12)]
-    expected = [ImageProcessor(size_wh=SIZE_WH).resize(image.image) for image in images]
-
-    def ask(seed):
-        dice = random.Random(seed)
-        for _ in range(60):
-            number = dice.randrange(len(images))
-            image = LoadedImage(images[number].image) if dice.random() < 0.3 else images[number]
-            way = dice.choice([take, take_ahead, take_also, take_twice, forget_ahead])
-            prepared = way(preparer, image)
-            assert prepared is None or isinstance(prepared, PreparedImage)
-            assert prepared is None or np.array_equal(prepared.scaled, expected[number])
-
-    with ThreadPoolExecutor(8) as pool:
-        for done in [pool.submit(ask, seed) for seed in range(8)]:
-            done.result(PATIENCE_S)
-    preparer.ahead([])
     assert preparer._jobs == {}

@@ -1,0 +1,66 @@
+"""What the tests of preparing share: pictures, a processor that can be held up, ways to take."""
+
+from __future__ import annotations
+
+import io
+import threading
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from florence2.images import open_image
+from florence2.processing import ImageProcessor
+
+RNG = np.random.default_rng(3)
+SIZE_WH = (8, 6)
+PATIENCE_S = 20
+
+
+def picture(width=20, height=14):
+    return open_image(RNG.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@dataclass(frozen=True)
+class Watched(ImageProcessor):
+    """Notes who scales which size where; ``gates`` holds up the images of a width."""
+
+    size_wh: tuple[int, int] = SIZE_WH
+    seen: list = field(default_factory=list, hash=False, compare=False)
+    gates: dict = field(default_factory=dict, hash=False, compare=False)
+
+    def resize(self, image, helpers=None):
+        self.seen.append((image.size, threading.current_thread().name))
+        gate = self.gates.get(image.width)
+        if gate is not None:
+            gate.begun.set()
+            assert gate.opened.wait(PATIENCE_S)
+        return super().resize(image, helpers)
+
+    @property
+    def widths(self):
+        return [size[0] for size, _ in self.seen]
+
+
+class Gate:
+    def __init__(self):
+        self.begun, self.opened = threading.Event(), threading.Event()
+
+
+def file_of(image):
+    file = io.BytesIO()
+    image.image.save(file, "PNG")
+    return file.getvalue()
+
+
+def take(preparer, image):
+    return preparer.take(image)
+
+
+def take_ahead(preparer, image):
+    preparer.ahead([image])
+    return preparer.take(image)
+
+
+def take_also(preparer, image):
+    preparer.also_ahead([image])
+    return preparer.take(image)
