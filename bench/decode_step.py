@@ -1,6 +1,6 @@
 """Where a decoder step's time goes on this CPU, against the time to read its weights once.
 
-    python bench/decode_step.py --size base --precision bf16
+    python bench/decode_step.py --size base --precision bf16 --profile
 
 Random weights, one item. A step must read the decoder's weights and the output projection's:
 however fast the arithmetic, it cannot be faster than that. The floor is measured in the same run,
@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from florence2.benchmark.weights import SIZES, size_config
 from florence2.generate import generate
@@ -27,6 +28,7 @@ from florence2.tokens import EOS_ID
 
 SHORT, LONG = 20, 80
 ENCODED = 590
+OPERATIONS = 7
 
 
 def main() -> None:
@@ -36,6 +38,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--beams", type=int, nargs="+", default=[1, 3])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--profile", action="store_true", help="time by operation, last --beams")
     given = parser.parse_args()
     with torch.inference_mode():
         network = _network(given.size, PRECISIONS[given.precision])
@@ -48,6 +51,9 @@ def main() -> None:
         for beams in given.beams:
             step_ms = _step_ms(network, beams, given.repeats)
             print(f"{beams} beams: {step_ms:.1f} ms a step, {step_ms / floor_ms:.2f} x the floor")
+        if given.profile:
+            for name, spent_ms in _by_operation(network, given.beams[-1]).items():
+                print(f"{name:40}{spent_ms:8.2f} ms a step")
 
 
 def _network(size: str, dtype: torch.dtype) -> Florence2Network:
@@ -74,16 +80,31 @@ def _read(weights: list[Tensor]) -> None:
 
 
 def _step_ms(network: Florence2Network, beams: int, repeats: int) -> float:
+    answer = _answerer(network, beams)
+    spent_s = _median(lambda: answer(LONG), repeats) - _median(lambda: answer(SHORT), repeats)
+    return 1000 * spent_s / (LONG - SHORT)
+
+
+def _by_operation(network: Florence2Network, beams: int) -> dict[str, float]:
+    """Milliseconds a step of the operations that take most, and of all others together."""
+    answer = _answerer(network, beams)
+    answer(LONG)
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        answer(LONG)
+    spent = {one.key: one.self_cpu_time_total / 1000 / LONG for one in profiled.key_averages()}
+    largest = dict(sorted(spent.items(), key=lambda one: -one[1])[:OPERATIONS])
+    return largest | {"all others": sum(spent.values()) - sum(largest.values())}
+
+
+def _answerer(network: Florence2Network, beams: int) -> Callable[[int], None]:
     states = torch.randn(1, ENCODED, network.config.text.d_model).to(network.dtype)
     mask = torch.ones(1, ENCODED, dtype=torch.bool)
-    settings = GenerationSettings(num_beams=beams)
 
     def answer(tokens: int) -> None:
         session = DecoderSession(network, states, mask, beams, tokens)
-        generate(session, 1, settings, [tokens])
+        generate(session, 1, GenerationSettings(num_beams=beams), [tokens])
 
-    spent_s = _median(lambda: answer(LONG), repeats) - _median(lambda: answer(SHORT), repeats)
-    return 1000 * spent_s / (LONG - SHORT)
+    return answer
 
 
 def _median(work: Callable[[], None], repeats: int) -> float:
