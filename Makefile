@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= out
 PORT ?= 8000
+# A process a core. Neighbouring tests share what is costly to set up, so each process takes a run
+# of them, and helps out with the others' at the end.
+PYTEST_FLAGS ?= --numprocesses logical --maxprocesses 8 --dist worksteal
 
 .PHONY: help label serve test check bench lint types install clean
 
@@ -34,7 +37,7 @@ serve: $(VENV)/.runtime
 	$(BIN)/florence2 serve --model demo --port $(PORT)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -105,3 +105,17 @@ def test_weights_that_were_parked_in_part_come_back(checkpoint_folder, monkeypat
         model.engine.park()
     [answer] = model.run_many([ask(picture(1), "<OD>")])
     assert_close(answer, before[0])
+
+
+def test_answers_do_not_depend_on_how_many_threads_compute(demo):
+    asks = [ask(picture(1), "<OD>"), ask(picture(2), "<MORE_DETAILED_CAPTION>")]
+    alone = demo.run_many(asks)
+    demo.engine.cache.clear()
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        shared = demo.run_many(asks)
+    finally:
+        torch.set_num_threads(before)
+    for one, other in zip(shared, alone, strict=True):
+        assert_close(one, other)
