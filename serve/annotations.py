@@ -41,6 +41,7 @@ __all__ = [
     "Answered",
     "LabelRules",
     "annotation_from_answers",
+    "wanted_in",
 ]
 
 
@@ -48,12 +49,7 @@ def annotation_from_answers(
     answers: Sequence[Answered], rules: LabelRules, size_wh: SizeWh
 ) -> sly.Annotation:
     """One ``sly.Annotation`` of everything that was answered about one image."""
-    found = [
-        item
-        for answered in answers
-        for item in found_in(answered, rules)
-        if _is_wanted(item, rules, size_wh)
-    ]
+    found = [item for answered in answers for item in wanted_in(answered, rules, size_wh)]
     drawn = [
         (item, shapes)
         for item in _distinct(found, rules)
@@ -70,6 +66,11 @@ def annotation_from_answers(
         labels += _labels(item, shapes, title, f"object-{number}")
     tags = image_tags(answered.result for answered in answers)
     return sly.Annotation((size_wh[1], size_wh[0]), labels, img_tags=tags)
+
+
+def wanted_in(answered: Answered, rules: LabelRules, size_wh: SizeWh) -> list[Found]:
+    """What was located in one answer and is not left out for its score, its class or its size."""
+    return [item for item in found_in(answered, rules) if _is_wanted(item, rules, size_wh)]
 
 
 def _is_wanted(item: Found, rules: LabelRules, size_wh: SizeWh) -> bool:
