@@ -268,7 +268,7 @@ def _without_foreign_pieces(
     is_piece = np.array([bool(one.cut_by) for one in seen])
     is_joined = np.array([len(one.tiles) > 1 for one in seen])
     gone = np.zeros(len(seen), bool)
-    for place in np.flatnonzero(~is_piece):
+    for place in np.flatnonzero(~is_piece).tolist():
         if gone[place] or not is_shown(seen[place].shape):
             continue
         lost = is_piece & _lie_in(boxes[place], boxes, areas)
