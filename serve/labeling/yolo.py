@@ -27,7 +27,8 @@ YOLO_DIR: Final = "yolo"
 VAL_FRACTION: Final = 0.2
 CORNERS: Final = "boxes written as four corners, because trainers refuse boxes beside outlines"
 RENAMED: Final = (
-    "images have another name than in the project, because two may not share a label file"
+    "images have another name than in the project: no two share a label file, and trainers do not "
+    "know .jfif"
 )
 TAGS: Final = "objects or images with tags, such as scores and texts, which YOLO files do not have"
 NO_CLASSES: Final = "The project has no objects to train on, so no files were written."
