@@ -95,17 +95,16 @@ def _objects(labels: Sequence[sly.Label], changes: Counter[str]) -> list[Exporte
             area = (box[2] - box[0]) * (box[3] - box[1])
             objects.append(ExportedObject(name, box, (), area, score, tags))
             continue
-        outlines = [outline for part in parts for outline in _outlines(part.geometry, changes)]
-        rings = [[(p.row, p.col) for p in outline.exterior] for outline in outlines]
-        areas = [ring_area(ring) for ring in rings]
-        rings = [ring for ring, area in zip(rings, areas, strict=True) if area > 0]
+        drawn = [ring for part in parts for ring in _rings_rc(part.geometry, changes)]
+        rings = [(ring, area) for ring in drawn if (area := ring_area(ring)) > 0]
         if not rings:
             changes[NO_AREA] += 1
             continue
+        area = sum(area for _, area in rings)
         xys = tuple(
-            tuple(float(value) for row, col in ring for value in (col, row)) for ring in rings
+            tuple(float(value) for row, col in ring for value in (col, row)) for ring, _ in rings
         )
-        objects.append(ExportedObject(name, _around(xys), xys, sum(areas), score, tags))
+        objects.append(ExportedObject(name, _around(xys), xys, area, score, tags))
     return objects
 
 
@@ -119,16 +118,23 @@ def _same_object(labels: Sequence[sly.Label]) -> list[list[sly.Label]]:
     return list(groups.values())
 
 
-def _outlines(shape: sly.geometry.geometry.Geometry, changes: Counter[str]) -> list[sly.Polygon]:
-    """A shape as outlines; lines and points, which a person may have drawn, have none."""
+def _rings_rc(
+    shape: sly.geometry.geometry.Geometry, changes: Counter[str]
+) -> list[list[tuple[int, int]]]:
+    """A shape as rings of (row, column); lines and points, which a person may draw, have none."""
     if isinstance(shape, sly.Polygon):
-        outlines = [shape]
-    elif isinstance(shape, sly.Bitmap):
-        outlines = shape.to_contours()
-    else:
+        changes[HOLES] += bool(shape.interior)
+        return [[(point.row, point.col) for point in shape.exterior]]
+    if not isinstance(shape, sly.Bitmap):
         return []
-    changes[HOLES] += sum(bool(outline.interior) for outline in outlines)
-    return outlines
+    # Contours run through the middle of pixels; of pixels twice as large they tell the edges.
+    contours = sly.Bitmap(shape.data.repeat(2, 0).repeat(2, 1)).to_contours()
+    changes[HOLES] += any(contour.interior for contour in contours)
+    top, left = shape.origin.row, shape.origin.col
+    return [
+        [(top + (point.row + 1) // 2, left + (point.col + 1) // 2) for point in contour.exterior]
+        for contour in contours
+    ]
 
 
 def _around(rings_xy: Sequence[Sequence[float]]) -> BoxXyxy:

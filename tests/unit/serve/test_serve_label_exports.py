@@ -8,6 +8,7 @@ import unicodedata
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from faster_coco_eval import COCO
@@ -155,20 +156,47 @@ def test_an_outline_without_area_is_nowhere_and_is_noted(label, images, model, r
     assert report_of(done.out)["notes"] == {"outlines without area, left out": 5}
 
 
-def test_what_a_person_drew_without_area_is_left_out_and_said(label, images, capsys):
-    done = label(images)
-    path = done.out / "project/ds0/ann/0.png.json"
-    stored = json.loads(path.read_text())
-    line = {**stored["objects"][0], "geometryType": "polygon"}
-    line["points"] = {"exterior": [[1, 1], [9, 9], [5, 5]], "interior": []}
-    stored["objects"].append(line)
-    path.write_text(json.dumps(stored))
-    meta = json.loads((done.out / "project/meta.json").read_text())
-    meta["classes"][0]["shape"] = "any"
-    (done.out / "project/meta.json").write_text(json.dumps(meta))
+def a_mask() -> sly.Bitmap:
+    mask = np.zeros((10, 10), bool)
+    mask[2:8, 2:8] = True
+    return sly.Bitmap(mask, sly.PointLocation(20, 30))
+
+
+SQUARE = [sly.PointLocation(*point) for point in ((4, 4), (4, 20), (20, 20), (20, 4))]
+HOLE = [sly.PointLocation(*point) for point in ((8, 8), (8, 12), (12, 12), (12, 8))]
+
+
+@pytest.mark.parametrize(
+    ("shape", "boxes", "sentence"),
+    [
+        pytest.param(
+            sly.Polygon([sly.PointLocation(n, n) for n in (1, 9, 5)]), [],
+            "1 labels without an area, left out", id="an outline on a line",
+        ),
+        pytest.param(
+            sly.Polyline(SQUARE), [], "1 labels without an area, left out", id="a polyline"
+        ),
+        pytest.param(
+            sly.Polygon(SQUARE, [HOLE]), [[4, 4, 16, 16]], "1 outlines with holes", id="a hole"
+        ),
+        pytest.param(a_mask(), [[32, 22, 6, 6]], "", id="a mask"),
+    ],
+)  # fmt: skip
+def test_what_a_person_drew_is_exported_or_said(label, images, capsys, shape, boxes, sentence):
+    out = label(images).out
+    path = out / "project/ds0/ann/0.png.json"
+    annotations, project = read_project(out)
+    drawn = sly.Label(shape, sly.ObjClass("mine", type(shape)))
+    annotation = annotations["0.png"].add_label(drawn)
+    path.write_text(json.dumps(annotation.to_json()))
+    meta = project.meta.add_obj_class(drawn.obj_class)
+    (out / "project/meta.json").write_text(json.dumps(meta.to_json()))
     label(images, "--coco", "--yolo")
-    assert len(coco_of(done.out)["annotations"]) == 5
-    assert capsys.readouterr().err.count("1 labels without an area, left out") == 2
+    found = coco_of(out)["annotations"]
+    assert [one["bbox"] for one in found if one["category_id"] == 2] == boxes
+    assert len(found) == 5 + len(boxes)
+    assert sum(map(len, yolo_of(out).values())) == 5 + len(boxes)
+    assert capsys.readouterr().err.count(sentence) >= 2
 
 
 def test_an_object_of_two_rings_stays_one_object(label, images, model):
