@@ -31,7 +31,7 @@ install: $(VENV)/.runtime
 
 label: $(VENV)/.runtime
 	$(BIN)/florence2 label demo/images --model demo --task "<OD>" --threshold 0.5 --out $(OUT)/labeled --draw
-	@echo "Annotations: $(OUT)/labeled   Previews to look at: $(OUT)/labeled/previews"
+	@echo "Project: $(OUT)/labeled/project   Previews to look at: $(OUT)/labeled/previews"
 
 serve: $(VENV)/.runtime
 	$(BIN)/florence2 serve --model demo --port $(PORT)

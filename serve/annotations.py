@@ -22,9 +22,9 @@ from serve.findings import Found, found_in
 from serve.geometry import (
     Located,
     area_share,
+    drawable_rings,
     mask_of_rings,
     outer_box,
-    points_rc_from_ring_xy,
     rectangle_tlbr_from_box_xyxy,
     rings_of,
 )
@@ -41,6 +41,7 @@ __all__ = [
     "Answered",
     "LabelRules",
     "annotation_from_answers",
+    "wanted_in",
 ]
 
 
@@ -48,12 +49,7 @@ def annotation_from_answers(
     answers: Sequence[Answered], rules: LabelRules, size_wh: SizeWh
 ) -> sly.Annotation:
     """One ``sly.Annotation`` of everything that was answered about one image."""
-    found = [
-        item
-        for answered in answers
-        for item in found_in(answered, rules)
-        if _is_wanted(item, rules, size_wh)
-    ]
+    found = [item for answered in answers for item in wanted_in(answered, rules, size_wh)]
     drawn = [
         (item, shapes)
         for item in _distinct(found, rules)
@@ -72,16 +68,22 @@ def annotation_from_answers(
     return sly.Annotation((size_wh[1], size_wh[0]), labels, img_tags=tags)
 
 
+def wanted_in(answered: Answered, rules: LabelRules, size_wh: SizeWh) -> list[Found]:
+    """What was located in one answer, without what has no area or is not wanted by the rules."""
+    return [item for item in found_in(answered, rules) if _is_wanted(item, rules, size_wh)]
+
+
 def _is_wanted(item: Found, rules: LabelRules, size_wh: SizeWh) -> bool:
     if item.score is not None and item.score < rules.threshold_of(item.class_name):
         return False
     if not rules.wants(item.class_name, _shape_name(item.shape, rules)):
         return False
+    if not isinstance(item.shape, Box):
+        return bool(drawable_rings(item.shape, size_wh))
     box = outer_box(item.shape)
-    if box is None:
+    if box is None or box[0] == box[2] or box[1] == box[3]:
         return False
-    is_checked = isinstance(item.shape, Box) and not item.asked
-    return not is_checked or area_share(box, size_wh) <= rules.max_box_area
+    return item.asked or area_share(box, size_wh) <= rules.max_box_area
 
 
 def _distinct(found: list[Found], rules: LabelRules) -> list[Found]:
@@ -114,17 +116,14 @@ def _shape_name(shape: Located, rules: LabelRules) -> str:
 def _geometries(
     shape: Located, rules: LabelRules, size_wh: SizeWh
 ) -> list[sly.geometry.geometry.Geometry]:
-    """The SDK's geometries; a shape with a coordinate that is no number has none."""
+    """The SDK's geometries; a shape without an area, or with no numbers for places, has none."""
     if isinstance(shape, Box):
         return [sly.Rectangle(*rectangle_tlbr_from_box_xyxy(shape.box_xyxy, size_wh))]
-    rings = rings_of(shape)
+    rings = drawable_rings(shape, size_wh)
     if isinstance(shape, Polygon) and rules.geometry == "bitmap":
-        drawn = mask_of_rings(rings, size_wh)
+        drawn = mask_of_rings(rings_of(shape), size_wh) if rings else None
         return [sly.Bitmap(drawn[0], sly.PointLocation(*drawn[1]))] if drawn else []
-    return [
-        sly.Polygon([sly.PointLocation(*point) for point in points_rc_from_ring_xy(ring, size_wh)])
-        for ring in rings
-    ]
+    return [sly.Polygon([sly.PointLocation(*point) for point in points]) for points in rings]
 
 
 def _labels(

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Final
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from florence2.records import Box, BoxXyxy, Polygon, Quad, SizeWh
+
+# What sums of coordinates in float64 may leave of an area of nothing.
+_ROUNDING_PX2: Final = 1e-6
 
 Tlbr = tuple[int, int, int, int]
 Located = Box | Quad | Polygon
@@ -50,6 +54,33 @@ def rings_of(shape: Quad | Polygon) -> list[Sequence[float]]:
     """The rings (x1, y1, x2, y2, ...) that can be drawn: three points or more, all numbers."""
     rings = [shape.quad_xy] if isinstance(shape, Quad) else shape.rings_xy
     return [ring for ring in rings if len(ring) >= 6 and is_finite(ring)]
+
+
+def ring_area(points_rc: Sequence[tuple[int, int]]) -> float:
+    """The area inside a ring of (row, column) points; 0 for one that lies on lines only.
+
+    Of a ring that crosses itself, what is left of one side and right of the other cancels out;
+    where nothing would be left, the parts are added, each row of pixels as in its middle.
+    """
+    points = np.array(points_rc, np.float64).reshape(-1, 2)
+    rows, columns = points.T
+    last_rows, last_columns = np.roll(rows, 1), np.roll(columns, 1)
+    area = 0.5 * abs(float(np.dot(rows, last_columns) - np.dot(columns, last_rows)))
+    if area or len(points) < 4:
+        return area
+    # Between two rows no edge ends: the inside is between every other pair of edges.
+    for middle in np.arange(rows.min(), rows.max()) + 0.5:
+        over = (np.minimum(rows, last_rows) < middle) & (middle < np.maximum(rows, last_rows))
+        share = (middle - rows[over]) / (last_rows[over] - rows[over])
+        ends = np.sort(columns[over] + share * (last_columns[over] - columns[over]))
+        area += float((ends[1::2] - ends[::2]).sum())
+    return area if area > _ROUNDING_PX2 else 0.0
+
+
+def drawable_rings(shape: Quad | Polygon, size_wh: SizeWh) -> list[list[tuple[int, int]]]:
+    """The rings as (row, column) pixels, without those that have no area in the image."""
+    drawn = (points_rc_from_ring_xy(ring, size_wh) for ring in rings_of(shape))
+    return [points for points in drawn if ring_area(points) > 0]
 
 
 def outer_box(shape: Located) -> BoxXyxy | None:

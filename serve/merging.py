@@ -1,18 +1,20 @@
 """One result of the answers of neighbouring tiles: nothing twice, nothing cut in two.
 
 A tile's edge cuts objects. A piece is known by touching an inner edge of its tile. Two pieces on
-both sides of one edge are joined; a piece that lies in something whole of its class goes.
+both sides of one edge are joined; a piece that lies in something whole goes, whatever its name: a
+part of a car looks like a wheel or a truck.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Final, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from florence2.records import Box, BoxXyxy, Object, Polygon, Quad, Result, Text, Timings
 from serve.dedupe import areas_of, known_score, numbered, same_boxes, shared_areas
@@ -67,7 +69,13 @@ class _Seen:
         return type(self.shape), "" if isinstance(self.shape, Quad) else self.shape.label
 
 
-def merge_tiles(found: Sequence[TileResult]) -> Result:
+def _anything(shape: Located) -> bool:
+    return True
+
+
+def merge_tiles(
+    found: Sequence[TileResult], is_shown: Callable[[Located], bool] = _anything
+) -> Result:
     """One result of at least one tile's. A pass over the whole image is one more tile.
 
     Objects of different tiles and one label are the same when their boxes overlap by half, or when
@@ -75,6 +83,8 @@ def merge_tiles(found: Sequence[TileResult]) -> Result:
     judge. Pieces of boxes and polygons are joined; lines of text are not. What stays has the
     highest score of all its views and pieces: any of them proves the object, a part is harder to
     recognise than the whole, and merging must not put an object below a threshold it had passed.
+    A piece of another label goes too where it lies in a whole object of which ``is_shown`` says
+    that the user will see it; that one's score stays its own.
     The text is that of the whole image, if one of the tiles is the whole; timings are the longest.
     """
     area = _outer([tile.tile_xyxy for tile in found])
@@ -82,7 +92,10 @@ def merge_tiles(found: Sequence[TileResult]) -> Result:
     whole = next((tile.result for tile in found if tile.tile_xyxy == area), None)
     results = [tile.result for tile in found]
     texts = tuple(shape for shape in whole.objects if isinstance(shape, Text)) if whole else ()
-    objects: tuple[Object, ...] = (*texts, *_once(_joined(seen, found)))
+    objects: tuple[Object, ...] = (
+        *texts,
+        *(one.shape for one in _without_foreign_pieces(_once(_joined(seen, found)), is_shown)),
+    )
     return replace(
         results[0],
         objects=objects,
@@ -206,37 +219,72 @@ def _join(pieces: Sequence[_Seen], cut_by: frozenset[int]) -> _Seen:
     return _Seen(Polygon(rings, best.label, best.score), box, tiles, cut_by)
 
 
-def _once(seen: Sequence[_Seen]) -> list[Located]:
+def _once(seen: Sequence[_Seen]) -> list[_Seen]:
     """Without what was seen in another tile too. The best view stays, with the highest score."""
     alike: dict[tuple[type, str], list[int]] = {}
     for place, one in enumerate(seen):
         alike.setdefault(one.likeness, []).append(place)
-    kept: dict[int, Located] = {}
+    kept: dict[int, _Seen] = {}
     for places in alike.values():
         kept |= {places[n]: view for n, view in _once_of_kind([seen[p] for p in places]).items()}
     return [kept[place] for place in sorted(kept)]
 
 
-def _once_of_kind(seen: Sequence[_Seen]) -> dict[int, Located]:
+def _once_of_kind(seen: Sequence[_Seen]) -> dict[int, _Seen]:
     """What stays of views that are alike, by its place among them."""
     boxes = np.array([one.box_xyxy for one in seen], np.float64)
     areas = areas_of(boxes)
     tiles = numbered([one.tiles for one in seen])
     is_piece = np.array([bool(one.cut_by) for one in seen])
     left = np.ones(len(seen), bool)
-    kept: dict[int, Located] = {}
+    kept: dict[int, _Seen] = {}
     for place in sorted(range(len(seen)), key=lambda n: (*seen[n].rank, n)):
         if not left[place]:
             continue
-        shared = shared_areas(boxes[place], boxes)
-        inside = is_piece & (shared > 0) & (shared >= PIECE_INSIDE * areas)
-        same = inside | same_boxes(boxes[place], boxes, SAME_IN_TILES_IOU)
+        same = (is_piece & _lie_in(boxes[place], boxes, areas)) | same_boxes(
+            boxes[place], boxes, SAME_IN_TILES_IOU
+        )
         same &= left & (tiles != tiles[place])
         left &= ~same
         left[place] = False
         views = [seen[place].shape, *(seen[int(number)].shape for number in np.flatnonzero(same))]
-        kept[place] = replace(views[0], score=_highest([view.score for view in views]))
+        score = _highest([view.score for view in views])
+        kept[place] = replace(seen[place], shape=replace(views[0], score=score))
     return kept
+
+
+def _without_foreign_pieces(
+    seen: Sequence[_Seen], is_shown: Callable[[Located], bool]
+) -> list[_Seen]:
+    """Without pieces that lie in a whole object, and what was joined where one tile saw it whole.
+
+    Of what was joined only the same object goes: it is whole itself, and may stand before a larger.
+    """
+    if not seen:
+        return []
+    boxes = np.array([one.box_xyxy for one in seen], np.float64)
+    areas = areas_of(boxes)
+    tiles = numbered([one.tiles for one in seen])
+    is_piece = np.array([bool(one.cut_by) for one in seen])
+    is_joined = np.array([len(one.tiles) > 1 for one in seen])
+    gone = np.zeros(len(seen), bool)
+    for place in np.flatnonzero(~is_piece).tolist():
+        if gone[place] or not is_shown(seen[place].shape):
+            continue
+        lost = is_piece & _lie_in(boxes[place], boxes, areas)
+        if not is_joined[place]:
+            same = same_boxes(boxes[place], boxes, SAME_IN_TILES_IOU)
+            lost |= is_joined & same
+        gone |= lost & (tiles != tiles[place])
+    return [one for one, is_gone in zip(seen, gone, strict=True) if not is_gone]
+
+
+def _lie_in(
+    box_xyxy: NDArray[np.float64], boxes_xyxy: NDArray[np.float64], areas: NDArray[np.float64]
+) -> NDArray[np.bool_]:
+    """Which of ``boxes_xyxy`` [N, 4], of these ``areas``, lie mostly in the box: [N]."""
+    shared = shared_areas(box_xyxy, boxes_xyxy)
+    return (shared > 0) & (shared >= PIECE_INSIDE * areas)
 
 
 def _highest(scores: Sequence[float | None]) -> float | None:

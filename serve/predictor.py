@@ -17,9 +17,11 @@ from florence2.images import LoadedImage, open_image
 from florence2.records import Failure, Result, Timings
 from florence2.scheduler import Priority, QueueFullError, StoppedError
 from florence2.tasks import TaskInput
-from serve.annotations import Answered, annotation_from_answers
+from serve.annotations import Answered, annotation_from_answers, wanted_in
 from serve.deployment import Deployment
+from serve.geometry import Located
 from serve.http.metrics import Outcome, Stage
+from serve.label_rules import LabelRules
 from serve.platform.reference import resolve_reference
 from serve.platform.waiting import when_queue_has_room
 from serve.questions import Question, questions_of
@@ -173,11 +175,12 @@ class Predictor:
             results.append(answer)
         began = time.perf_counter()
         per_view = len(job.views)
+        rules = rules_of(job.settings)
         answered = [
-            _answered(job, question, results[place * per_view : (place + 1) * per_view])
+            _answered(job, question, rules, results[place * per_view : (place + 1) * per_view])
             for place, question in enumerate(job.questions)
         ]
-        annotation = annotation_from_answers(answered, rules_of(job.settings), job.picture.size_wh)
+        annotation = annotation_from_answers(answered, rules, job.picture.size_wh)
         timings_s = _slowest(results)
         self._watcher.stage("postprocess", time.perf_counter() - began)
         self._watcher.stage("vision", timings_s.vision)
@@ -221,21 +224,26 @@ def _job(image: AnyImage, settings: Settings) -> _Job | Failure:
         return Failure(error.code, str(error))
 
 
-def _answered(job: _Job, question: Question, results: Sequence[Result]) -> Answered:
+def _answered(
+    job: _Job, question: Question, rules: LabelRules, results: Sequence[Result]
+) -> Answered:
     size_wh = job.picture.size_wh
     placed = [
         moved(result, view.offset_xy, size_wh)
         for result, view in zip(results, job.views, strict=True)
     ]
-    merged = placed[0]
-    if len(placed) > 1:
-        merged = merge_tiles(
-            [
-                TileResult(result, view.box_xyxy)
-                for result, view in zip(placed, job.views, strict=True)
-            ]
-        )
-    return Answered(merged, question.class_name, question.text, question.region)
+    answered = Answered(placed[0], question.class_name, question.text, question.region)
+    if len(placed) == 1:
+        return answered
+
+    def is_shown(shape: Located) -> bool:
+        alone = replace(placed[0], objects=(shape,), steps=())
+        return bool(wanted_in(replace(answered, result=alone), rules, size_wh))
+
+    tiles = [
+        TileResult(result, view.box_xyxy) for result, view in zip(placed, job.views, strict=True)
+    ]
+    return replace(answered, result=merge_tiles(tiles, is_shown))
 
 
 def _slowest(results: Sequence[Result]) -> Timings:

@@ -22,7 +22,12 @@ _PROMPT_HELP: Final = (
 )
 
 Images = Annotated[Path, typer.Argument(help="A folder of images, or one image.")]
-Out = Annotated[Path, typer.Option(help="The project's folder; run again to go on with it.")]
+Out = Annotated[
+    Path,
+    typer.Option(
+        help="The run's folder, with project, report and exports; run again to go on with it."
+    ),
+]
 Prompt = Annotated[str | None, typer.Option(help=_PROMPT_HELP)]
 TaskName = Annotated[
     str | None,
@@ -47,6 +52,9 @@ Recursive = Annotated[bool, typer.Option("--recursive", help="Look into subfolde
 Link = Annotated[bool, typer.Option("--link", help="Link images into the project, not copy.")]
 Coco = Annotated[bool, typer.Option("--coco", help="Write COCO files too.")]
 Yolo = Annotated[bool, typer.Option("--yolo", help="Write YOLO files too.")]
+ValFraction = Annotated[
+    float, typer.Option(help="Share of the images that YOLO files have for validation.")
+]
 Draw = Annotated[bool, typer.Option("--draw", help="Write previews with the labels drawn on.")]
 Retry = Annotated[bool, typer.Option("--retry-failed", help="Only what failed before.")]
 Overwrite = Annotated[
@@ -78,6 +86,7 @@ def label(
     link: Link = False,
     coco: Coco = False,
     yolo: Yolo = False,
+    val_fraction: ValFraction = 0.2,
     draw: Draw = False,
     retry_failed: Retry = False,
     overwrite: Overwrite = False,
@@ -94,6 +103,7 @@ def label(
         link=link,
         coco=coco,
         yolo=yolo,
+        val_fraction=val_fraction,
         draw=draw,
         retry_failed=retry_failed,
         overwrite=overwrite,

@@ -1,62 +1,143 @@
-"""The finished project in other tools' formats, by the SDK's own converters."""
+"""What exports are made of: the finished project as plain boxes and outlines in pixels.
+
+The SDK has converters of its own. They name YOLO files by stem, so that two images share one;
+their boxes are a pixel narrower than the labels, whose last pixel they take for an edge; and they
+leave out scores.
+"""
 
 from __future__ import annotations
 
-import logging
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+from florence2.records import BoxXyxy, SizeWh
+from serve.geometry import box_xyxy_from_rectangle_tlbr, ring_area
+from serve.labeling.project import GrowingProject
 from serve.sdk import sly
 
-COCO_DIR: Final = "coco"
-YOLO_DIR: Final = "yolo"
+NO_ANNOTATION: Final = "images without an annotation, left out"
+NO_AREA: Final = "labels without an area, left out"
+HOLES: Final = "outlines with holes, which are filled"
+_SCORE: Final = "confidence"
 
 
-def export_coco(root: Path) -> Path:
-    """``coco/ds0/annotations``: boxes and polygons, and captions where there are any.
+@dataclass(frozen=True, slots=True)
+class ExportedObject:
+    """One object in pixels of the image.
 
-    File names are those of ``ds0/img``; the images are not copied once more.
+    ``box_xyxy`` is (x1, y1, x2, y2) with x2 and y2 past a box's last pixel, or around the rings.
+    ``rings_xy`` are (x1, y1, x2, y2, ...); an object that was labeled as a box has none. ``texts``
+    are its tags other than the score.
     """
-    with _quiet():
-        project = sly.Project(str(root), sly.OpenMode.READ)
-        target = _emptied(root / COCO_DIR)
-        sly.convert.project_to_coco(
-            project, dest_dir=str(target), with_captions=True, log_progress=False
+
+    class_name: str
+    box_xyxy: BoxXyxy
+    rings_xy: tuple[tuple[float, ...], ...]
+    area: float
+    score: float | None
+    texts: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ExportedImage:
+    """``texts`` are the image's tags as (name, value)."""
+
+    name: str
+    path: Path
+    size_wh: SizeWh
+    objects: Sequence[ExportedObject]
+    texts: Sequence[tuple[str, Any]]
+
+
+@dataclass(slots=True)
+class Export:
+    """Where an export is, and what it does not have as the project has it, counted or in words."""
+
+    folder: Path
+    changes: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
+
+    def sentences(self) -> list[str]:
+        """What to tell about the export, one line each."""
+        counted = [f"{count} {what}." for what, count in self.changes.items() if count]
+        return [*counted, *self.notes]
+
+
+def exported_images(project: GrowingProject, changes: Counter[str]) -> Iterator[ExportedImage]:
+    """The project's images by name; ``changes`` counts what cannot be exported as it is."""
+    for name in sorted(project.image_names()):
+        if not project.has_annotation(name):
+            changes[NO_ANNOTATION] += 1
+            continue
+        annotation = project.read_annotation(name)
+        height, width = annotation.img_size
+        yield ExportedImage(
+            name,
+            project.image_path(name),
+            (width, height),
+            _objects(annotation.labels, changes),
+            [(tag.name, tag.value) for tag in annotation.img_tags],
         )
-    return target
 
 
-def export_yolo(root: Path) -> Path:
-    """``yolo``: outlines if every class has outlines only, boxes otherwise."""
-    with _quiet():
-        project = sly.Project(str(root), sly.OpenMode.READ)
-        shapes = {obj_class.geometry_type for obj_class in project.meta.obj_classes}
-        target = _emptied(root / YOLO_DIR)
-        sly.convert.project_to_yolo(
-            project,
-            dest_dir=str(target),
-            task_type="segment" if shapes == {sly.Polygon} else "detect",
-            log_progress=False,
+def _objects(labels: Sequence[sly.Label], changes: Counter[str]) -> list[ExportedObject]:
+    objects = []
+    for parts in _same_object(labels):
+        tags = {tag.name: tag.value for tag in parts[0].tags}
+        score = tags.pop(_SCORE, None)
+        name, shape = parts[0].obj_class.name, parts[0].geometry
+        if isinstance(shape, sly.Rectangle):
+            corners = (shape.top, shape.left, shape.bottom, shape.right)
+            box = box_xyxy_from_rectangle_tlbr(corners)
+            area = (box[2] - box[0]) * (box[3] - box[1])
+            objects.append(ExportedObject(name, box, (), area, score, tags))
+            continue
+        drawn = [ring for part in parts for ring in _rings_rc(part.geometry, changes)]
+        rings = [(ring, area) for ring in drawn if (area := ring_area(ring)) > 0]
+        if not rings:
+            changes[NO_AREA] += 1
+            continue
+        area = sum(area for _, area in rings)
+        xys = tuple(
+            tuple(float(value) for row, col in ring for value in (col, row)) for ring, _ in rings
         )
-    return target
+        objects.append(ExportedObject(name, _around(xys), xys, area, score, tags))
+    return objects
 
 
-def _emptied(folder: Path) -> Path:
-    """Converters add to what is there, so an export is always made anew."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    return folder
+def _same_object(labels: Sequence[sly.Label]) -> list[list[sly.Label]]:
+    """Outlines of one object have one binding key and class; everything else is one by itself."""
+    groups: dict[tuple[Any, ...], list[sly.Label]] = {}
+    for number, label in enumerate(labels):
+        is_part = label.binding_key is not None and not isinstance(label.geometry, sly.Rectangle)
+        key = (label.binding_key, label.obj_class.name) if is_part else (number,)
+        groups.setdefault(key, []).append(label)
+    return list(groups.values())
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The SDK warns about every folder beside the dataset and reports each step."""
-    before = sly.logger.level
-    sly.logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        sly.logger.setLevel(before)
+def _rings_rc(
+    shape: sly.geometry.geometry.Geometry, changes: Counter[str]
+) -> list[list[tuple[int, int]]]:
+    """A shape as rings of (row, column); lines and points, which a person may draw, have none."""
+    if isinstance(shape, sly.Polygon):
+        changes[HOLES] += bool(shape.interior)
+        return [[(point.row, point.col) for point in shape.exterior]]
+    if not isinstance(shape, sly.Bitmap):
+        return []
+    # Contours run through the middle of pixels; of pixels twice as large they tell the edges.
+    contours = sly.Bitmap(shape.data.repeat(2, 0).repeat(2, 1)).to_contours()
+    changes[HOLES] += any(contour.interior for contour in contours)
+    top, left = shape.origin.row, shape.origin.col
+    return [
+        [(top + (point.row + 1) // 2, left + (point.col + 1) // 2) for point in contour.exterior]
+        for contour in contours
+    ]
+
+
+def _around(rings_xy: Sequence[Sequence[float]]) -> BoxXyxy:
+    xs = [x for ring in rings_xy for x in ring[0::2]]
+    ys = [y for ring in rings_xy for y in ring[1::2]]
+    return min(xs), min(ys), max(xs), max(ys)

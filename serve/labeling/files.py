@@ -25,7 +25,7 @@ class OutputError(FlorenceError):
 class Workspace:
     """The output folder. Files appear in it by renaming, so a killed run leaves none half written.
 
-    The part file lies in the root: the SDK takes every folder below it for a dataset.
+    The part file lies in the root, outside the project: there the SDK takes folders for datasets.
     """
 
     def __init__(self, root: Path) -> None:

@@ -17,8 +17,18 @@ from serve.labeling.journal import Entry
 from serve.naming import class_color
 from serve.sdk import sly
 
+PROJECT_DIR: Final = "project"
 DATASET: Final = "ds0"
 EDITED_DIR: Final = "edited"
+
+
+def project_folder(root: Path) -> Path:
+    """Where the project of an output folder is: beside everything else of the run.
+
+    In folders that were begun before this rule it is the folder itself, and stays there.
+    """
+    has_one = (root / "meta.json").exists() or (root / DATASET).is_dir()
+    return root if has_one else root / PROJECT_DIR
 
 
 class GrowingProject:
@@ -31,9 +41,10 @@ class GrowingProject:
     def __init__(self, workspace: Workspace, *, link: bool) -> None:
         self._workspace = workspace
         self._link = link
-        self._meta_path = workspace.root / "meta.json"
-        self._images = workspace.root / DATASET / "img"
-        self._annotations = workspace.root / DATASET / "ann"
+        self.folder = project_folder(workspace.root)
+        self._meta_path = self.folder / "meta.json"
+        self._images = self.folder / DATASET / "img"
+        self._annotations = self.folder / DATASET / "ann"
         self._meta = self._stored_meta()
 
     @property
@@ -48,6 +59,9 @@ class GrowingProject:
     def image_names(self) -> Iterator[str]:
         with os.scandir(self._images) as listed:
             yield from (entry.name for entry in listed if is_image(entry.name))
+
+    def has_annotation(self, name: str) -> bool:
+        return self.annotation_path(name).exists()
 
     def read_annotation(self, name: str) -> sly.Annotation:
         stored = json.loads(self.annotation_path(name).read_text("utf-8"))

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from serve.labeling.files import Workspace
 from serve.labeling.journal import Totals
+from serve.labeling.project import project_folder
 from serve.labeling.run import RunCounts
 
 REPORT_NAME: Final = "report.json"
@@ -90,7 +91,7 @@ def report_lines(report: Report, root: Path) -> list[str]:
         f"{totals.labeled} labeled ({totals.objects} objects), {totals.empty} with nothing found, "
         f"{totals.failed} failed; this run: {run.images} images, "
         f"{run.images_per_second:.2f} images/s.",
-        f"Project: {root}",
+        f"Project: {project_folder(root)}",
     ]
     if report.error:
         lines.insert(0, f"Stopped early: {report.error}")

@@ -13,8 +13,9 @@ from typing import Any, Final, Protocol
 from florence2.errors import FlorenceError, ImageError, RequestError
 from florence2.images import LoadedImage
 from florence2.processing import clip_region
-from florence2.records import Failure, Region, Result
+from florence2.records import Failure, Polygon, Quad, Region, Result, SizeWh
 from serve.annotations import Answered, LabelRules, annotation_from_answers
+from serve.geometry import drawable_rings, rings_of
 from serve.labeling.images import MAX_PIXELS_IN_FLIGHT, ImageFile, Loaded, read_ahead
 from serve.labeling.journal import Entry, Journal
 from serve.labeling.plan import Plan, Prompt
@@ -24,6 +25,7 @@ from serve.labeling.project import GrowingProject
 _READERS: Final = 3
 _AHEAD: Final = 2
 _NOTE_COUNT: Final = re.compile(r": \d+$")
+_NO_AREA: Final = "outlines without area, left out"
 # Failures that every image would have in the same way.
 _HOPELESS: Final = ("bad_request", "bad_checkpoint", "bad_device")
 
@@ -195,14 +197,19 @@ def _settle(
         state="labeled" if objects or len(annotation.img_tags) else "empty",
         objects=objects,
         truncated=sum(result.truncated for result in results),
-        notes=_notes(results),
+        notes=_notes(results, picture.size_wh),
     )
 
 
-def _notes(results: Sequence[Result]) -> tuple[str, ...]:
+def _notes(results: Sequence[Result], size_wh: SizeWh) -> tuple[str, ...]:
     """Each kind of note once, without its count ("dropped boxes: 3")."""
-    notes = (note for result in results for note in result.notes)
-    return tuple(dict.fromkeys(_NOTE_COUNT.sub("", note) for note in notes))
+    notes = [_NOTE_COUNT.sub("", note) for result in results for note in result.notes]
+    outlines = (
+        shape for result in results for shape in result.objects if isinstance(shape, Polygon | Quad)
+    )
+    if any(len(drawable_rings(shape, size_wh)) < len(rings_of(shape)) for shape in outlines):
+        notes.append(_NO_AREA)
+    return tuple(dict.fromkeys(notes))
 
 
 def _answered(result: Result, prompt: Prompt, plan: Plan) -> Answered:

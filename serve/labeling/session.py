@@ -5,16 +5,17 @@ from __future__ import annotations
 import shlex
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import closing
-from dataclasses import dataclass
+from contextlib import closing, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from florence2.errors import FlorenceError, RequestError
 from florence2.tasks import OutputKind, find_task
-from serve.console import say
+from serve.console import complain, say
 from serve.labeling.aside import set_aside
-from serve.labeling.exports import export_coco, export_yolo
+from serve.labeling.coco import COCO_DIR, export_coco
+from serve.labeling.exports import Export
 from serve.labeling.files import OutputError, Workspace, opened_workspace
 from serve.labeling.images import (
     EXTENSIONS,
@@ -38,6 +39,7 @@ from serve.labeling.progress import StopSwitch, progress_bar, stop_on_signals
 from serve.labeling.project import GrowingProject
 from serve.labeling.report import Report, report_lines, write_report
 from serve.labeling.run import Model, RunCounts, Tools, label_images
+from serve.labeling.yolo import VAL_FRACTION, YOLO_DIR, export_yolo
 from serve.sdk import sly
 
 _SHAPES: Final = {
@@ -58,6 +60,7 @@ class Job:
     link: bool = False
     coco: bool = False
     yolo: bool = False
+    val_fraction: float = VAL_FRACTION
     draw: bool = False
     retry_failed: bool = False
     overwrite: bool = False
@@ -146,7 +149,11 @@ def _run(
         say(line)
     write_report(report, workspace)
     if report.totals.labeled + report.totals.empty and not counts.interrupted:
-        _export(job, project)
+        problem = _export(job, project)
+        if problem is not None:
+            report = replace(report, error=report.error or problem)
+            with suppress(OSError):
+                write_report(report, workspace)
     return report
 
 
@@ -165,6 +172,11 @@ def _check_input(job: Job) -> None:
         raise RequestError(
             "--overwrite begins anew and --retry-failed goes on with what is there; give one of "
             "them."
+        )
+    if not 0 <= job.val_fraction < 1:
+        raise RequestError(
+            "The share of images for validation is from 0 to below 1 and got "
+            f"{job.val_fraction}; write for example --val-fraction 0.2."
         )
     if not images.exists():
         raise RequestError(f"Images are read from a folder and {shown!r} does not exist.")
@@ -256,11 +268,28 @@ def _report(desk: _Desk, counts: RunCounts, settings: dict[str, Any], error: str
     )
 
 
-def _export(job: Job, project: GrowingProject) -> None:
-    if job.draw:
-        draw_missing_previews(project, job.out / PREVIEWS_DIR)
-        say(f"Previews: {job.out / PREVIEWS_DIR}")
-    if job.coco:
-        say(f"COCO: {export_coco(job.out)}")
-    if job.yolo:
-        say(f"YOLO: {export_yolo(job.out)}")
+def _export(job: Job, project: GrowingProject) -> str | None:
+    """Previews and exports; a sentence about what kept one of them from being made."""
+    try:
+        if job.draw:
+            draw_missing_previews(project, job.out / PREVIEWS_DIR)
+            say(f"Previews: {job.out / PREVIEWS_DIR}")
+        if job.coco:
+            _tell("COCO", export_coco(project, job.out / COCO_DIR))
+        if job.yolo:
+            _tell("YOLO", export_yolo(project, job.out / YOLO_DIR, job.val_fraction))
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        problem = (
+            f"The labels are complete, but an export could not be written "
+            f"({error.strerror or error}{where}); the same command makes it again."
+        )
+        complain(problem)
+        return problem
+    return None
+
+
+def _tell(kind: str, export: Export) -> None:
+    say(f"{kind}: {export.folder}")
+    for sentence in export.sentences():
+        say(f"  {sentence}")

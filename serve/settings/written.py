@@ -73,7 +73,10 @@ it is `<CAPTION_TO_PHRASE_GROUNDING>` when there is text, a mapping or a referen
   `<CAPTION_TO_PHRASE_GROUNDING>`.
 - **tiling**: `{{width, height, overlap, full_image}}`, or one number for both sides. Sides are 768
   by default and the overlap is 128 or a quarter of the side; `overlap: [x, y]` has one for each
-  direction. `sliding_window_params` never includes the look at the whole image.
+  direction. `sliding_window_params` never includes the look at the whole image. What a window's
+  edge cuts is joined with its other pieces; a piece inside an object that was seen whole goes,
+  whatever its name. So that nothing is cut by every window, the overlap is at least as large as
+  the objects.
 - **class_suffix**: a request of nothing but `mode: text_prompt` and a `text`, as the application
   Apply Florence-2 sends it, has the suffix `_bbox`, which that application takes off again.
 

@@ -67,7 +67,7 @@ class Runs:
         """Every image once, with the labels that belong to it, readable by the SDK."""
         from serve.sdk import sly
 
-        project = sly.Project(str(self.out), sly.OpenMode.READ)
+        project = sly.Project(str(self.out / "project"), sly.OpenMode.READ)
         (dataset,) = project.datasets
         names = dataset.get_items_names()
         assert sorted(names) == [f"{number:05}.png" for number in range(self.count)]
@@ -121,7 +121,7 @@ def _done(out: Path) -> int:
 def _stamps(out: Path) -> dict[str, int]:
     """When the files of the journaled images were written."""
     names = re.findall(r'"name": "([^"]+)"', (out / "journal.jsonl").read_text())
-    return {name: (out / "ds0/ann" / f"{name}.json").stat().st_mtime_ns for name in names}
+    return {name: (out / "project/ds0/ann" / f"{name}.json").stat().st_mtime_ns for name in names}
 
 
 def test_ctrl_c_finishes_the_batch_reports_and_says_how_to_go_on(runs):

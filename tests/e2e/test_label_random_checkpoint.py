@@ -68,7 +68,7 @@ def test_every_task_labels_a_folder(task, options, checkpoint, images, tmp_path)
     report = json.loads((out / "report.json").read_text())
     assert report["labeled"] + report["empty"] == 2
     assert report["failed_by_code"] == {"bad_image": 1}
-    project = sly.Project(str(out), sly.OpenMode.READ)
+    project = sly.Project(str(out / "project"), sly.OpenMode.READ)
     (dataset,) = project.datasets
     for name in dataset.get_items_names():
         annotation = sly.Annotation.load_json_file(dataset.get_ann_path(name), project.meta)

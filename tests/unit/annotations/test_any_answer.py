@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from florence2.records import Box, Polygon, Quad, Region, Result, Text
 from florence2.tasks import TASKS
 from serve.annotations import Answered, LabelRules, annotation_from_answers
+from serve.geometry import ring_area
 from serve.model_meta import ModelMeta
 from serve.naming import MAX_CLASS_NAME
 from serve.sdk import sly
@@ -87,6 +88,8 @@ def test_every_answer_gives_an_annotation_that_clients_can_read(answered, label_
         outer = label.geometry.to_bbox()
         assert 0 <= outer.top <= outer.bottom < HEIGHT
         assert 0 <= outer.left <= outer.right < WIDTH
+        if isinstance(label.geometry, sly.Polygon):
+            assert ring_area([(p.row, p.col) for p in label.geometry.exterior]) > 0
         for tag in label.tags:
             is_number = type(tag.value) is float and math.isfinite(tag.value)
             assert is_number if tag.name == "confidence" else type(tag.value) is str and tag.value
@@ -97,9 +100,16 @@ def test_every_answer_gives_an_annotation_that_clients_can_read(answered, label_
         assert known is None or known.geometry_type is type(label.geometry)
 
 
-@given(st.lists(ring.filter(lambda points: len(points) >= 6), min_size=1, max_size=2))
-def test_an_outline_of_numbers_is_never_lost(rings):
-    finite = [points for points in rings if all(map(math.isfinite, points))]
-    answer = a_result("<REGION_TO_SEGMENTATION>", [Polygon(tuple(rings), "x", 0.5)], None)
-    annotation = annotation_from_answers([Answered(answer)], LabelRules(), (WIDTH, HEIGHT))
-    assert len(annotation.labels) == len(finite)
+pixel = st.tuples(st.integers(0, WIDTH - 1), st.integers(0, HEIGHT - 1))
+
+
+@given(pixel, pixel, pixel)
+def test_an_outline_is_a_label_exactly_where_it_has_an_area(first, second, third):
+    doubled = (second[0] - first[0]) * (third[1] - first[1])
+    doubled -= (third[0] - first[0]) * (second[1] - first[1])
+    shape = Polygon(((*first, *second, *third),), "x", 0.5)
+    answer = a_result("<REGION_TO_SEGMENTATION>", [shape], None)
+    for geometry in ("polygon", "bitmap"):
+        rules = LabelRules(geometry=geometry)
+        annotation = annotation_from_answers([Answered(answer)], rules, (WIDTH, HEIGHT))
+        assert len(annotation.labels) == (doubled != 0)

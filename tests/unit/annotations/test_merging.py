@@ -147,6 +147,78 @@ def test_the_edges_of_a_rectangle_within_the_image_are_no_cuts():
     assert found == again == [car(300, 210, 330, 240)]
 
 
+@pytest.mark.parametrize(
+    ("whole", "left", "right", "labels"),
+    [
+        pytest.param(
+            [car(40, 10, 130, 40)], [car(60, 25, 100, 40, label="wheel")],
+            [car(80, 10, 130, 40, label="truck")], ["car"],
+            id="fragments of one seen whole go, whatever their name",
+        ),
+        pytest.param(
+            [car(40, 10, 130, 40)], [car(50, 20, 70, 40, label="wheel")],
+            [car(110, 20, 128, 40, label="wheel")], ["car", "wheel", "wheel"],
+            id="whole ones inside a whole one stay",
+        ),
+        pytest.param(
+            [car(40, 10, 130, 40)], [car(60, 12, 100, 39, label="truck")],
+            [car(80, 12, 125, 39, label="truck")], ["car"],
+            id="joined from pieces, where one tile saw another whole",
+        ),
+        pytest.param(
+            [car(0, 0, 180, 100, label="house")], [car(60, 30, 100, 60, label="person")],
+            [car(80, 30, 120, 60, label="person")], ["house", "person"],
+            id="cut by every tile, joined, and small before a large whole one",
+        ),
+        pytest.param(
+            [], [car(60, 30, 100, 60, label="person")], [car(80, 28, 120, 60, label="cat")],
+            ["person", "cat"],
+            id="cut by every tile and seen whole by none",
+        ),
+        pytest.param(
+            [car(40, 10, 130, 40)], [car(0, 20, 60, 38, label="sign")],
+            [car(120, 20, 180, 38, label="sign")], ["car", "sign", "sign"],
+            id="cut by the edge of the image only",
+        ),
+        pytest.param(
+            [car(40, 10, 130, 40)], [car(90, 30, 100, 80, label="person")], [],
+            ["car", "person"], id="mostly outside of the whole one",
+        ),
+        pytest.param(
+            [Polygon(((40.0, 10.0, 130.0, 10.0, 130.0, 40.0, 40.0, 40.0),), "car", 0.5)],
+            [Polygon(((60.0, 25.0, 100.0, 25.0, 100.0, 40.0),), "wheel", 0.5)], [], ["car"],
+            id="outlines",
+        ),
+    ],
+)  # fmt: skip
+def test_names_of_what_stays_beside_an_object_seen_whole(whole, left, right, labels):
+    tiles = tile(LEFT, *left), tile(RIGHT, *right)
+    for order in ([tile(WHOLE, *whole), *tiles], [*tiles, tile(WHOLE, *whole)]):
+        assert sorted(shape.label for shape in merged(*order)) == sorted(labels)
+
+
+def test_the_tile_that_sees_the_whole_object_may_be_one_of_many():
+    left = tile(LEFT, car(70, 10, 98, 40, label="truck"))
+    assert merged(left, tile(RIGHT, car(84, 10, 130, 40))) == [
+        car(70, 10, 98, 40, label="truck"), car(84, 10, 130, 40)
+    ]  # fmt: skip
+    right = tile(RIGHT, car(81, 12, 96, 38, label="truck"))
+    assert merged(tile(LEFT, car(60, 10, 96, 40)), right) == [car(60, 10, 96, 40)]
+
+
+def test_a_whole_object_that_the_user_will_not_see_takes_nothings_place():
+    tiles = [
+        tile(WHOLE, car(40, 10, 130, 40, 0.1)),
+        tile(LEFT, car(60, 25, 100, 40, 0.9, label="truck")),
+        tile(RIGHT),
+    ]
+    shown = merge_tiles(tiles, lambda shape: shape.score >= 0.1).objects
+    assert [shape.label for shape in shown] == ["car"]
+    assert shown[0].score == 0.1
+    unseen = merge_tiles(tiles, lambda shape: shape.score >= 0.3).objects
+    assert [shape.label for shape in unseen] == ["car", "truck"]
+
+
 def test_what_one_tile_saw_twice_stays():
     twins = car(10, 10, 40, 40, 0.9), car(10, 10, 40, 41, 0.8)
     assert merged(tile(LEFT, *twins), tile(RIGHT)) == [*twins]

@@ -6,11 +6,13 @@ import pytest
 from PIL import Image
 
 from florence2.errors import RequestError
-from florence2.records import Failure
+from florence2.records import Box, Failure, Result
 from florence2.scheduler import BatchReport, Priority
+from serve.annotations import annotation_from_answers
 from serve.deployment import Deployment, ModelChoice
 from serve.http.metrics import Metrics
-from serve.predictor import Call, Predicted, Predictor
+from serve.predictor import Call, Predicted, Predictor, _answered, _job
+from serve.rules import rules_of
 from serve.settings.parse import parse_settings
 
 
@@ -113,6 +115,47 @@ def test_tiles_find_what_the_whole_image_holds_once(predictor, bike):
     assert {"arrow", "box", "star", "tree"} <= set(classes_of(predicted))
     for name in ("box", "star"):
         assert classes_of(predicted).count(name) == 1
+
+
+@pytest.mark.parametrize(
+    ("scene", "side", "overlap"),
+    [("scene_bike.png", 256, 64), ("scene_arrows.jpg", 200, 60), ("scene_night.jpg", 200, 60)],
+)
+def test_small_tiles_leave_no_fragments_in_what_was_seen_whole(
+    predictor, image_path, scene, side, overlap
+):
+    """The first of these scenes had 10 objects instead of 4."""
+    tiled = {"tiling": {"width": side, "height": side, "overlap": overlap}}
+    picture = image_path(scene)
+    [whole] = predictor.predict([picture], parse_settings({}))
+    [small] = predictor.predict([picture], parse_settings(tiled))
+    assert classes_of(small) == classes_of(whole)
+
+
+@pytest.mark.parametrize(
+    ("settings", "labels"),
+    [
+        pytest.param({}, ["car"], id="the whole one is shown"),
+        pytest.param({"confidence_threshold": 0.3}, ["truck"], id="not sure enough"),
+        pytest.param({"max_box_area": 0.4}, ["truck"], id="too large"),
+        pytest.param({"classes": ["truck"]}, ["truck"], id="not wanted"),
+    ],
+)
+def test_a_fragment_goes_only_for_a_whole_object_that_becomes_a_label(settings, labels):
+    size = (180, 100)
+
+    def seen(*boxes: Box) -> Result:
+        return Result("<OD>", size, boxes, None, "", (), False)
+
+    tiling = {"tiling": {"width": 100, "height": 100, "overlap": 20}, **settings}
+    job = _job(Image.new("RGB", size), parse_settings(tiling))
+    whole = seen(Box((5.0, 5.0, 170.0, 95.0), "car", 0.2))
+    left = seen(Box((60.0, 25.0, 99.0, 60.0), "truck", 0.9))
+    [question] = job.questions
+    rules = rules_of(job.settings)
+    answered = _answered(job, question, rules, [whole, left, seen()])
+    annotation = annotation_from_answers([answered], rules, size)
+    assert [label.obj_class.name for label in annotation.labels] == labels
 
 
 def test_a_caption_becomes_a_tag_of_the_image(predictor, bike):

@@ -61,7 +61,7 @@ class FakeModel:
 
 def read_project(out):
     """The annotations by image name, read by the SDK, and the project itself."""
-    project = sly.Project(str(out), sly.OpenMode.READ)
+    project = sly.Project(str(out / "project"), sly.OpenMode.READ)
     (dataset,) = project.datasets
     return {
         name: sly.Annotation.load_json_file(dataset.get_ann_path(name), project.meta)

@@ -14,6 +14,7 @@ from serve.geometry import (
     outer_box,
     points_rc_from_ring_xy,
     rectangle_tlbr_from_box_xyxy,
+    ring_area,
 )
 from serve.sdk import sly
 
@@ -122,3 +123,22 @@ def test_the_area_of_a_box_counts_inside_the_image():
     assert area_share((0, 0, 10, 10), (20, 10)) == 0.5
     assert area_share((-50, -50, 90, 90), (20, 10)) == 1
     assert area_share((30, 0, 40, 10), (20, 10)) == 0
+
+
+@pytest.mark.parametrize(
+    ("points", "area"),
+    [
+        pytest.param([(0, 0), (0, 10), (10, 10), (10, 0)], 100, id="a square"),
+        pytest.param([(0, 0), (0, 10), (10, 0)], 50, id="a triangle"),
+        pytest.param([(0, 0), (0, 10), (0, 20)], 0, id="a line along a row"),
+        pytest.param([(0, 0), (5, 5), (10, 10), (2, 2)], 0, id="a slanted line there and back"),
+        pytest.param([(0, 0), (3, 7), (6, 14), (5, 40), (6, 14), (3, 7)], 0, id="a bent line"),
+        pytest.param([(3, 3), (3, 3), (3, 3)], 0, id="a point"),
+        pytest.param([(0, 0), (10, 10), (0, 10), (10, 0)], 50, id="two triangles, tip to tip"),
+        pytest.param(
+            [(0, 0), (1, 1), (0, 1), (1, 0)], 1, id="the same in one row: its middle counts"
+        ),
+    ],
+)
+def test_the_area_of_a_ring(points, area):
+    assert ring_area(points) == pytest.approx(area)

@@ -18,7 +18,7 @@ def test_a_folder_becomes_a_project_the_sdk_reads(label, images, model, report_o
     names = [item.obj_class.name for item in annotations["0.png"].labels]
     assert names == ["Red Car", "dog"]
     assert [c.name for c in project.meta.obj_classes] == ["Red Car", "dog"]
-    assert (done.out / "ds0/img/3.png").read_bytes() == (images / "3.png").read_bytes()
+    assert (done.out / "project/ds0/img/3.png").read_bytes() == (images / "3.png").read_bytes()
     report = report_of(done.out)
     assert (report["labeled"], report["empty"], report["failed"]) == (5, 0, 0)
     assert report["objects"] == 10
@@ -28,13 +28,13 @@ def test_a_folder_becomes_a_project_the_sdk_reads(label, images, model, report_o
 
 def test_the_second_run_of_one_command_does_nothing(label, images, model):
     first = label(images)
-    before = files_below(first.out / "ds0")
+    before = files_below(first.out / "project/ds0")
     asked = len(model.asked)
     second = label(images)
     assert second.code == 0
     assert len(model.asked) == asked
     assert len(second.loads) == 1, "no model is loaded when there is nothing to do"
-    assert files_below(first.out / "ds0") == before
+    assert files_below(first.out / "project/ds0") == before
 
 
 def test_empty_images_are_written_and_not_looked_at_again(label, images, model, journal_of):
@@ -98,7 +98,7 @@ def test_one_failed_prompt_fails_the_image(label, images, model, report_of):
     done = label(images, "--prompt", "cat. dog")
     assert done.code == 2
     assert report_of(done.out)["failed"] == 5
-    assert not list((done.out / "ds0/img").iterdir())
+    assert not list((done.out / "project/ds0/img").iterdir())
 
 
 def test_region_and_search_settings_reach_the_model(label, images, model):

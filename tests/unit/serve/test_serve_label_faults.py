@@ -16,9 +16,13 @@ from serve.labeling.files import opened_workspace
 @pytest.mark.parametrize(
     "harm",
     [
-        pytest.param(lambda out: (out / "ds0/ann/2.png.json").write_text(""), id="cut to nothing"),
-        pytest.param(lambda out: (out / "ds0/ann/2.png.json").unlink(), id="annotation gone"),
-        pytest.param(lambda out: (out / "ds0/img/2.png").unlink(), id="image gone"),
+        pytest.param(
+            lambda out: (out / "project/ds0/ann/2.png.json").write_text(""), id="cut to nothing"
+        ),
+        pytest.param(
+            lambda out: (out / "project/ds0/ann/2.png.json").unlink(), id="annotation gone"
+        ),
+        pytest.param(lambda out: (out / "project/ds0/img/2.png").unlink(), id="image gone"),
     ],
 )
 def test_what_a_crash_of_the_machine_took_is_labeled_again(label, images, model, harm, report_of):

@@ -27,7 +27,7 @@ def test_same_names_in_different_folders_do_not_collide(label, tmp_path, model, 
     assert len({entry["name"] for entry in journal.values()}) == len(keys)
     assert len(read_project(done.out)[0]) == len(keys)
     for number, key in enumerate(keys):
-        stored = Image.open(done.out / "ds0/img" / journal[key]["name"]).getpixel((0, 0))
+        stored = Image.open(done.out / "project/ds0/img" / journal[key]["name"]).getpixel((0, 0))
         if key.endswith("png"):
             assert stored == color_of(number)
     assert journal["a/1.png"]["name"] == "a__1.png"
@@ -68,8 +68,8 @@ def test_links_share_the_file_and_copies_do_not(label, images, tmp_path):
     linked = label(images, "--link", out=tmp_path / "linked").out
     copied = label(images, out=tmp_path / "copied").out
     original = (images / "0.png").stat().st_ino
-    assert (linked / "ds0/img/0.png").stat().st_ino == original
-    assert (copied / "ds0/img/0.png").stat().st_ino != original
+    assert (linked / "project/ds0/img/0.png").stat().st_ino == original
+    assert (copied / "project/ds0/img/0.png").stat().st_ino != original
     assert label(images, "--link", out=linked).code == 0
 
 
@@ -109,7 +109,8 @@ def test_a_class_in_two_shapes_becomes_one_of_any_shape(label, images, model):
     assert sum(len(annotation.labels) for annotation in annotations.values()) == 5
     coco = json.loads((done.out / "coco/ds0/annotations/coco_instances.json").read_text())
     assert len(coco["annotations"]) == 5
-    assert (done.out / "yolo/labels/train/ds0_2.txt").read_text()
+    lines = [path.read_text().split() for path in (done.out / "yolo/labels").rglob("*.txt")]
+    assert sorted(map(len, lines)) == [7, 9, 9, 9, 9]
 
 
 def test_coco_and_yolo_hold_the_same_objects(label, images, model):
@@ -119,9 +120,11 @@ def test_coco_and_yolo_hold_the_same_objects(label, images, model):
     assert len(coco["images"]) == 5
     assert len(coco["annotations"]) == 10
     assert coco["annotations"][0]["bbox"][:2] == [4, 4]
-    lines = (done.out / "yolo/labels/train/ds0_0.txt").read_text().splitlines()
-    assert [line.split()[0] for line in lines] == ["0", "1"]
-    assert "names: [Dog, red car]" in (done.out / "yolo/data_config.yaml").read_text()
+    for path in (done.out / "yolo/labels").rglob("*.txt"):
+        assert path.read_text() == "0 0.187500 0.250000 0.250000 0.333333\n" + (
+            "1 0.187500 0.250000 0.250000 0.333333\n"
+        )
+    assert "names: [Dog, red car]" in (done.out / "yolo/data.yaml").read_text()
     assert label(images, "--class", "Dog=puppy,hound", "--class", "red car", "--coco").code == 0
     assert len(read_project(done.out)[0]) == 5
 
@@ -140,8 +143,8 @@ def test_outlines_go_to_yolo_as_outlines(label, images, model):
     ring = (1.0, 1.0, 30.0, 1.0, 30.0, 30.0)
     model.answer = lambda ask: result(ask.task, Polygon((ring,), "", 0.9), size=ask.image.size_wh)
     done = label(images, "--task", "referring_segmentation", "--prompt", "the cat", "--yolo")
-    line = (done.out / "yolo/labels/train/ds0_0.txt").read_text().split()
-    assert len(line) == 7
+    for path in (done.out / "yolo/labels").rglob("*.txt"):
+        assert len(path.read_text().split()) == 7
 
 
 def test_previews_show_the_labels_also_for_what_was_labeled_before(label, images):
@@ -179,7 +182,7 @@ def test_an_image_that_vanishes_before_it_is_copied_fails_alone(label, images, m
     assert done.code == 1
     report = report_of(done.out)
     assert (report["labeled"], report["failed_by_code"]) == (4, {"bad_image": 1})
-    assert not (done.out / "ds0/ann/2.png.json").exists()
+    assert not (done.out / "project/ds0/ann/2.png.json").exists()
 
 
 def test_a_subfolder_that_cannot_be_read_is_named_and_left_out(

@@ -48,7 +48,7 @@ def test_overwrite_sets_the_old_labels_aside(label, images, model):
 
 def test_what_a_person_corrected_is_never_written_over(label, images):
     out = label(images).out
-    annotation = out / "ds0/ann/2.png.json"
+    annotation = out / "project/ds0/ann/2.png.json"
     corrected = json.loads(annotation.read_text())
     corrected["objects"] = []
     annotation.write_text(json.dumps(corrected))
@@ -111,7 +111,7 @@ def test_a_correction_that_the_journal_does_not_know_is_kept_aside(label, images
     out = label(images).out
     journal = out / "journal.jsonl"
     journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:-2]))
-    annotation = out / "ds0/ann/4.png.json"
+    annotation = out / "project/ds0/ann/4.png.json"
     corrected = json.loads(annotation.read_text()) | {"description": "mine"}
     annotation.write_text(json.dumps(corrected))
     assert label(images).code == 0
