@@ -47,7 +47,7 @@ def _compute_exactly() -> Undo:
     used both; written by the older one where that is enough, as a program may read that.
     """
     products, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    parts = (products, cudnn.conv, cudnn.rnn)
+    parts = (products, cudnn.conv, cudnn.rnn)  # type: ignore[attr-defined]
     before = [part.fp32_precision for part in parts]
     products.allow_tf32 = False
     cudnn.allow_tf32 = False
@@ -64,7 +64,7 @@ def _compute_exactly() -> Undo:
 
 def _attend_without_cudnn() -> Undo:
     """cuDNN's attention comes first on new GPUs, and makes a plan for every new shape."""
-    before = torch.backends.cuda.cudnn_sdp_enabled()
+    before = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
     torch.backends.cuda.enable_cudnn_sdp(False)
     return lambda: torch.backends.cuda.enable_cudnn_sdp(before)
 
