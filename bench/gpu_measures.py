@@ -254,11 +254,15 @@ def _median(runs: Sequence[dict[str, float]], without: str = "") -> float:
 def _both_ways(
     runtime: TorchRuntime, work: Callable[[], Any]
 ) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    def eager() -> Any:  # noqa: ANN401
-        with runtime.graphs.paused():
+    def recorded() -> Any:  # noqa: ANN401
+        with runtime.computing():
             return work()
 
-    return work, eager
+    def eager() -> Any:  # noqa: ANN401
+        with runtime.graphs.paused():
+            return recorded()
+
+    return recorded, eager
 
 
 def _settle(device: torch.device) -> None:

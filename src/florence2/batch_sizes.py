@@ -7,6 +7,7 @@ allows: what one more image or prompt costs is measured once the checkpoint is l
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,13 +15,18 @@ from typing import Final
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from florence2.checkpoint import Checkpoint
 from florence2.generate import generate
-from florence2.runtimes.memory_meter import MemoryMeter, measure_cost
+from florence2.runtimes.decode_buffers import ROWS
+from florence2.runtimes.memory_meter import Cost, MemoryMeter, measure_cost
 from florence2.runtimes.torch import TorchRuntime
+from florence2.runtimes.vision_graphs import BUCKETS as VISION_BUCKETS
 from florence2.tasks import TASKS
 from florence2.tokens import BOS_ID, EOS_ID
+
+logger = logging.getLogger(__name__)
 
 _GPU_IMAGES: Final = 16
 _GPU_PROMPTS: Final = 32
@@ -84,50 +90,73 @@ def measured_batches(
 ) -> BatchSizes:
     """Batches that fit into the memory that is free now, but for ``reserved_bytes`` of it.
 
-    Measured by real passes at two batch sizes. A prompt is counted with the longest answer of the
-    task table and 3 beams, as published; the loop halves batches that do not fit after all.
+    Measured by real passes at two batch sizes, with recordings where work is recorded; what those
+    keep, and buffers that are idle between searches, is not free either. A prompt is counted with
+    the longest answer of the task table and 3 beams, as published; the loop halves batches that do
+    not fit after all.
     """
     width, height = checkpoint.image_processor.size_wh
-    pixels = np.zeros((1, 3, height, width), np.float32)
+    image = np.zeros((1, height, width, 3), np.uint8)
+    settings = replace(checkpoint.generation, num_beams=_BEAMS)
     growth = _longest_answer_bytes(checkpoint, runtime)
-    with runtime.graphs.paused(), torch.inference_mode():
-        features = runtime.encode_images(pixels)[0]
-        free = max(0, meter.free_bytes() - reserved_bytes)
 
-        def encode(count: int) -> None:
-            runtime.encode_images(np.repeat(pixels, count, axis=0))
+    def encode(count: int) -> Tensor:
+        table = checkpoint.image_processor.lookup_table
+        return runtime.encode_bytes(np.repeat(image, count, axis=0), table)
+
+    with torch.inference_mode():
+        features = encode(1)[0]
 
         def decode(count: int) -> None:
             ids = [BOS_ID, *[EOS_ID] * (_PROMPT_TOKENS - 1)]
             session = runtime.start([features] * count, [ids] * count, _BEAMS, _MEASURED_TOKENS)
-            settings = replace(checkpoint.generation, num_beams=_BEAMS)
-            generate(session, count, settings, [_MEASURED_TOKENS] * count)
+            space = runtime.space(settings, None)
+            generate(session, count, settings, [_MEASURED_TOKENS] * count, space=space)
 
-        return BatchSizes(
-            _measured(runtime, meter, encode, int(free * _IMAGE_SHARE), 0, MOST_IMAGES),
-            _measured(runtime, meter, decode, int(free * _PROMPT_SHARE), growth, MOST_PROMPTS),
-        )
+        prompt = _cost(runtime, meter, decode)
+        # Batches above the recorded sizes are what fills the memory, and those are not recorded.
+        with runtime.graphs.paused():
+            picture = _cost(runtime, meter, encode)
+        runtime.free_memory()
+        if runtime.graphs.is_enabled:
+            reserved_bytes += runtime.most_idle_bytes
+            # Smaller ones are recorded in the memory that the largest has freed again.
+            _record_largest(runtime, encode)
+        free = max(0, meter.free_bytes() - reserved_bytes)
+    prompts = _fitting(prompt, int(free * _PROMPT_SHARE), growth, MOST_PROMPTS)
+    if runtime.graphs.is_enabled:
+        # Rows are rounded up to one of these.
+        prompts = max(size for size in ROWS if size <= prompts)
+    return BatchSizes(_fitting(picture, int(free * _IMAGE_SHARE), 0, MOST_IMAGES), prompts)
 
 
-def _measured(
-    runtime: TorchRuntime,
-    meter: MemoryMeter,
-    run: Callable[[int], None],
-    free_bytes: int,
-    growth_bytes: int,
-    most: int,
-) -> int:
-    """The batch that fits when each item takes ``growth_bytes`` more than ``run`` shows."""
+def _fitting(cost: Cost | None, free_bytes: int, growth_bytes: int, most: int) -> int:
+    """The batch that fits when each item takes ``growth_bytes`` more than was measured."""
+    if cost is None:
+        return 1
+    return fit_batch(free_bytes, cost.fixed_bytes, cost.bytes_per_item + growth_bytes, most)
+
+
+def _cost(runtime: TorchRuntime, meter: MemoryMeter, run: Callable[[int], object]) -> Cost | None:
+    """What ``run`` costs in memory; None where not even a few items fit."""
     try:
-        cost = measure_cost(meter, run)
+        return measure_cost(meter, run, runtime.free_memory)
     except (RuntimeError, MemoryError) as error:
         if not runtime.is_out_of_memory(error):
             raise
-    else:
-        return fit_batch(free_bytes, cost.fixed_bytes, cost.bytes_per_item + growth_bytes, most)
     # Outside the handler, whose traceback keeps tensors alive.
     runtime.free_memory()
-    return 1
+    return None
+
+
+def _record_largest(runtime: TorchRuntime, encode: Callable[[int], object]) -> None:
+    try:
+        encode(VISION_BUCKETS[-1])
+    except (RuntimeError, MemoryError) as error:
+        if not runtime.is_out_of_memory(error):
+            raise
+        logger.warning("There is no room to record a pass over %d images", VISION_BUCKETS[-1])
+        runtime.free_memory()
 
 
 def _longest_answer_bytes(checkpoint: Checkpoint, runtime: TorchRuntime) -> int:

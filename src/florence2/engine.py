@@ -160,7 +160,8 @@ class Engine:
         """Holds the engine for one caller, its weights on the device."""
         with self._lock:
             self._wake()
-            yield
+            with self.runtime.computing():
+                yield
 
     @property
     def memory_bytes(self) -> int:

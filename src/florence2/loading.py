@@ -14,7 +14,7 @@ from florence2.images import open_image
 from florence2.runtimes.memory_meter import CudaMeter, MemoryMeter
 from florence2.runtimes.precision import TOLERANCE, error_against_fp32, float32_bytes
 from florence2.runtimes.torch import PRECISIONS, TorchRuntime, choose_precision
-from florence2.self_test import PrecisionError, probe_picture, self_test
+from florence2.self_test import PrecisionError, check_recordings, probe_picture, self_test
 
 logger = logging.getLogger(__name__)
 
@@ -58,9 +58,11 @@ def _load(
     try:
         self_test(engine)
         if device.type == "cuda":
+            check_recordings(engine, runtime.graphs)
             meter = CudaMeter(device)
-            check_where_it_fits(checkpoint, runtime, meter, is_free)
-            _take_over(engine, measured_batches(checkpoint, runtime, meter, cache_bytes))
+            with runtime.computing():
+                check_where_it_fits(checkpoint, runtime, meter, is_free)
+                _take_over(engine, measured_batches(checkpoint, runtime, meter, cache_bytes))
     except BaseException:
         engine.close()
         raise

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from florence2 import Ask, Florence2
+from florence2.hypotheses import PREFIX
 from florence2.network.florence import Florence2Network
 from florence2.network.presets import base_config
 from florence2.processing import ImageProcessor
@@ -42,10 +43,15 @@ def network():
     return Florence2Network(base_config())
 
 
-@pytest.fixture(params=PRECISIONS)
-def runtime(request, network):
+def copy_of(network):
     copy = Florence2Network(network.config)
     copy.load_state_dict(network.state_dict())
+    return copy
+
+
+@pytest.fixture(params=PRECISIONS)
+def runtime(request, network):
+    copy = copy_of(network)
     yield TorchRuntime(copy, CUDA, request.param)
     copy.to("meta")
     torch.cuda.empty_cache()
@@ -78,9 +84,7 @@ def test_float32_is_the_cpus(network):
     expected = TorchRuntime(network, torch.device("cpu"), "fp32").encode_images(
         pixels_of(IMAGES[:2])
     )
-    copy = Florence2Network(network.config)
-    copy.load_state_dict(network.state_dict())
-    found = TorchRuntime(copy, CUDA, "fp32").encode_images(pixels_of(IMAGES[:2]))
+    found = TorchRuntime(copy_of(network), CUDA, "fp32").encode_images(pixels_of(IMAGES[:2]))
     assert error(found.cpu(), expected) < 1e-5
 
 
@@ -110,6 +114,54 @@ def test_the_demo_answers_alike_with_and_without_graphs(precision):
     # Reduced precision rounds by the shape of the batch, which may tip a near tie.
     assert all(same) if precision == "fp32" else np.mean(same) > 0.8
     model.close()
+
+
+@pytest.mark.parametrize("precision", ["auto", "fp32"])
+def test_recordings_pass_the_check_at_load(precision, caplog):
+    model = Florence2.load("demo", device="cuda", precision=precision)
+    assert model.engine.runtime.graphs.is_enabled
+    assert "CUDA graphs are off" not in caplog.text
+    model.close()
+
+
+def test_a_variable_turns_recording_off(monkeypatch):
+    monkeypatch.setenv("FLORENCE2_CUDA_GRAPHS", "0")
+    model = Florence2.load("demo", device="cuda", precision="fp32")
+    answers = model.run_many([Ask(draw_scene(make_scene(1)), task) for task in TASKS])
+    assert all(answer.token_ids for answer in answers)
+    assert model.engine.runtime.graphs.num_graphs == 0
+    model.close()
+
+
+def test_the_encoder_and_the_first_pass_are_recorded(network):
+    runtime = TorchRuntime(copy_of(network), CUDA, "fp32")
+    features = list(runtime.encode_bytes(IMAGES[:3], TABLE))
+    prompts = [[0, 5, 6, 2], [0, 9, 8, 7, 4, 2], [0, 2]]
+    for count in (1, 2, 3):
+        with runtime.computing():
+            session = runtime.start(features[:count], prompts[:count], 3, 20)
+            found = session.prefill(list(PREFIX))
+            with runtime.graphs.paused():
+                plain = runtime.start(features[:count], prompts[:count], 3, 20)
+                expected = plain.prefill(list(PREFIX))
+        assert error(found, expected) < ROUNDING["fp32"]
+    assert runtime.graphs.is_enabled
+
+
+def test_float32_products_are_exact_whatever_the_host_program_chose(network):
+    runtime = TorchRuntime(copy_of(network), CUDA, "fp32")
+    features = list(runtime.encode_bytes(IMAGES[:1], TABLE))
+
+    def logits():
+        with runtime.computing(), runtime.graphs.paused():
+            return runtime.start(features, [[0, 5, 6, 2]], 1, 20).prefill(list(PREFIX))
+
+    expected = logits()
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert torch.equal(logits(), expected)
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_float32_gives_the_tokens_of_the_cpu():

@@ -84,6 +84,25 @@ class DecoderSession:
         """S: positions of the longest encoded prompt."""
         return self._layers[0].cross_key.shape[2]
 
+    @property
+    def cross_mask(self) -> Tensor:
+        """Added to scores over the encoded prompts: [B, 1, 1, S]."""
+        return self._wide_cross_mask()
+
+    def layer_tensors(self) -> list[Tensor]:
+        """Of each layer: cross keys and values, own keys and values of the tokens fed so far."""
+        end = self._end()
+        return [
+            tensor
+            for layer in self._layers
+            for tensor in (
+                layer.cross_key,
+                layer.cross_value,
+                layer.own_key[:, :, :end],
+                layer.own_value[:, :, :end],
+            )
+        ]
+
     @torch.inference_mode()
     def prefill(self, prefix_ids: Sequence[int]) -> Tensor:
         """Feeds the tokens that all answers begin with, once per item.
@@ -92,9 +111,13 @@ class DecoderSession:
         """
         if self._prefix_length or not prefix_ids:
             raise RuntimeError("prefill takes at least one token, and only before any step.")
-        self._prefix_length = end = len(prefix_ids)
+        return self.prefill_on_device(row_numbers(list(prefix_ids), self._own_mask.device))
+
+    @torch.inference_mode()
+    def prefill_on_device(self, token_ids: Tensor) -> Tensor:
+        """As ``prefill`` for ids [P] that are on the device."""
+        self._prefix_length = end = len(token_ids)
         self.reserve(0)
-        token_ids = row_numbers(list(prefix_ids), self._own_mask.device)
         vectors = self._decoder.embed(token_ids).expand(self.num_items, -1, -1)
         rows = self._decoder.add_positions(vectors)
         for layer, cache in zip(self._decoder_layers(), self._layers, strict=True):
@@ -206,7 +229,8 @@ class DecoderSession:
         for layer in self._layers:
             layer.reserve(capacity)
         wide = widened(self._own_mask, 2, capacity, HIDDEN)
-        wide[:, :, : self._prefix_length] = 0.0
+        # Not by assignment, which brings its number from the host: this is recorded on a GPU.
+        wide[:, :, : self._prefix_length].zero_()
         self._own_mask = wide
 
     def _reserve_cross(self, other: DecoderSession) -> None:

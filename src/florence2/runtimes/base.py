@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import numpy as np
@@ -26,6 +27,10 @@ class Runtime(Protocol):
     name: str
     device: str
     precision: str
+
+    def computing(self) -> AbstractContextManager[None]:
+        """To be entered around passes: settings of the process that they need hold within it."""
+        ...
 
     def encode_images(self, pixels: Pixels) -> Tensor:
         """Visual tokens [B, num_visual_tokens, d_model] of ``pixels`` [B, 3, H, W]."""

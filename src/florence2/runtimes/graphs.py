@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -24,6 +25,9 @@ WARM_UPS: Final = 2
 """Libraries choose kernels and allocate workspaces in first runs, which must not be recorded."""
 
 MAX_GRAPHS: Final = 64
+
+SWITCH: Final = "FLORENCE2_CUDA_GRAPHS"
+"""An environment variable: 0 turns recording off for the whole process."""
 
 
 class Recording(Protocol):
@@ -52,17 +56,19 @@ class Recorder(Protocol):
 class GraphRunner:
     """Runs work through recordings, or just runs it where there is no ``recorder`` (a CPU).
 
-    At most ``max_graphs`` recordings are kept, the least recently used one goes first. Not for
-    several threads at a time.
+    At most ``max_graphs`` recordings are kept, the least recently used one goes first. The first
+    recording that fails ends all recording, as a capture that broke off can leave the memory that
+    recordings share unusable. Not for several threads at a time.
     """
 
     def __init__(self, recorder: Recorder | None, max_graphs: int = MAX_GRAPHS) -> None:
         self._recorder = recorder
         self._max_graphs = max_graphs
         self._is_paused = False
+        self._is_plain = False
         # A recording knows addresses only: the work, and with it the tensors that it reaches,
-        # must live as long. None stands for work that cannot be recorded.
-        self._held: OrderedDict[Hashable, tuple[Work, Recording | None]] = OrderedDict()
+        # must live as long.
+        self._held: OrderedDict[Hashable, tuple[Work, Recording]] = OrderedDict()
 
     @property
     def is_enabled(self) -> bool:
@@ -72,7 +78,7 @@ class GraphRunner:
     @property
     def num_graphs(self) -> int:
         """Recordings kept now."""
-        return sum(recording is not None for _, recording in self._held.values())
+        return len(self._held)
 
     @torch.inference_mode()
     def run(self, key: Hashable, work: Work, state: Sequence[Tensor] = ()) -> None:
@@ -94,10 +100,10 @@ class GraphRunner:
         written before it is read, needs no entry. A cache in which a step writes the slots of its
         own position needs none either: each warm-up writes the same values again.
 
-        Work that cannot be recorded is logged once and then just run, until ``clear``. Errors
-        of the work itself come through, with ``state`` put back.
+        Work that cannot be recorded is just run, like all work after it. Errors of the work itself
+        come through, with ``state`` put back.
         """
-        if self._recorder is None or self._is_paused:
+        if self._recorder is None or self._is_paused or self._is_plain:
             work()
             return
         if key in self._held:
@@ -105,12 +111,12 @@ class GraphRunner:
         else:
             self._warm_up(self._recorder, work, state)
             self._make_room()
-            self._held[key] = work, self._record(self._recorder, key, work)
-        _, recording = self._held[key]
-        if recording is None:
-            work()
-        else:
-            recording.replay()
+            recording = self._record(self._recorder, key, work)
+            if recording is None:
+                work()
+                return
+            self._held[key] = work, recording
+        self._held[key][1].replay()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -120,6 +126,28 @@ class GraphRunner:
             yield
         finally:
             self._is_paused = before
+
+    @contextmanager
+    def plainly(self) -> Iterator[None]:
+        """Within it, work goes the same ways as if it were recorded, but is just run.
+
+        What comes out can be compared with what recordings give: it has the same shapes.
+        """
+        before, self._is_plain = self._is_plain, True
+        try:
+            yield
+        finally:
+            self._is_plain = before
+
+    def give_up(self, why: object) -> None:
+        """Ends all recording for good, with one warning."""
+        if self._recorder is None:
+            return
+        logger.warning(
+            "CUDA graphs are off from here on, which costs speed and changes no answer: %s", why
+        )
+        self.clear()
+        self._recorder = None
 
     def forget(self, keys: Iterable[Hashable]) -> None:
         """Forgets these recordings, of which there may be none, as ``clear`` does all."""
@@ -148,12 +176,11 @@ class GraphRunner:
                     for tensor, value in zip(state, saved, strict=True):
                         tensor.copy_(value)
 
-    @staticmethod
-    def _record(recorder: Recorder, key: Hashable, work: Work) -> Recording | None:
+    def _record(self, recorder: Recorder, key: Hashable, work: Work) -> Recording | None:
         try:
             return recorder.record(work)
         except RuntimeError as error:
-            logger.warning("%s runs without a CUDA graph, recording it failed: %s", key, error)
+            self.give_up(f"recording {key} failed: {error}")
             return None
 
     def _make_room(self) -> None:
@@ -163,8 +190,7 @@ class GraphRunner:
 
     def _drop_oldest(self) -> None:
         _, (_, recording) = self._held.popitem(last=False)
-        if recording is not None:
-            recording.reset()
+        recording.reset()
 
 
 class CudaRecorder:
@@ -242,5 +268,6 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def make_runner(device: torch.device, max_graphs: int = MAX_GRAPHS) -> GraphRunner:
-    """Recording on a CUDA device, none on a CPU."""
-    return GraphRunner(CudaRecorder(device) if device.type == "cuda" else None, max_graphs)
+    """Recording on a CUDA device, none on a CPU or where ``FLORENCE2_CUDA_GRAPHS`` is 0."""
+    is_on = device.type == "cuda" and os.environ.get(SWITCH, "").strip() != "0"
+    return GraphRunner(CudaRecorder(device) if is_on else None, max_graphs)

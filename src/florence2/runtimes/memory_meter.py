@@ -30,10 +30,14 @@ class Cost:
     bytes_per_item: int
 
 
-def measure_cost(meter: MemoryMeter, run: Callable[[int], object]) -> Cost:
-    """The line through the peaks of ``run(n)`` at two batch sizes."""
+def measure_cost(
+    meter: MemoryMeter, run: Callable[[int], object], prepare: Callable[[], None]
+) -> Cost:
+    """The line through the peaks of ``run(n)`` at two batch sizes, each after ``prepare``."""
     few, many = COUNTS
+    prepare()
     low = meter.peak_bytes(lambda: run(few))
+    prepare()
     high = meter.peak_bytes(lambda: run(many))
     slope = max(0, high - low) // (many - few)
     return Cost(max(0, low - few * slope), slope)

@@ -12,7 +12,8 @@ from torch.func import functional_call
 from florence2.network.florence import Florence2Network
 from florence2.runtimes.base import Pixels
 from florence2.runtimes.device_pixels import upload
-from florence2.runtimes.torch import TorchRuntime, exact_convolutions
+from florence2.runtimes.numerics import computing
+from florence2.runtimes.torch import TorchRuntime
 
 TOLERANCE: Final = {"fp32": 1e-4, "fp16": 0.02, "bf16": 0.1}
 """The largest sane error of the visual tokens: several times what rounding alone makes."""
@@ -47,7 +48,7 @@ def error_against_fp32(runtime: TorchRuntime, pixels: Pixels) -> float:
         if name.startswith(_VISION)
     }
     on_device = upload(pixels, runtime.network.device)
-    with exact_convolutions():
+    with computing(on_device.device.type, "fp32"):
         exact = cast(Tensor, functional_call(_Vision(runtime.network), weights, (on_device,)))
     error = float((found - exact).norm() / exact.norm())
     return error if math.isfinite(error) else math.inf

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Final
 
 import numpy as np
@@ -21,6 +21,8 @@ from florence2.runtimes.base import ImageBytes, Pixels
 from florence2.runtimes.decode_graphs import DecodePool, most_idle_bytes
 from florence2.runtimes.device_pixels import check_bytes, normalise, upload
 from florence2.runtimes.graphs import GraphRunner, make_runner
+from florence2.runtimes.numerics import computing
+from florence2.runtimes.prompt_graphs import PromptGraphs
 from florence2.runtimes.vision_graphs import VisionGraphs
 from florence2.space import PlainSpace, Space
 from florence2.tokens import PAD_ID
@@ -81,24 +83,21 @@ def choose_precision(name: str, device: torch.device, d_model: int) -> str:
         return name
     if device.type == "cpu":
         return "bf16" if d_model >= BF16_FROM_D_MODEL and cpu_computes_bf16() else "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return "bf16" if gpu_computes_bf16(device) else "fp16"
+
+
+def gpu_computes_bf16(device: torch.device) -> bool:
+    """Whether this GPU multiplies bf16 itself: NVIDIA's from compute capability 8.0 on.
+
+    torch's own answer is about the current device, and counts emulation unless asked not to.
+    """
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def cpu_computes_bf16() -> bool:
     """Whether this CPU multiplies bf16 itself (AMX, AVX-512 BF16) and does not emulate it."""
     tests = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     return any(bool(getattr(torch.cpu, name, bool)()) for name in tests)
-
-
-@contextmanager
-def exact_convolutions() -> Iterator[None]:
-    """Convolutions of float32 in float32; torch's default on a GPU is TF32, 10 bits of mantissa."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
 
 
 class TorchRuntime:
@@ -124,7 +123,9 @@ class TorchRuntime:
         self.graphs = make_runner(device) if graphs is None else graphs
         self._device = device
         self._vision = VisionGraphs(self.graphs)
-        self._decode = DecodePool(self.network, self.graphs, most_idle_bytes(device))
+        self._prompts = PromptGraphs(self.network, self.graphs)
+        self.most_idle_bytes = most_idle_bytes(device)
+        self._decode = DecodePool(self.network, self.graphs, self.most_idle_bytes)
         self._tables: dict[bytes, tuple[int, Tensor]] = {}
 
     @torch.inference_mode()
@@ -156,9 +157,11 @@ class TorchRuntime:
         )
 
     def _encode(self, pixels: Tensor) -> Tensor:
-        is_exact = self.precision == "fp32" and self._device.type == "cuda"
-        with exact_convolutions() if is_exact else nullcontext():
-            return self.network.encode_images(pixels)
+        return self.network.encode_images(pixels)
+
+    def computing(self) -> AbstractContextManager[None]:
+        """See ``Runtime``."""
+        return computing(self._device.type, self.precision)
 
     @torch.inference_mode()
     def start(
@@ -169,14 +172,18 @@ class TorchRuntime:
         max_new_tokens: int,
     ) -> DecoderSession:
         """A decoding session; prompts of different lengths are padded and masked."""
+        visual = torch.stack(list(features))
         width = max(len(ids) for ids in prompt_ids)
+        if self.graphs.is_enabled:
+            width = self._prompts.padded_width(visual.shape[1], width)
         rows = [[*ids, *[PAD_ID] * (width - len(ids))] for ids in prompt_ids]
         prompts = upload(np.array(rows, dtype=np.int64), self._device)
         lengths = row_numbers([len(ids) for ids in prompt_ids], self._device)
         mask = torch.arange(width, device=self._device) < lengths.unsqueeze(1)
-        states, states_mask = self.network.encode_prompts(
-            torch.stack(list(features)), prompts, mask
-        )
+        recorded = self._prompts.start(visual, prompts, mask, num_beams, max_new_tokens)
+        if recorded is not None:
+            return recorded
+        states, states_mask = self.network.encode_prompts(visual, prompts, mask)
         all_seen = all(len(ids) == width for ids in prompt_ids)
         return DecoderSession(
             self.network, states, states_mask, num_beams, max_new_tokens, all_seen=all_seen
@@ -203,6 +210,7 @@ class TorchRuntime:
     def _forget_recordings(self) -> None:
         self.graphs.clear()
         self._vision.clear()
+        self._prompts.clear()
         self._decode.clear()
 
     @property

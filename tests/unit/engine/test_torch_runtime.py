@@ -81,10 +81,17 @@ def test_a_cpu_takes_bf16_by_itself_where_it_is_faster(
     assert choose_precision("auto", torch.device("cpu"), d_model) == precision
 
 
-def test_a_gpu_takes_what_it_computes_in(monkeypatch):
-    for is_supported, precision in ((True, "bf16"), (False, "fp16")):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda found=is_supported: found)
-        assert choose_precision("auto", torch.device("cuda"), 128) == precision
+@pytest.mark.parametrize(
+    ("capability", "precision"),
+    [((9, 0), "bf16"), ((8, 0), "bf16"), ((7, 5), "fp16"), ((7, 0), "fp16"), ((6, 1), "fp16")],
+    ids=["H100", "A100", "T4", "V100", "P40"],
+)
+def test_a_gpu_takes_what_it_computes_in_itself(monkeypatch, capability, precision):
+    # torch says that all of them "support" bf16, as it counts emulation.
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    devices = {torch.device("cuda:1"): capability, torch.device("cuda:0"): (5, 0)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", devices.__getitem__)
+    assert choose_precision("auto", torch.device("cuda:1"), 128) == precision
 
 
 def test_weights_that_were_parked_in_part_come_back(checkpoint_folder, monkeypatch):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from replaying import ReplayingRecorder
 
+from florence2.runtimes import graphs
 from florence2.runtimes.graphs import WARM_UPS, GraphRunner, make_runner
 
 
@@ -77,16 +78,47 @@ def test_the_least_recently_used_recording_goes_first():
     assert [works[name].counter[0].item() for name in "abc"] == [3, 2, 2]
 
 
-def test_work_that_cannot_be_recorded_is_run_and_logged_once(caplog):
-    runner, work = GraphRunner(ReplayingRecorder(refuse=True)), Counting()
+def test_the_first_failed_recording_is_the_last_one(caplog):
+    recorder = ReplayingRecorder()
+    runner, works = GraphRunner(recorder), {name: Counting() for name in "abc"}
+    runner.run("a", works["a"], [works["a"].counter])
+    recorder.refuse = True
     with caplog.at_level(logging.WARNING):
         for expected in range(1, 4):
-            runner.run("count", work, [work.counter])
-            assert work.counter.tolist() == [expected] * 3
+            runner.run("b", works["b"], [works["b"].counter])
+            assert works["b"].counter.tolist() == [expected] * 3
+        recorder.refuse = False
+        for name in "ac":
+            runner.run(name, works[name], [works[name].counter])
     [logged] = caplog.messages
-    assert "count runs without a CUDA graph" in logged
+    assert "CUDA graphs are off" in logged
+    assert "recording b failed" in logged
     assert "not permitted" in logged
-    assert runner.num_graphs == 0
+    assert recorder.events.count("record") == 2
+    assert recorder.num_alive == runner.num_graphs == 0
+    assert not runner.is_enabled
+    assert [works[name].counter[0].item() for name in "ac"] == [2, 1]
+
+
+def test_plainly_it_goes_the_ways_of_recorded_work_and_records_nothing():
+    recorder = ReplayingRecorder()
+    runner, work = GraphRunner(recorder), Counting()
+    with runner.plainly():
+        runner.run("count", work, [work.counter])
+        assert runner.is_enabled
+    assert recorder.events == []
+    assert work.counter.tolist() == [1] * 3
+
+
+@pytest.mark.parametrize(
+    ("value", "is_on"), [("0", False), (" 0 ", False), ("1", True), ("", True), (None, True)]
+)
+def test_a_variable_turns_recording_off(monkeypatch, value, is_on):
+    monkeypatch.setattr(graphs, "CudaRecorder", lambda device: ReplayingRecorder())
+    monkeypatch.delenv(graphs.SWITCH, raising=False)
+    if value is not None:
+        monkeypatch.setenv(graphs.SWITCH, value)
+    assert make_runner(torch.device("cuda")).is_enabled == is_on
 
 
 def test_an_error_of_the_work_comes_through_with_the_state_put_back():

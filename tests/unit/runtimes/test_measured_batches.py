@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
+from taping import TapingRecorder
 
 from florence2 import Florence2, batch_sizes, loading
-from florence2.batch_sizes import MOST_IMAGES, MOST_PROMPTS, fit_batch, measured_batches
+from florence2.batch_sizes import (
+    MOST_IMAGES,
+    MOST_PROMPTS,
+    BatchSizes,
+    fit_batch,
+    measured_batches,
+)
+from florence2.checkpoint import load_weights, open_checkpoint
+from florence2.runtimes.graphs import GraphRunner
 from florence2.runtimes.memory_meter import Cost, measure_cost
+from florence2.runtimes.torch import TorchRuntime
+from florence2.runtimes.vision_graphs import BUCKETS
 
 MIB = 2**20
 
@@ -63,8 +74,53 @@ LINES = {
 
 @pytest.mark.parametrize(("line", "expected"), LINES.values(), ids=LINES)
 def test_the_cost_is_the_line_through_two_peaks(line, expected):
-    meter = FakeMeter(image=line)
-    assert measure_cost(meter, lambda count: meter.saw("image", count)) == expected
+    meter, prepared = FakeMeter(image=line), []
+    found = measure_cost(meter, lambda n: meter.saw("image", n), lambda: prepared.append(1))
+    assert (found, len(prepared)) == (expected, 2)
+
+
+def test_what_is_recorded_and_kept_idle_is_not_free(sane_folder):
+    checkpoint = open_checkpoint(sane_folder)
+    recorder = TapingRecorder()
+    runtime = TorchRuntime(
+        load_weights(checkpoint, torch.float32), torch.device("cpu"), "fp32", GraphRunner(recorder)
+    )
+    runtime.most_idle_bytes = 200 * MIB
+    alive = []
+
+    class Meter(FakeMeter):
+        def free_bytes(self):
+            alive.append(recorder.num_alive)
+            return 1000 * MIB
+
+        def peak_bytes(self, work):
+            assert recorder.num_alive == 0
+            work()
+            return 10 * MIB
+
+    assert measured_batches(checkpoint, runtime, Meter(), reserved_bytes=790 * MIB) == (
+        BatchSizes(images=1, prompts=1)
+    )
+    # Recorded at the largest size, and before what is free was asked.
+    assert alive == [1]
+    [key] = runtime.graphs._held
+    assert key[:3:2] == ("vision", BUCKETS[-1])
+
+
+def test_prompts_fill_the_rows_they_are_rounded_up_to(sane_folder, monkeypatch):
+    checkpoint = open_checkpoint(sane_folder)
+    runtime = TorchRuntime(
+        load_weights(checkpoint, torch.float32),
+        torch.device("cpu"),
+        "fp32",
+        GraphRunner(TapingRecorder()),
+    )
+    runtime.most_idle_bytes = 0
+    monkeypatch.setattr(batch_sizes, "_longest_answer_bytes", lambda *_: 12 * MIB)
+    meter = FakeMeter(1000 * MIB)
+    meter.peak_bytes = lambda work: 0 * (work() is None)
+    # 450 MiB / 12 MiB are 37 prompts, which would take the rows of 48.
+    assert measured_batches(checkpoint, runtime, meter).prompts == 32
 
 
 @pytest.fixture

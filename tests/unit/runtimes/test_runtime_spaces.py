@@ -7,11 +7,13 @@ import torch
 from taping import TapingRecorder
 
 from florence2.generate import generate
+from florence2.hypotheses import PREFIX
 from florence2.network.florence import Florence2Network
 from florence2.network.presets import tiny_config
 from florence2.records import GenerationSettings
 from florence2.runtimes.decode_graphs import GraphSpace
 from florence2.runtimes.graphs import GraphRunner
+from florence2.runtimes.prompt_graphs import LENGTHS
 from florence2.runtimes.torch import TorchRuntime
 from florence2.space import PlainSpace
 
@@ -79,13 +81,57 @@ def test_buffers_are_given_up_when_memory_is(runtime, recorder, leave):
         assert answers_of(runtime) == expected
 
 
-def test_prompts_of_one_length_need_no_mask(runtime):
+def test_prompts_of_one_length_need_no_mask(network):
+    runtime = TorchRuntime(network, CPU, "fp32")
     features = [torch.zeros(4, runtime.network.config.text.d_model)] * 3
     equal = runtime.start(features, [PROMPTS[0]] * 3, 3, 9)
     mixed = runtime.start(features, PROMPTS, 3, 9)
     assert equal._cross_mask is None
     hidden = torch.isinf(mixed._cross_mask[:, 0, 0]).sum(dim=1)
     assert hidden.tolist() == [2, 4, 0]
+
+
+def test_recorded_prompts_have_few_lengths_and_sizes(runtime):
+    width = runtime.network.config.text.d_model
+    lengths = set()
+    for count in (1, 2, 3, 3, 4):
+        for words in (3, 8, 20):
+            ids = [0, *[5] * words, 2]
+            session = runtime.start([torch.zeros(4, width)] * count, [ids] * count, 3, 9)
+            session.prefill(list(PREFIX))
+            lengths.add(session.cross_length)
+    assert lengths == {LENGTHS}
+    assert runtime.graphs.num_graphs == 3
+
+
+def test_a_session_is_its_own_whatever_is_recorded_after_it(runtime):
+    width = runtime.network.config.text.d_model
+    torch.manual_seed(1)
+    features = [torch.randn(4, width), torch.randn(4, width)]
+    first = runtime.start(features[:1], PROMPTS[:1], 3, 9)
+    before = [part.clone() for part in (first.prefill(list(PREFIX)), *first.layer_tensors())]
+    runtime.start(features[1:], PROMPTS[1:2], 3, 9)
+    for part, expected in zip(first.layer_tensors(), before[1:], strict=True):
+        assert torch.equal(part, expected)
+    with runtime.graphs.paused():
+        plain = runtime.start(features[:1], PROMPTS[:1], 3, 9)
+        torch.testing.assert_close(plain.prefill(list(PREFIX)), before[0])
+
+
+def test_a_prompt_is_never_padded_beyond_what_the_network_reads(runtime):
+    limit = runtime.network.config.text.max_position_embeddings
+    width = runtime.network.config.text.d_model
+    ids = [0, *[5] * (limit - 6), 2]
+    session = runtime.start([torch.zeros(4, width)], [ids], 1, 9)
+    assert session.cross_length == limit
+
+
+@pytest.mark.parametrize("prefix", [(), (2,), (0, 2), (2, 0, 5)])
+def test_a_recorded_session_has_the_prefix_of_all_answers(runtime, prefix):
+    width = runtime.network.config.text.d_model
+    session = runtime.start([torch.zeros(4, width)], PROMPTS[:1], 1, 9)
+    with pytest.raises(RuntimeError, match="prefix"):
+        session.prefill(list(prefix))
 
 
 def test_prompts_together_are_answered_as_alone(runtime):
