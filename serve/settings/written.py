@@ -74,8 +74,9 @@ it is `<CAPTION_TO_PHRASE_GROUNDING>` when there is text, a mapping or a referen
 - **tiling**: `{{width, height, overlap, full_image}}`, or one number for both sides. Sides are 768
   by default and the overlap is 128 or a quarter of the side; `overlap: [x, y]` has one for each
   direction. `sliding_window_params` never includes the look at the whole image.
-- **class_suffix**: a request of nothing but `mode: text_prompt` and a `text`, as the application
-  Apply Florence-2 sends it, has the suffix `_bbox`, which that application takes off again.
+- **class_suffix**: a request whose `settings` are `mapping`, `mode: text_prompt` and `text`, all
+  three and nothing else, as the application Apply Florence-2 sends them, has the suffix `_bbox`,
+  which that application takes off again. Any other request has the suffix that it names.
 
 ## Let through
 

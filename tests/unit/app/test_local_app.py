@@ -12,6 +12,8 @@ from starlette.testclient import TestClient
 from serve.app import Florence2App
 from serve.local_server import LocalServer
 
+HERE = "http://127.0.0.1:8000"
+
 
 @pytest.fixture
 def app(fresh_sdk, monkeypatch):
@@ -24,7 +26,7 @@ def app(fresh_sdk, monkeypatch):
 
 @pytest.fixture
 def client(app):
-    with TestClient(app.app, raise_server_exceptions=False) as client:
+    with TestClient(app.app, HERE, raise_server_exceptions=False) as client:
         yield client
 
 
@@ -171,7 +173,7 @@ def test_a_full_queue_says_when_to_come_back(fresh_sdk, monkeypatch, bike):
     threading.Thread(target=scheduler.call, args=(lambda: (held.set(), go_on.wait()),)).start()
     held.wait()
     answers = []
-    with TestClient(app.app, raise_server_exceptions=False) as client:
+    with TestClient(app.app, HERE, raise_server_exceptions=False) as client:
         waiting = threading.Thread(target=lambda: answers.append(ask(client, bike)))
         waiting.start()
         while scheduler.queue_depth == 0:

@@ -7,9 +7,11 @@ import pytest
 from asgi_requests import Inner, ask, parts, scope_of
 
 from florence2.errors import RequestError
+from serve.http.callers import Callers
 from serve.http.guard import Guard
 from serve.http.limits import Limits
 from serve.http.routes import ROUTES, Body, RequestId
+from serve.http.servers import Servers
 
 SMALL = Limits(json_bytes=1000, encoded_bytes=2000, multipart_bytes=3000)
 JSON = [("content-type", "application/json")]
@@ -18,7 +20,8 @@ STATE_PATH = "/inference_image_id"
 
 
 def guard_around(inner, local=False, known=lambda uuid: uuid == "known", **more):
-    return Guard(inner, SMALL, known, local, **more)
+    callers = Callers() if local else None
+    return Guard(inner, SMALL, known, callers, more.pop("servers", Servers()), **more)
 
 
 def post(inner, path, body, headers=JSON, **more):
@@ -73,7 +76,7 @@ def test_a_message_about_json_says_where_it_breaks():
 def test_deeper_nesting_than_python_reads_is_400_too():
     inner = Inner()
     deep = b"[" * 200_000
-    guard = Guard(inner, Limits(), lambda uuid: True, local=False)
+    guard = Guard(inner, Limits(), lambda uuid: True, None, Servers())
     status, _, _, _ = ask(guard, scope_of("/tasks", JSON), parts(deep))
     assert (status, inner.scopes) == (400, [])
 
