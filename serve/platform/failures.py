@@ -107,7 +107,8 @@ def _status_reason(error: requests.HTTPError | httpx.HTTPStatusError) -> str:
     status = None if error.response is None else error.response.status_code
     if status in (401, 403):
         return f"it refused the token or this account's rights (status {status})"
-    return f"it answered with {f'status {status}' if status else 'an error'}"
+    lines = str(error).strip().splitlines()
+    return f"it answered with status {status or 'unknown'} ({lines[0][:300] if lines else ''})"
 
 
 def failure_of(error: BaseException, what: str, code: str | None = None) -> Failure:

@@ -18,7 +18,8 @@ HERE = "http://127.0.0.1:8000"
 @pytest.fixture
 def app(fresh_sdk, monkeypatch):
     monkeypatch.setattr(Florence2App, "_run_server", lambda self: None)
-    served = Florence2App(local=LocalServer("demo", "cpu"))
+    local = LocalServer("demo", "cpu", allow_deploy=("someone/nothing-here",))
+    served = Florence2App(local=local)
     served.serve()
     yield served
     served.shutdown_model()

@@ -87,6 +87,20 @@ WRONG_TYPES = {
     "curl's own": (STATE_PATH, [("content-type", "application/x-www-form-urlencoded")]),
     "JSON where a form is expected": ("/inference_image", JSON),
     "none where a form is expected": ("/inference_batch", []),
+    "JSON behind a plain text": (STATE_PATH, [("content-type", "text/plain; application/json")]),
+    "JSON as a parameter": (STATE_PATH, [("content-type", "text/plain;a=application/json")]),
+    "a list": (STATE_PATH, [("content-type", "text/plain, application/json")]),
+    "a list with JSON first": (STATE_PATH, [("content-type", "application/json, text/plain")]),
+    "more than JSON": (STATE_PATH, [("content-type", "application/jsonp")]),
+    "a plain text where nothing is read": (
+        "/freeze_model",
+        [("content-type", "text/plain; application/json")],
+    ),
+    "a widget's route": (
+        "/Widget1/clicked",
+        [("content-type", "application/x-www-form-urlencoded; Application/JSON")],
+    ),
+    "nearly a form": ("/inference_batch", [("content-type", "multipart/form-dataset")]),
     "JSON hidden in a form's type": (
         "/inference_batch_async",
         [("content-type", "multipart/form-data; boundary=application/json")],
@@ -183,6 +197,13 @@ def test_the_gui_s_own_calls_still_reach_its_state():
 
 def test_a_widget_s_call_must_be_a_json_object_too():
     assert refusal("/AutoId7/button_clicked_cb", b"[]")[0] == 400
+
+
+@pytest.mark.parametrize(
+    "kind", ["application/json;charset=UTF-8", "application/json ; x=y", " APPLICATION/json"]
+)
+def test_parameters_and_capitals_are_no_part_of_the_media_type(kind):
+    assert post(Inner(), STATE_PATH, b'{"state": {}}', [("content-type", kind)])[0] == 200
 
 
 def test_a_content_type_in_capitals_is_what_the_sdk_looks_for():
