@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -79,6 +78,9 @@ def test_a_repeat_after_a_time_out_writes_nothing_twice(app, tag_objects, figure
             requests.post(f"{app.url}/tag_objects", json={"state": state}, timeout=1)
         with ThreadPoolExecutor(1) as client:
             again = client.submit(tag_objects)
+            while platform.count("images.bulk.download") < 2:
+                pass
+            time.sleep(0.2)
             platform.faults.gates["figures.tags.bulk.add"].set()
 
     assert again.result().status_code == 200

@@ -9,7 +9,7 @@ import requests
 from florence2.errors import RequestError
 from serve.http.errors import status_of
 from serve.platform.failures import failure_of, platform_failure
-from serve.sdk import sly  # noqa: F401  (the SDK's modules are imported after this door)
+from serve.sdk import sly
 
 # isort: split
 from supervisely.io.network_exceptions import RetryableRequestException, process_unhandled_request
