@@ -7,7 +7,6 @@ answer in time, two at once, or a connection that was lost before the platform's
 from __future__ import annotations
 
 import threading
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
@@ -21,7 +20,7 @@ from serve.sdk import sly
 
 _ATTEMPTS: Final = 3
 # By project: what a label has is read and written by one run at a time.
-_writing: Final = defaultdict[int, threading.Lock](threading.Lock)
+_writing: Final[dict[int, threading.Lock]] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +69,7 @@ class TagWriter:
 
         What another run has written since they were read is left, or replaced, as it is now.
         """
-        with _writing[self.project_id]:
+        with _writing.setdefault(self.project_id, threading.Lock()):
             try:
                 now = self._as_they_are(target, tags)
             except Exception as error:  # noqa: BLE001  (the SDK and its transport raise anything)
