@@ -27,7 +27,12 @@ from serve.predictor import Call, Predicted
 from serve.sdk import sly
 from serve.sdk_uploader import use_prompt_uploader
 from serve.settings.model import Settings
-from serve.settings.parse import check_placement, parse_settings
+from serve.settings.parse import (
+    BOX_SUFFIX,
+    check_placement,
+    is_form_for_masks,
+    parse_settings,
+)
 
 # isort: split
 from supervisely.nn.inference.inference_request import InferenceRequest
@@ -62,6 +67,14 @@ class AnsweringApp(DeployableApp):
         # As they were sent first: the SDK's merge makes two different thresholds one.
         parse_settings(given)
         return parse_settings(self._get_inference_settings({**state, "settings": dict(given)}))
+
+    def _get_inference_settings(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The client's settings with those of the file; what form the client's own have is lost."""
+        given = state.get("settings")
+        if isinstance(given, Mapping) and is_form_for_masks(given):
+            state = {**state, "settings": {**given, "class_suffix": BOX_SUFFIX}}
+        merged: dict[str, Any] = super()._get_inference_settings(state)
+        return merged
 
     def answer(
         self, images: Sequence[AnyImage], settings: Settings, call: Call
@@ -148,14 +161,14 @@ class AnsweringApp(DeployableApp):
             )
             yield answer() if start == 0 else when_queue_has_room(answer, should_stop)
 
-    def answer_video(self, api: sly.Api, state: Mapping[str, Any]) -> dict[str, Any]:
+    def answer_video(
+        self, api: sly.Api, state: Mapping[str, Any], inference_request: InferenceRequest
+    ) -> dict[str, Any]:
         """Frames of a video of the platform; the SDK answers an error with an empty list."""
-        manager = self.inference_requests_manager
-        request, future = manager.schedule_task(self._inference_video_id, api, state)
-        future.result()
-        if request.exception is not None:
-            raise request.exception
-        return {"ann": request.pop_pending_results(), **(request.final_result or {})}
+        frames = self.inference_requests_manager.run(
+            self._inference_video_id, api, state, inference_request=inference_request
+        )
+        return {"ann": frames, **(inference_request.final_result or {})}
 
     def schedule(self, work: Callable[..., Any], *arguments: object) -> dict[str, str]:
         """Starts work that goes on behind a request; the answer names it."""
@@ -222,6 +235,15 @@ class AnsweringApp(DeployableApp):
         """The entries of images of the platform, for a caller who waits for them."""
         entries: list[dict[str, Any]] = self.inference_requests_manager.run(
             self._inference_image_ids, api, state, inference_request=inference_request
+        )
+        return entries
+
+    def answer_tag_objects(
+        self, api: sly.Api, state: Mapping[str, Any], inference_request: InferenceRequest
+    ) -> list[dict[str, Any]]:
+        """What became of existing objects, for a caller who waits for it."""
+        entries: list[dict[str, Any]] = self.inference_requests_manager.run(
+            self.tag_objects, api, state, inference_request=inference_request
         )
         return entries
 

@@ -17,10 +17,12 @@ from fastapi import Request
 from florence2.errors import RequestError
 from serve.answering import AnsweringApp
 from serve.cli_predict import predict_path
+from serve.http.callers import Callers
 from serve.http.errors import install_error_handlers
 from serve.http.guard import Guard
 from serve.http.limits import Limits
 from serve.http.page import PageInfo
+from serve.http.servers import Servers
 from serve.routes import register_routes
 from serve.sdk import sly
 from serve.version import VERSION
@@ -31,6 +33,7 @@ from supervisely.app.fastapi.subapp import SUPERVISELY_SERVER_PATH_PREFIX, _Main
 _RETRIES_OF_A_NAMED_SERVER: Final = 2
 HOST_VARIABLE: Final = "FLORENCE_HOST"
 PORT_VARIABLE: Final = "FLORENCE_PORT"
+DEFAULT_HOST: Final = "127.0.0.1"
 
 
 class Florence2App(AnsweringApp):
@@ -48,8 +51,8 @@ class Florence2App(AnsweringApp):
         api = api or self.api
         if api is None:
             raise RequestError(
-                "Images of the platform need its address and a token, and neither came with the "
-                "request; send server_address and api_token, or the image itself."
+                "Images of the platform need its address and a token, and this app has none of "
+                "them; start it with SERVER_ADDRESS and API_TOKEN, or send the image itself."
             )
         return api
 
@@ -70,16 +73,30 @@ class Florence2App(AnsweringApp):
                 self._app,
                 Limits(),
                 lambda uuid: uuid in self.inference_requests_manager._inference_requests,
-                self._is_local,
+                self._callers(),
+                self._servers(),
                 count_request=self.metrics.count_request,
                 path_prefix=SUPERVISELY_SERVER_PATH_PREFIX,
             )
         return self._guarded
 
+    def _callers(self) -> Callers | None:
+        if not self._is_local:
+            return None
+        given = self._local.callers if self._local else None
+        return given or Callers.from_environment(os.environ.get(HOST_VARIABLE, DEFAULT_HOST))
+
+    def _servers(self) -> Servers:
+        if not self._is_local:
+            return Servers(is_session=True)
+        given = self._local.servers if self._local else None
+        return given or Servers.from_environment()
+
     @property
     def _is_local(self) -> bool:
         """Whether a command line or a program started it: no platform stands before it."""
-        return bool(self._is_cli_deploy or self._is_quick_deploy)
+        is_started_here = bool(self._is_cli_deploy or self._is_quick_deploy)
+        return is_started_here or not os.environ.get("SERVER_ADDRESS")
 
     def serve(self) -> None:
         """Mounts the routes and, from a command line, runs the server until it is stopped."""
@@ -109,7 +126,7 @@ class Florence2App(AnsweringApp):
     def _server_config(self) -> uvicorn.Config:
         return uvicorn.Config(
             self.app,
-            host=os.environ.get(HOST_VARIABLE, "127.0.0.1"),
+            host=os.environ.get(HOST_VARIABLE, DEFAULT_HOST),
             port=int(os.environ.get(PORT_VARIABLE, "8000")),
             ws="none",
             log_level="warning" if self._local else None,

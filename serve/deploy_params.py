@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Final
 
 import torch
@@ -12,6 +12,7 @@ from florence2.errors import RequestError, unknown_name
 PRETRAINED: Final = "Pretrained models"
 PYTORCH: Final = "PyTorch"
 DEFAULT_MODEL: Final = "Florence-2-large"
+ALLOW_DEPLOY_VARIABLE: Final = "FLORENCE_ALLOW_DEPLOY"
 # As the SDK writes precisions.
 PRECISION_NAMES: Final = {"fp32": "FP32", "fp16": "FP16", "bf16": "BF16"}
 
@@ -65,12 +66,12 @@ def params_for(row: dict[str, Any], device: object, runtime: object = None) -> d
 
 
 def params_from_state(
-    state: dict[str, Any], models: Sequence[dict[str, Any]], *, any_name: bool
+    state: dict[str, Any], models: Sequence[dict[str, Any]], allowed: Collection[str] = ()
 ) -> dict[str, Any]:
     """The deployment that a ``/deploy_from_api`` request asks for.
 
-    ``any_name`` allows every name the engine can resolve, not only those of ``models``. Raises
-    RequestError for what cannot be deployed, before anything that runs is touched.
+    ``allowed`` are names beside those of ``models``: a name can be a folder, or any repository of
+    the hub. Raises RequestError for what cannot be deployed, before anything that runs is touched.
     """
     given = state.get("deploy_params")
     if given is None:
@@ -86,7 +87,7 @@ def params_from_state(
             f"Models come from the list of this app, and source {source!r} was received; send a "
             "model_name."
         )
-    row = _row_of(state, given, models, any_name=any_name)
+    row = _row_of(state, given, models, allowed)
     return params_for(row, given.get("device"), given.get("runtime"))
 
 
@@ -94,8 +95,7 @@ def _row_of(
     state: dict[str, Any],
     given: dict[str, Any],
     models: Sequence[dict[str, Any]],
-    *,
-    any_name: bool,
+    allowed: Collection[str],
 ) -> dict[str, Any]:
     files, info = given.get("model_files") or {}, given.get("model_info") or {}
     meta = info.get("meta") if isinstance(info, dict) else None
@@ -106,8 +106,11 @@ def _row_of(
         or DEFAULT_MODEL
     )
     known = [row["meta"]["model_name"] for row in models]
-    if not isinstance(name, str) or not (
-        any_name or name.lower() in [one.lower() for one in known]
-    ):
-        raise RequestError(unknown_name("model", str(name), known))
+    is_known = isinstance(name, str) and name.lower() in [one.lower() for one in known]
+    if not is_known and name not in allowed:
+        choices = list(dict.fromkeys([*known, *allowed]))
+        raise RequestError(
+            f"{unknown_name('model', str(name), choices)} Others can be deployed by a request once "
+            f"the app is started with their names in --allow-deploy or {ALLOW_DEPLOY_VARIABLE}."
+        )
     return named_model(name, models)

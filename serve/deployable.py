@@ -17,8 +17,10 @@ import psutil
 import yaml
 
 from florence2.hub import ProgressUpdate
+from florence2.known_checkpoints import DEMO
 from florence2.resolve import resolve
 from serve.deploy_params import (
+    ALLOW_DEPLOY_VARIABLE,
     PRECISION_NAMES,
     check_runtime,
     device_name,
@@ -28,7 +30,9 @@ from serve.deploy_params import (
 )
 from serve.deployment import MAX_QUEUED, Deployment, ModelChoice
 from serve.gui import florence_gui
+from serve.http.callers import entries_of
 from serve.http.metrics import Metrics
+from serve.http.threads import use_own_threads
 from serve.idle import IdleTimer
 from serve.local_server import LocalServer
 from serve.model_meta import ModelMeta
@@ -36,6 +40,7 @@ from serve.predictor import Predictor
 from serve.sdk import sly
 
 # isort: split
+from supervisely.app.fastapi.subapp import SUPERVISELY_SERVER_PATH_PREFIX, _MainServer
 from supervisely.nn.inference import PromptBasedObjectDetection
 
 logger = logging.getLogger(__name__)
@@ -75,6 +80,7 @@ class DeployableApp(PromptBasedObjectDetection):  # type: ignore[misc]
             max_queued=local.max_queued if local else MAX_QUEUED,
         )
         self.predictor = Predictor(self.deployment, self.metrics)
+        use_own_threads(_MainServer().get_server(), SUPERVISELY_SERVER_PATH_PREFIX)
         self.metrics.watch_memory(_resident_bytes, self._device_bytes)
         if not any(os.environ.get(name) for name in _DATA_DIR_VARIABLES):
             sdk_options.setdefault("model_dir", str(Path.home() / ".cache" / "supervisely"))
@@ -160,7 +166,7 @@ class DeployableApp(PromptBasedObjectDetection):  # type: ignore[misc]
 
         The SDK's own stops what runs before it looks at the request.
         """
-        params = params_from_state(state, self.pretrained_models, any_name=self._local is not None)
+        params = params_from_state(state, self.pretrained_models, self._deployable_names())
         params["model_files"] = self._download_model_files(params)
         self._load_model_headless(**params)
         self._schedule_freeze_on_inactivity()
@@ -168,6 +174,15 @@ class DeployableApp(PromptBasedObjectDetection):  # type: ignore[misc]
             self.set_params_to_gui(params)
             self.gui.set_deployed(params["device"])
         return {"result": "model was successfully deployed"}
+
+    def _deployable_names(self) -> tuple[str, ...]:
+        """What a request may deploy besides ``models.json``."""
+        allowed = tuple(entries_of(os.environ.get(ALLOW_DEPLOY_VARIABLE)))
+        if self._local is not None:
+            return (DEMO, self._local.model, *self._local.allow_deploy, *allowed)
+        if self._args is not None and self._args.model:
+            return (DEMO, self._args.model, *allowed)
+        return allowed
 
     def shutdown_model(self) -> None:
         """Stops and frees the model; the SDK would leave its weights where they are."""

@@ -6,11 +6,17 @@ import socket
 from dataclasses import dataclass
 
 from serve.deployment import MAX_QUEUED
+from serve.http.callers import Callers
+from serve.http.servers import Servers
 
 
 @dataclass(frozen=True, slots=True)
 class LocalServer:
-    """Serving without the platform: which model, how, and the socket to listen on."""
+    """Serving without the platform: which model, how, and the socket to listen on.
+
+    ``callers`` and ``servers`` of None are those of the environment. ``allow_deploy`` are
+    checkpoints that requests may deploy beside the published ones.
+    """
 
     model: str
     device: str = "auto"
@@ -19,3 +25,6 @@ class LocalServer:
     max_batch: int | None = None
     max_queued: int = MAX_QUEUED
     listener: socket.socket | None = None
+    callers: Callers | None = None
+    servers: Servers | None = None
+    allow_deploy: tuple[str, ...] = ()

@@ -6,17 +6,15 @@ two clients get each other's picture, and a name with ``../`` is written where i
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from anyio import CapacityLimiter, to_thread
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import HTMLResponse
 
-from serve.http.leaving import client_is_gone
 from serve.http.page import index_page
 from serve.http.tasks_json import instructions, tasks_json
+from serve.http.threads import Waiting, run_registered, run_wanted
 from serve.http.uploads import (
     NO_FILES,
     Files,
@@ -33,12 +31,6 @@ from serve.vqa import answer_question
 if TYPE_CHECKING:
     from serve.app import Florence2App
 
-Done = TypeVar("Done")
-
-# Waiting requests only hold a thread; the queue of the scheduler is what limits them.
-_WAITING: Final = 256
-_LOOK_AFTER_S: Final = 0.25
-
 
 def register_routes(server: FastAPI, app: Florence2App, *, with_page: bool) -> None:
     """Mounts the routes; must come before ``Inference.serve`` mounts the SDK's."""
@@ -53,7 +45,7 @@ def register_routes(server: FastAPI, app: Florence2App, *, with_page: bool) -> N
 
 
 def _images(server: FastAPI, app: Florence2App) -> None:
-    waiting = CapacityLimiter(_WAITING)
+    waiting = Waiting()
 
     @server.post("/inference_image", dependencies=[Depends(check_fields)])
     async def inference_image(
@@ -64,7 +56,7 @@ def _images(server: FastAPI, app: Florence2App) -> None:
     ) -> dict[str, Any]:
         upload = read_one_upload(files)
         asked = parse_state(state, settings)
-        entries = await _waited(
+        entries = await run_wanted(
             request, lambda stop: app.answer_uploads([upload.data], asked, stop), waiting
         )
         return entries[0]
@@ -77,11 +69,11 @@ def _images(server: FastAPI, app: Florence2App) -> None:
         def answer(stop: Callable[[], bool]) -> list[dict[str, Any]]:
             return app.answer_uploads([fetch_image(asked.get("image_url"))], asked, stop)
 
-        return (await _waited(request, answer, waiting))[0]
+        return (await run_wanted(request, answer, waiting))[0]
 
 
 def _batches(server: FastAPI, app: Florence2App) -> None:
-    waiting = CapacityLimiter(_WAITING)
+    waiting = Waiting()
 
     @server.post("/inference_batch", dependencies=[Depends(check_fields)])
     async def inference_batch(
@@ -97,7 +89,7 @@ def _batches(server: FastAPI, app: Florence2App) -> None:
             images = [upload.data for upload in read_uploads(files)]
             return app.answer_uploads(images, asked, stop)
 
-        return await _waited(request, answer, waiting)
+        return await run_wanted(request, answer, waiting)
 
     @server.post("/inference_batch_async", dependencies=[Depends(check_fields)])
     def inference_batch_async(
@@ -112,18 +104,16 @@ def _batches(server: FastAPI, app: Florence2App) -> None:
 
 
 def _image_ids(server: FastAPI, app: Florence2App) -> None:
-    waiting = CapacityLimiter(_WAITING)
+    waiting = Waiting()
 
     async def entries_of(request: Request) -> list[dict[str, Any]]:
         state, api = request.state.state, app.api_from_request(request)
-        asked = app.inference_requests_manager.create()
-        stopping = asyncio.create_task(_stop_when_gone(request, asked.stop))
-        try:
-            return await _waited(
-                request, lambda _: app.answer_image_ids(api, state, asked), waiting
-            )
-        finally:
-            stopping.cancel()
+        return await run_registered(
+            request,
+            app.inference_requests_manager,
+            lambda asked: app.answer_image_ids(api, state, asked),
+            waiting,
+        )
 
     @server.post("/inference_image_id")
     async def inference_image_id(request: Request) -> dict[str, Any]:
@@ -136,7 +126,7 @@ def _image_ids(server: FastAPI, app: Florence2App) -> None:
 
 
 def _questions(server: FastAPI, app: Florence2App) -> None:
-    waiting = CapacityLimiter(_WAITING)
+    waiting = Waiting()
 
     @server.post("/visual_question_answering")
     async def visual_question_answering(request: Request) -> dict[str, str]:
@@ -145,7 +135,7 @@ def _questions(server: FastAPI, app: Florence2App) -> None:
         def answer(stop: Callable[[], bool]) -> dict[str, str]:
             return {"answer": answer_question(app, asked, request, stop)}
 
-        return await _waited(request, answer, waiting)
+        return await run_wanted(request, answer, waiting)
 
     @server.post("/get_prompt_instructions")
     def get_prompt_instructions() -> dict[str, str]:
@@ -156,13 +146,17 @@ def _questions(server: FastAPI, app: Florence2App) -> None:
     def tasks() -> dict[str, Any]:
         return tasks_json()
 
+    tagging = Waiting()
+
     @server.post("/tag_objects")
-    def tag_objects(request: Request) -> list[dict[str, Any]]:
-        api = app.api_from_request(request)
-        results: list[dict[str, Any]] = app.inference_requests_manager.run(
-            app.tag_objects, api, request.state.state
+    async def tag_objects(request: Request) -> list[dict[str, Any]]:
+        state, api = request.state.state, app.api_from_request(request)
+        return await run_registered(
+            request,
+            app.inference_requests_manager,
+            lambda asked: app.answer_tag_objects(api, state, asked),
+            tagging,
         )
-        return results
 
     @server.post("/tag_objects_async")
     def tag_objects_async(request: Request) -> dict[str, str]:
@@ -188,18 +182,3 @@ def _page(server: FastAPI, app: Florence2App) -> None:
     @server.get("/")
     def page() -> HTMLResponse:
         return HTMLResponse(index_page(app.page_info()))
-
-
-async def _stop_when_gone(request: Request, stop: Callable[[], None]) -> None:
-    gone = client_is_gone(request.scope)
-    while not gone.is_set():
-        await asyncio.sleep(_LOOK_AFTER_S)
-    stop()
-
-
-async def _waited(
-    request: Request, work: Callable[[Callable[[], bool]], Done], limiter: CapacityLimiter
-) -> Done:
-    """``work`` in a thread, told to stop when nobody waits for its result any longer."""
-    gone = client_is_gone(request.scope)
-    return await to_thread.run_sync(work, gone.is_set, limiter=limiter)

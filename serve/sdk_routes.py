@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -13,6 +14,7 @@ from fastapi import BackgroundTasks, FastAPI, Request
 from florence2.errors import RequestError
 from serve.http.errors import NotFoundError
 from serve.http.limits import MIB
+from serve.http.threads import Waiting, run_registered
 from serve.http.uploads import NO_FILES, Files, FormText, parse_state, read_one_upload
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 _MAX_VIDEO_BYTES: Final = 512 * MIB
 _MAX_CACHED: Final = 10_000
+_MAX_CACHING: Final = 16
 
 _log = logging.getLogger(__name__)
 
@@ -33,11 +36,19 @@ def register_sdk_routes(server: FastAPI, app: Florence2App) -> None:
 
 
 def _videos(server: FastAPI, app: Florence2App) -> None:
+    waiting = Waiting()
+
     @server.post("/inference_video_id")
-    def inference_video_id(request: Request) -> dict[str, Any]:
+    async def inference_video_id(request: Request) -> dict[str, Any]:
         """The SDK answers an error with an empty list."""
         state = _with_number(request.state.state, "videoId", "video_id")
-        return app.answer_video(app.api_from_request(request), state)
+        api = app.api_from_request(request)
+        return await run_registered(
+            request,
+            app.inference_requests_manager,
+            lambda asked: app.answer_video(api, state, asked),
+            waiting,
+        )
 
     @server.post("/inference_video_id_async")
     def inference_video_id_async(request: Request) -> dict[str, str]:
@@ -98,11 +109,14 @@ def _speed_test(server: FastAPI, app: Florence2App) -> None:
 
 
 def _caching(server: FastAPI, app: Florence2App) -> None:
+    caching = Waiting(_MAX_CACHING)
+
     @server.post("/smart_cache")
     def smart_cache(request: Request, tasks: BackgroundTasks) -> dict[str, str]:
         state = _cacheable(request.state.state)
         api = app.api_from_request(request)
-        tasks.add_task(_logged, app.cache.cache_task, api=api, state=state)
+        caching.check_room()
+        tasks.add_task(_logged, caching, app.cache.cache_task, api=api, state=state)
         return {"message": "Cache task started."}
 
     @server.post("/smart_cache_files")
@@ -115,14 +129,15 @@ def _caching(server: FastAPI, app: Florence2App) -> None:
         asked = _cacheable(parse_state(state, settings))
         if not files:
             raise RequestError("The form must have at least one file in 'files'; add it.")
-        tasks.add_task(_logged, app.cache.cache_files_task, files=files, state=asked)
+        caching.check_room()
+        tasks.add_task(_logged, caching, app.cache.cache_files_task, files=files, state=asked)
         return {"message": "Cache task started."}
 
 
-def _logged(work: Callable[..., None], **arguments: object) -> None:
+async def _logged(waiting: Waiting, work: Callable[..., None], **arguments: object) -> None:
     """``work`` after the answer; an error that left it would end the client's connection."""
     try:
-        work(**arguments)
+        await waiting.run(partial(work, **arguments))
     except Exception:  # noqa: BLE001 - the SDK and its transport raise what they like
         _log.exception("What was to be cached could not be")
 

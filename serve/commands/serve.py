@@ -14,7 +14,8 @@ from serve.console import say
 
 DEFAULT_MODEL: Final = "demo"
 _EXAMPLE_IMAGE: Final = "demo/images/scene_bike.png"
-_EVERYWHERE: Final = "0.0.0.0"
+# What to open where a server listens on every address.
+_LOOPBACK: Final = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
 _BACKLOG: Final = 256
 
 ModelName = Annotated[str, typer.Option(help="A name of `florence2 models`, hub id or folder.")]
@@ -28,6 +29,21 @@ MaxBatch = Annotated[
 ]
 
 MaxQueued = Annotated[int, typer.Option(min=1, help="Prompts that may wait; then 503.")]
+
+AllowHost = Annotated[
+    list[str] | None,
+    typer.Option(help="A name of this server besides localhost; can be given more than once."),
+]
+AllowServer = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A platform whose images requests may name, such as https://app.example.org."
+    ),
+]
+AllowDeploy = Annotated[
+    list[str] | None,
+    typer.Option(help="A hub id or folder that requests may deploy, besides the published ones."),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -43,6 +59,9 @@ def serve(
     port: Port = 8000,
     max_batch: MaxBatch = None,
     max_queued: MaxQueued = 4096,
+    allow_host: AllowHost = None,
+    allow_server: AllowServer = None,
+    allow_deploy: AllowDeploy = None,
 ) -> None:
     """Serve a model over HTTP on this machine; Ctrl-C ends it."""
     with _listener(host, port) as listener:
@@ -53,12 +72,28 @@ def serve(
         # The SDK writes a line of JSON for every step, which is for the platform's log.
         sly.logger.setLevel("WARNING")
         choose_device(device)
+        from serve.http.callers import Callers
+        from serve.http.servers import Servers
+
+        callers = Callers.from_environment(host, allow_host or ())
+        servers = Servers.from_environment(allow_server or ())
         fetch(model)
         from serve.app import Florence2App
         from serve.local_server import LocalServer
 
         app = Florence2App(
-            local=LocalServer(model, device, precision, runtime, max_batch, max_queued, listener)
+            local=LocalServer(
+                model,
+                device,
+                precision,
+                runtime,
+                max_batch,
+                max_queued,
+                listener,
+                callers,
+                servers,
+                tuple(allow_deploy or ()),
+            )
         )
         _greet(host, listener.getsockname()[1], model)
         app.serve()
@@ -66,8 +101,9 @@ def serve(
 
 def _listener(host: str, port: int) -> socket.socket:
     """The socket to listen on, taken before a model is loaded for nothing."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), backlog=_BACKLOG)
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
     except OSError as error:
         raise RequestError(
             f"The app needs an address of its own, and {host}:{port} cannot be had "
@@ -76,7 +112,8 @@ def _listener(host: str, port: int) -> socket.socket:
 
 
 def _greet(host: str, port: int, model: str) -> None:
-    url = f"http://{'127.0.0.1' if host == _EVERYWHERE else host}:{port}"
+    name = _LOOPBACK.get(host, host)
+    url = f"http://{f'[{name}]' if ':' in name else name}:{port}"
     say(f"{model} answers at {url}; open it in a browser, or ask:")
     say(
         f"  curl -s -F files=@{_EXAMPLE_IMAGE} "

@@ -14,6 +14,14 @@ Resolve = Callable[[str, int], Sequence[str]]
 # What networks without IPv4 answer for a host that has nothing else: the last four bytes are it.
 _NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")
 
+# All that is given out for the internet at large; Python's own list changes with its versions.
+_GLOBAL_IPV6: Final = ipaddress.IPv6Network("2000::/3")
+# Special ones that some versions of Python take for public: protocols (a cloud's metadata among
+# them), relays, documentation.
+_SPECIAL: Final = tuple(
+    ipaddress.ip_network(network) for network in ("192.0.0.0/24", "192.88.99.0/24", "3fff::/20")
+)
+
 
 def resolve_host(host: str, port: int) -> list[str]:
     """The numeric addresses of a host, the best first; any spelling of a number is one too.
@@ -59,7 +67,11 @@ def is_public(address: str) -> bool:
         if parsed.sixtofour is not None:
             return False
         parsed = _embedded(parsed) or parsed
-    return parsed.is_global and not (parsed.is_multicast or parsed.is_reserved)
+    if isinstance(parsed, ipaddress.IPv6Address) and parsed not in _GLOBAL_IPV6:
+        return False
+    is_special = parsed.is_multicast or parsed.is_reserved
+    is_special |= any(parsed in network for network in _SPECIAL)
+    return parsed.is_global and not is_special
 
 
 def _embedded(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:

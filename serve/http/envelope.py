@@ -14,6 +14,7 @@ from florence2.errors import RequestError
 from serve.http.errors import NotFoundError
 from serve.http.kinds import kind_of
 from serve.http.routes import Body, RequestId, Route
+from serve.http.servers import Servers
 
 KnownRequest = Callable[[str], bool]
 
@@ -21,17 +22,21 @@ _OBJECTS: Final = ("context", "state")
 _TEXTS: Final = ("api_token", "server_address")
 
 
-def checked_json(raw: bytes, route: Route | None, is_api: bool, known: KnownRequest) -> bytes:
+def checked_json(
+    raw: bytes, route: Route | None, is_api: bool, known: KnownRequest, servers: Servers
+) -> bytes:
     """The body to hand on: ``raw`` itself wherever it is fine as it is.
 
     ``route`` is None for a path that is not in the table, and ``is_api`` is False for pages and
-    widgets. Raises RequestError, or NotFoundError for a running request that ``known`` denies.
+    widgets. Raises RequestError, NotFoundError for a running request that ``known`` denies, and
+    ForbiddenError for a server that is not one of ``servers``.
     """
     content = _parse(raw, needs_state=route is not None and route.body is Body.STATE)
     before = dict(content)
     _check_types(content)
     if route is not None and route.body is Body.STATE:
         _check_state(content, route, known)
+    servers.settle(content)
     if is_api:
         _mark_outside(content)
     return raw if content == before and raw.strip() else json.dumps(content).encode()

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from florence2.errors import FlorenceError
 from florence2.records import Failure
 from serve.http.routes import is_api_path, path_of
+from serve.platform.failures import FailedImageError, platform_failure
 
 _log = logging.getLogger(__name__)
 
@@ -35,10 +36,12 @@ STATUS_BY_CODE: Final[Mapping[str, int]] = {
     "bad_region": 400,
     "bad_device": 400,
     "bad_checkpoint": 400,
+    "forbidden": 403,
     "not_found": 404,
     "too_large": 413,
     "partial_failure": 422,
     "not_finite": 422,
+    "platform_failed": 424,
     "download_failed": 424,
     "upload_failed": 424,
     "bad_annotation": 424,
@@ -59,6 +62,12 @@ class TooLargeError(FlorenceError):
     """A body, a file or a download is larger than the limits allow."""
 
     code = "too_large"
+
+
+class ForbiddenError(FlorenceError):
+    """Whoever started the app did not allow what the request asks for."""
+
+    code = "forbidden"
 
 
 class NotFoundError(FlorenceError):
@@ -202,6 +211,9 @@ async def answer_faults(app: ASGIApp, scope: Scope, receive: Receive, send: Send
 def _response_to(error: Exception, path: str) -> JSONResponse:
     if isinstance(error, RuntimeError) and str(error).startswith(_SDK_NOT_DEPLOYED):
         error = NotDeployedError("No model is loaded yet; deploy one and send the request again.")
+    if (failure := platform_failure(error)) is not None:
+        _log.warning("%s failed, as the platform did", path, exc_info=error)
+        error = FailedImageError(failure)
     answer = error_response(error) if isinstance(error, FlorenceError) else unexpected_response()
     if answer.status_code == 500:
         _log.error("%s failed", path, exc_info=error)

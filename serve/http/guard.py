@@ -14,8 +14,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from florence2.errors import RequestError
 from serve.http.bodies import header_of, read_body, replay, run_counted, with_json
+from serve.http.callers import Callers
 from serve.http.envelope import KnownRequest, checked_json
-from serve.http.errors import NotFoundError, answer_faults
+from serve.http.errors import ForbiddenError, NotFoundError, answer_faults
 from serve.http.leaving import NoticesLeaving
 from serve.http.limits import Limits
 from serve.http.routes import (
@@ -27,6 +28,7 @@ from serve.http.routes import (
     is_api_path,
     path_of,
 )
+from serve.http.servers import Servers
 
 CountRequest = Callable[[str, int, float], None]
 
@@ -35,12 +37,17 @@ OTHER: Final = "other"
 # What web servers write down for a client that left before it got an answer.
 _CLIENT_LEFT: Final = 499
 
+_JSON: Final = "application/json"
+_FORM: Final = "multipart/form-data"
+_POLICY_VIOLATION: Final = 1008
+
 
 class Guard:
     """Wraps the SDK's Application; everything but the call itself is the Application's.
 
-    ``known_request`` tells whether a running request has an id, and must not block. ``local``
-    says that there is no platform whose log-in stands before the app. ``count_request`` gets
+    ``known_request`` tells whether a running request has an id, and must not block. ``callers``
+    are those of an app that no platform's log-in stands before, and None for a session of the
+    platform. ``servers`` may be named by requests. ``count_request`` gets
     every answered request: the route of the table or ``"other"``, status, seconds.
     ``path_prefix`` is the SDK's ``SUPERVISELY_SERVER_PATH_PREFIX``.
     """
@@ -50,7 +57,8 @@ class Guard:
         app: ASGIApp,
         limits: Limits,
         known_request: KnownRequest,
-        local: bool,
+        callers: Callers | None,
+        servers: Servers,
         *,
         count_request: CountRequest | None = None,
         path_prefix: str = "",
@@ -59,7 +67,9 @@ class Guard:
         self._inner = NoticesLeaving(app)
         self._limits = limits
         self._known_request = known_request
-        self._not_served = NEVER_SERVED | NOT_SERVED_LOCALLY if local else NEVER_SERVED
+        self._callers = callers
+        self._servers = servers
+        self._not_served = NEVER_SERVED | NOT_SERVED_LOCALLY if callers else NEVER_SERVED
         self._count_request = count_request
         self._path_prefix = path_prefix
 
@@ -67,6 +77,9 @@ class Guard:
         return getattr(self._app, name)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket" and not self._may_connect(scope):
+            await send({"type": "websocket.close", "code": _POLICY_VIOLATION})
+            return
         if scope["type"] != "http":
             await self._inner(scope, receive, send)
             return
@@ -86,19 +99,34 @@ class Guard:
                 label = self._label(scope)
                 self._count_request(label, status, time.perf_counter() - started_s)
 
+    def _may_connect(self, scope: Scope) -> bool:
+        try:
+            if self._callers is not None:
+                self._callers.check(scope, path_of(scope, self._path_prefix))
+        except ForbiddenError:
+            return False
+        return True
+
     def _label(self, scope: Scope) -> str:
         path = path_of(scope, self._path_prefix)
         return path if path in ROUTE_BY_PATH else OTHER
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = path_of(scope, self._path_prefix)
+        if self._callers is not None:
+            self._callers.check(scope, path)
         if path in self._not_served:
             raise NotFoundError(f"There is no {path} here; see GET / for what there is.")
         route = ROUTE_BY_PATH.get(path)
         content_type = header_of(scope, b"content-type").lower()
+        media_type = content_type.partition(";")[0].strip()
+        is_json, is_form = media_type == _JSON, media_type == _FORM
         # The SDK takes any mention of it for JSON, wherever it stands in the header.
-        is_json = "application/json" in content_type
-        is_form = not is_json and content_type.startswith("multipart/form-data")
+        if _JSON in content_type and not is_json:
+            raise RequestError(
+                f"JSON has Content-Type application/json, and {content_type[:100]} was received; "
+                "correct it."
+            )
         if route is not None and scope["method"] == "POST":
             _check_content_type(route, content_type, is_json, is_form)
         if is_json:
@@ -115,7 +143,7 @@ class Guard:
         raw = await read_body(scope, receive, max_bytes)
         if raw is None:
             return
-        body = checked_json(raw, route, is_api_path(path), self._known_request)
+        body = checked_json(raw, route, is_api_path(path), self._known_request, self._servers)
         await self._inner(with_json(scope, len(body)), replay(body, receive), send)
 
 

@@ -30,12 +30,17 @@ class RequestId(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """``path`` has one segment. ``has_picture``: its JSON may carry a picture in base64."""
+    """``path`` has one segment. ``has_picture``: its JSON may carry a picture in base64.
+
+    ``waits``: its answer may take as long as the platform or the model takes, and must not keep
+    other routes from being answered.
+    """
 
     path: str
     body: Body = Body.OPTIONAL
     request_id: RequestId = RequestId.NONE
     has_picture: bool = False
+    waits: bool = False
 
 
 def _about_a_request(path: str, request_id: RequestId = RequestId.KNOWN) -> Route:
@@ -52,7 +57,7 @@ ROUTES: Final[tuple[Route, ...]] = (
     Route("/tasks"),
     Route("/metrics"),
     Route("/get_prompt_instructions"),
-    Route("/visual_question_answering", Body.STATE, has_picture=True),
+    Route("/visual_question_answering", Body.STATE, has_picture=True, waits=True),
     Route("/get_session_info"),
     Route("/get_tracking_settings"),
     Route("/get_custom_inference_settings"),
@@ -64,23 +69,23 @@ ROUTES: Final[tuple[Route, ...]] = (
     Route("/list_pretrained_models"),
     Route("/list_pretrained_model_infos"),
     Route("/is_deployed"),
-    Route("/freeze_model"),
-    Route("/deploy_from_api", Body.STATE),
-    Route("/run_speedtest", Body.STATE),
-    Route("/tag_objects", Body.STATE),
+    Route("/freeze_model", waits=True),
+    Route("/deploy_from_api", Body.STATE, waits=True),
+    Route("/run_speedtest", Body.STATE, waits=True),
+    Route("/tag_objects", Body.STATE, waits=True),
     Route("/tag_objects_async", Body.STATE),
-    Route("/smart_cache", Body.STATE),
-    Route("/smart_cache_files", Body.FORM),
-    Route("/inference_image", Body.FORM),
-    Route("/inference_batch", Body.FORM),
-    Route("/inference_batch_async", Body.FORM),
-    Route("/inference_video_async", Body.FORM),
-    Route("/inference_image_id", Body.STATE),
+    Route("/smart_cache", Body.STATE, waits=True),
+    Route("/smart_cache_files", Body.FORM, waits=True),
+    Route("/inference_image", Body.FORM, waits=True),
+    Route("/inference_batch", Body.FORM, waits=True),
+    Route("/inference_batch_async", Body.FORM, waits=True),
+    Route("/inference_video_async", Body.FORM, waits=True),
+    Route("/inference_image_id", Body.STATE, waits=True),
     Route("/inference_image_id_async", Body.STATE),
-    Route("/inference_image_url", Body.STATE),
-    Route("/inference_batch_ids", Body.STATE),
+    Route("/inference_image_url", Body.STATE, waits=True),
+    Route("/inference_batch_ids", Body.STATE, waits=True),
     Route("/inference_batch_ids_async", Body.STATE),
-    Route("/inference_video_id", Body.STATE),
+    Route("/inference_video_id", Body.STATE, waits=True),
     Route("/inference_video_id_async", Body.STATE),
     Route("/inference_project_id_async", Body.STATE),
     Route("/tracking_by_detection", Body.STATE),

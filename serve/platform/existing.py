@@ -16,7 +16,7 @@ from serve.annotations import REGION_TEXT_TAGS, TAG_METAS
 from serve.naming import clean_text
 from serve.platform.batches import Batch, Behind, fetch_ahead, split_batches
 from serve.platform.existing_labels import Choice, ImageTask, LabelTask, fetch_labels
-from serve.platform.existing_tags import NewTag, ensure_tag_meta, write_tags
+from serve.platform.existing_tags import NewTag, TagWriter, Written, ensure_tag_meta
 from serve.platform.failures import FailedImageError
 from serve.platform.images import Images, Target, resolve
 from serve.platform.ledger import Ledger
@@ -199,19 +199,22 @@ class _Run:
                 tags.append(NewTag(label, text))
             else:
                 unanswered += 1
-        new = [tag for tag in tags if not tag.is_there]
-        if new and target.project_id is not None:
-            meta = self.tag_metas[target.project_id]
-            failures.update(write_tags(self.api, target.project_id, meta, new))
+        written = self._write_tags(target, [tag for tag in tags if not tag.is_there])
+        skipped = answers.task.num_skipped + len(tags) - written.count - len(written.failures)
+        failures.update(written.failures)
         error = _summary(target, failures, answers.task.labels)
-        written = sum(tag.label.figure_id not in failures for tag in new)
-        skipped = answers.task.num_skipped + len(tags) - len(new)
-        entry = _entry(target, written, skipped, unanswered, failures, error)
+        entry = _entry(target, written.count, skipped, unanswered, failures, error)
         self.request.add_results([entry])
         if error is None:
             self.ledger.done(1)
         else:
             self.ledger.fail(target, error)
+
+    def _write_tags(self, target: Target, tags: Sequence[NewTag]) -> Written:
+        if not tags or target.project_id is None:
+            return Written(0, {})
+        meta = self.tag_metas[target.project_id]
+        return TagWriter(self.api, target.project_id, meta, self.wish.overwrite).write(target, tags)
 
 
 def _open(task: ImageTask | Failure) -> ImageTask | Failure:

@@ -6,10 +6,37 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+import httpx
+import requests
+
 from florence2.errors import FlorenceError
 from florence2.records import Failure
 
 _SHOWN_IDS: Final = 20
+
+# How the SDK begins the bare RuntimeError that it makes of an error of its transport, and the name
+# of its own error for a transfer that broke off.
+_SDK_REQUEST_FAILED: Final = "Request has failed. This may be due to connection problems"
+_SDK_BROKE_OFF: Final = "RetryableRequestException"
+
+# What was wrong with the platform, by the error of the transport; the first that fits.
+_REASONS: Final[tuple[tuple[tuple[type[Exception], ...], str], ...]] = (
+    ((requests.exceptions.SSLError,), "its certificate is not accepted here"),
+    ((requests.exceptions.ProxyError, httpx.ProxyError), "the proxy before it cannot be passed"),
+    ((requests.exceptions.Timeout, httpx.TimeoutException), "it did not answer in time"),
+    (
+        (
+            requests.exceptions.ChunkedEncodingError,
+            requests.exceptions.ContentDecodingError,
+            httpx.ReadError,
+            httpx.ProtocolError,
+        ),
+        "the connection broke off before all of its answer was there",
+    ),
+    ((requests.exceptions.ConnectionError, httpx.NetworkError), "it cannot be reached"),
+    ((requests.exceptions.RetryError,), "it gave no usable answer, however often it was asked"),
+    ((requests.exceptions.InvalidJSONError,), "its answer is no JSON"),
+)
 
 
 class FailedImageError(FlorenceError):
@@ -48,10 +75,52 @@ class ImageFailure:
         }
 
 
+def platform_failure(error: BaseException) -> Failure | None:
+    """The failure of an error that the platform, or the way there, is the cause of.
+
+    None for any other error. Only the SDK uses ``requests`` and ``httpx`` in this app, and only to
+    talk to the platform.
+    """
+    reason = _reason_of(error)
+    if reason is None:
+        return None
+    return Failure(
+        "platform_failed",
+        f"The platform did not give or take what this needs: {reason}; see that it is there for "
+        "this app, and send it again.",
+    )
+
+
+def _reason_of(error: BaseException) -> str | None:
+    if isinstance(error, requests.HTTPError | httpx.HTTPStatusError):
+        return _status_reason(error)
+    for kinds, reason in _REASONS:
+        if isinstance(error, kinds):
+            return reason
+    is_transport = isinstance(error, requests.RequestException | httpx.HTTPError)
+    is_transport |= type(error).__name__ == _SDK_BROKE_OFF
+    is_transport |= isinstance(error, RuntimeError) and str(error).startswith(_SDK_REQUEST_FAILED)
+    return f"the request failed ({type(error).__name__})" if is_transport else None
+
+
+def _status_reason(error: requests.HTTPError | httpx.HTTPStatusError) -> str:
+    status = None if error.response is None else error.response.status_code
+    if status in (401, 403):
+        return f"it refused the token or this account's rights (status {status})"
+    lines = str(error).strip().splitlines()
+    return f"it answered with status {status or 'unknown'} ({lines[0][:300] if lines else ''})"
+
+
 def failure_of(error: BaseException, what: str, code: str | None = None) -> Failure:
     """A failure from an error: its own sentence, or ``what`` failed and the error's first line."""
     if isinstance(error, FlorenceError):
         return Failure(code or error.code, str(error))
+    reason = _reason_of(error)
+    if reason is not None:
+        return Failure(
+            code or "platform_failed",
+            f"{what}, as the platform failed: {reason}; see the app's log and send it again.",
+        )
     lines = str(error).strip().splitlines()
     reason = f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
     return Failure(

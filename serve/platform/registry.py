@@ -6,6 +6,7 @@ import uuid
 from typing import Any, Final, TypeAlias
 
 from florence2.errors import as_value
+from serve.platform.failures import FailedImageError, platform_failure
 from serve.sdk import sly
 
 Manager: TypeAlias = sly.nn.inference.inference_request.InferenceRequestsManager
@@ -30,21 +31,35 @@ class RequestsManager(Manager):  # type: ignore[misc]
         inference_request_uuid: str,
         *work: Any,  # noqa: ANN401
     ) -> Any:  # noqa: ANN401
-        """A failed request is kept for an hour, and with its error's frames all it worked on."""
+        """A failed request is kept for an hour, and with its error's frames all it worked on.
+
+        An error of the way to the platform is told as one, in a sentence.
+        """
         request = self._inference_requests.get(inference_request_uuid)
         try:
             return super()._handle_error_in_async(inference_request_uuid, *work)
         finally:
             if request is not None and request.exception is not None:
+                if (failure := platform_failure(request.exception)) is not None:
+                    request.exception = FailedImageError(failure)
                 as_value(request.exception)
 
     def run(self, func: Any, *args: Any, **kwargs: Any) -> list[dict[str, Any]]:  # noqa: ANN401
-        """The results of ``func``, or its error."""
+        """The results of ``func``, or its error; blocks.
+
+        In the caller's own thread: the SDK's takes another one, from those of the work that goes on
+        in the background, and waits for it.
+        """
         request: InferenceRequest = kwargs.get("inference_request") or self.create()
         kwargs["inference_request"] = request
         request.context[AWAITED] = True
         try:
-            results: list[dict[str, Any]] = super().run(func, *args, **kwargs)
+            self._on_inference_start(request)
+            self._handle_error_in_async(request.uuid, func, args, kwargs)
+            self._on_inference_end(None, request.uuid)
+            if request.exception is not None:
+                raise request.exception
+            results: list[dict[str, Any]] = request.pop_pending_results()
             return results
         finally:
             self.remove_after(request.uuid, FORGET_AFTER_S)

@@ -21,6 +21,7 @@ BOX_SUFFIX: Final = "_bbox"
 MAX_IMAGE_ID: Final = 2**53
 MAX_TOKENS: Final = 1_000_000
 
+_MASKS_FORM: Final = frozenset({"mapping", "mode", "text"})
 _MODES: Final = ("text_prompt", "reference_image")
 _INFERENCE_MODES: Final = ("full_image", "sliding_window")
 _GEOMETRIES: Final = ("polygon", "bitmap")
@@ -202,20 +203,20 @@ def _image_id(name: str, value: object) -> int | None:
     return values.whole(name, value, 1, MAX_IMAGE_ID)
 
 
+def is_form_for_masks(raw: Mapping[str, object]) -> bool:
+    """Whether settings, as the client sent them, are of the form of Apply Florence-2.
+
+    That client sends these keys in every request, whatever their values are, and no others.
+    """
+    return raw.keys() == _MASKS_FORM and raw["mode"] == "text_prompt"
+
+
 def _suffix(given: Mapping[str, object]) -> str:
     """The suffix that was asked for, or the one that Apply Florence-2 takes off again.
 
-    That client is known by what it sends: a mode, a text, and nothing else. It makes masks of the
-    boxes, under the same names without the suffix.
+    It makes masks of the boxes, under the same names without the suffix.
     """
-    told = {
-        key.name
-        for key in KEYS
-        for name in key.names
-        if not _is_missing(key, given.get(name)) and given[name] != key.default
-    }
-    is_its_form = told == {"mode", "text"} and isinstance(given.get("text"), str)
-    automatic = BOX_SUFFIX if is_its_form and given["mode"] == "text_prompt" else ""
+    automatic = BOX_SUFFIX if is_form_for_masks(given) else ""
     return _read(given, "class_suffix", values.suffix, automatic)
 
 

@@ -77,8 +77,9 @@ it is `<CAPTION_TO_PHRASE_GROUNDING>` when there is text, a mapping or a referen
   edge cuts is joined with its other pieces; a piece inside an object that was seen whole goes,
   whatever its name. So that nothing is cut by every window, the overlap is at least as large as
   the objects.
-- **class_suffix**: a request of nothing but `mode: text_prompt` and a `text`, as the application
-  Apply Florence-2 sends it, has the suffix `_bbox`, which that application takes off again.
+- **class_suffix**: a request whose `settings` are `mapping`, `mode: text_prompt` and `text`, all
+  three and nothing else, as the application Apply Florence-2 sends them, has the suffix `_bbox`,
+  which that application takes off again. Any other request has the suffix that it names.
 
 ## Let through
 

@@ -22,6 +22,8 @@ SDK_ENVIRONMENT = {
     "SUPERVISELY_PUBLIC_API_RETRY_SLEEP_SEC": "0",
     "SUPERVISELY_SKIP_HTTPS_USER_HELPER_CHECK": "true",
 }
+# A port that nobody listens on.
+OUT_OF_REACH = "http://127.0.0.1:9"
 
 
 def free_port() -> int:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
-from app_server import SDK_ENVIRONMENT, AppServer
+from app_server import OUT_OF_REACH, SDK_ENVIRONMENT, AppServer
 from contract_calls import CITY, App, classes_in
 from platform_double import SESSION_TOKEN, TOKEN, PlatformDouble
 from platform_seed import Seeded, seed
@@ -57,6 +57,7 @@ def api(platform, monkeypatch) -> sly.Api:
 def running_app(running_platform, tmp_path_factory) -> Iterator[AppServer]:
     """``florence2 serve`` with the demo checkpoint, connected to the double."""
     env = {**SDK_ENVIRONMENT, "SERVER_ADDRESS": running_platform.address, "API_TOKEN": TOKEN}
+    env |= {"FLORENCE_ALLOW_SERVERS": OUT_OF_REACH}
     server = AppServer(tmp_path_factory.mktemp("app"), env)
     server.start()
     running_platform.app_url = server.url

@@ -53,6 +53,7 @@ class Faults:
     statuses: dict[str, dict[int, int]] = field(default_factory=dict)
     gates: dict[str, threading.Event] = field(default_factory=dict)
     damaged: set[int] = field(default_factory=set)
+    lost: set[str] = field(default_factory=set)
     seen: dict[str, int] = field(default_factory=dict)
 
     def fail(self, method: str, *, call: int = 1, times: int = 1, status: int = 500) -> None:
@@ -61,6 +62,10 @@ class Faults:
         self.statuses.setdefault(method, {}).update(
             dict.fromkeys(range(first, first + times), status)
         )
+
+    def lose(self, method: str) -> None:
+        """The next call of this method is carried out, and a proxy answers that it was not."""
+        self.lost.add(method)
 
     @contextmanager
     def held(self, method: str) -> Iterator[threading.Event]:
@@ -141,7 +146,11 @@ class PlatformDouble:
         try:
             if headers.get("x-api-key") != TOKEN:
                 raise Refused("The token is not known.", status=403, kind="AUTH")
-            return self._respond(self._result(name, payload))
+            answer = self._respond(self._result(name, payload))
+            if name not in self.faults.lost:
+                return answer
+            self.faults.lost.remove(name)
+            raise Refused("The answer was lost on its way.", status=504)
         except Refused as refused:
             return _refusal(refused)
 

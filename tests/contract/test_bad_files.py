@@ -151,7 +151,9 @@ def test_a_file_of_100_mb_is_refused_as_too_large(app):
 
 
 def test_clients_that_leave_in_the_middle_disturb_nobody(app, running_app):
-    head = b"POST /inference_image HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = (
+        b"POST /inference_image HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    )
     for body in (b"Content-Length: 1000\r\n\r\n{", b"Transfer-Encoding: chunked\r\n\r\n5\r\n{"):
         with socket.create_connection(("127.0.0.1", running_app.port)) as connection:
             connection.sendall(head + body)

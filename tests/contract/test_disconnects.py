@@ -40,7 +40,7 @@ def test_work_that_nobody_waits_for_is_given_up(app):
     host, port = app.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as client:
         client.sendall(
-            b"POST /inference_batch HTTP/1.1\r\nHost: app\r\n"
+            b"POST /inference_batch HTTP/1.1\r\nHost: localhost\r\n"
             b"Content-Type: multipart/form-data; boundary=edge\r\n"
             + f"Content-Length: {len(body)}\r\n\r\n".encode()
             + body

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import requests
 from contract_calls import assert_refused
 
 
@@ -50,6 +53,47 @@ def test_a_second_run_continues_and_writes_nothing_twice(tag_objects, figure, pl
 
     assert answer.status_code == 200, answer.text
     assert figure() == first
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_three_at_once_write_one_tag(tag_objects, figure, platform, overwrite):
+    with ThreadPoolExecutor(3) as clients:
+        with platform.faults.held("figures.tags.bulk.add"):
+            asked = [clients.submit(tag_objects, overwrite=overwrite) for _ in range(3)]
+            while platform.count("images.bulk.download") < 3:
+                pass
+            time.sleep(0.2)
+        answers = [one.result() for one in asked]
+
+    assert [one.status_code for one in answers] == [200, 200, 200]
+    assert [tag["name"] for tag in figure()["tags"]] == ["reviewed", "category"]
+    [entries] = zip(*[one.json() for one in answers], strict=True)
+    assert sorted((one["written"], one["skipped"]) for one in entries) == [(0, 1), (0, 1), (1, 0)]
+
+
+def test_a_repeat_after_a_time_out_writes_nothing_twice(app, tag_objects, figure, platform, seeded):
+    state = {"image_ids": [seeded.labeled_id], "task_prompt": "<REGION_TO_CATEGORY>"}
+    with platform.faults.held("figures.tags.bulk.add"):
+        with pytest.raises(requests.Timeout):
+            requests.post(f"{app.url}/tag_objects", json={"state": state}, timeout=1)
+        with ThreadPoolExecutor(1) as client:
+            again = client.submit(tag_objects)
+            while platform.count("images.bulk.download") < 2:
+                pass
+            time.sleep(0.2)
+            platform.faults.gates["figures.tags.bulk.add"].set()
+
+    assert again.result().status_code == 200
+    assert [tag["name"] for tag in figure()["tags"]] == ["reviewed", "category"]
+
+
+def test_a_write_that_was_done_and_not_answered_is_not_repeated(tag_objects, figure, platform):
+    platform.faults.lose("figures.tags.bulk.add")
+
+    answer = tag_objects()
+
+    assert answer.status_code == 200, answer.text
+    assert [tag["name"] for tag in figure()["tags"]] == ["reviewed", "category"]
 
 
 def test_overwriting_leaves_one_tag(tag_objects, figure):

@@ -17,6 +17,7 @@ from starlette.testclient import TestClient
 
 from serve.app import Florence2App
 
+HERE = "http://127.0.0.1:8000"
 BIKE = Path(__file__).parents[3] / "demo" / "images" / "scene_bike.png"
 
 
@@ -25,7 +26,7 @@ def plain() -> dict[str, object]:
     app = Florence2App(use_gui=False)
     app.serve()
     state = {"deploy_params": {"device": "cpu"}, "model_name": "Florence-2-base"}
-    with TestClient(app.app, raise_server_exceptions=False) as client:
+    with TestClient(app.app, HERE, raise_server_exceptions=False) as client:
         first = client.get("/is_ready").status_code
         refused = client.post("/deploy_from_api", json={"state": state}).json()["message"]
         app._deploy_headless("demo")

@@ -15,7 +15,7 @@ MODELS = json.loads(Path(deploy_params.__file__).with_name("models.json").read_t
 
 
 def test_a_request_names_a_model_in_any_case():
-    params = params_from_state({"model_name": "florence-2-BASE"}, MODELS, any_name=False)
+    params = params_from_state({"model_name": "florence-2-BASE"}, MODELS)
     assert params["model_files"] == {"checkpoint": "Florence-2-base"}
     assert params["runtime"] == "PyTorch"
 
@@ -30,7 +30,7 @@ def test_a_request_names_a_model_in_any_case():
     ],
 )
 def test_the_model_is_found_wherever_clients_name_it(given, name):
-    params = params_from_state(given, MODELS, any_name=False)
+    params = params_from_state(given, MODELS)
     assert params["model_files"]["checkpoint"].endswith(name)
 
 
@@ -48,13 +48,17 @@ def test_the_model_is_found_wherever_clients_name_it(given, name):
 )
 def test_what_cannot_be_deployed_is_said(state, says):
     with pytest.raises(RequestError, match=says):
-        params_from_state(state, MODELS, any_name=False)
+        params_from_state(state, MODELS)
 
 
-def test_without_the_platform_any_checkpoint_may_be_named():
-    params = params_from_state({"model_name": "someone/fine-tune"}, MODELS, any_name=True)
+def test_another_checkpoint_must_be_allowed_by_its_exact_name():
+    allowed = ("demo", "someone/fine-tune")
+    params = params_from_state({"model_name": "someone/fine-tune"}, MODELS, allowed)
     assert params["model_files"] == {"checkpoint": "someone/fine-tune"}
     assert params["model_info"]["meta"]["model_name"] == "someone/fine-tune"
+    for other in ("someone/other", "someone/fine-tune@main", "/", "..", ["someone/fine-tune"]):
+        with pytest.raises(RequestError, match=r"someone/fine-tune.*--allow-deploy"):
+            params_from_state({"model_name": other}, MODELS, allowed)
 
 
 def test_rows_of_the_table_are_not_changed_by_a_deployment():

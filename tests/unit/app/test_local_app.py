@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import threading
@@ -9,14 +10,18 @@ import threading
 import pytest
 from starlette.testclient import TestClient
 
+from florence2.errors import RequestError
 from serve.app import Florence2App
 from serve.local_server import LocalServer
+
+HERE = "http://127.0.0.1:8000"
 
 
 @pytest.fixture
 def app(fresh_sdk, monkeypatch):
     monkeypatch.setattr(Florence2App, "_run_server", lambda self: None)
-    served = Florence2App(local=LocalServer("demo", "cpu"))
+    local = LocalServer("demo", "cpu", allow_deploy=("someone/nothing-here",))
+    served = Florence2App(local=local)
     served.serve()
     yield served
     served.shutdown_model()
@@ -24,7 +29,7 @@ def app(fresh_sdk, monkeypatch):
 
 @pytest.fixture
 def client(app):
-    with TestClient(app.app, raise_server_exceptions=False) as client:
+    with TestClient(app.app, HERE, raise_server_exceptions=False) as client:
         yield client
 
 
@@ -162,6 +167,54 @@ def test_a_timeout_is_a_number_of_seconds(client, bike, seconds):
     assert "timeout_s" in answer.json()["message"]
 
 
+@pytest.mark.parametrize(
+    ("path", "work", "state"),
+    [
+        ("/tag_objects", "tag_objects", {"image_ids": [1]}),
+        ("/inference_video_id", "_inference_video_id", {"videoId": 1}),
+        ("/inference_batch_ids", "_inference_image_ids", {"batch_ids": [1]}),
+    ],
+)
+def test_a_run_that_is_waited_for_ends_when_its_client_leaves(app, monkeypatch, path, work, state):
+    ended = []
+
+    def until_stopped(api, state, inference_request):
+        ended.append(inference_request._stopped.wait(20))
+
+    monkeypatch.setattr(app, work, until_stopped)
+    monkeypatch.setattr(app, "api_from_request", lambda request: None)
+    headers = [(b"content-type", b"application/json"), (b"host", b"localhost")]
+    scope = {"type": "http", "method": "POST", "path": path, "headers": headers}
+    scope |= {"query_string": b"", "root_path": "", "http_version": "1.1", "scheme": "http"}
+    body = json.dumps({"state": state}).encode()
+    messages = [{"type": "http.request", "body": body}, {"type": "http.disconnect"}]
+
+    async def receive():
+        return messages.pop(0)
+
+    async def send(message):
+        """Nobody is there."""
+
+    asyncio.run(app.app(scope, receive, send))
+    assert ended == [True]
+
+
+@pytest.mark.parametrize(
+    "name", ["demo", "Florence-2-base", "florence-2-BASE", "someone/nothing-here"]
+)
+def test_what_may_be_deployed_is_the_published_the_first_and_the_allowed(app, monkeypatch, name):
+    asked = []
+    monkeypatch.setattr(app, "_load_model_headless", lambda **params: asked.append(params))
+    monkeypatch.setattr(app, "_download_model_files", lambda params: params["model_files"])
+    app.deploy_from_state({"model_name": name, "deploy_params": {"device": "cpu"}})
+    assert asked[0]["model_info"]["meta"]["model_name"].lower() == name.lower()
+    monkeypatch.setenv("FLORENCE_ALLOW_DEPLOY", "someone/else /models/mine")
+    for allowed in ("someone/else", "/models/mine"):
+        app.deploy_from_state({"model_name": allowed, "deploy_params": {"device": "cpu"}})
+    with pytest.raises(RequestError, match="--allow-deploy"):
+        app.deploy_from_state({"model_name": "someone/other"})
+
+
 def test_a_full_queue_says_when_to_come_back(fresh_sdk, monkeypatch, bike):
     monkeypatch.setattr(Florence2App, "_run_server", lambda self: None)
     app = Florence2App(local=LocalServer("demo", "cpu", max_queued=1))
@@ -171,7 +224,7 @@ def test_a_full_queue_says_when_to_come_back(fresh_sdk, monkeypatch, bike):
     threading.Thread(target=scheduler.call, args=(lambda: (held.set(), go_on.wait()),)).start()
     held.wait()
     answers = []
-    with TestClient(app.app, raise_server_exceptions=False) as client:
+    with TestClient(app.app, HERE, raise_server_exceptions=False) as client:
         waiting = threading.Thread(target=lambda: answers.append(ask(client, bike)))
         waiting.start()
         while scheduler.queue_depth == 0:

@@ -8,6 +8,7 @@ from asgi_requests import Inner, ask, parts, scope_of
 from florence2.errors import FlorenceError
 from serve.http.guard import Guard
 from serve.http.limits import MAX_IMAGE_BYTES, MIB, Limits, readable_size
+from serve.http.servers import Servers
 
 SMALL = Limits(json_bytes=100, encoded_bytes=200, multipart_bytes=300)
 JSON = [("content-type", "application/json")]
@@ -16,7 +17,7 @@ OTHER = [("content-type", "application/octet-stream")]
 
 
 def guard_around(inner, limits=SMALL, **more):
-    return Guard(inner, limits, lambda uuid: True, local=False, **more)
+    return Guard(inner, limits, lambda uuid: True, None, Servers(), **more)
 
 
 def json_of(size):

@@ -7,9 +7,11 @@ import pytest
 from asgi_requests import Inner, ask, parts, scope_of
 
 from florence2.errors import RequestError
+from serve.http.callers import Callers
 from serve.http.guard import Guard
 from serve.http.limits import Limits
 from serve.http.routes import ROUTES, Body, RequestId
+from serve.http.servers import Servers
 
 SMALL = Limits(json_bytes=1000, encoded_bytes=2000, multipart_bytes=3000)
 JSON = [("content-type", "application/json")]
@@ -18,7 +20,8 @@ STATE_PATH = "/inference_image_id"
 
 
 def guard_around(inner, local=False, known=lambda uuid: uuid == "known", **more):
-    return Guard(inner, SMALL, known, local, **more)
+    callers = Callers() if local else None
+    return Guard(inner, SMALL, known, callers, more.pop("servers", Servers()), **more)
 
 
 def post(inner, path, body, headers=JSON, **more):
@@ -73,7 +76,7 @@ def test_a_message_about_json_says_where_it_breaks():
 def test_deeper_nesting_than_python_reads_is_400_too():
     inner = Inner()
     deep = b"[" * 200_000
-    guard = Guard(inner, Limits(), lambda uuid: True, local=False)
+    guard = Guard(inner, Limits(), lambda uuid: True, None, Servers())
     status, _, _, _ = ask(guard, scope_of("/tasks", JSON), parts(deep))
     assert (status, inner.scopes) == (400, [])
 
@@ -84,6 +87,20 @@ WRONG_TYPES = {
     "curl's own": (STATE_PATH, [("content-type", "application/x-www-form-urlencoded")]),
     "JSON where a form is expected": ("/inference_image", JSON),
     "none where a form is expected": ("/inference_batch", []),
+    "JSON behind a plain text": (STATE_PATH, [("content-type", "text/plain; application/json")]),
+    "JSON as a parameter": (STATE_PATH, [("content-type", "text/plain;a=application/json")]),
+    "a list": (STATE_PATH, [("content-type", "text/plain, application/json")]),
+    "a list with JSON first": (STATE_PATH, [("content-type", "application/json, text/plain")]),
+    "more than JSON": (STATE_PATH, [("content-type", "application/jsonp")]),
+    "a plain text where nothing is read": (
+        "/freeze_model",
+        [("content-type", "text/plain; application/json")],
+    ),
+    "a widget's route": (
+        "/Widget1/clicked",
+        [("content-type", "application/x-www-form-urlencoded; Application/JSON")],
+    ),
+    "nearly a form": ("/inference_batch", [("content-type", "multipart/form-dataset")]),
     "JSON hidden in a form's type": (
         "/inference_batch_async",
         [("content-type", "multipart/form-data; boundary=application/json")],
@@ -180,6 +197,13 @@ def test_the_gui_s_own_calls_still_reach_its_state():
 
 def test_a_widget_s_call_must_be_a_json_object_too():
     assert refusal("/AutoId7/button_clicked_cb", b"[]")[0] == 400
+
+
+@pytest.mark.parametrize(
+    "kind", ["application/json;charset=UTF-8", "application/json ; x=y", " APPLICATION/json"]
+)
+def test_parameters_and_capitals_are_no_part_of_the_media_type(kind):
+    assert post(Inner(), STATE_PATH, b'{"state": {}}', [("content-type", kind)])[0] == 200
 
 
 def test_a_content_type_in_capitals_is_what_the_sdk_looks_for():

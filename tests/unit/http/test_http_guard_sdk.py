@@ -8,9 +8,11 @@ from fastapi import FastAPI, Request, UploadFile
 from fastapi.testclient import TestClient
 
 from florence2.errors import RequestError
+from serve.http.callers import Callers
 from serve.http.errors import install_error_handlers
 from serve.http.guard import Guard
 from serve.http.limits import Limits
+from serve.http.servers import Servers
 from serve.sdk import sly
 
 LIMITS = Limits(json_bytes=10_000, encoded_bytes=20_000, multipart_bytes=30_000)
@@ -56,8 +58,8 @@ def server(tmp_path, monkeypatch):
 
 @pytest.fixture
 def client(server):
-    guard = Guard(server, LIMITS, lambda uuid: False, local=True)
-    return TestClient(guard, raise_server_exceptions=False)
+    guard = Guard(server, LIMITS, lambda uuid: False, Callers(), Servers())
+    return TestClient(guard, "http://localhost", raise_server_exceptions=False)
 
 
 @pytest.fixture

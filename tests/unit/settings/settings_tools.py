@@ -1,4 +1,4 @@
-"""The SDK's own merge of a client's dictionary with the settings file."""
+"""The app's and the SDK's merge of a client's dictionary with the settings file."""
 
 from __future__ import annotations
 
@@ -7,24 +7,25 @@ from types import SimpleNamespace
 
 import yaml
 
+from serve.answering import AnsweringApp
 from serve.sdk import sly
 from serve.settings.written import YAML_FILE
 
 DEFAULTS = yaml.safe_load(YAML_FILE.read_text(encoding="utf-8"))
 
 
-class _Served:
-    """The attributes that the merge reads of a served model."""
-
-    sliding_window_mode = "none"
-    custom_inference_settings_dict = DEFAULTS
-    set_conf_auto = sly.nn.inference.Inference.set_conf_auto
+def _app():
+    """What the merge reads of the app; no model is loaded."""
+    made = object.__new__(AnsweringApp)
+    made._default_settings = DEFAULTS
+    made._sliding_window_mode = "none"
+    return made
 
 
 def merged(settings, **state):
     """What reaches the model when a client's request has ``settings``."""
     request = {"settings": copy.deepcopy(settings), **state}
-    return sly.nn.inference.Inference._get_inference_settings(_Served(), request)
+    return _app()._get_inference_settings(request)
 
 
 def session():

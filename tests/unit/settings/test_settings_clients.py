@@ -78,13 +78,37 @@ def test_the_settings_file_alone_is_plain_detection():
         ),
         pytest.param(
             {"mapping": {"cat": "a cat", "dog": ""}, "mode": "text_prompt", "text": None},
-            Settings(task_prompt=GROUNDING, mapping={"cat": ("a cat",), "dog": ("dog",)}),
+            Settings(
+                task_prompt=GROUNDING,
+                mapping={"cat": ("a cat",), "dog": ("dog",)},
+                class_suffix="_bbox",
+            ),
             id="Apply Florence-2, prompts of classes",
+        ),
+        pytest.param(
+            {"mapping": None, "mode": "text_prompt", "text": ""},
+            Settings(class_suffix="_bbox"),
+            id="Apply Florence-2, empty prompt",
+        ),
+        pytest.param(
+            {"mode": "text_prompt", "text": "a cat"},
+            Settings(task_prompt=GROUNDING, text="a cat"),
+            id="a mode and a text",
         ),
         pytest.param(
             {"mode": "text_prompt", "text": "a cat", "num_beams": 1},
             Settings(task_prompt=GROUNDING, text="a cat", num_beams=1),
-            id="a mode, a text and more are another client",
+            id="a mode, a text and more",
+        ),
+        pytest.param(
+            DEFAULTS | {"mode": "text_prompt", "text": "a cat"},
+            Settings(task_prompt=GROUNDING, text="a cat"),
+            id="NN Image Labeling, a mode and a text in the file",
+        ),
+        pytest.param(
+            {"mapping": None, "mode": None, "text": "a cat"},
+            Settings(task_prompt=GROUNDING, text="a cat"),
+            id="the keys of Apply Florence-2 and no mode",
         ),
         pytest.param(
             {"text": "a cat", "mode": "text_prompt", "class_suffix": "_auto"},

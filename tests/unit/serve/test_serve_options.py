@@ -1,0 +1,73 @@
+"""What ``florence2 serve`` is told about who may ask for what."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+from serve import app as app_module
+from serve.cli import main
+from serve.commands import serve as command
+
+
+class Started:
+    """The app that would have been started, and how."""
+
+    local = None
+
+    def __init__(self, local):
+        Started.local = local
+
+    def serve(self):
+        """Ends at once."""
+
+
+@pytest.fixture
+def start(monkeypatch, capsys):
+    monkeypatch.setattr(app_module, "Florence2App", Started)
+    monkeypatch.setattr(command, "fetch", lambda model: None)
+    monkeypatch.delenv("SERVER_ADDRESS", raising=False)
+    Started.local = None
+
+    def start(*options):
+        with pytest.raises(SystemExit) as ended:
+            main(["serve", "--port", "0", *options])
+        return ended.value.code, capsys.readouterr()
+
+    return start
+
+
+def test_options_can_be_given_more_than_once(start):
+    start("--allow-host", "a.example", "--allow-host", "::2", "--allow-deploy", "me/mine")
+    assert Started.local.callers.names == {"a.example", "::2"}
+    assert Started.local.allow_deploy == ("me/mine",)
+    start("--allow-server", "https://app.example.org", "--host", "0.0.0.0")
+    assert Started.local.callers.any_address
+    assert set(Started.local.servers.allowed.values()) == {"https://app.example.org"}
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("--allow-host", "http://a.example", "a name or an address alone"),
+        ("--allow-server", "a.example/path", "an address such as"),
+    ],
+)
+def test_what_cannot_be_meant_is_said_before_a_model_is_loaded(start, option, value, says):
+    code, written = start(option, value)
+    assert code == 2
+    assert says in written.err
+    assert Started.local is None
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="this machine has no IPv6")
+def test_the_server_can_listen_on_an_address_of_ipv6(capsys):
+    try:
+        listener = command._listener("::1", 0)
+    except command.RequestError:
+        pytest.skip("this machine has no loopback of IPv6")
+    with listener:
+        assert listener.family == socket.AF_INET6
+    command._greet("::1", 8000, "demo")
+    assert "http://[::1]:8000/inference_image" in capsys.readouterr().err
