@@ -72,10 +72,10 @@ class Florence2Network(nn.Module):
 
         Reduced precision rounds every logit to 8 or 11 bits, and then the best of a row are often
         equal. So the ``num_exact`` best of each row are computed once more, in float32, from the
-        same rows and weights. Float32 logits are those of ``lm_head``.
+        same rows and weights. Otherwise the logits are those of ``lm_head``.
         """
         logits = cast(Tensor, self.lm_head(rows))
-        if logits.dtype == torch.float32:
+        if logits.dtype not in (torch.bfloat16, torch.float16):
             return logits
         flat = logits.float().flatten(0, -2)
         ids = top_candidates(flat, min(num_exact, flat.shape[-1]))[1]

@@ -76,8 +76,9 @@ def test_all_are_exact_where_the_vocabulary_has_no_more() -> None:
     assert torch.allclose(found.double(), exact_logits(network, rows), rtol=1e-6)
 
 
-def test_float32_is_left_as_it_is() -> None:
-    network = network_of(torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_full_precision_is_left_as_it_is(dtype: torch.dtype) -> None:
+    network = network_of(dtype)
     rows = rows_of(network, 2, 3)
     with torch.inference_mode():
         assert torch.equal(network.next_logits(rows, NUM_EXACT), network.lm_head(rows))
