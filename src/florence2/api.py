@@ -70,9 +70,9 @@ class Florence2:
 
         ``name``: a checkpoint's name, a hub repository id, or a local folder. ``device``: auto,
         cpu, cuda, cuda:N. ``precision``: auto, fp32, bf16, fp16; only fp32 gives the reference's
-        tokens exactly, and ``auto`` is the fastest that this checkpoint is sane in, see
-        ``choose_precision`` and ``load_engine``. Raises CheckpointError or DeviceError with one
-        sentence.
+        tokens, but for rounding ties, and ``auto`` is the fastest that this checkpoint is sane in,
+        see ``choose_precision`` and ``load_engine``. Raises CheckpointError or DeviceError with
+        one sentence.
         """
         if runtime not in RUNTIMES:
             raise DeviceError(unknown_name("runtime", str(runtime), RUNTIMES))

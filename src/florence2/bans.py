@@ -38,9 +38,12 @@ def ban_repeated_ngrams(
     last = windows[..., -1]
     if lengths is not None:
         repeats = repeats & (last >= 0)
-        last = last.clamp(min=0)
+    # What bans nothing adds 0, each to a column of its own: a GPU adds to one column in turn.
+    columns = torch.arange(last.shape[1], device=history.device) % log_probs.shape[1]
     penalty = torch.zeros(repeats.shape, dtype=log_probs.dtype, device=log_probs.device)
-    log_probs.scatter_add_(1, last, penalty.masked_fill_(repeats, NEVER))
+    log_probs.scatter_add_(
+        1, torch.where(repeats, last, columns), penalty.masked_fill_(repeats, NEVER)
+    )
 
 
 def _suffix(history: Tensor, size: int, lengths: Tensor | None) -> Tensor:

@@ -9,6 +9,9 @@ candidates.
 
 One beam is the reference's greedy search: the best candidate is always taken, and the first
 ``</s>`` ends the item.
+
+The search ranks by log-probabilities after bans and forced tokens, as the reference does. What it
+tells about a token, its own log-probability and that of its neighbourhood, is from before them.
 """
 
 from __future__ import annotations
@@ -106,22 +109,23 @@ class BeamSearch:
     def advance_on_device(self, logits: Tensor) -> None:
         """What the device does of a step."""
         batch, rows, _ = logits.shape
-        log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32).flatten(0, 1)
+        log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+        # Bans steer the search, and do not change how probable a token is.
+        allowed = log_probs.flatten(0, 1).clone()
         history = self._said.history(rows, self._length())
         if history is not None:
             ban_repeated_ngrams(
-                log_probs, history, self._settings.no_repeat_ngram_size, self._lengths(rows)
+                allowed, history, self._settings.no_repeat_ngram_size, self._lengths(rows)
             )
         else:
-            ban_bos(log_probs)
-        values, ids = top_candidates(log_probs, 2 * self._beams)
+            ban_bos(allowed)
+        values, ids = top_candidates(allowed, 2 * self._beams)
         self._counts += 1
-        own = self._select(values.view(batch, rows, -1), ids.view(batch, rows, -1))
+        self._select(values.view(batch, rows, -1), ids.view(batch, rows, -1))
+        own = log_probs.flatten(1).gather(1, self.parents * log_probs.shape[2] + self.tokens)
         near = own
         if self._nearby is not None:
-            near = self._nearby.log_probs(
-                log_probs.view(batch, rows, -1), self.parents, self.tokens, own
-            )
+            near = self._nearby.log_probs(log_probs, self.parents, self.tokens, own)
         self._said.add(self._steps(), self.tokens, self.parents, torch.stack((own, near), dim=-1))
 
     def keep(self, rows: list[int]) -> None:
@@ -156,12 +160,16 @@ class BeamSearch:
         for name in ("_limits", *_STATE):
             put_rows(getattr(self, name), into, getattr(other, name), 0, picked)
 
-    def window(self, num_rows: int) -> BeamSearch:
-        """The first rows, in the same memory; for the device's part of a step."""
+    def window(self, num_rows: int, steps: int) -> BeamSearch:
+        """The first rows and steps, in the same memory; for the device's part of a step.
+
+        The steps are those after the first one, which a row has made elsewhere. Rows that anybody
+        waits for do not need more.
+        """
         part = copy.copy(self)
         for name in ("_limits", *_STATE):
             setattr(part, name, getattr(self, name)[:num_rows])
-        part._said = self._said.window(num_rows)
+        part._said = self._said.window(num_rows, 1 + steps)
         return part
 
     @property
@@ -196,7 +204,7 @@ class BeamSearch:
         return (self._counts - len(PREFIX)).clamp(max=self.capacity - 1)
 
     def _length(self) -> int:
-        """The length of the longest history before the step in hand."""
+        """The length of the longest history before the step in hand, or what there is room for."""
         if self._is_static:
             return len(PREFIX) + self.capacity
         return min(max(self._count_of), 1 + self.capacity)
@@ -210,11 +218,8 @@ class BeamSearch:
     def _norm(self, counts: Tensor) -> Tensor:
         return self._norms[counts.clamp(max=len(self._norms) - 1)].unsqueeze(1)
 
-    def _select(self, values: Tensor, ids: Tensor) -> Tensor:
-        """Choose the next beams from each row's candidates: log-probs and ids, both [B, R, K].
-
-        Gives the log-probabilities [B, beams] of the tokens chosen.
-        """
+    def _select(self, values: Tensor, ids: Tensor) -> None:
+        """Choose the next beams from each row's candidates: log-probs and ids, both [B, R, K]."""
         batch, rows, count = ids.shape
         ending, cut = None, None
         if self._is_static or any(map(self._is_last, range(batch))):
@@ -236,7 +241,6 @@ class BeamSearch:
         self.parents.copy_(beams.gather(1, kept))
         self._said.extend_history(self._steps(), self.tokens, self.parents, self._length())
         self._close(ending)
-        return values.view(batch, -1).gather(1, places.gather(1, kept))
 
     def _is_last(self, row: int) -> bool:
         return self._limit_of[row] == self._count_of[row]

@@ -1,10 +1,11 @@
 """Greedy and beam search over any decoder session, for one batch that is there from the start.
 
-Same tokens as ``generate()`` of transformers 5.23 in float32, with the settings published with
-Florence-2: the first token is forced to ``<s>``, the last one at the token limit to ``</s>``, and
-bans act after the softmax. Beyond the reference it returns a log-probability for every token,
-lets each prompt of a batch have its own token limit, and drops a prompt's rows once its own
-result is settled.
+Same tokens as ``generate()`` of transformers 5.23 in float32 but for rounding ties, with the
+settings published with Florence-2: the first token is forced to ``<s>``, the last one at the token
+limit to ``</s>``, and bans act after the softmax. A tie is a step at which two candidates are
+closer than the rounding of float32: another order of summation, by either side, may then choose
+the other one. Beyond the reference it returns a log-probability for every token, lets each prompt
+of a batch have its own token limit, and drops a prompt's rows once its own result is settled.
 """
 
 from __future__ import annotations

@@ -101,14 +101,14 @@ class Hypotheses:
         if self._history is not None and other._history is not None:
             put_rows(self._history, rows, other._history, _NOTHING, chosen)
 
-    def window(self, num_rows: int) -> Hypotheses:
-        """The first rows, in the same memory."""
+    def window(self, num_rows: int, steps: int) -> Hypotheses:
+        """The first rows and steps, in the same memory."""
         part = copy.copy(self)
-        part._tokens = self._tokens[:num_rows]
-        part._parents = self._parents[:num_rows]
-        part._log_probs = self._log_probs[:num_rows]
+        part._tokens = self._tokens[:num_rows, :steps]
+        part._parents = self._parents[:num_rows, :steps]
+        part._log_probs = self._log_probs[:num_rows, :steps]
         if self._history is not None:
-            part._history = self._history[:num_rows]
+            part._history = self._history[:num_rows, :, : len(PREFIX) + steps]
         return part
 
     @property

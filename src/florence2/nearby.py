@@ -24,8 +24,9 @@ class Nearby:
     def log_probs(self, log_probs: Tensor, parents: Tensor, tokens: Tensor, own: Tensor) -> Tensor:
         """Logarithms [B, beams] of the probability of ``tokens`` [B, beams] or a neighbour.
 
-        ``log_probs`` [B, R, V] by row; ``parents`` [B, beams] says from which row each token
-        was chosen; ``own`` [B, beams] are the tokens' own, kept where a token is no location.
+        ``log_probs`` [B, R, V] by row, without bans: a banned neighbour is as near. ``parents``
+        [B, beams] says from which row each token was chosen; ``own`` [B, beams] are the tokens'
+        own, kept where a token is no location.
         """
         batch, rows, vocab = log_probs.shape
         first, last = self.first_location_id, self.first_location_id + NUM_LOCATION_BINS - 1

@@ -113,9 +113,10 @@ class Answer:
     ``token_ids`` start after the decoder's start token and end before ``</s>`` and padding;
     ``log_probs`` has one natural logarithm per token id, from the plain softmax over the
     vocabulary (bans and forced tokens do not distort it). ``near_log_probs`` are the same, but for
-    a location token the logarithm of the probability of any bin within a few bins of it; they are
-    empty when the loop was not told which tokens are locations. ``beam_score`` is the search's own
-    length-normalised score. ``truncated`` says that the token limit cut the answer.
+    a location token the logarithm of the probability of any bin within a few bins of it, banned
+    ones among them; they are empty when the loop was not told which tokens are locations.
+    ``beam_score`` is the search's own length-normalised score, of log-probabilities after bans and
+    forced tokens. ``truncated`` says that the token limit cut the answer.
     """
 
     token_ids: tuple[int, ...]

@@ -24,8 +24,18 @@ def object_score(place: Sequence[Piece], label: Sequence[Piece]) -> float | None
       rings for a polygon, none for a text.
     - ``label``: the tokens of its label. Objects that share one label share this factor.
 
-    The probabilities are those of the plain softmax when each token was chosen, so scores compare
-    within a task and checkpoint. The result is None if any of them is unknown.
+    All probabilities are of one distribution: the float32 softmax over the whole vocabulary of the
+    logits from which the token was chosen, given the tokens before it in the same answer. Nothing
+    is taken out of it: what a ban forbids (repeated n-grams, ``<s>``) keeps its share, in the
+    normaliser and among the neighbours of a place. So a token that was chosen only because a
+    better one was banned has the small probability it had, and a place whose best bin was banned
+    has that bin's share too. In reduced precision the best logits of every row are computed in
+    float32 (``Florence2Network.next_logits``), the others are rounded. Scores compare within a
+    task and checkpoint. The result is None if any of the probabilities is unknown.
+
+    The search itself ranks by other numbers, the reference's: the same log-softmax with -inf
+    where a token is banned, not renormalised, and 0 for a forced token; see ``BeamSearch`` and
+    ``Answer.beam_score``.
     """
     factors = [
         _geometric_mean(piece.near_log_prob for piece in place),

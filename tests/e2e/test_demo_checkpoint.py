@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from florence2 import Ask, Florence2
+from florence2.network import products
 from florence2.processing import prompt_sentence
 from florence2.records import Region
 from florence2.tasks import TaskInput, find_task
@@ -72,6 +73,19 @@ def test_the_reference_loads_it_and_generates_the_same_tokens(model, reference, 
         ).tolist()
     expected = [token_id for token_id in row if token_id not in (0, 1, 2)]
     assert list(ours.token_ids) == expected
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_no_form_of_a_product_changes_a_token_of_float32(monkeypatch, num_beams):
+    exact = Florence2.load("demo", device="cpu", precision="fp32")
+    images = [str(path) for path in sorted(IMAGE.parent.glob("scene_*"))[:4]]
+    asks = [Ask(image, "<OD>", num_beams=num_beams) for image in images]
+    answers = {}
+    for is_transposed in (False, True):
+        monkeypatch.setattr(products, "_is_transposed", lambda *_, form=is_transposed: form)
+        answers[is_transposed] = [result.token_ids for result in exact.run_many(asks)]
+    assert answers[False] == answers[True]
+    assert min(map(len, answers[True])) > 3
 
 
 def test_the_reference_processor_reads_its_tokenizer_and_image_settings(model):

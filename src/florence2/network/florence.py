@@ -6,7 +6,9 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
+from florence2.bans import top_candidates
 from florence2.network.bart import Attention, LanguageModel
 from florence2.network.config import NetworkConfig
 from florence2.network.davit import VisionTower
@@ -64,6 +66,23 @@ class Florence2Network(nn.Module):
         """Teacher-forced: ids [B, L] (from ``</s>`` on) -> logits [B, L, V] of the next ids."""
         rows = self.model.language_model.decoder(decoder_ids, states, mask)
         return cast(Tensor, self.lm_head(rows))
+
+    def next_logits(self, rows: Tensor, num_exact: int) -> Tensor:
+        """Decoder rows [..., d] -> logits [..., V] of the next ids, of which the best are float32.
+
+        Reduced precision rounds every logit to 8 or 11 bits, and then the best of a row are often
+        equal. So the ``num_exact`` best of each row are computed once more, in float32, from the
+        same rows and weights. Otherwise the logits are those of ``lm_head``.
+        """
+        logits = cast(Tensor, self.lm_head(rows))
+        if logits.dtype not in (torch.bfloat16, torch.float16):
+            return logits
+        flat = logits.float().flatten(0, -2)
+        ids = top_candidates(flat, min(num_exact, flat.shape[-1]))[1]
+        weights = functional.embedding(ids, self.lm_head.weight).float()
+        # Not a matrix product: its sums would depend on how many rows there are, and on TF32.
+        exact = (weights * rows.float().flatten(0, -2).unsqueeze(1)).sum(-1)
+        return flat.scatter_(1, ids, exact).view(logits.shape)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -1,16 +1,22 @@
-"""Which form of a product with few rows is fastest: measured once, because CPUs differ.
+"""Which form of a product with few rows is fast: by rule in float32, by measurement otherwise.
 
 A decoder step multiplies a handful of rows by every weight of the decoder. Libraries have several
 paths for that, and which one is slow depends on the CPU, the precision and the shape: three float32
 rows by the output projection took 6 times longer by ``functional.linear`` than with both factors
 transposed on one CPU, and half as long on another.
+
+Two forms of one product round differently. Float32 is there for answers that can be had again, so
+its form depends on nothing but the shape, the number of rows and the make of the CPU. In reduced
+precision rounding is coarse anyway, and the faster form is found by a stopwatch, once a process.
 """
 
 from __future__ import annotations
 
+import functools
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Final
 
 import torch
@@ -18,7 +24,12 @@ from torch import Tensor
 from torch.nn import functional
 
 ROW_COUNTS: Final = (1, 4, 12, 48)
-"""The counts of rows a form is chosen for; fewer rows go by the next one, more are not few."""
+"""The counts of rows a form is measured for; fewer rows go by the next one, more are not few."""
+
+FEW_FLOAT32_ROWS: Final = 6
+"""Up to so many rows ``functional.linear`` in float32 is the slower form on some CPUs."""
+
+_PROCESSOR: Final = Path("/proc/cpuinfo")
 
 _MEASURED_ROWS: Final = (1, 3, 8, 24)
 _CLEARLY_FASTER: Final = 0.9
@@ -28,16 +39,48 @@ _Key = tuple[torch.dtype, torch.Size]
 _Form = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 _transposed: dict[_Key, tuple[bool, ...]] = {}
-"""What ``choose_forms`` found, by precision and shape of the weight. A fact about the machine."""
+"""What ``choose_forms`` found, by reduced precision and shape of the weight."""
 
 
 def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``functional.linear`` of [N, C_in] and [C_out, C_in], in the form chosen for so few rows."""
-    if rows.shape[0] <= ROW_COUNTS[-1] and rows.device.type == "cpu":
-        forms = _transposed.get(_key(weight))
-        if forms is not None and forms[bisect_left(ROW_COUNTS, rows.shape[0])]:
-            return _transposed_product(rows, weight, bias)
+    if rows.device.type == "cpu" and _is_transposed(rows.shape[0], weight):
+        return _transposed_product(rows, weight, bias)
     return functional.linear(rows, weight, bias)
+
+
+def _is_transposed(count: int, weight: Tensor) -> bool:
+    if weight.dtype == torch.float32:
+        return _is_transposed_float32(count, weight)
+    forms = _transposed.get(_key(weight))
+    return forms is not None and count <= ROW_COUNTS[-1] and forms[bisect_left(ROW_COUNTS, count)]
+
+
+def _is_transposed_float32(count: int, weight: Tensor) -> bool:
+    """The rule for float32: the same on every start of one machine.
+
+    One row reads a weight fastest as a matrix-vector product. Of a few rows, those of weights
+    that narrow them are as fast by ``functional.linear`` everywhere.
+    """
+    if count == 1:
+        return True
+    narrows = weight.shape[0] < weight.shape[1]
+    return count <= FEW_FLOAT32_ROWS and not narrows and has_slow_linear(_PROCESSOR)
+
+
+@functools.cache
+def has_slow_linear(processor: Path) -> bool:
+    """Whether ``functional.linear`` reads a weight several times for a few float32 rows.
+
+    MKL, which computes it, does so on x86 CPUs that are not Intel's. ``processor`` is Linux's
+    description of the CPU; where there is none, or it names no vendor, the answer is no.
+    """
+    try:
+        lines = processor.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return False
+    vendors = {line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")}
+    return bool(vendors) and "GenuineIntel" not in vendors
 
 
 def choose_forms(weights: Sequence[Tensor]) -> None:
@@ -45,8 +88,13 @@ def choose_forms(weights: Sequence[Tensor]) -> None:
 
     ``weights`` are those of a whole step in its order, so that each is read from where a step
     reads it: one weight alone would stay in the processor's cache. Takes as long as some 20 steps.
+    Float32 has its rule and is not measured.
     """
-    on_cpu = [weight for weight in weights if weight.device.type == "cpu"]
+    on_cpu = [
+        weight
+        for weight in weights
+        if weight.device.type == "cpu" and weight.dtype != torch.float32
+    ]
     new = {_key(weight) for weight in on_cpu} - _transposed.keys()
     if not new:
         return

@@ -18,6 +18,9 @@ FIRST_STEPS: Final = 32
 # Kernels for masked attention on a GPU copy a mask whose rows do not start at multiples of this.
 ROW_ALIGNMENT: Final = 16
 
+EXACT_BEYOND: Final = 10
+"""Logits computed exactly beside those a search takes: some may be banned, or change rank."""
+
 HIDDEN: Final = float("-inf")
 
 
@@ -126,7 +129,7 @@ class DecoderSession:
             own = cache.own_key[:, :, :end], cache.own_value[:, :, :end]
             mixed = layer.self_attn.attend(query, *own, is_causal=True)
             rows = self._finish_layer(layer, cache, rows, mixed)
-        return cast(Tensor, self._network.lm_head(rows[:, -1]))
+        return self._network.next_logits(rows[:, -1], self._num_exact())
 
     def step(self, token_ids: Tensor) -> Tensor:
         """Feeds one token per beam, [B, beams] -> logits [B, beams, V]."""
@@ -165,7 +168,7 @@ class DecoderSession:
             mixed = layer.self_attn.attend(query, *own, mask)
             rows = self._finish_layer(layer, cache, rows, mixed)
         self._steps += 1
-        return cast(Tensor, self._network.lm_head(rows))
+        return self._network.next_logits(rows, self._num_exact())
 
     @torch.inference_mode()
     def reorder(self, beam_indices: Tensor) -> None:
@@ -251,6 +254,10 @@ class DecoderSession:
 
     def _slots_for(self, steps_of: list[int]) -> int:
         return self._prefix_length + max(steps_of) * self.num_beams
+
+    def _num_exact(self) -> int:
+        """Logits of each row that a search may have to tell apart."""
+        return 2 * self.num_beams + EXACT_BEYOND
 
     def _is_together(self) -> bool:
         """Whether all items are at the same step, so that no index is needed."""

@@ -159,7 +159,7 @@ class DecodeBuffers:
 
     def _work(self, window: Window) -> tuple[Work, list[Tensor]]:
         session = self.session.window(window.num_rows, window.steps, window.cross_length)
-        search = self.search.window(window.num_rows)
+        search = self.search.window(window.num_rows, window.steps)
 
         def work() -> None:
             session.reorder(search.parents)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.generation.logits_process import NoRepeatNGramLogitsProcessor
 
 from florence2.bans import ban_bos, ban_repeated_ngrams, top_candidates
 
@@ -22,6 +24,44 @@ def test_a_token_is_banned_exactly_if_it_would_repeat_an_ngram(ngram: int):
                 repeats = tuple([*tokens, token][-ngram:]) in seen and length >= ngram
                 wanted = float("-inf") if repeats else log_probs[row, token].item()
                 assert banned[row, token].item() == wanted
+
+
+@pytest.mark.parametrize("ngram", [1, 2, 3, 4])
+@pytest.mark.parametrize("unused", [0, 1, 50])
+def test_rows_of_any_length_ban_what_the_reference_bans(ngram: int, unused: int):
+    generator = torch.Generator().manual_seed(ngram)
+    lengths = torch.tensor([2, 3, 5, 8, 20, 20])
+    history = torch.randint(0, 4, (6, 20 + unused), generator=generator)
+    history[torch.arange(20 + unused) >= lengths.unsqueeze(1)] = -1
+    log_probs = torch.randn((6, 7), generator=generator)
+    banned = log_probs.clone()
+    ban_repeated_ngrams(banned, history, ngram, lengths)
+    reference = NoRepeatNGramLogitsProcessor(ngram)
+    for row, length in enumerate(lengths.tolist()):
+        one = slice(row, row + 1)
+        wanted = reference(history[one, :length], log_probs[one].clone())
+        assert torch.equal(banned[one], wanted)
+
+
+class _Columns(TorchDispatchMode):
+    """Notes which columns are added to, and what."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket is torch.ops.aten.scatter_add_:
+            _, _, self.columns, self.added = args
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("used", [2, 9, 60])
+def test_what_bans_nothing_adds_to_no_column_twice(used: int):
+    history = torch.full((2, 60), -1)
+    history[:, :used] = 0
+    history[:, 1] = 3
+    with _Columns() as noted:
+        ban_repeated_ngrams(torch.zeros(2, 64), history, 3, torch.tensor([used, used]))
+    for columns, added in zip(noted.columns, noted.added, strict=True):
+        idle = columns[added == 0].tolist()
+        assert len(idle) == len(set(idle)) > 0
 
 
 def test_ban_bos_changes_nothing_else():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from florence2.beams import BeamSearch
+from florence2.nearby import Nearby
 from florence2.records import GenerationSettings
 
 EOS, A, B, C, D = 2, 3, 4, 5, 6
@@ -53,3 +54,32 @@ def test_only_the_first_candidates_may_finish():
     assert answer.token_ids == (A,)
     assert answer.log_probs == pytest.approx([math.log(0.5)], abs=1e-5)
     assert answer.beam_score == pytest.approx((math.log(0.5) + math.log(0.9)) / 3, abs=1e-5)
+
+
+PLACES = Nearby(first_location_id=B, radius_bins=1)
+BANNED_NEIGHBOURS = {
+    "the place was said before": (1, [{B: 0.9}]),
+    "after the same token": (2, [{A: 0.9}, {B: 0.9}, {A: 0.9}]),
+    "after the same two tokens": (3, [{A: 0.9}, {D: 0.9}, {B: 0.9}, {A: 0.9}, {D: 0.9}]),
+}
+
+
+@pytest.mark.parametrize("is_static", [False, True])
+@pytest.mark.parametrize(("ngram", "said"), BANNED_NEIGHBOURS.values(), ids=BANNED_NEIGHBOURS)
+def test_a_banned_neighbour_counts_for_the_place_and_is_not_chosen(ngram, said, is_static):
+    settings = GenerationSettings(num_beams=1, no_repeat_ngram_size=ngram)
+    # At the limit </s> is forced, which n-grams of one token ban: all begin with it.
+    limit = len(said) + 3
+    search = BeamSearch([limit], settings, torch.device("cpu"), PLACES, is_static=is_static)
+    for chances in said:
+        search.advance(logits(chances))
+    search.advance(logits({B: 0.6, C: 0.377}))
+    assert search.tokens.tolist() == [[C]]
+    search.advance(logits({A: 0.9}))
+    [answer] = search.answers([0])
+    assert answer.token_ids[-1] == C
+    assert math.exp(answer.log_probs[-1]) == pytest.approx(0.377, abs=1e-5)
+    assert math.exp(answer.near_log_probs[-1]) == pytest.approx(0.977, abs=3e-3)
+    chosen = [max(chances.values()) for chances in said] + [0.377]
+    total = sum(math.log(chance) for chance in chosen)
+    assert answer.beam_score == pytest.approx(total / limit, abs=1e-5)

@@ -20,6 +20,7 @@ from tiny_reference import (
 from transformers import Florence2ForConditionalGeneration
 
 import florence2.bans
+from florence2.network import products
 from florence2.records import GenerationSettings
 
 LIMIT = 16
@@ -119,3 +120,18 @@ def test_the_large_vocabulary_path(monkeypatch: pytest.MonkeyPatch):
         settings = GenerationSettings(num_beams=beams)
         expected = expected_answers(model, prompts, settings, LIMIT)
         assert differences(answer_in_batches(model, prompts, settings, LIMIT, 50), expected) == []
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_either_form_of_every_product_gives_the_reference_s_tokens(
+    is_transposed: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(products, "_is_transposed", lambda *_: is_transposed)
+    for seed, beams in zip(SEEDS, (1, 3, 5), strict=True):
+        model, prompts = setup(seed)
+        prompts = prompts.pick(list(range(30)))
+        settings = GenerationSettings(num_beams=beams)
+        expected = expected_answers(model, prompts, settings, LIMIT)
+        for batch in (1, 7):
+            answers = answer_in_batches(model, prompts, settings, LIMIT, batch)
+            assert differences(answers, expected) == []

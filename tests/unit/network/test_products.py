@@ -1,4 +1,4 @@
-"""Products with few rows give the same numbers in either form, whichever was measured faster."""
+"""Products with few rows give the same numbers in either form; which one is taken, and why."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ def test_both_forms_are_the_same_product(
     for shape in SHAPES:
         weight, bias = torch.randn(shape).to(dtype), torch.randn(shape[0]).to(dtype)
         rows = torch.randn(count, shape[1]).to(dtype)
-        forms = {(dtype, weight.shape): (is_transposed,) * len(products.ROW_COUNTS)}
-        monkeypatch.setattr(products, "_transposed", forms)
+        monkeypatch.setattr(products, "_is_transposed", lambda *_: is_transposed)
         for offset in (None, bias):
             found = products.product(rows, weight, offset)
             wanted = functional.linear(
@@ -37,8 +36,8 @@ def test_both_forms_are_the_same_product(
             assert error < TOLERANCE[dtype]
 
 
-def test_the_form_is_chosen_by_the_count_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = torch.randn(8, 4)
+def test_the_measured_form_is_chosen_by_the_count_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(8, 4, dtype=torch.bfloat16)
     forms = {(weight.dtype, weight.shape): (False, True, False, True)}
     monkeypatch.setattr(products, "_transposed", forms)
     used: list[int] = []
@@ -48,7 +47,7 @@ def test_the_form_is_chosen_by_the_count_of_rows(monkeypatch: pytest.MonkeyPatch
         lambda rows, weight, bias: used.append(len(rows)) or functional.linear(rows, weight, bias),
     )
     for count in range(1, 60):
-        products.product(torch.randn(count, 4), weight, None)
+        products.product(torch.randn(count, 4).to(weight.dtype), weight, None)
     assert used == [2, 3, 4, *range(13, 49)]
 
 
@@ -62,19 +61,57 @@ def test_the_faster_form_is_chosen_and_measured_once(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(products, "_transposed", {})
     monkeypatch.setattr(products, "_seconds", clock)
-    weights = [torch.randn(8, 4), torch.randn(8, 4), torch.randn(4, 8)]
+    weights = [torch.randn(shape).bfloat16() for shape in ((8, 4), (8, 4), (4, 8))]
     products.choose_forms(weights)
     assert products._transposed == {
-        (torch.float32, torch.Size((8, 4))): (True,) * 4,
-        (torch.float32, torch.Size((4, 8))): (False,) * 4,
+        (torch.bfloat16, torch.Size((8, 4))): (True,) * 4,
+        (torch.bfloat16, torch.Size((4, 8))): (False,) * 4,
     }
     count = len(measured)
     products.choose_forms(weights)
     assert len(measured) == count
 
 
+def test_no_clock_is_asked_for_the_form_of_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    def clock(*_: object) -> float:
+        raise AssertionError("float32 was measured")
+
+    monkeypatch.setattr(products, "_seconds", clock)
+    monkeypatch.setattr(products, "_transposed", {})
+    Florence2Network(tiny_config()).prepare_for_inference()
+    assert products._transposed == {}
+
+
+INTEL = "processor\t: 0\nvendor_id\t: GenuineIntel\nmodel name\t: Xeon\n"
+AMD = INTEL.replace("GenuineIntel", "AuthenticAMD")
+ARM = "processor\t: 0\nCPU implementer\t: 0x41\n"
+WIDENING, NARROWING = (64, 16), (16, 64)
+RULE = {
+    "AMD widens": (AMD, WIDENING, range(1, 7)),
+    "AMD keeps the width": (AMD, (16, 16), range(1, 7)),
+    "AMD narrows": (AMD, NARROWING, [1]),
+    "Intel widens": (INTEL, WIDENING, [1]),
+    "Intel narrows": (INTEL, NARROWING, [1]),
+    "ARM widens": (ARM, WIDENING, [1]),
+    "no description": (None, WIDENING, [1]),
+}
+
+
+@pytest.mark.parametrize(("processor", "shape", "transposed"), RULE.values(), ids=RULE)
+def test_the_form_of_float32_is_a_rule_of_cpu_shape_and_rows(
+    monkeypatch, tmp_path, processor, shape, transposed
+) -> None:
+    description = tmp_path / "cpuinfo"
+    if processor is not None:
+        description.write_text(processor)
+    monkeypatch.setattr(products, "_PROCESSOR", description)
+    weight = torch.randn(shape)
+    found = [count for count in range(1, 60) if products._is_transposed(count, weight)]
+    assert found == list(transposed)
+
+
 def test_a_network_made_ready_has_a_form_for_every_weight_of_its_decoder() -> None:
-    network = Florence2Network(tiny_config()).prepare_for_inference()
+    network = Florence2Network(tiny_config()).bfloat16().prepare_for_inference()
     decoder = network.model.language_model.decoder
     layer = decoder.layers[0]
     for weight in (network.lm_head.weight, layer.fc1.weight, layer.self_attn.out_proj.weight):

@@ -9,10 +9,14 @@ from replaying import ReplayingRecorder
 from taping import TapingRecorder
 from tiny_reference import SEEDS
 
+import florence2.beams
 import florence2.decoding
+from florence2.beams import BeamSearch
 from florence2.decoding import OpenFlags
 from florence2.errors import FlorenceError
 from florence2.nearby import Nearby
+from florence2.network.florence import Florence2Network
+from florence2.network.presets import tiny_config
 from florence2.network.static_session import StaticSession
 from florence2.records import Answer, GenerationSettings
 from florence2.runtimes import decode_buffers
@@ -75,6 +79,43 @@ def test_scores_are_those_of_searching_plainly(place):
         assert ours.log_probs == pytest.approx(theirs.log_probs, abs=1e-4)
         assert ours.near_log_probs == pytest.approx(theirs.near_log_probs, abs=1e-4)
         assert ours.beam_score == pytest.approx(theirs.beam_score, abs=1e-4)
+
+
+def test_the_ban_looks_no_further_than_the_steps_of_the_window(place, monkeypatch):
+    looked, windows = [], []
+    ban, window_of = florence2.beams.ban_repeated_ngrams, BeamSearch.window
+
+    def noting(log_probs, history, *others):
+        looked.append(history.shape[1])
+        ban(log_probs, history, *others)
+
+    def windowed(search, num_rows, steps):
+        windows.append(steps)
+        return window_of(search, num_rows, steps)
+
+    settings = settings_of()
+    crowd = Crowd(SEEDS[0], settings, [39] * COUNT)
+    monkeypatch.setattr(BeamSearch, "window", windowed)
+    monkeypatch.setattr(florence2.beams, "ban_repeated_ngrams", noting)
+    crowd.run(place.pool.space(settings, None))
+    assert crowd.differing() == []
+    # The tokens that all begin with, the first one, and the window's, up to the position table.
+    assert {length for length in looked if length > 2} == {min(3 + n, 41) for n in windows}
+    assert min(windows) == 2
+
+
+def test_logits_of_reduced_precision_can_be_recorded(monkeypatch):
+    monkeypatch.setattr("florence2.bans._SMALL_VOCABULARY", 0)
+    monkeypatch.setattr("florence2.bans._BLOCK", 8)
+    network = Florence2Network(tiny_config()).bfloat16().prepare_for_inference()
+    rows = torch.zeros(2, 3, network.config.text.d_model, dtype=torch.bfloat16)
+    found = torch.zeros(2, 3, network.config.text.vocab_size)
+    with torch.inference_mode():
+        recorded = TapingRecorder().record(lambda: found.copy_(network.next_logits(rows, 5)))
+        for _ in range(2):
+            rows.normal_()
+            recorded.replay()
+            assert torch.equal(found, network.next_logits(rows, 5))
 
 
 def test_the_same_once_more_records_nothing(place):
