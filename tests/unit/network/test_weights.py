@@ -14,13 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from florence2.errors import CheckpointError
+from florence2.network.layouts import convert_state, detect_layout
 from florence2.network.presets import tiny_config
-from florence2.network.weights import (
-    build_network,
-    convert_original_state,
-    detect_layout,
-    read_weights,
-)
+from florence2.network.weights import build_network, read_weights
 
 CONFIG = tiny_config()
 SHARED = "model.language_model.shared.weight"
@@ -79,9 +75,9 @@ def test_written_and_read(
 
 
 def test_conversion_of_a_native_state_changes_nothing(native: State) -> None:
-    assert_same(convert_original_state(native), native)
-    converted = convert_original_state(original_state(native, CONFIG))
-    assert_same(convert_original_state(converted), converted)
+    assert_same(convert_state(native), native)
+    converted = convert_state(original_state(native, CONFIG))
+    assert_same(convert_state(converted), converted)
 
 
 def test_the_full_state_of_the_reference_is_native() -> None:
