@@ -176,8 +176,9 @@ def weight_files(names: Iterable[str]) -> tuple[str, ...]:
     name = match.group()
     if not name.endswith(".json"):
         return (name,)
-    variant = rf"(?:\.{match['variant']})?" if match["variant"] else ""
-    part = re.compile(rf"{stem}{variant}-\d{{5}}-of-\d{{5}}{variant}\.{ending}")
+    number, variant = r"-\d{5}-of-\d{5}", match["variant"]
+    middle = rf"(?:\.{variant}{number}|{number}\.{variant})" if variant else number
+    part = re.compile(rf"{stem}{middle}\.{ending}")
     return (name, *filter(part.fullmatch, present))
 
 
