@@ -149,7 +149,9 @@ def generation_settings(
     could not have either.
     """
     is_native = not is_original_config(config)
-    chosen = dict(LIBRARY_DEFAULTS) if is_native and generation_config is not None else {}
+    chosen: dict[str, Any] = {}
+    if is_native and generation_config is not None:
+        chosen |= LIBRARY_DEFAULTS
     for file, section in reversed(_said(config, generation_config)):
         for key in _TAKEN_OVER:
             value = section.get(key)

@@ -276,7 +276,10 @@ VARIANTS = {
         ["model.safetensors.index.fp16.json", "model-00001-of-00001.fp16.safetensors"],
         ["model.safetensors.index.fp16.json", "model-00001-of-00001.fp16.safetensors"],
     ),
-    "no weights at all": (["adapter_model.safetensors", "model.fp16-00001-of-00001.safetensors"], []),
+    "no weights at all": (
+        ["adapter_model.safetensors", "model.fp16-00001-of-00001.safetensors"],
+        [],
+    ),
 }
 
 

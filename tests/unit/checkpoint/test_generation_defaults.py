@@ -44,7 +44,11 @@ def test_original_repository_as_published_runs_the_language_models_own_settings(
 @pytest.mark.parametrize(
     ("text_config", "generation_config", "settings"),
     [
-        (LEGACY, {"num_beams": 1, "length_penalty": 0.5}, GenerationSettings(4, None, 2.0, True, 5)),
+        (
+            LEGACY,
+            {"num_beams": 1, "length_penalty": 0.5},
+            GenerationSettings(4, None, 2.0, True, 5),
+        ),
         (LEGACY | {"num_beams": None}, {"num_beams": 2}, GenerationSettings(2, None, 2.0, True, 5)),
         ({}, {"num_beams": 2}, GenerationSettings(2, None, 1.0, True, 3)),
         ({"num_beams": 1}, None, GenerationSettings(1, None, 1.0, True, 3)),
@@ -61,7 +65,10 @@ def test_original_layout_asks_text_config_first(text_config, generation_config, 
     [
         ({}, LIBRARY),
         ({"num_beams": 3}, GenerationSettings(3, None, 1.0, False, 0)),
-        ({"num_beams": None, "no_repeat_ngram_size": 3}, GenerationSettings(1, None, 1.0, False, 3)),
+        (
+            {"num_beams": None, "no_repeat_ngram_size": 3},
+            GenerationSettings(1, None, 1.0, False, 3),
+        ),
         ({"num_beams": 5, "early_stopping": True}, GenerationSettings(5, None, 1.0, True, 0)),
         ({"no_repeat_ngram_size": 0}, LIBRARY),
     ],

@@ -275,12 +275,15 @@ def test_quantised_weights_are_called_so(native: State, layout: str, beside: str
 
 @pytest.mark.parametrize(
     "part",
-    ["lora_A.default.weight", "lora_B.weight", "base_layer.weight", "modules_to_save.default.weight"],
+    [
+        "lora_A.default.weight",
+        "lora_B.weight",
+        "base_layer.weight",
+        "modules_to_save.default.weight",
+    ],
 )
 @pytest.mark.parametrize("wrapper", ["", "base_model.model."])
-def test_an_adapter_that_is_not_merged_is_called_so(
-    native: State, part: str, wrapper: str
-) -> None:
+def test_an_adapter_that_is_not_merged_is_called_so(native: State, part: str, wrapper: str) -> None:
     state = original_state(native, CONFIG)
     state[f"{wrapper}language_model.model.decoder.layers.1.fc2.{part}"] = torch.ones(2, 2)
     with pytest.raises(CheckpointError, match="an adapter that is not merged"):
