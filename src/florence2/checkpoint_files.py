@@ -188,7 +188,7 @@ def _rank(variant: str | None) -> tuple[int, str]:
 
 
 def _no_weights(present: set[str], source: str) -> str:
-    odd = sorted(name for name in present if name.endswith((".safetensors", ".bin", ".pt")))
+    odd = sorted(name for name in present if name.endswith(".safetensors"))
     rule = f"{source} holds no weights ({SAFETENSORS} or {PICKLED}, or an index with its parts)"
     if odd:
         return f"{rule}, only {odd[0]}; if that is all of the weights, name it {SAFETENSORS}."

@@ -14,6 +14,7 @@ from typing import Final, Literal
 import torch
 from torch import Tensor
 
+from florence2.checkpoint_files import MERGING
 from florence2.errors import CheckpointError
 
 Layout = Literal["native", "original"]
@@ -150,8 +151,7 @@ def _check_plain(names: Iterable[str]) -> None:
         if _ADAPTER.search(name):
             raise CheckpointError(
                 f"The weights hold {name}, part of an adapter that is not merged, and only full "
-                "weights can be loaded; merge it, after untying lm_head (docs/checkpoints.md, "
-                "Merging an adapter), and save that."
+                f"weights can be loaded; merge it after untying lm_head ({MERGING}) and save that."
             )
         if _QUANTISED.search(name):
             raise CheckpointError(
