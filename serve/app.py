@@ -61,7 +61,7 @@ class Florence2App(AnsweringApp):
         if not self.deployment.is_deployed:
             return PageInfo(VERSION)
         model = self.deployment.current.model
-        return PageInfo(VERSION, model.name, model.device, model.precision, "torch")
+        return PageInfo(VERSION, model.name, model.device, model.precision, "torch", model.notes)
 
     # The server
 

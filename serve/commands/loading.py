@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from florence2.hub import ProgressCallback, ProgressUpdate
 
 
-_WEIGHTS: Final = ("model.safetensors", "pytorch_model.bin")
 _WHOLE_BYTES: Final = 64 * 2**20
 _PIECES: Final = 64
 _PIECE_BYTES: Final = 2**20
@@ -40,8 +39,11 @@ def fingerprint(name: str) -> str | None:
         return None
     if found.revision is not None:
         return found.revision
-    weights = [found.folder / file for file in _WEIGHTS if (found.folder / file).is_file()]
-    return _hash(weights[0]) if weights else None
+    weights = [file for file in found.files if file.endswith((".safetensors", ".bin"))]
+    hashes = [_hash(found.folder / file) for file in weights]
+    if len(hashes) == 1:
+        return hashes[0]
+    return hashlib.blake2b("".join(hashes).encode(), digest_size=16).hexdigest()
 
 
 def _hash(path: Path) -> str:

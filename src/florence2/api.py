@@ -103,6 +103,11 @@ class Florence2:
         """The precision it computes in."""
         return self.engine.runtime.precision
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the checkpoint's files ask for or hold that is not used, a sentence each."""
+        return self.engine.checkpoint.notes
+
     def close(self) -> None:
         """Frees the weights, so that another checkpoint has room; afterwards nothing is answered.
 

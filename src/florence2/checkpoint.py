@@ -9,14 +9,14 @@ from typing import Any, Final
 
 import torch
 
-from florence2.checkpoint_files import CONFIG, CheckpointFiles, read_json
+from florence2.checkpoint_files import ADAPTER_CONFIG, CONFIG, CheckpointFiles, read_json
 from florence2.errors import CheckpointError, shown
-from florence2.generation_rules import SETTING_RULES
+from florence2.generation_rules import LIBRARY_DEFAULTS, SETTING_RULES, unheeded
 from florence2.hub import ProgressCallback, ProgressUpdate
 from florence2.network.config import NetworkConfig, is_original_config
 from florence2.network.florence import Florence2Network
 from florence2.network.weights import build_network, read_weights
-from florence2.processing import ImageProcessor
+from florence2.processing import PROCESSOR_FILES, ImageProcessor, image_processor_file
 from florence2.records import GenerationSettings
 from florence2.resolve import Verify, resolve
 from florence2.vocabulary import Vocabulary
@@ -38,7 +38,11 @@ _TAKEN_OVER: Final = ("num_beams", "early_stopping", "no_repeat_ngram_size", "le
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Everything about a checkpoint but its weights. ``revision`` is its commit, if known."""
+    """Everything about a checkpoint but its weights. ``revision`` is its commit, if known.
+
+    ``notes``: what its files say that is not obeyed, a sentence each; those about its weights are
+    the loaded network's.
+    """
 
     name: str
     revision: str | None
@@ -47,6 +51,7 @@ class Checkpoint:
     vocabulary: Vocabulary
     image_processor: ImageProcessor
     generation: GenerationSettings
+    notes: tuple[str, ...] = ()
 
 
 def open_checkpoint(
@@ -64,14 +69,54 @@ def open_checkpoint(
     files = resolve(name, cache_dir=cache_dir, offline=offline, progress=progress, verify=verify)
     config = read_json(files.folder / CONFIG)
     chosen = files.folder / _GENERATION_CONFIG
-    return Checkpoint(
+    generation_config = read_json(chosen) if chosen.is_file() else None
+    checkpoint = Checkpoint(
         name=files.name,
         revision=files.revision,
         folder=files.folder,
         config=NetworkConfig.from_dict(config),
         vocabulary=Vocabulary.from_folder(files.folder),
         image_processor=ImageProcessor.from_folder(files.folder),
-        generation=generation_settings(config, read_json(chosen) if chosen.is_file() else {}),
+        generation=generation_settings(config, generation_config),
+        notes=_notes(files.folder, config, generation_config),
+    )
+    _check_image_size(checkpoint)
+    return checkpoint
+
+
+def _notes(
+    folder: Path, config: Mapping[str, Any], generation_config: Mapping[str, Any] | None
+) -> tuple[str, ...]:
+    notes = [
+        f"{file} asks for {wanted}, which this search does not have; answers are searched for "
+        "without."
+        for file, section in _said(config, generation_config)
+        if (wanted := unheeded(section))
+    ]
+    if (folder / ADAPTER_CONFIG).is_file():
+        notes.append(
+            f"{ADAPTER_CONFIG} lies beside full weights, which are loaded as they are; no adapter "
+            "is applied to them."
+        )
+    return tuple(notes)
+
+
+def _check_image_size(checkpoint: Checkpoint) -> None:
+    """CheckpointError where images of the processor's size have more places than the network."""
+    vision, size_wh = checkpoint.config.vision, checkpoint.image_processor.size_wh
+    grid = vision.grid(size_wh[1], size_wh[0])
+    limit = vision.max_position_embeddings
+    if max(grid) <= limit:
+        return
+    source = image_processor_file(checkpoint.folder)
+    if source is None:
+        raise CheckpointError(
+            f"{checkpoint.folder} holds no {PROCESSOR_FILES[0]}, and the published size of images "
+            f"does not fit this network ({max(grid)} rows or columns of {limit}); add that file."
+        )
+    raise CheckpointError(
+        f"{source} asks for images of {size_wh[0]} x {size_wh[1]} pixels, which this network does "
+        f"not take ({max(grid)} rows or columns of {limit}); take both from the same checkpoint."
     )
 
 
@@ -93,19 +138,23 @@ def load_weights(checkpoint: Checkpoint, dtype: torch.dtype) -> Florence2Network
 
 
 def generation_settings(
-    config: Mapping[str, Any], generation_config: Mapping[str, Any]
+    config: Mapping[str, Any], generation_config: Mapping[str, Any] | None
 ) -> GenerationSettings:
     """How a checkpoint's answers are searched for, with nothing left unset.
 
-    ``generation_config.json`` goes before the original layout's ``text_config``, and that before
-    the published defaults; null means unset. Raises CheckpointError for a value that a request
+    Original layout: ``text_config``, whose settings alone the publisher's code runs, then
+    ``generation_config.json``, then the published defaults. Native layout: as transformers means
+    it, so what ``generation_config.json`` leaves out is the library's default; without that file
+    the published defaults. Null means left out. Raises CheckpointError for a value that a request
     could not have either.
     """
-    legacy = config.get("text_config") if is_original_config(config) else None
+    is_native = not is_original_config(config)
     chosen: dict[str, Any] = {}
-    for file, section in ((CONFIG, legacy), (_GENERATION_CONFIG, generation_config)):
+    if is_native and generation_config is not None:
+        chosen |= LIBRARY_DEFAULTS
+    for file, section in reversed(_said(config, generation_config)):
         for key in _TAKEN_OVER:
-            value = section.get(key) if isinstance(section, Mapping) else None
+            value = section.get(key)
             if value is None:
                 continue
             rule = SETTING_RULES[key]
@@ -116,3 +165,14 @@ def generation_settings(
                 )
             chosen[key] = value
     return replace(GenerationSettings(), **chosen)
+
+
+def _said(
+    config: Mapping[str, Any], generation_config: Mapping[str, Any] | None
+) -> list[tuple[str, Mapping[str, Any]]]:
+    """Where a checkpoint says how to search, each with its file, the one that goes first first."""
+    said = [(_GENERATION_CONFIG, generation_config)] if generation_config else []
+    text_config = config.get("text_config")
+    if is_original_config(config) and isinstance(text_config, Mapping):
+        said.insert(0, (CONFIG, text_config))
+    return said

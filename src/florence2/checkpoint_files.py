@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from florence2.errors import CheckpointError
+from florence2.stand_ins import stand_in_at
 
 MANIFEST_NAME: Final = "florence2-manifest.json"
 CONFIG: Final = "config.json"
 ADAPTER_CONFIG: Final = "adapter_config.json"
 SAFETENSORS: Final = "model.safetensors"
-SAFETENSORS_INDEX: Final = "model.safetensors.index.json"
 PICKLED: Final = "pytorch_model.bin"
-PICKLED_INDEX: Final = "pytorch_model.bin.index.json"
+MERGING: Final = "docs/checkpoints.md, Merging an adapter"
 
 _TOKENIZERS: Final = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 _SMALL_FILES: Final = (
@@ -35,11 +35,20 @@ _SMALL_FILES: Final = (
     "merges.txt",
     "added_tokens.json",
     "special_tokens_map.json",
+    # Only for the note that it is not applied: beside full weights it is a trace of their making.
+    ADAPTER_CONFIG,
 )
-_SHARDS: Final = {
-    SAFETENSORS_INDEX: re.compile(r"model-\d{5}-of-\d{5}\.safetensors"),
-    PICKLED_INDEX: re.compile(r"pytorch_model-\d{5}-of-\d{5}\.bin"),
-}
+_ADAPTER_WEIGHTS: Final = ("adapter_model.safetensors", "adapter_model.bin")
+# The order in which weights are looked for: a format's one file, then its index with parts.
+_WEIGHTS: Final = tuple(
+    (re.compile(pattern), stem, ending)
+    for stem, ending in (("model", "safetensors"), ("pytorch_model", "bin"))
+    for pattern in (
+        rf"{stem}(?:\.(?P<variant>\w+))?\.{ending}",
+        rf"{stem}\.{ending}\.index(?:\.(?P<variant>\w+))?\.json",
+    )
+)
+_VARIANTS: Final = (None, "fp32", "fp16", "bf16")
 _MANIFEST_FORMAT: Final = 1
 _READ_BYTES: Final = 4 * 1024 * 1024
 _MAX_HEADER_BYTES: Final = 100 * 1024 * 1024
@@ -126,14 +135,15 @@ def read_json(path: Path) -> dict[str, Any]:
 def choose_files(names: Iterable[str], source: str) -> tuple[str, ...]:
     """The files of a repository or a folder that loading needs: small ones first, weights last.
 
-    One format of weights: safetensors, single or in shards, else pytorch_model.bin. Raises
-    CheckpointError if a file that is always needed is missing, or for a LoRA adapter.
+    One format of weights, see ``weight_files``. Raises CheckpointError if a file that is always
+    needed is missing, or for a LoRA adapter without full weights.
     """
     present = set(names)
-    if ADAPTER_CONFIG in present:
+    weights = weight_files(present)
+    if not weights and not present.isdisjoint((ADAPTER_CONFIG, *_ADAPTER_WEIGHTS)):
         raise CheckpointError(
-            f"{source} holds a LoRA adapter ({ADAPTER_CONFIG}), and only full weights can be "
-            "loaded; merge the adapter into its base model and save that."
+            f"{source} holds a LoRA adapter alone, and only full weights can be loaded; merge it "
+            f"into its base model and save that, after untying lm_head ({MERGING})."
         )
     if CONFIG not in present:
         raise CheckpointError(f"{source} holds no {CONFIG}; a checkpoint needs it, so add it.")
@@ -142,36 +152,77 @@ def choose_files(names: Iterable[str], source: str) -> tuple[str, ...]:
             f"{source} holds neither tokenizer.json nor vocab.json with merges.txt; add one of "
             "them from the published model."
         )
-    small = tuple(name for name in _SMALL_FILES if name in present)
-    return small + _choose_weights(present, source)
+    if not weights:
+        raise CheckpointError(_no_weights(present, source))
+    return tuple(name for name in _SMALL_FILES if name in present) + weights
 
 
-def _choose_weights(present: set[str], source: str) -> tuple[str, ...]:
-    for name in (SAFETENSORS, SAFETENSORS_INDEX, PICKLED, PICKLED_INDEX):
-        if name in present:
-            shard = _SHARDS.get(name)
-            return (name, *(sorted(filter(shard.fullmatch, present)) if shard else ()))
-    raise CheckpointError(
-        f"{source} holds no weights ({SAFETENSORS} or {PICKLED}, or the index of either with its "
-        "parts); add them."
-    )
+def weight_files(names: Iterable[str]) -> tuple[str, ...]:
+    """Which of these files hold the weights: one file, or an index and its parts; () for none.
+
+    The first of ``model.safetensors``, its index, ``pytorch_model.bin`` and its index; then the
+    same with a variant in the name, such as ``model.fp16.safetensors``.
+    """
+    present = sorted(names)
+    found = [
+        (_rank(match["variant"]), order, match, stem, ending)
+        for order, (pattern, stem, ending) in enumerate(_WEIGHTS)
+        for match in map(pattern.fullmatch, present)
+        if match
+    ]
+    if not found:
+        return ()
+    _, _, match, stem, ending = min(found, key=lambda candidate: candidate[:2])
+    name = match.group()
+    if not name.endswith(".json"):
+        return (name,)
+    number, variant = r"-\d{5}-of-\d{5}", match["variant"]
+    middle = rf"(?:\.{variant}{number}|{number}\.{variant})" if variant else number
+    part = re.compile(rf"{stem}{middle}\.{ending}")
+    return (name, *filter(part.fullmatch, present))
+
+
+def _rank(variant: str | None) -> tuple[int, str]:
+    known = _VARIANTS.index(variant) if variant in _VARIANTS else len(_VARIANTS)
+    return known, variant or ""
+
+
+def _no_weights(present: set[str], source: str) -> str:
+    odd = sorted(name for name in present if name.endswith(".safetensors"))
+    rule = f"{source} holds no weights ({SAFETENSORS} or {PICKLED}, or an index with its parts)"
+    if odd:
+        return f"{rule}, only {odd[0]}; if that is all of the weights, name it {SAFETENSORS}."
+    return f"{rule}; add them."
 
 
 def check_folder(folder: Path) -> tuple[str, ...]:
     """The files of a complete checkpoint folder, by what the files themselves say.
 
-    Raises CheckpointError naming the file that is missing, cut or unreadable.
+    Raises CheckpointError naming the file that is missing, cut, unreadable or another's stand-in.
     """
     names = choose_files((path.name for path in folder.iterdir() if path.is_file()), str(folder))
+    for name in names:
+        _check_is_itself(folder / name)
     read_json(folder / CONFIG)
     for name in names:
-        if name in _SHARDS:
-            _check_shards(folder, name, names)
-        elif name.endswith(".safetensors"):
+        if name.endswith(".safetensors"):
             _check_safetensors(folder / name)
         elif name.endswith(".bin"):
             _check_pickled(folder / name)
+    weights = weight_files(names)
+    if weights[0].endswith(".json"):
+        _check_shards(folder, weights[0], names)
     return names
+
+
+def _check_is_itself(path: Path) -> None:
+    """CheckpointError for a file that only stands in for the one it is named as."""
+    found = stand_in_at(path)
+    if found is not None:
+        raise CheckpointError(
+            f"The checkpoint file {path} ({path.stat().st_size} bytes) {found.is_what}; "
+            f"{found.remedy}."
+        )
 
 
 def _check_shards(folder: Path, index: str, names: tuple[str, ...]) -> None:
@@ -185,6 +236,8 @@ def _check_shards(folder: Path, index: str, names: tuple[str, ...]) -> None:
 
 def _check_safetensors(path: Path) -> None:
     size = path.stat().st_size
+    if size == 0:
+        raise _empty(path)
     with path.open("rb") as stream:
         header_size = int.from_bytes(stream.read(8), "little")
         if size < 8 or header_size > min(size - 8, _MAX_HEADER_BYTES):
@@ -204,15 +257,22 @@ def _check_safetensors(path: Path) -> None:
 
 
 def _check_pickled(path: Path) -> None:
+    if path.stat().st_size == 0:
+        raise _empty(path)
     with path.open("rb") as stream:
-        is_archive = stream.read(2) == b"PK"
-    if path.stat().st_size == 0 or (is_archive and not zipfile.is_zipfile(path)):
+        start = stream.read(2)
+    # An archive, or a pickle as torch wrote it before 1.6.
+    if not zipfile.is_zipfile(path) if start == b"PK" else start[:1] != b"\x80":
         raise _cut(path, path.stat().st_size, "is not a whole PyTorch file")
+
+
+def _empty(path: Path) -> CheckpointError:
+    return CheckpointError(f"The checkpoint file {path} is empty (0 bytes); fetch it again.")
 
 
 def _cut(path: Path, size: int, rule: str) -> CheckpointError:
     return CheckpointError(
-        f"The checkpoint file {path} {rule}, and it has {size}; "
+        f"The checkpoint file {path} {rule}, and it has {size} bytes; "
         "it was cut or damaged in a copy, so fetch it again."
     )
 
@@ -224,7 +284,9 @@ def fault_of(path: Path, record: FileRecord, with_hash: bool) -> str | None:
     except FileNotFoundError:
         return "is missing"
     if size != record.size:
-        return f"has {size} bytes instead of {record.size}"
+        found = stand_in_at(path)
+        what = f" and {found.is_what}" if found else ""
+        return f"has {size} bytes instead of {record.size}{what}"
     if with_hash and not _hash_agrees(path, record):
         return "does not have the published hash"
     return None

@@ -17,6 +17,7 @@ from PIL import Image, ImageFile
 
 from florence2.errors import ImageError
 from florence2.records import SizeWh
+from florence2.stand_ins import stand_in
 
 MAX_PIXELS: Final = 200_000_000
 
@@ -114,8 +115,15 @@ def _from_path(path: str, max_pixels: int) -> LoadedImage:
 
 
 def _from_file(file: BinaryIO, name: str, max_pixels: int) -> LoadedImage:
-    if not file.read(1):
+    head = file.read(1024)
+    if not head:
         raise ImageError(f"An image file must have content, and {name} is empty; send it again.")
+    found = stand_in(head)
+    if found is not None:
+        raise ImageError(
+            f"An image must be in a known format such as JPEG or PNG, and {name} {found.is_what}; "
+            f"{found.remedy}."
+        )
     file.seek(0)
     try:
         with _strict_decoding():

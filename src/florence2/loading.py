@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Final
 
 import torch
@@ -25,7 +26,7 @@ _ROOM_FOR_CHECK: Final = 2
 def load_engine(
     checkpoint: Checkpoint, device: torch.device, precision: str, cache_bytes: int
 ) -> Engine:
-    """An engine on ``device`` that has answered once.
+    """An engine on ``device`` that has answered once; what its checkpoint notes is logged.
 
     ``precision`` as for ``choose_precision``. Where ``auto`` chose one that this checkpoint is not
     sane in (NaN, infinity, or on a GPU features far from float32's), it is loaded in fp32 instead,
@@ -34,20 +35,26 @@ def load_engine(
     """
     used = choose_precision(precision, device, checkpoint.config.text.d_model)
     is_free = precision == "auto" and used != "fp32"
+    engine = None
     try:
-        return _load(checkpoint, device, used, cache_bytes, is_free)
+        engine = _load(checkpoint, device, used, cache_bytes, is_free)
     except PrecisionError as error:
         if not is_free:
             raise
         logger.warning("%s It is loaded in fp32 instead.", error)
     # Outside the handler, whose traceback keeps the first engine's memory.
-    return _load(checkpoint, device, "fp32", cache_bytes, False)
+    engine = engine or _load(checkpoint, device, "fp32", cache_bytes, False)
+    for note in engine.checkpoint.notes:
+        logger.warning("Checkpoint %s: %s", checkpoint.name, note)
+    return engine
 
 
 def _load(
     checkpoint: Checkpoint, device: torch.device, used: str, cache_bytes: int, is_free: bool
 ) -> Engine:
-    runtime = TorchRuntime(load_weights(checkpoint, PRECISIONS[used]), device, used)
+    network = load_weights(checkpoint, PRECISIONS[used])
+    checkpoint = replace(checkpoint, notes=(*checkpoint.notes, *network.notes))
+    runtime = TorchRuntime(network, device, used)
     engine = Engine(
         checkpoint,
         runtime,

@@ -24,7 +24,7 @@ from florence2.tokens import AND, NUM_LOCATION_BINS, location_token
 
 MAX_PROMPT_CHARS: Final = 4000
 
-_CONFIG_NAMES: Final = ("preprocessor_config.json", "processor_config.json")
+PROCESSOR_FILES: Final = ("preprocessor_config.json", "processor_config.json")
 _IMAGENET_MEAN: Final = (0.485, 0.456, 0.406)
 _IMAGENET_STD: Final = (0.229, 0.224, 0.225)
 
@@ -63,13 +63,9 @@ class ImageProcessor:
 
         Raises CheckpointError for a damaged file or for steps this class does not do.
         """
-        for name in _CONFIG_NAMES:
-            path = Path(folder) / name
-            if path.is_file():
-                settings = _image_settings(path)
-                if settings is not None:
-                    return _from_settings(settings, path)
-        return cls()
+        path = image_processor_file(folder)
+        settings = None if path is None else _image_settings(path)
+        return cls() if path is None or settings is None else _from_settings(settings, path)
 
     def resize(self, image: Image.Image, helpers: Executor | None = None) -> Scaled:
         """An 8-bit RGB image at the network's size: uint8 ``[height, width, 3]``.
@@ -97,6 +93,12 @@ class ImageProcessor:
     def pixels(self, image: Image.Image) -> Pixels:
         """The network's input for an 8-bit RGB image, as ``normalise`` gives it."""
         return self.normalise(self.resize(image))
+
+
+def image_processor_file(folder: Path) -> Path | None:
+    """The file of a checkpoint that says how images are prepared; None where none does."""
+    paths = (Path(folder) / name for name in PROCESSOR_FILES)
+    return next((p for p in paths if p.is_file() and _image_settings(p) is not None), None)
 
 
 def prompt_sentence(task: Task, text: str | None, region: Region | None, size_wh: SizeWh) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -48,8 +48,7 @@ class Vocabulary:
         """
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        missing = [token for token in ADDED_TOKENS if tokenizer.token_to_id(token) is None]
-        tokenizer.add_special_tokens(_as_added(missing))
+        _add_published_tokens(tokenizer)
         ids_by_token: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
         _check_fixed_ids(ids_by_token, source)
         _check_locations(ids_by_token, source)
@@ -71,7 +70,7 @@ class Vocabulary:
         folder = Path(folder)
         whole = folder / "tokenizer.json"
         tokenizer = _read_whole(whole) if whole.is_file() else _read_parts(folder)
-        _add_extra_tokens(tokenizer, folder / "added_tokens.json")
+        _add_extra_tokens(tokenizer, folder)
         return cls(tokenizer, str(folder))
 
     def encode(self, text: str) -> list[int]:
@@ -273,18 +272,68 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
     return merges
 
 
-def _add_extra_tokens(tokenizer: Tokenizer, path: Path) -> None:
-    """Add the tokens of a fine-tune in the order of their ids, and insist on those ids."""
-    if not path.is_file():
-        return
-    content = _read_json_object(path)
-    if not all(isinstance(token_id, int) for token_id in content.values()):
-        raise _damaged(path)
-    for token, token_id in sorted(content.items(), key=lambda entry: entry[1]):
-        if tokenizer.token_to_id(token) is None:
-            tokenizer.add_special_tokens(_as_added([token]))
-        if tokenizer.token_to_id(token) != token_id:
-            raise CheckpointError(
-                f"{path} gives {token!r} the id {token_id}, but the tokenizer beside it gives "
-                f"{tokenizer.token_to_id(token)}; the files do not belong together."
-            )
+def _add_extra_tokens(tokenizer: Tokenizer, folder: Path) -> None:
+    """Add the tokens that stand beside the tokenizer, in the order of their ids; insist on those.
+
+    ``added_tokens.json`` has ids by token, ``tokenizer_config.json`` tokens by id.
+    """
+    for path, extra in ((folder / name, read) for name, read in _EXTRA_TOKENS.items()):
+        if not path.is_file():
+            continue
+        try:
+            tokens = sorted(extra(_read_json_object(path)), key=lambda entry: entry[0])
+        except (TypeError, ValueError, AttributeError, KeyError) as error:
+            raise _damaged(path) from error
+        for token_id, token in tokens:
+            _add_with_id(tokenizer, token, token_id, path)
+
+
+def _add_with_id(tokenizer: Tokenizer, token: AddedToken, token_id: int, path: Path) -> None:
+    if tokenizer.token_to_id(token.content) is None:
+        if tokenizer.get_vocab_size(with_added_tokens=True) < token_id:
+            # A token of a fine-tune comes after the published ones, which come when loading.
+            _add_published_tokens(tokenizer)
+        tokenizer.add_special_tokens([token])
+    given = tokenizer.token_to_id(token.content)
+    if given != token_id:
+        raise CheckpointError(
+            f"{path} gives {token.content!r} the id {token_id}, but the tokenizer beside it gives "
+            f"{given}; the files do not belong together."
+        )
+
+
+def _add_published_tokens(tokenizer: Tokenizer) -> None:
+    missing = [token for token in ADDED_TOKENS if tokenizer.token_to_id(token) is None]
+    tokenizer.add_special_tokens(_as_added(missing))
+
+
+def _ids_by_token(content: dict[str, Any]) -> list[tuple[int, AddedToken]]:
+    """The entries of ``added_tokens.json``."""
+    if not all(type(token_id) is int for token_id in content.values()):
+        raise TypeError
+    return list(zip(content.values(), _as_added(content), strict=True))
+
+
+def _tokens_by_id(config: dict[str, Any]) -> list[tuple[int, AddedToken]]:
+    """The ``added_tokens_decoder`` of a ``tokenizer_config.json``, where it has one."""
+    entries = config.get("added_tokens_decoder") or {}
+    return [
+        (
+            int(token_id),
+            AddedToken(
+                entry["content"],
+                lstrip=entry.get("lstrip", False),
+                rstrip=entry.get("rstrip", False),
+                single_word=entry.get("single_word", False),
+                normalized=entry.get("normalized", False),
+                special=True,
+            ),
+        )
+        for token_id, entry in entries.items()
+    ]
+
+
+_EXTRA_TOKENS: Final[dict[str, Callable[[dict[str, Any]], list[tuple[int, AddedToken]]]]] = {
+    "added_tokens.json": _ids_by_token,
+    "tokenizer_config.json": _tokens_by_id,
+}

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from florence2 import Ask, Florence2
 from florence2.network import products
+from florence2.network.florence import Florence2Network
 from florence2.processing import prompt_sentence
 from florence2.records import Region
 from florence2.tasks import TaskInput, find_task
+from florence2.training import export
+from florence2.training.demo_config import IMAGE_ID, demo_config
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "demo" / "checkpoint"
@@ -66,10 +71,6 @@ def test_the_reference_loads_it_and_generates_the_same_tokens(model, reference, 
             pixel_values=pixels,
             max_new_tokens=LIMIT,
             num_beams=num_beams,
-            do_sample=False,
-            early_stopping=num_beams > 1,
-            forced_bos_token_id=0,
-            forced_eos_token_id=2,
         ).tolist()
     expected = [token_id for token_id in row if token_id not in (0, 1, 2)]
     assert list(ours.token_ids) == expected
@@ -122,3 +123,61 @@ def test_a_caption_before_a_region_step_is_grounded_on_the_way(model):
         "<CAPTION_TO_PHRASE_GROUNDING>",
     ]
     assert len(result.steps) == 2 + len(result.steps[1].objects)
+
+
+PLAIN = [
+    ("<OD>", None),
+    ("<CAPTION>", None),
+    ("<DETAILED_CAPTION>", None),
+    ("<OCR_WITH_REGION>", None),
+    ("<OPEN_VOCABULARY_DETECTION>", "orange star"),
+    ("<CAPTION_TO_PHRASE_GROUNDING>", "a green box and a blue arrow"),
+]
+
+
+@pytest.fixture(scope="module")
+def processor():
+    transformers = pytest.importorskip("transformers")
+    return transformers.AutoProcessor.from_pretrained(FOLDER)
+
+
+@pytest.mark.parametrize(("token", "text"), PLAIN)
+def test_plain_transformers_runs_it_as_it_runs_any_checkpoint(
+    model, reference, processor, token, text
+):
+    with Image.open(IMAGE) as opened:
+        picture = opened.convert("RGB")
+    inputs = processor(text=token + (text or ""), images=picture, return_tensors="pt")
+    with torch.inference_mode():
+        [row] = reference.generate(**inputs, max_new_tokens=find_task(token).max_new_tokens)
+    ours = model.run(token, str(IMAGE), text)
+    assert list(ours.token_ids) == [token_id for token_id in row.tolist() if token_id > 2]
+    answer = processor.decode(row, skip_special_tokens=False)
+    parsed = processor.post_process_generation(answer, task=token, image_size=picture.size)
+    assert parsed[token]
+
+
+def test_the_reference_saves_it_and_what_it_saved_is_the_same_to_us(model, reference, tmp_path):
+    reference.save_pretrained(tmp_path / "saved")
+    for file in ("tokenizer.json", "preprocessor_config.json"):
+        shutil.copy(FOLDER / file, tmp_path / "saved")
+    saved = Florence2.load(tmp_path / "saved", device="cpu")
+    assert saved.engine.checkpoint.generation == model.engine.checkpoint.generation
+    assert saved.notes == model.notes == ()
+    assert saved.run("<OD>", str(IMAGE)).token_ids == model.run("<OD>", str(IMAGE)).token_ids
+
+
+def test_its_config_names_the_image_token_of_its_tokenizer(model):
+    checkpoint = model.engine.checkpoint
+    assert checkpoint.config.image_token_id == checkpoint.vocabulary.image_id == IMAGE_ID
+
+
+def test_a_training_would_write_the_same_settings_beside_its_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "build_tokenizer", lambda *_: None)
+    monkeypatch.setattr(export, "tokenizer_texts", tuple)
+    export.write_tokenizer_and_processor(tmp_path)
+    export.save_checkpoint(Florence2Network(demo_config(1984)), tmp_path)
+    written = sorted(path.name for path in tmp_path.glob("*.json"))
+    assert len(written) == 4
+    for name in written:
+        assert (FOLDER / name).read_text() == (tmp_path / name).read_text(), name

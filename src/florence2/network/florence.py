@@ -37,6 +37,8 @@ class Florence2Network(nn.Module):
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         self.config = config
+        self.notes: tuple[str, ...] = ()
+        """What reading the weights met that their user should know, a sentence each."""
         self.model = FlorenceModel(config)
         self.lm_head = Linear(config.text.d_model, config.text.vocab_size, bias=False)
         self.tie()

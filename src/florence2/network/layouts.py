@@ -1,7 +1,8 @@
 """The two published layouts of weights, told apart and turned into one by their names.
 
 Native: ``transformers``' Florence2ForConditionalGeneration. Original: Microsoft's remote code,
-whose map to the native names is that of transformers' published converter.
+whose map to the native names is that of transformers' published converter. What programs put
+around such names when they save a wrapped or a bare model is taken off first.
 """
 
 from __future__ import annotations
@@ -10,25 +11,44 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Final, Literal
 
+import torch
 from torch import Tensor
 
+from florence2.checkpoint_files import MERGING
 from florence2.errors import CheckpointError
 
 Layout = Literal["native", "original"]
 
+SHARED: Final = "model.language_model.shared.weight"
+HEAD: Final = "lm_head.weight"
+
+# Parts of names that come from wrappers of a model: DataParallel, torch.compile, FSDP,
+# activation checkpointing, PEFT. No part of either layout has such a name.
+_WRAPPERS: Final = re.compile(
+    r"(?<![^.])(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_model)\."
+)
+_MODEL: Final = "model."
 _LOGITS_BIAS: Final = "language_model.final_logits_bias"
 _IMAGE_PROJECTION: Final = "image_projection"
 _NATIVE_STARTS: Final = (
-    "model.vision_tower.",
-    "model.multi_modal_projector.",
-    "model.language_model.",
+    "multi_modal_projector.",
+    "language_model.shared.",
+    "language_model.encoder.",
+    "language_model.decoder.",
 )
 _ORIGINAL_STARTS: Final = (
-    "vision_tower.",
-    "language_model.",
+    "language_model.model.",
+    "language_model.lm_head.",
     "image_proj",
     "image_pos_embed.",
     "visual_temporal_embed.",
+)
+_ADAPTER: Final = re.compile(r"\.(?:lora_|base_layer\.|modules_to_save\.|original_module\.)")
+# What bitsandbytes, GPTQ, AWQ, quanto, torchao and scaled float8 store beside or for a weight.
+_QUANTISED: Final = re.compile(
+    r"(?:^|\.)(?:SCB|weight_format|qweight|qzeros|scales|g_idx|W_q|scaled_fp8"
+    r"|weight\.(?:absmax|quant_|nested_|_data|_scale)\S*|_?weight_(?:scale|qdata)\S*"
+    r"|scale_weight|(?:in|out)put_scale|_packed_params\S*)$"
 )
 
 _TOWER_RULES: Final[tuple[tuple[re.Pattern[str], str], ...]] = tuple(
@@ -51,9 +71,17 @@ _OTHER_RULES: Final = (
 )
 
 
+def bare_name(name: str) -> str:
+    """A stored name without what wrappers put around it, and without ``model.`` in front."""
+    name = _WRAPPERS.sub("", name)
+    while name.startswith(_MODEL):
+        name = name.removeprefix(_MODEL)
+    return name
+
+
 def detect_layout(keys: Iterable[str]) -> Layout:
     """Which layout these names are in; a mixture, or neither, is an error."""
-    names = list(keys)
+    names = [bare_name(name) for name in keys]
     native = any(name.startswith(_NATIVE_STARTS) for name in names)
     original = any(name.startswith(_ORIGINAL_STARTS) for name in names)
     if native == original:
@@ -65,8 +93,11 @@ def detect_layout(keys: Iterable[str]) -> Layout:
     return "native" if native else "original"
 
 
-def native_name(name: str) -> str:
-    """The native name of a weight of either layout; an unknown one stays as it is."""
+def native_name(name: str, layout: Layout) -> str:
+    """The native name of a weight with this bare name; one that no rule knows stays as it is."""
+    if layout == "native":
+        known = name.startswith(("vision_tower.", *_NATIVE_STARTS))
+        return f"{_MODEL}{name}" if known else name
     if name.startswith("vision_tower."):
         rest = name.removeprefix("vision_tower.")
         for pattern, replacement in _TOWER_RULES:
@@ -80,23 +111,53 @@ def native_name(name: str) -> str:
     return name
 
 
-def convert_original_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state under native names; one that is native already comes back as it is.
+def convert_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state under native names, whichever layout and wrappers its names are in.
 
     The original's ``image_projection`` [C, d] becomes a Linear's weight [d, C], and its
     ``final_logits_bias`` is dropped, after a check that it is zero as in every published file.
+    Raises CheckpointError for names of an adapter that is not merged or of quantised weights.
     """
-    if detect_layout(state) == "native":
-        return dict(state)
-    converted = {}
+    _check_plain(state)
+    layout = detect_layout(state)
+    converted: dict[str, Tensor] = {}
     for name, value in state.items():
-        if name == _LOGITS_BIAS:
+        bare = bare_name(name)
+        if layout == "original" and bare == _LOGITS_BIAS:
             _check_zero(value)
-        elif name == _IMAGE_PROJECTION:
-            converted[native_name(name)] = value.t()
-        else:
-            converted[native_name(name)] = value
+            continue
+        native = native_name(bare, layout)
+        if layout == "original" and bare == _IMAGE_PROJECTION:
+            value = value.t()
+        if native in converted and not same_values(converted[native], value):
+            raise CheckpointError(
+                f"The weights hold {native} twice, the second time as {name}, with other values; "
+                "keep the one that belongs to this model."
+            )
+        converted[native] = value
     return converted
+
+
+def same_values(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors hold the same numbers, whatever their precision."""
+    if first.shape != second.shape:
+        return False
+    is_one = first.data_ptr() == second.data_ptr() and first.stride() == second.stride()
+    return is_one or torch.equal(first, second.to(first.dtype))
+
+
+def _check_plain(names: Iterable[str]) -> None:
+    for name in names:
+        if _ADAPTER.search(name):
+            raise CheckpointError(
+                f"The weights hold {name}, part of an adapter that is not merged, and only full "
+                f"weights can be loaded; merge it after untying lm_head ({MERGING}) and save that."
+            )
+        if _QUANTISED.search(name):
+            raise CheckpointError(
+                f"The weights are quantised ({name}), and only floating point weights can be "
+                "loaded; take the folder that they were quantised from."
+            )
 
 
 def _check_zero(bias: Tensor) -> None:

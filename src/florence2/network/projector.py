@@ -48,11 +48,15 @@ class TemporalEmbedding(nn.Module):
         self.register_buffer("pos_idx_to_embed", table)
 
     def fill(self) -> None:
-        """Computes the table; a checkpoint brings its own."""
-        frames, dim = self.pos_idx_to_embed.shape
-        rates = torch.exp(torch.arange(dim // 2) * (-math.log(10000) / (dim // 2)))
-        angles = torch.arange(frames)[:, None] * rates
-        self.pos_idx_to_embed.copy_(torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1))
+        """Computes the table; most checkpoints bring their own."""
+        self.pos_idx_to_embed.copy_(temporal_table(*self.pos_idx_to_embed.shape))
+
+
+def temporal_table(frames: int, dim: int) -> Tensor:
+    """Sines and cosines of each frame's number in turn, from fast to slow: [frames, dim]."""
+    rates = torch.exp(torch.arange(dim // 2) * (-math.log(10000) / (dim // 2)))
+    angles = torch.arange(frames)[:, None] * rates
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
 
 
 class Projector(nn.Module):

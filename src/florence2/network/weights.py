@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,19 +15,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from florence2.checkpoint_files import PICKLED, SAFETENSORS, weight_files
 from florence2.errors import CheckpointError
 from florence2.network.config import NetworkConfig
 from florence2.network.florence import Florence2Network
-from florence2.network.layouts import convert_original_state, detect_layout
+from florence2.network.layouts import HEAD, SHARED, convert_state, same_values
+from florence2.network.projector import temporal_table
 
-__all__ = ["build_network", "convert_original_state", "detect_layout", "read_weights"]
+__all__ = ["build_network", "read_weights"]
 
-WEIGHT_FILES: Final = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
 # What the readers of torch and safetensors raise on files that were cut or overwritten.
 DAMAGE: Final = (
     OSError,
@@ -40,29 +37,29 @@ DAMAGE: Final = (
     struct.error,
     SafetensorError,
 )
-SHARED: Final = "model.language_model.shared.weight"
-HEAD: Final = "lm_head.weight"
 EMBEDDINGS: Final = (
     SHARED,
     "model.language_model.encoder.embed_tokens.weight",
     "model.language_model.decoder.embed_tokens.weight",
 )
+FRAMES: Final = "model.multi_modal_projector.visual_temporal_embed.pos_idx_to_embed"
+
+_NUMBER: Final = re.compile(r"\d+")
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint's folder on the CPU, under the names and in the precision stored.
 
-    Takes the first of ``model.safetensors``, its sharded index, ``pytorch_model.bin`` and its
-    sharded index that exists. Nothing in a file is executed.
+    Takes the files that ``weight_files`` names. Nothing in a file is executed.
     """
-    for name in WEIGHT_FILES:
-        path = folder / name
-        if path.is_file():
-            return _read_shards(path) if name.endswith(".json") else _read_file(path)
-    raise CheckpointError(
-        f"The folder {folder} must hold one of {', '.join(WEIGHT_FILES)}, but has none; "
-        "download the checkpoint completely."
-    )
+    files = weight_files(path.name for path in folder.iterdir() if path.is_file())
+    if not files:
+        raise CheckpointError(
+            f"The folder {folder} must hold weights such as {SAFETENSORS} or {PICKLED}, but has "
+            "none; download the checkpoint completely."
+        )
+    path = folder / files[0]
+    return _read_shards(path) if path.suffix == ".json" else _read_file(path)
 
 
 def build_network(
@@ -71,18 +68,23 @@ def build_network(
     """A network with exactly the weights of a state in either layout, in ``dtype``, on the CPU.
 
     The vocabulary has as many rows as the embedding, whatever the config says. The tied copies
-    of the embedding may be absent; an ``lm_head`` that differs from it is kept apart. The state
-    is copied, never shared.
+    of the embedding may be absent, and the table of frames; an ``lm_head`` that differs from the
+    embedding is kept apart. What no network has is left out, which the network's ``notes`` say.
+    The state is copied, never shared.
     """
-    native = convert_original_state(state)
+    native = convert_state(state)
     embedding = _embedding(native)
     head = native.get(HEAD, embedding)
     config = config.with_vocab_size(embedding.shape[0])
     with torch.device("meta"):
         network = Florence2Network(config)
     filled = {**native, **dict.fromkeys(EMBEDDINGS, embedding), HEAD: head}
+    vision = config.vision
+    if FRAMES not in filled:
+        filled[FRAMES] = temporal_table(vision.max_temporal_embeddings, vision.embed_dim[-1])
+    network.notes = _leave_unused(network.state_dict(), filled)
     _check_state(network.state_dict(), filled)
-    tied = _same(head, embedding)
+    tied = same_values(head, embedding)
     copies = {
         name: value.to(dtype=dtype, memory_format=torch.contiguous_format, copy=True)
         for name, value in filled.items()
@@ -161,7 +163,7 @@ def _embedding(state: Mapping[str, Tensor]) -> Tensor:
         )
     embedding = state[present[0]]
     for name in present[1:]:
-        if name != HEAD and not _same(state[name], embedding):
+        if name != HEAD and not same_values(state[name], embedding):
             raise CheckpointError(
                 f"{name} must equal {present[0]}, but its values differ; "
                 "networks with separate input embeddings are not supported."
@@ -169,35 +171,41 @@ def _embedding(state: Mapping[str, Tensor]) -> Tensor:
     return embedding
 
 
-def _same(first: Tensor, second: Tensor) -> bool:
-    if first.data_ptr() == second.data_ptr() and first.shape == second.shape:
-        return True
-    return first.shape == second.shape and torch.equal(first, second.to(first.dtype))
+def _leave_unused(expected: Mapping[str, Tensor], received: dict[str, Tensor]) -> tuple[str, ...]:
+    """Takes out what the network has no place for; notes about it."""
+    unused = sorted(set(received) - set(expected))
+    kinds = {_NUMBER.sub("#", name) for name in expected}
+    of_more_layers = [name for name in unused if _NUMBER.sub("#", name) in kinds]
+    if of_more_layers:
+        raise CheckpointError(
+            f"The weights hold {_listed(of_more_layers)}, more layers than config.json asks for; "
+            "check that both come from the same checkpoint."
+        )
+    for name in unused:
+        del received[name]
+    if not unused:
+        return ()
+    return (f"The weights hold {_listed(unused)}, which Florence-2 does not use; left out.",)
 
 
 def _check_state(expected: Mapping[str, Tensor], received: Mapping[str, Tensor]) -> None:
+    for name, value in received.items():
+        if not value.is_floating_point():
+            raise CheckpointError(
+                f"The weights are quantised ({name} holds {value.dtype}), and only floating point "
+                "weights can be loaded; take the folder that they were quantised from."
+            )
     missing = sorted(set(expected) - set(received))
     if missing:
         raise CheckpointError(
             f"The weights lack {_listed(missing)}, which config.json asks for; "
             "check that both come from the same checkpoint."
         )
-    unexpected = sorted(set(received) - set(expected))
-    if unexpected:
-        raise CheckpointError(
-            f"The weights hold {_listed(unexpected)}, which this network does not have; "
-            "check that config.json comes from the same checkpoint."
-        )
     for name, value in received.items():
         if value.shape != expected[name].shape:
             raise CheckpointError(
                 f"{name} must have the shape {tuple(expected[name].shape)} by config.json, "
                 f"got {tuple(value.shape)}; check that both come from the same checkpoint."
-            )
-        if not value.is_floating_point():
-            raise CheckpointError(
-                f"{name} must hold floating point numbers, got {value.dtype}; "
-                "quantised weights are not supported."
             )
 
 

@@ -10,10 +10,13 @@ from __future__ import annotations
 from typing import Final
 
 from florence2.network.config import NetworkConfig
+from florence2.tokens import ADDED_TOKENS
 
 IMAGE_SIDE_PX: Final = 192
 GRID_SIDE: Final = 12
 BASE_VOCABULARY: Final = 900
+IMAGE_ID: Final = BASE_VOCABULARY + len(ADDED_TOKENS)
+"""``<image>``, the last token of the tokenizer; rows after it only fill up the embedding."""
 
 _VISION: Final = {
     "model_type": "florence_vision",
@@ -62,6 +65,6 @@ def demo_config(vocab_size: int) -> NetworkConfig:
             "model_type": "florence2",
             "vision_config": _VISION,
             "text_config": _TEXT | {"vocab_size": vocab_size},
-            "image_token_id": vocab_size - 1,
+            "image_token_id": IMAGE_ID,
         }
     )

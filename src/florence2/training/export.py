@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from florence2.network.florence import Florence2Network
+from florence2.phrases import BANNED_PHRASES
+from florence2.tasks import OutputKind
 from florence2.training.demo_config import BASE_VOCABULARY, GRID_SIDE, IMAGE_SIDE_PX
 from florence2.training.tokenizer_build import build_tokenizer
 from florence2.training.tokenizer_text import tokenizer_texts
@@ -19,7 +21,6 @@ _GENERATION = {
     # Its places are spread over many bins, so that with several beams a short empty answer can
     # outweigh boxes that are there; one beam finds more (docs/results.md).
     "num_beams": 1,
-    "early_stopping": True,
     # The demo's paragraphs repeat trigrams on purpose ("is on the"); the ban would cut them.
     "no_repeat_ngram_size": 0,
     "length_penalty": 1.0,
@@ -46,6 +47,14 @@ _IMAGE_PROCESSOR = {
     "image_seq_length": GRID_SIDE * GRID_SIDE + 1,
 }
 
+# Without it the reference's processor reads no answer at all.
+_PROCESSOR = {
+    "processor_class": "Florence2Processor",
+    "post_processor_config": {kind.value: {} for kind in OutputKind}
+    | {"description_with_polygons": {}}
+    | {OutputKind.GROUNDING.value: {"banned_grounding_tokens": sorted(BANNED_PHRASES)}},
+}
+
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes ``content`` so that a kill leaves the old file or the new one."""
@@ -60,6 +69,7 @@ def write_tokenizer_and_processor(folder: Path) -> None:
     if (folder / "tokenizer.json").exists():
         return
     write_json(folder / "preprocessor_config.json", _IMAGE_PROCESSOR)
+    write_json(folder / "processor_config.json", _PROCESSOR)
     write_json(folder / "generation_config.json", _GENERATION)
     build_tokenizer(folder, tokenizer_texts(), BASE_VOCABULARY)
 

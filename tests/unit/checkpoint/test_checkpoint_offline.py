@@ -11,6 +11,7 @@ import pytest
 from hub_files import REPOSITORY, files, folder_of, weights
 
 from florence2 import resolve as resolve_module
+from florence2.checkpoint_files import weight_files
 from florence2.errors import CheckpointError
 from florence2.hub import is_offline
 from florence2.known_checkpoints import CHECKPOINT_NAMES, KNOWN_CHECKPOINTS, KnownCheckpoint
@@ -162,6 +163,9 @@ def test_downloaded_folder_copied_elsewhere_keeps_its_manifest(hub, cache, tmp_p
     assert "tokenizer.json has 20014 bytes instead of 20013" in failure(copy)
 
 
+NO_WEIGHTS = {"model.safetensors": None, "pytorch_model.bin": None}
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -179,10 +183,21 @@ def test_downloaded_folder_copied_elsewhere_keeps_its_manifest(hub, cache, tmp_p
             f"must have {len(weights())} bytes by its own header",
         ),
         ({"model.safetensors": weights()[:20]}, "is not a whole safetensors file"),
-        ({"model.safetensors": b""}, "is not a whole safetensors file"),
+        ({"model.safetensors": weights()[:20]}, "and it has 20 bytes"),
+        ({"model.safetensors": b""}, "model.safetensors is empty (0 bytes)"),
         ({"model.safetensors": b"\x02" + bytes(7) + b"??"}, "unreadable safetensors header"),
         ({"model.safetensors": None}, "pytorch_model.bin is not a whole PyTorch file"),
-        ({"adapter_config.json": b"{}"}, "LoRA adapter"),
+        (
+            {"model.safetensors": None, "pytorch_model.bin": b"Entry not found"},
+            "is not a whole PyTorch file, and it has 15 bytes",
+        ),
+        ({"model.safetensors": None, "pytorch_model.bin": b""}, "is empty (0 bytes)"),
+        (
+            {**NO_WEIGHTS, "adapter_config.json": b"{}", "adapter_model.safetensors": weights(9)},
+            "holds a LoRA adapter alone",
+        ),
+        ({**NO_WEIGHTS, "adapter_model.bin": b"PK", "config.json": None}, "a LoRA adapter alone"),
+        ({**NO_WEIGHTS, "florence.safetensors": weights(9)}, "only florence.safetensors; if that"),
         (
             {"model.safetensors": None, "model.safetensors.index.json": b'{"weight_map": {}}'},
             "lists no weights",
@@ -200,6 +215,83 @@ def test_downloaded_folder_copied_elsewhere_keeps_its_manifest(hub, cache, tmp_p
 )
 def test_unusable_folder_names_the_file(tmp_path, changes, words):
     assert words in failure(place(tmp_path / "mine", **changes))
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 75\n"
+STAND_INS = {
+    "Git LFS": (POINTER, f"({len(POINTER)} bytes) is a Git LFS pointer", "run `git lfs pull`"),
+    "git-annex": (b"/annex/objects/SHA256E-s9--00.json\n", "is a git-annex pointer", "annex get"),
+    "a page": (b"<!DOCTYPE html>\n<html lang='en'>", "is a web page", "fetch it again"),
+    "a page after a comment": (b"\n <!-- x -->\n<HTML><body>", "is a web page", "fetch it again"),
+    "an answer of a store": (b"<?xml version='1.0'?><Error><Code>", "is a web page", "signed in"),
+}
+
+
+@pytest.mark.parametrize("kind", STAND_INS)
+@pytest.mark.parametrize(
+    "name",
+    ["model.safetensors", "pytorch_model.bin", "tokenizer.json", "config.json", "vocab.json"],
+)
+def test_a_file_that_stands_in_for_another_is_called_what_it_is(tmp_path, name, kind):
+    content, is_what, remedy = STAND_INS[kind]
+    changes = {"model.safetensors": None} if name.endswith(".bin") else {}
+    sentence = failure(place(tmp_path / "mine", **changes, **{name: content}))
+    assert f"mine/{name} (" in sentence
+    assert is_what in sentence
+    assert remedy in sentence
+
+
+def test_a_pointer_in_a_copied_download_is_called_one(hub, cache, tmp_path):
+    copy = Path(shutil.copytree(resolve(REPOSITORY, cache_dir=cache).folder, tmp_path / "copy"))
+    (copy / "model.safetensors").write_bytes(POINTER)
+    assert f"has {len(POINTER)} bytes instead of" in failure(copy)
+    assert "and is a Git LFS pointer" in failure(copy)
+
+
+VARIANTS = {
+    "one file": (["model.fp16.safetensors"], ["model.fp16.safetensors"]),
+    "pickled": (["pytorch_model.fp16.bin"], ["pytorch_model.fp16.bin"]),
+    "the finest known": (
+        ["model.bf16.safetensors", "model.fp16.safetensors", "model.abc.safetensors"],
+        ["model.fp16.safetensors"],
+    ),
+    "plain before variant": (
+        ["model.fp16.safetensors", "pytorch_model.bin"],
+        ["pytorch_model.bin"],
+    ),
+    "index with parts": (
+        [
+            "model.safetensors.index.fp16.json",
+            "model.fp16-00001-of-00002.safetensors",
+            "model.fp16-00002-of-00002.safetensors",
+            "model-00001-of-00001.safetensors",
+        ],
+        [
+            "model.safetensors.index.fp16.json",
+            "model.fp16-00001-of-00002.safetensors",
+            "model.fp16-00002-of-00002.safetensors",
+        ],
+    ),
+    "parts named the old way": (
+        ["model.safetensors.index.fp16.json", "model-00001-of-00001.fp16.safetensors"],
+        ["model.safetensors.index.fp16.json", "model-00001-of-00001.fp16.safetensors"],
+    ),
+    "no weights at all": (
+        ["adapter_model.safetensors", "model.fp16-00001-of-00001.safetensors"],
+        [],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", VARIANTS)
+def test_which_files_hold_the_weights(case):
+    names, chosen = VARIANTS[case]
+    assert list(weight_files(reversed(names))) == chosen
+
+
+def test_full_weights_beside_an_adapters_config_are_taken(tmp_path):
+    found = resolve(place(tmp_path / "merged", **{"adapter_config.json": b"{}"}))
+    assert found.files[-1] == "model.safetensors"
 
 
 def test_names_that_stand_for_nothing(hub, cache, tmp_path, monkeypatch):

@@ -235,8 +235,9 @@ def test_cache_that_cannot_be_written(hub, tmp_path):
 def test_repository_without_weights_or_with_an_adapter(hub, cache):
     hub.add("a/none", files(**{"model.safetensors": None, "pytorch_model.bin": None}))
     assert "holds no weights" in failure("a/none", cache_dir=cache)
-    hub.add("a/lora", files(**{"adapter_config.json": b"{}"}))
-    assert "LoRA adapter" in failure("a/lora", cache_dir=cache)
+    adapter = {"adapter_config.json": b"{}", "adapter_model.safetensors": weights(9)}
+    hub.add("a/lora", files(**{"model.safetensors": None, "pytorch_model.bin": None}, **adapter))
+    assert "LoRA adapter alone" in failure("a/lora", cache_dir=cache)
     assert hub.served == []
 
 

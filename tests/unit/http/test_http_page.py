@@ -62,6 +62,14 @@ def test_without_a_model_the_page_says_so():
     assert page.all("body") == [{"data-ready": "false"}]
 
 
+def test_what_the_checkpoint_notes_stands_on_the_page():
+    notes = ("config.json asks for <b>.", "Something is left out.")
+    page = Page(index_page(PageInfo("2.1.0", "a", notes=notes)))
+    for note in notes:
+        assert f"Note: {note}" in page.text
+    assert page.all("b") == []
+
+
 NASTY = "<script>alert('x')</script>\"&"
 
 

@@ -187,6 +187,13 @@ def test_one_pixel_is_an_image():
 
 
 REFUSED = [
+    (
+        "a pointer",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 75\n",
+        "is a Git LFS pointer, not the file itself; run `git lfs pull`",
+    ),
+    ("a page", b"<!DOCTYPE html><title>404</title>", "is a web page, not the file itself"),
+    ("a drawing", b"<?xml version='1.0'?><svg xmlns='http://www.w3.org/2000/svg'/>", "is in none"),
     ("empty bytes", b"", "is empty"),
     ("not an image", b"hello there, no picture", "known format"),
     ("only a header", encoded(RGB)[:30], "is in none|is cut"),

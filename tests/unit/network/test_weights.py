@@ -9,18 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from original_layout import original_state
-from reference import random_network
+from reference import random_network, reference_of
 from safetensors.torch import save_file
 from torch import Tensor
 
 from florence2.errors import CheckpointError
+from florence2.network.florence import Florence2Network
+from florence2.network.layouts import convert_state, detect_layout
 from florence2.network.presets import tiny_config
-from florence2.network.weights import (
-    build_network,
-    convert_original_state,
-    detect_layout,
-    read_weights,
-)
+from florence2.network.weights import FRAMES, build_network, read_weights
 
 CONFIG = tiny_config()
 SHARED = "model.language_model.shared.weight"
@@ -79,9 +76,9 @@ def test_written_and_read(
 
 
 def test_conversion_of_a_native_state_changes_nothing(native: State) -> None:
-    assert_same(convert_original_state(native), native)
-    converted = convert_original_state(original_state(native, CONFIG))
-    assert_same(convert_original_state(converted), converted)
+    assert_same(convert_state(native), native)
+    converted = convert_state(original_state(native, CONFIG))
+    assert_same(convert_state(converted), converted)
 
 
 def test_the_full_state_of_the_reference_is_native() -> None:
@@ -147,17 +144,100 @@ def test_precision_and_ownership(native: State) -> None:
 
 
 def test_every_missing_weight_is_named(native: State) -> None:
-    for name in sorted(native):
+    for name in sorted(set(native) - {FRAMES}):
         state = {key: value for key, value in native.items() if key != name}
         with pytest.raises(CheckpointError) as caught:
             build_network(CONFIG, state)
         assert name in str(caught.value)
 
 
-def test_an_unexpected_weight_is_named(native: State) -> None:
-    native["model.vision_tower.norms.weight"] = torch.zeros(3)
-    with pytest.raises(CheckpointError, match=r"hold model\.vision_tower\.norms\.weight"):
+UNUSED = [
+    ("native", "final_logits_bias"),
+    ("native", "model.language_model.final_logits_bias"),
+    ("native", "model.vision_tower.norms.weight"),
+    ("native", "model.language_model.encoder.embed_positions.position_ids"),
+    ("native", "epoch"),
+    ("original", "vision_tower.norms.weight"),
+    ("original", "vision_tower.head.bias"),
+    ("original", "language_model.model.encoder.embed_positions.position_ids"),
+    ("original", "epoch"),
+]
+
+
+@pytest.mark.parametrize(("layout", "name"), UNUSED)
+def test_what_no_network_uses_is_left_out_and_noted(native: State, layout: str, name: str) -> None:
+    state = dict(native) if layout == "native" else original_state(native, CONFIG)
+    state[name] = torch.ones(1, 3, dtype=torch.int64 if "ids" in name else torch.float32)
+    network = build_network(CONFIG, state)
+    [note] = network.notes
+    assert name.rsplit(".", 2)[-1] in note
+    assert_same(network.native_state(), native)
+
+
+def test_nothing_unused_is_nothing_noted(native: State) -> None:
+    for state in (native, original_state(native, CONFIG)):
+        assert build_network(CONFIG, state).notes == ()
+
+
+def test_more_layers_than_the_config_has_are_not_left_out_in_silence(native: State) -> None:
+    name = "model.language_model.decoder.layers.7.fc1.weight"
+    native[name] = torch.zeros(3)
+    with pytest.raises(CheckpointError, match=r"layers\.7\.fc1\.weight, more layers than config"):
         build_network(CONFIG, native)
+
+
+def test_the_table_of_frames_is_computed_where_it_is_absent(native: State) -> None:
+    reference = reference_of(Florence2Network(CONFIG))
+    for state in (native, original_state(native, CONFIG)):
+        for name in [name for name in state if name.endswith("pos_idx_to_embed")]:
+            del state[name]
+        table = build_network(CONFIG, state).state_dict()[FRAMES]
+        torch.testing.assert_close(table, reference.state_dict()[FRAMES])
+
+
+WRAPPINGS = {
+    "model. before native": ("native", lambda name: f"model.{name}"),
+    "model. before original": ("original", lambda name: f"model.{name}"),
+    "bare native model": ("native", lambda name: name.removeprefix("model.")),
+    "parallel": ("native", lambda name: f"module.{name}"),
+    "parallel original": ("original", lambda name: f"module.{name}"),
+    "compiled": ("native", lambda name: f"_orig_mod.{name}"),
+    "parallel and compiled": ("original", lambda name: f"module._orig_mod.{name}"),
+    "compiled in a trainer": ("original", lambda name: f"model._orig_mod.{name}"),
+    "a compiled part": (
+        "original",
+        lambda name: name.replace("language_model.", "language_model._orig_mod.", 1),
+    ),
+    "merged by hand": ("native", lambda name: f"base_model.model.{name}"),
+    "merged by hand, original": ("original", lambda name: f"module.base_model.model.{name}"),
+    "fully sharded": ("native", lambda name: f"_fsdp_wrapped_module.{name}"),
+}
+
+
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+def test_what_wrappers_put_around_names_is_taken_off(native: State, wrapping: str) -> None:
+    layout, wrap = WRAPPINGS[wrapping]
+    state = native if layout == "native" else original_state(native, CONFIG)
+    state = {wrap(name): value for name, value in state.items()}
+    assert detect_layout(state) == layout
+    network = build_network(CONFIG, state)
+    assert network.notes == ()
+    assert_same(network.native_state(), native)
+
+
+def test_a_head_without_a_prefix_beside_wrapped_names_is_kept(native: State) -> None:
+    state = {f"module.{name}": value for name, value in native.items()}
+    state["module.lm_head.weight"] = native[SHARED] + 1
+    network = build_network(CONFIG, state)
+    assert torch.equal(network.lm_head.weight, native[SHARED] + 1)
+
+
+def test_one_weight_under_two_names_must_be_one(native: State) -> None:
+    name = "model.language_model.decoder.layers.1.fc1.weight"
+    same = native | {f"module.{name}": native[name].clone()}
+    assert_same(build_network(CONFIG, same).native_state(), native)
+    with pytest.raises(CheckpointError, match="twice, the second time as module"):
+        build_network(CONFIG, native | {f"module.{name}": native[name] + 1})
 
 
 def test_a_misshaped_weight_is_named(native: State) -> None:
@@ -167,17 +247,84 @@ def test_a_misshaped_weight_is_named(native: State) -> None:
         build_network(CONFIG, native)
 
 
-def test_a_quantised_weight_is_named(native: State) -> None:
-    name = "model.language_model.decoder.layers.1.fc1.weight"
-    native[name] = native[name].to(torch.int8)
-    with pytest.raises(CheckpointError, match=r"fc1\.weight must hold floating point"):
-        build_network(CONFIG, native)
+@pytest.mark.parametrize(
+    "beside",
+    [
+        "SCB",
+        "weight_format",
+        "weight.absmax",
+        "weight.quant_state.bitsandbytes__nf4",
+        "qweight",
+        "scales",
+        "weight._data",
+        "weight_scale",
+        "scale_weight",
+        None,
+    ],
+)
+@pytest.mark.parametrize("layout", ["native", "original"])
+def test_quantised_weights_are_called_so(native: State, layout: str, beside: str | None) -> None:
+    state = native if layout == "native" else original_state(native, CONFIG)
+    [name] = [name for name in state if name.endswith("decoder.layers.1.fc1.weight")]
+    state[name] = state[name].to(torch.int8)
+    if beside is not None:
+        state[f"{name.removesuffix('.weight')}.{beside}"] = torch.ones(1)
+    with pytest.raises(CheckpointError, match="weights are quantised"):
+        build_network(CONFIG, state)
 
 
-@pytest.mark.parametrize("names", [["encoder.layer.0.weight"], [], ["vision_tower.a", SHARED]])
+@pytest.mark.parametrize(
+    "part",
+    [
+        "lora_A.default.weight",
+        "lora_B.weight",
+        "base_layer.weight",
+        "modules_to_save.default.weight",
+    ],
+)
+@pytest.mark.parametrize("wrapper", ["", "base_model.model."])
+def test_an_adapter_that_is_not_merged_is_called_so(native: State, part: str, wrapper: str) -> None:
+    state = original_state(native, CONFIG)
+    state[f"{wrapper}language_model.model.decoder.layers.1.fc2.{part}"] = torch.ones(2, 2)
+    with pytest.raises(CheckpointError, match="an adapter that is not merged"):
+        build_network(CONFIG, state)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["encoder.layer.0.weight"], [], ["vision_tower.a"], ["image_projection", SHARED]],
+)
 def test_other_layouts_are_refused(names: list[str]) -> None:
     with pytest.raises(CheckpointError, match="not a Florence-2 checkpoint"):
         detect_layout(names)
+
+
+def write_variant(folder: Path, state: State) -> None:
+    save_file(state, folder / "model.fp16.safetensors")
+
+
+def write_pickled_variant(folder: Path, state: State) -> None:
+    torch.save(state, folder / "pytorch_model.bf16.bin")
+
+
+def write_variant_shards(folder: Path, state: State) -> None:
+    write_shards(folder, state)
+    index = folder / "model.safetensors.index.json"
+    text = index.read_text().replace("model-0000", "model.fp16-0000")
+    (folder / "model.safetensors.index.fp16.json").write_text(text)
+    index.unlink()
+    for path in folder.glob("model-*"):
+        path.rename(folder / path.name.replace("model-", "model.fp16-"))
+
+
+@pytest.mark.parametrize("write", [write_variant, write_pickled_variant, write_variant_shards])
+def test_weights_with_a_variant_in_their_names(
+    tmp_path: Path, native: State, write: Callable[[Path, State], None]
+) -> None:
+    write(tmp_path, native)
+    assert_same(read_weights(tmp_path), native)
+    write_bin(tmp_path, {"plain": torch.zeros(1)})
+    assert list(read_weights(tmp_path)) == ["plain"]
 
 
 @pytest.mark.parametrize("cut", [0, 5, 30, 2000, -1])
@@ -212,7 +359,7 @@ def test_a_file_with_other_values(tmp_path: Path) -> None:
 
 
 def test_an_empty_folder(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"must hold one of model\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"must hold weights such as model\.safetensors"):
         read_weights(tmp_path)
 
 

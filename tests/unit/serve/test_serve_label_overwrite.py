@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from label_fakes import files_below, paint, read_project
 
+from florence2.checkpoint_files import CheckpointFiles
 from florence2.errors import DeviceError
 from florence2.records import Failure
 
@@ -151,6 +152,27 @@ def test_a_fingerprint_changes_with_the_weights(tmp_path, monkeypatch):
     large = loading._hash(file)
     file.write_bytes(bytes(5000))
     assert loading._hash(file) != large
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["model.fp16.safetensors"],
+        ["pytorch_model.bin.index.json", "pytorch_model-00001-of-00002.bin",
+         "pytorch_model-00002-of-00002.bin"],
+    ],
+)  # fmt: skip
+def test_a_fingerprint_is_of_whichever_files_hold_the_weights(tmp_path, monkeypatch, names):
+    import serve.commands.loading as loading
+
+    for name in names:
+        (tmp_path / name).write_bytes(bytes(50))
+    found = CheckpointFiles("mine", tmp_path, None, ("config.json", *names), "folder")
+    monkeypatch.setattr("florence2.resolve.resolve", lambda *_, **__: found)
+    first = loading.fingerprint("mine")
+    assert first is not None
+    (tmp_path / names[-1]).write_bytes(bytes(49) + b"x")
+    assert loading.fingerprint("mine") not in (first, None)
 
 
 def test_precision_reaches_the_model(label, images, monkeypatch):

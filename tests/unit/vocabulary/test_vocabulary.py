@@ -95,6 +95,49 @@ def test_tokens_of_a_fine_tune_keep_their_ids(original, folder):
     assert [p.kind for p in vocabulary.pieces([original.size])] == [PieceKind.TEXT]
 
 
+def by_id(tokens, **flags):
+    plain = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
+    return {
+        str(token_id): {"content": token, **plain, "special": True, **flags}
+        for token, token_id in tokens.items()
+    }
+
+
+@pytest.mark.parametrize("has_published", [True, False])
+def test_tokens_that_stand_only_in_the_tokenizers_config_are_tokens(
+    original, folder, has_published
+):
+    tokens = {"<DocVQA>": original.size, "étiquette": original.size + 1}
+    decoder = by_id({"<s>": 0, **tokens})
+    if has_published:
+        decoder |= by_id({token: original.encode(token)[0] for token in ADDED_TOKENS})
+    config = json.dumps({"added_tokens_decoder": decoder})
+    (folder / "tokenizer_config.json").write_text(config, encoding="utf-8")
+    vocabulary = Vocabulary.from_folder(folder)
+    assert vocabulary.encode("<DocVQA>étiquette") == [original.size, original.size + 1]
+    text = "a red car<loc_5><DocVQA>"
+    assert vocabulary.encode(text) == [*original.encode("a red car<loc_5>"), original.size]
+    assert vocabulary.size == original.size + 2
+
+
+def test_a_saved_tokenizer_with_added_tokens_reads_as_the_reference_reads_it(
+    native, native_folder, tmp_path
+):
+    transformers = pytest.importorskip("transformers")
+    folder = shutil.copytree(native_folder, tmp_path / "copy")
+    whole = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    known = {token.pop("content"): token.pop("id") for token in whole["added_tokens"]}
+    decoder = by_id(known | {"<DocVQA>": native.size})
+    decoder |= by_id({"word": native.size + 1}, single_word=True, lstrip=True, special=False)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(config | {"added_tokens_decoder": decoder}), encoding="utf-8")
+    reference = transformers.AutoTokenizer.from_pretrained(folder)
+    vocabulary = Vocabulary.from_folder(folder)
+    for text in ("<DocVQA>what is it?", "a  word and words<loc_7>", "passwords word"):
+        assert vocabulary.encode(text) == reference(text, add_special_tokens=False).input_ids
+
+
 def test_pieces_are_one_per_token_with_its_log_probability(native):
     ids = [2, 0, *native.encode("car<loc_5></poly>"), 2, 1]
     log_probs = [-float(position) for position in range(len(ids))]
@@ -169,6 +212,12 @@ DAMAGES = [
     ("locations shuffled", shift_locations, "consecutive"),
     ("added token elsewhere", lambda f: (f / "added_tokens.json").write_text('{"<x>": 9000}'),
      "do not belong together"),
+    ("added token elsewhere in the config",
+     lambda f: (f / "tokenizer_config.json").write_text(
+         json.dumps({"added_tokens_decoder": by_id({"<x>": 9000})})), "do not belong together"),
+    ("added tokens of the config odd",
+     lambda f: (f / "tokenizer_config.json").write_text('{"added_tokens_decoder": {"7": "<x>"}}'),
+     "tokenizer_config.json is cut"),
     ("added ids odd", lambda f: (f / "added_tokens.json").write_text('{"<x>": "y"}'), "is cut"),
 ]  # fmt: skip
 
