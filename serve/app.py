@@ -23,6 +23,7 @@ from serve.http.limits import Limits
 from serve.http.page import PageInfo
 from serve.routes import register_routes
 from serve.sdk import sly
+from serve.starting import optional_autostart
 from serve.version import VERSION
 
 # isort: split
@@ -58,7 +59,9 @@ class Florence2App(AnsweringApp):
         if not self.deployment.is_deployed:
             return PageInfo(VERSION)
         model = self.deployment.current.model
-        return PageInfo(VERSION, model.name, model.device, model.precision, "torch")
+        return PageInfo(
+            VERSION, model.name, model.device, model.precision, "torch", self.device_warning
+        )
 
     # The server
 
@@ -91,7 +94,8 @@ class Florence2App(AnsweringApp):
             return
         self.gui.has_model = self.is_model_deployed
         self.gui.is_starting = True
-        super().serve()
+        with optional_autostart():
+            super().serve()
         self.gui.is_starting = False
 
     def _run_server(self) -> None:

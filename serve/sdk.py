@@ -6,9 +6,13 @@ would then be labeled as if it were whole. Importing it from here switches that 
 
 from __future__ import annotations
 
-import supervisely as sly
 from PIL import ImageFile
-from supervisely.annotation.label import LabelingStatus
+
+from florence2.errors import naming_libraries
+
+with naming_libraries():
+    import supervisely as sly
+    from supervisely.annotation.label import LabelingStatus
 
 ImageFile.LOAD_TRUNCATED_IMAGES = False
 

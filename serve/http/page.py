@@ -36,6 +36,7 @@ class PageInfo:
     device: str = ""
     precision: str = ""
     runtime: str = ""
+    warning: str | None = None
 
     @property
     def is_ready(self) -> bool:
@@ -81,9 +82,10 @@ def _header(info: PageInfo) -> str:
     chips = "".join(f'<span class="chip">{escape(fact)}</span>' for fact in facts if fact)
     state = "ready" if info.is_ready else "waiting"
     words = "Ready" if info.is_ready else "No model is loaded yet"
+    warning = f'<p class="warning" role="alert">{escape(info.warning)}</p>' if info.warning else ""
     return (
         f"<header><h1>{escape(info.model_name or 'Florence-2')}</h1>"
-        f'<p><span class="chip {state}" role="status">{words}</span>{chips}</p></header>'
+        f'<p><span class="chip {state}" role="status">{words}</span>{chips}</p>{warning}</header>'
     )
 
 

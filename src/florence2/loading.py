@@ -56,7 +56,7 @@ def _load(
         cache_bytes=cache_bytes,
     )
     try:
-        self_test(engine)
+        engine.self_test_s = self_test(engine)
         if device.type == "cuda":
             meter = CudaMeter(device)
             check_where_it_fits(checkpoint, runtime, meter, is_free)
