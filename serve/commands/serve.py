@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from pathlib import Path
 from typing import Annotated, Final
 
 import typer
@@ -78,7 +79,9 @@ def _listener(host: str, port: int) -> socket.socket:
 def _greet(host: str, port: int, model: str) -> None:
     url = f"http://{'127.0.0.1' if host == _EVERYWHERE else host}:{port}"
     say(f"{model} answers at {url}; open it in a browser, or ask:")
+    # The examples come with the repository, not with an installed package.
+    image = _EXAMPLE_IMAGE if Path(_EXAMPLE_IMAGE).is_file() else "image.jpg"
     say(
-        f"  curl -s -F files=@{_EXAMPLE_IMAGE} "
+        f"  curl -s -F files=@{image} "
         f'-F \'settings={{"settings": {{"task_prompt": "<OD>"}}}}\' {url}/inference_image'
     )
