@@ -149,14 +149,18 @@ class DeployableApp(PromptBasedObjectDetection):  # type: ignore[misc]
     def _warn_of_a_cpu(self, model: Florence2) -> None:
         """Says where everybody looks that a model is slow for want of a GPU that could be there."""
         why = missing_gpu() if model.device == "cpu" and not self._is_cpu_asked_for else None
-        self.device_warning = why and (
+        warning = why and (
             f"{model.name} runs on the CPU. {why} The image of the self-test, with a caption of a "
             f"few words, took {model.engine.self_test_s:.2g} s."
         )
-        if self.device_warning:
-            logger.warning(self.device_warning)
+        if warning:
+            logger.warning(warning)
+        self._show_device_warning(warning)
+
+    def _show_device_warning(self, text: str | None) -> None:
+        self.device_warning = text
         if self.gui is not None:
-            self.gui.show_device_warning(self.device_warning)
+            self.gui.show_device_warning(text)
 
     @property
     def _is_cpu_asked_for(self) -> bool:
@@ -196,7 +200,7 @@ class DeployableApp(PromptBasedObjectDetection):  # type: ignore[misc]
         """Stops and frees the model; the SDK would leave its weights where they are."""
         self.deployment.stop()
         self.metrics.clear_model()
-        self.device_warning = None
+        self._show_device_warning(None)
         self._idle.cancel()
         super().shutdown_model()
 

@@ -82,6 +82,12 @@ def test_a_request_from_outside_does_not_change_the_page(seen):
     assert seen["polluted"] is False
 
 
+def test_a_cpu_where_a_gpu_could_be_is_on_the_page(seen):
+    assert seen["warning"].startswith("demo runs on the CPU. A GPU can be expected here. The image")
+    assert seen["warning"] == seen["session"]["device_warning"]
+    assert seen["warning after stopping"] is None
+
+
 def test_stopping_on_the_page_frees_the_model(seen):
     assert seen["stopped"] == [False, False]
 
