@@ -14,6 +14,7 @@ from serve.app import Florence2App
 from serve.local_server import LocalServer
 
 STEPS = Path(__file__).with_name("page_steps.py")
+ROOT = Path(__file__).parents[3]
 HEADLESS = Path(__file__).with_name("headless_steps.py")
 
 
@@ -30,8 +31,9 @@ def run_steps(folder: Path, *words: str, program: Path = STEPS) -> dict:
             "FLORENCE2_CACHE": str(folder / "cache"),
             "HF_ENDPOINT": "http://127.0.0.1:9",
             "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}",
         },
-        cwd=Path(__file__).parents[3],
+        cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
