@@ -24,6 +24,7 @@ Made = TypeVar("Made")
 
 CANNOT_START: Final = 2
 _HELD_UP: Final = 1
+_STARTUP_FAILED: Final = "Application startup failed. Exiting."
 # Saving the page for offline use, which the SDK does last, may take its time.
 _GRACE_S: Final = 120.0
 
@@ -60,9 +61,9 @@ class _ServerErrors(logging.Handler):
         self.text: str | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
-        # A record of an exception is about one request, and the server goes on.
-        if record.exc_info is None:
-            self.text = self.text or record.getMessage()
+        # Its other errors are about a request, and it goes on.
+        if isinstance(record.msg, OSError) or record.msg == _STARTUP_FAILED:
+            self.text = record.getMessage()
 
 
 def _see_to_the_end(server: _ServerErrors) -> None:

@@ -64,8 +64,8 @@ def _names_no_device(name: str) -> bool:
 def _error_of_cuda() -> str:
     """What torch says when it is made to use CUDA, on one line; nothing if it does not mind."""
     try:
-        torch.cuda.init()
-    except (RuntimeError, AssertionError, OSError) as error:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except (RuntimeError, AssertionError, OSError, torch.cuda.DeferredCudaCallError) as error:
         return " ".join(str(error).split())
     return ""
 

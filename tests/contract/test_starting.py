@@ -6,6 +6,7 @@ Each start is a process of its own, run like ``entrypoint`` of config.json in pr
 from __future__ import annotations
 
 import json
+import logging
 import socket
 import subprocess
 import sys
@@ -15,6 +16,8 @@ import pytest
 import requests
 from app_server import SDK_ENVIRONMENT, AppServer, page_command
 from platform_double import TASK_ID, TOKEN, PlatformDouble
+
+from serve.starting import _ServerErrors
 
 OPTIONAL = [
     "tasks.info",
@@ -136,3 +139,12 @@ def test_a_port_that_is_taken_ends_the_process_with_a_sentence(own_platform, tmp
     assert status == 2, log
     assert "its server did not" in last["message"]
     assert "address already in use" in last["message"]
+
+
+def test_an_error_about_a_request_is_no_failed_start():
+    server = _ServerErrors()
+    for message in ("ASGI callable returned without sending handshake.", "Exception in ASGI app"):
+        server.emit(logging.makeLogRecord({"msg": message, "levelno": logging.ERROR}))
+    assert server.text is None
+    server.emit(logging.makeLogRecord({"msg": OSError(98, "address already in use")}))
+    assert "address already in use" in server.text
