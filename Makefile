@@ -8,13 +8,14 @@ PORT ?= 8000
 # of them, and helps out with the others' at the end.
 PYTEST_FLAGS ?= --numprocesses logical --maxprocesses 8 --dist worksteal
 
-.PHONY: help label serve test check bench lint types install clean
+.PHONY: help label serve test check bench lint types install wheel clean
 
 help:
 	@echo "make label   label demo/images with the demo checkpoint, into $(OUT)/"
 	@echo "make serve   serve the demo checkpoint on http://127.0.0.1:$(PORT), with a page to try it"
 	@echo "make test    run the tests"
 	@echo "make check   formatting, lint, types, generated docs, tests (what CI runs)"
+	@echo "make wheel   the package with the demo checkpoint, to install elsewhere, into dist/"
 	@echo "make bench   speed and memory against the reference implementation"
 
 $(VENV)/.runtime: requirements.txt pyproject.toml
@@ -50,6 +51,11 @@ check: lint types test
 
 bench: $(VENV)/.runtime
 	$(BIN)/florence2 benchmark --json docs/benchmark.json --plot docs/benchmark.svg
+
+# Afresh, because setuptools would pack what an earlier build left behind.
+wheel: $(VENV)/.dev
+	rm -rf build dist
+	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 clean:
 	rm -rf $(OUT) build dist

@@ -25,6 +25,7 @@ from serve.http.page import PageInfo
 from serve.http.servers import Servers
 from serve.routes import register_routes
 from serve.sdk import sly
+from serve.starting import optional_autostart
 from serve.version import VERSION
 
 # isort: split
@@ -61,7 +62,15 @@ class Florence2App(AnsweringApp):
         if not self.deployment.is_deployed:
             return PageInfo(VERSION)
         model = self.deployment.current.model
-        return PageInfo(VERSION, model.name, model.device, model.precision, "torch", model.notes)
+        return PageInfo(
+            VERSION,
+            model.name,
+            model.device,
+            model.precision,
+            "torch",
+            notes=model.notes,
+            warning=self.device_warning,
+        )
 
     # The server
 
@@ -108,7 +117,8 @@ class Florence2App(AnsweringApp):
             return
         self.gui.has_model = self.is_model_deployed
         self.gui.is_starting = True
-        super().serve()
+        with optional_autostart():
+            super().serve()
         self.gui.is_starting = False
 
     def _run_server(self) -> None:

@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -16,8 +16,10 @@ from typing import Any, Final
 import psutil
 import yaml
 
+from florence2.api import Florence2
 from florence2.hub import ProgressUpdate
 from florence2.known_checkpoints import DEMO
+from florence2.missing_gpu import missing_gpu
 from florence2.resolve import resolve
 from serve.deploy_params import (
     ALLOW_DEPLOY_VARIABLE,
@@ -73,6 +75,7 @@ class DeployableApp(PromptBasedObjectDetection):  # type: ignore[misc]
         self._deploying = threading.Lock()
         self._idle = IdleTimer(self._freeze_model)
         self._meta = ModelMeta()
+        self.device_warning: str | None = None
         self.metrics = Metrics()
         self.deployment = Deployment(
             self.metrics.observe_batch,
@@ -147,6 +150,30 @@ class DeployableApp(PromptBasedObjectDetection):  # type: ignore[misc]
         self.model_precision = PRECISION_NAMES[model.precision]
         self._model_meta = self.model_meta
         self.metrics.set_model(model.name, model.device, model.precision, "torch")
+        self._warn_of_a_cpu(model)
+
+    def _warn_of_a_cpu(self, model: Florence2) -> None:
+        """Says where everybody looks that a model is slow for want of a GPU that could be there."""
+        why = missing_gpu() if model.device == "cpu" and not self._is_cpu_asked_for else None
+        warning = why and (
+            f"{model.name} runs on the CPU. {why} The image of the self-test, with a caption of a "
+            f"few words, took {model.engine.self_test_s:.2g} s."
+        )
+        if warning:
+            logger.warning(warning)
+        self._show_device_warning(warning)
+
+    def _show_device_warning(self, text: str | None) -> None:
+        self.device_warning = text
+        if self.gui is not None:
+            self.gui.show_device_warning(text)
+
+    @property
+    def _is_cpu_asked_for(self) -> bool:
+        """Whether a command line named the CPU; the page offers nothing else without a GPU."""
+        if self._local is not None:
+            return self._local.device == "cpu"
+        return bool(self._is_cli_deploy and self._args.device == "cpu" and _names_device(sys.argv))
 
     def _deploy_headless(
         self, model: str, device: str | None = None, runtime: str | None = None
@@ -188,6 +215,7 @@ class DeployableApp(PromptBasedObjectDetection):  # type: ignore[misc]
         """Stops and frees the model; the SDK would leave its weights where they are."""
         self.deployment.stop()
         self.metrics.clear_model()
+        self._show_device_warning(None)
         self._idle.cancel()
         super().shutdown_model()
 
@@ -256,6 +284,9 @@ class DeployableApp(PromptBasedObjectDetection):  # type: ignore[misc]
         info["model_name"] = model.name
         info["device"] = model.device
         info["precision"] = self.model_precision
+        info["self_test_s"] = round(model.engine.self_test_s, 3)
+        if self.device_warning:
+            info["device_warning"] = self.device_warning
         # The SDK says True whether or not what its tracker needs is installed; asking it logs.
         from supervisely.nn.tracker import TRACKING_LIBS_INSTALLED
 
@@ -274,7 +305,7 @@ class DeployableApp(PromptBasedObjectDetection):  # type: ignore[misc]
         if self._local is not None:
             return argparse.Namespace(mode="deploy", model=self._local.model, settings=None), True
         arguments, is_cli = super()._parse_cli_deploy_args()
-        if is_cli and not any(word.split("=")[0] == "--device" for word in sys.argv):
+        if is_cli and not _names_device(sys.argv):
             arguments.device = device_name(None)
         return arguments, is_cli
 
@@ -283,6 +314,10 @@ class DeployableApp(PromptBasedObjectDetection):  # type: ignore[misc]
         row = named_model(self._args.model, self.pretrained_models)
         device = self._local.device if self._local is not None else self._args.device
         return params_for(row, device), True
+
+
+def _names_device(words: Sequence[str]) -> bool:
+    return any(word.split("=")[0] == "--device" for word in words)
 
 
 def _resident_bytes() -> float:

@@ -13,7 +13,7 @@ from serve.deploy_params import DEFAULT_MODEL
 from serve.sdk import sly  # noqa: F401  (the SDK's modules are imported after this door)
 
 # isort: split
-from supervisely.app.widgets import Checkbox, Field, Widget
+from supervisely.app.widgets import Checkbox, Field, Text, Widget
 from supervisely.nn.inference import gui as sdk_gui
 from supervisely.nn.inference.gui.serving_gui_template import ServingGUITemplate
 
@@ -31,7 +31,10 @@ class Florence2Gui(ServingGUITemplate):  # type: ignore[misc]
     def _initialize_extra_widgets(self) -> list[Widget]:
         self.pretrained_models_table.set_by_model_name(DEFAULT_MODEL)
         self._refresh = Checkbox("Refresh weights from the hub", widget_id="refresh_weights")
-        return [Field(self._refresh, title="Weights", description=_REFRESH_HELP)]
+        self._device_warning = Text("", "warning", widget_id="device_warning")
+        self._device_warning.hide()
+        refresh = Field(self._refresh, title="Weights", description=_REFRESH_HELP)
+        return [refresh, self._device_warning]
 
     is_starting = False
     """Whether the app starts and nobody has pressed anything yet."""
@@ -47,8 +50,10 @@ class Florence2Gui(ServingGUITemplate):  # type: ignore[misc]
             return
         try:
             super().deploy_with_current_params()
-        except FlorenceError as error:
-            self._before_deploy_msg.set(str(error), "error")
+        # Whatever it is, somebody may choose another checkpoint or device on the page.
+        except Exception as error:
+            text = str(error) if isinstance(error, FlorenceError) else repr(error)
+            self._before_deploy_msg.set(text, "error")
             if not self.is_starting:
                 raise
             logger.exception("The automatic start failed")
@@ -57,6 +62,14 @@ class Florence2Gui(ServingGUITemplate):  # type: ignore[misc]
     def refresh(self) -> bool:
         """Whether the weights are to be compared with the hub's before they are loaded."""
         return bool(self._refresh.is_checked())
+
+    def show_device_warning(self, text: str | None) -> None:
+        """Shows that a model runs where it should not; nothing where there is no such thing."""
+        self._device_warning.text = text or ""
+        if text:
+            self._device_warning.show()
+        else:
+            self._device_warning.hide()
 
     def shows_download(self, name: str) -> Callable[[ProgressUpdate], None]:
         """Moves the page's progress bar as a download goes on."""

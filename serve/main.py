@@ -8,25 +8,32 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # The platform starts the app from a clone of the repository, where only dependencies are installed.
 if importlib.util.find_spec("florence2") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from dotenv import load_dotenv
+from serve.starting import log_like_the_sdk, start_or_end
 
-from florence2.errors import FlorenceError
-from serve.app import Florence2App
-from serve.console import complain
-from serve.sdk import sly
+if TYPE_CHECKING:
+    from serve.app import Florence2App
 
-if sly.is_development():
-    load_dotenv("local.env")
-    load_dotenv(Path("~/supervisely.env").expanduser())
 
-try:
-    model = Florence2App(use_gui=True, use_serving_gui_template=True)
-    model.serve()
-except FlorenceError as error:
-    complain(str(error))
-    sys.exit(2)
+def _made() -> Florence2App:
+    # Imported here, as an import that fails is a start that fails.
+    from dotenv import load_dotenv
+
+    from serve.app import Florence2App
+    from serve.sdk import sly
+
+    log_like_the_sdk()
+    if sly.is_development():
+        load_dotenv("local.env")
+        load_dotenv(Path("~/supervisely.env").expanduser())
+    made = Florence2App(use_gui=True, use_serving_gui_template=True)
+    made.serve()
+    return made
+
+
+model = start_or_end(_made)

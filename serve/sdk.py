@@ -16,6 +16,8 @@ from types import ModuleType
 
 from PIL import ImageFile
 
+from florence2.errors import naming_libraries
+
 
 @contextmanager
 def _importable_stack() -> Iterator[None]:
@@ -33,7 +35,7 @@ def _importable_stack() -> Iterator[None]:
             del sys.modules[name]
 
 
-with _importable_stack():
+with naming_libraries(), _importable_stack():
     import supervisely as sly
     from supervisely.annotation.label import LabelingStatus
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from pathlib import Path
 from typing import Annotated, Final
 
 import typer
@@ -115,7 +116,9 @@ def _greet(host: str, port: int, model: str) -> None:
     name = _LOOPBACK.get(host, host)
     url = f"http://{f'[{name}]' if ':' in name else name}:{port}"
     say(f"{model} answers at {url}; open it in a browser, or ask:")
+    # The examples come with the repository, not with an installed package.
+    image = _EXAMPLE_IMAGE if Path(_EXAMPLE_IMAGE).is_file() else "image.jpg"
     say(
-        f"  curl -s -F files=@{_EXAMPLE_IMAGE} "
+        f"  curl -s -F files=@{image} "
         f'-F \'settings={{"settings": {{"task_prompt": "<OD>"}}}}\' {url}/inference_image'
     )

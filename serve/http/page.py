@@ -37,6 +37,7 @@ class PageInfo:
     precision: str = ""
     runtime: str = ""
     notes: tuple[str, ...] = ()
+    warning: str | None = None
 
     @property
     def is_ready(self) -> bool:
@@ -82,10 +83,12 @@ def _header(info: PageInfo) -> str:
     chips = "".join(f'<span class="chip">{escape(fact)}</span>' for fact in facts if fact)
     state = "ready" if info.is_ready else "waiting"
     words = "Ready" if info.is_ready else "No model is loaded yet"
+    warning = f'<p class="warning" role="alert">{escape(info.warning)}</p>' if info.warning else ""
     notes = "".join(f"<p>Note: {escape(note)}</p>" for note in info.notes)
     return (
         f"<header><h1>{escape(info.model_name or 'Florence-2')}</h1>"
-        f'<p><span class="chip {state}" role="status">{words}</span>{chips}</p>{notes}</header>'
+        f'<p><span class="chip {state}" role="status">{words}</span>{chips}</p>{warning}{notes}'
+        "</header>"
     )
 
 

@@ -22,6 +22,8 @@ h2 { font-size: 1.05rem; margin: 0 0 12px; }
   border: 1px solid var(--line); font-size: .85rem; color: var(--soft); }
 .chip.ready { color: var(--good); border-color: currentColor; }
 .chip.waiting { color: var(--wait); border-color: currentColor; }
+.warning { flex-basis: 100%; padding: 8px 12px; border: 1px solid currentColor; border-radius: 8px;
+  color: var(--wait); font-size: .9rem; overflow-wrap: anywhere; }
 main { display: grid; grid-template-columns: minmax(280px, 1fr) 2fr; gap: 16px;
   padding-top: 16px; }
 section { background: var(--card); border: 1px solid var(--line); border-radius: 10px;

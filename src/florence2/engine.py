@@ -49,6 +49,8 @@ class Engine:
         self.preparer = Preparer(checkpoint.image_processor)
         self.image_batch = image_batch
         self.prompt_batch = prompt_batch
+        # How long the image of the self-test took, from its pixels to a short caption.
+        self.self_test_s = 0.0
         self._lock = threading.RLock()
         self._is_parked = False
         self._is_closed = False

@@ -8,6 +8,7 @@
 │   ├── HubUnreachableError      the hub gave no answer (``hub_errors``)
 │   └── PrecisionError           reduced precision gives NaN, infinity or is far off (``self_test``)
 ├── DeviceError                  a device or runtime cannot be used here
+├── LibraryError                 a package needs a system library that this machine lacks
 ├── OutOfMemoryError             one request alone does not fit into the device (``memory``)
 ├── NotFiniteError               the network gave NaN or infinity for a prompt (``readout``)
 ├── GenerationCancelledError     the caller no longer waits (``scheduler_errors``)
@@ -20,9 +21,11 @@
 from __future__ import annotations
 
 import difflib
+import re
 import reprlib
-from collections.abc import Iterable
-from typing import TypeVar
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Final, TypeVar
 
 
 class FlorenceError(Exception):
@@ -53,6 +56,46 @@ class DeviceError(FlorenceError):
     """The device or the runtime asked for is not available on this machine."""
 
     code = "bad_device"
+
+
+class LibraryError(FlorenceError, ImportError):
+    """An installed package cannot be imported for want of a system library."""
+
+    code = "missing_library"
+
+
+# What OpenCV's and the SDK's wheels take from the system, by Debian's package.
+_DEBIAN_PACKAGES: Final = {
+    "libGL.so": "libgl1",
+    "libGLX.so": "libgl1",
+    "libxcb.so": "libxcb1",
+    "libglib-2.0.so": "libglib2.0-0",
+    "libgthread-2.0.so": "libglib2.0-0",
+    "libmagic": "libmagic1",
+}
+_LIBRARY: Final = re.compile(
+    r"lib[\w.+-]+(?=: cannot open shared object file)|(?<=failed to find )libmagic"
+)
+
+
+@contextmanager
+def naming_libraries() -> Iterator[None]:
+    """Around an import: what a missing system library makes of it is a LibraryError."""
+    try:
+        yield
+    except ImportError as error:
+        found = _LIBRARY.search(str(error))
+        if found is None:
+            raise
+        library = found[0]
+        package = next(
+            (name for start, name in _DEBIAN_PACKAGES.items() if library.startswith(start)), None
+        )
+        advice = f"the package {package} on Debian and Ubuntu" if package else "its package"
+        raise LibraryError(
+            f"A package needs the system library {library}, which this machine lacks; install "
+            f"{advice} (everything the app needs: apt-get install libgl1 libglib2.0-0 libmagic1)."
+        ) from error
 
 
 Error = TypeVar("Error", bound=BaseException)

@@ -63,7 +63,7 @@ def _load(
         cache_bytes=cache_bytes,
     )
     try:
-        self_test(engine)
+        engine.self_test_s = self_test(engine)
         if device.type == "cuda":
             check_recordings(engine, runtime.graphs)
             meter = CudaMeter(device)

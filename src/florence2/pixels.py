@@ -9,11 +9,11 @@ from functools import partial
 from itertools import pairwise
 from typing import Any, Final
 
-import cv2
 import numpy as np
 from PIL import Image
 
 from florence2.errands import Errand
+from florence2.opencv import cv2
 from florence2.records import SizeWh
 
 logger = logging.getLogger(__name__)

@@ -50,7 +50,9 @@ CACHE_VARIABLE: Final = "FLORENCE2_CACHE"
 DEMO_VARIABLE: Final = "FLORENCE2_DEMO"
 
 _DEMO_FOLDER: Final = Path("demo", "checkpoint")
-_PROJECT_ROOT: Final = Path(__file__).resolve().parents[2]
+_PACKAGE: Final = Path(__file__).resolve().parent
+_PROJECT_ROOT: Final = _PACKAGE.parents[1]
+_DEMO_IN_WHEEL: Final = "demo_checkpoint"
 _REPOSITORY: Final = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 _PINS: Final = "pins.json"
@@ -127,9 +129,10 @@ def _demo_folder() -> Path:
     named = os.environ.get(DEMO_VARIABLE)
     if named:
         return Path(named).expanduser()
-    for root in (_PROJECT_ROOT, Path.cwd()):
-        if (root / _DEMO_FOLDER).is_dir():
-            return root / _DEMO_FOLDER
+    here = (_PACKAGE / _DEMO_IN_WHEEL, _PROJECT_ROOT / _DEMO_FOLDER, Path.cwd() / _DEMO_FOLDER)
+    for folder in here:
+        if folder.is_dir():
+            return folder
     raise CheckpointError(
         f"The demo checkpoint is not in {_PROJECT_ROOT / _DEMO_FOLDER}; copy the folder "
         f"{_DEMO_FOLDER} of the project's repository there, or name its place in {DEMO_VARIABLE}."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Final
@@ -31,12 +32,13 @@ class PrecisionError(CheckpointError):
     """The checkpoint gives NaN or infinity in reduced precision; in float32 it may answer."""
 
 
-def self_test(engine: Engine) -> None:
-    """One short generation; CheckpointError when the checkpoint cannot really answer.
+def self_test(engine: Engine) -> float:
+    """One short generation, and its seconds; CheckpointError when it is no real answer.
 
     Catches weights that load and yet are useless: NaN, nothing at all, or ``<s>`` for ever.
     Numbers that are not finite are a PrecisionError where the precision may be why.
     """
+    began = time.perf_counter()
     encoded = _encoded(engine, probe_picture())
     if not bool(torch.isfinite(encoded.features).all()):
         raise _not_finite(engine, "its visual features are not finite numbers")
@@ -49,6 +51,7 @@ def self_test(engine: Engine) -> None:
         raise result
     if not result.token_ids:
         raise CheckpointError(_useless(engine, "its answer to <CAPTION> is empty"))
+    return time.perf_counter() - began
 
 
 def check_recordings(engine: Engine, graphs: GraphRunner) -> None:

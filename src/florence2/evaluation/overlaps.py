@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
+
+from florence2.opencv import cv2
 
 Boxes = Sequence[Sequence[float]]
 Ring = Sequence[float]

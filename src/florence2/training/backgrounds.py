@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from florence2.opencv import cv2
 from florence2.training.palette import BLACK, WHITE, Rgb, background_shade, luminance, mixed
 from florence2.training.words import PATTERNS
 

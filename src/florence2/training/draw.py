@@ -6,11 +6,11 @@ import math
 from functools import lru_cache
 from typing import Final
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from florence2.opencv import cv2
 from florence2.training import placing
 from florence2.training.backgrounds import Pixels, draw_background, unit_grid
 from florence2.training.lettering import ink_mask

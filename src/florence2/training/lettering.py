@@ -5,10 +5,11 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Final
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
+
+from florence2.opencv import cv2
 
 FONTS: Final[dict[str, int]] = {
     "pillow": -1,

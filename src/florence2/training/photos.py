@@ -6,10 +6,10 @@ picture's width and height; light comes from the upper left.
 
 from __future__ import annotations
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from florence2.opencv import cv2
 from florence2.training.lettering import ink_mask
 from florence2.training.palette import Rgb
 

@@ -9,10 +9,10 @@ import math
 from dataclasses import dataclass
 from typing import Final
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from florence2.opencv import cv2
 from florence2.training.shapes import MAX_POLYGON_POINTS, Points
 
 Size = tuple[int, int]

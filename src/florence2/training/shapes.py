@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
+
+from florence2.opencv import cv2
 
 Points = NDArray[np.float64]
 """Vertices as [n, 2], x before y."""

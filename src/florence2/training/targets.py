@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from florence2.opencv import cv2
 from florence2.training.placing import SUBPIXEL_BITS, to_subpixels
 from florence2.training.scene import Scene
 from florence2.training.words import COLOURS, KINDS, SIGN_WORDS

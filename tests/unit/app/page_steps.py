@@ -25,6 +25,7 @@ if "autostart" in sys.argv:
 from starlette.testclient import TestClient
 
 from florence2.errors import FlorenceError
+from serve import deployable
 from serve.app import Florence2App
 from serve.deploy_params import named_model, params_for
 from serve.sdk import sly  # noqa: F401  (the SDK's modules are imported after this door)
@@ -33,7 +34,9 @@ from serve.sdk import sly  # noqa: F401  (the SDK's modules are imported after t
 from supervisely.nn.inference.inference import AutoRestartInfo
 
 BIKE = Path(__file__).parents[3] / "demo" / "images" / "scene_bike.png"
+GPU_IS_MISSING = "A GPU can be expected here."
 seen: dict[str, object] = {}
+deployable.missing_gpu = lambda: GPU_IS_MISSING
 app = Florence2App(use_gui=True, use_serving_gui_template=True)
 
 
@@ -68,13 +71,21 @@ def answers_before_and_after_deploying() -> None:
         seen["settings"] = answer["settings"]
         shown = [client.post(path, json={}).json() for path in ("/sly/data", "/sly/state")]
         seen["shown"] = "# What to ask" in json.dumps(shown)
+        seen["warning"] = shown_warning()
         client.post("/get_status", json={"state": {"polluted": True}})
         seen["polluted"] = "polluted" in client.post("/sly/state", json={}).json()
+
+
+def shown_warning() -> str | None:
+    """The sentence on the page about the device, if one is to be seen."""
+    widget = app.gui._device_warning
+    return None if widget.is_hidden() else widget.text
 
 
 def pressing_stop_frees() -> None:
     for stop in app.gui.on_change_model_callbacks:
         stop(app.gui)
+    seen["warning after stopping"] = shown_warning()
     seen["stopped"] = [app.deployment.is_deployed, app.is_model_deployed()]
 
 

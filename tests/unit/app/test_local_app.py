@@ -305,3 +305,35 @@ def test_the_sdks_python_interface_works_too(app, image_path):
     )
     assert app._predictions_to_annotation("", predictions[0]) == predictions[0][0].annotation
     assert milliseconds["inference"] > 0
+
+
+@pytest.mark.parametrize(
+    ("device", "why", "is_warned"),
+    [
+        ("auto", "A GPU can be <expected>.", True),
+        ("cpu", "A GPU can be <expected>.", False),
+        ("auto", None, False),
+    ],
+    ids=["chosen here", "asked for", "no GPU to be expected"],
+)
+def test_a_cpu_where_a_gpu_could_be_is_said_in_log_page_and_route(
+    fresh_sdk, monkeypatch, caplog, device, why, is_warned
+):
+    monkeypatch.setattr(Florence2App, "_run_server", lambda self: None)
+    monkeypatch.setattr("serve.deployable.missing_gpu", lambda: why)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    app = Florence2App(local=LocalServer("demo", device))
+    app.serve()
+    with TestClient(app.app) as client:
+        info = client.post("/get_session_info", json={}).json()
+        page = client.get("/").text
+    took_s = app.deployment.current.model.engine.self_test_s
+    app.shutdown_model()
+    assert 0 < info["self_test_s"] == pytest.approx(took_s, abs=1e-3)
+    expected = f"demo runs on the CPU. {why} The image of the self-test"
+    assert info.get("device_warning", "").startswith(expected) == is_warned
+    assert ("A GPU can be &lt;expected&gt;." in page) == is_warned
+    assert (expected in caplog.text) == is_warned
+    if is_warned:
+        assert f"took {took_s:.2g} s" in info["device_warning"]
+    assert app.page_info().warning is None

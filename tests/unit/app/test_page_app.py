@@ -14,6 +14,7 @@ from serve.app import Florence2App
 from serve.local_server import LocalServer
 
 STEPS = Path(__file__).with_name("page_steps.py")
+ROOT = Path(__file__).parents[3]
 HEADLESS = Path(__file__).with_name("headless_steps.py")
 
 
@@ -30,8 +31,9 @@ def run_steps(folder: Path, *words: str, program: Path = STEPS) -> dict:
             "FLORENCE2_CACHE": str(folder / "cache"),
             "HF_ENDPOINT": "http://127.0.0.1:9",
             "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}",
         },
-        cwd=Path(__file__).parents[3],
+        cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -80,6 +82,12 @@ def test_settings_keep_their_comments(seen):
 
 def test_a_request_from_outside_does_not_change_the_page(seen):
     assert seen["polluted"] is False
+
+
+def test_a_cpu_where_a_gpu_could_be_is_on_the_page(seen):
+    assert seen["warning"].startswith("demo runs on the CPU. A GPU can be expected here. The image")
+    assert seen["warning"] == seen["session"]["device_warning"]
+    assert seen["warning after stopping"] is None
 
 
 def test_stopping_on_the_page_frees_the_model(seen):

@@ -45,3 +45,14 @@ def instructions(dockerfile: Path) -> list[tuple[str, str]]:
     joined = "\n".join(lines).replace("\\\n", "")
     parts = [line.split(maxsplit=1) for line in joined.splitlines() if line.strip()]
     return [(keyword, arguments.strip()) for keyword, arguments in parts]
+
+
+def environment(dockerfile: Path) -> dict[str, str]:
+    """The variables that the last stage sets itself."""
+    variables: dict[str, str] = {}
+    for keyword, words in instructions(dockerfile):
+        if keyword == "FROM":
+            variables = {}
+        elif keyword == "ENV":
+            variables.update(pair.split("=", 1) for pair in words.split())
+    return variables

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -19,6 +21,7 @@ from packaging_files import (
     DOCKERFILE_DEPLOY,
     ROOT,
     SCRIPTS,
+    environment,
     instructions,
     text_of,
     yaml_of,
@@ -118,14 +121,54 @@ def test_the_image_build_stops_where_torch_has_another_cuda(
         assert ran.stderr == f"torch is built for CUDA {build}, not {version}\n"
 
 
-def test_the_deployable_image_sets_the_variable_that_the_app_reads_its_address_from():
-    environment = dict(
-        pair.split("=")
-        for keyword, words in instructions(DOCKERFILE_DEPLOY)
-        if keyword == "ENV"
-        for pair in words.split()
+def test_the_image_asks_the_nvidia_runtime_for_every_gpu_and_what_torch_and_ffmpeg_need():
+    variables = environment(DOCKERFILE)
+    assert variables["NVIDIA_VISIBLE_DEVICES"] == "all"
+    assert variables["NVIDIA_DRIVER_CAPABILITIES"] == "compute,utility,video"
+
+
+def test_pip_is_cut_off_from_its_index_only_once_all_is_installed():
+    before, _, last = text_of(DOCKERFILE).rpartition("\nFROM ")
+    assert "PIP_NO_INDEX" not in before
+    assert environment(DOCKERFILE)["PIP_NO_INDEX"] == "1"
+    for path, text in ((DOCKERFILE, last), (DOCKERFILE_DEPLOY, text_of(DOCKERFILE_DEPLOY))):
+        assert "RUN pip" not in text, path
+
+
+def rehearsed(script: Path) -> subprocess.CompletedProcess[str]:
+    command = [str(script), "--pip-only", sys.prefix]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_the_agents_two_pip_commands_change_nothing_and_find_all_installed():
+    ran = rehearsed(ROOT / "docker" / "rehearse_start.sh")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert re.findall(r"exit status (\d)", ran.stdout) == ["1", "0", "0"]
+    assert "No matching distribution found for setuptools==69.0.0" in ran.stdout
+
+
+SPOILT = {
+    "pip may reach an index": ("PIP_NO_INDEX=1", "PIP_NO_INDEX=0", "reach for an index"),
+    "no folder for pip's cache": ("RUN mkdir -p /root/.cache/pip", "", "no cache folder"),
+}
+
+
+@pytest.mark.parametrize(("good", "bad", "reason"), SPOILT.values(), ids=SPOILT.keys())
+def test_the_rehearsal_refuses_before_it_runs_pip(good: str, bad: str, reason: str, tmp_path: Path):
+    (tmp_path / "docker").mkdir()
+    script = tmp_path / "docker" / "rehearse_start.sh"
+    shutil.copy(ROOT / "docker" / "rehearse_start.sh", script)
+    (tmp_path / "docker" / "Dockerfile").write_text(
+        text_of(DOCKERFILE).replace(good, bad), encoding="utf-8"
     )
-    assert environment["FLORENCE_HOST"] == "0.0.0.0"
+    ran = rehearsed(script)
+    assert ran.returncode == 1
+    assert reason in ran.stderr
+    assert "pip3" not in ran.stdout
+
+
+def test_the_deployable_image_sets_the_variable_that_the_app_reads_its_address_from():
+    assert environment(DOCKERFILE_DEPLOY)["FLORENCE_HOST"] == "0.0.0.0"
     assert '"FLORENCE_HOST"' in text_of(ROOT / "serve" / "app.py")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import supervisely
 from jsonschema import Draft202012Validator
 from packaging.version import Version
 from packaging_files import HERE, ROOT, manifest, pinned, text_of
+from PIL import Image
 
 SCHEMA = json.loads(text_of(HERE / "manifest_schema.json"))
 
@@ -28,6 +30,8 @@ WRONG: dict[str, Change] = {
     "a version as a number": lambda m: m.update(instance_version=6.18),
     "no tag that other apps find it by": lambda m: m["session_tags"].remove("deployed_florence_2"),
     "a category twice": lambda m: m["categories"].append("images"),
+    "no icon": lambda m: m.pop("icon"),
+    "a poster without an address": lambda m: m.update(poster="docs/images/poster.png"),
     "a driver without a required GPU": lambda m: m.update(min_nvidia_driver_version="580"),
 }
 
@@ -61,6 +65,20 @@ def test_the_instance_version_is_the_one_the_sdk_pairs_with_its_version():
 @pytest.mark.parametrize("kind", ["models", "inference_settings"])
 def test_every_file_the_manifest_names_is_there(kind: str):
     assert (ROOT / manifest()["files"][kind]).is_file()
+
+
+@pytest.mark.parametrize(("kind", "ratio"), [("icon", 1), ("poster", 2)])
+def test_a_picture_is_addressed_where_a_release_has_it(kind: str, ratio: int):
+    address = re.fullmatch(
+        r"https://raw\.githubusercontent\.com/supervisely-ecosystem/serve-florence-2/master/(.+)",
+        manifest()[kind],
+    )
+    path = ROOT / address[1]
+    with Image.open(path) as picture:
+        width, height = picture.size
+        assert picture.format == "PNG"
+    assert width == ratio * height >= 512
+    assert path.stat().st_size < 150_000, "a page of apps loads many of them"
 
 
 def test_the_entrypoint_names_a_module_of_the_app_and_the_manifests_port():
