@@ -37,7 +37,8 @@ Outcome = HasAnnotation | Failure
 Settled = tuple[Batch, Sequence[Outcome]]
 
 # These end a run whatever the image: the request is wrong, or the model is gone.
-FATAL_CODES = frozenset({"bad_request", "cancelled", "not_deployed", "not_found", "queue_full"})
+GONE_CODES = frozenset({"not_deployed", "device_lost"})
+FATAL_CODES = GONE_CODES | {"bad_request", "cancelled", "not_found", "queue_full"}
 
 
 def run_image_ids(
@@ -161,7 +162,7 @@ class ImagesRun:
         if len(outcomes) != len(images):
             raise RuntimeError(f"{len(images)} images were predicted with {len(outcomes)} results")
         for outcome in outcomes:
-            if isinstance(outcome, Failure) and outcome.code == "not_deployed":
+            if isinstance(outcome, Failure) and outcome.code in GONE_CODES:
                 raise FailedImageError(outcome)
         return outcomes
 

@@ -30,6 +30,7 @@ class Engine:
 
     def __init__(self, diary: list[str]) -> None:
         self.diary = diary
+        self.is_lost = False
 
     def park(self) -> None:
         self.diary.append(f"park on {threading.current_thread().name}")

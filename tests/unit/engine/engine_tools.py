@@ -48,16 +48,48 @@ class CountingRuntime:
         self.num_images = 0
         self.batches: list[int] = []
         self.fail_above: int | None = None
+        self.image_batches: list[int] = []
+        self.images_fail_above: int | None = None
+        self.item_s = 0.0
+        self.items_run = 0
+        self.lost: str | None = None
 
     def __getattr__(self, name):
         return getattr(self._runtime, name)
 
+    def mark(self):
+        return _Mark(self)
+
+    def is_lost(self, error):
+        return self.lost is not None
+
+    def _check_device(self):
+        if self.lost is not None:
+            raise RuntimeError(self.lost)
+
     def encode_bytes(self, images, table):
+        self._check_device()
+        if self.images_fail_above is not None and len(images) > self.images_fail_above:
+            raise torch.OutOfMemoryError("no memory left")
+        self.image_batches.append(len(images))
         self.num_images += len(images)
+        self.items_run += len(images)
         return self._runtime.encode_bytes(images, table)
 
     def start(self, features, prompt_ids, num_beams, max_new_tokens):
+        self._check_device()
         if self.fail_above is not None and len(features) > self.fail_above:
             raise torch.OutOfMemoryError("no memory left")
         self.batches.append(len(features))
+        self.items_run += len(features)
         return self._runtime.start(features, prompt_ids, num_beams, max_new_tokens)
+
+
+class _Mark:
+    """A device's clock that stands still but for ``item_s`` per item of a pass."""
+
+    def __init__(self, runtime: CountingRuntime):
+        self._at_s = runtime.items_run * runtime.item_s
+
+    def seconds_since(self, earlier):
+        return self._at_s - earlier._at_s
