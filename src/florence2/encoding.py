@@ -119,14 +119,25 @@ class _Chunks:
 
     def _run_tower(self, missing: dict[str, PreparedImage]) -> dict[str, Encoded]:
         """What comes of these images; one that does not fit into memory alone has an error."""
-        engine = self._engine
-        with engine.in_use():
-            if self._between_passes is not None:
-                engine.image_limit.catch_up()
-            encoded = run_halving(
-                list(missing.items()), self._pass, engine.runtime, engine.image_limit
-            )
+        engine, limit = self._engine, self._engine.image_limit
+        encoded: list[Encoded] = []
+        left = list(missing.items())
+        while left:
+            with engine.in_use():
+                if self._is_awaited:
+                    # Here, as until now the images of this pass were made ready beside it.
+                    limit.catch_up()
+                size = limit.pass_size(is_awaited=self._is_awaited)
+                part, left = left[:size], left[size:]
+                encoded += run_halving(part, self._pass, engine.runtime, limit)
+            if left and self._between_passes is not None:
+                self._between_passes()
         return dict(zip(missing, encoded, strict=True))
+
+    @property
+    def _is_awaited(self) -> bool:
+        """Whether someone may wait for the end of a pass: who is then answered between two."""
+        return self._between_passes is not None
 
     def _pass(self, part: Sequence[tuple[str, PreparedImage]]) -> list[EncodedImage]:
         """One pass of the tower. Nothing that a caller gave is called in it."""
