@@ -91,7 +91,7 @@ def shown_s(seconds: float) -> str:
     if math.isinf(seconds):
         return "any time"
     if seconds < 0.9995:
-        return f"{round(1000 * seconds)} ms" if seconds >= 0.0005 else "less than 1 ms"
+        return f"{round(1000 * seconds)} ms" if seconds >= 0.001 else "less than 1 ms"
     if seconds < 59.95:
         return f"{round(seconds, 1):g} s"
     minutes, rest_s = divmod(round(seconds), 60)

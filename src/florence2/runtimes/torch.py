@@ -124,7 +124,7 @@ class CudaMark:
     def seconds_since(self, earlier: CudaMark) -> float:
         """See ``Mark``."""
         self._event.synchronize()
-        return earlier._event.elapsed_time(self._event) / 1000
+        return float(earlier._event.elapsed_time(self._event)) / 1000
 
 
 class TorchRuntime:

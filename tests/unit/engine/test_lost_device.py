@@ -1,4 +1,4 @@
-"""An error that a device does not get over is said once and for all, and is not taken for others."""
+"""An error that a device does not get over is said once and for all."""
 
 from __future__ import annotations
 
