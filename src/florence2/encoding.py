@@ -73,13 +73,14 @@ class _Chunks:
         """The images of these keys: those not known yet in one pass of the tower."""
         outcomes: dict[object, str | FlorenceError] = {}
         missing: dict[str, PreparedImage] = {}
+        # A list of this call's own: a click in between says what else comes, without these.
+        self._engine.preparer.ahead(self._left.values(), self)
         for key in keys:
             outcomes[key] = self._look_up(self._sources[key], missing)
             self._left.pop(key, None)
             if self._between_passes is not None:
                 self._between_passes()
-        # What comes next is opened and scaled by other threads while the tower runs. This call's
-        # own images are a list of their own: a click in between has others.
+        # What comes next is opened and scaled by other threads while the tower runs.
         coming = () if self._coming is None else self._coming()
         self._engine.preparer.ahead(self._left.values(), self)
         self._engine.preparer.ahead(coming)

@@ -80,6 +80,7 @@ class PromptSearch:
         self._has_misfit = False
         self._num_settled = 0
         self._is_full = False
+        self._held: int | None = None
         self._callers_error: Exception | None = None
         self._in_hand: dict[Prompt, tuple[float, float]] = {}
         self._again: list[Prompt] = []
@@ -133,6 +134,7 @@ class PromptSearch:
         return company if is_gpu else max(1, min(company, self._engine.image_batch // 2))
 
     def _start_over(self) -> None:
+        self._held = None
         if len(self._in_hand) == 1:
             [alone] = self._in_hand
             self._has_misfit = True
@@ -165,10 +167,13 @@ class PromptSearch:
             self._engine.runtime.free_memory()
             self._again = prompts + self._again
             self._is_crowded = True
-            if len(prompts) > 1:
-                together = len(self._in_hand) + len(prompts)
-                self._limit.lower(max(len(self._in_hand), self._limit.smaller(together)))
+            together = len(self._in_hand) + len(prompts)
+            self._held = max(len(self._in_hand), self._limit.smaller(together))
             return None
+        if self._held is not None:
+            # By themselves they fit, so it was their number.
+            self._limit.lower(self._held)
+            self._held = None
         now = time.perf_counter()
         self._in_hand |= dict.fromkeys(prompts, (now - began, now))
         self._is_full = self._is_full or len(self._in_hand) >= self._room

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
+import torch
 from engine_tools import CountingRuntime, ask, assert_close, picture
 
 from florence2 import Ask, Failure, Florence2, Result
@@ -128,6 +131,32 @@ def test_a_prompt_that_does_not_fit_alone_costs_the_others_nothing(engine, runti
     ]
     assert engine.prompt_limit.now == 8
     assert runtime.tried[0] == runtime.tried[-1] == 8
+
+
+def long_and_short(engine) -> list[Ask]:
+    """The short ones end at once, so that others join beside the long one."""
+    image = engine.encode([picture(8)])[0]
+    limits = [24, *[2] * 7, *[3] * 8]
+    return [Ask(image, "<CAPTION>", max_new_tokens=limit) for limit in limits]
+
+
+@pytest.mark.parametrize("most_beside", [4, 1])
+def test_prompts_that_did_not_fit_beside_others_lower_the_limit(engine, runtime, most_beside):
+    start = runtime.start
+    sessions: list[object] = []
+
+    def short(features, *arguments):
+        sessions[:] = [one for one in sessions if one() is not None]
+        if sessions and len(features) > most_beside:
+            raise torch.OutOfMemoryError("no memory left")
+        session = start(features, *arguments)
+        sessions.append(weakref.ref(session))
+        return session
+
+    runtime.start = short
+    outcomes = answer_all(engine, long_and_short(engine))
+    assert all(isinstance(outcome, Result) for outcome in outcomes)
+    assert engine.prompt_limit.now == 4
 
 
 def test_a_batch_that_nothing_of_fits_fails_one_by_one(engine, runtime):

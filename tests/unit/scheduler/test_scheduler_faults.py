@@ -78,7 +78,10 @@ def test_a_lack_of_memory_of_the_program_is_a_fault_and_not_a_loop(scheduler, ru
     assert isinstance(scheduler.run(captions(1), priority=Priority.BULK)[0], Result)
 
 
-def test_a_click_drops_nothing_that_was_prepared_for_bulk(scheduler, runtime, send, monkeypatch):
+@pytest.mark.parametrize("at_look_up", [0, 3], ids=["first batch", "later"])
+def test_a_click_drops_nothing_that_was_prepared_for_bulk(
+    scheduler, engine, send, monkeypatch, at_look_up
+):
     """Every image is scaled once, and the bulk's next ones are there when their turn comes."""
     scaled: list[tuple[int, int]] = []
     resize = ImageProcessor.resize
@@ -93,16 +96,18 @@ def test_a_click_drops_nothing_that_was_prepared_for_bulk(scheduler, runtime, se
         for seed in range(8)
     ]
     clicks = []
+    take = engine.preparer.take
 
-    def before_pass():
-        if runtime.passes == ["images"] and not clicks:
-            # Those after the batch in hand are being prepared, or are ready.
+    def taken(image):
+        prepared = take(image)
+        if image.size[0] == 90 + at_look_up:
+            # All that follow are ready; the click is answered before the next one is taken.
             wait_until(lambda: len(scaled) == 8)
-            clicks.append(None)
-            clicks[0] = send(captions(9, max_new_tokens=3))
+            clicks.append(send(captions(9, max_new_tokens=3)))
             wait_until(lambda: scheduler.queue_depth > 0)
+        return prepared
 
-    runtime.before_pass = before_pass
+    engine.preparer.take = taken
     answers = scheduler.run(bulk, priority=Priority.BULK)
     assert isinstance(clicks[0].result(PATIENCE_S)[0], Result)
     assert not [answer for answer in answers if isinstance(answer, Failure)]
