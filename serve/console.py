@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import Final
+import sys
+from typing import Final, NoReturn
 
 from rich.console import Console
 
@@ -19,3 +20,11 @@ def say(text: str) -> None:
 def complain(text: str) -> None:
     """One sentence about what went wrong."""
     ERR.print(text, style=None if os.environ.get("NO_COLOR") else "bold red", markup=False)
+
+
+def end_process(sentence: str, status: int) -> NoReturn:
+    """Ends the process here and now, whatever other threads do; the sentence is its last line."""
+    complain(sentence)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(status)

@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,7 @@ from florence2.hub import ProgressUpdate
 from florence2.known_checkpoints import DEMO
 from florence2.missing_gpu import missing_gpu
 from florence2.resolve import resolve
+from serve.console import end_process
 from serve.deploy_params import (
     ALLOW_DEPLOY_VARIABLE,
     PRECISION_NAMES,
@@ -50,6 +52,12 @@ logger = logging.getLogger(__name__)
 _HERE: Final = Path(__file__).resolve().parent
 # Where the SDK looks for a folder of its own; without one of them it refuses to start.
 _DATA_DIR_VARIABLES: Final = ("SLY_APP_DATA_DIR", "DEBUG_APP_DIR", "TASK_ID")
+# What the process ends with when the device has failed for good; see docs/serving.md.
+DEVICE_LOST_STATUS: Final = 3
+# Until then runs may end by themselves, and their clients ask once more what came of them.
+_MOST_FOR_RUNS_S: Final = 60.0
+_LAST_ANSWERS_S: Final = 5.0
+_LOOK_AFTER_S: Final = 0.1
 _STATE_OF_A_DEPLOYMENT: Final = (
     "model_source",
     "device",
@@ -81,10 +89,12 @@ class DeployableApp(PromptBasedObjectDetection):  # type: ignore[misc]
             self.metrics.observe_batch,
             max_batch=local.max_batch if local else None,
             max_queued=local.max_queued if local else MAX_QUEUED,
+            on_hopeless=self._end_when_answered,
         )
         self.predictor = Predictor(self.deployment, self.metrics)
         use_own_threads(_MainServer().get_server(), SUPERVISELY_SERVER_PATH_PREFIX)
         self.metrics.watch_memory(_resident_bytes, self._device_bytes)
+        self.metrics.watch_ready(lambda: self.deployment.is_ready)
         if not any(os.environ.get(name) for name in _DATA_DIR_VARIABLES):
             sdk_options.setdefault("model_dir", str(Path.home() / ".cache" / "supervisely"))
         with florence_gui():
@@ -218,6 +228,24 @@ class DeployableApp(PromptBasedObjectDetection):  # type: ignore[misc]
         self._show_device_warning(None)
         self._idle.cancel()
         super().shutdown_model()
+
+    def is_model_deployed(self) -> bool:
+        """What ``/is_ready`` says; the SDK would go on saying so when the device has failed."""
+        return bool(self._model_served) and self.deployment.is_ready
+
+    def _end_when_answered(self, sentence: str) -> None:
+        """Ends a process that can answer nothing more, so that it is started anew.
+
+        One that a program made the app in is the program's.
+        """
+        if self._is_quick_deploy:
+            return
+        runs = self.inference_requests_manager._inference_requests
+        end = time.monotonic() + _MOST_FOR_RUNS_S
+        while time.monotonic() < end and not all(run.is_finished() for run in list(runs.values())):
+            time.sleep(_LOOK_AFTER_S)
+        time.sleep(_LAST_ANSWERS_S)
+        end_process(sentence, DEVICE_LOST_STATUS)
 
     def freeze(self) -> str:
         """Moves the weights from the device to memory; what was done, in a sentence.

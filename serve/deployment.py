@@ -15,6 +15,10 @@ from florence2.scheduler import Observer, Scheduler, StoppedError
 logger = logging.getLogger(__name__)
 
 MAX_QUEUED: Final = 4096
+RELOADING: Final = (
+    "The device failed, and the model is being loaded again; send the request again when "
+    "/is_ready says so."
+)
 NOT_DEPLOYED: Final = (
     "No model is deployed, so nothing can be answered; choose a model and press Serve, or send "
     "the request again when /is_ready says so."
@@ -45,6 +49,9 @@ class Deployment:
 
     Two models do not fit on every device, so the one before is freed before the next is loaded,
     and loaded again if the next one fails.
+
+    A model whose device failed for good is loaded again, once. If that fails, or its device fails
+    a second time, ``on_hopeless`` is called with a sentence: nothing but a new process helps.
     """
 
     def __init__(
@@ -54,8 +61,12 @@ class Deployment:
         max_batch: int | None = None,
         max_queued: int = MAX_QUEUED,
         load: Callable[[ModelChoice], Florence2] | None = None,
+        on_hopeless: Callable[[str], None] | None = None,
     ) -> None:
         self._observer = observer
+        self._on_hopeless = on_hopeless
+        self._has_reloaded = False
+        self._why_none = NOT_DEPLOYED
         self._max_batch = max_batch
         self._max_queued = max_queued
         self._load = load or _load
@@ -68,12 +79,18 @@ class Deployment:
         """The deployed model; StoppedError when there is none."""
         current = self._current
         if current is None:
-            raise StoppedError(NOT_DEPLOYED)
+            raise StoppedError(self._why_none)
         return current
 
     @property
     def is_deployed(self) -> bool:
         return self._current is not None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a request would be answered: a model is deployed, and its device works."""
+        current = self._current
+        return current is not None and not current.model.engine.is_lost
 
     @property
     def is_frozen(self) -> bool:
@@ -88,6 +105,7 @@ class Deployment:
         with self._lock:
             before = self._current
             self.stop()
+            self._has_reloaded = False
             try:
                 self._current = self._started(choice)
             except BaseException:
@@ -100,6 +118,7 @@ class Deployment:
         """Ends the model and frees its memory; nothing happens when there is none."""
         with self._lock:
             before, self._current, self._is_frozen = self._current, None, False
+            self._why_none = NOT_DEPLOYED
             if before is not None:
                 before.scheduler.close()
                 before.model.close()
@@ -135,8 +154,37 @@ class Deployment:
             max_batch=self._max_batch,
             max_queued=self._max_queued,
             observer=self._observer,
+            on_lost=self._on_lost,
         )
         return Deployed(choice, model, scheduler)
+
+    def _on_lost(self) -> None:
+        """On the model's thread, which has to end before its model can be freed."""
+        threading.Thread(target=self._reload, name="reload", daemon=True).start()
+
+    def _reload(self) -> None:
+        """Loads the model again whose device failed, unless another was chosen meanwhile."""
+        with self._lock:
+            lost = self._current
+            if lost is None or not lost.model.engine.is_lost:
+                return
+            logger.error("%s: its device failed; requests in hand failed with it", lost.choice.name)
+            self.stop()
+            self._why_none = RELOADING
+            hopeless = (
+                f"The device of {lost.choice.name} failed and the model cannot be loaded again in "
+                "this process; start it anew."
+            )
+            if not self._has_reloaded:
+                self._has_reloaded = True
+                self._bring_back(lost.choice)
+            if self._current is not None:
+                logger.warning("%s was loaded again and answers", lost.choice.name)
+                return
+            self._why_none = hopeless
+        logger.error("%s", hopeless)
+        if self._on_hopeless is not None:
+            self._on_hopeless(hopeless)
 
     def _bring_back(self, choice: ModelChoice) -> None:
         try:

@@ -47,6 +47,7 @@ STATUS_BY_CODE: Final[Mapping[str, int]] = {
     "bad_annotation": 424,
     "cancelled": 499,
     "not_deployed": 503,
+    "device_lost": 503,
     "queue_full": 503,
     "deadline": 504,
     "out_of_memory": 507,

@@ -97,6 +97,11 @@ class Metrics:
         watched = self._gauge("device_memory_bytes", "Memory in use on the model's device.")
         watched.set_function(device_bytes)
 
+    def watch_ready(self, is_ready: Callable[[], bool]) -> None:
+        """Where it is read from whether requests are answered now."""
+        watched = self._gauge("ready", "1 while requests are answered, as /is_ready says.")
+        watched.set_function(lambda: float(is_ready()))
+
     def render(self) -> tuple[bytes, str]:
         """The answer of ``/metrics``: the body and its content type."""
         return generate_latest(self._registry), CONTENT_TYPE_PLAIN_0_0_4

@@ -14,7 +14,7 @@ from typing import Final
 
 import httpx2
 
-from florence2.errors import RequestError
+from florence2.errors import RequestError, shown_s
 from serve.http.addresses import Resolve, checked_addresses, resolve_host
 from serve.http.errors import TooLargeError
 from serve.http.kinds import kind_of
@@ -67,7 +67,7 @@ async def _fetch_in_time(url: object, limits: UrlLimits, resolve: Resolve) -> by
             return await _follow(_parse(url), limits, resolve)
     except (TimeoutError, httpx2.TimeoutException) as error:
         raise RequestError(
-            f"{_shown(url)} did not answer within {limits.total_s:g} seconds; upload the image "
+            f"{_shown(url)} did not answer within {shown_s(limits.total_s)}; upload the image "
             "instead."
         ) from error
     except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:

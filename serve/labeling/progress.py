@@ -21,6 +21,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from florence2.errors import shown_s
 from serve.console import ERR, say
 
 _LINE_EVERY_S: Final = 30.0
@@ -69,7 +70,7 @@ class _Lines:
         self._said = now
         rate = self._done / (now - self._started)
         left = (self._total - self._done) / rate
-        say(f"{self._done}/{self._total} images, {rate:.2f} images/s, {left:.0f} s left")
+        say(f"{self._done}/{self._total} images, {rate:.2f} images/s, {shown_s(left)} left")
 
 
 @dataclass(slots=True)

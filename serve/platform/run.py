@@ -11,7 +11,7 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from florence2.ask import AnyImage
-from florence2.errors import FlorenceError
+from florence2.errors import DeviceLostError, FlorenceError
 from florence2.records import Failure
 from serve.platform.batches import Batch, Behind, fetch_ahead, split_batches
 from serve.platform.failures import FailedImageError, failure_of
@@ -37,7 +37,9 @@ Outcome = HasAnnotation | Failure
 Settled = tuple[Batch, Sequence[Outcome]]
 
 # These end a run whatever the image: the request is wrong, or the model is gone.
-FATAL_CODES = frozenset({"bad_request", "cancelled", "not_deployed", "not_found", "queue_full"})
+FATAL_CODES = frozenset(
+    {"bad_request", "cancelled", "device_lost", "not_deployed", "not_found", "queue_full"}
+)
 
 
 def run_image_ids(
@@ -123,7 +125,14 @@ class ImagesRun:
                         wait_while_paused(self.request)
                     if self.request.is_stopped():
                         break
-                    behind.put((batch, self._predict(images)))
+                    try:
+                        outcomes = self._predict(images)
+                    except DeviceLostError as error:
+                        # The run ends here, and says which images it ends with.
+                        lost = failure_of(error, "The device failed")
+                        behind.put((batch, [lost] * len(batch)))
+                        raise
+                    behind.put((batch, outcomes))
         finally:
             behind.finish()
 
@@ -161,6 +170,8 @@ class ImagesRun:
         if len(outcomes) != len(images):
             raise RuntimeError(f"{len(images)} images were predicted with {len(outcomes)} results")
         for outcome in outcomes:
+            if isinstance(outcome, Failure) and outcome.code == DeviceLostError.code:
+                raise DeviceLostError(outcome.message)
             if isinstance(outcome, Failure) and outcome.code == "not_deployed":
                 raise FailedImageError(outcome)
         return outcomes

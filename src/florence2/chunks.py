@@ -6,8 +6,6 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TypeVar
 
 from florence2.errors import FlorenceError
-from florence2.memory import run_halving
-from florence2.runtimes.base import Runtime
 from florence2.stopping import BetweenPasses, Stop, watch_over
 
 Item = TypeVar("Item", bound=Hashable)
@@ -16,15 +14,14 @@ Done = TypeVar("Done")
 
 def run_in_chunks(
     stops: Mapping[Item, Stop | None],
-    size: int,
+    size: Callable[[], int],
     run: Callable[[Sequence[Item]], Sequence[Done]],
-    runtime: Runtime,
     between_passes: BetweenPasses | None,
 ) -> dict[Item, Done | FlorenceError]:
     """What ``run`` gives for each item, or why the item was given up.
 
     ``stops`` has every item in order, with its Stop; both it and ``between_passes`` are called
-    before every chunk. A chunk that does not fit into the memory of ``runtime`` is halved.
+    before every chunk, and ``size`` says how large that is.
     """
     done: dict[Item, Done | FlorenceError] = {}
     left = list(stops)
@@ -32,7 +29,8 @@ def run_in_chunks(
         given_up = watch_over([stops[item] for item in left], between_passes)()
         done |= {left[place]: reason for place, reason in given_up.items()}
         left = [item for item in left if item not in done]
-        chunk, left = left[:size], left[size:]
+        most = size()
+        chunk, left = left[:most], left[most:]
         if chunk:
-            done |= zip(chunk, run_halving(chunk, run, runtime), strict=True)
+            done |= zip(chunk, run(chunk), strict=True)
     return done

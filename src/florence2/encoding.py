@@ -14,6 +14,7 @@ from florence2.cache import EncodedImage
 from florence2.chunks import run_in_chunks
 from florence2.errors import FlorenceError
 from florence2.images import identity
+from florence2.memory import OutOfMemoryError, run_halving
 from florence2.preparing import AnySource, PreparedImage
 from florence2.stopping import BetweenPasses, Stop, stop_of_all
 
@@ -39,13 +40,15 @@ def encode_images(
     for key, stop in zip(keys, stops, strict=True):
         waiting.setdefault(key, []).append(stop)
     chunks = _Chunks(engine, dict(zip(keys, images, strict=True)), between_passes, coming)
-    found = run_in_chunks(
-        {key: stop_of_all(listed) for key, listed in waiting.items()},
-        engine.image_batch,
-        chunks.encode,
-        engine.runtime,
-        between_passes,
-    )
+    try:
+        found = run_in_chunks(
+            {key: stop_of_all(listed) for key, listed in waiting.items()},
+            lambda: engine.image_limit.pass_size(is_awaited=between_passes is not None),
+            chunks.encode,
+            between_passes,
+        )
+    finally:
+        engine.preparer.ahead((), chunks)
     return [found[key] for key in keys]
 
 
@@ -70,6 +73,8 @@ class _Chunks:
         """The images of these keys: those not known yet in one pass of the tower."""
         outcomes: dict[object, str | FlorenceError] = {}
         missing: dict[str, PreparedImage] = {}
+        # A list of this call's own: a click in between says what else comes, without these.
+        self._engine.preparer.ahead(self._left.values(), self)
         for key in keys:
             outcomes[key] = self._look_up(self._sources[key], missing)
             self._left.pop(key, None)
@@ -77,11 +82,11 @@ class _Chunks:
                 self._between_passes()
         # What comes next is opened and scaled by other threads while the tower runs.
         coming = () if self._coming is None else self._coming()
-        self._engine.preparer.ahead([*self._left.values(), *coming])
-        if missing:
-            self._run_tower(missing)
+        self._engine.preparer.ahead(self._left.values(), self)
+        self._engine.preparer.ahead(coming)
+        known = self._found | (self._run_tower(missing) if missing else {})
         return [
-            outcome if isinstance(outcome, FlorenceError) else self._found[outcome]
+            outcome if isinstance(outcome, FlorenceError) else known[outcome]
             for outcome in outcomes.values()
         ]
 
@@ -91,7 +96,13 @@ class _Chunks:
         known = preparer.known_hash(source)
         if known is not None and self._is_found(key := self._engine.image_key(known)):
             return key
-        prepared = preparer.take(source)
+        try:
+            prepared = preparer.take(source)
+        except MemoryError:
+            return OutOfMemoryError(
+                "An image is opened in this computer's memory, and this one does not fit beside "
+                "what is there; make it smaller, or send fewer at a time."
+            )
         if isinstance(prepared, FlorenceError):
             return prepared
         key = self._engine.image_key(prepared.content_hash)
@@ -107,16 +118,42 @@ class _Chunks:
             self._found[key] = cached
         return True
 
-    def _run_tower(self, missing: dict[str, PreparedImage]) -> None:
-        images = np.stack([image.scaled for image in missing.values()])
-        table = self._engine.checkpoint.image_processor.lookup_table
-        with self._engine.in_use():
-            began = time.perf_counter()
-            features = self._engine.runtime.encode_bytes(images, table)
-            spent = time.perf_counter() - began
-        for (key, image), row in zip(missing.items(), features, strict=True):
+    def _run_tower(self, missing: dict[str, PreparedImage]) -> dict[str, Encoded]:
+        """What comes of these images; one that does not fit into memory alone has an error."""
+        engine, limit = self._engine, self._engine.image_limit
+        encoded: list[Encoded] = []
+        left = list(missing.items())
+        while left:
+            with engine.in_use():
+                if self._is_awaited:
+                    # Here, as until now the images of this pass were made ready beside it.
+                    limit.catch_up()
+                size = limit.pass_size(is_awaited=self._is_awaited)
+                part, left = left[:size], left[size:]
+                encoded += run_halving(part, self._pass, engine.runtime, limit)
+            if left and self._between_passes is not None:
+                self._between_passes()
+        return dict(zip(missing, encoded, strict=True))
+
+    @property
+    def _is_awaited(self) -> bool:
+        """Whether someone may wait for the end of a pass: who is then answered between two."""
+        return self._between_passes is not None
+
+    def _pass(self, part: Sequence[tuple[str, PreparedImage]]) -> list[EncodedImage]:
+        """One pass of the tower. Nothing that a caller gave is called in it."""
+        runtime, table = self._engine.runtime, self._engine.checkpoint.image_processor.lookup_table
+        images = np.stack([image.scaled for _, image in part])
+        began, start = time.perf_counter(), runtime.mark()
+        features = runtime.encode_bytes(images, table)
+        spent = time.perf_counter() - began
+        self._engine.image_limit.begun(len(part), start, runtime.mark())
+        encoded: list[EncodedImage] = []
+        for (key, image), row in zip(part, features, strict=True):
             # A row of a batch keeps the whole batch alive; the cache counts one image's bytes.
-            own = row.clone() if len(missing) > 1 else row
+            own = row.clone() if len(part) > 1 else row
             kept = EncodedImage(own, image.size_wh, key)
             self._engine.cache.put(kept)
             self._found[key] = replace(kept, vision_s=spent)
+            encoded.append(self._found[key])
+        return encoded

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,8 @@ from typing import Final
 from florence2.cache import EncodedImage, FeatureCache
 from florence2.checkpoint import Checkpoint
 from florence2.encoding import Coming, encode_images
-from florence2.errors import CheckpointError, FlorenceError, RequestError
+from florence2.errors import CheckpointError, DeviceLostError, FlorenceError, RequestError
+from florence2.memory import BatchLimit
 from florence2.nearby import Nearby
 from florence2.parsing import parse
 from florence2.preparing import AnySource, Preparer
@@ -25,6 +27,8 @@ from florence2.tasks import Task
 
 __all__ = ["Engine", "Prompt"]
 
+logger = logging.getLogger(__name__)
+
 
 class Engine:
     """One checkpoint on one runtime. Calls from several threads wait for each other.
@@ -32,6 +36,9 @@ class Engine:
     ``between_passes`` of ``encode`` and ``answer`` is called before every pass of the network and
     every image to scale, on the calling thread, and may call the same methods: an answer in
     between has a session of its own. Whatever it raises comes through.
+
+    An error after which the device answers nothing more is a DeviceLostError, then and for every
+    later call.
     """
 
     def __init__(
@@ -47,17 +54,41 @@ class Engine:
         self.runtime = runtime
         self.cache = FeatureCache(cache_bytes)
         self.preparer = Preparer(checkpoint.image_processor)
-        self.image_batch = image_batch
-        self.prompt_batch = prompt_batch
+        self.image_limit: Final = BatchLimit(image_batch)
+        self.prompt_limit: Final = BatchLimit(prompt_batch)
         # How long the image of the self-test took, from its pixels to a short caption.
         self.self_test_s = 0.0
         self._lock = threading.RLock()
         self._is_parked = False
         self._is_closed = False
+        self._loss: str | None = None
         self.nearby: Final = Nearby(checkpoint.vocabulary.first_location_id, NEAR_BINS)
         # Two folders may have one name, and features of one device mean nothing on another.
         where = f"{runtime.name} {runtime.device} {runtime.precision}"
         self._key_prefix = f"{checkpoint.folder}@{checkpoint.revision} {where}"
+
+    @property
+    def image_batch(self) -> int:
+        """The most images of one pass through the vision tower."""
+        return self.image_limit.most
+
+    @image_batch.setter
+    def image_batch(self, most: int) -> None:
+        self.image_limit.most = most
+
+    @property
+    def prompt_batch(self) -> int:
+        """The most prompts that are decoded together."""
+        return self.prompt_limit.most
+
+    @prompt_batch.setter
+    def prompt_batch(self, most: int) -> None:
+        self.prompt_limit.most = most
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the device failed for good, so that nothing is answered any more."""
+        return self._loss is not None
 
     @property
     def max_positions(self) -> int:
@@ -159,11 +190,28 @@ class Engine:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Holds the engine for one caller, its weights on the device."""
-        with self._lock:
+        """Holds the engine for one caller, its weights on the device.
+
+        DeviceLostError if the device failed for good, before or meanwhile.
+        """
+        with self._held():
             self._wake()
             with self.runtime.computing():
                 yield
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        with self._lock:
+            if self._loss is not None:
+                raise DeviceLostError(self._loss)
+            try:
+                yield
+            except RuntimeError as error:
+                if not self.runtime.is_lost(error):
+                    raise
+                self._loss = _loss(self.runtime.device, error)
+                logger.exception("%s", self._loss)
+                raise DeviceLostError(self._loss) from error
 
     @property
     def memory_bytes(self) -> int:
@@ -180,7 +228,7 @@ class Engine:
 
         The next image or prompt brings them back by itself, ``resume`` ahead of it.
         """
-        with self._lock:
+        with self._held():
             if not (self._is_parked or self._is_closed):
                 self.cache.clear()
                 # First: weights that were moved only in part are all brought back.
@@ -189,7 +237,7 @@ class Engine:
 
     def resume(self) -> None:
         """Brings parked weights back to the device; CheckpointError once closed."""
-        with self._lock:
+        with self._held():
             self._wake()
 
     def close(self) -> None:
@@ -198,7 +246,14 @@ class Engine:
             self._is_closed = True
             self.cache.clear()
             self.preparer.close()
-            self.runtime.close()
+            try:
+                self.runtime.close()
+            except RuntimeError as error:
+                if not self.runtime.is_lost(error):
+                    raise
+                logger.warning(
+                    "The memory of %s could not be freed: %s", self.runtime.device, error
+                )
 
     def _wake(self) -> None:
         if self._is_closed:
@@ -209,3 +264,11 @@ class Engine:
         if self._is_parked:
             self.runtime.resume()
             self._is_parked = False
+
+
+def _loss(device: str, error: RuntimeError) -> str:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return (
+        f"The device {device} failed and answers nothing more to this program ({reason[:200]}); "
+        "send the request again once the model is loaded again, or restart the program."
+    )

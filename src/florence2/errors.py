@@ -9,6 +9,7 @@
 │   └── PrecisionError           reduced precision gives NaN, infinity or is far off (``self_test``)
 ├── DeviceError                  a device or runtime cannot be used here
 ├── LibraryError                 a package needs a system library that this machine lacks
+├── DeviceLostError              a device failed for good while it was used
 ├── OutOfMemoryError             one request alone does not fit into the device (``memory``)
 ├── NotFiniteError               the network gave NaN or infinity for a prompt (``readout``)
 ├── GenerationCancelledError     the caller no longer waits (``scheduler_errors``)
@@ -21,6 +22,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import reprlib
 from collections.abc import Iterable, Iterator
@@ -98,6 +100,12 @@ def naming_libraries() -> Iterator[None]:
         ) from error
 
 
+class DeviceLostError(FlorenceError):
+    """The device failed so that it answers nothing more to this process."""
+
+    code = "device_lost"
+
+
 Error = TypeVar("Error", bound=BaseException)
 
 
@@ -119,6 +127,21 @@ def as_value(error: Error) -> Error:
 def shown(value: object) -> str:
     """A received value in one short line, for a message."""
     return " ".join(reprlib.repr(value).split())
+
+
+def shown_s(seconds: float) -> str:
+    """A duration as people say it: ``"250 ms"``, ``"2.5 s"``, ``"3 min 20 s"``, ``"2 h 5 min"``."""
+    if math.isinf(seconds):
+        return "any time"
+    if seconds < 0.9995:
+        return f"{round(1000 * seconds)} ms" if seconds >= 0.001 else "less than 1 ms"
+    if seconds < 59.95:
+        return f"{round(seconds, 1):g} s"
+    minutes, rest_s = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest_s} s" if rest_s else f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if minutes else f"{hours} h"
 
 
 def unknown_name(kind: str, received: str, known: Iterable[str]) -> str:

@@ -27,8 +27,8 @@ class HubUnreachableError(CheckpointError):
 
 
 def megabytes(size: int) -> str:
-    """A size in bytes as people read it."""
-    return f"{size / _BYTES_PER_MB:.1f} MB"
+    """A size in bytes as people read it: ``"3.4 MB"``, and ``"200 bytes"`` of a small one."""
+    return f"{size / _BYTES_PER_MB:.1f} MB" if size >= _BYTES_PER_MB // 10 else f"{size} bytes"
 
 
 def unreachable(endpoint: str, repository: str, error: Exception) -> HubUnreachableError:

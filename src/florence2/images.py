@@ -66,6 +66,8 @@ class LoadedImage:
 
 def identity(image: object) -> object:
     """Equal for what is certainly the same image: the same path, bytes or object."""
+    if isinstance(image, os.PathLike) and isinstance(path := os.fspath(image), str):
+        return path
     return image if isinstance(image, str | bytes) else id(image)
 
 

@@ -80,26 +80,35 @@ class Preparer:
         self._lock = threading.Lock()
         self._jobs: dict[object, _Job] = {}
         self._listed: dict[object, _Job] = {}
+        # By whose list it is: what each of them waits for still.
+        self._wanted: dict[object, set[object]] = {}
         self._hashes: WeakKeyDictionary[LoadedImage, str] = WeakKeyDictionary()
         self._is_closed = False
 
-    def ahead(self, images: Iterable[AnyImage]) -> None:
+    def ahead(self, images: Iterable[AnyImage], owner: object = None) -> None:
         """The images that ``take`` will be asked for next, in order, in place of those said before.
 
-        What was said before and is neither here nor taken is forgotten. As many as there is room
-        for are begun; images that were prepared before and are still open are not, because their
-        features are mostly known. What needs no preparing is passed over.
+        Every ``owner`` has a list of its own. What was said before and is neither on a list nor
+        taken is forgotten. As many as there is room for are begun; images that were prepared
+        before and are still open are not, because their features are mostly known. What needs no
+        preparing is passed over.
         """
         wanted = _to_prepare(images)
         with self._lock:
-            for key in [key for key in self._listed if key not in wanted]:
+            self._wanted[owner] = set(wanted)
+            if not wanted:
+                del self._wanted[owner]
+            kept = set().union(*self._wanted.values())
+            for key in [key for key in self._listed if key not in kept]:
                 self._leave(self._listed.pop(key))
             self._list(wanted)
 
     def also_ahead(self, images: Iterable[AnyImage]) -> None:
-        """As ``ahead``, beside what was said before."""
+        """As ``ahead`` without an owner, beside what was said before."""
+        wanted = _to_prepare(images)
         with self._lock:
-            self._list(_to_prepare(images))
+            self._wanted.setdefault(None, set()).update(wanted)
+            self._list(wanted)
 
     def take(self, image: AnySource) -> Prepared:
         """The prepared image or why there is none; made here and now if nobody has begun."""
@@ -125,6 +134,7 @@ class Preparer:
             for job in self._listed.values():
                 self._leave(job)
             self._listed.clear()
+            self._wanted.clear()
         self._pool.shutdown(cancel_futures=True)
 
     def _list(self, wanted: Mapping[object, AnySource]) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -56,7 +57,9 @@ class PromptSearch:
     """Answers a feed's prompts of one kind of settings until it gives no more of them.
 
     Running out of memory starts over, with half as many prompts at a time, what was under way;
-    one that does not fit alone fails alone.
+    one that does not fit alone fails alone. The engine's limit is lowered to what fitted then,
+    unless there was one that did not fit alone: the others may have been short of its memory only.
+    What the feed, a ``Stop`` or ``between_passes`` raises comes through, lack of memory included.
     """
 
     def __init__(
@@ -71,7 +74,14 @@ class PromptSearch:
         self._feed = feed
         self._settings = settings
         self._between_passes = between_passes
-        self._room = engine.prompt_batch
+        self._limit = engine.prompt_limit
+        self._room = self._limit.now
+        self._is_retry = False
+        self._has_misfit = False
+        self._num_settled = 0
+        self._is_full = False
+        self._held: int | None = None
+        self._callers_error: Exception | None = None
         self._in_hand: dict[Prompt, tuple[float, float]] = {}
         self._again: list[Prompt] = []
         self._is_crowded = False
@@ -82,6 +92,8 @@ class PromptSearch:
             # Outside any handler: a traceback would keep the failed batch's tensors alive.
             self._engine.runtime.free_memory()
             self._start_over()
+        if self._is_retry and not self._has_misfit:
+            self._limit.lower(self._room)
 
     def _runs_to_its_end(self) -> bool:
         runtime = self._engine.runtime
@@ -96,13 +108,23 @@ class PromptSearch:
         try:
             loop.run()
         except (RuntimeError, MemoryError) as error:
-            if not runtime.is_out_of_memory(error):
+            is_ours = error is not self._callers_error and bool(self._in_hand)
+            if not is_ours or not runtime.is_out_of_memory(error):
                 raise
             logger.warning(
                 "%d prompt(s) did not fit into the memory of %s", len(self._in_hand), runtime.device
             )
             return False
         return True
+
+    @contextmanager
+    def _callers(self) -> Iterator[None]:
+        """Within it the callers' code runs, whose errors are not the device's."""
+        try:
+            yield
+        except Exception as error:
+            self._callers_error = error
+            raise
 
     def _least_room(self) -> int:
         """Free rows that are worth a pass of the tower and the encoder beside a running batch."""
@@ -112,25 +134,29 @@ class PromptSearch:
         return company if is_gpu else max(1, min(company, self._engine.image_batch // 2))
 
     def _start_over(self) -> None:
+        self._held = None
         if len(self._in_hand) == 1:
             [alone] = self._in_hand
+            self._has_misfit = True
             self.settle(alone, out_of_memory(self._engine.runtime.device))
             return
         self._again = [*self._in_hand, *self._again]
-        self._room = max(1, len(self._in_hand) // 2)
+        self._room = self._limit.smaller(len(self._in_hand))
+        self._is_retry = True
         self._in_hand.clear()
 
     def given_up(self) -> Mapping[Prompt, FlorenceError]:
         """The prompts in hand that nobody waits for any longer."""
-        if self._between_passes is not None:
-            self._between_passes()
-        reasons = ((prompt, _reason(prompt)) for prompt in self._in_hand)
-        return {prompt: reason for prompt, reason in reasons if reason is not None}
+        with self._callers():
+            if self._between_passes is not None:
+                self._between_passes()
+            reasons = {prompt: _reason(prompt) for prompt in self._in_hand}
+        return {prompt: reason for prompt, reason in reasons.items() if reason is not None}
 
     def start(self, room: int) -> Started[Prompt] | None:
         """A session with the next prompts of the feed."""
         self._is_crowded = self._is_crowded and bool(self._in_hand)
-        prompts = [] if self._is_crowded else self._next(room)
+        prompts = [] if self._is_crowded else self._next(min(room, self._pass_size()))
         if not prompts:
             return None
         began = time.perf_counter()
@@ -141,22 +167,39 @@ class PromptSearch:
             self._engine.runtime.free_memory()
             self._again = prompts + self._again
             self._is_crowded = True
+            together = len(self._in_hand) + len(prompts)
+            self._held = max(len(self._in_hand), self._limit.smaller(together))
             return None
+        if self._held is not None:
+            # By themselves they fit, so it was their number.
+            self._limit.lower(self._held)
+            self._held = None
         now = time.perf_counter()
         self._in_hand |= dict.fromkeys(prompts, (now - began, now))
+        self._is_full = self._is_full or len(self._in_hand) >= self._room
         return Started(prompts, session, limits)
+
+    def _pass_size(self) -> int:
+        """Prompts that may be encoded at a time, however many rows are free."""
+        is_awaited = self._between_passes is not None
+        if is_awaited:
+            self._limit.catch_up()
+        return self._limit.pass_size(is_awaited=is_awaited)
 
     def _session_of(self, prompts: list[Prompt], max_new_tokens: int) -> Session | None:
         runtime, is_alone = self._engine.runtime, not self._in_hand
         if is_alone:
             self._in_hand |= dict.fromkeys(prompts, (0.0, 0.0))
         try:
-            return runtime.start(
+            start = runtime.mark()
+            session = runtime.start(
                 [prompt.image.features for prompt in prompts],
                 [prompt.prompt_ids for prompt in prompts],
                 self._settings.num_beams,
                 max_new_tokens,
             )
+            self._limit.begun(len(prompts), start, runtime.mark())
+            return session
         except (RuntimeError, MemoryError) as error:
             if is_alone or not runtime.is_out_of_memory(error):
                 raise
@@ -166,12 +209,23 @@ class PromptSearch:
         """Hands on the result of a prompt in hand."""
         prompt_s, began = self._in_hand.pop(item)
         if isinstance(answer, FlorenceError):
-            self._feed.settle(item, answer)
+            with self._callers():
+                self._feed.settle(item, answer)
             return
+        self._note_fit()
         timings = Timings(
             vision=item.image.vision_s, prompt=prompt_s, decode=time.perf_counter() - began
         )
-        self._feed.settle(item, replace(self._engine.result(item, answer), timings_s=timings))
+        with self._callers():
+            self._feed.settle(item, replace(self._engine.result(item, answer), timings_s=timings))
+
+    def _note_fit(self) -> None:
+        """As many answers as there are rows, once all of these were in use, are a batch."""
+        if self._is_full and not self._is_retry:
+            self._num_settled += 1
+            if self._num_settled >= self._room:
+                self._limit.fitted(self._room)
+                self._num_settled, self._is_full = 0, False
 
     def _next(self, room: int) -> list[Prompt]:
         prompts: list[Prompt] = []
@@ -179,20 +233,28 @@ class PromptSearch:
             missing = room - len(prompts)
             if self._again:
                 taken, self._again = self._again[:missing], self._again[missing:]
-            elif self._room < self._engine.prompt_batch:
-                # Memory was short for these; the next run tries the usual number again.
+            elif self._is_retry or self._room != self._limit.now:
+                # The next search begins with the limit as it is then.
                 break
             else:
-                taken = list(self._feed.take(missing, self._settings))
+                with self._callers():
+                    taken = list(self._feed.take(missing, self._settings))
             if not taken:
                 break
+            prompts += self._wanted(taken)
+        return prompts
+
+    def _wanted(self, taken: list[Prompt]) -> list[Prompt]:
+        """Those of ``taken`` that somebody waits for; the others are settled."""
+        wanted: list[Prompt] = []
+        with self._callers():
             for prompt in taken:
                 reason = _reason(prompt)
                 if reason is None:
-                    prompts.append(prompt)
+                    wanted.append(prompt)
                 else:
                     self._feed.settle(prompt, reason)
-        return prompts
+        return wanted
 
 
 def _reason(prompt: Prompt) -> FlorenceError | None:

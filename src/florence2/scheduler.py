@@ -53,7 +53,8 @@ class Scheduler:
 
     ``max_batch`` is counted in asks, ``max_queued`` too: from that many waiting asks of a priority
     on a further request of it is refused. ``observer`` is called on the model's thread after every
-    batch, just before the callers get their answers.
+    batch, just before the callers get their answers; ``on_lost`` once, on the same thread, when
+    the engine's device has failed for good and the asks in hand have got that as their answer.
     """
 
     def __init__(
@@ -63,8 +64,10 @@ class Scheduler:
         max_batch: int | None = None,
         max_queued: int = 4096,
         observer: Observer | None = None,
+        on_lost: Callable[[], None] | None = None,
     ) -> None:
         self._engine = engine
+        self._on_lost = on_lost
         self._max_batch = max_batch or engine.prompt_batch
         self._max_queued = max_queued
         self._reports = Reports(observer)
@@ -171,10 +174,13 @@ class Scheduler:
 
     def _give_up(self, ticket: Ticket, reason: FlorenceError) -> None:
         with self._news:
-            if not ticket.is_done:
-                ticket.give_up(reason)
-                self._queues[ticket.priority].discard(ticket)
-                self._postponed = [piece for piece in self._postponed if piece.ticket != ticket]
+            if ticket.is_done:
+                return
+            ticket.give_up(reason)
+            self._queues[ticket.priority].discard(ticket)
+            self._postponed = [piece for piece in self._postponed if piece.ticket != ticket]
+        # What was begun of its images is of no use to anybody else.
+        self._engine.preparer.ahead(self._coming())
 
     def _forget(self, ticket: Ticket) -> None:
         """Leaves nothing of a ticket behind, also when its caller was interrupted."""
@@ -195,6 +201,7 @@ class Scheduler:
         try:
             while not self._is_closed:
                 self._work_once()
+                self._tell_if_lost()
         finally:
             # Whatever ends this thread, nobody is left waiting for it.
             self._stop()
@@ -206,6 +213,11 @@ class Scheduler:
             _act(*action)
         elif pieces:
             self._answer(pieces)
+
+    def _tell_if_lost(self) -> None:
+        if self._on_lost is not None and self._engine.is_lost:
+            tell, self._on_lost = self._on_lost, None
+            tell()
 
     def _next(self) -> tuple[tuple[Callable[[], Any], Future[Any]] | None, list[Piece]]:
         """Waits for something to do: an action, or else a batch."""

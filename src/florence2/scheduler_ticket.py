@@ -14,7 +14,7 @@ from typing import Final
 
 from florence2.answering import identity
 from florence2.ask import Ask, name_of
-from florence2.errors import FlorenceError, RequestError, shown
+from florence2.errors import FlorenceError, RequestError, shown, shown_s
 from florence2.records import Failure, Result
 from florence2.scheduler_errors import DeadlineError, GenerationCancelledError, InternalError
 
@@ -149,8 +149,9 @@ class Ticket:
             return InternalError()
         if self._deadline is not None and time.monotonic() >= self._deadline:
             return DeadlineError(
-                f"An answer was wanted within {self._deadline_s:g} s and there was none by then; "
-                "allow more time or ask for less at once."
+                "The time for an answer was over before it was there: "
+                f"{shown_s(max(0.0, self._deadline_s or 0.0))} from when it was asked for; allow "
+                "more time or ask for less at once."
             )
         return None
 

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Final
 
 from florence2.benchmark.case import Case, Timing
-from florence2.errors import FlorenceError
+from florence2.errors import FlorenceError, shown_s
 
 _END_LIMIT_S: Final = 60.0
 
@@ -132,7 +132,7 @@ class Worker:
                 self._process.kill()
                 self._wait()
                 raise SideFailedError(
-                    f"no answer within {self._timeout_s:g} s (--timeout sets how long to wait)"
+                    f"no answer within {shown_s(self._timeout_s)} (--timeout sets how long to wait)"
                 )
         line = output.readline()
         if not line:

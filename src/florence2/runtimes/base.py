@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,14 @@ from florence2.space import Session, Space
 
 Pixels = npt.NDArray[np.float32]
 ImageBytes = npt.NDArray[np.uint8]
+
+
+class Mark(Protocol):
+    """A moment in a device's work: it is reached once all that was run before it is done."""
+
+    def seconds_since(self, earlier: Any) -> float:  # noqa: ANN401 - a mark of the same runtime
+        """Waits until the mark is reached: the time since an earlier one was."""
+        ...
 
 
 class Runtime(Protocol):
@@ -59,6 +67,14 @@ class Runtime(Protocol):
 
     def is_out_of_memory(self, error: BaseException) -> bool:
         """Whether ``error`` says that this runtime's device has no memory left."""
+        ...
+
+    def is_lost(self, error: BaseException) -> bool:
+        """Whether after ``error`` nothing can be run on this runtime's device any more."""
+        ...
+
+    def mark(self) -> Mark:
+        """Marks this moment in the device's work."""
         ...
 
     def free_memory(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Final
@@ -17,7 +18,7 @@ from florence2.network.session import DecoderSession
 from florence2.pixels import look_up
 from florence2.records import GenerationSettings
 from florence2.rows import row_numbers
-from florence2.runtimes.base import ImageBytes, Pixels
+from florence2.runtimes.base import ImageBytes, Mark, Pixels
 from florence2.runtimes.decode_graphs import DecodePool, most_idle_bytes
 from florence2.runtimes.device_pixels import check_bytes, normalise, upload
 from florence2.runtimes.graphs import GraphRunner, make_runner
@@ -98,6 +99,31 @@ def cpu_computes_bf16() -> bool:
     """Whether this CPU multiplies bf16 itself (AMX, AVX-512 BF16) and does not emulate it."""
     tests = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     return any(bool(getattr(torch.cpu, name, bool)()) for name in tests)
+
+
+class HostMark:
+    """A moment of a CPU, which is done with whatever was run before."""
+
+    def __init__(self) -> None:
+        self._at_s = time.perf_counter()
+
+    def seconds_since(self, earlier: HostMark) -> float:
+        """See ``Mark``."""
+        return self._at_s - earlier._at_s
+
+
+class CudaMark:
+    """A moment in the current stream of a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        with torch.cuda.device(device):
+            self._event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            self._event.record()
+
+    def seconds_since(self, earlier: CudaMark) -> float:
+        """See ``Mark``."""
+        self._event.synchronize()
+        return float(earlier._event.elapsed_time(self._event)) / 1000
 
 
 class TorchRuntime:
@@ -200,6 +226,29 @@ class TorchRuntime:
         return isinstance(error, RuntimeError) and any(
             words in str(error) for words in _OUT_OF_MEMORY
         )
+
+    def is_lost(self, error: BaseException) -> bool:
+        """Whether the GPU answers nothing any more: tried, as texts and codes do not say it.
+
+        After an assert or a wrong address in a kernel every call of this process for the device
+        fails, until the process ends. A CPU is never lost.
+        """
+        return (
+            self._device.type == "cuda"
+            and isinstance(error, RuntimeError)
+            and not self._answers_still()
+        )
+
+    def _answers_still(self) -> bool:
+        try:
+            torch.zeros(1, device=self._device).cpu()
+        except RuntimeError as error:
+            return self.is_out_of_memory(error)
+        return True
+
+    def mark(self) -> Mark:
+        """Marks this moment in the device's work."""
+        return CudaMark(self._device) if self._device.type == "cuda" else HostMark()
 
     def free_memory(self) -> None:
         """Gives up what is recorded, and returns torch's cached GPU blocks to the device."""

@@ -11,6 +11,8 @@ from florence2.errors import CheckpointError
 from florence2.scheduler import StoppedError
 from serve.deployment import Deployment, ModelChoice
 
+PATIENCE_S = 20.0
+
 
 class Model:
     """What a deployment needs of a model, and a diary of what happened to all of them."""
@@ -30,6 +32,7 @@ class Engine:
 
     def __init__(self, diary: list[str]) -> None:
         self.diary = diary
+        self.is_lost = False
 
     def park(self) -> None:
         self.diary.append(f"park on {threading.current_thread().name}")
@@ -135,3 +138,94 @@ def test_requests_that_wait_are_refused_when_the_model_goes(deployment, image_pa
     for thread in (waiting, stopping):
         thread.join(20)
     assert len(refused) == 1
+
+
+class Failing:
+    """A deployment whose models' devices fail when the test says so."""
+
+    def __init__(self, diary: list[str]) -> None:
+        self.diary, self.is_over, self.sentences = diary, threading.Event(), list[str]()
+        self.can_load = True
+        self.deployment = Deployment(load=self._load, on_hopeless=self._give_up)
+
+    def _load(self, choice: ModelChoice) -> Model:
+        if not self.can_load:
+            self.diary.append(f"load {choice.name} in vain")
+            raise RuntimeError("CUDA error: device-side assert triggered")
+        return Model(choice.name, self.diary, Engine(self.diary), choice.device)
+
+    def _give_up(self, sentence: str) -> None:
+        self.sentences.append(sentence)
+        self.is_over.set()
+
+    def fail(self) -> None:
+        """The device fails; returns once the model was loaded again, or nothing helps."""
+        lost = self.deployment.current
+        lost.model.engine.is_lost = True
+        assert not self.deployment.is_ready
+        lost.scheduler.call(lambda: None)
+        for _ in range(2000):
+            if self.is_over.wait(0.01) or (
+                self.deployment.is_deployed and self.deployment.current is not lost
+            ):
+                return
+        pytest.fail("nothing was done about the device")
+
+
+@pytest.fixture
+def failing(diary):
+    made = Failing(diary)
+    made.deployment.switch(ModelChoice("base"))
+    yield made
+    made.deployment.stop()
+
+
+def test_a_model_whose_device_failed_is_loaded_again_once(failing, diary, caplog):
+    failing.fail()
+    assert diary == ["load base", "free base", "load base"]
+    assert failing.deployment.is_ready
+    assert "was loaded again" in caplog.text
+    failing.fail()
+    assert diary == ["load base", "free base", "load base", "free base"]
+    assert not failing.deployment.is_ready
+    assert ["start it anew" in sentence for sentence in failing.sentences] == [True]
+
+
+def test_a_model_that_cannot_be_loaded_again_is_the_end_and_requests_are_told_so(failing, caplog):
+    failing.can_load = False
+    failing.fail()
+    assert failing.diary == ["load base", "free base", "load base in vain"]
+    assert len(failing.sentences) == 1
+    with pytest.raises(StoppedError, match="start it anew"):
+        _ = failing.deployment.current
+    assert failing.sentences[0] in caplog.text
+
+
+def test_while_the_model_is_loaded_again_requests_are_told_so(failing):
+    told: list[str] = []
+    load = failing._load
+
+    def asked_meanwhile(choice: ModelChoice) -> Model:
+        with pytest.raises(StoppedError) as caught:
+            _ = failing.deployment.current
+        told.append(str(caught.value))
+        return load(choice)
+
+    failing.deployment._load = asked_meanwhile
+    failing.fail()
+    assert "loaded again" in told[0]
+
+
+def test_another_model_may_fail_and_be_loaded_again_too(failing, diary):
+    failing.fail()
+    failing.deployment.switch(ModelChoice("large"))
+    failing.fail()
+    assert diary[-3:] == ["load large", "free large", "load large"]
+    assert failing.sentences == []
+
+
+def test_a_model_that_was_exchanged_meanwhile_is_left_alone(failing, diary):
+    failing.deployment.switch(ModelChoice("large"))
+    failing.deployment._reload()
+    assert diary == ["load base", "free base", "load large"]
+    assert failing.deployment.current.choice.name == "large"

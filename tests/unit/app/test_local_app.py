@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -337,3 +339,103 @@ def test_a_cpu_where_a_gpu_could_be_is_said_in_log_page_and_route(
     if is_warned:
         assert f"took {took_s:.2g} s" in info["device_warning"]
     assert app.page_info().warning is None
+
+
+def fail_device(app) -> None:
+    """The device under the model that is deployed now fails for good."""
+    runtime = app.deployment.current.model.engine.runtime
+
+    def fails(*_):
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    runtime.encode_bytes = runtime.start = fails
+    runtime.is_lost = lambda error: True
+
+
+def is_ready(client) -> bool:
+    shown = client.get("/readyz").status_code == 200
+    assert f"florence2_ready {float(shown)}" in client.get("/metrics").text
+    return shown
+
+
+def test_a_device_that_fails_is_shown_and_the_model_loaded_again_once(
+    app, client, bike, monkeypatch
+):
+    ended: list[tuple[str, int]] = []
+    is_ended, may_load, loading = threading.Event(), threading.Event(), threading.Event()
+    load = app.deployment._load
+
+    def end(sentence, status):
+        ended.append((sentence, status))
+        is_ended.set()
+
+    def held_load(choice):
+        loading.set()
+        assert may_load.wait(60)
+        return load(choice)
+
+    monkeypatch.setattr("serve.deployable.end_process", end)
+    monkeypatch.setattr("serve.deployable._LAST_ANSWERS_S", 0.0)
+    monkeypatch.setattr(app.deployment, "_load", held_load)
+    assert is_ready(client)
+    fail_device(app)
+    answer = ask(client, bike)
+    assert (answer.status_code, answer.json()["code"]) == (503, "device_lost")
+    assert "device-side assert triggered" in answer.json()["message"]
+    assert loading.wait(60)
+    assert not is_ready(client)
+    meanwhile = ask(client, bike)
+    assert (meanwhile.status_code, meanwhile.json()["code"]) == (503, "not_deployed")
+    assert "Retry-After" in meanwhile.headers
+    may_load.set()
+    with app.deployment._lock:
+        """The reload is over."""
+    assert is_ready(client)
+    assert ask(client, bike).status_code == 200
+    assert ended == []
+    fail_device(app)
+    assert ask(client, b"junk").status_code == 400
+    assert ask(client, bike).status_code == 503
+    assert is_ended.wait(60)
+    [(sentence, status)] = ended
+    assert "start it anew" in sentence
+    assert status == 3
+    assert not is_ready(client)
+
+
+def test_an_app_inside_of_a_program_leaves_the_program_alone(app, monkeypatch):
+    monkeypatch.setattr("serve.deployable.end_process", lambda *_: pytest.fail("it ended"))
+    app._is_quick_deploy = True
+    app._end_when_answered("Start it anew.")
+
+
+def test_a_process_that_ends_waits_for_its_runs(app, monkeypatch):
+    """Their reports name the images that failed with the device."""
+    monkeypatch.setattr("serve.deployable._LAST_ANSWERS_S", 0.0)
+    run = app.inference_requests_manager.create()
+    was_finished: list[bool] = []
+    looked = threading.Event()
+
+    def is_finished():
+        looked.set()
+        return run._finished
+
+    run.is_finished = is_finished
+    monkeypatch.setattr(
+        "serve.deployable.end_process", lambda *_: was_finished.append(run._finished)
+    )
+    ending = threading.Thread(target=app._end_when_answered, args=("Start it anew.",))
+    ending.start()
+    assert looked.wait(60)
+    run.on_inference_end()
+    ending.join(60)
+    assert was_finished == [True]
+
+
+def test_a_process_ends_with_its_sentence_last():
+    code = "from serve.console import end_process; import threading, time;"
+    code += "threading.Thread(target=time.sleep, args=(60,)).start(); print('before');"
+    code += "end_process('The device failed.', 3)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 3
+    assert (done.stdout, done.stderr.splitlines()[-1]) == ("before\n", "The device failed.")

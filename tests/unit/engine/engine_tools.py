@@ -41,23 +41,65 @@ def assert_close(one: Result, other: Result) -> None:
 
 
 class CountingRuntime:
-    """The real runtime, counting images through the tower and prompts through the decoder."""
+    """The real runtime, counting images through the tower and prompts through the decoder.
+
+    What it is to fail at is set by the tests: batches above a size, prompts of ``misfit`` tokens,
+    or everything, once ``lost`` says with which error. A pass takes ``item_s`` per item.
+    """
 
     def __init__(self, runtime):
         self._runtime = runtime
         self.num_images = 0
         self.batches: list[int] = []
         self.fail_above: int | None = None
+        self.tried: list[int] = []
+        self.image_batches: list[int] = []
+        self.images_tried: list[int] = []
+        self.misfit: int | None = None
+        self.images_fail_above: int | None = None
+        self.item_s = 0.0
+        self.items_run = 0
+        self.lost: str | None = None
 
     def __getattr__(self, name):
         return getattr(self._runtime, name)
 
+    def mark(self):
+        return _Mark(self)
+
+    def is_lost(self, error):
+        return self.lost is not None
+
+    def _check_device(self):
+        if self.lost is not None:
+            raise RuntimeError(self.lost)
+
     def encode_bytes(self, images, table):
+        self._check_device()
+        self.images_tried.append(len(images))
+        if self.images_fail_above is not None and len(images) > self.images_fail_above:
+            raise torch.OutOfMemoryError("no memory left")
+        self.image_batches.append(len(images))
         self.num_images += len(images)
+        self.items_run += len(images)
         return self._runtime.encode_bytes(images, table)
 
     def start(self, features, prompt_ids, num_beams, max_new_tokens):
-        if self.fail_above is not None and len(features) > self.fail_above:
+        self._check_device()
+        self.tried.append(len(features))
+        is_short = self.fail_above is not None and len(features) > self.fail_above
+        if is_short or any(len(ids) == self.misfit for ids in prompt_ids):
             raise torch.OutOfMemoryError("no memory left")
         self.batches.append(len(features))
+        self.items_run += len(features)
         return self._runtime.start(features, prompt_ids, num_beams, max_new_tokens)
+
+
+class _Mark:
+    """A device's clock that stands still but for ``item_s`` per item of a pass."""
+
+    def __init__(self, runtime: CountingRuntime):
+        self._at_s = runtime.items_run * runtime.item_s
+
+    def seconds_since(self, earlier):
+        return self._at_s - earlier._at_s

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pytest
@@ -178,3 +180,62 @@ def test_after_closing_images_are_prepared_by_their_takers(make, processor):
     assert preparer.take(picture(31)).size_wh == (31, 14)
     assert ((31, 14), threading.current_thread().name) in processor.seen
     assert preparer._jobs == {}
+
+
+def test_lists_of_several_owners_stand_side_by_side(busy):
+    bulk, click = object(), object()
+    first, second, third, coming = (picture(width) for width in (30, 31, 32, 33))
+    busy.ahead([first, second], bulk)
+    busy.ahead([coming])
+    busy.ahead([third], click)
+    busy.ahead([], click)
+    assert set(busy._listed) == {identity(image) for image in (first, second, coming)}
+    busy.ahead([second], bulk)
+    busy.ahead([])
+    assert set(busy._listed) == {identity(second)}
+    busy.ahead([], bulk)
+    assert (busy._listed, busy._wanted) == ({}, {})
+
+
+def test_an_image_on_two_lists_stays_until_both_let_go_of_it(busy):
+    image, one, other = picture(30), object(), object()
+    busy.ahead([image], one)
+    busy.ahead([image], other)
+    assert busy._jobs[identity(image)].num_takers == 1
+    busy.ahead([], one)
+    assert identity(image) in busy._listed
+    busy.ahead([], other)
+    assert identity(image) not in busy._listed
+
+
+SAME_FILES = {
+    "two paths": (Path("a/b.png"), Path("a/b.png")),
+    "a path and its text": (Path("a/b.png"), "a/b.png"),
+    "two ways of writing one": (Path("a/./b.png"), Path("a//b.png")),
+    "a pure path": (PurePosixPath("a/b.png"), Path("a/b.png")),
+    "the same bytes": (b"content", bytes(bytearray(b"content"))),
+}
+
+
+@pytest.mark.parametrize(("one", "other"), SAME_FILES.values(), ids=SAME_FILES)
+def test_what_is_certainly_one_image_has_one_identity(one, other):
+    assert identity(one) == identity(other)
+
+
+def test_what_could_be_another_image_has_another_identity(tmp_path):
+    class BytesPath(os.PathLike):
+        def __fspath__(self):
+            return b"a.png"
+
+    sources = [Path("a.png"), Path("b.png"), b"a.png", BytesPath(), bytearray(b"a.png")]
+    assert len({identity(source) for source in sources}) == len(sources)
+
+
+def test_a_file_named_twice_is_opened_once(make, processor, tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(file_of(picture(30)))
+    preparer = make()
+    preparer.ahead([Path(str(path)), Path(str(path)), str(path)])
+    assert len(preparer._jobs) == 1
+    preparer.take(Path(str(path)))
+    assert processor.widths == [30]

@@ -6,6 +6,7 @@ from requests.exceptions import ConnectionError as ConnectionFailed
 from requests.exceptions import HTTPError, Timeout
 
 from florence2.errors import RequestError
+from florence2.records import Failure
 from serve.platform.failures import FailedImageError, PartialFailureError
 from serve.sdk import sly
 
@@ -140,7 +141,7 @@ def test_a_prediction_that_fails_is_tried_image_by_image(runner, platform):
     assert [size for size, _ in predict.batches] == [3, 1, 1, 1]
 
 
-@pytest.mark.parametrize("code", ["bad_request", "not_deployed", "not_found"])
+@pytest.mark.parametrize("code", ["bad_request", "device_lost", "not_deployed", "not_found"])
 def test_what_fails_for_every_image_ends_the_run_at_once(runner, platform, code):
     def before(images):
         raise CodedError(code)
@@ -167,6 +168,33 @@ def test_a_run_that_ends_early_says_how_far_it_came_and_keeps_its_results(runner
     assert "stopped after 1 of 3 images" in str(request.exception)
     assert "This is not_deployed." in str(request.exception)
     assert [entry["image_id"] for entry in request.pop_pending_results()] == [1]
+
+
+def test_a_device_that_fails_ends_the_run_which_names_the_images_it_ended_with(runner, platform):
+    lost = Failure("device_lost", "The device cuda:0 failed.")
+
+    def predict(images, settings, **how):
+        predicted = FakePredictor()(images, settings, **how)
+        return predicted if not asked else [predicted[0], *[lost] * (len(images) - 1)]
+
+    asked: list[int] = []
+
+    def counted(images, settings, **how):
+        try:
+            return predict(images, settings, **how)
+        finally:
+            asked.append(len(images))
+
+    state = {"image_ids": [1, 2, 3, 4, 5, 6], "batch_size": 2}
+    request = runner.finish(platform, state, counted)
+    assert request.stage == Stage.ERROR
+    assert asked == [2, 2]
+    assert "stopped after 2 of 6 images" in str(request.exception)
+    assert "ids 3, 4" in str(request.exception)
+    assert "The device cuda:0 failed." in str(request.exception)
+    entries = request.pop_pending_results()
+    assert [entry["image_id"] for entry in entries] == [1, 2, 3, 4]
+    assert [entry["annotation"] is None for entry in entries] == [False, False, True, True]
 
 
 def test_progress_counts_every_image_once(runner, platform):

@@ -67,6 +67,16 @@ def assert_same(one: Result | Failure, other: Result | Failure) -> None:
         assert replace(mine, score=0.0) == replace(its, score=0.0)
 
 
+class Timeless:
+    """A mark of a device whose passes take ``pass_s``, however fast this machine is."""
+
+    def __init__(self, pass_s: float = 0.0):
+        self._pass_s = pass_s
+
+    def seconds_since(self, earlier):
+        return self._pass_s
+
+
 class WatchedRuntime:
     """The real runtime; ``passes`` names every pass, and ``before_pass`` is called ahead of it.
 
@@ -80,12 +90,22 @@ class WatchedRuntime:
         self.num_sessions = 0
         self.open_sessions = 0
         self.has_room_for = 100
+        self.pass_s = 0.0
+        self.lost: str | None = None
 
     def __getattr__(self, name):
         return getattr(self._runtime, name)
 
+    def mark(self):
+        return Timeless(self.pass_s)
+
+    def is_lost(self, error):
+        return self.lost is not None
+
     def note(self, name: str | int) -> None:
         self.before_pass()
+        if self.lost is not None:
+            raise RuntimeError(self.lost)
         self.passes.append(name)
 
     def encode_bytes(self, images, table):

@@ -8,7 +8,7 @@ import pytest
 from label_fakes import color_in, color_of, one_box, paint, read_project, result
 
 from florence2.ask import Ask
-from florence2.errors import CheckpointError, DeviceError
+from florence2.errors import CheckpointError, DeviceError, DeviceLostError
 from florence2.records import Failure
 from serve.labeling.files import opened_workspace
 
@@ -114,6 +114,27 @@ def test_a_full_disk_is_one_sentence_and_the_run_can_go_on(
     assert done.code == 1
     assert "No space left on device" in capsys.readouterr().err
     assert label(images, "--batch", "1").code == 0
+    assert report_of(done.out)["labeled"] == 5
+
+
+def test_a_device_that_fails_ends_the_run_and_the_next_one_goes_on(
+    label, images, model, report_of, capsys
+):
+    answer = model.run_many
+
+    def run_many(requests):
+        if len(model.asked) == 2:
+            raise DeviceLostError("The device cuda failed (CUDA error).")
+        return answer(requests)
+
+    model.run_many = run_many
+    done = label(images, "--batch", "2")
+    assert done.code == 1
+    assert "The device cuda failed" in capsys.readouterr().err
+    report = report_of(done.out)
+    assert (report["labeled"], report["failed"], report["pending"]) == (2, 0, 3)
+    model.run_many = answer
+    assert label(images, "--batch", "2").code == 0
     assert report_of(done.out)["labeled"] == 5
 
 

@@ -1,0 +1,256 @@
+"""What does not fit is not tried again and again, and what memory is free again is used again."""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import torch
+from engine_tools import CountingRuntime, ask, assert_close, picture
+
+from florence2 import Ask, Failure, Florence2, Result
+from florence2.answering import answer_all, encode_all
+from florence2.cache import EncodedImage
+from florence2.engine import Engine
+from florence2.memory import MOST_PATIENCE, PATIENCE, BatchLimit
+from florence2.processing import ImageProcessor
+from florence2.records import Region
+from florence2.tasks import find_task
+
+
+@pytest.fixture
+def runtime(model):
+    return CountingRuntime(model.engine.runtime)
+
+
+@pytest.fixture
+def engine(model, runtime):
+    return Engine(
+        model.engine.checkpoint, runtime, image_batch=8, prompt_batch=8, cache_bytes=2**22
+    )
+
+
+def captions(count: int) -> list[Ask]:
+    return [Ask(picture(8), "<CAPTION>", max_new_tokens=2)] * count
+
+
+def fit(limit: BatchLimit, batches: int) -> int:
+    """So many full batches that fit; what the limit is then."""
+    for _ in range(batches):
+        limit.fitted(limit.now)
+    return limit.now
+
+
+def test_a_limit_is_the_configured_batch_until_memory_is_short():
+    limit = BatchLimit(32)
+    assert fit(limit, 3 * PATIENCE) == 32
+    limit.lower(limit.smaller(32))
+    assert limit.now == 16
+
+
+def test_a_lowered_limit_is_raised_by_a_step_up_to_the_configured_batch():
+    limit = BatchLimit(32)
+    limit.lower(4)
+    assert fit(limit, PATIENCE - 1) == 4
+    assert [fit(limit, 1), *(fit(limit, PATIENCE) for _ in range(8))] == [
+        *range(8, 33, 4),
+        32,
+        32,
+    ]
+
+
+def test_a_batch_below_the_limit_says_nothing_about_it():
+    limit = BatchLimit(8)
+    limit.lower(4)
+    for _ in range(3 * PATIENCE):
+        limit.fitted(3)
+    assert limit.now == 4
+
+
+def test_a_step_that_is_too_large_is_taken_back_and_the_next_comes_later():
+    limit = BatchLimit(8)
+    limit.lower(4)
+    waits: list[int] = []
+    for _ in range(6):
+        waits.append(0)
+        while limit.now == 4:
+            limit.fitted(4)
+            waits[-1] += 1
+        assert limit.smaller(limit.now) == 4
+        limit.lower(4)
+    assert waits == [min(PATIENCE * 2**number, MOST_PATIENCE) for number in range(6)]
+
+
+def test_a_step_that_fits_makes_the_limit_patient_as_at_first():
+    limit = BatchLimit(8)
+    limit.lower(4)
+    fit(limit, PATIENCE)
+    limit.lower(4)
+    assert fit(limit, 2 * PATIENCE) == 5
+    assert fit(limit, PATIENCE) == 6
+
+
+def test_memory_that_goes_further_down_halves_again():
+    limit = BatchLimit(32)
+    for expected in (16, 8, 4, 2, 1):
+        limit.lower(limit.smaller(limit.now))
+        assert limit.now == expected
+    assert limit.smaller(1) == 1
+
+
+def test_prompts_that_did_not_fit_are_not_tried_in_that_number_again(engine, runtime):
+    runtime.fail_above = 4
+    for _ in range(2):
+        outcomes = answer_all(engine, captions(16))
+        assert all(isinstance(outcome, Result) for outcome in outcomes)
+    assert runtime.tried == [8] + [4] * 8
+
+
+def test_when_memory_is_free_again_the_configured_batch_is_reached_again(engine, runtime):
+    runtime.fail_above = 4
+    answer_all(engine, captions(8))
+    runtime.fail_above = None
+    answer_all(engine, captions(PATIENCE * (4 + 5 + 6 + 7 + 8)))
+    assert runtime.tried[-1] == 8
+    assert max(runtime.tried) == 8
+    assert [size for size in range(4, 9) if size in runtime.tried[3:]] == [4, 5, 6, 7, 8]
+
+
+def test_a_prompt_that_does_not_fit_alone_costs_the_others_nothing(engine, runtime):
+    region = (20.0, 30.0, 150.0, 170.0)
+    odd = Ask(picture(8), "<REGION_TO_CATEGORY>", region=region, max_new_tokens=2)
+    image = engine.encode([picture(8)])[0]
+    settings = engine.checkpoint.generation
+    prompt = engine.prepare(find_task(odd.task), image, None, Region(region), settings)
+    runtime.misfit = len(prompt.prompt_ids)
+    outcomes = answer_all(engine, [*captions(3), odd, *captions(12)])
+    assert [getattr(outcome, "code", None) for outcome in outcomes] == [
+        *[None] * 3,
+        "out_of_memory",
+        *[None] * 12,
+    ]
+    assert engine.prompt_limit.now == 8
+    assert runtime.tried[0] == runtime.tried[-1] == 8
+
+
+def long_and_short(engine) -> list[Ask]:
+    """The short ones end at once, so that others join beside the long one."""
+    image = engine.encode([picture(8)])[0]
+    limits = [24, *[2] * 7, *[3] * 8]
+    return [Ask(image, "<CAPTION>", max_new_tokens=limit) for limit in limits]
+
+
+@pytest.mark.parametrize("most_beside", [4, 1])
+def test_prompts_that_did_not_fit_beside_others_lower_the_limit(engine, runtime, most_beside):
+    start = runtime.start
+    sessions: list[object] = []
+
+    def short(features, *arguments):
+        sessions[:] = [one for one in sessions if one() is not None]
+        if sessions and len(features) > most_beside:
+            raise torch.OutOfMemoryError("no memory left")
+        session = start(features, *arguments)
+        sessions.append(weakref.ref(session))
+        return session
+
+    runtime.start = short
+    outcomes = answer_all(engine, long_and_short(engine))
+    assert all(isinstance(outcome, Result) for outcome in outcomes)
+    assert engine.prompt_limit.now == 4
+
+
+def test_a_batch_that_nothing_of_fits_fails_one_by_one(engine, runtime):
+    runtime.fail_above = 0
+    outcomes = answer_all(engine, captions(4))
+    assert [outcome.code for outcome in outcomes] == ["out_of_memory"] * 4
+    runtime.fail_above = None
+    assert isinstance(answer_all(engine, captions(1))[0], Result)
+
+
+def test_images_that_did_not_fit_are_not_tried_in_that_number_again(engine, runtime):
+    runtime.images_fail_above = 2
+    for first in (0, 10):
+        encoded = encode_all(engine, [picture(first + seed) for seed in range(9)])
+        assert all(isinstance(one, EncodedImage) for one in encoded)
+    assert runtime.images_tried == [8, 4, 2, 2, 4, 2, 2, 1, 2, 2, 2, 2, 1]
+
+
+def test_an_image_that_does_not_fit_alone_fails_alone(model, runtime):
+    engine = Engine(
+        model.engine.checkpoint, runtime, image_batch=2, prompt_batch=2, cache_bytes=2**20
+    )
+    runtime.images_fail_above = 0
+    failures = Florence2(engine).run_many([ask(picture(seed), "<CAPTION>") for seed in range(3)])
+    assert [failure.code for failure in failures] == ["out_of_memory"] * 3
+    assert isinstance(failures[0], Failure)
+    runtime.images_fail_above = None
+    expected = model.run("<CAPTION>", picture(1), max_new_tokens=4)
+    assert_close(Florence2(engine).run("<CAPTION>", picture(1), max_new_tokens=4), expected)
+
+
+def test_an_image_for_which_the_computer_has_no_memory_fails_alone(engine, monkeypatch):
+    resize = ImageProcessor.resize
+
+    def short(self, image, helpers=None):
+        if image.width == 33:
+            raise MemoryError
+        return resize(self, image, helpers)
+
+    monkeypatch.setattr(ImageProcessor, "resize", short)
+    large = picture(1).resize((33, 40))
+    outcomes = answer_all(engine, [*captions(1), Ask(large, "<CAPTION>"), *captions(1)])
+    assert [getattr(outcome, "code", None) for outcome in outcomes] == [None, "out_of_memory", None]
+    assert engine.image_limit.now == 8
+
+
+PASSES = {
+    "a slow device": (0.1, [8, 2, 2, 2, 2]),
+    "one image is the least": (3.0, [8] + [1] * 8),
+    "a fast device": (0.001, [8, 8]),
+}
+
+
+@pytest.mark.parametrize(("item_s", "passes"), PASSES.values(), ids=PASSES)
+def test_a_pass_that_someone_may_wait_for_is_as_long_as_was_said(engine, runtime, item_s, passes):
+    """The first pass has nothing to go by; at load the self-test is it."""
+    runtime.item_s = item_s
+    images = [picture(seed) for seed in range(16)]
+    encode_all(engine, images, between_passes=lambda: None)
+    assert runtime.image_batches == passes
+
+
+def test_where_nobody_waits_only_memory_counts(engine, runtime):
+    runtime.item_s = 3.0
+    encode_all(engine, [picture(seed) for seed in range(16)])
+    answer_all(engine, captions(16))
+    assert runtime.image_batches == [8, 8]
+    assert runtime.batches == [8, 8]
+
+
+def test_prompts_are_encoded_in_passes_of_that_length_too_and_searched_together(engine, runtime):
+    image = engine.encode([picture(8)])[0]
+    asks = [Ask(image, "<CAPTION>", max_new_tokens=9)] * 8
+    answer_all(engine, asks, lambda: None)
+    runtime.item_s = 0.1
+    runtime.batches.clear()
+    counts: list[int] = []
+    outcomes = answer_all(engine, asks * 2, lambda: counts.append(len(runtime.batches)))
+    assert all(isinstance(outcome, Result) for outcome in outcomes)
+    assert runtime.batches[0] == 8
+    assert set(runtime.batches[1:]) == {2}
+    # Between any two of them whoever waits has a turn.
+    assert set(range(1, len(runtime.batches))) <= set(counts)
+
+
+def test_a_device_that_became_faster_gets_larger_passes_again(engine, runtime):
+    runtime.item_s = 3.0
+    seeds = iter(range(40))
+
+    def encode(count):
+        encode_all(engine, [picture(next(seeds)) for _ in range(count)], between_passes=bool)
+
+    encode(9)
+    runtime.item_s = 0.001
+    encode(9)
+    # What is made ready beside a pass is as much as was known before it.
+    assert runtime.image_batches == [8, 1, 1, 1, 7]
