@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import sys
-from typing import Final, NoReturn
+from typing import Final
 
 from rich.console import Console
 
@@ -20,11 +19,3 @@ def say(text: str) -> None:
 def complain(text: str) -> None:
     """One sentence about what went wrong."""
     ERR.print(text, style=None if os.environ.get("NO_COLOR") else "bold red", markup=False)
-
-
-def end_process(sentence: str, status: int) -> NoReturn:
-    """Ends the process here and now, whatever other threads do; the sentence is its last line."""
-    complain(sentence)
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    os._exit(status)

@@ -22,7 +22,6 @@ from florence2.hub import ProgressUpdate
 from florence2.known_checkpoints import DEMO
 from florence2.missing_gpu import missing_gpu
 from florence2.resolve import resolve
-from serve.console import end_process
 from serve.deploy_params import (
     ALLOW_DEPLOY_VARIABLE,
     PRECISION_NAMES,
@@ -42,6 +41,7 @@ from serve.local_server import LocalServer
 from serve.model_meta import ModelMeta
 from serve.predictor import Predictor
 from serve.sdk import sly
+from serve.starting import end_process
 
 # isort: split
 from supervisely.app.fastapi.subapp import SUPERVISELY_SERVER_PATH_PREFIX, _MainServer

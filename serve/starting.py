@@ -31,7 +31,7 @@ _GRACE_S: Final = 120.0
 logger = logging.getLogger(__name__)
 
 
-def start_or_end(make: Callable[[], Made]) -> Made:
+def start_orend_process(make: Callable[[], Made]) -> Made:
     """What ``make`` gives; whatever it raises ends the process, with one sentence last in the log.
 
     Also ends a process whose server does not come up afterwards, and one that threads hold back.
@@ -43,12 +43,14 @@ def start_or_end(make: Callable[[], Made]) -> Made:
     except (SystemExit, KeyboardInterrupt):
         raise
     except FlorenceError as error:
-        _end(str(error))
+        end_process(str(error))
     # Whatever it is: the alternative is a process that looks alive.
     except BaseException as error:  # noqa: BLE001
         traceback.print_exc()
         text = " ".join(f"{type(error).__name__}: {error}".split())
-        _end(f"The app could not start because of something unexpected ({text}); see above where.")
+        end_process(
+            f"The app could not start because of something unexpected ({text}); see above where."
+        )
     logging.getLogger("uvicorn.error").addHandler(server)
     return made
 
@@ -70,15 +72,15 @@ def _see_to_the_end(server: _ServerErrors) -> None:
     """Waits for the main thread, then for those the SDK leaves behind, but not for ever."""
     threading.main_thread().join()
     if server.text is not None:
-        _end(f"The app could not start because its server did not ({server.text}).")
+        end_process(f"The app could not start because its server did not ({server.text}).")
     if content := sys.modules.get("supervisely.app.content"):
         content.ContentOrigin().stop()
     time.sleep(_GRACE_S)
-    _end(f"The app has ended, but something in it went on for {_GRACE_S:.0f} s.", _HELD_UP)
+    end_process(f"The app has ended, but something in it went on for {_GRACE_S:.0f} s.", _HELD_UP)
 
 
-def _end(sentence: str, status: int = CANNOT_START) -> NoReturn:
-    """Ends the process here and now, whatever other threads do."""
+def end_process(sentence: str, status: int = CANNOT_START) -> NoReturn:
+    """Ends the process here and now, whatever other threads do; the sentence is its last line."""
     is_platform = os.environ.get("ENV") == "production"
     line = json.dumps({"message": sentence, "level": "fatal"}) if is_platform else sentence
     for stream in (sys.stdout, sys.stderr):

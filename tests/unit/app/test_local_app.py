@@ -433,7 +433,7 @@ def test_a_process_that_ends_waits_for_its_runs(app, monkeypatch):
 
 
 def test_a_process_ends_with_its_sentence_last():
-    code = "from serve.console import end_process; import threading, time;"
+    code = "from serve.starting import end_process; import threading, time;"
     code += "threading.Thread(target=time.sleep, args=(60,)).start(); print('before');"
     code += "end_process('The device failed.', 3)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
