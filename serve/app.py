@@ -19,6 +19,7 @@ from serve.answering import AnsweringApp
 from serve.cli_predict import predict_path
 from serve.http.errors import install_error_handlers
 from serve.http.guard import Guard
+from serve.http.held_bytes import Uploads, held_bytes
 from serve.http.limits import Limits
 from serve.http.page import PageInfo
 from serve.routes import register_routes
@@ -73,6 +74,7 @@ class Florence2App(AnsweringApp):
                 self._is_local,
                 count_request=self.metrics.count_request,
                 path_prefix=SUPERVISELY_SERVER_PATH_PREFIX,
+                uploads=Uploads(held_bytes()),
             )
         return self._guarded
 

@@ -16,6 +16,7 @@ from typing import Any, Final
 import psutil
 import yaml
 
+from florence2.budget import open_pixels
 from florence2.hub import ProgressUpdate
 from florence2.resolve import resolve
 from serve.deploy_params import (
@@ -28,6 +29,7 @@ from serve.deploy_params import (
 )
 from serve.deployment import MAX_QUEUED, Deployment, ModelChoice
 from serve.gui import florence_gui
+from serve.http.held_bytes import held_bytes
 from serve.http.metrics import Metrics
 from serve.idle import IdleTimer
 from serve.local_server import LocalServer
@@ -76,6 +78,8 @@ class DeployableApp(PromptBasedObjectDetection):  # type: ignore[misc]
         )
         self.predictor = Predictor(self.deployment, self.metrics)
         self.metrics.watch_memory(_resident_bytes, self._device_bytes)
+        self.metrics.watch_budget("open_pixels", "Pixels of images", open_pixels())
+        self.metrics.watch_budget("image_bytes", "Bytes of uploads and downloads", held_bytes())
         if not any(os.environ.get(name) for name in _DATA_DIR_VARIABLES):
             sdk_options.setdefault("model_dir", str(Path.home() / ".cache" / "supervisely"))
         with florence_gui():

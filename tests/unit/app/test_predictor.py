@@ -141,10 +141,14 @@ def test_who_stops_waiting_gets_a_failure_that_says_so(predictor, bike):
 
 
 def test_large_images_are_answered_in_parts(predictor, bike, monkeypatch):
-    monkeypatch.setattr("serve.predictor.MAX_OPEN_PIXELS", 640 * 480 * 2)
+    side = predictor._deployment.current.model.engine.checkpoint.image_processor.size_wh[0]
+    monkeypatch.setattr("serve.opening.MAX_OPEN_PIXELS", side * side * 2)
     asked: list[int] = []
-    ask = predictor.ask
-    predictor.ask = lambda asks, call: (asked.append(len(asks)), ask(asks, call))[1]
+    run = predictor._run
+    predictor._run = lambda deployed, asks, *rest: (
+        asked.append(len(asks)),
+        run(deployed, asks, *rest),
+    )[1]
     predicted = predictor.predict([bike, b"junk", bike, bike], parse_settings({}))
     assert asked == [2, 1]
     assert [type(one) for one in predicted] == [Predicted, Failure, Predicted, Predicted]
