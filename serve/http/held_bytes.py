@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from functools import cache
 from typing import Final
 
@@ -98,7 +99,8 @@ class Body:
         self.scope = {**scope, _HELD: self}
         self._uploads = uploads
         self._receive = receive
-        self._ahead: asyncio.Task[Message] | None = None
+        self._read: deque[Message] = deque()
+        self._reading: asyncio.Task[Message] | None = None
         self._is_whole = False
         self._is_kept = False
         is_json = "json" in header_of(scope, b"content-type").lower()
@@ -126,33 +128,45 @@ class Body:
         self._uploads.has_come(self)
         if not self._is_kept:
             self.hold.release()
-        if self._ahead is not None:
-            self._ahead.cancel()
-            await asyncio.wait({self._ahead})
+        if self._reading is not None:
+            self._reading.cancel()
+            await asyncio.wait({self._reading})
 
     async def _next(self) -> Message:
-        if self._is_whole:
-            return await self._receive()
-        if self._ahead is None:
-            self._ahead = asyncio.ensure_future(self._receive())
-        await asyncio.wait({self._ahead}, timeout=self._uploads.stalled_s)
-        if not self._ahead.done():
+        if self._read:
+            return self._read.popleft()
+        patience_s = None if self._is_whole else self._uploads.stalled_s
+        message = await self._read_on(patience_s)
+        if message is None:
             raise StalledError(
                 f"The body of a request must not pause for {self._uploads.stalled_s:g} s, and "
                 "this one did; send it again."
             )
-        ahead, self._ahead = self._ahead, None
-        return ahead.result()
+        return message
+
+    async def _read_on(self, patience_s: float | None) -> Message | None:
+        """The next message, or None where there is none in time."""
+        if self._reading is None:
+            self._reading = asyncio.ensure_future(self._receive())
+        await asyncio.wait({self._reading}, timeout=patience_s)
+        if not self._reading.done():
+            return None
+        reading, self._reading = self._reading, None
+        return reading.result()
 
     async def _find_room(self, count: int) -> bool:
-        """Waits for it on the event loop; False if the client left meanwhile."""
+        """Waits for it on the event loop; False if the client left meanwhile.
+
+        That it left comes behind what it had sent, so a little more of that is read.
+        """
         ends = time.monotonic() + self._uploads.wait_s
         while not self._uploads.take(self, count):
             if time.monotonic() >= ends:
                 raise self._uploads.budget.refusal(count, self._uploads.wait_s)
-            if self._ahead is None:
-                self._ahead = asyncio.ensure_future(self._receive())
-            await asyncio.sleep(_LOOK_AFTER_S)
-            if self._ahead.done() and self._ahead.result()["type"] == "http.disconnect":
-                return False
+            if sum(len(message.get("body", b"")) for message in self._read) > _ALWAYS_BYTES:
+                await asyncio.sleep(_LOOK_AFTER_S)
+            elif (message := await self._read_on(_LOOK_AFTER_S)) is not None:
+                if message["type"] == "http.disconnect":
+                    return False
+                self._read.append(message)
         return True

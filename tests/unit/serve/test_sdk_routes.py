@@ -13,6 +13,7 @@ from florence2.errors import RequestError
 from serve.http.errors import install_error_handlers
 from serve.sdk_routes import _cacheable, register_sdk_routes
 
+
 def png(size_wh=(2, 2)):
     file = io.BytesIO()
     Image.new("L", size_wh).save(file, "PNG")
