@@ -13,6 +13,12 @@ from pathlib import Path
 if importlib.util.find_spec("florence2") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
+from serve.openmp import bound_spinning
+
+# Later it would change nothing.
+if "torch" not in sys.modules:
+    bound_spinning()
+
 from dotenv import load_dotenv
 
 from florence2.errors import FlorenceError

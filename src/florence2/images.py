@@ -39,6 +39,13 @@ _TURNS: Final = {
 }
 _URL_PATTERN: Final = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]+://|data:)")
 
+# Pillow takes memory in blocks of 16 MB, which glibc keeps for the thread that gave them back: each
+# thread that once opened a large image would hold on to all of it. Blocks over 32 MB go back to the
+# system at once.
+_BLOCK_BYTES: Final = 64 * 2**20
+if "PILLOW_BLOCK_SIZE" not in os.environ:
+    Image.core.set_block_size(_BLOCK_BYTES)
+
 # What Pillow's decoders raise on damaged data, found by feeding them random bytes.
 _DAMAGE: Final = (
     OSError,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -139,3 +141,42 @@ def test_a_header_tells_the_size_without_decoding(size_wh, is_fine):
     else:
         with pytest.raises(ImageError, match="at most 200 million pixels"):
             check_header(io.BytesIO(data))
+
+
+MEMORY = """
+import io, resource, threading
+from PIL import Image
+from florence2.images import open_image
+
+file = io.BytesIO()
+Image.new("L", (6000, 5000)).save(file, "PNG")
+
+def resident_mib():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / 2**20
+
+def work(barrier):
+    for turn in range(4):
+        barrier.wait()
+        if turn == int(threading.current_thread().name):
+            open_image(file.getvalue()).close()
+    barrier.wait()
+    barrier.wait()
+
+before, barrier = resident_mib(), threading.Barrier(5)
+threads = [threading.Thread(target=work, args=[barrier], name=str(n)) for n in range(4)]
+for thread in threads:
+    thread.start()
+for _ in range(5):
+    barrier.wait()
+print(resident_mib() - before)
+barrier.wait()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's own count")
+def test_memory_of_closed_images_goes_back_whichever_thread_opened_them():
+    """Four threads with 30 megapixels each, 120 MB, one after the other."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True
+    )
+    assert float(done.stdout) < 150
