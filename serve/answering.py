@@ -165,7 +165,12 @@ class AnsweringApp(DeployableApp):
 
         ``hold`` is released once the work is over, or given up before it began.
         """
-        request, future = self.inference_requests_manager.schedule_task(work, *arguments)
+        try:
+            request, future = self.inference_requests_manager.schedule_task(work, *arguments)
+        except BaseException:
+            if hold is not None:
+                hold.release()
+            raise
         if hold is not None:
             future.add_done_callback(lambda _: hold.release())
         return {"message": "Scheduled.", "inference_request_uuid": request.uuid}

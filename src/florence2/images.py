@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any, BinaryIO, Final
 
 import numpy as np
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, _imaging
 
 from florence2.budget import Hold
 from florence2.errors import ImageError
@@ -44,7 +44,7 @@ _URL_PATTERN: Final = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]+://|data:)")
 # system at once.
 _BLOCK_BYTES: Final = 64 * 2**20
 if "PILLOW_BLOCK_SIZE" not in os.environ:
-    Image.core.set_block_size(_BLOCK_BYTES)
+    _imaging.set_block_size(_BLOCK_BYTES)
 
 # What Pillow's decoders raise on damaged data, found by feeding them random bytes.
 _DAMAGE: Final = (
