@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, Final
 
 from florence2.ask import AnyImage, Ask
+from florence2.budget import Hold
 from florence2.errors import RequestError
 from florence2.records import Failure, Result
 from florence2.scheduler import GenerationCancelledError, Priority
@@ -170,9 +171,21 @@ class AnsweringApp(DeployableApp):
         )
         return {"ann": frames, **(inference_request.final_result or {})}
 
-    def schedule(self, work: Callable[..., Any], *arguments: object) -> dict[str, str]:
-        """Starts work that goes on behind a request; the answer names it."""
-        request, _ = self.inference_requests_manager.schedule_task(work, *arguments)
+    def schedule(
+        self, work: Callable[..., Any], *arguments: object, hold: Hold | None = None
+    ) -> dict[str, str]:
+        """Starts work that goes on behind a request; the answer names it.
+
+        ``hold`` is released once the work is over, or given up before it began.
+        """
+        try:
+            request, future = self.inference_requests_manager.schedule_task(work, *arguments)
+        except BaseException:
+            if hold is not None:
+                hold.release()
+            raise
+        if hold is not None:
+            future.add_done_callback(lambda _: hold.release())
         return {"message": "Scheduled.", "inference_request_uuid": request.uuid}
 
     def _validate_settings(self, settings: Mapping[str, Any]) -> None:

@@ -20,6 +20,7 @@ from serve.cli_predict import predict_path
 from serve.http.callers import Callers
 from serve.http.errors import install_error_handlers
 from serve.http.guard import Guard
+from serve.http.held_bytes import Uploads, held_bytes
 from serve.http.limits import Limits
 from serve.http.page import PageInfo
 from serve.http.servers import Servers
@@ -86,6 +87,7 @@ class Florence2App(AnsweringApp):
                 self._servers(),
                 count_request=self.metrics.count_request,
                 path_prefix=SUPERVISELY_SERVER_PATH_PREFIX,
+                uploads=Uploads(held_bytes()),
             )
         return self._guarded
 

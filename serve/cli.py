@@ -15,6 +15,7 @@ import typer
 from florence2.errors import FlorenceError
 from serve.commands import register_all
 from serve.console import complain
+from serve.openmp import bound_spinning
 from serve.version import VERSION
 
 _DEBUG: Final = "--debug"
@@ -47,6 +48,7 @@ def _options(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command line and exits the process."""
+    bound_spinning()
     given = list(sys.argv[1:] if arguments is None else arguments)
     words = [word for word in given if word != _DEBUG]
     try:

@@ -18,6 +18,7 @@ import psutil
 import yaml
 
 from florence2.api import Florence2
+from florence2.budget import open_pixels
 from florence2.hub import ProgressUpdate
 from florence2.known_checkpoints import DEMO
 from florence2.missing_gpu import missing_gpu
@@ -34,6 +35,7 @@ from serve.deploy_params import (
 from serve.deployment import MAX_QUEUED, Deployment, ModelChoice
 from serve.gui import florence_gui
 from serve.http.callers import entries_of
+from serve.http.held_bytes import held_bytes
 from serve.http.metrics import Metrics
 from serve.http.threads import use_own_threads
 from serve.idle import IdleTimer
@@ -95,6 +97,8 @@ class DeployableApp(PromptBasedObjectDetection):  # type: ignore[misc]
         use_own_threads(_MainServer().get_server(), SUPERVISELY_SERVER_PATH_PREFIX)
         self.metrics.watch_memory(_resident_bytes, self._device_bytes)
         self.metrics.watch_ready(lambda: self.deployment.is_ready)
+        self.metrics.watch_budget("open_pixels", "Pixels of images", open_pixels())
+        self.metrics.watch_budget("image_bytes", "Bytes of uploads and downloads", held_bytes())
         if not any(os.environ.get(name) for name in _DATA_DIR_VARIABLES):
             sdk_options.setdefault("model_dir", str(Path.home() / ".cache" / "supervisely"))
         with florence_gui():

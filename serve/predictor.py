@@ -5,23 +5,28 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Final, Protocol
+from typing import Protocol
 
 from florence2.ask import AnyImage, Ask
+from florence2.budget import Budget, NoRoomError, open_pixels
 from florence2.cache import EncodedImage
 from florence2.cascade import parse_steps
 from florence2.errors import FlorenceError, RequestError
-from florence2.images import LoadedImage, open_image
+from florence2.images import LoadedImage, Room, identity, open_image
+from florence2.pixels import PreparedImage
+from florence2.preparing import Preparer
 from florence2.records import Failure, Result, Timings
 from florence2.scheduler import Priority, QueueFullError, StoppedError
 from florence2.tasks import TaskInput
 from serve.annotations import Answered, annotation_from_answers, wanted_in
-from serve.deployment import Deployment
+from serve.deployment import Deployed, Deployment
 from serve.geometry import Located
 from serve.http.metrics import Outcome, Stage
 from serve.label_rules import LabelRules
+from serve.opening import Patience, in_parts
 from serve.platform.reference import resolve_reference
 from serve.platform.waiting import when_queue_has_room
 from serve.questions import Question, questions_of
@@ -31,9 +36,6 @@ from serve.settings.model import Settings
 from serve.shifting import moved
 from serve.tiles import TileResult, can_tile, merge_tiles
 from serve.views import View, views_of
-
-# Three bytes each; a batch of a few large images is answered in parts.
-MAX_OPEN_PIXELS: Final = 100_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,11 @@ class Call:
     def has_to_stop(self) -> bool:
         """Whether nobody waits any longer."""
         return self.should_stop is not None and self.should_stop()
+
+    def patience(self, *, is_bulk: bool = False) -> Patience:
+        """How long to wait for room, counted from now."""
+        ends_s = None if self.deadline_s is None else time.monotonic() + self.deadline_s
+        return Patience(is_bulk or self.priority is Priority.BULK, ends_s, self.should_stop)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,18 +76,24 @@ class Watcher(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Job:
-    """One image with everything that is asked about it."""
+    """One image with everything that is asked about it.
+
+    ``pictures``, one for each of ``views``, are what is looked at. Of an image that is looked at
+    in one piece that piece is prepared, and nothing else of it is held.
+    """
 
     picture: LoadedImage
     views: tuple[View, ...]
+    pictures: tuple[LoadedImage | PreparedImage, ...]
     questions: tuple[Question, ...]
     settings: Settings
+    is_ours: bool
 
     def asks(self) -> Iterator[Ask]:
         for question in self.questions:
-            for view in self.views:
+            for picture in self.pictures:
                 yield Ask(
-                    view.picture,
+                    picture,
                     question.task,
                     question.text,
                     question.region,
@@ -92,22 +105,95 @@ class _Job:
     def num_asks(self) -> int:
         return len(self.questions) * len(self.views)
 
+    @property
+    def num_pixels(self) -> int:
+        first = self.pictures[0]
+        if isinstance(first, PreparedImage):
+            return first.num_pixels
+        return math.prod(self.picture.size_wh)
+
+    def close(self) -> None:
+        if self.is_ours:
+            self.picture.close()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _NoJob:
+    """An image that cannot be asked about."""
+
+    failure: Failure
+    num_pixels: int = 0
+
+    def close(self) -> None:
+        """It holds nothing."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Ready:
+    """An image of asks as the model takes it, and the places of those asks."""
+
+    image: AnyImage
+    places: Sequence[int]
+    opened: LoadedImage | None = None
+
+    @property
+    def num_pixels(self) -> int:
+        return self.image.num_pixels if isinstance(self.image, PreparedImage) else 0
+
+    def close(self) -> None:
+        if self.opened is not None:
+            self.opened.close()
+
 
 class Predictor:
     """Answers requests about images with whatever model is deployed."""
 
-    def __init__(self, deployment: Deployment, watcher: Watcher) -> None:
+    def __init__(
+        self, deployment: Deployment, watcher: Watcher, budget: Budget | None = None
+    ) -> None:
         self._deployment = deployment
         self._watcher = watcher
+        self._budget = budget or open_pixels()
 
     def ask(self, asks: Sequence[Ask], call: Call = Call()) -> list[Result | Failure]:
-        """The deployed model's answers, in order. Raises QueueFullError or StoppedError."""
+        """The deployed model's answers, in order.
+
+        Images are opened and scaled here, on the caller's thread: the model's must not wait for
+        room, which those may hold who wait for the model. Raises QueueFullError, NoRoomError or
+        StoppedError.
+        """
         deployed = self._deployment.current
+        patience = call.patience()
+        places: dict[object, list[int]] = {}
+        for place, ask in enumerate(asks):
+            places.setdefault(identity(ask.image), []).append(place)
+        answers: dict[int, Result | Failure] = {}
+
+        def ready(of_image: list[int], wait_s: float) -> _Ready:
+            room = patience.room(self._budget, wait_s)
+            return _ready(asks[of_image[0]].image, of_image, deployed.model.engine.preparer, room)
+
+        with closing(in_parts(places.values(), ready)) as parts:
+            for number, part in enumerate(parts):
+                order = [place for one in part for place in one.places]
+                images = [one.image for one in part for _ in one.places]
+                asked = [
+                    replace(asks[place], image=image)
+                    for place, image in zip(order, images, strict=True)
+                ]
+                run = partial(self._run, deployed, asked, call, patience)
+                found = run() if number == 0 else when_queue_has_room(run, call.has_to_stop)
+                answers |= zip(order, found, strict=True)
+        return [answers[place] for place in range(len(asks))]
+
+    def _run(
+        self, deployed: Deployed, asks: Sequence[Ask], call: Call, patience: Patience
+    ) -> list[Result | Failure]:
         self._deployment.wake()
         return deployed.scheduler.run(
             asks,
             priority=call.priority,
-            deadline_s=call.deadline_s,
+            deadline_s=patience.left_s,
             should_stop=call.should_stop,
         )
 
@@ -116,7 +202,8 @@ class Predictor:
     ) -> list[Predicted | Failure]:
         """One annotation or failure per image, in order; one image does not touch the others.
 
-        Raises RequestError for settings that fit no image, QueueFullError, StoppedError.
+        Raises RequestError for settings that fit no image, QueueFullError, NoRoomError,
+        StoppedError.
         """
         if settings.reference is not None:
             if settings.reference.image_id is None and len(images) > 1:
@@ -124,26 +211,34 @@ class Predictor:
             settings = resolve_reference(
                 settings, call.api, lambda asks: self.ask(asks, call), images[0] if images else None
             )
-        predicted = [
-            one
-            for part, jobs in enumerate(_groups(images, settings))
-            for one in self._answer_jobs(jobs, call, is_first=part == 0)
-        ]
+        deployed = self._deployment.current
+        # Tiles hold the whole image until the model has seen the last of them.
+        patience = call.patience(is_bulk=settings.tiling is not None)
+
+        def open_one(image: AnyImage, wait_s: float) -> _Job | _NoJob:
+            room = patience.room(self._budget, wait_s)
+            return _job(image, settings, deployed.model.engine.preparer, room)
+
+        predicted: list[Predicted | Failure] = []
+        with closing(in_parts(images, open_one)) as parts:
+            for number, jobs in enumerate(parts):
+                asks = [ask for job in jobs if isinstance(job, _Job) for ask in job.asks()]
+                run = partial(self._run, deployed, asks, call, patience)
+                # What was answered already is not asked again because the queue is full now.
+                answers = run() if number == 0 else when_queue_has_room(run, call.has_to_stop)
+                predicted += self._all_settled(jobs, answers)
         for one in predicted:
             self._count(one)
         return predicted
 
-    def _answer_jobs(
-        self, jobs: Sequence[_Job | Failure], call: Call, *, is_first: bool
+    def _all_settled(
+        self, jobs: Sequence[_Job | _NoJob], answers: Sequence[Result | Failure]
     ) -> list[Predicted | Failure]:
-        asks = [ask for job in jobs if isinstance(job, _Job) for ask in job.asks()]
-        ask = partial(self.ask, asks, call)
-        # What was answered already is not asked again because the queue is full now.
-        answers = iter(ask() if is_first else when_queue_has_room(ask, call.has_to_stop))
+        rest = iter(answers)
         return [
-            job
-            if isinstance(job, Failure)
-            else self._settled(job, [next(answers) for _ in range(job.num_asks)])
+            job.failure
+            if isinstance(job, _NoJob)
+            else self._settled(job, [next(rest) for _ in range(job.num_asks)])
             for job in jobs
         ]
 
@@ -160,7 +255,7 @@ class Predictor:
         """One image whose reference is on itself; what is wrong with it is its own failure."""
         try:
             return self.predict([image], settings, call)[0]
-        except (QueueFullError, StoppedError):
+        except (NoRoomError, QueueFullError, StoppedError):
             raise
         except FlorenceError as error:
             self._watcher.count_image("failed", error.code)
@@ -190,38 +285,61 @@ class Predictor:
         return Predicted(annotation, notes, timings_s)
 
 
-def _groups(images: Sequence[AnyImage], settings: Settings) -> Iterator[list[_Job | Failure]]:
-    """The images opened, and no more of them at a time than memory should hold."""
-    group: list[_Job | Failure] = []
-    pixels = 0
-    for image in images:
-        job = _job(image, settings)
-        group.append(job)
-        pixels += math.prod(job.picture.size_wh) if isinstance(job, _Job) else 0
-        if pixels >= MAX_OPEN_PIXELS:
-            yield group
-            group, pixels = [], 0
-    if group:
-        yield group
+def _ready(image: AnyImage, places: Sequence[int], preparer: Preparer, room: Room) -> _Ready:
+    """An image as the model takes it; why it cannot be opened is a Failure in its place."""
+    if isinstance(image, EncodedImage | PreparedImage | LoadedImage | Failure):
+        return _Ready(image, places)
+    try:
+        opened = open_image(image, room=room)
+    except NoRoomError:
+        raise
+    except FlorenceError as error:
+        return _Ready(Failure(error.code, str(error)), places)
+    try:
+        prepared = preparer.prepare(opened)
+    except BaseException:
+        opened.close()
+        raise
+    opened.close(kept_pixels=prepared.num_pixels)
+    return _Ready(prepared, places, opened)
 
 
-def _job(image: AnyImage, settings: Settings) -> _Job | Failure:
+def _job(image: AnyImage, settings: Settings, preparer: Preparer, room: Room) -> _Job | _NoJob:
     try:
         if isinstance(image, Failure):
-            return image
-        if isinstance(image, EncodedImage):
+            return _NoJob(image)
+        if isinstance(image, EncodedImage | PreparedImage):
             raise RequestError("A prediction needs the image itself, and its features were given.")
-        picture = open_image(image)
-        questions = questions_of(settings)
-        asks_regions = parse_steps(settings.task_prompt)[0].takes is TaskInput.REGION
-        views = views_of(
-            picture,
-            None if asks_regions else settings.rectangle,
-            settings.tiling if can_tile(settings.task_prompt) else None,
-        )
-        return _Job(picture, views, questions, settings)
+        picture = open_image(image, room=room)
+    except NoRoomError:
+        raise
     except FlorenceError as error:
-        return Failure(error.code, str(error))
+        return _NoJob(Failure(error.code, str(error)))
+    is_ours = picture is not image
+    try:
+        return _job_of(picture, settings, preparer, is_ours=is_ours)
+    except BaseException as error:
+        if is_ours:
+            picture.close()
+        if not isinstance(error, FlorenceError):
+            raise
+        return _NoJob(Failure(error.code, str(error)))
+
+
+def _job_of(picture: LoadedImage, settings: Settings, preparer: Preparer, *, is_ours: bool) -> _Job:
+    questions = questions_of(settings)
+    asks_regions = parse_steps(settings.task_prompt)[0].takes is TaskInput.REGION
+    views = views_of(
+        picture,
+        None if asks_regions else settings.rectangle,
+        settings.tiling if can_tile(settings.task_prompt) else None,
+    )
+    pictures: tuple[LoadedImage | PreparedImage, ...] = tuple(view.picture for view in views)
+    if is_ours and len(views) == 1:
+        prepared = preparer.prepare(views[0].picture)
+        picture.close(kept_pixels=prepared.num_pixels)
+        pictures = (prepared,)
+    return _Job(picture, views, pictures, questions, settings, is_ours)
 
 
 def _answered(

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import HTMLResponse
 
+from serve.http.held_bytes import held_bytes, keep_body
+from serve.http.leaving import gone_or_none
+from serve.http.limits import MAX_IMAGE_BYTES
 from serve.http.page import index_page
 from serve.http.tasks_json import instructions, tasks_json
 from serve.http.threads import Waiting, run_registered, run_wanted
@@ -67,7 +70,10 @@ def _images(server: FastAPI, app: Florence2App) -> None:
         app.settings_of(asked)
 
         def answer(stop: Callable[[], bool]) -> list[dict[str, Any]]:
-            return app.answer_uploads([fetch_image(asked.get("image_url"))], asked, stop)
+            with held_bytes().hold(MAX_IMAGE_BYTES, stop=gone_or_none(stop)) as hold:
+                image = fetch_image(asked.get("image_url"))
+                hold.resize(len(image))
+                return app.answer_uploads([image], asked, stop)
 
         return (await run_wanted(request, answer, waiting))[0]
 
@@ -93,6 +99,7 @@ def _batches(server: FastAPI, app: Florence2App) -> None:
 
     @server.post("/inference_batch_async", dependencies=[Depends(check_fields)])
     def inference_batch_async(
+        request: Request,
         files: Files = NO_FILES,
         settings: FormText = "{}",
         state: FormText = "{}",
@@ -100,7 +107,7 @@ def _batches(server: FastAPI, app: Florence2App) -> None:
         asked = parse_state(state, settings)
         images = [upload.data for upload in read_uploads(files)]
         app.settings_of(asked)
-        return app.schedule(app._inference_images, images, asked)
+        return app.schedule(app._inference_images, images, asked, hold=keep_body(request.scope))
 
 
 def _image_ids(server: FastAPI, app: Florence2App) -> None:

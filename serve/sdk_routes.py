@@ -11,11 +11,21 @@ from typing import TYPE_CHECKING, Any, Final
 
 from fastapi import BackgroundTasks, FastAPI, Request
 
+from florence2.budget import open_pixels
 from florence2.errors import RequestError
 from serve.http.errors import NotFoundError
+from serve.http.held_bytes import keep_body
 from serve.http.limits import MIB
 from serve.http.threads import Waiting, run_registered
-from serve.http.uploads import NO_FILES, Files, FormText, parse_state, read_one_upload
+from serve.http.uploads import (
+    NO_FILES,
+    Files,
+    FormText,
+    check_pictures,
+    parse_state,
+    save_one_upload,
+)
+from serve.platform.waiting import QUEUE_LIMIT_S
 
 if TYPE_CHECKING:
     from serve.app import Florence2App
@@ -57,6 +67,7 @@ def _videos(server: FastAPI, app: Florence2App) -> None:
 
     @server.post("/inference_video_async")
     def inference_video_async(
+        request: Request,
         files: Files = NO_FILES,
         settings: FormText = "{}",
         state: FormText = "{}",
@@ -64,16 +75,18 @@ def _videos(server: FastAPI, app: Florence2App) -> None:
         """The SDK writes the file where its name says."""
         asked = parse_state(state, settings)
         app.settings_of(asked)
-        upload = read_one_upload(files, max_bytes=_MAX_VIDEO_BYTES)
         folder = tempfile.TemporaryDirectory(prefix="video-")
-        path = Path(folder.name, "video" + Path(upload.name).suffix[:8])
-        path.write_bytes(upload.data)
+        try:
+            path = save_one_upload(files, Path(folder.name), "video", _MAX_VIDEO_BYTES)
+        except BaseException:
+            folder.cleanup()
+            raise
 
         def infer(inference_request: Any) -> None:  # noqa: ANN401 - the SDK's record
             with folder:
                 app._inference_video(str(path), asked, inference_request)
 
-        return app.schedule(infer)
+        return app.schedule(infer, hold=keep_body(request.scope))
 
 
 def _tracking(server: FastAPI, app: Florence2App) -> None:
@@ -130,7 +143,15 @@ def _caching(server: FastAPI, app: Florence2App) -> None:
         if not files:
             raise RequestError("The form must have at least one file in 'files'; add it.")
         caching.check_room()
-        tasks.add_task(_logged, caching, app.cache.cache_files_task, files=files, state=asked)
+        is_video = asked.keys() & _CACHED.keys() == {"video_id"}
+        pixels = 0 if is_video else check_pictures(files)
+
+        def keep() -> None:
+            """The SDK decodes one picture after the other."""
+            with open_pixels().hold(pixels, is_bulk=True, wait_s=QUEUE_LIMIT_S):
+                app.cache.cache_files_task(files=files, state=asked)
+
+        tasks.add_task(_logged, caching, keep)
         return {"message": "Cache task started."}
 
 

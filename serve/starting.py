@@ -31,7 +31,7 @@ _GRACE_S: Final = 120.0
 logger = logging.getLogger(__name__)
 
 
-def start_orend_process(make: Callable[[], Made]) -> Made:
+def start_or_end(make: Callable[[], Made]) -> Made:
     """What ``make`` gives; whatever it raises ends the process, with one sentence last in the log.
 
     Also ends a process whose server does not come up afterwards, and one that threads hold back.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from florence2.errors import RequestError
-from florence2.images import LoadedImage
+from florence2.images import ImagePart, LoadedImage
 from florence2.records import BoxXyxy
 from serve.settings.model import Tiling
 from serve.tiles import plan_tiles
@@ -62,4 +62,4 @@ def _inside(rectangle: BoxXyxy, picture: LoadedImage) -> tuple[int, int, int, in
 def _cut(picture: LoadedImage, box: tuple[int, int, int, int]) -> View:
     if box == (0, 0, *picture.size_wh):
         return View(picture, box)
-    return View(LoadedImage(picture.image.crop(box)), box)
+    return View(ImagePart(picture, box), box)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Final
 
 from florence2.ask import Ask
@@ -14,7 +15,10 @@ from florence2.tasks import find_task
 from serve.answers import raise_failure
 from serve.deadline import Deadline
 from serve.http.encoded_images import decode_image
+from serve.http.held_bytes import held_bytes
+from serve.http.leaving import gone_or_none
 from serve.platform.download import failed_download
+from serve.platform.images import Target
 from serve.predictor import Call
 from serve.settings.values import shown
 
@@ -36,8 +40,9 @@ def answer_question(
     """
     task, text = task_and_text(state.get("text_prompt"))
     region = state.get("region")
-    ask = Ask(_image(app, state, request), task, text, region)
-    [result] = app.ask([ask], Call(deadline_s=Deadline.of(state).left_s, should_stop=stop))
+    with ExitStack() as held:
+        ask = Ask(_image(app, state, request, stop, held), task, text, region)
+        [result] = app.ask([ask], Call(deadline_s=Deadline.of(state).left_s, should_stop=stop))
     if isinstance(result, Failure):
         raise_failure(result)
     return text_of(result)
@@ -67,7 +72,13 @@ def text_of(result: Result) -> str:
     return json.dumps(result.to_dict(), ensure_ascii=False)
 
 
-def _image(app: Florence2App, state: Mapping[str, Any], request: Request) -> bytes:
+def _image(
+    app: Florence2App,
+    state: Mapping[str, Any],
+    request: Request,
+    stop: Callable[[], bool],
+    held: ExitStack,
+) -> bytes:
     if state.get("image_encoding") is not None:
         return decode_image(state["image_encoding"])
     image_id = state.get("image_id")
@@ -82,6 +93,8 @@ def _image(app: Florence2App, state: Mapping[str, Any], request: Request) -> byt
     info = api.image.get_info_by_id(image_id)
     if info is None:
         raise_failure(Failure("not_found", f"There is no image {image_id}; check its id."))
+    size_bytes = Target(image_id, info=info).size_bytes
+    held.enter_context(held_bytes().hold(size_bytes, stop=gone_or_none(stop)))
     try:
         [data] = api.image.download_bytes(info.dataset_id, [image_id])
     except Exception as error:  # noqa: BLE001  (the SDK and its transport raise what they like)

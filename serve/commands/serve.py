@@ -29,6 +29,14 @@ MaxBatch = Annotated[
     int | None, typer.Option(min=1, help="Most prompts answered at once. [default: by device]")
 ]
 
+Megapixels = Annotated[
+    int | None,
+    typer.Option(min=1, help="Megapixels of images open at once. [default: by memory]"),
+]
+HeldMib = Annotated[
+    int | None, typer.Option(min=1, help="MiB of uploads held at once. [default: by memory]")
+]
+
 MaxQueued = Annotated[int, typer.Option(min=1, help="Prompts that may wait; then 503.")]
 
 AllowHost = Annotated[
@@ -63,6 +71,8 @@ def serve(
     allow_host: AllowHost = None,
     allow_server: AllowServer = None,
     allow_deploy: AllowDeploy = None,
+    open_megapixels: Megapixels = None,
+    held_mib: HeldMib = None,
 ) -> None:
     """Serve a model over HTTP on this machine; Ctrl-C ends it."""
     with _listener(host, port) as listener:
@@ -82,6 +92,7 @@ def serve(
         from serve.app import Florence2App
         from serve.local_server import LocalServer
 
+        _set_budgets(open_megapixels, held_mib)
         app = Florence2App(
             local=LocalServer(
                 model,
@@ -98,6 +109,17 @@ def serve(
         )
         _greet(host, listener.getsockname()[1], model)
         app.serve()
+
+
+def _set_budgets(open_megapixels: int | None, held_mib: int | None) -> None:
+    from florence2.budget import open_pixels
+    from serve.http.held_bytes import held_bytes
+    from serve.http.limits import MIB
+
+    if open_megapixels is not None:
+        open_pixels().capacity = open_megapixels * 10**6
+    if held_mib is not None:
+        held_bytes().capacity = held_mib * MIB
 
 
 def _listener(host: str, port: int) -> socket.socket:

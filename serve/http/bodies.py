@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from florence2.errors import FlorenceError
 from serve.http.errors import TooLargeError
 from serve.http.limits import readable_size
 
@@ -64,24 +65,29 @@ async def run_counted(
 ) -> None:
     """Run ``app`` while counting what it reads of the body.
 
-    Raises TooLargeError, also where the app made another error of it; an answer that the app had
-    already begun is left to it.
+    Raises TooLargeError or what ``receive`` raised, also where the app made another error of it;
+    an answer that the app had already begun is left to it.
     """
     check_announced(scope, max_bytes)
     size = 0
     started = False
+    refusal: FlorenceError | None = None
 
     async def counted() -> Message:
-        nonlocal size
-        message = await receive()
-        size += len(message.get("body", b""))
-        if size > max_bytes:
-            raise _too_large(max_bytes)
+        nonlocal size, refusal
+        try:
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > max_bytes:
+                raise _too_large(max_bytes)
+        except FlorenceError as error:
+            refusal = error
+            raise
         return message
 
     async def muted(message: Message) -> None:
         nonlocal started
-        if size > max_bytes and not started:
+        if refusal is not None and not started:
             return
         started = True
         await send(message)
@@ -89,11 +95,11 @@ async def run_counted(
     try:
         await app(scope, counted, muted)
     except Exception as error:
-        if size <= max_bytes or started:
+        if refusal is None or started or error is refusal:
             raise
-        raise _too_large(max_bytes) from error
-    if size > max_bytes and not started:
-        raise _too_large(max_bytes)
+        raise refusal from None
+    if refusal is not None and not started:
+        raise refusal
 
 
 def with_json(scope: Scope, size: int) -> Scope:

@@ -17,6 +17,7 @@ from serve.http.bodies import header_of, read_body, replay, run_counted, with_js
 from serve.http.callers import Callers
 from serve.http.envelope import KnownRequest, checked_json
 from serve.http.errors import ForbiddenError, NotFoundError, answer_faults
+from serve.http.held_bytes import Uploads
 from serve.http.leaving import NoticesLeaving
 from serve.http.limits import Limits
 from serve.http.routes import (
@@ -49,7 +50,8 @@ class Guard:
     are those of an app that no platform's log-in stands before, and None for a session of the
     platform. ``servers`` may be named by requests. ``count_request`` gets
     every answered request: the route of the table or ``"other"``, status, seconds.
-    ``path_prefix`` is the SDK's ``SUPERVISELY_SERVER_PATH_PREFIX``.
+    ``path_prefix`` is the SDK's ``SUPERVISELY_SERVER_PATH_PREFIX``. ``uploads`` counts the bodies
+    of all requests.
     """
 
     def __init__(
@@ -62,7 +64,9 @@ class Guard:
         *,
         count_request: CountRequest | None = None,
         path_prefix: str = "",
+        uploads: Uploads | None = None,
     ) -> None:
+        self._uploads = uploads
         self._app = app
         self._inner = NoticesLeaving(app)
         self._limits = limits
@@ -93,7 +97,7 @@ class Guard:
             await send(message)
 
         try:
-            await answer_faults(self._answer, scope, receive, watch)
+            await answer_faults(self._answer_counted, scope, receive, watch)
         finally:
             if self._count_request is not None:
                 label = self._label(scope)
@@ -110,6 +114,16 @@ class Guard:
     def _label(self, scope: Scope) -> str:
         path = path_of(scope, self._path_prefix)
         return path if path in ROUTE_BY_PATH else OTHER
+
+    async def _answer_counted(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._uploads is None:
+            await self._answer(scope, receive, send)
+            return
+        body = self._uploads.begin(scope, receive)
+        try:
+            await self._answer(body.scope, body.receive, send)
+        finally:
+            await body.end()
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = path_of(scope, self._path_prefix)

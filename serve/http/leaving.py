@@ -8,9 +8,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+from collections.abc import Callable
 from typing import Final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from florence2.scheduler_errors import GenerationCancelledError
+from florence2.stopping import Stop
 
 _GONE: Final = "florence.client_is_gone"
 _DISCONNECT: Final = "http.disconnect"
@@ -20,6 +24,11 @@ def client_is_gone(scope: Scope) -> threading.Event:
     """Set once nobody waits for the answer any longer; never set outside of ``NoticesLeaving``."""
     event = scope.get(_GONE)
     return event if isinstance(event, threading.Event) else threading.Event()
+
+
+def gone_or_none(is_gone: Callable[[], bool]) -> Stop:
+    """What ends a wait that nobody waits for the end of."""
+    return lambda: GenerationCancelledError("The client left.") if is_gone() else None
 
 
 class NoticesLeaving:

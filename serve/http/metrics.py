@@ -13,6 +13,7 @@ from serve.http.guard import OTHER
 from serve.http.routes import ROUTE_BY_PATH
 
 if TYPE_CHECKING:
+    from florence2.budget import Budget
     from florence2.scheduler import BatchReport
 
 Stage = Literal["queue", "vision", "prompt", "decode", "postprocess"]
@@ -101,6 +102,15 @@ class Metrics:
         """Where it is read from whether requests are answered now."""
         watched = self._gauge("ready", "1 while requests are answered, as /is_ready says.")
         watched.set_function(lambda: float(is_ready()))
+
+    def watch_budget(self, name: str, what: str, budget: Budget) -> None:
+        """Gauges of a budget: what is held, what may be, and who waits for room."""
+        gauge = self._gauge(f"{name}_held", f"{what} that are held.")
+        gauge.set_function(lambda: budget.held)
+        gauge = self._gauge(f"{name}_limit", f"{what} that may be held at a time.")
+        gauge.set_function(lambda: budget.capacity)
+        gauge = self._gauge(f"{name}_waiting", f"Who waits for room for more {what.lower()}.")
+        gauge.set_function(lambda: budget.num_waiting)
 
     def render(self) -> tuple[bytes, str]:
         """The answer of ``/metrics``: the body and its content type."""

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Final
 
 from fastapi import File, Form, Request, UploadFile
 
 from florence2.errors import RequestError
+from florence2.images import check_header
 from serve.http.errors import TooLargeError
 from serve.http.limits import MAX_FILES, MAX_IMAGE_BYTES, readable_size
 from serve.settings.parse import check_placement
@@ -21,6 +24,7 @@ FormText = Annotated[str, Form()]
 NO_FILES: Final[tuple[UploadFile, ...]] = ()
 
 _LONGEST_NAME: Final = 100
+_PIECE_BYTES: Final = 2**20
 _UNPRINTABLE: Final = re.compile(r"[^\w .,()+@=~#&'-]")
 
 
@@ -53,23 +57,63 @@ def read_uploads(
 
 def read_one_upload(files: Sequence[UploadFile], max_bytes: int = MAX_IMAGE_BYTES) -> Upload:
     """The file of a form that must have exactly one."""
+    return _read(_only(files), 0, max_bytes)
+
+
+def save_one_upload(files: Sequence[UploadFile], folder: Path, stem: str, max_bytes: int) -> Path:
+    """The file of a form that must have exactly one, under a name of our own; never in memory."""
+    file = _only(files)
+    name = clean_name(file.filename, 0)
+    path = folder / (stem + Path(name).suffix[:8])
+    left = max_bytes
+    with path.open("wb") as saved:
+        while piece := file.file.read(_PIECE_BYTES):
+            left -= len(piece)
+            if left < 0:
+                raise _too_large(name, max_bytes)
+            saved.write(piece)
+    return path
+
+
+def check_pictures(files: Sequence[UploadFile], max_bytes: int = MAX_IMAGE_BYTES) -> int:
+    """The pixels of the largest picture, for what others decode, who look at no header.
+
+    Each file is left at its beginning. Raises TooLargeError for a file, ImageError for a picture
+    that is larger than the limits.
+    """
+    pixels = 0
+    for index, file in enumerate(files):
+        if (file.size or 0) > max_bytes:
+            raise _too_large(clean_name(file.filename, index), max_bytes)
+        pixels = max(pixels, math.prod(check_header(file.file)))
+        file.file.seek(0)
+    return pixels
+
+
+def _only(files: Sequence[UploadFile]) -> UploadFile:
     if len(files) != 1:
         raise RequestError(
             f"The form must have exactly one file in 'files', and {len(files)} were received; "
             "send one, or use /inference_batch."
         )
-    return _read(files[0], 0, max_bytes)
+    return files[0]
 
 
 def _read(file: UploadFile, index: int, max_bytes: int) -> Upload:
     name = clean_name(file.filename, index)
     data = file.file.read(max_bytes + 1)
+    # What the form's parser holds of it, up to a megabyte a file in memory.
+    file.file.close()
     if len(data) > max_bytes:
-        raise TooLargeError(
-            f"A file can have at most {readable_size(max_bytes)}, and {name!r} has more; "
-            "make the image smaller."
-        )
+        raise _too_large(name, max_bytes)
     return Upload(name, data)
+
+
+def _too_large(name: str, max_bytes: int) -> TooLargeError:
+    return TooLargeError(
+        f"A file can have at most {readable_size(max_bytes)}, and {name!r} has more; make it "
+        "smaller."
+    )
 
 
 async def check_fields(request: Request) -> None:

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from PIL import Image
-
+from florence2.budget import Budget, Hold, NoRoomError
 from florence2.errors import ImageError
-from florence2.images import LoadedImage, open_image
+from florence2.images import LoadedImage, check_header, open_image
 from serve.labeling.journal import JOURNAL_NAME
 
 # What the SDK reads back from a project; other formats would vanish from it without a word.
@@ -50,6 +49,11 @@ class Loaded:
     @property
     def pixels(self) -> int:
         return math.prod(self.picture.size_wh) if self.picture is not None else 0
+
+    def close(self) -> None:
+        """Gives the pixels up, so that others have room."""
+        if self.picture is not None:
+            self.picture.close()
 
 
 def find_images(source: Path, *, recursive: bool, skip: Path) -> Iterator[ImageFile]:
@@ -139,46 +143,62 @@ def _text(name: str) -> str:
 
 
 def read_ahead(
-    files: Iterable[ImageFile], *, threads: int, ahead: int
-) -> Generator[Loaded, None, None]:
-    """The files in order with their pixels.
+    files: Iterable[ImageFile], *, threads: int, ahead: int, budget: Budget
+) -> Generator[Loaded | None]:
+    """The files in order with their pixels, and None where those taken before must be closed.
 
     Of those not yet taken, at most ``ahead`` and about 64 megapixels are in memory at once, or a
-    single larger one.
+    single larger one. All that are not closed share ``budget``: None says that the next one has no
+    room in it beside those that were taken.
     """
     with ThreadPoolExecutor(threads, thread_name_prefix="read") as pool:
-        waiting: deque[tuple[Future[Loaded], int]] = deque()
-        pixels = 0
+        waiting: deque[tuple[Future[Loaded], Hold]] = deque()
         try:
             for file in files:
                 size = _pixels_in_header(file.path)
-                while waiting and (len(waiting) >= ahead or pixels + size > MAX_PIXELS_IN_FLIGHT):
-                    future, taken = waiting.popleft()
-                    pixels -= taken
-                    yield future.result()
-                waiting.append((pool.submit(_load, file), size))
-                pixels += size
+                while waiting and (len(waiting) >= ahead or _in_flight(waiting, size)):
+                    yield waiting.popleft()[0].result()
+                while (hold := _room_now(budget, size)) is None and waiting:
+                    yield waiting.popleft()[0].result()
+                if hold is None:
+                    yield None
+                    hold = budget.hold(size)
+                waiting.append((pool.submit(_load, file, hold), hold))
             while waiting:
                 yield waiting.popleft()[0].result()
         finally:
-            for pending, _ in waiting:
+            for pending, hold in waiting:
                 pending.cancel()
+                hold.release()
+
+
+def _in_flight(waiting: Iterable[tuple[Future[Loaded], Hold]], size: int) -> bool:
+    return sum(hold.amount for _, hold in waiting) + size > MAX_PIXELS_IN_FLIGHT
+
+
+def _room_now(budget: Budget, size: int) -> Hold | None:
+    try:
+        return budget.hold(size, wait_s=0)
+    except NoRoomError:
+        return None
 
 
 def _pixels_in_header(path: Path) -> int:
     """What a file will take once decoded; 0 for one that cannot be opened and so takes nothing."""
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(path) as picture:
-            return math.prod(picture.size)
-    except Image.DecompressionBombError:
-        return MAX_PIXELS_IN_FLIGHT
+        with warnings.catch_warnings(action="ignore"), path.open("rb") as file:
+            return math.prod(check_header(file))
     # The reader says later what is wrong with the file.
-    except Exception:  # noqa: BLE001
+    except (OSError, ImageError):
         return 0
 
 
-def _load(file: ImageFile) -> Loaded:
+def _load(file: ImageFile, hold: Hold) -> Loaded:
+    def room(pixels: int) -> Hold:
+        hold.resize(pixels)
+        return hold
+
     try:
-        return Loaded(file, open_image(file.path))
+        return Loaded(file, open_image(file.path, room=room))
     except ImageError as problem:
         return Loaded(file, None, problem)

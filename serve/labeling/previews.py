@@ -9,6 +9,7 @@ from typing import Final
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from florence2.budget import open_pixels
 from florence2.images import open_image
 from serve.labeling.project import GrowingProject
 from serve.sdk import sly
@@ -27,8 +28,8 @@ def draw_missing_previews(project: GrowingProject, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     for name in project.image_names():
         if not (path := preview_path(folder, name)).exists():
-            picture = open_image(project.image_path(name)).image
-            draw_preview(picture, project.read_annotation(name), path)
+            with open_image(project.image_path(name), room=open_pixels().hold) as picture:
+                draw_preview(picture.image, project.read_annotation(name), path)
 
 
 def draw_preview(picture: Image.Image, annotation: sly.Annotation, path: Path) -> None:

@@ -20,6 +20,10 @@ REPORT_NAME: Final = "report.json"
 FAILED_NAME: Final = "failed.csv"
 _SHOWN_FAILURES: Final = 5
 _SHOWN_NOTES: Final = 50
+# The full-width forms are formulas to spreadsheets in East Asian languages.
+_FORMULA: Final = frozenset("=+-@＝＋－＠")
+_CONTROLS: Final = frozenset("\t\r\n")
+_PASSED_OVER: Final = " \t\r\n\v\f\0\ufeff\u00a0\"'"
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,5 +140,15 @@ def _failed_table(totals: Totals) -> str:
     table = io.StringIO()
     writer = csv.writer(table)
     writer.writerow(["image", "code", "message"])
-    writer.writerows([entry.image, entry.code, entry.message] for entry in totals.failures.values())
+    for entry in totals.failures.values():
+        writer.writerow([_as_text(cell) for cell in (entry.image, entry.code, entry.message)])
     return table.getvalue()
+
+
+def _as_text(cell: str) -> str:
+    """A cell that no spreadsheet takes for a formula: names of images may be anybody's.
+
+    Some pass over spaces and quotes before they look, so these do not hide what comes after.
+    """
+    first = cell.lstrip(_PASSED_OVER)[:1]
+    return f"'{cell}" if first in _FORMULA or cell[:1] in _CONTROLS else cell

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+from florence2.budget import open_pixels
 from florence2.errors import FlorenceError, ImageError, RequestError
 from florence2.images import LoadedImage
 from florence2.processing import clip_region
@@ -70,15 +71,13 @@ def label_images(files: Iterable[ImageFile], plan: Plan, tools: Tools, *, batch:
     """
     started = time.perf_counter()
     rules = LabelRules(dict(plan.classes), plan.threshold, fixed_shapes={})
-    loaded = read_ahead(files, threads=_READERS, ahead=batch + _AHEAD)
+    loaded = read_ahead(files, threads=_READERS, ahead=batch + _AHEAD, budget=open_pixels())
     try:
-        with closing(loaded):
-            for group in _batches(loaded, batch):
+        with closing(loaded), closing(_batches(loaded, batch)) as groups:
+            for group in groups:
                 tools.journal.append(entries := _label_batch(group, plan, rules, tools))
                 tools.counts.images += len(entries)
                 tools.on_images(len(entries))
-                # Neither this list nor the pictures in it are held while the next ones are read.
-                group.clear()
                 if tools.should_stop():
                     tools.counts.interrupted = True
                     break
@@ -86,18 +85,30 @@ def label_images(files: Iterable[ImageFile], plan: Plan, tools: Tools, *, batch:
         tools.counts.seconds = time.perf_counter() - started
 
 
-def _batches(loaded: Iterator[Loaded], size: int) -> Iterator[list[Loaded]]:
-    """At most ``size`` images, and fewer when they are large."""
+def _batches(loaded: Iterator[Loaded | None], size: int) -> Generator[list[Loaded]]:
+    """At most ``size`` images, and fewer when they are large.
+
+    Neither the list nor the pictures in it are held once the next one is asked for.
+    """
     group: list[Loaded] = []
-    pixels = 0
-    for item in loaded:
-        group.append(item)
-        pixels += item.pixels
-        if len(group) == size or pixels >= MAX_PIXELS_IN_FLIGHT:
+    try:
+        for item in loaded:
+            if item is not None:
+                group.append(item)
+            pixels = sum(one.pixels for one in group)
+            if group and (item is None or len(group) == size or pixels >= MAX_PIXELS_IN_FLIGHT):
+                yield group
+                _close(group)
+        if group:
             yield group
-            group, pixels = [], 0
-    if group:
-        yield group
+    finally:
+        _close(group)
+
+
+def _close(group: list[Loaded]) -> None:
+    for item in group:
+        item.close()
+    group.clear()
 
 
 def _label_batch(group: list[Loaded], plan: Plan, rules: LabelRules, tools: Tools) -> list[Entry]:

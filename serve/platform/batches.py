@@ -7,7 +7,9 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final, Generic, TypeVar
 
+from florence2.budget import Budget, Hold, NoRoomError
 from serve.platform.images import Target
+from serve.platform.waiting import QUEUE_LIMIT_S
 
 MAX_BYTES_AHEAD: Final = 256_000_000
 # Three bytes each once they are opened.
@@ -16,6 +18,9 @@ BATCHES_AHEAD: Final = 3
 BATCHES_BEHIND: Final = 2
 
 Batch = tuple[Target, ...]
+RoomForBytes = Callable[[int, float], Hold]
+"""Holds so many bytes, waiting so many seconds for them at most; NoRoomError."""
+
 Item = TypeVar("Item")
 Fetched = TypeVar("Fetched")
 
@@ -48,35 +53,62 @@ def fetch_ahead(
     fetch: Callable[[Batch], Fetched],
     max_batches: int = BATCHES_AHEAD,
     max_bytes: int = MAX_BYTES_AHEAD,
+    room: RoomForBytes | None = None,
 ) -> Generator[tuple[Batch, Fetched]]:
     """Each batch with what ``fetch`` gives for it, in order, fetched in a few threads.
 
     Not more than ``max_batches`` and ``max_bytes`` are on the way or waiting, the bytes only from
-    the second batch on. Close it to give up what is not begun.
+    the second batch on. ``room`` holds a batch's bytes until the one after it is asked for; the
+    wait for it is 0 s while others of this run are held, because they go on. Close it to give up
+    what is not begun.
     """
     pool = ThreadPoolExecutor(max_batches, thread_name_prefix="download")
-    waiting: deque[tuple[Batch, Future[Fetched]]] = deque()
+    waiting: deque[tuple[Batch, Future[Fetched], Hold]] = deque()
     rest = iter(batches)
     held: Batch | None = next(rest, None)
     try:
         while held is not None or waiting:
-            while held is not None and _has_room(waiting, held, max_batches, max_bytes):
-                waiting.append((held, pool.submit(fetch, held)))
+            while held is not None and (
+                hold := _room_for(
+                    held, [batch for batch, *_ in waiting], max_batches, max_bytes, room
+                )
+            ):
+                waiting.append((held, pool.submit(fetch, held), hold))
                 held = next(rest, None)
-            batch, future = waiting.popleft()
-            yield batch, future.result()
+            batch, future, hold = waiting.popleft()
+            with hold:
+                yield batch, future.result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+        for *_, hold in waiting:
+            hold.release()
 
 
-def _has_room(
-    waiting: Sequence[tuple[Batch, Future[Fetched]]], batch: Batch, max_batches: int, max_bytes: int
-) -> bool:
-    if not waiting:
-        return True
-    total = sum(target.size_bytes for one, _ in waiting for target in one)
-    total += sum(target.size_bytes for target in batch)
-    return len(waiting) < max_batches and total <= max_bytes
+def _room_for(
+    batch: Batch,
+    waiting: Sequence[Batch],
+    max_batches: int,
+    max_bytes: int,
+    room: RoomForBytes | None,
+) -> Hold | None:
+    size = num_bytes(batch)
+    if waiting:
+        total = sum(map(num_bytes, waiting)) + size
+        if len(waiting) >= max_batches or total > max_bytes:
+            return None
+    if room is None:
+        return Hold(Budget(0, "bytes"))
+    try:
+        return room(size, 0.0 if waiting else QUEUE_LIMIT_S)
+    except NoRoomError:
+        if waiting:
+            return None
+        raise
+
+
+def num_bytes(batch: Batch) -> int:
+    """Of the files of a batch."""
+    return sum(target.size_bytes for target in batch)
 
 
 class Behind(Generic[Item]):

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from florence2.ask import Ask
-from florence2.errors import FlorenceError, RequestError, shown
-from florence2.images import LoadedImage, open_image
+from florence2.errors import FlorenceError, ImageError, RequestError, shown
 from florence2.records import Failure, Result
 from florence2.tasks import find_task
 from serve.annotations import REGION_TEXT_TAGS, TAG_METAS
@@ -23,7 +22,7 @@ from serve.platform.ledger import Ledger
 from serve.platform.plan import any_source, batch_size_of
 from serve.platform.registry import InferenceRequest
 from serve.platform.services import ExistingServices, State
-from serve.platform.waiting import when_queue_has_room
+from serve.platform.waiting import room_for_downloads, when_queue_has_room
 from serve.sdk import sly
 from serve.settings.model import Settings
 
@@ -127,6 +126,7 @@ class _Run:
         fetched = fetch_ahead(
             split_batches(images.targets, batch_size),
             lambda batch: fetch_labels(self.api, batch, choice, self.services.download),
+            room=room_for_downloads(self.request, is_bulk=True),
         )
         try:
             with closing(fetched):
@@ -139,8 +139,7 @@ class _Run:
 
     def _ask_all(self, tasks: Sequence[ImageTask | Failure]) -> list[Answers | Failure]:
         """All labels of the batch in one request; those of an image share its features."""
-        opened = [_open(task) for task in tasks]
-        asks = [ask for task in opened for ask in self._asks(task)]
+        asks = [ask for task in tasks for ask in self._asks(task)]
         try:
             outcomes = iter(self._answers(asks))
         except FlorenceError:
@@ -150,8 +149,8 @@ class _Run:
         return [
             task
             if isinstance(task, Failure)
-            else Answers(task, tuple(next(outcomes) for _ in task.labels))
-            for task in opened
+            else _answers(task, tuple(next(outcomes) for _ in task.labels))
+            for task in tasks
         ]
 
     def _answers(self, asks: Sequence[Ask]) -> Sequence[Result | Failure]:
@@ -217,16 +216,12 @@ class _Run:
         return TagWriter(self.api, target.project_id, meta, self.wish.overwrite).write(target, tags)
 
 
-def _open(task: ImageTask | Failure) -> ImageTask | Failure:
-    """The picture is decoded once for all its labels."""
-    if isinstance(task, Failure) or task.image is None:
-        return task
-    try:
-        image = task.image
-        opened = open_image(image) if isinstance(image, bytes | LoadedImage) else image
-        return ImageTask(opened, task.labels, task.num_skipped)
-    except FlorenceError as error:
-        return Failure(error.code, str(error))
+def _answers(task: ImageTask, outcomes: tuple[Result | Failure, ...]) -> Answers | Failure:
+    """An image that cannot be opened is one failure, and not one of each of its labels."""
+    first = outcomes[0] if outcomes else None
+    if isinstance(first, Failure) and first.code == ImageError.code:
+        return first
+    return Answers(task, outcomes)
 
 
 def _is_cut(answers: Answers, request: InferenceRequest) -> bool:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Final
 
 from florence2.ask import AnyImage, Ask
 from florence2.errors import RequestError
 from florence2.records import Failure, Region, Result
+from serve.http.held_bytes import held_bytes
 from serve.naming import OBJECT_CLASS, clean_class_name, clean_text
 from serve.platform.download import download_images
 from serve.platform.failures import FailedImageError
@@ -42,7 +44,9 @@ def resolve_reference(
     reference = settings.reference
     if reference is None:
         return settings
-    category = _category(reference, settings, ask, _reference_image(reference, api, image))
+    with ExitStack() as held:
+        found = _reference_image(reference, api, image, held)
+        category = _category(reference, settings, ask, found)
     name = reference.class_name.strip()
     class_name = clean_class_name(category) if name in ("", OBJECT_CLASS) else name
     return settings.model_copy(
@@ -75,10 +79,13 @@ def _category(reference: Reference, settings: Settings, ask: AskAll, image: AnyI
     return category
 
 
-def _reference_image(reference: Reference, api: sly.Api | None, image: AnyImage | None) -> AnyImage:
+def _reference_image(
+    reference: Reference, api: sly.Api | None, image: AnyImage | None, held: ExitStack
+) -> AnyImage:
     found = image
     if reference.image_id is not None:
         [target] = resolve(api, Source(image_ids=(reference.image_id,))).targets
+        held.enter_context(held_bytes().hold(target.size_bytes))
         [found] = download_images(api, [target.info])
     if found is None:
         raise RequestError(

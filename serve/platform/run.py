@@ -29,7 +29,12 @@ from serve.platform.registry import InferenceRequest
 from serve.platform.results import failed_entry, predicted_entry
 from serve.platform.services import Download, HasAnnotation, RunServices, State
 from serve.platform.upload import MAX_FAILED_BATCHES, Labeled, Uploading
-from serve.platform.waiting import wait_while_paused, when_queue_has_room
+from serve.platform.waiting import (
+    FULL_CODES,
+    room_for_downloads,
+    wait_while_paused,
+    when_queue_has_room,
+)
 from serve.sdk import sly
 from serve.settings.model import Settings
 
@@ -37,9 +42,7 @@ Outcome = HasAnnotation | Failure
 Settled = tuple[Batch, Sequence[Outcome]]
 
 # These end a run whatever the image: the request is wrong, or the model is gone.
-FATAL_CODES = frozenset(
-    {"bad_request", "cancelled", "device_lost", "not_deployed", "not_found", "queue_full"}
-)
+FATAL_CODES = FULL_CODES | {"bad_request", "cancelled", "device_lost", "not_deployed", "not_found"}
 
 
 def run_image_ids(
@@ -116,7 +119,9 @@ class ImagesRun:
         behind: Behind[Settled] = Behind(settle)
         batches = split_batches(self.images.targets, self.batch_size)
         fetched = fetch_ahead(
-            batches, lambda batch: fetch_batch(self.services.download, self.api, batch)
+            batches,
+            lambda batch: fetch_batch(self.services.download, self.api, batch),
+            room=room_for_downloads(self.request, is_bulk=len(self.images.targets) > 1),
         )
         try:
             with closing(fetched):

@@ -6,11 +6,14 @@ import time
 from collections.abc import Callable
 from typing import Final, TypeVar
 
+from florence2.budget import Hold
 from florence2.errors import FlorenceError
+from serve.http.held_bytes import held_bytes
 from serve.platform.registry import AWAITED, InferenceRequest
 from serve.sdk import sly
 
 QUEUE_LIMIT_S: Final = 600.0
+FULL_CODES: Final = frozenset({"no_room", "queue_full"})
 MAX_RETRY_S: Final = 5.0
 _STEP_S: Final = 0.1
 
@@ -40,19 +43,41 @@ def wait_while_paused(request: InferenceRequest) -> None:
         time.sleep(_STEP_S)
 
 
+def room_for_downloads(request: InferenceRequest, *, is_bulk: bool) -> Callable[[int, float], Hold]:
+    """Holds bytes of the process's budget for a run; none of it for a run that was stopped."""
+    stopped = FlorenceError("The run was stopped.")
+    stopped.code = "cancelled"
+
+    def hold(num_bytes: int, wait_s: float) -> Hold:
+        try:
+            return held_bytes().hold(
+                num_bytes,
+                is_bulk=is_bulk,
+                wait_s=wait_s,
+                stop=lambda: stopped if request.is_stopped() else None,
+            )
+        except FlorenceError as error:
+            if error is not stopped:
+                raise
+            # The run ends by itself before it uses what it gets.
+            return Hold(held_bytes())
+
+    return hold
+
+
 def when_queue_has_room(
     call: Callable[[], Outcome], should_stop: Callable[[], bool], limit_s: float = QUEUE_LIMIT_S
 ) -> Outcome:
-    """What ``call`` returns, called again while the queue is full.
+    """What ``call`` returns, called again while the queue or the memory is full.
 
-    The error of a full queue after ``limit_s`` seconds of waiting, or once stopped.
+    The error of a full one after ``limit_s`` seconds of waiting, or once stopped.
     """
     waited_s = 0.0
     while True:
         try:
             return call()
         except FlorenceError as error:
-            if error.code != "queue_full" or waited_s >= limit_s or should_stop():
+            if error.code not in FULL_CODES or waited_s >= limit_s or should_stop():
                 raise
             pause_s = min(float(getattr(error, "retry_after_s", 1.0)), MAX_RETRY_S)
         waited_s += max(pause_s, _STEP_S)

@@ -11,11 +11,12 @@ from florence2.cache import EncodedImage
 from florence2.errors import RequestError, shown, unknown_name
 from florence2.generation_rules import check_settings
 from florence2.images import ImageSource, LoadedImage
+from florence2.pixels import PreparedImage
 from florence2.records import Failure, GenerationSettings, Region
 from florence2.stopping import Stop
 from florence2.tasks import Task, TaskInput
 
-AnyImage = ImageSource | LoadedImage | EncodedImage | Failure
+AnyImage = ImageSource | LoadedImage | PreparedImage | EncodedImage | Failure
 AnyRegion = Region | Sequence[float] | str
 
 

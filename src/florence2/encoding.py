@@ -15,7 +15,8 @@ from florence2.chunks import run_in_chunks
 from florence2.errors import FlorenceError
 from florence2.images import identity
 from florence2.memory import OutOfMemoryError, run_halving
-from florence2.preparing import AnySource, PreparedImage
+from florence2.pixels import PreparedImage
+from florence2.preparing import AnySource
 from florence2.stopping import BetweenPasses, Stop, stop_of_all
 
 if TYPE_CHECKING:

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import re
 import struct
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO, Final
 
 import numpy as np
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, _imaging
 
+from florence2.budget import Hold
 from florence2.errors import ImageError
 from florence2.records import SizeWh
 from florence2.stand_ins import stand_in
 
 MAX_PIXELS: Final = 200_000_000
+
+Room = Callable[[int], Hold]
+"""Holds so many pixels of a budget, once there is room for them."""
 
 ImageSource = str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | np.ndarray
 
@@ -34,6 +39,13 @@ _TURNS: Final = {
     8: Image.Transpose.ROTATE_90,
 }
 _URL_PATTERN: Final = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]+://|data:)")
+
+# Pillow takes memory in blocks of 16 MB, which glibc keeps for the thread that gave them back: each
+# thread that once opened a large image would hold on to all of it. Blocks over 32 MB go back to the
+# system at once.
+_BLOCK_BYTES: Final = 64 * 2**20
+if "PILLOW_BLOCK_SIZE" not in os.environ:
+    _imaging.set_block_size(_BLOCK_BYTES)
 
 # What Pillow's decoders raise on damaged data, found by feeding them random bytes.
 _DAMAGE: Final = (
@@ -53,15 +65,65 @@ _DAMAGE: Final = (
 
 
 class LoadedImage:
-    """An upright picture in 8-bit RGB. ``image`` must not be changed afterwards."""
+    """An upright picture in 8-bit RGB. ``image`` must not be changed afterwards.
 
-    def __init__(self, image: Image.Image) -> None:
-        self.image = image
+    One that was opened with ``room`` holds its pixels of a budget until it is closed.
+    """
+
+    def __init__(self, image: Image.Image, hold: Hold | None = None) -> None:
+        self._image: Image.Image | None = image
+        self._size_wh = image.size
+        self._hold = hold
+
+    @property
+    def image(self) -> Image.Image:
+        """The pixels; ImageError once they were given up."""
+        image = self._image
+        if image is None:
+            raise ImageError("An image that was closed has no pixels any more; open it again.")
+        return image
 
     @property
     def size_wh(self) -> SizeWh:
-        """Width and height in pixels, after the EXIF rotation."""
-        return self.image.size
+        """Width and height in pixels, after the EXIF rotation; also when closed."""
+        return self._size_wh
+
+    def close(self, kept_pixels: int = 0) -> None:
+        """Gives up the pixels, and of the budget all but ``kept_pixels`` for what was made of them.
+
+        Closing it again gives up those too.
+        """
+        self._image = None
+        if self._hold is not None:
+            self._hold.resize(kept_pixels)
+
+    def __enter__(self) -> LoadedImage:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class ImagePart(LoadedImage):
+    """A box (x1, y1, x2, y2) of an open image, cut out whenever its pixels are asked for."""
+
+    def __init__(self, whole: LoadedImage, box_xyxy: tuple[int, int, int, int]) -> None:
+        self._whole = whole
+        self._box_xyxy = box_xyxy
+
+    @property
+    def image(self) -> Image.Image:
+        """The pixels, a copy each time; ImageError once those of the whole were given up."""
+        return self._whole.image.crop(self._box_xyxy)
+
+    @property
+    def size_wh(self) -> SizeWh:
+        """Width and height of the box in pixels."""
+        x1, y1, x2, y2 = self._box_xyxy
+        return x2 - x1, y2 - y1
+
+    def close(self, kept_pixels: int = 0) -> None:
+        """The pixels are those of the whole, which is closed by who opened it."""
 
 
 def identity(image: object) -> object:
@@ -71,7 +133,9 @@ def identity(image: object) -> object:
     return image if isinstance(image, str | bytes) else id(image)
 
 
-def open_image(source: ImageSource | LoadedImage, max_pixels: int = MAX_PIXELS) -> LoadedImage:
+def open_image(
+    source: ImageSource | LoadedImage, max_pixels: int = MAX_PIXELS, room: Room | None = None
+) -> LoadedImage:
     """Open an image and turn it into upright 8-bit RGB.
 
     ``source`` is a path, an image file's bytes, a ``PIL.Image``, or a uint8 RGB array
@@ -80,25 +144,38 @@ def open_image(source: ImageSource | LoadedImage, max_pixels: int = MAX_PIXELS) 
     use: 8, 12 or 16, told by the largest value. The size is checked in the file's header, before
     anything is decoded.
 
+    ``room`` is asked for the image's pixels then, and what it holds is released when the image is
+    closed or cannot be opened; what it raises comes through. A LoadedImage is given back as it is.
+
     Raises ImageError with one plain sentence for anything that is not such an image.
     """
     if isinstance(source, LoadedImage):
         return source
     if isinstance(source, Image.Image):
-        return _from_picture(source, "the image", max_pixels, is_ours=False)
+        return _held(source, "the image", max_pixels, room, is_ours=False)
     if isinstance(source, np.ndarray):
-        return _from_array(source, max_pixels)
+        return _from_array(source, max_pixels, room)
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return _from_file(io.BytesIO(source), "the image data", max_pixels)
+        return _from_file(io.BytesIO(source), "the image data", max_pixels, room)
     if isinstance(source, (str, os.PathLike)):
-        return _from_path(os.fspath(source), max_pixels)
+        return _from_path(os.fspath(source), max_pixels, room)
     raise ImageError(
         "An image is a path, bytes, a PIL image or a uint8 RGB array [height, width, 3], "
         f"and {type(source).__name__} was received; convert it first."
     )
 
 
-def _from_path(path: str, max_pixels: int) -> LoadedImage:
+def check_header(file: BinaryIO, name: str = "the image", max_pixels: int = MAX_PIXELS) -> SizeWh:
+    """Width and height in pixels as an image file's header has them; nothing is decoded.
+
+    Raises ImageError for no image, or more than ``max_pixels``.
+    """
+    with _opened(file, name) as picture:
+        _check_size(picture.size, name, max_pixels)
+        return picture.size
+
+
+def _from_path(path: str, max_pixels: int, room: Room | None) -> LoadedImage:
     if not isinstance(path, str):
         raise ImageError("The path of an image must be text, not bytes; decode it first.")
     if _URL_PATTERN.match(path):
@@ -108,7 +185,7 @@ def _from_path(path: str, max_pixels: int) -> LoadedImage:
         )
     try:
         with open(path, "rb") as file:
-            return _from_file(file, repr(path), max_pixels)
+            return _from_file(file, repr(path), max_pixels, room)
     except FileNotFoundError as error:
         raise ImageError(f"There is no image {path!r}; check the path.") from error
     except (OSError, ValueError) as error:
@@ -116,7 +193,12 @@ def _from_path(path: str, max_pixels: int) -> LoadedImage:
         raise ImageError(f"The image {path!r} cannot be read: {reason}.") from error
 
 
-def _from_file(file: BinaryIO, name: str, max_pixels: int) -> LoadedImage:
+def _from_file(file: BinaryIO, name: str, max_pixels: int, room: Room | None) -> LoadedImage:
+    with _opened(file, name) as picture:
+        return _held(picture, name, max_pixels, room, is_ours=True)
+
+
+def _opened(file: BinaryIO, name: str) -> Image.Image:
     head = file.read(1024)
     if not head:
         raise ImageError(f"An image file must have content, and {name} is empty; send it again.")
@@ -129,14 +211,29 @@ def _from_file(file: BinaryIO, name: str, max_pixels: int) -> LoadedImage:
     file.seek(0)
     try:
         with _strict_decoding():
-            picture = Image.open(file)
+            return Image.open(file)
     except _DAMAGE as error:
         raise ImageError(
             f"An image must be in a known format such as JPEG or PNG, and {name} is in none "
             "or is damaged; convert it or send it again."
         ) from error
-    with picture:
-        return _from_picture(picture, name, max_pixels, is_ours=True)
+
+
+def _held(
+    picture: Image.Image, name: str, max_pixels: int, room: Room | None, *, is_ours: bool
+) -> LoadedImage:
+    """As ``_from_picture``, once there is room for the pixels that the header promises."""
+    _check_size(picture.size, name, max_pixels)
+    if room is None:
+        return _from_picture(picture, name, max_pixels, is_ours=is_ours)
+    hold = room(math.prod(picture.size))
+    try:
+        image = _from_picture(picture, name, max_pixels, is_ours=is_ours).image
+        hold.resize(math.prod(image.size))
+    except BaseException:
+        hold.release()
+        raise
+    return LoadedImage(image, hold)
 
 
 def _from_picture(
@@ -163,7 +260,7 @@ def _from_picture(
     return LoadedImage(rgb if turn is None else rgb.transpose(turn))
 
 
-def _from_array(array: np.ndarray[Any, Any], max_pixels: int) -> LoadedImage:
+def _from_array(array: np.ndarray[Any, Any], max_pixels: int, room: Room | None) -> LoadedImage:
     if array.ndim != 3 or array.shape[2] != 3:
         raise ImageError(
             "An image array must have the shape [height, width, 3], and "
@@ -176,7 +273,8 @@ def _from_array(array: np.ndarray[Any, Any], max_pixels: int) -> LoadedImage:
         )
     height, width, _ = array.shape
     _check_size((width, height), "the image array", max_pixels)
-    return LoadedImage(Image.fromarray(np.array(array, order="C", copy=True)))
+    hold = None if room is None else room(width * height)
+    return LoadedImage(Image.fromarray(np.array(array, order="C", copy=True)), hold)
 
 
 def _check_size(size_wh: SizeWh, name: str, max_pixels: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from concurrent.futures import Executor
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Any, Final
@@ -30,6 +31,26 @@ _PARTS: Final = 8
 # OpenCV hands arrays of 2**18 pixels and more to threads of its own, which would take the cores
 # from the model's.
 _LOOKED_UP_AT_ONCE_PIXELS: Final = 2**18 - 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PreparedImage:
+    """What the network needs of an image.
+
+    ``size_wh`` of the original in pixels, after the EXIF rotation; ``scaled`` uint8
+    ``[height, width, 3]`` at the network's size, which ``ImageProcessor.normalise`` or the device
+    turns into the network's values. ``content_hash`` has 32 hex digits that are equal for equal
+    ``scaled`` of equal ``size_wh``: for images with the same features and the same answers.
+    """
+
+    size_wh: SizeWh
+    content_hash: str
+    scaled: Scaled
+
+    @property
+    def num_pixels(self) -> int:
+        """Of ``scaled``."""
+        return int(self.scaled.shape[0] * self.scaled.shape[1])
 
 
 def scale(

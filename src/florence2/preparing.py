@@ -17,33 +17,20 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from florence2.ask import AnyImage
+from florence2.budget import open_pixels
 from florence2.cache import EncodedImage
 from florence2.errands import Errand
-from florence2.errors import FlorenceError, as_value
+from florence2.errors import FlorenceError, RequestError, as_value
 from florence2.images import ImageSource, LoadedImage, identity, open_image
-from florence2.pixels import Scaled
+from florence2.pixels import PreparedImage, Scaled
 from florence2.processing import ImageProcessor
 from florence2.records import Failure, SizeWh
 
 THREADS: Final = 2
 MAX_AHEAD: Final = 16
 
-AnySource = ImageSource | LoadedImage
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PreparedImage:
-    """What the network needs of an image.
-
-    ``size_wh`` of the original in pixels, after the EXIF rotation; ``scaled`` uint8
-    ``[height, width, 3]`` at the network's size, which ``ImageProcessor.normalise`` or the device
-    turns into the network's values. ``content_hash`` has 32 hex digits that are equal for equal
-    ``scaled`` of equal ``size_wh``: for images with the same features and the same answers.
-    """
-
-    size_wh: SizeWh
-    content_hash: str
-    scaled: Scaled
+Unprepared = ImageSource | LoadedImage
+AnySource = Unprepared | PreparedImage
 
 
 Prepared = PreparedImage | FlorenceError
@@ -57,7 +44,7 @@ class _Job:
     have once this one is gone.
     """
 
-    source: AnySource
+    source: Unprepared
     errand: Errand[Prepared]
     num_takers: int = 0
 
@@ -112,12 +99,22 @@ class Preparer:
 
     def take(self, image: AnySource) -> Prepared:
         """The prepared image or why there is none; made here and now if nobody has begun."""
+        if isinstance(image, PreparedImage):
+            return self._checked(image)
         with self._lock:
             job = self._listed.pop(identity(image), None)
             if job is None:
                 job = self._jobs.get(identity(image)) or self._new_job(image)
                 job.num_takers += 1
         return self._take(job)
+
+    def prepare(self, image: LoadedImage) -> PreparedImage:
+        """An open image made ready here and now; its pixels are needed no longer.
+
+        ImageError for one that was closed.
+        """
+        scaled = self._processor.resize(image.image, self._pool)
+        return PreparedImage(image.size_wh, _hash_of(image.size_wh, scaled), scaled)
 
     def known_hash(self, image: object) -> str | None:
         """The ``content_hash`` of an open image that was prepared before.
@@ -137,7 +134,7 @@ class Preparer:
             self._wanted.clear()
         self._pool.shutdown(cancel_futures=True)
 
-    def _list(self, wanted: Mapping[object, AnySource]) -> None:
+    def _list(self, wanted: Mapping[object, Unprepared]) -> None:
         for key, image in wanted.items():
             if key in self._listed or self._known_hash(image) is not None:
                 continue
@@ -151,7 +148,7 @@ class Preparer:
     def _has_room(self) -> bool:
         return not self._is_closed and len(self._jobs) < self._max_ahead
 
-    def _claim(self, image: AnySource) -> _Job:
+    def _claim(self, image: Unprepared) -> _Job:
         """The job in hand with one taker more, or a new one, which is begun if there is room."""
         key = identity(image)
         job = self._jobs.get(key)
@@ -163,7 +160,7 @@ class Preparer:
         job.num_takers += 1
         return job
 
-    def _new_job(self, image: AnySource) -> _Job:
+    def _new_job(self, image: Unprepared) -> _Job:
         return _Job(image, Errand(partial(self._prepare, image)))
 
     def _take(self, job: _Job) -> Prepared:
@@ -184,23 +181,32 @@ class Preparer:
             if self._jobs.get(key) is job:
                 del self._jobs[key]
 
-    def _prepare(self, image: AnySource) -> Prepared:
+    def _prepare(self, image: Unprepared) -> Prepared:
         try:
-            opened = open_image(image)
-            scaled = self._processor.resize(opened.image, self._pool)
+            if isinstance(image, LoadedImage):
+                prepared = self.prepare(image)
+                with self._lock:
+                    self._hashes[image] = prepared.content_hash
+                return prepared
+            with open_image(image, room=open_pixels().hold) as opened:
+                return self.prepare(opened)
         except FlorenceError as error:
             return as_value(error)
-        found = _hash_of(opened.size_wh, scaled)
-        if opened is image:
-            with self._lock:
-                self._hashes[opened] = found
-        return PreparedImage(opened.size_wh, found, scaled)
+
+    def _checked(self, image: PreparedImage) -> Prepared:
+        width, height = self._processor.size_wh
+        if image.scaled.shape == (height, width, 3):
+            return image
+        return RequestError(
+            f"A prepared image has the size that its checkpoint works with, and one of "
+            f"{image.scaled.shape[1]}x{image.scaled.shape[0]} was received for {width}x{height}; "
+            "prepare it again."
+        )
 
 
-def _to_prepare(images: Iterable[AnyImage]) -> dict[object, AnySource]:
-    return {
-        identity(image): image for image in images if not isinstance(image, EncodedImage | Failure)
-    }
+def _to_prepare(images: Iterable[AnyImage]) -> dict[object, Unprepared]:
+    ready = EncodedImage | PreparedImage | Failure
+    return {identity(image): image for image in images if not isinstance(image, ready)}
 
 
 def _hash_of(size_wh: SizeWh, scaled: Scaled) -> str:

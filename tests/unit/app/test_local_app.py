@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import io
 import json
+import re
 import subprocess
 import sys
 import threading
+import time
+import zlib
+from pathlib import Path
 
 import pytest
+from PIL import Image
 from starlette.testclient import TestClient
 
+from florence2.budget import Budget
 from florence2.errors import RequestError
 from serve.app import Florence2App
+from serve.http.limits import MIB
 from serve.local_server import LocalServer
 
 HERE = "http://127.0.0.1:8000"
@@ -439,3 +447,97 @@ def test_a_process_ends_with_its_sentence_last():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 3
     assert (done.stdout, done.stderr.splitlines()[-1]) == ("before\n", "The device failed.")
+
+
+@pytest.fixture
+def room(monkeypatch):
+    """The process's budget of bytes, for this app alone."""
+    budget = Budget(64 * MIB, "bytes of images")
+    for module in ("serve.app", "serve.routes", "serve.deployable", "serve.platform.waiting"):
+        monkeypatch.setattr(f"{module}.held_bytes", lambda: budget)
+    return budget
+
+
+def wait_until(condition):
+    until = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+LATER = {
+    "a batch": ("/inference_batch_async", "_inference_images", 2),
+    "a video": ("/inference_video_async", "_inference_video", 1),
+}
+
+
+@pytest.mark.parametrize(("route", "work", "num_files"), LATER.values(), ids=LATER)
+@pytest.mark.parametrize("fails", [False, True], ids=["done", "failed"])
+def test_what_is_sent_for_later_is_held_until_it_is_done(
+    room, client, app, monkeypatch, route, work, num_files, fails
+):
+    go_on, begun = threading.Event(), threading.Event()
+    paths = []
+
+    def slow(source, state, inference_request):
+        paths.append(source)
+        begun.set()
+        assert go_on.wait(20)
+        if fails:
+            raise ValueError("no such frame")
+
+    monkeypatch.setattr(app, work, slow)
+    files = [("files", ("../../a.mp4", b"a" * MIB))] * num_files
+    assert client.post(route, files=files).status_code == 200
+    assert begun.wait(20)
+    assert num_files * MIB < room.held < num_files * MIB + 5_000
+    shown = re.search(r"^florence2_image_bytes_held (\S+)$", client.get("/metrics").text, re.M)
+    assert float(shown[1]) == room.held
+    go_on.set()
+    wait_until(lambda: room.held == 0)
+    if work == "_inference_video":
+        assert not Path(paths[0]).parent.exists()
+
+
+def test_a_video_goes_to_a_file_in_pieces_and_is_refused_above_the_limit(
+    room, client, app, monkeypatch, tmp_path
+):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("serve.sdk_routes._MAX_VIDEO_BYTES", 3 * MIB)
+    refused = client.post(
+        "/inference_video_async", files=[("files", ("a.mp4", b"a" * (3 * MIB + 1)))]
+    )
+    assert (refused.status_code, refused.json()["code"]) == (413, "too_large")
+    assert room.held == 0
+    assert list(tmp_path.glob("video-*")) == []
+
+
+def test_an_upload_without_room_gets_503_and_the_others_go_on(room, client, bike, monkeypatch):
+    client.app._uploads.wait_s = 0.05
+    with room.hold(64 * MIB):
+        refused = client.post("/inference_image", files=[("files", ("a.png", b"a" * 3 * MIB))])
+        assert (refused.status_code, refused.json()["code"]) == (503, "no_room")
+        assert int(refused.headers["Retry-After"]) >= 1
+        assert ask(client, bike).status_code == 200
+    assert room.held == 0
+
+
+def test_pictures_for_the_cache_are_looked_at_before_the_sdk_decodes_them(room, client, app):
+    header = blank_png_header((20_000, 20_000))
+    answer = client.post(
+        "/smart_cache_files",
+        files=[("files", ("a.png", header))],
+        data={"state": json.dumps({"image_ids": [1]})},
+    )
+    assert (answer.status_code, answer.json()["code"]) == (400, "bad_image")
+    assert "200 million pixels" in answer.json()["message"]
+
+
+def blank_png_header(size_wh):
+    """A PNG that says it has so many pixels."""
+    file = io.BytesIO()
+    Image.new("L", (1, 1)).save(file, "PNG")
+    data = bytearray(file.getvalue())
+    data[16:24] = size_wh[0].to_bytes(4, "big") + size_wh[1].to_bytes(4, "big")
+    data[29:33] = zlib.crc32(bytes(data[12:29])).to_bytes(4, "big")
+    return bytes(data)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import io
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from PIL import Image
 
+from florence2.ask import Ask
+from florence2.budget import Budget, NoRoomError
 from florence2.errors import RequestError
 from florence2.records import Box, Failure, Result
 from florence2.scheduler import BatchReport, Priority
@@ -184,10 +189,14 @@ def test_who_stops_waiting_gets_a_failure_that_says_so(predictor, bike):
 
 
 def test_large_images_are_answered_in_parts(predictor, bike, monkeypatch):
-    monkeypatch.setattr("serve.predictor.MAX_OPEN_PIXELS", 640 * 480 * 2)
+    side = predictor._deployment.current.model.engine.checkpoint.image_processor.size_wh[0]
+    monkeypatch.setattr("serve.opening.MAX_OPEN_PIXELS", side * side * 2)
     asked: list[int] = []
-    ask = predictor.ask
-    predictor.ask = lambda asks, call: (asked.append(len(asks)), ask(asks, call))[1]
+    run = predictor._run
+    predictor._run = lambda deployed, asks, *rest: (
+        asked.append(len(asks)),
+        run(deployed, asks, *rest),
+    )[1]
     predicted = predictor.predict([bike, b"junk", bike, bike], parse_settings({}))
     assert asked == [2, 1]
     assert [type(one) for one in predicted] == [Predicted, Failure, Predicted, Predicted]
@@ -207,3 +216,116 @@ def test_outcomes_are_counted(deployment, bike, tmp_path):
 def test_a_region_task_without_regions_is_refused_before_the_model():
     with pytest.raises(RequestError, match="region"):
         parse_settings({"task_prompt": "<REGION_TO_CATEGORY>"})
+
+
+class Recorded(Budget):
+    """Notes the most that was held."""
+
+    def __init__(self, capacity):
+        super().__init__(capacity, "pixels")
+        self.most = 0
+
+    def _change(self, amount):
+        super()._change(amount)
+        self.most = max(self.most, self.held)
+
+
+def blank(width, height):
+    file = io.BytesIO()
+    Image.new("L", (width, height)).save(file, "PNG")
+    return file.getvalue()
+
+
+PIXELS = 2_000 * 1_000
+TILED = {"tiling": {"width": 1_000, "height": 1_000, "overlap": 100}}
+WAYS = {
+    "the whole image": {},
+    "a rectangle": {"rectangle": [0, 0, 900, 900]},
+    "tiles": TILED,
+    "a region": {"task_prompt": "<REGION_TO_CATEGORY>", "region": [9, 9, 500, 500]},
+}
+
+
+@pytest.mark.parametrize("capacity", [PIXELS + PIXELS // 2, PIXELS // 2], ids=["one fits", "none"])
+@pytest.mark.parametrize("asked", WAYS.values(), ids=WAYS)
+def test_images_of_many_requests_share_one_budget(deployment, asked, capacity):
+    """Four at once took four times the memory of one; nobody waits for one who waits for him."""
+    budget = Recorded(capacity)
+    predictor = Predictor(deployment, Metrics(), budget)
+    image, settings = blank(2_000, 1_000), parse_settings({**asked, "max_new_tokens": 3})
+    calls = [Call(Priority.BULK), Call()] * 2
+    with ThreadPoolExecutor(4) as pool:
+        waiting = [pool.submit(predictor.predict, [image, image], settings, call) for call in calls]
+        answers = [one for answer in waiting for one in answer.result(60)]
+    assert [one for one in answers if isinstance(one, Failure)] == []
+    small = capacity - capacity // 4 if capacity > PIXELS else capacity // 4
+    assert PIXELS <= budget.most <= PIXELS + small
+    assert (budget.held, budget.num_waiting) == (0, 0)
+
+
+def test_of_an_image_that_waits_for_the_model_only_what_it_needs_is_held(deployment):
+    budget = Recorded(10 * PIXELS)
+    seen = []
+    predictor = Predictor(deployment, Metrics(), budget)
+    run = predictor._run
+    predictor._run = lambda *rest: (seen.append(budget.held), run(*rest))[1]
+    predictor.predict([blank(2_000, 1_000)] * 2, parse_settings({"max_new_tokens": 3}))
+    side = deployment.current.model.engine.checkpoint.image_processor.size_wh[0]
+    assert seen == [2 * side * side]
+
+
+def busy():
+    budget = Budget(100, "pixels")
+    budget.hold(90)
+    return budget
+
+
+def test_an_image_without_room_is_refused_for_now_and_not_failed(deployment, monkeypatch):
+    monkeypatch.setattr("serve.opening.WAIT_S", 0.01)
+    predictor = Predictor(deployment, Metrics(), busy())
+    with pytest.raises(NoRoomError):
+        predictor.predict([blank(90, 90)], parse_settings({}))
+    with pytest.raises(NoRoomError):
+        predictor.ask([Ask(blank(90, 90), "<CAPTION>")])
+
+
+@pytest.mark.parametrize(
+    ("call", "code"),
+    [(Call(should_stop=lambda: True), "cancelled"), (Call(deadline_s=0.01), "deadline")],
+    ids=["its client left", "its time is over"],
+)
+def test_who_stops_waiting_for_room_gets_a_failure_that_says_so(deployment, call, code):
+    predictor = Predictor(deployment, Metrics(), busy())
+    [failed] = predictor.predict([blank(90, 90)], parse_settings({}), call)
+    assert isinstance(failed, Failure)
+    assert failed.code == code
+
+
+NOT_LABELED = {
+    "damaged": (lambda: blank(90, 90)[:60], {}, "bad_image"),
+    "no image": (lambda: b"x", {}, "bad_image"),
+    "a rectangle outside": (lambda: blank(90, 90), {"rectangle": [500, 0, 510, 9]}, "bad_request"),
+    "too many tiles": (
+        lambda: blank(1_200, 1_200),
+        {"tiling": {"width": 32, "height": 32, "overlap": 0}},
+        "bad_request",
+    ),
+}
+
+
+@pytest.mark.parametrize(("image", "asked", "code"), NOT_LABELED.values(), ids=NOT_LABELED)
+def test_an_image_that_fails_holds_nothing(deployment, image, asked, code):
+    budget = Recorded(10**7)
+    predictor = Predictor(deployment, Metrics(), budget)
+    [failed] = predictor.predict([image()], parse_settings(asked))
+    assert isinstance(failed, Failure)
+    assert (failed.code, budget.held) == (code, 0)
+
+
+def test_a_model_that_goes_leaves_nothing_held(deployment):
+    budget = Recorded(10**6)
+    predictor = Predictor(deployment, Metrics(), budget)
+    predictor._run = lambda *rest: deployment.current.scheduler.run(*rest)  # not its arguments
+    with pytest.raises(TypeError):
+        predictor.predict([blank(90, 90)], parse_settings({}))
+    assert budget.held == 0

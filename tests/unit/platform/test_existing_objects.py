@@ -3,7 +3,8 @@
 import pytest
 from platform_fakes import SIZE_WH, FakePlatform, annotation, png, rectangle
 
-from florence2.errors import RequestError
+from florence2.errors import FlorenceError, RequestError
+from florence2.images import open_image
 from florence2.records import Failure, Result
 from serve.platform.existing import tag_existing_objects
 from serve.platform.failures import PartialFailureError
@@ -18,7 +19,10 @@ CATEGORY = {"task_prompt": "<REGION_TO_CATEGORY>"}
 
 
 class Model:
-    """Says a word about each region: its left edge; ``fault`` may give a Failure instead."""
+    """Says a word about each region of an image that opens: its left edge.
+
+    ``fault`` may give a Failure instead.
+    """
 
     def __init__(self, fault=lambda ask: None, word="thing"):
         self.fault, self.word, self.calls = fault, word, []
@@ -28,6 +32,10 @@ class Model:
         return [self.fault(ask) or self._said(ask) for ask in asks]
 
     def _said(self, ask):
+        try:
+            open_image(ask.image)
+        except FlorenceError as error:
+            return Failure(error.code, str(error))
         text = f"{self.word} {ask.region.box_xyxy[0]:g}" if self.word else ""
         return Result(ask.task, SIZE_WH, (), text, "", (), False)
 

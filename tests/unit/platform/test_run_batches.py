@@ -1,12 +1,15 @@
 """Downloads ahead, uploads behind, and their limits."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from platform_fakes import image_info
 
+from florence2.budget import Budget
 from serve.platform.batches import Behind, fetch_ahead, split_batches
 from serve.platform.images import Target
+from serve.platform.waiting import room_for_downloads
 
 
 def targets(*sizes):
@@ -126,3 +129,64 @@ def test_putting_waits_for_room():
     behind.put(2)
     is_put.set()
     behind.finish()
+
+
+def test_runs_share_the_bytes_they_hold_and_never_wait_for_each_other():
+    budget = Budget(100, "bytes")
+    most, both = [], threading.Barrier(3)
+
+    def room(num_bytes, wait_s):
+        hold = budget.hold(num_bytes, is_bulk=True, wait_s=wait_s)
+        most.append(budget.held)
+        return hold
+
+    def run():
+        both.wait(20)
+        batches = split_batches(targets(*[40] * 6, 300, 40), 1)
+        return ids([batch for batch, _ in fetch_ahead(batches, ids_of, room=room)])
+
+    with ThreadPoolExecutor(3) as pool:
+        runs = [pool.submit(run) for _ in range(3)]
+        for done in runs:
+            assert done.result(30) == [[n] for n in range(1, 9)]
+    assert max(most) <= 325
+    assert (budget.held, budget.num_waiting) == (0, 0)
+
+
+def ids_of(batch):
+    return [target.image_id for target in batch]
+
+
+def test_a_run_that_is_given_up_holds_nothing():
+    budget = Budget(100, "bytes")
+    fetched = fetch_ahead(
+        split_batches(targets(10, 10, 10, 10), 1),
+        ids_of,
+        room=lambda num_bytes, wait_s: budget.hold(num_bytes, wait_s=wait_s),
+    )
+    next(fetched)
+    assert budget.held > 0
+    fetched.close()
+    assert budget.held == 0
+
+
+def test_a_download_that_raises_leaves_nothing_held():
+    budget = Budget(100, "bytes")
+
+    def broken(batch):
+        raise ValueError("no such host")
+
+    batches = split_batches(targets(10, 10, 10, 10), 1)
+    with pytest.raises(ValueError, match="no such host"):
+        list(fetch_ahead(batches, broken, room=lambda n, s: budget.hold(n, wait_s=s)))
+    assert budget.held == 0
+
+
+def test_a_run_that_is_stopped_waits_for_no_room(manager, monkeypatch):
+    budget = Budget(100, "bytes")
+    budget.hold(100)
+    monkeypatch.setattr("serve.platform.waiting.held_bytes", lambda: budget)
+    request = manager.create()
+    request.stop()
+    assert room_for_downloads(request, is_bulk=True)(50, 20.0).amount == 0
+    assert (budget.held, budget.num_waiting) == (100, 0)

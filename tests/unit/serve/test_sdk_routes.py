@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from PIL import Image
 
 from florence2.errors import RequestError
 from serve.http.errors import install_error_handlers
 from serve.sdk_routes import _cacheable, register_sdk_routes
+
+
+def png(size_wh=(2, 2)):
+    file = io.BytesIO()
+    Image.new("L", size_wh).save(file, "PNG")
+    return file.getvalue()
+
 
 CACHEABLE = {
     "images": {"image_ids": [1, 2], "dataset_id": 3},
@@ -68,7 +78,7 @@ def test_a_cache_that_fails_after_the_answer_is_logged_and_costs_no_connection(c
     client = TestClient(server)
     response = client.post(
         "/smart_cache_files",
-        files=[("files", ("a.png", b"x"))],
+        files=[("files", ("a.png", png()))],
         data={"state": '{"image_ids": [1]}'},
     )
     assert response.status_code == 200

@@ -125,3 +125,31 @@ def test_cut_answers_are_counted(label, images, model, report_of, capsys):
     done = label(images)
     assert report_of(done.out)["truncated"] == 5
     assert "--max-new-tokens" in capsys.readouterr().err
+
+
+FORMULAS = {
+    "equals": "=1+1.png",
+    "plus": "+1.png",
+    "minus": "-1.png",
+    "at": "@SUM(1).png",
+    "a tab": "\t=1.png",
+    "a line's end": "\r=1.png",
+    "a new line": "\n=1.png",
+    "after spaces": "  =1.png",
+    "after a quote": '"=1.png',
+    "in full width": "\uff1d1.png",
+    "a command": "=cmd|' -C calc'!A0.png",
+}
+PLAIN = ["1.png", "a=b.png", "name -1.png", "' quoted'.png", "\u56fe.png", "a,b.png"]
+
+
+def test_no_cell_of_the_table_of_failures_is_a_formula(label, tmp_path):
+    images = tmp_path / "hostile"
+    images.mkdir()
+    for name in [*FORMULAS.values(), *PLAIN]:
+        (images / name).write_bytes(b"this is no image")
+    paint(images / "good.png", 1)
+    done = label(images)
+    with (done.out / "failed.csv").open(encoding="utf-8", newline="") as table:
+        cells = [row["image"] for row in csv.DictReader(table)]
+    assert sorted(cells) == sorted([f"'{name}" for name in FORMULAS.values()] + PLAIN)

@@ -11,6 +11,7 @@ from label_fakes import color_in, color_of, one_box, paint, read_project, result
 from PIL import Image
 
 from florence2.ask import Ask
+from florence2.budget import Budget
 from florence2.records import Polygon, Text
 from serve.sdk import sly
 
@@ -208,7 +209,7 @@ def test_pictures_in_memory_are_bounded_by_their_pixels(tmp_path, monkeypatch):
 
     alive, most = 0, 0
 
-    def load(file):
+    def load(file, hold):
         nonlocal alive, most
         alive += 1
         most = max(most, alive)
@@ -220,6 +221,38 @@ def test_pictures_in_memory_are_bounded_by_their_pixels(tmp_path, monkeypatch):
     ]
     monkeypatch.setattr(reading, "_load", load)
     monkeypatch.setattr(reading, "MAX_PIXELS_IN_FLIGHT", 30_000)
-    for _ in reading.read_ahead(files, threads=3, ahead=10):
+    budget = Budget(10**6, "pixels")
+    for _ in reading.read_ahead(files, threads=3, ahead=10, budget=budget):
         alive -= 1
     assert most <= 4
+
+
+SIZES = {
+    "each larger than everything": [(300, 200)] * 4,
+    "small ones before a large one": [(50, 50)] * 3 + [(300, 200)] + [(50, 50)] * 3,
+    "just what fits": [(100, 100)] * 6,
+    "damaged ones between": [(300, 200), None, (300, 200), None],
+}
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_a_run_never_holds_more_pixels_than_fit_and_never_waits_for_itself(
+    label, tmp_path, monkeypatch, journal_of, sizes
+):
+    budget = Budget(40_000, "pixels")
+    monkeypatch.setattr("serve.labeling.run.open_pixels", lambda: budget)
+    most = []
+    change = budget._change
+    budget._change = lambda amount: (change(amount), most.append(budget.held))
+    images = tmp_path / "sized"
+    for number, size in enumerate(sizes):
+        path = paint(images / f"{number}.png", number, size=size or (9, 9))
+        if size is None:
+            path.write_bytes(b"x")
+    done = label(images, "--batch", "3")
+    states = [entry["state"] for entry in journal_of(done.out).values()]
+    assert states.count("failed") == sizes.count(None)
+    assert len(states) == len(sizes)
+    largest = max(width * height for width, height in filter(None, sizes))
+    assert max(most) <= max(40_000, largest + 10_000)
+    assert budget.held == 0

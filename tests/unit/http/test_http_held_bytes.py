@@ -1,0 +1,319 @@
+"""Bodies of all requests share one budget: counted as they arrive, waited for, given back."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+from asgi_requests import scope_of
+
+from florence2.budget import Budget
+from serve.http.guard import Guard
+from serve.http.held_bytes import Uploads, keep_body
+from serve.http.limits import MIB, Limits
+
+FORM = [("content-type", "multipart/form-data; boundary=x")]
+JSON = [("content-type", "application/json")]
+PATH = "/inference_batch"
+PIECE = b"a" * MIB
+GONE = {"type": "http.disconnect"}
+PATIENCE_S = 20
+
+
+class Client:
+    """One request whose body is sent piece by piece."""
+
+    def __init__(self, guard, path=PATH, headers=FORM):
+        self._waiting = asyncio.Queue()
+        self._scope = scope_of(path, headers)
+        self._sent = []
+        self._task = asyncio.create_task(guard(self._scope, self._waiting.get, self._send))
+
+    async def _send(self, message):
+        self._sent.append(message)
+
+    def send(self, *pieces, is_last=False):
+        for number, piece in enumerate(pieces, start=1):
+            more = not is_last or number < len(pieces)
+            self._waiting.put_nowait({"type": "http.request", "body": piece, "more_body": more})
+
+    def leave(self):
+        self._waiting.put_nowait(GONE)
+
+    async def answer(self):
+        await asyncio.wait_for(self._task, PATIENCE_S)
+        start, *bodies = self._sent
+        text = b"".join(message.get("body", b"") for message in bodies)
+        return start["status"], dict(start["headers"]), text
+
+    async def end(self):
+        await asyncio.wait_for(self._task, PATIENCE_S)
+        return self._sent
+
+
+class Slow:
+    """An app that reads a body and answers once it is let go on."""
+
+    def __init__(self):
+        self.go_on = asyncio.Event()
+        self.whole = 0
+        self.kept = []
+        self.keeps = False
+
+    async def __call__(self, scope, receive, send):
+        more = True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            more = message.get("more_body", False)
+        self.whole += 1
+        if self.keeps:
+            self.kept.append(keep_body(scope))
+        await self.go_on.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"done"})
+
+
+class Desk:
+    def __init__(self, mib=8, wait_s=PATIENCE_S, stalled_s=PATIENCE_S):
+        self.budget = Budget(mib * MIB, "bytes of images")
+        self.inner = Slow()
+        uploads = Uploads(self.budget, wait_s, stalled_s)
+        self.guard = Guard(self.inner, Limits(), lambda uuid: True, False, uploads=uploads)
+
+    @property
+    def held_mib(self):
+        return self.budget.held / MIB
+
+    async def until(self, condition):
+        async with asyncio.timeout(PATIENCE_S):
+            while not condition():
+                await asyncio.sleep(0.002)
+
+
+def play(story, **desk):
+    async def run():
+        await story(Desk(**desk))
+
+    asyncio.run(run())
+
+
+def test_a_body_is_held_until_its_request_is_answered():
+    async def story(desk):
+        client = Client(desk.guard)
+        client.send(PIECE, PIECE, PIECE, is_last=True)
+        await desk.until(lambda: desk.inner.whole == 1)
+        assert desk.held_mib == 3
+        desk.inner.go_on.set()
+        assert (await client.answer())[0] == 200
+        assert desk.held_mib == 0
+
+    play(story)
+
+
+def test_a_body_is_counted_as_it_arrives_whatever_was_announced():
+    async def story(desk):
+        client = Client(desk.guard, headers=[*FORM, ("content-length", "1")])
+        client.send(PIECE, PIECE)
+        await desk.until(lambda: desk.held_mib == 2)
+        client.leave()
+        await client.end()
+        assert desk.held_mib == 0
+
+    play(story)
+
+
+def test_json_counts_for_its_copies():
+    async def story(desk):
+        client = Client(desk.guard, "/visual_question_answering", JSON)
+        client.send(b'{"state": {"a": "', PIECE)
+        await desk.until(lambda: desk.held_mib > 2.9)
+        client.leave()
+        await client.end()
+        assert desk.held_mib == 0
+
+    play(story)
+
+
+async def fill(desk, mib):
+    """A request whose body is here and whose answer takes long."""
+    other = Client(desk.guard)
+    other.send(*[PIECE] * mib, is_last=True)
+    whole = desk.inner.whole
+    await desk.until(lambda: desk.inner.whole == whole + 1)
+    return other
+
+
+def test_who_finds_no_room_waits_for_another_request_to_be_answered():
+    async def story(desk):
+        other = await fill(desk, 7)
+        client = Client(desk.guard)
+        client.send(PIECE, PIECE, PIECE, is_last=True)
+        await asyncio.sleep(0.1)
+        assert desk.inner.whole == 1
+        desk.inner.go_on.set()
+        assert (await other.answer())[0] == 200
+        assert (await client.answer())[0] == 200
+        assert desk.held_mib == 0
+
+    play(story)
+
+
+def test_who_waits_in_vain_gets_503_and_when_to_come_back():
+    async def story(desk):
+        other = await fill(desk, 7)
+        client = Client(desk.guard)
+        client.send(PIECE, PIECE, PIECE, is_last=True)
+        status, headers, text = await client.answer()
+        assert (status, json.loads(text)["code"]) == (503, "no_room")
+        assert int(headers[b"retry-after"]) >= 1
+        assert desk.held_mib == 7
+        desk.inner.go_on.set()
+        await other.answer()
+
+    play(story, wait_s=0.1)
+
+
+def test_what_breaks_on_a_refused_body_does_not_hide_the_503():
+    async def story(desk):
+        other = await fill(desk, 7)
+
+        async def breaks(scope, receive, send):
+            try:
+                while True:
+                    await receive()
+            except Exception as error:
+                await send({"type": "http.response.start", "status": 400, "headers": []})
+                raise ValueError("cannot parse") from error
+
+        guard = Guard(breaks, Limits(), lambda uuid: True, False, uploads=desk.guard._uploads)
+        client = Client(guard)
+        client.send(PIECE, PIECE, PIECE, is_last=True)
+        assert (await client.answer())[0] == 503
+        desk.inner.go_on.set()
+        await other.answer()
+
+    play(story, wait_s=0.1)
+
+
+def test_one_that_leaves_while_it_waits_waits_no_longer():
+    async def story(desk):
+        other = await fill(desk, 7)
+        client = Client(desk.guard)
+        client.send(PIECE, PIECE, PIECE)
+        await asyncio.sleep(0.05)
+        client.leave()
+        assert await client.end() == []
+        assert desk.held_mib == 7
+        desk.inner.go_on.set()
+        await other.answer()
+
+    play(story)
+
+
+def test_small_requests_pass_when_there_is_no_room_left():
+    async def story(desk):
+        other = await fill(desk, 8)
+        client = Client(desk.guard)
+        client.send(b"small", is_last=True)
+        await desk.until(lambda: desk.inner.whole == 2)
+        desk.inner.go_on.set()
+        assert (await client.answer())[0] == 200
+        await other.answer()
+
+    play(story)
+
+
+def test_two_that_have_half_of_the_room_each_do_not_wait_for_each_other():
+    async def story(desk):
+        desk.inner.go_on.set()
+        clients = [Client(desk.guard) for _ in range(3)]
+        for _ in range(6):
+            for client in clients:
+                client.send(PIECE)
+                await asyncio.sleep(0)
+        for client in clients:
+            client.send(b"", is_last=True)
+        for client in clients:
+            assert (await client.answer())[0] == 200
+        assert desk.held_mib == 0
+
+    play(story)
+
+
+def test_one_that_is_larger_than_everything_passes_alone():
+    async def story(desk):
+        desk.inner.go_on.set()
+        client = Client(desk.guard)
+        client.send(*[PIECE] * 20, is_last=True)
+        assert (await client.answer())[0] == 200
+
+    play(story)
+
+
+def test_a_body_that_pauses_too_long_is_given_up():
+    async def story(desk):
+        client = Client(desk.guard)
+        client.send(PIECE, PIECE)
+        status, _, text = await client.answer()
+        assert (status, json.loads(text)["code"]) == (408, "stalled")
+        assert desk.held_mib == 0
+
+    play(story, stalled_s=0.1)
+
+
+def test_a_request_that_is_whole_may_take_as_long_as_it_likes():
+    async def story(desk):
+        client = Client(desk.guard)
+        client.send(PIECE, is_last=True)
+        await asyncio.sleep(0.15)
+        desk.inner.go_on.set()
+        assert (await client.answer())[0] == 200
+
+    play(story, stalled_s=0.05)
+
+
+def test_work_behind_an_answer_keeps_what_it_holds_until_it_is_done():
+    async def story(desk):
+        desk.inner.keeps = True
+        desk.inner.go_on.set()
+        client = Client(desk.guard)
+        client.send(PIECE, PIECE, PIECE, is_last=True)
+        assert (await client.answer())[0] == 200
+        assert desk.held_mib == 3
+        desk.inner.kept[0].release()
+        assert desk.held_mib == 0
+
+    play(story)
+
+
+def test_work_behind_answers_is_bounded():
+    async def story(desk):
+        desk.inner.keeps = True
+        desk.inner.go_on.set()
+        answers = []
+        for _ in range(6):
+            client = Client(desk.guard)
+            client.send(PIECE, PIECE, PIECE, is_last=True)
+            answers.append((await client.answer())[0])
+        assert answers == [200, 200, 503, 503, 503, 503]
+        assert desk.held_mib == 6
+
+    play(story, wait_s=0.06)
+
+
+def test_outside_of_the_guard_nothing_is_held():
+    assert keep_body(scope_of(PATH)).amount == 0
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/is_ready"])
+def test_a_request_without_a_body_passes(path):
+    async def story(desk):
+        desk.inner.go_on.set()
+        client = Client(desk.guard, path, headers=[])
+        client.send(b"", is_last=True)
+        assert (await client.answer())[0] == 200
+
+    play(story)
