@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, Final
 import numpy as np
 from PIL import Image, ImageFile
 
+from florence2.depth import Depth, full_colours, read_depth, to_8_bits
 from florence2.errors import ImageError
 from florence2.records import SizeWh
 
@@ -73,9 +74,9 @@ def open_image(source: ImageSource | LoadedImage, max_pixels: int = MAX_PIXELS) 
 
     ``source`` is a path, an image file's bytes, a ``PIL.Image``, or a uint8 RGB array
     ``[height, width, 3]``. The EXIF rotation is applied, transparency is dropped, and of an
-    animation the first frame is taken. Grey of more than 8 bits a pixel is scaled by the bits in
-    use: 8, 12 or 16, told by the largest value. The size is checked in the file's header, before
-    anything is decoded.
+    animation or a document the first frame or page is taken. Of values of more than 8 bits the
+    upper 8 of those in use count, see ``florence2.depth``. The size is checked in the file's
+    header, before anything is decoded.
 
     Raises ImageError with one plain sentence for anything that is not such an image.
     """
@@ -135,6 +136,7 @@ def _from_picture(
     _check_size(picture.size, name, max_pixels)
     try:
         with _strict_decoding():
+            depth = read_depth(picture)
             picture.load()
     except _DAMAGE as error:
         raise ImageError(
@@ -144,7 +146,8 @@ def _from_picture(
     _check_size(picture.size, name, max_pixels)
     turn = _TURNS.get(_orientation(picture))
     try:
-        rgb = _to_rgb(picture, is_ours=is_ours)
+        with _strict_decoding():
+            rgb = _to_rgb(picture, depth, is_ours=is_ours)
     except _DAMAGE as error:
         raise ImageError(
             f"The colours of an image must be convertible to RGB, and {name} has mode "
@@ -192,32 +195,22 @@ def _orientation(picture: Image.Image) -> int:
     return value if isinstance(value, int) else 1
 
 
-def _to_rgb(picture: Image.Image, *, is_ours: bool) -> Image.Image:
+def _to_rgb(picture: Image.Image, depth: Depth, *, is_ours: bool) -> Image.Image:
     """Never a picture that its caller may go on drawing on: that is copied if it is RGB already."""
+    colours = full_colours(picture, depth)
+    if colours is not None:
+        return Image.fromarray(to_8_bits(colours, depth))
     if picture.mode == "RGB" and is_ours:
         # Pillow's convert() copies, 48 MB for 12 megapixels. The opened file itself would do, but
         # it may hold on to the file's content.
         return picture._new(picture.im)
     if picture.mode.startswith("I;16") or picture.mode == "I":
-        return _from_deep_grey(np.asarray(picture))
+        return Image.fromarray(to_8_bits(np.asarray(picture), depth)).convert("RGB")
     if picture.mode == "F":
         raise ValueError("floating-point pixels have no agreed range")
     if picture.mode in ("La", "RGBa"):
         picture = picture.convert("LA" if picture.mode == "La" else "RGBA")
     return picture.convert("RGB")
-
-
-def _from_deep_grey(values: np.ndarray[Any, Any]) -> Image.Image:
-    """Grey of 8, 12 or 16 bits in wider pixels, which do not say how many bits are used.
-
-    The largest value tells: up to 255 the values are taken as they are, up to 4095 (12 bits, as
-    cameras and scanners give) as sixteen times too large, and above that the high byte is kept.
-    """
-    largest = values.max()
-    if values.min() < 0 or largest > 0xFFFF:
-        raise ValueError("32-bit pixels have no agreed range")
-    shift = 0 if largest <= 0xFF else 4 if largest <= 0xFFF else 8
-    return Image.fromarray((values >> shift).astype(np.uint8)).convert("RGB")
 
 
 _strict_lock: Final = threading.Lock()

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from florence2 import Ask, Florence2
 from florence2.processing import prompt_sentence
@@ -108,3 +111,17 @@ def test_a_caption_before_a_region_step_is_grounded_on_the_way(model):
         "<CAPTION_TO_PHRASE_GROUNDING>",
     ]
     assert len(result.steps) == 2 + len(result.steps[1].objects)
+
+
+@pytest.mark.parametrize("bits", [10, 14, 16])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_scene_has_the_same_labels_at_every_depth(model, bits, mode):
+    scene = np.asarray(Image.open(IMAGE).convert(mode))
+    deep = np.round(scene / 255 * (2**bits - 1)).astype(np.uint16)
+    file = cv2.imencode(".png", deep[:, :, ::-1] if mode == "RGB" else deep)[1].tobytes()
+    found = model.detect_objects(file, max_new_tokens=LIMIT)
+    assert (
+        found.objects
+        == model.detect_objects(Image.open(IMAGE).convert(mode), max_new_tokens=LIMIT).objects
+    )
+    assert found.objects
