@@ -12,8 +12,8 @@ from typing import Any, Final, Protocol
 
 from florence2.errors import FlorenceError, ImageError, RequestError
 from florence2.images import LoadedImage
-from florence2.processing import clip_region
 from florence2.records import Failure, Region, Result
+from florence2.regions import clip_region
 from serve.annotations import Answered, LabelRules, annotation_from_answers
 from serve.labeling.images import MAX_PIXELS_IN_FLIGHT, ImageFile, Loaded, read_ahead
 from serve.labeling.journal import Entry, Journal
