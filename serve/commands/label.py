@@ -49,6 +49,9 @@ Coco = Annotated[bool, typer.Option("--coco", help="Write COCO files too.")]
 Yolo = Annotated[bool, typer.Option("--yolo", help="Write YOLO files too.")]
 Draw = Annotated[bool, typer.Option("--draw", help="Write previews with the labels drawn on.")]
 Retry = Annotated[bool, typer.Option("--retry-failed", help="Only what failed before.")]
+Relabel = Annotated[
+    bool, typer.Option("--relabel-changed", help="Also images that changed since their labels.")
+]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Begin anew; earlier labels move to OUT.old-1.")
 ]
@@ -80,6 +83,7 @@ def label(
     yolo: Yolo = False,
     draw: Draw = False,
     retry_failed: Retry = False,
+    relabel_changed: Relabel = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Label a folder of images into a Supervisely project on disk; stop and go on at will."""
@@ -96,6 +100,7 @@ def label(
         yolo=yolo,
         draw=draw,
         retry_failed=retry_failed,
+        relabel_changed=relabel_changed,
         overwrite=overwrite,
         arguments=tuple(context.obj or ()),
     )

@@ -15,6 +15,7 @@ from florence2.images import LoadedImage
 from florence2.records import Failure, Region, Result
 from florence2.regions import clip_region
 from serve.annotations import Answered, LabelRules, annotation_from_answers
+from serve.labeling.files import stamp_of
 from serve.labeling.images import MAX_PIXELS_IN_FLIGHT, ImageFile, Loaded, read_ahead
 from serve.labeling.journal import Entry, Journal
 from serve.labeling.plan import Plan, Prompt
@@ -72,7 +73,9 @@ def label_images(files: Iterable[ImageFile], plan: Plan, tools: Tools, *, batch:
     try:
         with closing(loaded):
             for group in _batches(loaded, batch):
-                tools.journal.append(entries := _label_batch(group, plan, rules, tools))
+                entries = _label_batch(group, plan, rules, tools)
+                tools.project.sync()
+                tools.journal.append(entries)
                 tools.counts.images += len(entries)
                 tools.on_images(len(entries))
                 # Neither this list nor the pictures in it are held while the next ones are read.
@@ -100,24 +103,24 @@ def _batches(loaded: Iterator[Loaded], size: int) -> Iterator[list[Loaded]]:
 
 def _label_batch(group: list[Loaded], plan: Plan, rules: LabelRules, tools: Tools) -> list[Entry]:
     entries: list[Entry] = []
-    readable: list[tuple[ImageFile, LoadedImage]] = []
+    readable: list[tuple[Loaded, LoadedImage]] = []
     for item in group:
         if item.picture is None:
             entries.append(_unreadable(item))
         elif problem := _misses(plan.region, item.picture):
             entries.append(_failed(item.file, problem.code, str(problem)))
         else:
-            readable.append((item.file, item.picture))
+            readable.append((item, item.picture))
     answers = _ask(readable, plan, tools)
     _check_any_hope(answers, plan, len(readable), tools.journal)
-    for number, (file, picture) in enumerate(readable):
+    for number, (item, picture) in enumerate(readable):
         own = answers[number * len(plan.prompts) : (number + 1) * len(plan.prompts)]
-        entries.append(_settle(file, picture, own, plan, rules, tools))
+        entries.append(_settle(item, picture, own, plan, rules, tools))
     return entries
 
 
 def _ask(
-    readable: list[tuple[ImageFile, LoadedImage]], plan: Plan, tools: Tools
+    readable: list[tuple[Loaded, LoadedImage]], plan: Plan, tools: Tools
 ) -> Sequence[Result | Failure]:
     asks = [
         tools.ask(
@@ -164,7 +167,7 @@ def _unreadable(item: Loaded) -> Entry:
 
 
 def _settle(
-    file: ImageFile,
+    item: Loaded,
     picture: LoadedImage,
     answers: Sequence[Result | Failure],
     plan: Plan,
@@ -172,6 +175,7 @@ def _settle(
     tools: Tools,
 ) -> Entry:
     """One failed prompt fails the image: half its labels would pass for all of them."""
+    file = item.file
     results: list[Result] = []
     for answer in answers:
         if isinstance(answer, Failure):
@@ -183,7 +187,8 @@ def _settle(
     ]
     annotation = annotation_from_answers(answered, rules, picture.size_wh)
     try:
-        tools.project.add(file, annotation)
+        stamp = item.stamp or stamp_of(file.path)
+        written = tools.project.add(file, annotation, stamp, tools.journal.source_of(file.key))
     except ImageError as problem:
         return _failed(file, problem.code, str(problem))
     if tools.previews is not None:
@@ -196,6 +201,12 @@ def _settle(
         objects=objects,
         truncated=sum(result.truncated for result in results),
         notes=_notes(results),
+        is_first_of_many=item.is_first_of_many,
+        size_bytes=stamp.size_bytes,
+        mtime_ns=stamp.mtime_ns,
+        hash=written.hash,
+        labels_bytes=written.labels_bytes,
+        labels_hash=written.labels_hash,
     )
 
 

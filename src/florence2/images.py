@@ -96,6 +96,19 @@ def open_image(source: ImageSource | LoadedImage, max_pixels: int = MAX_PIXELS) 
     )
 
 
+def has_more_frames(path: str | os.PathLike[str]) -> bool:
+    """Whether an image file has pages or frames after the one that ``open_image`` takes.
+
+    The further pictures in a camera's JPEG (MPO) do not count: they show the same from elsewhere,
+    or are smaller copies. False for a file that is no image.
+    """
+    try:
+        with _strict_decoding(), Image.open(path) as picture:
+            return picture.format != "MPO" and bool(getattr(picture, "is_animated", False))
+    except _DAMAGE:
+        return False
+
+
 def _from_path(path: str, max_pixels: int) -> LoadedImage:
     if not isinstance(path, str):
         raise ImageError("The path of an image must be text, not bytes; decode it first.")

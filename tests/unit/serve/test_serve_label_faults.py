@@ -99,10 +99,10 @@ def test_a_full_disk_is_one_sentence_and_the_run_can_go_on(
 
     add = GrowingProject.add
 
-    def full(self, file, annotation):
+    def full(self, file, *labels):
         if file.name == "2.png":
             raise OSError(28, "No space left on device")
-        add(self, file, annotation)
+        return add(self, file, *labels)
 
     with monkeypatch.context() as patched:
         patched.setattr(GrowingProject, "add", full)
