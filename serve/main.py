@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from serve.sdk import sly
 
 if sly.is_development():
     load_dotenv("local.env")
-    load_dotenv(Path("~/supervisely.env").expanduser())
+    load_dotenv(os.path.expanduser("~/supervisely.env"))
 
 try:
     model = Florence2App(use_gui=True, use_serving_gui_template=True)

@@ -119,12 +119,17 @@ def _from_path(path: str, max_pixels: int) -> LoadedImage:
         )
     try:
         with open(path, "rb") as file:
-            return _from_file(file, repr(path), max_pixels)
+            return _from_file(file, _shown(path), max_pixels)
     except FileNotFoundError as error:
-        raise ImageError(f"There is no image {path!r}; check the path.") from error
+        raise ImageError(f"There is no image {_shown(path)}; check the path.") from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise ImageError(f"The image {path!r} cannot be read: {reason}.") from error
+        raise ImageError(f"The image {_shown(path)} cannot be read: {reason}.") from error
+
+
+def _shown(path: str) -> str:
+    """A path in a message, without the middle of one that is too long to be one."""
+    return repr(path if len(path) <= 1000 else f"{path[:150]}...{path[-150:]}")
 
 
 def _from_file(file: BinaryIO, name: str, max_pixels: int) -> LoadedImage:
