@@ -156,7 +156,8 @@ def _left_out_lines(report: Report, root: Path) -> list[str]:
         lines.append(f"{findings.subfolders} subfolders were not looked into; add --recursive.")
     if report.gone:
         lines.append(
-            f"{report.gone} images that were looked at are not in the folder any more; their labels stay."
+            f"{report.gone} images that were looked at are not in the folder any more; "
+            "their labels stay."
         )
     return lines
 
