@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import IO, Any, Final
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile, TiffImagePlugin
 
 Values = np.ndarray[Any, np.dtype[Any]]
 
@@ -57,9 +57,11 @@ class Depth:
 
 def read_depth(picture: Image.Image) -> Depth:
     """To be called before the picture is decoded, which may close its file."""
+    if not isinstance(picture, ImageFile.ImageFile):
+        return Depth()
     if picture.format == "PNG":
         return _of_png(picture)
-    if picture.format == "TIFF":
+    if isinstance(picture, TiffImagePlugin.TiffImageFile):
         return _of_tiff(picture)
     # Pillow scales the values of these formats up by the depth they name.
     is_scaled = picture.format == "JPEG2000" or (
@@ -87,7 +89,8 @@ def full_colours(picture: Image.Image, depth: Depth) -> Values | None:
     if depth.content is None or _largest_colour(picture) > 0x7F:
         return None
     with Image.open(io.BytesIO(depth.content)) as again:
-        _mend_planes(again)
+        if isinstance(again, TiffImagePlugin.TiffImageFile):
+            _mend_planes(again)
         tiles = [_of_lower_bytes(tile) for tile in again.tile]
         if None in tiles:
             return None
@@ -97,7 +100,8 @@ def full_colours(picture: Image.Image, depth: Depth) -> Values | None:
     is_grey = tiles[0] is not None and _rawmode(tiles[0]) == "RGBA"
     lower = np.repeat(lower[:, :, 1:2], 3, axis=2) if is_grey else lower[:, :, :3]
     upper = np.asarray(picture)[:, :, :3]
-    return upper.astype(np.uint16) << 8 | lower
+    whole: Values = upper.astype(np.uint16) << 8 | lower
+    return whole
 
 
 def _of_lower_bytes(tile: Any) -> Any:  # noqa: ANN401 - Pillow's own, which has no public type
@@ -106,10 +110,12 @@ def _of_lower_bytes(tile: Any) -> Any:  # noqa: ANN401 - Pillow's own, which has
     swapped = _SWAPPED.get(rawmode) or (
         rawmode[:-1] + _OTHER_ORDER[rawmode[-1]] if _PLAIN_COLOURS.fullmatch(rawmode) else None
     )
-    if swapped is None:
-        return None
+    return None if swapped is None else _in_rawmode(tile, swapped)
+
+
+def _in_rawmode(tile: Any, rawmode: str) -> Any:  # noqa: ANN401
     is_plain = isinstance(tile.args, str)
-    return tile._replace(args=swapped if is_plain else (swapped, *tile.args[1:]))
+    return tile._replace(args=rawmode if is_plain else (rawmode, *tile.args[1:]))
 
 
 def _rawmode(tile: Any) -> str:  # noqa: ANN401
@@ -142,9 +148,10 @@ def _largest_colour(picture: Image.Image) -> int:
     return max(int(high) for _, high in extremes[:3])
 
 
-def _of_png(picture: Image.Image) -> Depth:
-    file = getattr(picture, "fp", None)
-    if file is None or not (picture.mode in _COLOURS or picture.mode.startswith("I")):
+def _of_png(picture: ImageFile.ImageFile) -> Depth:
+    file = picture.fp
+    is_deep = picture.mode in _COLOURS or picture.mode.startswith("I")
+    if file is None or not picture.tile or not is_deep:
         return Depth()
     before = file.tell()
     try:
@@ -184,15 +191,16 @@ def _png_chunks(file: IO[bytes]) -> Iterator[tuple[bytes, int]]:
         start += length + 12
 
 
-def _of_tiff(picture: Image.Image) -> Depth:
-    tags = getattr(picture, "tag_v2", {})
+def _of_tiff(picture: TiffImagePlugin.TiffImageFile) -> Depth:
+    tags = picture.tag_v2
     stored = max(_numbers(tags.get(_BITS_PER_SAMPLE)), default=0)
     if not 8 < stored <= _FULL_BITS:
         return Depth()
     largest = max(_numbers(tags.get(_MAX_SAMPLE_VALUE)), default=0)
     # The largest number that fits is what this tag has where nobody set it.
     named = max(largest.bit_length(), 8) if 0 < largest < 0xFFFF else None
-    file = getattr(picture, "fp", None)
+    # Of a picture that its caller has decoded the file is closed.
+    file = picture.fp if picture.tile else None
     _mend_planes(picture)
     return Depth(
         bits=named if stored == _FULL_BITS else stored,
@@ -201,13 +209,13 @@ def _of_tiff(picture: Image.Image) -> Depth:
     )
 
 
-def _mend_planes(picture: Image.Image) -> None:
+def _mend_planes(picture: TiffImagePlugin.TiffImageFile) -> None:
     """Pillow takes the values of uncompressed planes of 16 bits for twice as many of 8 bits."""
-    tags = getattr(picture, "tag_v2", {})
+    tags = picture.tag_v2
     if max(_numbers(tags.get(_BITS_PER_SAMPLE)), default=0) == _FULL_BITS:
         order = "L" if tags.prefix == b"II" else "B"
         picture.tile = [
-            tile._replace(args=(f"{_rawmode(tile)};16{order}", *tile.args[1:]))
+            _in_rawmode(tile, f"{_rawmode(tile)};16{order}")
             if tile.codec_name == "raw" and _rawmode(tile) in "RGBA"
             else tile
             for tile in picture.tile

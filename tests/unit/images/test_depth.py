@@ -164,6 +164,15 @@ def test_a_pgm_names_its_depth():
     assert np.abs(difference).max() <= 1
 
 
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_a_picture_that_its_caller_decoded_is_taken_as_it_is(suffix):
+    file = io.BytesIO(file_of(deepened(COLOURS, 16), suffix))
+    with Image.open(file) as picture:
+        picture.load()
+    file.close()
+    assert np.array_equal(rgb_of(picture), COLOURS)
+
+
 def test_a_damaged_deep_file_is_refused_like_any_other():
     data = FILES["colour PNG"](12)
     with pytest.raises(ImageError, match="must be complete"):
