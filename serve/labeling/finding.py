@@ -40,8 +40,9 @@ class LeftOut:
 class Findings:
     """What a walk came by beside images.
 
-    ``files`` were not labeled and perhaps should have been. ``folders`` were not looked into, each
-    with the reason: those that cannot be read are among ``unreadable`` too.
+    ``files`` were not labeled and perhaps should have been; ``kinds`` counts those that no project
+    can hold, by suffix. ``unreadable`` folders could not be looked into, those ``passed_over`` did
+    not have to be, and ``subfolders`` counts those of a walk that is not recursive.
     """
 
     files: list[LeftOut] = field(default_factory=list)
