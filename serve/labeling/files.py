@@ -110,7 +110,8 @@ class Workspace:
         The files are synced side by side, which a disk does for all of them at once.
         """
         written = dict.fromkeys(path for path in self._unsynced if path.is_file())
-        folders = dict.fromkeys((self.root, *(path.parent for path in self._unsynced)))
+        above = (folder for path in self._unsynced for folder in path.parents)
+        folders = dict.fromkeys(one for one in above if one.is_relative_to(self.root))
         with ThreadPoolExecutor(_SYNC_THREADS, thread_name_prefix="sync") as pool:
             list(pool.map(_sync_file, written))
             list(pool.map(_sync_folder, folders))

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from label_fakes import color_in, color_of, one_box, paint, read_project, result
+from label_fakes import color_in, color_of, dataset_of, one_box, paint, read_project, result
 from PIL import Image
 
 from florence2.ask import Ask
@@ -25,11 +25,15 @@ from serve.labeling.progress import stop_on_signals
         pytest.param(lambda out: (out / "ds0/ann/2.png.json").write_text(""), id="cut to nothing"),
         pytest.param(lambda out: (out / "ds0/ann/2.png.json").unlink(), id="annotation gone"),
         pytest.param(lambda out: (out / "ds0/img/2.png").unlink(), id="image gone"),
-        pytest.param(lambda out: (out / "ds0/img/2.png").write_bytes(b""), id="image empty"),
-        pytest.param(lambda out: cut(out / "ds0/img/2.png"), id="image cut"),
-        pytest.param(lambda out: zero(out / "ds0/img/2.png"), id="image of zeros"),
-        pytest.param(lambda out: cut(out / "ds0/ann/2.png.json"), id="annotation cut"),
-        pytest.param(lambda out: zero(out / "ds0/ann/2.png.json"), id="annotation of zeros"),
+        pytest.param(
+            lambda out: (dataset_of(out) / "img/2.png").write_bytes(b""), id="image empty"
+        ),
+        pytest.param(lambda out: cut(dataset_of(out) / "img/2.png"), id="image cut"),
+        pytest.param(lambda out: zero(dataset_of(out) / "img/2.png"), id="image of zeros"),
+        pytest.param(lambda out: cut(dataset_of(out) / "ann/2.png.json"), id="annotation cut"),
+        pytest.param(
+            lambda out: zero(dataset_of(out) / "ann/2.png.json"), id="annotation of zeros"
+        ),
     ],
 )
 def test_what_a_crash_of_the_machine_took_is_labeled_again_and_said(
@@ -57,12 +61,12 @@ def zero(path):
 
 def test_an_image_that_a_person_turned_in_the_project_is_theirs(label, images, model):
     out = label(images).out
-    turned = Image.open(out / "ds0/img/2.png").rotate(90, expand=True)
-    turned.save(out / "ds0/img/2.png")
+    turned = Image.open(dataset_of(out) / "img/2.png").rotate(90, expand=True)
+    turned.save(dataset_of(out) / "img/2.png")
     model.asked.clear()
     assert label(images).code == 0
     assert model.asked == []
-    assert Image.open(out / "ds0/img/2.png").size == turned.size
+    assert Image.open(dataset_of(out) / "img/2.png").size == turned.size
 
 
 @pytest.mark.parametrize("link", [[], ["--link"]])
@@ -90,10 +94,12 @@ def test_files_are_on_the_disk_before_the_journal_counts_them(label, images, mon
         if path.endswith("journal.jsonl"):
             for line in Path(path).read_text().splitlines()[1:]:
                 name = json.loads(line)["name"]
-                needed = {f"ds0/ann/{name}.json", "ds0/ann", "ds0/img", "meta.json"}
+                dataset = dataset_of(Path(path).parent)
+                needed = [dataset / "ann" / f"{name}.json", dataset / "ann", dataset / "img",
+                          dataset, dataset.parent, dataset.parent / "meta.json"]  # fmt: skip
                 # Of a linked image only the name is new.
-                needed |= set() if link else {f"ds0/img/{name}"}
-                assert {str(Path(path).parent / one) for one in needed} <= synced
+                needed += [] if link else [dataset / "img" / name]
+                assert {str(one) for one in needed} <= synced
         synced.add(path)
         fsync(descriptor)
 

@@ -10,7 +10,16 @@ import shutil
 from pathlib import Path
 
 import pytest
-from label_fakes import color_in, color_of, files_below, one_box, paint, read_project, result
+from label_fakes import (
+    color_in,
+    color_of,
+    dataset_of,
+    files_below,
+    one_box,
+    paint,
+    read_project,
+    result,
+)
 from PIL import Image
 
 from florence2.ask import Ask
@@ -189,7 +198,7 @@ def test_an_image_that_changed_is_said_and_labeled_again_on_demand(
     assert model.asked[asked:] == ([color_of(9)] if is_said else [])
     report = report_of(label(bitmaps).out)
     assert (report["labeled"], report["changed"], report["objects"]) == (4, [], 4)
-    stored = Image.open(done.out / "ds0/img/2.bmp").getpixel((0, 0))
+    stored = Image.open(dataset_of(done.out) / "img/2.bmp").getpixel((0, 0))
     assert stored == (color_of(9) if is_said else color_of(2))
     assert not (done.out / "edited").exists(), "labels that nobody edited are no person's"
 
@@ -209,7 +218,7 @@ def test_contents_are_read_again_only_on_doubt(label, bitmaps, monkeypatch):
 
 def test_what_a_person_made_of_labels_is_kept_when_the_image_is_labeled_again(label, bitmaps):
     out = label(bitmaps).out
-    annotation = out / "ds0/ann/2.bmp.json"
+    annotation = dataset_of(out) / "ann/2.bmp.json"
     corrected = json.loads(annotation.read_text()) | {"description": "mine"}
     annotation.write_text(json.dumps(corrected))
     repainted(bitmaps / "2.bmp", 9)
@@ -222,12 +231,12 @@ def test_a_changed_image_that_fails_keeps_its_labels_and_is_a_failure(
     label, bitmaps, report_of, capsys
 ):
     out = label(bitmaps).out
-    before = files_below(out / "ds0")
+    before = files_below(dataset_of(out))
     (bitmaps / "2.bmp").write_bytes(b"no image")
     assert label(bitmaps, "--relabel-changed").code == 1
     assert "its earlier labels stay" in capsys.readouterr().err
     assert failed_rows(out)["2.bmp"]["code"] == "bad_image"
-    assert files_below(out / "ds0") == before
+    assert files_below(dataset_of(out)) == before
     report = report_of(label(bitmaps).out)
     assert (report["labeled"], report["failed"], report["changed"]) == (4, 0, ["2.bmp"])
 
@@ -299,7 +308,7 @@ def test_an_output_is_no_folder_of_images(label, images, model, tmp_path, capsys
 
 def test_the_images_of_a_project_can_be_labeled_in_another_way(label, images, model, tmp_path):
     out = label(images).out
-    assert label(out / "ds0/img", "--task", "ocr", out=tmp_path / "again").code == 0
+    assert label(dataset_of(out) / "img", "--task", "ocr", out=tmp_path / "again").code == 0
     assert len(model.asked) == 10
 
 
