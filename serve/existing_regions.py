@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from florence2.records import Region
+from florence2.regions import region_on_image
 from serve.geometry import box_xyxy_from_rectangle_tlbr
 from serve.sdk import sly
 
@@ -41,5 +42,4 @@ def _region(
         return None
     box = geometry.to_bbox()
     x1, y1, x2, y2 = box_xyxy_from_rectangle_tlbr((box.top, box.left, box.bottom, box.right))
-    inside = (max(x1, 0.0), max(y1, 0.0), min(x2, size_wh[0]), min(y2, size_wh[1]))
-    return Region(inside) if inside[0] < inside[2] and inside[1] < inside[3] else None
+    return region_on_image((x1, y1, x2, y2), size_wh)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,7 +37,8 @@ def _made() -> Florence2App:
     log_like_the_sdk()
     if sly.is_development():
         load_dotenv("local.env")
-        load_dotenv(Path("~/supervisely.env").expanduser())
+        # Unlike Path.expanduser, it takes a user without a home.
+        load_dotenv(os.path.expanduser("~/supervisely.env"))
     made = Florence2App(use_gui=True, use_serving_gui_template=True)
     made.serve()
     return made

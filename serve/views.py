@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from florence2.errors import RequestError
 from florence2.images import ImagePart, LoadedImage
 from florence2.records import BoxXyxy
+from florence2.regions import clip_region
 from serve.settings.model import Tiling
 from serve.tiles import plan_tiles
 
@@ -47,16 +47,9 @@ def views_of(
 
 
 def _inside(rectangle: BoxXyxy, picture: LoadedImage) -> tuple[int, int, int, int]:
-    width, height = picture.size_wh
-    x1, y1, x2, y2 = rectangle
-    left, top = max(0, round(x1)), max(0, round(y1))
-    right, bottom = min(width, round(x2)), min(height, round(y2))
-    if left >= right or top >= bottom:
-        raise RequestError(
-            f"A rectangle lies on the image, which is {width} by {height} pixels, and "
-            f"{tuple(round(value) for value in rectangle)} was received; move it."
-        )
-    return left, top, right, bottom
+    x1, y1, x2, y2 = clip_region(rectangle, picture.size_wh, "A rectangle")
+    left, top = round(x1), round(y1)
+    return left, top, max(round(x2), left + 1), max(round(y2), top + 1)
 
 
 def _cut(picture: LoadedImage, box: tuple[int, int, int, int]) -> View:

@@ -57,6 +57,9 @@ ValFraction = Annotated[
 ]
 Draw = Annotated[bool, typer.Option("--draw", help="Write previews with the labels drawn on.")]
 Retry = Annotated[bool, typer.Option("--retry-failed", help="Only what failed before.")]
+Relabel = Annotated[
+    bool, typer.Option("--relabel-changed", help="Also images that changed since their labels.")
+]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Begin anew; earlier labels move to OUT.old-1.")
 ]
@@ -89,6 +92,7 @@ def label(
     val_fraction: ValFraction = 0.2,
     draw: Draw = False,
     retry_failed: Retry = False,
+    relabel_changed: Relabel = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Label a folder of images into a Supervisely project on disk; stop and go on at will."""
@@ -106,6 +110,7 @@ def label(
         val_fraction=val_fraction,
         draw=draw,
         retry_failed=retry_failed,
+        relabel_changed=relabel_changed,
         overwrite=overwrite,
         arguments=tuple(context.obj or ()),
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from serve.console import say
 from serve.labeling.files import Workspace
-from serve.labeling.journal import JOURNAL_NAME, is_begun
+from serve.labeling.journal import JOURNAL_NAME, OUTPUT_MARKER, is_begun
 
 
 @contextmanager
@@ -26,6 +26,8 @@ def set_aside(workspace: Workspace) -> Iterator[None]:
     while (target := root.with_name(f"{root.name}.old-{number}")).exists():
         number += 1
     target.mkdir()
+    # Before the first file comes: a kill midway must not make previews look like images.
+    (target / OUTPUT_MARKER).touch()
     _move_all(root, target)
     say(f"The earlier labels are now in {target}")
     try:
@@ -35,6 +37,7 @@ def set_aside(workspace: Workspace) -> Iterator[None]:
             for name in _names(root):
                 shutil.rmtree(root / name) if (root / name).is_dir() else (root / name).unlink()
             _move_all(target, root)
+            (target / OUTPUT_MARKER).unlink()
             target.rmdir()
             say(f"The earlier labels are back in {root}")
         raise

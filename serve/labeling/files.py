@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
-import shutil
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -14,6 +17,10 @@ from florence2.errors import FlorenceError, ImageError
 
 LOCK_NAME: Final = ".lock"
 _PART_NAME: Final = ".part"
+_PIECE_BYTES: Final = 1 << 20
+_SYNC_THREADS: Final = 8
+# Network file systems that keep no folder in memory say so by one of these.
+_NO_FOLDER_SYNC: Final = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES)
 
 
 class OutputError(FlorenceError):
@@ -22,8 +29,45 @@ class OutputError(FlorenceError):
     code = "bad_output"
 
 
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """What tells cheaply that a file may have changed."""
+
+    size_bytes: int
+    mtime_ns: int
+
+
+def stamp_of(path: Path) -> Stamp:
+    """Raises OSError for a file that is not there."""
+    stats = path.stat()
+    return Stamp(stats.st_size, stats.st_mtime_ns)
+
+
+def hash_of(path: Path) -> str:
+    """32 hex digits that are equal for equal content."""
+    digest = _new_hash()
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def hash_of_text(text: str) -> str:
+    """``hash_of`` a file with this text."""
+    digest = _new_hash()
+    digest.update(text.encode("utf-8"))
+    return digest.hexdigest()
+
+
+def _new_hash() -> hashlib.blake2b:
+    return hashlib.blake2b(digest_size=16)
+
+
 class Workspace:
     """The output folder. Files appear in it by renaming, so a killed run leaves none half written.
+
+    A machine that loses its power may still lose what was renamed, or leave it empty: ``sync``
+    brings all that was written since the last one to the disk.
 
     The part file lies in the root, outside the project: there the SDK takes folders for datasets.
     """
@@ -31,30 +75,22 @@ class Workspace:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._part = root / _PART_NAME
+        self._unsynced: list[Path] = []
 
-    def write_text(self, path: Path, text: str, *, durable: bool = False) -> None:
-        with self._part.open("w", encoding="utf-8") as part:
-            part.write(text)
-            if durable:
-                part.flush()
-                os.fsync(part.fileno())
+    def write_text(self, path: Path, text: str) -> None:
+        self._part.write_text(text, encoding="utf-8", newline="")
         self._part.replace(path)
+        self._unsynced.append(path)
 
-    def bring(self, source: Path, path: Path, *, link: bool) -> None:
-        """Copies ``source`` to ``path``, or links it where the file system can.
+    def bring(self, source: Path, path: Path, *, link: bool) -> str:
+        """Copies ``source`` to ``path``, or links it where the file system can; its ``hash_of``.
 
         Raises ImageError when it is the source that cannot be read any more.
         """
         self._part.unlink(missing_ok=True)
-        if not (link and self._linked(source)):
-            self._copy(source)
-        self._part.replace(path)
-        # Renaming one name of a file onto another name of the same file leaves both in place.
-        self._part.unlink(missing_ok=True)
-
-    def _copy(self, source: Path) -> None:
         try:
-            shutil.copyfile(source, self._part)
+            is_linked = link and self._linked(source)
+            found = hash_of(source) if is_linked else self._copy(source)
         except OSError as error:
             if _is_readable(source):
                 raise
@@ -62,6 +98,32 @@ class Workspace:
                 f"The image was read and then could not be copied ({error.strerror}); "
                 "put it back and use --retry-failed."
             ) from error
+        self._part.replace(path)
+        # Renaming one name of a file onto another name of the same file leaves both in place.
+        self._part.unlink(missing_ok=True)
+        self._unsynced.append(path)
+        return found
+
+    def sync(self) -> None:
+        """Returns once everything written so far, names included, is on the disk.
+
+        The files are synced side by side, which a disk does for all of them at once.
+        """
+        written = dict.fromkeys(path for path in self._unsynced if path.is_file())
+        above = (folder for path in self._unsynced for folder in path.parents)
+        folders = dict.fromkeys(one for one in above if one.is_relative_to(self.root))
+        with ThreadPoolExecutor(_SYNC_THREADS, thread_name_prefix="sync") as pool:
+            list(pool.map(_sync_file, written))
+            list(pool.map(_sync_folder, folders))
+        self._unsynced.clear()
+
+    def _copy(self, source: Path) -> str:
+        digest = _new_hash()
+        with source.open("rb") as read, self._part.open("wb") as part:
+            while piece := read.read(_PIECE_BYTES):
+                digest.update(piece)
+                part.write(piece)
+        return digest.hexdigest()
 
     def _linked(self, source: Path) -> bool:
         try:
@@ -69,6 +131,26 @@ class Workspace:
         except OSError:
             return False
         return True
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    """Brings the names in a folder to the disk, where the system has a way to."""
+    try:
+        folder = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        return
+    try:
+        os.fsync(folder)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
+    finally:
+        os.close(folder)
 
 
 def _is_readable(path: Path) -> bool:

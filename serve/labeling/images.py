@@ -15,14 +15,10 @@ from typing import Final
 
 from florence2.budget import Budget, Hold, NoRoomError
 from florence2.errors import ImageError
-from florence2.images import LoadedImage, check_header, open_image
-from serve.labeling.journal import JOURNAL_NAME
+from florence2.images import LoadedImage, check_header, has_more_frames, open_image
+from serve.labeling.files import Stamp, stamp_of
+from serve.labeling.finding import Findings, broken_link, is_image, text_of, walk_images
 
-# What the SDK reads back from a project; other formats would vanish from it without a word.
-EXTENSIONS: Final = (
-    ".jpg", ".jpeg", ".jfif", ".mpo", ".bmp", ".png", ".webp", ".tif", ".tiff",
-)  # fmt: skip
-_OTHER_IMAGES: Final = (".gif", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".dng", ".cr2", ".nef")
 _JOIN: Final = "__"
 _MAX_NAME_BYTES: Final = 200
 # 64 megapixels are 192 MB as RGB.
@@ -40,11 +36,17 @@ class ImageFile:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A file with its pixels, or with the reason why it has none."""
+    """A file with its pixels, or with the reason why it has none.
+
+    ``stamp`` is the file's before it was read. ``is_first_of_many`` says that there are further
+    pages or frames.
+    """
 
     file: ImageFile
     picture: LoadedImage | None
     problem: ImageError | None = None
+    stamp: Stamp | None = None
+    is_first_of_many: bool = False
 
     @property
     def pixels(self) -> int:
@@ -56,27 +58,21 @@ class Loaded:
             self.picture.close()
 
 
-def find_images(source: Path, *, recursive: bool, skip: Path) -> Iterator[ImageFile]:
-    """The images under ``source`` in a stable order, without ``skip`` and other runs' outputs."""
+def find_images(
+    source: Path, *, recursive: bool, skip: Path, findings: Findings | None = None
+) -> Iterator[ImageFile]:
+    """The images under ``source`` in a stable order, without ``skip`` and other runs' outputs.
+
+    ``findings`` is told what else is there.
+    """
     if source.is_file():
         if is_image(source.name):
-            yield ImageFile(source, _text(source.name), project_name(source.name, recursive=False))
+            yield ImageFile(
+                source, text_of(source.name), project_name(source.name, recursive=False)
+            )
         return
-    for key, path in _walk(source, "", recursive=recursive, skip=skip):
-        if is_image(path.name):
-            yield ImageFile(path, key, project_name(key, recursive=recursive))
-
-
-def count_unsupported(source: Path, *, recursive: bool, skip: Path) -> int:
-    """How many files look like images of formats that a project cannot hold."""
-    if source.is_file():
-        return int(source.name.lower().endswith(_OTHER_IMAGES))
-    walked = _walk(source, "", recursive=recursive, skip=skip)
-    return sum(path.name.lower().endswith(_OTHER_IMAGES) for _, path in walked)
-
-
-def is_image(name: str) -> bool:
-    return name.lower().endswith(EXTENSIONS)
+    for key, path in walk_images(source, recursive=recursive, skip=skip, findings=findings):
+        yield ImageFile(path, key, project_name(key, recursive=recursive))
 
 
 def project_name(key: str, *, recursive: bool) -> str:
@@ -96,50 +92,6 @@ def project_name(key: str, *, recursive: bool) -> str:
     digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:12]
     short = stem.encode()[: _MAX_NAME_BYTES - 40].decode("utf-8", "ignore")
     return f"{short}-{digest}{extension}"
-
-
-def unreadable_folders(source: Path, *, recursive: bool, skip: Path) -> list[tuple[str, str]]:
-    """The folders below ``source`` whose images cannot be found, each with the reason."""
-    failed: list[tuple[str, str]] = []
-    if not source.is_file():
-        for _ in _walk(source, "", recursive=recursive, skip=skip, failed=failed):
-            pass
-    return failed
-
-
-def _walk(
-    folder: Path,
-    prefix: str,
-    *,
-    recursive: bool,
-    skip: Path,
-    failed: list[tuple[str, str]] | None = None,
-) -> Iterator[tuple[str, Path]]:
-    try:
-        with os.scandir(folder) as listed:
-            entries = sorted(
-                (entry for entry in listed if not entry.name.startswith(".")),
-                key=lambda entry: entry.name,
-            )
-    except OSError as error:
-        if not prefix:
-            raise
-        if failed is not None:
-            failed.append((prefix.rstrip("/"), error.strerror or str(error)))
-        return
-    for entry in entries:
-        key = prefix + _text(entry.name)
-        if os.path.isfile(entry.path):
-            yield key, Path(entry.path)
-        elif recursive and entry.is_dir(follow_symlinks=False):
-            below = Path(entry.path)
-            if below.resolve() != skip and not os.path.exists(below / JOURNAL_NAME):
-                yield from _walk(below, f"{key}/", recursive=True, skip=skip, failed=failed)
-
-
-def _text(name: str) -> str:
-    """``name`` with bytes that are not text written out, so that it can be stored and shown."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def read_ahead(
@@ -199,6 +151,11 @@ def _load(file: ImageFile, hold: Hold) -> Loaded:
         return hold
 
     try:
-        return Loaded(file, open_image(file.path, room=room))
+        stamp = stamp_of(file.path)
+        picture = open_image(file.path, room=room)
+        return Loaded(file, picture, None, stamp, has_more_frames(file.path))
     except ImageError as problem:
         return Loaded(file, None, problem)
+    except OSError as error:
+        reason = broken_link(file.path) or f"The image cannot be read: {error.strerror or error}."
+        return Loaded(file, None, ImageError(reason))

@@ -1,7 +1,8 @@
 """What became of every image, one line each, so that a run can stop anywhere and go on.
 
 The first line holds the settings; each batch is one append that is on the disk before the next
-batch begins. A line that a kill cut short is dropped, and its image is looked at again.
+batch begins, and after everything that it is about. A line that a kill cut short is dropped, and
+its image is looked at again. Of several lines about one image the last one holds.
 """
 
 from __future__ import annotations
@@ -9,23 +10,33 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from serve.labeling.files import OutputError, Workspace
+from serve.labeling.files import OutputError, Stamp, Workspace
 
 JOURNAL_NAME: Final = "journal.jsonl"
+# In a folder that earlier labels are being moved to, until their journal is there.
+OUTPUT_MARKER: Final = ".florence2-output"
 _FORMAT: Final = 1
+# A power cut takes what was written last, so that is looked at closely.
+_CHECKED_CLOSELY: Final = 64
 
 State = Literal["labeled", "empty", "failed"]
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """``empty``: looked, found nothing. ``failed``: not looked at, for the reason given."""
+    """``empty``: looked, found nothing. ``failed``: not looked at, for the reason given.
+
+    ``size_bytes``, ``mtime_ns`` and ``hash`` are the image file's when it was labeled, the
+    ``labels_`` ones those of the annotation that was written. Journals of earlier versions lack
+    them.
+    """
 
     image: str
     name: str
@@ -35,6 +46,25 @@ class Entry:
     code: str = ""
     message: str = ""
     notes: Sequence[str] = ()
+    is_first_of_many: bool = False
+    size_bytes: int = 0
+    mtime_ns: int = 0
+    hash: str = ""
+    labels_bytes: int = 0
+    labels_hash: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What the journal knows of an image file that was labeled, and of its labels as written."""
+
+    stamp: Stamp
+    hash: str
+    labels_hash: str
+
+
+IsKept = Callable[[Entry, bool], bool]
+"""Whether what was written for an entry is still there and whole; looks closely if told to."""
 
 
 @dataclass(slots=True)
@@ -47,6 +77,7 @@ class Totals:
     truncated: int = 0
     noted: int = 0
     notes: Counter[str] = field(default_factory=Counter)
+    first_of_many: list[str] = field(default_factory=list)
     failures: dict[str, Entry] = field(default_factory=dict)
 
     @property
@@ -68,21 +99,42 @@ class Totals:
         self.truncated += entry.truncated > 0
         self.noted += bool(entry.notes)
         self.notes.update(entry.notes)
+        if entry.is_first_of_many:
+            self.first_of_many.append(entry.image)
 
 
 class Journal:
-    """The journal of one output folder, open for appending."""
+    """The journal of one output folder, open for appending.
 
-    def __init__(self, path: Path, is_kept: Callable[[Entry], bool]) -> None:
+    ``lost`` are images whose files are not kept, and which so count as never labeled.
+    ``not_renewed`` are images of this run that failed when they were labeled again; their earlier
+    labels hold.
+    """
+
+    def __init__(self, path: Path, is_kept: IsKept) -> None:
         self.totals = Totals()
-        self._settled: set[bytes] = set()
+        self.lost: list[str] = []
+        self.renewed: set[str] = set()
+        self.not_renewed: dict[str, Entry] = {}
+        self._path = path
+        self._settled: dict[bytes, bytes] = {}
         whole = _length_of_whole_lines(path)
-        for entry in _entries(path):
-            if not self.is_settled(entry.image) and (entry.state == "failed" or is_kept(entry)):
-                self._take(entry)
+        self._read(is_kept)
         self._file = path.open("r+b")
         self._file.truncate(whole)
         self._file.seek(whole)
+
+    def source_of(self, image: str) -> Source | None:
+        """None for an image that is not settled, or was by a version that did not remember."""
+        packed = self._settled.get(_digest(image))
+        return _unpacked(packed) if packed else None
+
+    def recount(self) -> None:
+        """Totals without the lines that later ones took the place of."""
+        self.totals = Totals()
+        for _, entry in _last_entries(self._path):
+            if entry.state == "failed" or self.is_settled(entry.image):
+                self.totals.add(entry)
 
     def is_settled(self, image: str) -> bool:
         """Labeled, or looked at and found empty."""
@@ -97,6 +149,11 @@ class Journal:
     def append(self, entries: Iterable[Entry]) -> None:
         lines = []
         for entry in entries:
+            if self.is_settled(entry.image):
+                if entry.state == "failed":
+                    self.not_renewed[entry.image] = entry
+                    continue
+                self.renewed.add(entry.image)
             self._take(entry)
             lines.append(json.dumps(_compact(entry)) + "\n")
         self._file.write("".join(lines).encode())
@@ -106,15 +163,20 @@ class Journal:
     def close(self) -> None:
         self._file.close()
 
+    def _read(self, is_kept: IsKept) -> None:
+        for from_end, entry in _last_entries(self._path):
+            if entry.state == "failed" or is_kept(entry, from_end <= _CHECKED_CLOSELY):
+                self._take(entry)
+            else:
+                self.lost.append(entry.image)
+
     def _take(self, entry: Entry) -> None:
         self.totals.add(entry)
         if entry.state != "failed":
-            self._settled.add(_digest(entry.image))
+            self._settled[_digest(entry.image)] = _packed(entry)
 
 
-def open_journal(
-    workspace: Workspace, settings: Mapping[str, Any], is_kept: Callable[[Entry], bool]
-) -> Journal:
+def open_journal(workspace: Workspace, settings: Mapping[str, Any], is_kept: IsKept) -> Journal:
     """The journal for ``settings``; entries whose files are not ``is_kept`` count as never made.
 
     Raises OutputError when the folder holds other work.
@@ -128,7 +190,8 @@ def open_journal(
         else:
             read_settings(path)
         header = json.dumps({"format": _FORMAT, "settings": dict(settings)}) + "\n"
-        workspace.write_text(path, header, durable=True)
+        workspace.write_text(path, header)
+        workspace.sync()
     return Journal(path, is_kept)
 
 
@@ -144,6 +207,26 @@ def read_settings(path: Path) -> dict[str, Any]:
     raise OutputError(
         f"A journal begins with its settings and {str(path)!r} does not; choose another --out."
     )
+
+
+def is_output(folder: Path) -> bool:
+    """Whether a folder holds what a run wrote: its journal says so, whatever the folder's name."""
+    path = folder / JOURNAL_NAME
+    try:
+        if not path.is_file():
+            return (folder / OUTPUT_MARKER).exists()
+        read_settings(path)
+    except OutputError:
+        return False
+    except OSError:
+        # There is a journal, and nobody may read it.
+        return True
+    return True
+
+
+def output_around(folder: Path) -> Path | None:
+    """The output folder of a run that ``folder`` is or lies in."""
+    return next((one for one in (folder, *folder.parents) if is_output(one)), None)
 
 
 def is_begun(root: Path) -> bool:
@@ -189,6 +272,17 @@ def _entries(path: Path) -> Iterator[Entry]:
                 continue
 
 
+def _last_entries(path: Path) -> Iterator[tuple[int, Entry]]:
+    """The last line about each image, with its place from the end, which is 1 for the last."""
+    last: dict[bytes, int] = {}
+    number = 0
+    for number, entry in enumerate(_entries(path)):
+        last[_digest(entry.image)] = number
+    for place, entry in enumerate(_entries(path)):
+        if last[_digest(entry.image)] == place:
+            yield number - place + 1, entry
+
+
 def _length_of_whole_lines(path: Path) -> int:
     length = 0
     with path.open("rb") as lines:
@@ -200,6 +294,22 @@ def _length_of_whole_lines(path: Path) -> int:
 
 def _compact(entry: Entry) -> dict[str, Any]:
     return {key: value for key, value in asdict(entry).items() if value not in (0, "", ())}
+
+
+# Size, time and the two hashes, for as many images as a folder may have.
+_SOURCE: Final = struct.Struct("<qq16s16s")
+
+
+def _packed(entry: Entry) -> bytes:
+    if not entry.hash:
+        return b""
+    hashes = bytes.fromhex(entry.hash), bytes.fromhex(entry.labels_hash)
+    return _SOURCE.pack(entry.size_bytes, entry.mtime_ns, *hashes)
+
+
+def _unpacked(packed: bytes) -> Source:
+    size_bytes, mtime_ns, content, labels = _SOURCE.unpack(packed)
+    return Source(Stamp(size_bytes, mtime_ns), content.hex(), labels.hex())
 
 
 def _digest(image: str) -> bytes:

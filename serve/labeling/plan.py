@@ -9,6 +9,7 @@ from typing import Any, Final
 from florence2.cascade import parse_steps
 from florence2.errors import RequestError
 from florence2.records import Region
+from florence2.regions import check_region
 from florence2.tasks import Task, TaskInput
 from serve.naming import clean_class_name
 from serve.phrases import Prompt, classes_of, join_classes, prompts_of, split_phrases
@@ -132,14 +133,12 @@ def _region(first: Task, region: str | None) -> Region | None:
         )
     try:
         x1, y1, x2, y2 = (float(part) for part in region.split(","))
-    except ValueError:
-        x1 = y1 = x2 = y2 = float("nan")
-    if not (0 <= x1 < x2 < float("inf") and 0 <= y1 < y2 < float("inf")):
+    except ValueError as error:
         raise RequestError(
             f"A region is x1,y1,x2,y2 in pixels with x1 < x2 and y1 < y2 and got {region!r}; "
             "write for example --region 10,20,200,180."
-        )
-    return Region((x1, y1, x2, y2))
+        ) from error
+    return Region(check_region((x1, y1, x2, y2)))
 
 
 def _check_search(num_beams: int | None, max_new_tokens: int | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -104,9 +105,10 @@ class StopSwitch:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopSwitch]:
-    """While open, Ctrl-C and a polite kill pull the switch instead of ending the process."""
+    """While open, Ctrl-C, a polite kill and a closed terminal pull the switch instead of ending the
+    process."""
     switch = StopSwitch()
-    before = {number: signal.signal(number, switch.pull) for number in _SIGNALS}
+    before = {number: signal.signal(number, switch.pull) for number in _signals()}
     try:
         yield switch
     finally:
@@ -114,4 +116,9 @@ def stop_on_signals() -> Iterator[StopSwitch]:
             signal.signal(number, handler)
 
 
-_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+def _signals() -> list[signal.Signals]:
+    wanted = [signal.SIGINT, signal.SIGTERM]
+    if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        # Under nohup it stays ignored.
+        wanted.append(signal.SIGHUP)
+    return wanted

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from florence2.errors import ImageError
+from florence2.images import open_image
 from serve.annotations import TAG_METAS
 from serve.console import say
-from serve.labeling.files import Workspace
-from serve.labeling.images import ImageFile, is_image
-from serve.labeling.journal import Entry
+from serve.labeling.files import Stamp, Workspace, hash_of, hash_of_text, stamp_of
+from serve.labeling.finding import is_image
+from serve.labeling.images import ImageFile
+from serve.labeling.journal import Entry, Source
 from serve.naming import class_color
 from serve.sdk import sly
 
@@ -29,6 +32,15 @@ def project_folder(root: Path) -> Path:
     """
     has_one = (root / "meta.json").exists() or (root / DATASET).is_dir()
     return root if has_one else root / PROJECT_DIR
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """The hash of an image that was written, and the size and hash of its labels."""
+
+    hash: str
+    labels_bytes: int
+    labels_hash: str
 
 
 class GrowingProject:
@@ -73,35 +85,64 @@ class GrowingProject:
     def annotation_path(self, name: str) -> Path:
         return self._annotations / f"{name}.json"
 
-    def is_kept(self, entry: Entry) -> bool:
-        """Whether the files of an image that was done are still here, and not cut short."""
+    def is_kept(self, entry: Entry, closely: bool) -> bool:
+        """Whether the files of an image that was done are still here and whole.
+
+        Sizes are compared, and the contents ``closely`` or where the sizes differ. What differs is
+        whole all the same if it can be read: then somebody changed it.
+        """
+        labels, image = self.annotation_path(entry.name), self.image_path(entry.name)
         try:
-            size = self.annotation_path(entry.name).stat().st_size
+            sizes = labels.stat().st_size, image.stat().st_size
+            if not all(sizes):
+                return False
+            is_as_written = sizes[0] == entry.labels_bytes and not closely
+            if not (is_as_written or _has_hash(labels, entry.labels_hash) or _is_json(labels)):
+                return False
+            is_as_written = sizes[1] == (entry.size_bytes or sizes[1]) and not closely
+            return is_as_written or _has_hash(image, entry.hash) or _is_picture(image)
         except OSError:
             return False
-        return size > 0 and self.image_path(entry.name).exists()
 
     def declare(self, class_names: Iterable[str], geometry: type) -> None:
         """Adds classes before any image has them, in the user's order."""
         self._grow([sly.ObjClass(name, geometry, class_color(name)) for name in class_names])
 
-    def add(self, file: ImageFile, annotation: sly.Annotation) -> None:
+    def add(
+        self, file: ImageFile, annotation: sly.Annotation, stamp: Stamp, before: Source | None
+    ) -> Written:
+        """Writes an image and its labels; ``before`` is what the journal knows of earlier ones.
+
+        Raises ImageError when the image file is not any more what was labeled, which ``stamp``
+        tells, or cannot be read; the project is then as if it had never been added.
+        """
         self._grow([label.obj_class for label in annotation.labels])
         text = json.dumps(annotation.to_json(), ensure_ascii=False)
         path = self.annotation_path(file.name)
-        self._keep_edited(path, text)
+        _check_same(file.path, stamp)
+        self._keep_edited(path, text, before.labels_hash if before else "")
         self._workspace.write_text(path, text)
         try:
-            self._workspace.bring(file.path, self.image_path(file.name), link=self._link)
+            found = self._workspace.bring(file.path, self.image_path(file.name), link=self._link)
+            _check_same(file.path, stamp)
         except ImageError:
             path.unlink(missing_ok=True)
+            self.image_path(file.name).unlink(missing_ok=True)
             raise
+        return Written(found, len(text.encode("utf-8")), hash_of_text(text))
 
-    def _keep_edited(self, path: Path, text: str) -> None:
-        """Moves an annotation that is not what this run writes to ``edited``: it may be a person's.
+    def sync(self) -> None:
+        """Returns once all that was added is on the disk."""
+        self._workspace.sync()
 
-        Such a file is there after a kill, or when the image of a labeled pair was removed.
+    def _keep_edited(self, path: Path, text: str, our_hash: str) -> None:
+        """Moves an annotation that is not what a run wrote to ``edited``: it may be a person's.
+
+        Such a file is there after a kill, when the image of a labeled pair was removed, or when an
+        image that changed is labeled again. ``our_hash`` is that of what the last run wrote.
         """
+        if our_hash and path.exists() and hash_of(path) == our_hash:
+            return
         try:
             before = json.loads(path.read_text("utf-8"))
         except (OSError, ValueError):
@@ -135,4 +176,35 @@ class GrowingProject:
                 self._meta = self._meta.clone(obj_classes=others)
         if self._meta is not before or not self._meta_path.exists():
             text = json.dumps(self._meta.to_json(), ensure_ascii=False, indent=2)
-            self._workspace.write_text(self._meta_path, text, durable=True)
+            self._workspace.write_text(self._meta_path, text)
+
+
+def _check_same(path: Path, stamp: Stamp) -> None:
+    try:
+        is_same = stamp_of(path) == stamp
+    except OSError as error:
+        raise ImageError(
+            f"The image was read and is gone now ({error.strerror}); put it back and use "
+            "--retry-failed."
+        ) from error
+    if not is_same:
+        raise ImageError("The image changed while it was labeled; use --retry-failed.")
+
+
+def _has_hash(path: Path, expected: str) -> bool:
+    return bool(expected) and hash_of(path) == expected
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        return isinstance(json.loads(path.read_text("utf-8")), dict)
+    except ValueError:
+        return False
+
+
+def _is_picture(path: Path) -> bool:
+    try:
+        open_image(path)
+    except ImageError:
+        return False
+    return True

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from serve.labeling.files import Workspace
-from serve.labeling.journal import Totals
+from serve.labeling.finding import Findings
+from serve.labeling.journal import Entry, Totals
 from serve.labeling.project import project_folder
 from serve.labeling.run import RunCounts
 
@@ -24,6 +25,7 @@ _SHOWN_NOTES: Final = 50
 _FORMULA: Final = frozenset("=+-@＝＋－＠")
 _CONTROLS: Final = frozenset("\t\r\n")
 _PASSED_OVER: Final = " \t\r\n\v\f\0\ufeff\u00a0\"'"
+_SHOWN_KINDS: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +35,13 @@ class Report:
     totals: Totals
     run: RunCounts
     pending: int
-    unsupported: int
-    unreadable: Sequence[str]
+    gone: int
+    changed: Sequence[str]
+    not_renewed: Sequence[Entry]
+    findings: Findings
     retry_command: str
     resume_command: str
+    relabel_command: str
     settings: Mapping[str, Any]
     error: str | None = None
 
@@ -47,7 +52,7 @@ class Report:
             return 130
         if not self.totals.labeled + self.totals.empty:
             return 2
-        return 1 if self.totals.failed or self.error else 0
+        return 1 if self.totals.failed or self.not_renewed or self.error else 0
 
     def to_dict(self) -> dict[str, Any]:
         totals = self.totals
@@ -57,8 +62,14 @@ class Report:
             "empty": totals.empty,
             "failed": totals.failed,
             "pending": self.pending,
-            "unsupported_files": self.unsupported,
-            "unreadable_folders": list(self.unreadable),
+            "gone": self.gone,
+            "changed": list(self.changed),
+            "first_page_only": list(totals.first_of_many),
+            "unsupported_files": self.findings.kinds.total(),
+            "unsupported_kinds": dict(self.findings.kinds.most_common()),
+            "unreadable_folders": [one.path for one in self.findings.unreadable],
+            "folders_passed_over": {one.path: one.message for one in self.findings.passed_over},
+            "subfolders_left_out": self.findings.subfolders,
             "objects": totals.objects,
             "truncated": totals.truncated,
             "with_notes": totals.noted,
@@ -72,18 +83,21 @@ class Report:
                 "error": self.error,
             },
             "retry_command": self.retry_command if totals.failed else None,
+            "relabel_command": self.relabel_command if self.changed else None,
             "resume_command": self.resume_command if self.pending else None,
             "settings": dict(self.settings),
         }
 
 
 def write_report(report: Report, workspace: Workspace) -> None:
-    """``report.json``, and ``failed.csv`` while there are failures."""
+    """``report.json``, and ``failed.csv`` while there is something that was not labeled."""
     text = json.dumps(report.to_dict(), ensure_ascii=False, indent=2) + "\n"
+    # A path may hold bytes that are no text.
+    text = text.encode("utf-8", "backslashreplace").decode()
     workspace.write_text(workspace.root / REPORT_NAME, text)
     failed = workspace.root / FAILED_NAME
-    if report.totals.failures:
-        workspace.write_text(failed, _failed_table(report.totals))
+    if rows := _failed_rows(report):
+        workspace.write_text(failed, _failed_table(rows))
     else:
         failed.unlink(missing_ok=True)
 
@@ -109,23 +123,79 @@ def report_lines(report: Report, root: Path) -> list[str]:
         lines.append(
             f"Dropped or repaired parts of answers: {totals.noted} images, see {root / REPORT_NAME}"
         )
-    if report.unsupported:
-        lines.append(
-            f"{report.unsupported} files are images of a format a project cannot hold; "
-            "convert them to JPEG or PNG."
-        )
+    lines += _left_out_lines(report, root)
+    if report.changed:
+        lines += [
+            f"{len(report.changed)} images changed since they were labeled "
+            f"({_named(report.changed)}); label them again with:",
+            report.relabel_command,
+        ]
     if report.pending:
         lines += [f"{report.pending} images are still to do; go on with:", report.resume_command]
     return lines
 
 
+def _left_out_lines(report: Report, root: Path) -> list[str]:
+    """What is in the folder and not in the project, or only in part."""
+    findings, lines = report.findings, []
+    if several := report.totals.first_of_many:
+        lines.append(
+            f"{len(several)} files have several pages or frames, of which only the first was "
+            f"labeled: {_named(several)}"
+        )
+    if findings.kinds:
+        lines.append(
+            f"{findings.kinds.total()} files are of kinds that a project cannot hold "
+            f"({kinds_in_words(findings.kinds)}), all of them in {root / FAILED_NAME}; convert "
+            "images to JPEG or PNG."
+        )
+    others = [one for one in findings.files if one.code != "unsupported_kind"]
+    lines += _first_of([f"{one.path}: {one.message}" for one in others], root / FAILED_NAME)
+    lines += _first_of([one.message for one in findings.unreadable], root / FAILED_NAME)
+    passed_over = [
+        f"The folder {one.path!r} {one.message} and was not looked into."
+        for one in findings.passed_over
+    ]
+    lines += _first_of(passed_over, root / REPORT_NAME)
+    if findings.subfolders:
+        lines.append(f"{findings.subfolders} subfolders were not looked into; add --recursive.")
+    if report.gone:
+        lines.append(
+            f"{report.gone} images that were looked at are not in the folder any more; "
+            "their labels stay."
+        )
+    return lines
+
+
+def _first_of(lines: list[str], where: Path) -> list[str]:
+    more = len(lines) - _SHOWN_FAILURES
+    return [*lines[:_SHOWN_FAILURES], f"  ... and {more} more, see {where}"] if more > 0 else lines
+
+
+def kinds_in_words(kinds: Counter[str]) -> str:
+    """The commonest suffixes with their numbers."""
+    shown = [f"{count} {kind}" for kind, count in kinds.most_common(_SHOWN_KINDS)]
+    return ", ".join(shown if len(kinds) <= len(shown) else [*shown, "..."])
+
+
+def _named(images: Sequence[str]) -> str:
+    shown = ", ".join(images[:_SHOWN_FAILURES])
+    more = len(images) - _SHOWN_FAILURES
+    return f"{shown} and {more} more" if more > 0 else shown
+
+
 def _failure_lines(report: Report, root: Path) -> list[str]:
     failures = report.totals.failures
+    lines = [
+        f"{entry.image}: changed and could not be labeled again, its earlier labels stay: "
+        f"{entry.message}"
+        for entry in report.not_renewed
+    ]
     if not failures:
-        return []
+        return lines
     counted = ", ".join(f"{count} {code}" for code, count in _by_code(report.totals).items())
     shown = list(failures.values())[:_SHOWN_FAILURES]
-    lines = [f"Failed: {counted}; all of them in {root / FAILED_NAME}"]
+    lines.append(f"Failed: {counted}; all of them in {root / FAILED_NAME}")
     lines += [f"  {entry.image}: {entry.message}" for entry in shown]
     if len(failures) > len(shown):
         lines.append(f"  ... and {len(failures) - len(shown)} more")
@@ -136,12 +206,17 @@ def _by_code(totals: Totals) -> dict[str, int]:
     return dict(Counter(entry.code for entry in totals.failures.values()).most_common())
 
 
-def _failed_table(totals: Totals) -> str:
+def _failed_rows(report: Report) -> list[tuple[str, str, str]]:
+    entries = [*report.totals.failures.values(), *report.not_renewed]
+    rows = [(entry.image, entry.code, entry.message) for entry in entries]
+    return rows + [(one.path, one.code, one.message) for one in report.findings.undone]
+
+
+def _failed_table(rows: Sequence[tuple[str, str, str]]) -> str:
     table = io.StringIO()
     writer = csv.writer(table)
     writer.writerow(["image", "code", "message"])
-    for entry in totals.failures.values():
-        writer.writerow([_as_text(cell) for cell in (entry.image, entry.code, entry.message)])
+    writer.writerows([_as_text(cell) for cell in row] for row in rows)
     return table.getvalue()
 
 

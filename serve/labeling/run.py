@@ -13,10 +13,11 @@ from typing import Any, Final, Protocol
 from florence2.budget import open_pixels
 from florence2.errors import FlorenceError, ImageError, RequestError
 from florence2.images import LoadedImage
-from florence2.processing import clip_region
 from florence2.records import Failure, Polygon, Quad, Region, Result, SizeWh
+from florence2.regions import clip_region
 from serve.annotations import Answered, LabelRules, annotation_from_answers
 from serve.geometry import drawable_rings, rings_of
+from serve.labeling.files import stamp_of
 from serve.labeling.images import MAX_PIXELS_IN_FLIGHT, ImageFile, Loaded, read_ahead
 from serve.labeling.journal import Entry, Journal
 from serve.labeling.plan import Plan, Prompt
@@ -75,7 +76,9 @@ def label_images(files: Iterable[ImageFile], plan: Plan, tools: Tools, *, batch:
     try:
         with closing(loaded), closing(_batches(loaded, batch)) as groups:
             for group in groups:
-                tools.journal.append(entries := _label_batch(group, plan, rules, tools))
+                entries = _label_batch(group, plan, rules, tools)
+                tools.project.sync()
+                tools.journal.append(entries)
                 tools.counts.images += len(entries)
                 tools.on_images(len(entries))
                 if tools.should_stop():
@@ -113,24 +116,24 @@ def _close(group: list[Loaded]) -> None:
 
 def _label_batch(group: list[Loaded], plan: Plan, rules: LabelRules, tools: Tools) -> list[Entry]:
     entries: list[Entry] = []
-    readable: list[tuple[ImageFile, LoadedImage]] = []
+    readable: list[tuple[Loaded, LoadedImage]] = []
     for item in group:
         if item.picture is None:
             entries.append(_unreadable(item))
         elif problem := _misses(plan.region, item.picture):
             entries.append(_failed(item.file, problem.code, str(problem)))
         else:
-            readable.append((item.file, item.picture))
+            readable.append((item, item.picture))
     answers = _ask(readable, plan, tools)
     _check_any_hope(answers, plan, len(readable), tools.journal)
-    for number, (file, picture) in enumerate(readable):
+    for number, (item, picture) in enumerate(readable):
         own = answers[number * len(plan.prompts) : (number + 1) * len(plan.prompts)]
-        entries.append(_settle(file, picture, own, plan, rules, tools))
+        entries.append(_settle(item, picture, own, plan, rules, tools))
     return entries
 
 
 def _ask(
-    readable: list[tuple[ImageFile, LoadedImage]], plan: Plan, tools: Tools
+    readable: list[tuple[Loaded, LoadedImage]], plan: Plan, tools: Tools
 ) -> Sequence[Result | Failure]:
     asks = [
         tools.ask(
@@ -177,7 +180,7 @@ def _unreadable(item: Loaded) -> Entry:
 
 
 def _settle(
-    file: ImageFile,
+    item: Loaded,
     picture: LoadedImage,
     answers: Sequence[Result | Failure],
     plan: Plan,
@@ -185,6 +188,7 @@ def _settle(
     tools: Tools,
 ) -> Entry:
     """One failed prompt fails the image: half its labels would pass for all of them."""
+    file = item.file
     results: list[Result] = []
     for answer in answers:
         if isinstance(answer, Failure):
@@ -196,7 +200,8 @@ def _settle(
     ]
     annotation = annotation_from_answers(answered, rules, picture.size_wh)
     try:
-        tools.project.add(file, annotation)
+        stamp = item.stamp or stamp_of(file.path)
+        written = tools.project.add(file, annotation, stamp, tools.journal.source_of(file.key))
     except ImageError as problem:
         return _failed(file, problem.code, str(problem))
     if tools.previews is not None:
@@ -209,6 +214,12 @@ def _settle(
         objects=objects,
         truncated=sum(result.truncated for result in results),
         notes=_notes(results, picture.size_wh),
+        is_first_of_many=item.is_first_of_many,
+        size_bytes=stamp.size_bytes,
+        mtime_ns=stamp.mtime_ns,
+        hash=written.hash,
+        labels_bytes=written.labels_bytes,
+        labels_hash=written.labels_hash,
     )
 
 

@@ -6,7 +6,7 @@ import shlex
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,32 +16,28 @@ from serve.console import complain, say
 from serve.labeling.aside import set_aside
 from serve.labeling.coco import COCO_DIR, export_coco
 from serve.labeling.exports import Export
-from serve.labeling.files import OutputError, Workspace, opened_workspace
-from serve.labeling.images import (
-    EXTENSIONS,
-    ImageFile,
-    count_unsupported,
-    find_images,
-    is_image,
-    unreadable_folders,
-)
+from serve.labeling.files import OutputError, Workspace, hash_of, opened_workspace, stamp_of
+from serve.labeling.finding import EXTENSIONS, Findings, is_image
+from serve.labeling.images import ImageFile, find_images
 from serve.labeling.journal import (
     JOURNAL_NAME,
     Journal,
     check_unused,
     is_begun,
     open_journal,
+    output_around,
     read_settings,
 )
 from serve.labeling.plan import Plan
 from serve.labeling.previews import PREVIEWS_DIR, draw_missing_previews
 from serve.labeling.progress import StopSwitch, progress_bar, stop_on_signals
-from serve.labeling.project import GrowingProject
-from serve.labeling.report import Report, report_lines, write_report
+from serve.labeling.project import DATASET, GrowingProject
+from serve.labeling.report import Report, kinds_in_words, report_lines, write_report
 from serve.labeling.run import Model, RunCounts, Tools, label_images
 from serve.labeling.yolo import VAL_FRACTION, YOLO_DIR, export_yolo
 from serve.sdk import sly
 
+_SHOWN_LOST: Final = 5
 _SHAPES: Final = {
     OutputKind.GROUNDING: sly.Rectangle,
     OutputKind.LABELED_BOXES: sly.Rectangle,
@@ -63,12 +59,13 @@ class Job:
     val_fraction: float = VAL_FRACTION
     draw: bool = False
     retry_failed: bool = False
+    relabel_changed: bool = False
     overwrite: bool = False
     arguments: tuple[str, ...] = ()
 
     def command(self, *extra: str) -> str:
         """The command line of this job, to be typed again."""
-        dropped = ("--overwrite", "--retry-failed")
+        dropped = ("--overwrite", "--retry-failed", "--relabel-changed")
         kept = [word for word in self.arguments if word not in dropped]
         return shlex.join(["florence2", *kept, *extra])
 
@@ -87,20 +84,44 @@ class _Desk:
     job: Job
     project: GrowingProject
     journal: Journal
+    changed: set[str] = field(default_factory=set)
 
     def pending(self) -> Iterator[ImageFile]:
-        """What this run is to look at: what is new, or only what failed before."""
+        """What this run is to look at: what is new, or only what failed before; and what changed,
+        if it is told to."""
         for file in _all_images(self.job):
-            if self.job.retry_failed:
-                if self.journal.has_failed(file.key):
-                    yield file
-            elif not self.journal.is_known(file.key):
+            if self._is_wanted(file.key):
                 yield file
 
-    def untouched(self) -> int:
-        """Images that no run has looked at."""
-        known = self.journal.is_known
-        return sum(not known(file.key) for file in _all_images(self.job))
+    def survey(self) -> int:
+        """Learns which labeled images have changed since; gives the number of ``pending``."""
+        count = 0
+        for file in _all_images(self.job):
+            if self._has_changed(file):
+                self.changed.add(file.key)
+            count += self._is_wanted(file.key)
+        return count
+
+    def _is_wanted(self, key: str) -> bool:
+        if self.job.relabel_changed and key in self.changed:
+            return True
+        if self.job.retry_failed:
+            return self.journal.has_failed(key)
+        return not self.journal.is_known(key)
+
+    def _has_changed(self, file: ImageFile) -> bool:
+        """By its size, and by its content only where the time of the last change is another."""
+        source = self.journal.source_of(file.key)
+        if source is None:
+            return False
+        try:
+            stamp = stamp_of(file.path)
+            if stamp.size_bytes != source.stamp.size_bytes:
+                return True
+            return stamp != source.stamp and hash_of(file.path) != source.hash
+        except OSError:
+            # It was labeled, and cannot be read any more.
+            return True
 
 
 def label_folder(
@@ -142,12 +163,15 @@ def _run(
 ) -> Report:
     project = GrowingProject(workspace, link=job.link)
     with closing(open_journal(workspace, settings, project.is_kept)) as journal:
+        _say_lost(journal.lost)
         desk = _Desk(plan, job, project, journal)
         counts, error = _work(desk, load, stop)
+        if journal.renewed:
+            journal.recount()
         report = _report(desk, counts, settings, error)
     for line in report_lines(report, job.out):
         say(line)
-    write_report(report, workspace)
+    _write_report(report, workspace)
     if report.totals.labeled + report.totals.empty and not counts.interrupted:
         problem = _export(job, project)
         if problem is not None:
@@ -157,13 +181,33 @@ def _run(
     return report
 
 
+def _say_lost(lost: list[str]) -> None:
+    if lost:
+        more = f" and {len(lost) - _SHOWN_LOST} more" if len(lost) > _SHOWN_LOST else ""
+        say(
+            f"{len(lost)} images were labeled and their files in the project are gone or damaged; "
+            f"they count as not labeled: {', '.join(lost[:_SHOWN_LOST])}{more}"
+        )
+
+
+def _write_report(report: Report, workspace: Workspace) -> None:
+    try:
+        write_report(report, workspace)
+    except OSError as error:
+        raise OutputError(
+            f"The labels are safe, and the report could not be written into "
+            f"{str(workspace.root)!r} ({error.strerror or error}); make room and run it again."
+        ) from error
+
+
 def _settings(plan: Plan, job: Job, checkpoint: str | None) -> dict[str, Any]:
     where = {"images": str(job.images.resolve()), "recursive": job.recursive}
     return where | plan.settings() | {"checkpoint": checkpoint}
 
 
-def _all_images(job: Job) -> Iterator[ImageFile]:
-    return find_images(job.images, recursive=job.recursive, skip=job.out.resolve())
+def _all_images(job: Job, findings: Findings | None = None) -> Iterator[ImageFile]:
+    skip = job.out.resolve()
+    return find_images(job.images, recursive=job.recursive, skip=skip, findings=findings)
 
 
 def _check_input(job: Job) -> None:
@@ -186,28 +230,36 @@ def _check_input(job: Job) -> None:
         )
     if images.resolve() == job.out.resolve():
         raise RequestError(f"Images and labels need two folders and got {shown!r} for both.")
+    _check_is_no_output(images)
+    findings = Findings()
     try:
-        has_image = next(_all_images(job), None) is not None
+        has_image = next(_all_images(job, findings), None) is not None
     except OSError as error:
         raise RequestError(f"{shown!r} cannot be read ({error.strerror}).") from error
     if not has_image:
-        is_flat = job.recursive or not any(path.is_dir() for path in images.iterdir())
-        hint = "" if is_flat else "; add --recursive to look into its subfolders"
+        hint = "; add --recursive to look into its subfolders" if findings.subfolders else ""
+        others = f", but {kinds_in_words(findings.kinds)}" if findings.kinds else ""
         raise RequestError(
             f"A folder to label holds images ({', '.join(EXTENSIONS)}) "
-            f"and {shown!r} holds none{hint}."
+            f"and {shown!r} holds none{others}{hint}."
         )
-    for folder, reason in _unreadable(job):
-        say(f"The folder {folder!r} cannot be read ({reason}); its images are left out.")
 
 
-def _unreadable(job: Job) -> list[tuple[str, str]]:
-    return unreadable_folders(job.images, recursive=job.recursive, skip=job.out.resolve())
+def _check_is_no_output(images: Path) -> None:
+    """Previews and exports look like images; the images of a project are some."""
+    source = images.resolve()
+    around = output_around(source)
+    folder = source if source.is_dir() else source.parent
+    if around is not None and folder.parts[-2:] != (DATASET, "img"):
+        raise RequestError(
+            f"Previews and exports are not labeled, and {str(images)!r} belongs to the labels that "
+            f"an earlier run wrote into {str(around)!r}; name the folder of the images themselves."
+        )
 
 
 def _work(desk: _Desk, load: Loader, stop: StopSwitch) -> tuple[RunCounts, str | None]:
     """Runs until done, stopped, or stuck; the second value says in a sentence what it stuck on."""
-    total = sum(1 for _ in desk.pending())
+    total = desk.survey()
     if not total:
         return RunCounts(), None
     counts = RunCounts()
@@ -254,13 +306,21 @@ def _prepare(desk: _Desk) -> None:
 
 
 def _report(desk: _Desk, counts: RunCounts, settings: dict[str, Any], error: str | None) -> Report:
-    job = desk.job
+    job, journal = desk.job, desk.journal
+    findings = Findings()
+    known = pending = 0
+    for file in _all_images(job, findings):
+        known += journal.is_known(file.key)
+        pending += not journal.is_known(file.key)
     return Report(
-        totals=desk.journal.totals,
+        totals=journal.totals,
         run=counts,
-        pending=desk.untouched(),
-        unsupported=count_unsupported(job.images, recursive=job.recursive, skip=job.out.resolve()),
-        unreadable=[folder for folder, _ in _unreadable(job)],
+        pending=pending,
+        gone=journal.totals.images - known,
+        changed=sorted(desk.changed - journal.renewed),
+        not_renewed=tuple(journal.not_renewed.values()),
+        findings=findings,
+        relabel_command=job.command("--relabel-changed"),
         retry_command=job.command("--retry-failed"),
         resume_command=job.command(),
         settings=settings,

@@ -7,6 +7,7 @@ from typing import Final, NoReturn
 
 from florence2.errors import RequestError
 from florence2.records import BoxXyxy
+from florence2.regions import check_region
 from serve.settings.values import refuse, shown, whole
 
 MAX_REGIONS: Final = 1000
@@ -21,9 +22,9 @@ def box(name: str, value: object) -> BoxXyxy:
     if isinstance(value, Mapping):
         return _from_points(name, value)
     values = _numbers(value.split(",") if isinstance(value, str) else value)
-    if len(values) != 4 or not (values[0] < values[2] and values[1] < values[3]):
+    if len(values) != 4:
         _refuse_box(name, value)
-    return values[0], values[1], values[2], values[3]
+    return check_region(values, name)
 
 
 def boxes(name: str, value: object) -> tuple[BoxXyxy, ...]:
@@ -56,6 +57,9 @@ def _from_points(name: str, value: Mapping[object, object]) -> BoxXyxy:
     if len(pairs) < 2 or any(len(pair) != 2 for pair in pairs):
         _refuse_box(name, value)
     xs, ys = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    if any(value % 1 for value in (*xs, *ys)):
+        # Whole pixels by the SDK's rule; the pixel that is added would hide a box of shares.
+        check_region((min(xs), min(ys), max(xs), max(ys)), name)
     return min(xs), min(ys), max(xs) + 1, max(ys) + 1
 
 

@@ -68,7 +68,8 @@ it is `<CAPTION_TO_PHRASE_GROUNDING>` when there is text, a mapping or a referen
   list such as `[{{text_prompt: 0.1}}, {{reference_image: 0.9}}]` stands for its `text_prompt`.
 - **rectangle, regions**: `[x1, y1, x2, y2]` in pixels with x2 and y2 outside, or a rectangle as the
   SDK writes it, whose last row and column are inside. With a `<REGION_...>` task and no regions,
-  the rectangle is the region.
+  the rectangle is the region. What is over the image's edge is cut off; a box under a pixel, such
+  as one from 0 to 1, is refused.
 - **reference**: text and mapping are not looked at, and a task that takes no text gives way to
   `<CAPTION_TO_PHRASE_GROUNDING>`.
 - **tiling**: `{{width, height, overlap, full_image}}`, or one number for both sides. Sides are 768

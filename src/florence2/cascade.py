@@ -12,6 +12,7 @@ from typing import Final
 
 from florence2.errors import RequestError
 from florence2.records import Box, BoxXyxy, Object, Polygon, Quad, Region, Result, Text
+from florence2.regions import region_on_image
 from florence2.tasks import OutputKind, Task, TaskInput, find_task
 
 Located = Box | Quad | Polygon
@@ -64,7 +65,7 @@ def _check_follows(before: Task, task: Task) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """One located object of the step before; ``region`` is None where it has no area."""
+    """One located object of the step before; ``region`` is None where it is under a pixel."""
 
     located: Located
     region: Region | None
@@ -73,14 +74,10 @@ class Asked:
 def regions_of(result: Result) -> list[Asked]:
     """Every located object of ``result`` with the region to ask about; polygons as their boxes."""
     return [
-        Asked(located, _region_of(_box_of(located)))
+        Asked(located, region_on_image(_box_of(located), result.size_wh))
         for located in result.objects
         if not isinstance(located, Text)
     ]
-
-
-def _region_of(box: BoxXyxy) -> Region | None:
-    return Region(box) if box[0] < box[2] and box[1] < box[3] else None
 
 
 def _box_of(located: Located) -> BoxXyxy:
@@ -112,7 +109,9 @@ def join_region_answers(
         found = one.located
         answer = None if one.region is None else next(left)
         if answer is None:
-            notes.append(f"object {place} ({found.label!r}) has no area and was not asked about")
+            notes.append(
+                f"object {place} ({found.label!r}) is under a pixel and was not asked about"
+            )
         if task.output is OutputKind.TEXT:
             label = (answer.text if answer is not None else None) or ""
             objects.append(Box(_box_of(found), label, found.score))

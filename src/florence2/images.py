@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, ImageFile, _imaging
 
 from florence2.budget import Hold
+from florence2.depth import Depth, full_colours, read_depth, to_8_bits
 from florence2.errors import ImageError
 from florence2.records import SizeWh
 from florence2.stand_ins import stand_in
@@ -140,9 +141,9 @@ def open_image(
 
     ``source`` is a path, an image file's bytes, a ``PIL.Image``, or a uint8 RGB array
     ``[height, width, 3]``. The EXIF rotation is applied, transparency is dropped, and of an
-    animation the first frame is taken. Grey of more than 8 bits a pixel is scaled by the bits in
-    use: 8, 12 or 16, told by the largest value. The size is checked in the file's header, before
-    anything is decoded.
+    animation or a document the first frame or page is taken. Of values of more than 8 bits the
+    upper 8 of those in use count, see ``florence2.depth``. The size is checked in the file's
+    header, before anything is decoded.
 
     ``room`` is asked for the image's pixels then, and what it holds is released when the image is
     closed or cannot be opened; what it raises comes through. A LoadedImage is given back as it is.
@@ -175,6 +176,19 @@ def check_header(file: BinaryIO, name: str = "the image", max_pixels: int = MAX_
         return picture.size
 
 
+def has_more_frames(path: str | os.PathLike[str]) -> bool:
+    """Whether an image file has pages or frames after the one that ``open_image`` takes.
+
+    The further pictures in a camera's JPEG (MPO) do not count: they show the same from elsewhere,
+    or are smaller copies. False for a file that is no image.
+    """
+    try:
+        with _strict_decoding(), Image.open(path) as picture:
+            return picture.format != "MPO" and bool(getattr(picture, "is_animated", False))
+    except _DAMAGE:
+        return False
+
+
 def _from_path(path: str, max_pixels: int, room: Room | None) -> LoadedImage:
     if not isinstance(path, str):
         raise ImageError("The path of an image must be text, not bytes; decode it first.")
@@ -185,12 +199,17 @@ def _from_path(path: str, max_pixels: int, room: Room | None) -> LoadedImage:
         )
     try:
         with open(path, "rb") as file:
-            return _from_file(file, repr(path), max_pixels, room)
+            return _from_file(file, _shown(path), max_pixels, room)
     except FileNotFoundError as error:
-        raise ImageError(f"There is no image {path!r}; check the path.") from error
+        raise ImageError(f"There is no image {_shown(path)}; check the path.") from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise ImageError(f"The image {path!r} cannot be read: {reason}.") from error
+        raise ImageError(f"The image {_shown(path)} cannot be read: {reason}.") from error
+
+
+def _shown(path: str) -> str:
+    """A path in a message, without the middle of one that is too long to be one."""
+    return repr(path if len(path) <= 1000 else f"{path[:150]}...{path[-150:]}")
 
 
 def _from_file(file: BinaryIO, name: str, max_pixels: int, room: Room | None) -> LoadedImage:
@@ -242,6 +261,7 @@ def _from_picture(
     _check_size(picture.size, name, max_pixels)
     try:
         with _strict_decoding():
+            depth = read_depth(picture)
             picture.load()
     except _DAMAGE as error:
         raise ImageError(
@@ -251,7 +271,8 @@ def _from_picture(
     _check_size(picture.size, name, max_pixels)
     turn = _TURNS.get(_orientation(picture))
     try:
-        rgb = _to_rgb(picture, is_ours=is_ours)
+        with _strict_decoding():
+            rgb = _to_rgb(picture, depth, is_ours=is_ours)
     except _DAMAGE as error:
         raise ImageError(
             f"The colours of an image must be convertible to RGB, and {name} has mode "
@@ -300,32 +321,22 @@ def _orientation(picture: Image.Image) -> int:
     return value if isinstance(value, int) else 1
 
 
-def _to_rgb(picture: Image.Image, *, is_ours: bool) -> Image.Image:
+def _to_rgb(picture: Image.Image, depth: Depth, *, is_ours: bool) -> Image.Image:
     """Never a picture that its caller may go on drawing on: that is copied if it is RGB already."""
+    colours = full_colours(picture, depth)
+    if colours is not None:
+        return Image.fromarray(to_8_bits(colours, depth))
     if picture.mode == "RGB" and is_ours:
         # Pillow's convert() copies, 48 MB for 12 megapixels. The opened file itself would do, but
         # it may hold on to the file's content.
         return picture._new(picture.im)
     if picture.mode.startswith("I;16") or picture.mode == "I":
-        return _from_deep_grey(np.asarray(picture))
+        return Image.fromarray(to_8_bits(np.asarray(picture), depth)).convert("RGB")
     if picture.mode == "F":
         raise ValueError("floating-point pixels have no agreed range")
     if picture.mode in ("La", "RGBa"):
         picture = picture.convert("LA" if picture.mode == "La" else "RGBA")
     return picture.convert("RGB")
-
-
-def _from_deep_grey(values: np.ndarray[Any, Any]) -> Image.Image:
-    """Grey of 8, 12 or 16 bits in wider pixels, which do not say how many bits are used.
-
-    The largest value tells: up to 255 the values are taken as they are, up to 4095 (12 bits, as
-    cameras and scanners give) as sixteen times too large, and above that the high byte is kept.
-    """
-    largest = values.max()
-    if values.min() < 0 or largest > 0xFFFF:
-        raise ValueError("32-bit pixels have no agreed range")
-    shift = 0 if largest <= 0xFF else 4 if largest <= 0xFFF else 8
-    return Image.fromarray((values >> shift).astype(np.uint8)).convert("RGB")
 
 
 _strict_lock: Final = threading.Lock()

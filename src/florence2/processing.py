@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Sequence
 from concurrent.futures import Executor
@@ -18,7 +17,8 @@ from PIL import Image
 from florence2.errors import CheckpointError, RequestError
 from florence2.pieces import DROPPED_TOKENS, MARKERS
 from florence2.pixels import Pixels, Scaled, look_up, scale
-from florence2.records import BoxXyxy, Region, SizeWh
+from florence2.records import Region, SizeWh
+from florence2.regions import clip_region, region_bins
 from florence2.tasks import TASKS, Task, TaskInput
 from florence2.tokens import AND, NUM_LOCATION_BINS, location_token
 
@@ -136,42 +136,6 @@ def check_prompt_length(num_prompt_tokens: int, limit: int) -> None:
             f"A prompt can have at most {limit} tokens with this checkpoint, and "
             f"{num_prompt_tokens} were received; shorten the text."
         )
-
-
-def region_bins(box_xyxy: BoxXyxy, size_wh: SizeWh) -> tuple[int, int, int, int]:
-    """The location bins, 0 to 999, of a box in pixels of an image of ``size_wh``."""
-    sizes = (*size_wh, *size_wh)
-    x1, y1, x2, y2 = (
-        min(max(math.floor(value * NUM_LOCATION_BINS / size), 0), NUM_LOCATION_BINS - 1)
-        for value, size in zip(box_xyxy, sizes, strict=True)
-    )
-    return x1, y1, x2, y2
-
-
-def clip_region(box_xyxy: Sequence[float], size_wh: SizeWh) -> BoxXyxy:
-    """The part of a region that lies on the image, in pixels.
-
-    Raises RequestError for a region that is not four finite numbers, has no area, has its
-    corners in the wrong order, or lies wholly outside the image.
-    """
-    if len(box_xyxy) != 4 or not all(math.isfinite(value) for value in box_xyxy):
-        raise RequestError(
-            "A region is four finite numbers x1, y1, x2, y2 in pixels, and "
-            f"{list(box_xyxy)} was received; correct it."
-        )
-    x1, y1, x2, y2 = (float(value) for value in box_xyxy)
-    if x1 >= x2 or y1 >= y2:
-        raise RequestError(
-            "A region must have x1 < x2 and y1 < y2, and "
-            f"{list(box_xyxy)} was received; give left, top, right, bottom."
-        )
-    width, height = size_wh
-    if x1 >= width or y1 >= height or x2 <= 0 or y2 <= 0:
-        raise RequestError(
-            f"A region must lie on the image, which is {width}x{height}, and "
-            f"{list(box_xyxy)} was received; give it in pixels of the original image."
-        )
-    return max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))
 
 
 def _clean_text(text: str | None) -> str:

@@ -64,9 +64,9 @@ def default_cache_dir() -> Path:
     """``FLORENCE2_CACHE``, else ``florence2`` in the user's cache folder."""
     named = os.environ.get(CACHE_VARIABLE)
     if named:
-        return Path(named).expanduser()
+        return _expanded(named)
     user = os.environ.get("XDG_CACHE_HOME")
-    return (Path(user) if user else Path.home() / ".cache") / "florence2"
+    return (Path(user) if user else _expanded("~/.cache")) / "florence2"
 
 
 def resolve(
@@ -94,7 +94,7 @@ def resolve(
     if known is not None:
         wanted = _Wanted(text, known.repository, known.revision, known, refresh)
         return _from_hub(wanted, _as_cache(cache_dir), is_offline(offline), progress, verify)
-    folder = Path(text).expanduser()
+    folder = _expanded(text)
     if _is_folder(folder):
         return _from_folder(text, folder, verify, "folder")
     match = _REPOSITORY.fullmatch(text)
@@ -102,6 +102,17 @@ def resolve(
         raise _no_such(text)
     wanted = _Wanted(text, match[1], match[2] or constants.DEFAULT_REVISION, None, refresh)
     return _from_hub(wanted, _as_cache(cache_dir), is_offline(offline), progress, verify)
+
+
+def _expanded(path: str | Path) -> Path:
+    """The path with ``~`` and ``~user`` as folders; CheckpointError where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"A path with ~ names the home of a user of this machine, and {str(path)!r} names none "
+            f"that is known here; write the whole path, or name the cache in {CACHE_VARIABLE}."
+        ) from error
 
 
 def _is_folder(path: Path) -> bool:
@@ -113,10 +124,11 @@ def _is_folder(path: Path) -> bool:
 
 
 def _as_cache(cache_dir: str | Path | None) -> Path:
-    return default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
+    return default_cache_dir() if cache_dir is None else _expanded(cache_dir)
 
 
 def _no_such(name: str) -> CheckpointError:
+    name = name if len(name) <= 1000 else f"{name[:150]}...{name[-150:]}"
     if os.sep in name or "/" in name:
         return CheckpointError(
             f"The checkpoint folder {name} does not exist; name a folder that does, a hub "
@@ -128,7 +140,7 @@ def _no_such(name: str) -> CheckpointError:
 def _demo_folder() -> Path:
     named = os.environ.get(DEMO_VARIABLE)
     if named:
-        return Path(named).expanduser()
+        return _expanded(named)
     here = (_PACKAGE / _DEMO_IN_WHEEL, _PROJECT_ROOT / _DEMO_FOLDER, Path.cwd() / _DEMO_FOLDER)
     for folder in here:
         if folder.is_dir():

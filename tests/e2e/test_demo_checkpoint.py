@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -181,3 +183,17 @@ def test_a_training_would_write_the_same_settings_beside_its_weights(tmp_path, m
     assert len(written) == 4
     for name in written:
         assert (FOLDER / name).read_text() == (tmp_path / name).read_text(), name
+
+
+@pytest.mark.parametrize("bits", [10, 14, 16])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_scene_has_the_same_labels_at_every_depth(model, bits, mode):
+    scene = np.asarray(Image.open(IMAGE).convert(mode))
+    deep = np.round(scene / 255 * (2**bits - 1)).astype(np.uint16)
+    file = cv2.imencode(".png", deep[:, :, ::-1] if mode == "RGB" else deep)[1].tobytes()
+    found = model.detect_objects(file, max_new_tokens=LIMIT)
+    assert (
+        found.objects
+        == model.detect_objects(Image.open(IMAGE).convert(mode), max_new_tokens=LIMIT).objects
+    )
+    assert found.objects

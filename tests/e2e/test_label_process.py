@@ -189,6 +189,16 @@ def test_memory_does_not_grow_with_the_folder(runs, tmp_path):
     assert peaks[1000] < peaks[50] + 12, peaks
 
 
+def test_a_reader_that_leaves_costs_neither_the_report_nor_the_exports(runs):
+    """As ``label ... 2>&1 | head -1``."""
+    work = runs(8)
+    process = work.start("--coco")
+    process.stderr.close()
+    assert process.wait(timeout=120) == 0
+    work.check_complete()
+    assert (work.out / "coco").is_dir()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit works on Linux only")
 def test_a_file_size_limit_in_the_middle_is_a_sentence(runs):
     """The nearest thing to a full disk that needs no disk of its own."""

@@ -111,7 +111,7 @@ def test_polygons_move_with_the_rectangle_too(predictor, bike):
 def test_a_rectangle_outside_the_image_is_that_images_failure(predictor, bike):
     [failed] = predictor.predict([bike], parse_settings({"rectangle": [5000, 0, 5100, 90]}))
     assert isinstance(failed, Failure)
-    assert "640 by 480" in failed.message
+    assert "640x480" in failed.message
 
 
 def test_tiles_find_what_the_whole_image_holds_once(predictor, bike):

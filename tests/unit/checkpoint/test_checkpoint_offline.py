@@ -324,3 +324,38 @@ def test_table_is_pinned():
         assert len(known.weights_sha256) == 64
         assert known.native_repository.endswith(known.native_repository.partition("@")[2])
         assert known.repository.endswith(known.name)
+
+
+HOMELESS = "~nobody_of_this_name"
+
+
+@pytest.mark.parametrize("name", [HOMELESS, f"{HOMELESS}/checkpoint", Path(HOMELESS) / "x"])
+def test_a_home_of_nobody_is_one_sentence(name):
+    assert "write the whole path" in failure(name, offline=True)
+
+
+@pytest.mark.parametrize(
+    ("variable", "name"), [("FLORENCE2_CACHE", "Florence-2-base"), ("FLORENCE2_DEMO", "demo")]
+)
+def test_a_variable_that_names_a_home_of_nobody_is_one_sentence(variable, name, monkeypatch):
+    monkeypatch.setenv(variable, f"{HOMELESS}/files")
+    assert HOMELESS in failure(name, offline=True)
+
+
+def test_a_user_without_a_home_is_told_to_name_the_cache(monkeypatch):
+    """In a container that runs as a number which no file of users has."""
+
+    def homeless(_: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("FLORENCE2_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    assert "FLORENCE2_CACHE" in failure("Florence-2-base", offline=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["a\0b", "n" * 5000, "n/" * 3000, "\ud800", "\udce9/x", "/dev/null/x"]
+)
+def test_a_name_that_no_file_system_takes_is_one_short_sentence(name):
+    assert len(failure(name, offline=True)) < 600

@@ -46,7 +46,7 @@ def test_a_region_without_area_is_kept_with_a_note_and_not_asked_about():
     assert [one.region for one in asked] == [None, Region(CAR.box_xyxy)]
     joined = join_region_answers(DESCRIBE, "both", before, asked, [described("a red car")])
     assert [found.label for found in joined.objects] == ["", "a red car"]
-    assert joined.notes == ("object 1 ('a line') has no area and was not asked about",)
+    assert joined.notes == ("object 1 ('a line') is under a pixel and was not asked about",)
 
 
 def test_a_polygon_has_the_label_of_its_region_and_its_own_score():

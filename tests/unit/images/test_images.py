@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
 from florence2.errors import ImageError
-from florence2.images import MAX_PIXELS, open_image
+from florence2.images import MAX_PIXELS, has_more_frames, open_image
 
 RNG = np.random.default_rng(7)
 PIXELS = RNG.integers(0, 256, (20, 30, 3), dtype=np.uint8)
@@ -294,3 +294,30 @@ def test_damaged_files_open_or_are_refused(seed, edits):
 def test_junk_is_refused(data):
     with contextlib.suppress(ImageError):
         assert open_image(data, max_pixels=1_000_000).image.mode == "RGB"
+
+
+ODD_PATHS = ["~nobody_of_this_name/a.jpg", "n" * 5000, "n/" * 3000, "\ud800.jpg", "\udce9.jpg"]
+
+
+@pytest.mark.parametrize("path", ODD_PATHS)
+def test_an_odd_path_is_one_short_sentence(path):
+    with pytest.raises(ImageError, match=r"There is no image|cannot be read") as raised:
+        open_image(path)
+    assert len(str(raised.value)) < 400
+    str(raised.value).encode()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "GIF"])
+def test_further_frames_and_pages_are_known(tmp_path, kind):
+    frames = [Image.new("RGB", (8, 6), colour) for colour in ("red", "lime")]
+    frames[0].save(tmp_path / "one", kind)
+    frames[0].save(tmp_path / "two", kind, save_all=True, append_images=frames[1:])
+    assert not has_more_frames(tmp_path / "one")
+    assert has_more_frames(tmp_path / "two")
+
+
+def test_the_other_pictures_of_a_camera_are_no_frames(tmp_path):
+    RGB.save(tmp_path / "one", "MPO", save_all=True, append_images=[RGB])
+    assert not has_more_frames(tmp_path / "one")
+    (tmp_path / "none").write_bytes(b"no image")
+    assert not has_more_frames(tmp_path / "none")

@@ -7,14 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from florence2.errors import RequestError
-from florence2.processing import (
-    MAX_PROMPT_CHARS,
-    check_prompt_length,
-    clip_region,
-    prompt_sentence,
-    region_bins,
-)
+from florence2.processing import MAX_PROMPT_CHARS, check_prompt_length, prompt_sentence
 from florence2.records import Region
+from florence2.regions import clip_region, region_bins
 from florence2.tasks import TASKS, TaskInput, find_task, passthrough_task
 from florence2.vocabulary import Vocabulary
 
@@ -106,6 +101,10 @@ REFUSED = [
     ("no area", REGION, None, Region((3, 2, 3, 4)), "x1 < x2"),
     ("right of the image", REGION, None, Region((640, 2, 650, 4)), "which is 640x480"),
     ("above the image", REGION, None, Region((1, -9, 5, 0)), "which is 640x480"),
+    ("shares of the image", REGION, None, Region((0.1, 0.2, 0.9, 0.8)), "multiply shares"),
+    ("the whole as shares", REGION, None, Region((0, 0, 1, 1)), "multiply shares"),
+    ("under a pixel", REGION, None, Region((7.2, 2, 7.9, 400)), "at least one pixel"),
+    ("a sliver of it on the image", REGION, None, Region((-9, 2, 0.5, 4)), "which is 640x480"),
     ("not a number", REGION, None, Region((math.nan, 2, 3, 4)), "finite"),
     ("infinite", REGION, None, Region((0, 0, math.inf, 4)), "finite"),
 ]

@@ -69,6 +69,12 @@ def read_project(out):
     }, project
 
 
+def dataset_of(out):
+    """The folder of the images and annotations, wherever in an output folder it is."""
+    (found,) = out.rglob("ds0")
+    return found
+
+
 def files_below(folder):
     """Every file with the time it was last written."""
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
+import sys
+from pathlib import Path
 
 import pytest
-from label_fakes import color_in, color_of, one_box, paint, read_project, result
+from label_fakes import color_in, color_of, dataset_of, one_box, paint, read_project, result
+from PIL import Image
 
 from florence2.ask import Ask
 from florence2.errors import CheckpointError, DeviceError, DeviceLostError
 from florence2.records import Failure
 from serve.labeling.files import opened_workspace
+from serve.labeling.progress import stop_on_signals
 
 
 @pytest.mark.parametrize(
@@ -23,17 +29,188 @@ from serve.labeling.files import opened_workspace
             lambda out: (out / "project/ds0/ann/2.png.json").unlink(), id="annotation gone"
         ),
         pytest.param(lambda out: (out / "project/ds0/img/2.png").unlink(), id="image gone"),
+        pytest.param(
+            lambda out: (dataset_of(out) / "img/2.png").write_bytes(b""), id="image empty"
+        ),
+        pytest.param(lambda out: cut(dataset_of(out) / "img/2.png"), id="image cut"),
+        pytest.param(lambda out: zero(dataset_of(out) / "img/2.png"), id="image of zeros"),
+        pytest.param(lambda out: cut(dataset_of(out) / "ann/2.png.json"), id="annotation cut"),
+        pytest.param(
+            lambda out: zero(dataset_of(out) / "ann/2.png.json"), id="annotation of zeros"
+        ),
     ],
 )
-def test_what_a_crash_of_the_machine_took_is_labeled_again(label, images, model, harm, report_of):
+def test_what_a_crash_of_the_machine_took_is_labeled_again_and_said(
+    label, images, model, harm, report_of, capsys
+):
     out = label(images).out
     harm(out)
     model.asked.clear()
+    label(images, "--retry-failed")
+    assert "gone or damaged; they count as not labeled: 2.png" in capsys.readouterr().err
     for _ in range(2):
         assert label(images).code == 0
         assert report_of(out)["labeled"] == 5
     assert model.asked == [color_of(2)]
     assert len(read_project(out)[0]) == 5
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:20])
+
+
+def zero(path):
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def test_an_image_that_a_person_turned_in_the_project_is_theirs(label, images, model):
+    out = label(images).out
+    turned = Image.open(dataset_of(out) / "img/2.png").rotate(90, expand=True)
+    turned.save(dataset_of(out) / "img/2.png")
+    model.asked.clear()
+    assert label(images).code == 0
+    assert model.asked == []
+    assert Image.open(dataset_of(out) / "img/2.png").size == turned.size
+
+
+@pytest.mark.parametrize("link", [[], ["--link"]])
+def test_an_earlier_versions_journal_still_counts(label, images, model, link, report_of):
+    out = label(images, *link).out
+    journal = out / "journal.jsonl"
+    header, *lines = journal.read_text().splitlines()
+    old = [{key: json.loads(line)[key] for key in ("image", "name", "state", "objects")}
+           for line in lines]  # fmt: skip
+    journal.write_text("\n".join([header, *map(json.dumps, old)]) + "\n")
+    model.asked.clear()
+    assert label(images, *link).code == 0
+    assert model.asked == []
+    assert report_of(out)["changed"] == []
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="asks Linux what a file is")
+@pytest.mark.parametrize("link", [[], ["--link"]])
+def test_files_are_on_the_disk_before_the_journal_counts_them(label, images, monkeypatch, link):
+    synced: set[str] = set()
+    fsync = os.fsync
+
+    def watched(descriptor):
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        if path.endswith("journal.jsonl"):
+            for line in Path(path).read_text().splitlines()[1:]:
+                name = json.loads(line)["name"]
+                dataset = dataset_of(Path(path).parent)
+                needed = [dataset / "ann" / f"{name}.json", dataset / "ann", dataset / "img",
+                          dataset, dataset.parent, dataset.parent / "meta.json"]  # fmt: skip
+                # Of a linked image only the name is new.
+                needed += [] if link else [dataset / "img" / name]
+                assert {str(one) for one in needed} <= synced
+        synced.add(path)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    assert label(images, "--batch", "2", *link).code == 0
+    assert any(path.endswith("journal.jsonl") for path in synced)
+
+
+def test_a_disk_that_does_not_take_the_files_keeps_them_out_of_the_journal(
+    label, images, monkeypatch, journal_of, capsys
+):
+    fsync, calls = os.fsync, []
+
+    def failing(descriptor):
+        calls.append(descriptor)
+        if len(calls) > 12:
+            raise OSError(5, "Input/output error")
+        fsync(descriptor)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", failing)
+        done = label(images, "--batch", "1")
+    assert "Input/output error" in capsys.readouterr().err
+    counted = len(journal_of(done.out))
+    assert counted < 5
+    assert label(images, "--batch", "1").code == 0
+    assert len(journal_of(done.out)) == 5
+
+
+def test_a_report_that_cannot_be_written_is_one_sentence(label, images, monkeypatch, capsys):
+    import serve.labeling.session as session
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(session, "write_report", full)
+        assert label(images).code == 2
+    err = capsys.readouterr().err
+    assert "The labels are safe, and the report could not be written" in err
+    assert "No space left on device" in err
+    assert "Traceback" not in err
+
+
+class Closed:
+    """A pipe that nobody reads any more, or a terminal that is gone."""
+
+    encoding = "utf-8"
+
+    def __init__(self, error: OSError) -> None:
+        self._error = error
+
+    def write(self, _: str) -> int:
+        raise self._error
+
+    def flush(self) -> None:
+        raise self._error
+
+    def isatty(self) -> bool:
+        return False
+
+    def fileno(self) -> int:
+        raise OSError(9, "Bad file descriptor")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [BrokenPipeError(32, "Broken pipe"), OSError(5, "Input/output error"),
+     OSError(28, "No space left on device")],
+    ids=["pipe", "terminal", "full disk"],
+)  # fmt: skip
+def test_a_run_that_nobody_listens_to_is_finished(label, images, monkeypatch, report_of, error):
+    monkeypatch.setattr(sys, "stderr", Closed(error))
+    monkeypatch.setattr(sys, "stdout", Closed(error))
+    done = label(images, "--coco", "--batch", "1")
+    assert done.code == 0
+    assert report_of(done.out)["labeled"] == 5
+    assert (done.out / "coco").is_dir()
+
+
+def test_a_run_without_any_stderr_is_finished(label, images, monkeypatch, report_of):
+    monkeypatch.setattr(sys, "stderr", None)
+    assert report_of(label(images).out)["labeled"] == 5
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_ends_the_run_after_its_batch_with_a_report(label, images, model, report_of, name):
+    def answer(ask: Ask):
+        if color_in(ask) == color_of(2):
+            signal.raise_signal(getattr(signal, name))
+        return one_box(ask)
+
+    model.answer = answer
+    done = label(images, "--batch", "1")
+    assert done.code == 130
+    report = report_of(done.out)
+    assert (report["labeled"], report["pending"]) == (3, 2)
+
+
+def test_a_closed_terminal_does_not_stop_what_was_started_to_outlive_it():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_on_signals() as stop, stop.after_batch():
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("tail", [b'{"image": "4.p', b"\xff\xfe", b'{"image": 1}\n', b"[]\n"])
@@ -103,10 +280,10 @@ def test_a_full_disk_is_one_sentence_and_the_run_can_go_on(
 
     add = GrowingProject.add
 
-    def full(self, file, annotation):
+    def full(self, file, *labels):
         if file.name == "2.png":
             raise OSError(28, "No space left on device")
-        add(self, file, annotation)
+        return add(self, file, *labels)
 
     with monkeypatch.context() as patched:
         patched.setattr(GrowingProject, "add", full)

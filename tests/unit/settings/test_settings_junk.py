@@ -71,8 +71,8 @@ SHARES = st.floats(0, 1)
 OFF_OR_SHARES = st.just("off") | SHARES
 PHRASES = st.text("abcdefgh .;,'é龍", min_size=1, max_size=12).filter(lambda t: t.strip(" .;,'"))
 CLASS_NAMES = st.text("abcABC _-7龍", min_size=1, max_size=8).filter(str.strip)
-CORNERS = st.tuples(*[st.integers(0, 5000)] * 2, *[st.integers(1, 900)] * 2)
-FRACTIONS = st.tuples(*[st.floats(0, 900)] * 2, *[st.floats(1, 900)] * 2)
+CORNERS = st.tuples(*[st.integers(0, 5000)] * 2, *[st.integers(2, 900)] * 2)
+FRACTIONS = st.tuples(*[st.floats(0, 900)] * 2, *[st.floats(2, 900)] * 2)
 BOXES = (CORNERS | FRACTIONS).map(lambda b: [b[0], b[1], b[0] + b[2], b[1] + b[3]])
 WINDOWS = st.fixed_dictionaries(
     {},

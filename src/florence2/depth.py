@@ -1,0 +1,235 @@
+"""Values of more than 8 bits: how many bits are in use, and the 8 bits that the network sees.
+
+A file of 16 bits a value often holds fewer: thermal and industrial cameras give 10, 12 or 14. What
+the file says decides (PNG's sBIT, TIFF's BitsPerSample and MaxSampleValue). A file that does not
+say has the fewest bits, 8 to 16, that hold its largest value; but values that all are 8-bit ones
+times 256 or 257 were 8 bits stretched to 16.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import struct
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import IO, Any, Final
+
+import numpy as np
+from PIL import Image, ImageFile, TiffImagePlugin
+
+Values = np.ndarray[Any, np.dtype[Any]]
+
+_FULL_BITS: Final = 16
+# 8 bits are stretched to 16 by doubling the byte, or by a zero byte below it.
+_STRETCHES: Final = (257, 256)
+_COLOURS: Final = ("RGB", "RGBA")
+
+# Pillow's names of how the values of colours lie in a file: (R|G|B|A|X)...;16 and their byte order.
+_PLAIN_COLOURS: Final = re.compile(r"[RGBAX]{1,4};16[BLN]")
+_OTHER_ORDER: Final = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
+_SWAPPED: Final = {"LA;16B": "RGBA"}
+
+_BITS_PER_SAMPLE: Final = 258
+_PHOTOMETRIC: Final = 262
+_MAX_SAMPLE_VALUE: Final = 281
+_WHITE_IS_ZERO: Final = 0
+
+_PNG_BIT_DEPTH_AT: Final = 24
+_PNG_CHUNKS_AT: Final = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Depth:
+    """What a file says about its values. ``bits`` is None where it says nothing.
+
+    ``may_be_scaled``: the values may have been scaled up to 16 bits, as PNG wants it.
+    ``is_inverted``: 0 is white. ``content`` is the file of a picture in colours of more than 8
+    bits, of which Pillow gives the upper 8 only.
+    """
+
+    bits: int | None = None
+    may_be_scaled: bool = False
+    is_inverted: bool = False
+    content: bytes | None = None
+
+
+def read_depth(picture: Image.Image) -> Depth:
+    """To be called before the picture is decoded, which may close its file."""
+    if not isinstance(picture, ImageFile.ImageFile):
+        return Depth()
+    if picture.format == "PNG":
+        return _of_png(picture)
+    if isinstance(picture, TiffImagePlugin.TiffImageFile):
+        return _of_tiff(picture)
+    # Pillow scales the values of these formats up by the depth they name.
+    is_scaled = picture.format == "JPEG2000" or (
+        picture.format == "PPM" and any(tile.codec_name != "raw" for tile in picture.tile)
+    )
+    return Depth(_FULL_BITS) if is_scaled else Depth()
+
+
+def to_8_bits(values: Values, depth: Depth) -> Values:
+    """The upper 8 of the bits in use: uint8 in the shape of ``values``.
+
+    Raises ValueError for values below 0 or above 65535.
+    """
+    largest = int(values.max())
+    if values.min() < 0 or largest > 0xFFFF:
+        raise ValueError("32-bit pixels have no agreed range")
+    bits = _bits_in_use(values, largest, depth)
+    eight: Values = (values >> (bits - 8)).astype(np.uint8)
+    return 255 - eight if depth.is_inverted else eight
+
+
+def full_colours(picture: Image.Image, depth: Depth) -> Values | None:
+    """The whole values ``[height, width, 3]`` of a decoded picture where its upper bytes are not
+    all that counts; None where they are, or are all that can be had."""
+    if depth.content is None or _largest_colour(picture) > 0x7F:
+        return None
+    with Image.open(io.BytesIO(depth.content)) as again:
+        if isinstance(again, TiffImagePlugin.TiffImageFile):
+            _mend_planes(again)
+        tiles = [_of_lower_bytes(tile) for tile in again.tile]
+        if None in tiles:
+            return None
+        again.tile = [tile for tile in tiles if tile is not None]
+        lower = np.asarray(again)
+    # Grey with alpha has been read as its four bytes.
+    is_grey = tiles[0] is not None and _rawmode(tiles[0]) == "RGBA"
+    lower = np.repeat(lower[:, :, 1:2], 3, axis=2) if is_grey else lower[:, :, :3]
+    upper = np.asarray(picture)[:, :, :3]
+    whole: Values = upper.astype(np.uint16) << 8 | lower
+    return whole
+
+
+def _of_lower_bytes(tile: Any) -> Any:  # noqa: ANN401 - Pillow's own, which has no public type
+    """The tile with its bytes the other way round, so that Pillow keeps the lower ones."""
+    rawmode = _rawmode(tile)
+    swapped = _SWAPPED.get(rawmode) or (
+        rawmode[:-1] + _OTHER_ORDER[rawmode[-1]] if _PLAIN_COLOURS.fullmatch(rawmode) else None
+    )
+    return None if swapped is None else _in_rawmode(tile, swapped)
+
+
+def _in_rawmode(tile: Any, rawmode: str) -> Any:  # noqa: ANN401
+    is_plain = isinstance(tile.args, str)
+    return tile._replace(args=rawmode if is_plain else (rawmode, *tile.args[1:]))
+
+
+def _rawmode(tile: Any) -> str:  # noqa: ANN401
+    return str(tile.args if isinstance(tile.args, str) else tile.args[0])
+
+
+def _bits_in_use(values: Values, largest: int, depth: Depth) -> int:
+    needed = max(largest.bit_length(), 8)
+    if needed == _FULL_BITS:
+        return _FULL_BITS
+    if depth.bits is not None:
+        if depth.may_be_scaled and _is_scaled(values, needed, depth.bits):
+            return _FULL_BITS
+        return max(depth.bits, needed)
+    return _FULL_BITS if needed > 8 and _is_stretched(values) else needed
+
+
+def _is_scaled(values: Values, needed: int, bits: int) -> bool:
+    """Whether values of ``bits`` bits lie in the upper bits; the ones below then repeat them."""
+    below = (1 << (_FULL_BITS - bits)) - 1
+    return needed > bits or not any((row & below).any() for row in values)
+
+
+def _is_stretched(values: Values) -> bool:
+    return any(not any((row % factor).any() for row in values) for factor in _STRETCHES)
+
+
+def _largest_colour(picture: Image.Image) -> int:
+    extremes: Any = picture.getextrema()
+    return max(int(high) for _, high in extremes[:3])
+
+
+def _of_png(picture: ImageFile.ImageFile) -> Depth:
+    file = picture.fp
+    is_deep = picture.mode in _COLOURS or picture.mode.startswith("I")
+    if file is None or not picture.tile or not is_deep:
+        return Depth()
+    before = file.tell()
+    try:
+        file.seek(_PNG_BIT_DEPTH_AT)
+        if file.read(1) != bytes((_FULL_BITS,)):
+            return Depth()
+        bits = _significant_bits(file)
+        file.seek(0)
+        content = file.read() if picture.mode in _COLOURS else None
+        return Depth(bits, may_be_scaled=True, content=content)
+    finally:
+        file.seek(before)
+
+
+def _significant_bits(file: IO[bytes]) -> int | None:
+    """The largest of a PNG's sBIT chunk that is not about transparency."""
+    for kind, length in _png_chunks(file):
+        if kind == b"sBIT" and 1 <= length <= 4:
+            found = file.read(length)
+            bits = max(found[: 1 if length < 3 else 3], default=0)
+            return bits if 8 <= bits <= _FULL_BITS else None
+        if kind == b"IDAT":
+            break
+    return None
+
+
+def _png_chunks(file: IO[bytes]) -> Iterator[tuple[bytes, int]]:
+    """The kinds and lengths of a PNG's chunks; the file stands at the content of each."""
+    start = _PNG_CHUNKS_AT
+    while True:
+        file.seek(start)
+        head = file.read(8)
+        if len(head) < 8:
+            return
+        length, kind = struct.unpack(">I4s", head)
+        yield kind, length
+        start += length + 12
+
+
+def _of_tiff(picture: TiffImagePlugin.TiffImageFile) -> Depth:
+    tags = picture.tag_v2
+    stored = max(_numbers(tags.get(_BITS_PER_SAMPLE)), default=0)
+    if not 8 < stored <= _FULL_BITS:
+        return Depth()
+    largest = max(_numbers(tags.get(_MAX_SAMPLE_VALUE)), default=0)
+    # The largest number that fits is what this tag has where nobody set it.
+    named = max(largest.bit_length(), 8) if 0 < largest < 0xFFFF else None
+    # Of a picture that its caller has decoded the file is closed.
+    file = picture.fp if picture.tile else None
+    _mend_planes(picture)
+    return Depth(
+        bits=named if stored == _FULL_BITS else stored,
+        is_inverted=tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO,
+        content=_whole(file) if picture.mode in _COLOURS and file is not None else None,
+    )
+
+
+def _mend_planes(picture: TiffImagePlugin.TiffImageFile) -> None:
+    """Pillow takes the values of uncompressed planes of 16 bits for twice as many of 8 bits."""
+    tags = picture.tag_v2
+    if max(_numbers(tags.get(_BITS_PER_SAMPLE)), default=0) == _FULL_BITS:
+        order = "L" if tags.prefix == b"II" else "B"
+        picture.tile = [
+            _in_rawmode(tile, f"{_rawmode(tile)};16{order}")
+            if tile.codec_name == "raw" and _rawmode(tile) in "RGBA"
+            else tile
+            for tile in picture.tile
+        ]
+
+
+def _numbers(value: object) -> list[int]:
+    listed = value if isinstance(value, tuple) else (value,)
+    return [one for one in listed if isinstance(one, int)]
+
+
+def _whole(file: IO[bytes]) -> bytes:
+    before = file.tell()
+    file.seek(0)
+    content = file.read()
+    file.seek(before)
+    return content
