@@ -10,10 +10,10 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from florence2.opencv import cv2
 from florence2.records import Box, BoxXyxy, Polygon, Quad, SizeWh
 
 # What sums of coordinates in float64 may leave of an area of nothing.

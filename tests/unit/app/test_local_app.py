@@ -334,7 +334,7 @@ def test_a_cpu_where_a_gpu_could_be_is_said_in_log_page_and_route(
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     app = Florence2App(local=LocalServer("demo", device))
     app.serve()
-    with TestClient(app.app) as client:
+    with TestClient(app.app, base_url=HERE) as client:
         info = client.post("/get_session_info", json={}).json()
         page = client.get("/").text
     took_s = app.deployment.current.model.engine.self_test_s

@@ -146,14 +146,16 @@ def test_small_tiles_leave_no_fragments_in_what_was_seen_whole(
         pytest.param({"classes": ["truck"]}, ["truck"], id="not wanted"),
     ],
 )
-def test_a_fragment_goes_only_for_a_whole_object_that_becomes_a_label(settings, labels):
+def test_a_fragment_goes_only_for_a_whole_object_that_becomes_a_label(demo_model, settings, labels):
     size = (180, 100)
+    room = Budget(10**6, "pixels").hold
 
     def seen(*boxes: Box) -> Result:
         return Result("<OD>", size, boxes, None, "", (), False)
 
     tiling = {"tiling": {"width": 100, "height": 100, "overlap": 20}, **settings}
-    job = _job(Image.new("RGB", size), parse_settings(tiling))
+    preparer = demo_model.engine.preparer
+    job = _job(Image.new("RGB", size), parse_settings(tiling), preparer, room)
     whole = seen(Box((5.0, 5.0, 170.0, 95.0), "car", 0.2))
     left = seen(Box((60.0, 25.0, 99.0, 60.0), "truck", 0.9))
     [question] = job.questions

@@ -12,6 +12,7 @@ from florence2.budget import Budget
 from serve.http.guard import Guard
 from serve.http.held_bytes import Uploads, keep_body
 from serve.http.limits import MIB, Limits
+from serve.http.servers import Servers
 
 FORM = [("content-type", "multipart/form-data; boundary=x")]
 JSON = [("content-type", "application/json")]
@@ -81,7 +82,9 @@ class Desk:
         self.budget = Budget(mib * MIB, "bytes of images")
         self.inner = Slow()
         uploads = Uploads(self.budget, wait_s, stalled_s)
-        self.guard = Guard(self.inner, Limits(), lambda uuid: True, False, uploads=uploads)
+        self.guard = Guard(
+            self.inner, Limits(), lambda uuid: True, None, Servers(), uploads=uploads
+        )
 
     @property
     def held_mib(self):
@@ -188,7 +191,9 @@ def test_what_breaks_on_a_refused_body_does_not_hide_the_503():
                 await send({"type": "http.response.start", "status": 400, "headers": []})
                 raise ValueError("cannot parse") from error
 
-        guard = Guard(breaks, Limits(), lambda uuid: True, False, uploads=desk.guard._uploads)
+        guard = Guard(
+            breaks, Limits(), lambda uuid: True, None, Servers(), uploads=desk.guard._uploads
+        )
         client = Client(guard)
         client.send(PIECE, PIECE, PIECE, is_last=True)
         assert (await client.answer())[0] == 503
