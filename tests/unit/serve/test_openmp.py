@@ -1,4 +1,4 @@
-"""Threads that wait for each other leave the cores to other programs, unless told otherwise."""
+"""Threads that wait for each other leave the cores to other programs that want them."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ import sys
 
 import pytest
 
-from serve.openmp import bound_spinning
+from serve import openmp
+from serve.openmp import bound_spinning, is_machine_busy
 
 NAMES = ("GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY")
 CASES = {
-    "nothing said": ({}, ("1000", "0", None)),
-    "a count of the user's": ({"GOMP_SPINCOUNT": "7"}, ("7", "0", None)),
-    "a policy of the user's": ({"OMP_WAIT_POLICY": "active"}, (None, None, "active")),
+    "alone": (False, {}, ("10000", "1", None)),
+    "beside others": (True, {}, ("0", "0", None)),
+    "a count of the user's": (True, {"GOMP_SPINCOUNT": "7"}, ("7", "0", None)),
+    "a policy of the user's": (True, {"OMP_WAIT_POLICY": "active"}, (None, None, "active")),
 }
 
 
-@pytest.mark.parametrize(("given", "expected"), CASES.values(), ids=CASES)
-def test_what_the_environment_says_stays(monkeypatch, given, expected):
+@pytest.mark.parametrize(("is_busy", "given", "expected"), CASES.values(), ids=CASES)
+def test_threads_wait_as_the_machine_and_the_environment_say(monkeypatch, is_busy, given, expected):
+    monkeypatch.setattr(openmp, "is_machine_busy", lambda: is_busy)
     for name in NAMES:
         # Set first, so that the test's end takes away what the function sets.
         monkeypatch.setenv(name, "")
@@ -28,6 +31,43 @@ def test_what_the_environment_says_stays(monkeypatch, given, expected):
         monkeypatch.setenv(name, value)
     bound_spinning()
     assert tuple(os.environ.get(name) for name in NAMES) == expected
+
+
+LOOKS = {
+    # name: (cores, running threads at each look, ours included; whether the machine is busy)
+    "nobody else": (2, [1, 1, 1, 1, 1], False),
+    "a program per core": (2, [3, 3, 3, 4, 3], True),
+    "one program on two cores": (2, [2, 2, 2, 2, 2], True),
+    "only for a moment": (2, [3, 3, 1, 3, 3], False),
+    "a few programs on many cores": (64, [9, 9, 9, 9, 9], False),
+    "many programs on many cores": (64, [40, 50, 33, 60, 40], True),
+}
+
+
+@pytest.mark.parametrize(("cores", "running", "is_busy"), LOOKS.values(), ids=LOOKS)
+def test_a_machine_is_busy_while_others_keep_half_of_it_running(
+    monkeypatch, tmp_path, cores, running, is_busy
+):
+    file = tmp_path / "loadavg"
+    left = list(running)
+
+    def next_look(_=0.0):
+        file.write_text(f"0.00 0.01 0.05 {left.pop(0)}/512 4711\n")
+
+    monkeypatch.setattr(openmp, "_LOADAVG", str(file))
+    monkeypatch.setattr(openmp.time, "sleep", next_look)
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    next_look()
+    assert is_machine_busy() == is_busy
+
+
+@pytest.mark.parametrize("text", ["", "0.1 0.2 0.3", "a b c d/e f", None], ids=str)
+def test_a_system_that_does_not_tell_counts_as_quiet(monkeypatch, tmp_path, text):
+    file = tmp_path / "loadavg"
+    if text is not None:
+        file.write_text(text)
+    monkeypatch.setattr(openmp, "_LOADAVG", str(file))
+    assert not is_machine_busy()
 
 
 ENTRIES = {
@@ -53,4 +93,4 @@ def test_every_way_in_says_it_before_torch_is_there(code):
     done = subprocess.run(
         [sys.executable, "-u", "-c", code], env=env, capture_output=True, text=True, check=False
     )
-    assert "set: 1000" in done.stdout, done.stderr
+    assert "set: 0\n" in done.stdout or "set: 10000\n" in done.stdout, done.stderr
