@@ -45,7 +45,7 @@ class PrefilledSession(DecoderSession):
         self._logits, cross_mask, *keys_and_values = outputs
         num_items = self._logits.shape[0]
         with torch.inference_mode():
-            states = self._logits.new_empty(0, 0, network.config.text.d_model)
+            states = network.lm_head.weight.new_empty(0, 0, network.config.text.d_model)
             nothing_seen = torch.zeros(0, 0, dtype=torch.bool, device=states.device)
             super().__init__(
                 network, states, nothing_seen, num_beams, max_new_tokens, all_seen=True
@@ -70,15 +70,19 @@ class PrefilledSession(DecoderSession):
 
 
 def first_pass(
-    network: Florence2Network, features: Tensor, prompts: Tensor, mask: Tensor, prefix: Tensor
+    network: Florence2Network,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    prefix: Tensor,
+    num_beams: int,
 ) -> list[Tensor]:
     """Logits after the prefix, the cross-attention mask, and four tensors of each layer: keys and
     values of the encoded prompts and of the prefix.
 
-    ``features`` [B, N, d], ``prompts`` and ``mask`` [B, T] as for ``encode_prompts``.
+    ``inputs`` are visual tokens [B, N, d], prompts and their mask [B, T] as for
+    ``encode_prompts``; ``prefix`` the ids [P] that every answer begins with.
     """
-    states, states_mask = network.encode_prompts(features, prompts, mask)
-    session = DecoderSession(network, states, states_mask, 1, 1, all_seen=False)
+    states, states_mask = network.encode_prompts(*inputs)
+    session = DecoderSession(network, states, states_mask, num_beams, 1, all_seen=False)
     logits = session.prefill_on_device(prefix)
     return [logits, session.cross_mask, *session.layer_tensors()]
 
@@ -112,7 +116,7 @@ class PromptGraphs:
         if size is None or not count or not self._graphs.is_enabled:
             return None
         given = (features, prompts, mask)
-        key = ("prompts", size, features.shape[1:], prompts.shape[1])
+        key = ("prompts", size, features.shape[1:], prompts.shape[1], num_beams)
         buffers = self._buffers.get(key)
         if buffers is None:
             empty = [part.new_empty(size, *part.shape[1:]) for part in given]
@@ -121,19 +125,19 @@ class PromptGraphs:
             buffer[:count].copy_(part)
             # The rows that are left take the first prompt, whose numbers are sane.
             buffer[count:].copy_(part[:1].expand(size - count, *part.shape[1:]))
-        self._graphs.run(key, self._work(buffers))
+        self._graphs.run(key, self._work(buffers, num_beams))
         if buffers.outputs is None:
             raise RuntimeError("Prompts were recorded without ever having been encoded.")
         outputs = [output[:count].clone() for output in buffers.outputs]
         return PrefilledSession(self._network, outputs, num_beams, max_new_tokens)
 
-    def _work(self, buffers: _Buffers) -> Work:
+    def _work(self, buffers: _Buffers, num_beams: int) -> Work:
         if self._prefix is None:
             self._prefix = row_numbers(list(PREFIX), self._network.device)
         prefix = self._prefix
 
         def work() -> None:
-            found = first_pass(self._network, *buffers.inputs, prefix)
+            found = first_pass(self._network, buffers.inputs, prefix, num_beams)
             if buffers.outputs is None:
                 buffers.outputs = [torch.empty_like(part) for part in found]
             for output, part in zip(buffers.outputs, found, strict=True):

@@ -69,6 +69,23 @@ def test_recorded_or_not_the_answers_are_the_same(runtime):
     assert all(len(tokens) > 5 for tokens in recorded[0])
 
 
+def test_in_reduced_precision_too(network, recorder):
+    runtime = TorchRuntime(network, CPU, "bf16", graphs=GraphRunner(recorder))
+
+    def answers():
+        torch.manual_seed(7)
+        features = [torch.randn(4, network.config.text.d_model).bfloat16() for _ in PROMPTS]
+        session = runtime.start(features, PROMPTS, SETTINGS.num_beams, max(LIMITS))
+        space = runtime.space(SETTINGS, None)
+        found = generate(session, len(PROMPTS), SETTINGS, LIMITS, space=space)
+        return [answer.token_ids for answer in found]
+
+    recorded = [answers() for _ in range(3)]
+    assert runtime.graphs.num_graphs > 1
+    with runtime.graphs.plainly():
+        assert recorded == [answers()] * 3
+
+
 @pytest.mark.parametrize("leave", ["park", "free_memory", "close"])
 def test_buffers_are_given_up_when_memory_is(runtime, recorder, leave):
     expected = answers_of(runtime)
