@@ -49,17 +49,29 @@ def _compute_exactly() -> Undo:
     products, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     parts = (products, cudnn.conv, cudnn.rnn)  # type: ignore[attr-defined]
     before = [part.fp32_precision for part in parts]
+    said = _matmul_precision()
     products.allow_tf32 = False
     cudnn.allow_tf32 = False
 
     def undo() -> None:
         products.allow_tf32 = before[0] == "tf32"
         cudnn.allow_tf32 = "tf32" in before[1:]
+        # "medium" speaks of the CPU too, and to read it raises where the GPU's part says otherwise.
+        if said is not None and said != _matmul_precision():
+            torch.set_float32_matmul_precision(said)
         for part, value in zip(parts, before, strict=True):
             if part.fp32_precision != value:
                 part.fp32_precision = value
 
     return undo
+
+
+def _matmul_precision() -> str | None:
+    """What ``set_float32_matmul_precision`` was told; None where other ways contradict it."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return None
 
 
 def _attend_without_cudnn() -> Undo:

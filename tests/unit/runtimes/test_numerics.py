@@ -21,6 +21,10 @@ def everything_faster():
     torch.set_float32_matmul_precision("high")
 
 
+def everything_fastest():
+    torch.set_float32_matmul_precision("medium")
+
+
 def only_convolutions_exact():
     CUDNN.conv.fp32_precision = "ieee"
 
@@ -37,6 +41,7 @@ def no_cudnn_attention():
 HOSTS = {
     "as torch starts": lambda: None,
     "TF32 for products": everything_faster,
+    "bf16 for products of a CPU too": everything_fastest,
     "exact convolutions": only_convolutions_exact,
     "both of torch's ways": by_both_ways,
     "no attention of cuDNN's": no_cudnn_attention,
@@ -96,3 +101,17 @@ def test_an_error_gives_them_back(host):
     with pytest.raises(ZeroDivisionError), computing("cuda", "fp32"):
         raise ZeroDivisionError
     assert settings() == host
+
+
+@pytest.mark.parametrize("told", ["highest", "high", "medium"])
+def test_a_program_can_read_afterwards_what_it_told_torch(told):
+    torch.set_float32_matmul_precision(told)
+    on_cpu = torch.backends.mkldnn.matmul.fp32_precision
+    try:
+        with computing("cuda", "fp32"):
+            pass
+        assert torch.get_float32_matmul_precision() == told
+        assert torch.backends.mkldnn.matmul.fp32_precision == on_cpu
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        PRODUCTS.fp32_precision = "none"
