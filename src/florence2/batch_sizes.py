@@ -118,16 +118,20 @@ def measured_batches(
         with runtime.graphs.paused():
             picture = _cost(runtime, meter, encode)
         runtime.free_memory()
+        recorded = 1
         if runtime.graphs.is_enabled:
-            reserved_bytes += runtime.most_idle_bytes
+            reserved_bytes += runtime.most_idle_bytes + runtime.most_prompt_bytes
+            free = max(0, meter.free_bytes() - reserved_bytes)
+            fitting = _fitting(picture, int(free * _IMAGE_SHARE), 0, MOST_IMAGES)
             # Smaller ones are recorded in the memory that the largest has freed again.
-            _record_largest(runtime, encode)
+            recorded = _record_largest(runtime, encode, fitting)
         free = max(0, meter.free_bytes() - reserved_bytes)
+    images = max(recorded, _fitting(picture, int(free * _IMAGE_SHARE), 0, MOST_IMAGES))
     prompts = _fitting(prompt, int(free * _PROMPT_SHARE), growth, MOST_PROMPTS)
     if runtime.graphs.is_enabled:
         # Rows are rounded up to one of these.
         prompts = max(size for size in ROWS if size <= prompts)
-    return BatchSizes(_fitting(picture, int(free * _IMAGE_SHARE), 0, MOST_IMAGES), prompts)
+    return BatchSizes(images, prompts)
 
 
 def _fitting(cost: Cost | None, free_bytes: int, growth_bytes: int, most: int) -> int:
@@ -149,14 +153,19 @@ def _cost(runtime: TorchRuntime, meter: MemoryMeter, run: Callable[[int], object
     return None
 
 
-def _record_largest(runtime: TorchRuntime, encode: Callable[[int], object]) -> None:
+def _record_largest(runtime: TorchRuntime, encode: Callable[[int], object], fitting: int) -> int:
+    """Records the largest pass of those that are recorded and fit; how many images it takes."""
+    size = max(bucket for bucket in VISION_BUCKETS if bucket <= fitting)
     try:
-        encode(VISION_BUCKETS[-1])
+        encode(size)
+        return size
     except (RuntimeError, MemoryError) as error:
         if not runtime.is_out_of_memory(error):
             raise
-        logger.warning("There is no room to record a pass over %d images", VISION_BUCKETS[-1])
-        runtime.free_memory()
+        logger.warning("There is no room to record a pass over %d images", size)
+    # Outside the handler, whose traceback keeps tensors alive.
+    runtime.free_memory()
+    return 1
 
 
 def _longest_answer_bytes(checkpoint: Checkpoint, runtime: TorchRuntime) -> int:

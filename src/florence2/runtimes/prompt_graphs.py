@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -29,6 +30,11 @@ class _Buffers:
 
     inputs: tuple[Tensor, Tensor, Tensor]
     outputs: list[Tensor] | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that these take."""
+        return sum(part.nbytes for part in (*self.inputs, *(self.outputs or ())))
 
 
 class PrefilledSession(DecoderSession):
@@ -88,13 +94,23 @@ def first_pass(
 
 
 class PromptGraphs:
-    """Starts sessions; small batches through recordings, whose output is copied out at once."""
+    """Starts sessions; small batches through recordings, whose output is copied out at once.
 
-    def __init__(self, network: Florence2Network, graphs: GraphRunner) -> None:
+    What they read and write, the keys and values of all layers among it, takes at most
+    ``max_bytes``, or what one recording needs; the least recently used goes first.
+    """
+
+    def __init__(self, network: Florence2Network, graphs: GraphRunner, max_bytes: int) -> None:
         self._network = network
         self._graphs = graphs
+        self._max_bytes = max_bytes
         self._prefix: Tensor | None = None
-        self._buffers: dict[Hashable, _Buffers] = {}
+        self._buffers: OrderedDict[Hashable, _Buffers] = OrderedDict()
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that recordings read and write."""
+        return sum(buffers.num_bytes for buffers in self._buffers.values())
 
     def padded_width(self, num_visual: int, width: int) -> int:
         """The width that prompts of ``width`` tokens are padded to, after ``num_visual`` others."""
@@ -121,6 +137,7 @@ class PromptGraphs:
         if buffers is None:
             empty = [part.new_empty(size, *part.shape[1:]) for part in given]
             buffers = self._buffers[key] = _Buffers((empty[0], empty[1], empty[2]))
+        self._buffers.move_to_end(key)
         for buffer, part in zip(buffers.inputs, given, strict=True):
             buffer[:count].copy_(part)
             # The rows that are left take the first prompt, whose numbers are sane.
@@ -129,7 +146,14 @@ class PromptGraphs:
         if buffers.outputs is None:
             raise RuntimeError("Prompts were recorded without ever having been encoded.")
         outputs = [output[:count].clone() for output in buffers.outputs]
+        self._make_room()
         return PrefilledSession(self._network, outputs, num_beams, max_new_tokens)
+
+    def _make_room(self) -> None:
+        while len(self._buffers) > 1 and self.num_bytes > self._max_bytes:
+            oldest = next(iter(self._buffers))
+            self._graphs.forget([oldest])
+            del self._buffers[oldest]
 
     def _work(self, buffers: _Buffers, num_beams: int) -> Work:
         if self._prefix is None:

@@ -149,8 +149,9 @@ class TorchRuntime:
         self.graphs = make_runner(device) if graphs is None else graphs
         self._device = device
         self._vision = VisionGraphs(self.graphs)
-        self._prompts = PromptGraphs(self.network, self.graphs)
         self.most_idle_bytes = most_idle_bytes(device)
+        self.most_prompt_bytes = self.most_idle_bytes // 2
+        self._prompts = PromptGraphs(self.network, self.graphs, self.most_prompt_bytes)
         self._decode = DecodePool(self.network, self.graphs, self.most_idle_bytes)
         self._tables: dict[bytes, tuple[int, Tensor]] = {}
 

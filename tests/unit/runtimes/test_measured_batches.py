@@ -85,7 +85,7 @@ def test_what_is_recorded_and_kept_idle_is_not_free(sane_folder):
     runtime = TorchRuntime(
         load_weights(checkpoint, torch.float32), torch.device("cpu"), "fp32", GraphRunner(recorder)
     )
-    runtime.most_idle_bytes = 200 * MIB
+    runtime.most_idle_bytes, runtime.most_prompt_bytes = 150 * MIB, 50 * MIB
     alive = []
 
     class Meter(FakeMeter):
@@ -101,10 +101,47 @@ def test_what_is_recorded_and_kept_idle_is_not_free(sane_folder):
     assert measured_batches(checkpoint, runtime, Meter(), reserved_bytes=790 * MIB) == (
         BatchSizes(images=1, prompts=1)
     )
-    # Recorded at the largest size, and before what is free was asked.
-    assert alive == [1]
+    # Recorded at the largest size that fits, and then what is free is asked again.
+    assert alive == [0, 1]
     [key] = runtime.graphs._held
-    assert key[:3:2] == ("vision", BUCKETS[-1])
+    assert key[:3:2] == ("vision", 1)
+
+
+@pytest.mark.parametrize(
+    ("each_mib", "free_mib", "images", "recorded"),
+    [(20, 1000, 17, BUCKETS[-1]), (50, 1000, 7, 6), (200, 1000, 1, 1), (400, 1000, 1, 1)],
+)
+def test_no_pass_is_recorded_that_is_larger_than_what_fits(
+    sane_folder, each_mib, free_mib, images, recorded
+):
+    checkpoint = open_checkpoint(sane_folder)
+    runtime = TorchRuntime(
+        load_weights(checkpoint, torch.float32),
+        torch.device("cpu"),
+        "fp32",
+        GraphRunner(TapingRecorder()),
+    )
+    runtime.most_idle_bytes = runtime.most_prompt_bytes = 0
+    sizes = []
+    encode = runtime.encode_bytes
+
+    class Meter(FakeMeter):
+        def free_bytes(self):
+            return free_mib * MIB
+
+        def peak_bytes(self, work):
+            sizes.clear()
+            work()
+            return len(sizes[-1]) * each_mib * MIB if sizes else 0
+
+    def encode_bytes(batch, table):
+        sizes.append(batch)
+        return encode(batch, table)
+
+    runtime.encode_bytes = encode_bytes
+    assert measured_batches(checkpoint, runtime, Meter()).images == images
+    [key] = runtime.graphs._held
+    assert key[:3:2] == ("vision", recorded)
 
 
 def test_prompts_fill_the_rows_they_are_rounded_up_to(sane_folder, monkeypatch):
@@ -115,7 +152,7 @@ def test_prompts_fill_the_rows_they_are_rounded_up_to(sane_folder, monkeypatch):
         "fp32",
         GraphRunner(TapingRecorder()),
     )
-    runtime.most_idle_bytes = 0
+    runtime.most_idle_bytes = runtime.most_prompt_bytes = 0
     monkeypatch.setattr(batch_sizes, "_longest_answer_bytes", lambda *_: 12 * MIB)
     meter = FakeMeter(1000 * MIB)
     meter.peak_bytes = lambda work: 0 * (work() is None)

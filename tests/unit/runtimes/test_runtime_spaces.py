@@ -121,6 +121,30 @@ def test_recorded_prompts_have_few_lengths_and_sizes(runtime):
     assert runtime.graphs.num_graphs == 3
 
 
+def test_recorded_prompts_keep_no_more_memory_than_they_may(network, recorder):
+    runtime = TorchRuntime(network, CPU, "fp32", graphs=GraphRunner(recorder))
+    prompts, width = runtime._prompts, network.config.text.d_model
+
+    def start(beams):
+        session = runtime.start([torch.zeros(4, width)], PROMPTS[:1], beams, 9)
+        return session.prefill(list(PREFIX))
+
+    expected = start(1)
+    each = prompts.num_bytes
+    assert each > 0
+    prompts._max_bytes = 3 * each
+    for beams in (2, 3, 1, 4):
+        start(beams)
+        assert prompts.num_bytes <= 3 * each
+    # Of 1, 2, 3 and 4 beams those of 2 were not asked for any longer.
+    assert runtime.graphs.num_graphs == recorder.num_alive == 3
+    prompts._max_bytes = 0
+    assert torch.equal(start(1), expected)
+    assert prompts.num_bytes > 0
+    start(4)
+    assert runtime.graphs.num_graphs == recorder.num_alive == 1
+
+
 def test_a_session_is_its_own_whatever_is_recorded_after_it(runtime):
     width = runtime.network.config.text.d_model
     torch.manual_seed(1)
