@@ -200,7 +200,9 @@ def check_folder(folder: Path) -> tuple[str, ...]:
 
     Raises CheckpointError naming the file that is missing, cut, unreadable or another's stand-in.
     """
-    names = choose_files((path.name for path in folder.iterdir() if path.is_file()), str(folder))
+    present = [path.name for path in folder.iterdir() if path.is_file()]
+    _check_links(folder, present)
+    names = choose_files(present, str(folder))
     for name in names:
         _check_is_itself(folder / name)
     read_json(folder / CONFIG)
@@ -213,6 +215,17 @@ def check_folder(folder: Path) -> tuple[str, ...]:
     if weights[0].endswith(".json"):
         _check_shards(folder, weights[0], names)
     return names
+
+
+def _check_links(folder: Path, present: Iterable[str]) -> None:
+    """CheckpointError where a file that loading would take is a link to nothing."""
+    broken = [path.name for path in folder.iterdir() if path.is_symlink() and not path.exists()]
+    weights = () if weight_files(present) else weight_files(broken)
+    for name in sorted({*_SMALL_FILES, *weights}.intersection(broken)):
+        raise CheckpointError(
+            f"The checkpoint file {folder / name} is a link to {os.readlink(folder / name)}, which "
+            "is not there; copy the file itself (cp -L), or bring what it links to."
+        )
 
 
 def _check_is_itself(path: Path) -> None:

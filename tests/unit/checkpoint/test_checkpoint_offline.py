@@ -241,6 +241,23 @@ def test_a_file_that_stands_in_for_another_is_called_what_it_is(tmp_path, name, 
     assert remedy in sentence
 
 
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "model.bf16.safetensors", "config.json", "generation_config.json"]
+)
+def test_a_link_to_what_was_left_behind_is_called_one(tmp_path, name):
+    folder = place(tmp_path / "mine", **({} if name.endswith(".json") else NO_WEIGHTS))
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to("../../blobs/0f")
+    assert f"{name} is a link to ../../blobs/0f, which is not there" in failure(folder)
+
+
+@pytest.mark.parametrize("name", ["notes.md", "model.fp16.safetensors", "pytorch_model.bin"])
+def test_a_link_that_nobody_follows_may_lead_nowhere(tmp_path, name):
+    folder = place(tmp_path / "mine", **{"pytorch_model.bin": None})
+    (folder / name).symlink_to("../../blobs/0f")
+    assert resolve(folder).files[-1] == "model.safetensors"
+
+
 def test_a_pointer_in_a_copied_download_is_called_one(hub, cache, tmp_path):
     copy = Path(shutil.copytree(resolve(REPOSITORY, cache_dir=cache).folder, tmp_path / "copy"))
     (copy / "model.safetensors").write_bytes(POINTER)
