@@ -60,6 +60,8 @@ class BatchLimit:
         self._patience = PATIENCE
         self._item_s: float | None = None
         self._under_way: tuple[int, Mark, Mark] | None = None
+        self.num_searches = 0
+        """Searches under way, of which each but the first one runs within another."""
 
     @property
     def most(self) -> int:

@@ -59,6 +59,7 @@ class PromptSearch:
     Running out of memory starts over, with half as many prompts at a time, what was under way;
     one that does not fit alone fails alone. The engine's limit is lowered to what fitted then,
     unless there was one that did not fit alone: the others may have been short of its memory only.
+    A search between two passes of another one lowers nothing: it was short of that one's memory.
     What the feed, a ``Stop`` or ``between_passes`` raises comes through, lack of memory included.
     """
 
@@ -75,6 +76,7 @@ class PromptSearch:
         self._settings = settings
         self._between_passes = between_passes
         self._limit = engine.prompt_limit
+        self._is_within = self._limit.num_searches > 0
         self._room = self._limit.now
         self._is_retry = False
         self._has_misfit = False
@@ -88,12 +90,16 @@ class PromptSearch:
 
     def run(self) -> None:
         """Returns once every prompt taken is settled."""
-        while not self._runs_to_its_end():
-            # Outside any handler: a traceback would keep the failed batch's tensors alive.
-            self._engine.runtime.free_memory()
-            self._start_over()
+        self._limit.num_searches += 1
+        try:
+            while not self._runs_to_its_end():
+                # Outside any handler: a traceback would keep the failed batch's tensors alive.
+                self._engine.runtime.free_memory()
+                self._start_over()
+        finally:
+            self._limit.num_searches -= 1
         if self._is_retry and not self._has_misfit:
-            self._limit.lower(self._room)
+            self._lower(self._room)
 
     def _runs_to_its_end(self) -> bool:
         runtime = self._engine.runtime
@@ -116,6 +122,10 @@ class PromptSearch:
             )
             return False
         return True
+
+    def _lower(self, size: int) -> None:
+        if not self._is_within:
+            self._limit.lower(size)
 
     @contextmanager
     def _callers(self) -> Iterator[None]:
@@ -172,7 +182,7 @@ class PromptSearch:
             return None
         if self._held is not None:
             # By themselves they fit, so it was their number.
-            self._limit.lower(self._held)
+            self._lower(self._held)
             self._held = None
         now = time.perf_counter()
         self._in_hand |= dict.fromkeys(prompts, (now - began, now))

@@ -159,6 +159,23 @@ def test_prompts_that_did_not_fit_beside_others_lower_the_limit(engine, runtime,
     assert engine.prompt_limit.now == 4
 
 
+def test_clicks_that_did_not_fit_beside_a_batch_in_hand_lower_nothing(engine, runtime):
+    clicked: list[object] = []
+
+    def click():
+        if not clicked and runtime.batches:
+            clicked.append(None)
+            runtime.fail_above = 2
+            clicked[:] = answer_all(engine, captions(5))
+            runtime.fail_above = None
+
+    runtime.batches.clear()
+    outcomes = answer_all(engine, captions(8), click)
+    assert [type(outcome) for outcome in (*outcomes, *clicked)] == [Result] * 13
+    assert runtime.tried == [8, 5, 2, 2, 1]
+    assert engine.prompt_limit.now == 8
+
+
 def test_a_batch_that_nothing_of_fits_fails_one_by_one(engine, runtime):
     runtime.fail_above = 0
     outcomes = answer_all(engine, captions(4))
