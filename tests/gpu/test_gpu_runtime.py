@@ -52,7 +52,9 @@ def copy_of(network):
 @pytest.fixture(params=PRECISIONS)
 def runtime(request, network):
     copy = copy_of(network)
-    yield TorchRuntime(copy, CUDA, request.param)
+    runtime = TorchRuntime(copy, CUDA, request.param)
+    with runtime.computing():
+        yield runtime
     copy.to("meta")
     torch.cuda.empty_cache()
 
@@ -84,7 +86,9 @@ def test_float32_is_the_cpus(network):
     expected = TorchRuntime(network, torch.device("cpu"), "fp32").encode_images(
         pixels_of(IMAGES[:2])
     )
-    found = TorchRuntime(copy_of(network), CUDA, "fp32").encode_images(pixels_of(IMAGES[:2]))
+    runtime = TorchRuntime(copy_of(network), CUDA, "fp32")
+    with runtime.computing():
+        found = runtime.encode_images(pixels_of(IMAGES[:2]))
     assert error(found.cpu(), expected) < 1e-5
 
 

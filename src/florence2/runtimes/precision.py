@@ -41,7 +41,8 @@ def error_against_fp32(runtime: TorchRuntime, pixels: Pixels) -> float:
     tower's weights in float32 (``float32_bytes``) for that long. Nothing else may use the network
     meanwhile.
     """
-    found = runtime.encode_images(pixels).float()
+    with runtime.computing():
+        found = runtime.encode_images(pixels).float()
     weights = {
         name: value.float()
         for name, value in _Vision(runtime.network).state_dict().items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -63,3 +64,20 @@ def test_the_room_it_takes_is_that_of_the_vision_weights():
     vision = (network.model.vision_tower, network.model.multi_modal_projector)
     values = [value for part in vision for value in part.state_dict().values()]
     assert float32_bytes(network.to(torch.bfloat16)) == sum(4 * value.numel() for value in values)
+
+
+def test_the_pass_compared_is_one_as_the_engine_makes_it(monkeypatch):
+    runtime, inside = runtime_in("bf16"), []
+    encode, computing = runtime.encode_images, runtime.computing
+
+    @contextmanager
+    def noted():
+        with computing():
+            inside.append("computing")
+            yield
+            inside.append("done")
+
+    monkeypatch.setattr(runtime, "computing", noted)
+    monkeypatch.setattr(runtime, "encode_images", lambda p: (inside.append("pass"), encode(p))[1])
+    error_against_fp32(runtime, PIXELS)
+    assert inside == ["computing", "pass", "done"]
