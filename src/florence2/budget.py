@@ -10,7 +10,7 @@ from functools import cache
 from types import TracebackType
 from typing import Final
 
-from florence2.errors import FlorenceError, RequestError
+from florence2.errors import FlorenceError, RequestError, shown_s
 from florence2.memory_limit import memory_limit_bytes
 from florence2.stopping import Stop
 
@@ -98,7 +98,7 @@ class Budget:
 
     def refusal(self, amount: int, waited_s: float) -> NoRoomError:
         """What to say to one who waited in vain."""
-        waited = f" within {waited_s:g} s" if waited_s else ""
+        waited = f" within {shown_s(waited_s)}" if waited_s else ""
         return NoRoomError(
             f"At most {self.capacity:,} {self._what} are held at a time, and {amount:,} more did "
             f"not find room{waited}; send the request again later."

@@ -75,6 +75,16 @@ def test_one_whose_client_leaves_stops_waiting(budget, pool):
     assert budget.num_waiting == 0
 
 
+@pytest.mark.parametrize(
+    ("waited_s", "said"),
+    [(0.0, "find room;"), (0.000976885, "within less than 1 ms;"), (0.0123, "within 12 ms;")],
+)
+def test_how_long_one_waited_is_said_as_people_say_it(budget, waited_s, said):
+    budget.hold(60)
+    with pytest.raises(NoRoomError, match=said):
+        budget.hold(60, wait_s=waited_s)
+
+
 def test_who_came_first_goes_first_however_large(budget, pool):
     first = budget.hold(60)
     large = pool.submit(budget.hold, 75, wait_s=PATIENCE_S)
