@@ -134,6 +134,7 @@ class PromptGraphs:
         given = (features, prompts, mask)
         key = ("prompts", size, features.shape[1:], prompts.shape[1], num_beams)
         buffers = self._buffers.get(key)
+        is_new = buffers is None
         if buffers is None:
             empty = [part.new_empty(size, *part.shape[1:]) for part in given]
             buffers = self._buffers[key] = _Buffers((empty[0], empty[1], empty[2]))
@@ -146,7 +147,8 @@ class PromptGraphs:
         if buffers.outputs is None:
             raise RuntimeError("Prompts were recorded without ever having been encoded.")
         outputs = [output[:count].clone() for output in buffers.outputs]
-        self._make_room()
+        if is_new:
+            self._make_room()
         return PrefilledSession(self._network, outputs, num_beams, max_new_tokens)
 
     def _make_room(self) -> None:

@@ -141,7 +141,7 @@ def test_recorded_prompts_keep_no_more_memory_than_they_may(network, recorder):
     prompts._max_bytes = 0
     assert torch.equal(start(1), expected)
     assert prompts.num_bytes > 0
-    start(4)
+    start(5)
     assert runtime.graphs.num_graphs == recorder.num_alive == 1
 
 
