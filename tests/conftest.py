@@ -1,6 +1,6 @@
 """What every test process starts with: one compute thread, and a cheap garbage collection.
 
-Its tensors are tiny, and tests run in one process a core. Two threads that compute a tensor
+Its tensors are tiny, and every core has a test process. Two threads that compute a tensor
 together wait for each other, and on a busy machine such a wait lasts until the other one has its
 turn. Set here because the libraries read it when they are loaded, and through the environment
 because programs that tests start compute as well.
