@@ -4,8 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= out
 PORT ?= 8000
-# A process a core. Neighbouring tests share what is costly to set up, so each process takes a run
-# of them, and helps out with the others' at the end.
+# A process a core and one more (tests/conftest.py). Neighbouring tests share what is costly to set
+# up, so each process takes a run of them, and helps out with the others' at the end.
 PYTEST_FLAGS ?= --numprocesses logical --maxprocesses 8 --dist worksteal
 
 .PHONY: help label serve test check bench lint types install wheel clean

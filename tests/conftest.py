@@ -1,12 +1,25 @@
-"""One compute thread a test process: its tensors are tiny, and tests run in one process a core.
+"""What every test process starts with: one compute thread, and a cheap garbage collection.
 
-Two threads that compute a tensor together wait for each other, and on a busy machine such a wait
-lasts until the other one has its turn. Set here because the libraries read it when they are loaded,
-and through the environment because programs that tests start compute as well.
+Its tensors are tiny, and every core has a test process. Two threads that compute a tensor
+together wait for each other, and on a busy machine such a wait lasts until the other one has its
+turn. Set here because the libraries read it when they are loaded, and through the environment
+because programs that tests start compute as well.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One process more than cores: tests of servers and of processes mostly wait."""
+    return len(os.sched_getaffinity(0)) + 1
+
+
+def pytest_collection_finish() -> None:
+    """Collections, of which each app that stops makes one, pass over all that was imported."""
+    gc.collect()
+    gc.freeze()

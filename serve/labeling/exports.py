@@ -15,10 +15,11 @@ from typing import Any, Final
 
 from florence2.records import BoxXyxy, SizeWh
 from serve.geometry import box_xyxy_from_rectangle_tlbr, ring_area
-from serve.labeling.project import GrowingProject
+from serve.labeling.project import AnnotationError, GrowingProject
 from serve.sdk import sly
 
 NO_ANNOTATION: Final = "images without an annotation, left out"
+BAD_ANNOTATION: Final = "images whose annotation was changed to what is none, left out"
 NO_AREA: Final = "labels without an area, left out"
 HOLES: Final = "outlines with holes, which are filled"
 _SCORE: Final = "confidence"
@@ -72,7 +73,11 @@ def exported_images(project: GrowingProject, changes: Counter[str]) -> Iterator[
         if not project.has_annotation(name):
             changes[NO_ANNOTATION] += 1
             continue
-        annotation = project.read_annotation(name)
+        try:
+            annotation = project.read_annotation(name)
+        except AnnotationError:
+            changes[BAD_ANNOTATION] += 1
+            continue
         height, width = annotation.img_size
         yield ExportedImage(
             name,

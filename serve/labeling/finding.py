@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from serve.labeling.journal import is_output, output_around
 EXTENSIONS: Final = (
     ".jpg", ".jpeg", ".jfif", ".mpo", ".bmp", ".png", ".webp", ".tif", ".tiff",
 )  # fmt: skip
+# Pillow's names of what may lie in such files: the SDK reads no other one, whatever its name.
+FORMATS: Final = frozenset(("JPEG", "MPO", "BMP", "PNG", "WEBP", "TIFF"))
 # What lies beside images and is none: labels, lists and notes. Every other file is named.
 SIDECARS: Final = frozenset((
     ".txt", ".json", ".jsonl", ".ndjson", ".geojson", ".xml", ".csv", ".tsv", ".yaml", ".yml",
@@ -25,6 +28,8 @@ SIDECARS: Final = frozenset((
     # World files and projections of maps.
     ".tfw", ".tifw", ".jgw", ".jpgw", ".pgw", ".pngw", ".bpw", ".wld", ".prj", ".ovr",
 ))  # fmt: skip
+# What ``text_of`` writes for a byte that is not text.
+_WRITTEN_BYTE: Final = re.compile(rb"\\(?=x[0-9a-f]{2})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +96,7 @@ class _Walk:
         self._root = root
         self._recursive = recursive
         self._skip = skip
+        self._skip_id = _id_of(skip)
         self._findings = findings
         self._walked: dict[tuple[int, int], str] = {}
         self._links: deque[tuple[str, Path]] = deque()
@@ -106,15 +112,21 @@ class _Walk:
                 self._pass_over(key, "linked_folder", "leads to a folder that holds this one")
             elif output_around(target) is not None:
                 self._pass_over(key, "earlier_output", "leads into the output of an earlier run")
-            else:
-                yield from self._below(link, key)
+            elif self._is_to_walk(link, key):
+                yield from self._folder(link, f"{key}/")
 
     def _folder(self, folder: Path, prefix: str) -> Iterator[tuple[str, Path]]:
-        entries = self._entries(folder, prefix)
-        for entry in entries:
-            key = prefix + text_of(entry.name)
+        """Folders may lie deeper in each other than calls can."""
+        listed = [self._listed(folder, prefix)]
+        while listed:
+            found = next(listed[-1], None)
+            if found is None:
+                listed.pop()
+                continue
+            entry, key = found
             if entry.is_dir(follow_symlinks=False):
-                yield from self._below(Path(entry.path), key)
+                if self._is_to_walk(Path(entry.path), key):
+                    listed.append(self._listed(Path(entry.path), f"{key}/"))
             elif entry.is_symlink():
                 yield from self._link(entry, key)
             elif entry.is_file(follow_symlinks=False):
@@ -122,10 +134,14 @@ class _Walk:
             else:
                 self._no_file(entry, key)
 
+    def _listed(self, folder: Path, prefix: str) -> Iterator[tuple[os.DirEntry[str], str]]:
+        for entry in self._entries(folder, prefix):
+            yield entry, prefix + text_of(entry.name)
+
     def _entries(self, folder: Path, prefix: str) -> list[os.DirEntry[str]]:
         try:
-            stats = os.stat(folder)
-            self._walked[stats.st_dev, stats.st_ino] = prefix.rstrip("/")
+            if (found := _id_of(folder)) is not None:
+                self._walked[found] = prefix.rstrip("/")
             with os.scandir(folder) as listed:
                 seen = [entry for entry in listed if not entry.name.startswith(".")]
         except OSError as error:
@@ -138,9 +154,10 @@ class _Walk:
             return []
         return sorted(seen, key=lambda entry: entry.name)
 
-    def _below(self, folder: Path, key: str) -> Iterator[tuple[str, Path]]:
-        if folder.resolve() == self._skip:
-            return
+    def _is_to_walk(self, folder: Path, key: str) -> bool:
+        # Resolving a path looks at each folder above it again.
+        if self._skip_id is not None and _id_of(folder) == self._skip_id:
+            return False
         if is_output(folder):
             self._pass_over(key, "earlier_output", "is the output of an earlier run")
         elif not self._recursive:
@@ -148,14 +165,12 @@ class _Walk:
         elif (walked := self._walked_as(folder)) is not None:
             self._pass_over(key, "linked_folder", f"is the same folder as {walked or '.'!r}")
         else:
-            yield from self._folder(folder, f"{key}/")
+            return True
+        return False
 
     def _walked_as(self, folder: Path) -> str | None:
-        try:
-            stats = os.stat(folder)
-        except OSError:
-            return None
-        return self._walked.get((stats.st_dev, stats.st_ino))
+        found = _id_of(folder)
+        return None if found is None else self._walked.get(found)
 
     def _link(self, entry: os.DirEntry[str], key: str) -> Iterator[tuple[str, Path]]:
         try:
@@ -188,16 +203,28 @@ class _Walk:
         self._findings.passed_over.append(LeftOut(key, code, reason))
 
 
+def _id_of(folder: Path) -> tuple[int, int] | None:
+    """What two paths to one folder share; None where no folder can be seen."""
+    try:
+        stats = os.stat(folder)
+    except OSError:
+        return None
+    return stats.st_dev, stats.st_ino
+
+
 def broken_link(path: Path) -> str | None:
     """A sentence about a link that leads to no file; None for everything else."""
-    if not path.is_symlink() or path.exists():
+    if not os.path.islink(path) or os.path.exists(path):
         return None
     return f"The link leads to {_target(path)}, where no file is; mend it and use --retry-failed."
 
 
 def text_of(name: str) -> str:
-    """``name`` with bytes that are not text written out, so that it can be stored and shown."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    """``name`` with bytes that are not text written out, so that it can be stored and shown.
+
+    No two names are written alike: where one has such writing itself, its backslash is written out.
+    """
+    return _WRITTEN_BYTE.sub(rb"\\x5c", os.fsencode(name)).decode("utf-8", "backslashreplace")
 
 
 def _target(link: str | Path) -> str:

@@ -15,9 +15,9 @@ from typing import Final
 
 from florence2.budget import Budget, Hold, NoRoomError
 from florence2.errors import ImageError
-from florence2.images import LoadedImage, check_header, has_more_frames, open_image
+from florence2.images import LoadedImage, check_header, file_format, has_more_frames, open_image
 from serve.labeling.files import Stamp, stamp_of
-from serve.labeling.finding import Findings, broken_link, is_image, text_of, walk_images
+from serve.labeling.finding import FORMATS, Findings, broken_link, is_image, text_of, walk_images
 
 _JOIN: Final = "__"
 _MAX_NAME_BYTES: Final = 200
@@ -152,10 +152,29 @@ def _load(file: ImageFile, hold: Hold) -> Loaded:
 
     try:
         stamp = stamp_of(file.path)
+        _check_kind(file.path)
         picture = open_image(file.path, room=room)
         return Loaded(file, picture, None, stamp, has_more_frames(file.path))
     except ImageError as problem:
+        hold.release()
         return Loaded(file, None, problem)
     except OSError as error:
+        hold.release()
         reason = broken_link(file.path) or f"The image cannot be read: {error.strerror or error}."
         return Loaded(file, None, ImageError(reason))
+
+
+class UnsupportedKindError(ImageError):
+    """A file that can be opened, and that no project can hold."""
+
+    code = "unsupported_kind"
+
+
+def _check_kind(path: Path) -> None:
+    """Raises UnsupportedKindError; what is wrong with a file that is no image is not said here."""
+    found = file_format(path)
+    if found is not None and found not in FORMATS:
+        raise UnsupportedKindError(
+            f"A project holds JPEG, PNG, BMP, WebP and TIFF images, and this file is {found} "
+            "whatever its name says; convert it and use --retry-failed."
+        )

@@ -13,6 +13,7 @@ import os
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -147,21 +148,27 @@ class Journal:
         return image in self.totals.failures
 
     def append(self, entries: Iterable[Entry]) -> None:
-        lines = []
-        for entry in entries:
-            if self.is_settled(entry.image):
-                if entry.state == "failed":
-                    self.not_renewed[entry.image] = entry
-                    continue
-                self.renewed.add(entry.image)
-            self._take(entry)
-            lines.append(json.dumps(_compact(entry)) + "\n")
+        """Counts entries once their lines are on the disk; OSError where that is full."""
+        settled = [entry for entry in entries if not self._fails_again(entry)]
+        lines = [json.dumps(_compact(entry)) + "\n" for entry in settled]
         self._file.write("".join(lines).encode())
         self._file.flush()
         os.fsync(self._file.fileno())
+        for entry in settled:
+            if self.is_settled(entry.image):
+                self.renewed.add(entry.image)
+            self._take(entry)
+
+    def _fails_again(self, entry: Entry) -> bool:
+        if entry.state != "failed" or not self.is_settled(entry.image):
+            return False
+        self.not_renewed[entry.image] = entry
+        return True
 
     def close(self) -> None:
-        self._file.close()
+        """What could not be appended is tried once more and then given up: its run has said so."""
+        with suppress(OSError):
+            self._file.close()
 
     def _read(self, is_kept: IsKept) -> None:
         for from_end, entry in _last_entries(self._path):
@@ -210,11 +217,17 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def is_output(folder: Path) -> bool:
-    """Whether a folder holds what a run wrote: its journal says so, whatever the folder's name."""
+    """Whether a folder holds what a run wrote: its journal says so, whatever the folder's name.
+
+    False for a folder that cannot be looked into.
+    """
     path = folder / JOURNAL_NAME
     try:
         if not path.is_file():
             return (folder / OUTPUT_MARKER).exists()
+    except OSError:
+        return False
+    try:
         read_settings(path)
     except OutputError:
         return False

@@ -10,8 +10,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from florence2.budget import open_pixels
+from florence2.errors import ImageError
 from florence2.images import open_image
-from serve.labeling.project import GrowingProject
+from serve.labeling.project import AnnotationError, GrowingProject
 from serve.sdk import sly
 
 PREVIEWS_DIR: Final = "previews"
@@ -23,17 +24,29 @@ def preview_path(folder: Path, name: str) -> Path:
     return folder / f"{name}.jpg"
 
 
-def draw_missing_previews(project: GrowingProject, folder: Path) -> None:
-    """Previews for what was labeled before previews were asked for."""
+def draw_missing_previews(project: GrowingProject, folder: Path) -> list[str]:
+    """Previews where there is none that is as new as the labels; a sentence about each it cannot
+    draw."""
     folder.mkdir(exist_ok=True)
-    for name in project.image_names():
-        if not (path := preview_path(folder, name)).exists():
+    problems = []
+    for name in sorted(project.image_names()):
+        path = preview_path(folder, name)
+        if not project.has_annotation(name) or _is_current(path, project.annotation_path(name)):
+            continue
+        try:
             with open_image(project.image_path(name), room=open_pixels().hold) as picture:
                 draw_preview(picture.image, project.read_annotation(name), path)
+        except (ImageError, AnnotationError) as error:
+            problems.append(f"{name} has no preview: {error}")
+    return problems
+
+
+def _is_current(preview: Path, annotation: Path) -> bool:
+    return preview.exists() and preview.stat().st_mtime_ns >= annotation.stat().st_mtime_ns
 
 
 def draw_preview(picture: Image.Image, annotation: sly.Annotation, path: Path) -> None:
-    """Writes a JPEG of at most 1600 px a side."""
+    """Writes a JPEG of at most 1600 px a side, whole or not at all."""
     scale = min(1.0, MAX_SIDE / max(picture.size))
     if scale < 1:
         size_wh = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
@@ -44,7 +57,9 @@ def draw_preview(picture: Image.Image, annotation: sly.Annotation, path: Path) -
     annotation.draw_pretty(pixels, thickness=thickness, opacity=0.2)
     canvas = Image.fromarray(pixels)
     _write_names(canvas, annotation)
-    canvas.save(path, "JPEG", quality=90)
+    part = path.with_name(".part")
+    canvas.save(part, "JPEG", quality=90)
+    part.replace(path)
 
 
 def _write_names(canvas: Image.Image, annotation: sly.Annotation) -> None:

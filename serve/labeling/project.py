@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from florence2.errors import ImageError
+from florence2.errors import FlorenceError, ImageError
 from florence2.images import open_image
 from serve.annotations import TAG_METAS
 from serve.console import say
@@ -23,6 +23,12 @@ from serve.sdk import sly
 PROJECT_DIR: Final = "project"
 DATASET: Final = "ds0"
 EDITED_DIR: Final = "edited"
+
+
+class AnnotationError(FlorenceError):
+    """An annotation of the project that somebody changed to what is none."""
+
+    code = "bad_annotation"
 
 
 def project_folder(root: Path) -> Path:
@@ -76,8 +82,15 @@ class GrowingProject:
         return self.annotation_path(name).exists()
 
     def read_annotation(self, name: str) -> sly.Annotation:
-        stored = json.loads(self.annotation_path(name).read_text("utf-8"))
-        return sly.Annotation.from_json(stored, self._meta)
+        """Raises AnnotationError for a file that the SDK does not take for an annotation."""
+        try:
+            stored = json.loads(self.annotation_path(name).read_text("utf-8"))
+            return sly.Annotation.from_json(stored, self._meta)
+        except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            raise AnnotationError(
+                f"An annotation is a Supervisely one with the classes in meta.json, and that of "
+                f"{name!r} is not ({type(error).__name__}: {error}); mend it or remove it."
+            ) from error
 
     def image_path(self, name: str) -> Path:
         return self._images / name

@@ -332,8 +332,12 @@ def _export(job: Job, project: GrowingProject) -> str | None:
     """Previews and exports; a sentence about what kept one of them from being made."""
     try:
         if job.draw:
-            draw_missing_previews(project, job.out / PREVIEWS_DIR)
+            problems = draw_missing_previews(project, job.out / PREVIEWS_DIR)
             say(f"Previews: {job.out / PREVIEWS_DIR}")
+            for line in problems[:_SHOWN_LOST]:
+                say(f"  {line}")
+            if len(problems) > _SHOWN_LOST:
+                say(f"  ... and {len(problems) - _SHOWN_LOST} more")
         if job.coco:
             _tell("COCO", export_coco(project, job.out / COCO_DIR))
         if job.yolo:

@@ -176,6 +176,15 @@ def check_header(file: BinaryIO, name: str = "the image", max_pixels: int = MAX_
         return picture.size
 
 
+def file_format(path: str | os.PathLike[str]) -> str | None:
+    """Pillow's name of what lies in an image file, as "JPEG"; None for a file that is no image."""
+    try:
+        with _strict_decoding(), Image.open(path) as picture:
+            return picture.format
+    except _DAMAGE:
+        return None
+
+
 def has_more_frames(path: str | os.PathLike[str]) -> bool:
     """Whether an image file has pages or frames after the one that ``open_image`` takes.
 

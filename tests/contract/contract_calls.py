@@ -15,6 +15,7 @@ from platform_seed import IMAGES
 from florence2.records import Box, Result
 from serve.sdk import sly
 
+BIKE = IMAGES / "scene_bike.png"
 CITY, STREET, HOME = (IMAGES / f"scene_{name}.jpg" for name in ("city", "street", "home"))
 TIMEOUT_S = 60
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,16 +15,19 @@ from torch import nn
 from florence2.network.florence import Florence2Network
 from florence2.tasks import TASKS, TaskInput
 from florence2.training.demo_config import demo_config
-from florence2.training.export import save_checkpoint, write_tokenizer_and_processor
+from florence2.training.export import save_checkpoint
 from florence2.vocabulary import Vocabulary
 from serve.cli import main
 from serve.sdk import sly
+
+DEMO = Path(__file__).parents[2] / "demo" / "checkpoint"
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("random")
-    write_tokenizer_and_processor(folder)
+    weights = shutil.ignore_patterns("config.json", "model.safetensors")
+    shutil.copytree(DEMO, folder, ignore=weights, dirs_exist_ok=True)
     torch.manual_seed(3)
     size = -(-Vocabulary.from_folder(folder).size // 64) * 64
     network = Florence2Network(demo_config(size))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,14 +14,17 @@ from florence2 import Florence2
 from florence2.network.florence import Florence2Network
 from florence2.tokens import location_token
 from florence2.training.demo_config import demo_config
-from florence2.training.export import save_checkpoint, write_tokenizer_and_processor
+from florence2.training.export import save_checkpoint
 from florence2.vocabulary import Vocabulary
+
+DEMO = Path(__file__).parents[3] / "demo" / "checkpoint"
 
 
 @pytest.fixture(scope="session")
 def checkpoint_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("random-demo")
-    write_tokenizer_and_processor(folder)
+    weights = shutil.ignore_patterns("config.json", "model.safetensors")
+    shutil.copytree(DEMO, folder, ignore=weights, dirs_exist_ok=True)
     vocabulary = Vocabulary.from_folder(folder)
     torch.manual_seed(11)
     network = Florence2Network(demo_config(-(-vocabulary.size // 64) * 64))

@@ -27,7 +27,7 @@ WIDTH = 16
 POSITIONS = 40
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prompts:
     """Encoder states [items, longest, WIDTH] and their mask [items, longest]."""
 
@@ -60,6 +60,7 @@ class Expected:
         return self.ids.index(EOS_ID) + 1
 
 
+@functools.cache
 def tiny_model(seed: int) -> Florence2ForConditionalGeneration:
     """A random model with sharp distributions that ends its answers at various lengths."""
     text = {
@@ -100,6 +101,7 @@ def tiny_model(seed: int) -> Florence2ForConditionalGeneration:
     return model
 
 
+@functools.cache
 def random_prompts(seed: int, items: int) -> Prompts:
     """Random encoder states of 2 to 7 positions."""
     generator = torch.Generator().manual_seed(1000 + seed)
@@ -118,6 +120,7 @@ class _BanBos(LogitsProcessor):
         return scores
 
 
+@functools.cache
 def expected_answers(
     model: Florence2ForConditionalGeneration,
     prompts: Prompts,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,16 +13,19 @@ from torch import nn
 
 from florence2.network.florence import Florence2Network
 from florence2.training.demo_config import demo_config
-from florence2.training.export import save_checkpoint, write_tokenizer_and_processor
+from florence2.training.export import save_checkpoint
 from florence2.vocabulary import Vocabulary
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "generate"))
+
+DEMO = Path(__file__).parents[3] / "demo" / "checkpoint"
 
 
 @pytest.fixture(scope="session")
 def sane_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sane")
-    write_tokenizer_and_processor(folder)
+    weights = shutil.ignore_patterns("config.json", "model.safetensors")
+    shutil.copytree(DEMO, folder, ignore=weights, dirs_exist_ok=True)
     torch.manual_seed(11)
     vocab_size = -(-Vocabulary.from_folder(folder).size // 64) * 64
     network = Florence2Network(demo_config(vocab_size))

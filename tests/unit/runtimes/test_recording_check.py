@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -87,5 +88,6 @@ def test_a_wrong_or_failing_recording_ends_recording_and_not_the_engine(
 def answer(engine):
     picture = np.random.default_rng(3).integers(0, 255, (40, 50, 3), dtype=np.uint8)
     [encoded] = engine.encode([open_image(picture)])
-    prompt = engine.prepare(find_task("<OD>"), encoded, None, None, engine.checkpoint.generation)
+    settings = replace(engine.checkpoint.generation, max_new_tokens=64)
+    prompt = engine.prepare(find_task("<OD>"), encoded, None, None, settings)
     return engine.answer([prompt])[0].token_ids

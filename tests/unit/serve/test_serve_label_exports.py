@@ -386,3 +386,54 @@ def test_the_sdk_reads_the_coco_and_yolo_files_back(label, images, model):
         [found] = annotation.labels
         assert found.obj_class.name == f"n{number_of(Path(item.path))}"
         assert (found.geometry.left, found.geometry.top) == (4, 4)
+
+
+@pytest.mark.parametrize("text", ["{}", '{"size": 3, "objects": 1}', "[]", '{"size": {}}'])
+def test_an_annotation_that_is_none_keeps_no_export_from_the_others(label, images, capsys, text):
+    out = label(images, "--draw").out
+    path = out / "project/ds0/ann/0.png.json"
+    path.write_text(text)
+    is_labeled_again = text == "[]"
+    assert label(images, "--coco", "--yolo", "--draw").code == 0
+    err = capsys.readouterr().err
+    assert len(coco_of(out)["images"]) == 4 + is_labeled_again
+    assert err.count("1 images whose annotation was changed") == (0 if is_labeled_again else 2)
+    assert ("0.png has no preview: An annotation is" in err) is not is_labeled_again
+
+
+def test_an_image_without_labels_and_a_damaged_one_keep_no_preview_from_the_others(
+    label, images, capsys
+):
+    out = label(images).out
+    paint(out / "project/ds0/img/byhand.png", 8)
+    (out / "project/ds0/img/broken.png").write_bytes(b"no image")
+    annotations = out / "project/ds0/ann"
+    (annotations / "broken.png.json").write_text((annotations / "0.png.json").read_text())
+    assert label(images, "--draw", "--coco").code == 0
+    assert len(list((out / "previews").iterdir())) == 5
+    assert "broken.png has no preview: " in capsys.readouterr().err
+
+
+def test_previews_show_the_labels_as_they_are_now(label, images, model):
+    out = label(images, "--draw").out
+    before = {path.name: path.read_bytes() for path in (out / "previews").iterdir()}
+    paint(images / "0.png", 77)
+    label(images, "--relabel-changed")
+    label(images, "--draw")
+    after = {path.name: path.read_bytes() for path in (out / "previews").iterdir()}
+    assert [name for name in before if after[name] != before[name]] == ["0.png.jpg"]
+
+
+def test_a_preview_is_whole_or_absent(label, images, monkeypatch):
+    def save(picture, path, *_, **__):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    out = label(images).out
+    with monkeypatch.context() as patched:
+        patched.setattr(Image.Image, "save", save)
+        assert label(images, "--draw").code == 1
+    assert label(images, "--draw").code == 0
+    for path in (out / "previews").glob("*.jpg"):
+        Image.open(path).load()
+    assert len(list((out / "previews").glob("*.jpg"))) == 5

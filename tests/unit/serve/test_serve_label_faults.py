@@ -16,6 +16,7 @@ from florence2.ask import Ask
 from florence2.errors import CheckpointError, DeviceError, DeviceLostError
 from florence2.records import Failure
 from serve.labeling.files import opened_workspace
+from serve.labeling.journal import JOURNAL_NAME, Entry, open_journal
 from serve.labeling.progress import stop_on_signals
 
 
@@ -418,3 +419,27 @@ def test_a_signal_while_nothing_is_labeled_stops_at_once():
     with switch.after_batch():
         switch.pull(2, None)
         assert switch()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limits on the size of files")
+def test_a_disk_that_is_full_at_the_journal_counts_nothing_and_hides_no_report(tmp_path):
+    import resource
+
+    with opened_workspace(tmp_path) as workspace:
+        journal = open_journal(workspace, {}, lambda *_: True)
+        path = tmp_path / JOURNAL_NAME
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 20, before[1]))
+        try:
+            with pytest.raises(OSError, match="too large"):
+                journal.append([Entry("a.png", "a.png", "labeled", 1)])
+            journal.close()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert journal.totals.images == 0
+        again = open_journal(workspace, {}, lambda *_: True)
+        again.append([Entry("a.png", "a.png", "labeled", 1)])
+        again.close()
+    assert [json.loads(line).get("image") for line in path.read_text().splitlines()] == [
+        None, "a.png",
+    ]  # fmt: skip

@@ -256,3 +256,20 @@ def test_a_run_never_holds_more_pixels_than_fit_and_never_waits_for_itself(
     largest = max(width * height for width, height in filter(None, sizes))
     assert max(most) <= max(40_000, largest + 10_000)
     assert budget.held == 0
+
+
+def test_files_that_cannot_be_read_after_all_hold_no_room(tmp_path, monkeypatch):
+    """They were there when their headers were read."""
+    from serve.labeling import images as reading
+
+    def gone(path):
+        raise OSError(5, "Input/output error")
+
+    budget = Budget(10_000, "pixels")
+    files = [
+        reading.ImageFile(paint(tmp_path / f"{n}.png", n), f"{n}.png", f"{n}.png") for n in range(9)
+    ]
+    monkeypatch.setattr(reading, "stamp_of", gone)
+    read = list(reading.read_ahead(files, threads=2, ahead=2, budget=budget))
+    assert [one.problem is not None for one in read if one] == [True] * 9
+    assert budget.held == 0

@@ -23,6 +23,7 @@ from label_fakes import (
 from PIL import Image
 
 from florence2.ask import Ask
+from serve.sdk import sly
 
 
 def failed_rows(out: Path) -> dict[str, dict[str, str]]:
@@ -347,3 +348,93 @@ def test_an_empty_answer_is_still_empty_after_a_change(label, bitmaps, model, re
     report = report_of(label(bitmaps, "--relabel-changed").out)
     assert (report["labeled"], report["empty"], report["objects"]) == (3, 1, 3)
     assert report == report_of(label(bitmaps).out) | {key: report[key] for key in ("this_run",)}
+
+
+def test_names_that_are_written_alike_are_different_images(label, tmp_path, model, report_of):
+    """A byte that is not text is written as the name beside it has it in letters."""
+    names = [b"\xff.png", rb"\xff.png", rb"\x5cxff.png", b"\\\xff.png", rb"\\xff.png"]
+    folder = tmp_path / "odd"
+    for number, name in enumerate(names):
+        paint(folder / "x.png", number).rename(folder / os.fsdecode(name))
+    done = label(folder, "--batch", "1")
+    report = report_of(done.out)
+    assert (report["labeled"], report["gone"]) == (len(names), 0)
+    stored = [
+        Image.open(path).getpixel((0, 0)) for path in (dataset_of(done.out) / "img").iterdir()
+    ]
+    assert sorted(stored) == [color_of(number) for number in range(len(names))]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("GIF", "a.jpg"),
+        ("ICO", "a.png"),
+        ("JPEG2000", "a.jpeg"),
+        ("PPM", "a.tif"),
+        ("AVIF", "a.webp"),
+    ],
+)
+def test_a_file_of_another_kind_than_its_name_fails_until_it_is_converted(
+    label, images, model, report_of, kind, name
+):
+    """The SDK looks into a file, and reads none of these."""
+    picture = Image.open(paint(images / "x.bmp", 9))
+    (images / "x.bmp").unlink()
+    try:
+        picture.save(images / name, kind)
+    except (KeyError, OSError):
+        pytest.skip(f"this Pillow writes no {kind}")
+    done = label(images)
+    assert (done.code, report_of(done.out)["labeled"]) == (1, 5)
+    row = failed_rows(done.out)[name]
+    assert row["code"] == "unsupported_kind"
+    assert f"this file is {kind}" in row["message"]
+    assert not (dataset_of(done.out) / "img" / name).exists()
+    picture.save(images / name, "PNG")
+    assert label(images, "--retry-failed").code == 0
+
+
+def test_a_wrong_suffix_of_a_kind_that_a_project_holds_does_no_harm(label, tmp_path):
+    for suffix, kind in [("jpg", "PNG"), ("png", "BMP"), ("webp", "TIFF"), ("bmp", "MPO")]:
+        (tmp_path / "in").mkdir(exist_ok=True)
+        Image.new("RGB", (64, 48)).save(tmp_path / "in" / f"a.{suffix}", kind)
+    done = label(tmp_path / "in")
+    assert done.code == 0
+    for path in (dataset_of(done.out) / "img").iterdir():
+        sly.image.validate_format(str(path))
+
+
+def test_folders_may_lie_deeper_than_calls_can(label, tmp_path, model):
+    folder = tmp_path / "deep"
+    for _ in range(550):
+        folder /= "d"
+    here = tmp_path / "deep"
+    here.mkdir()
+    while here != folder:
+        here /= "d"
+        here.mkdir()
+    paint(folder / "1.png", 1)
+    assert label(tmp_path / "deep", "--recursive").code == 0
+    assert model.asked == [color_of(1)]
+
+
+def test_what_a_path_is_too_long_for_is_named_and_stops_no_run(label, images, model):
+    """The same as without the right to look into a folder: its names are there, and no more."""
+    longest = os.pathconf("/", "PC_PATH_MAX")
+    folder = images
+    while (room := longest - 12 - len(os.fsencode(folder))) > 1:
+        folder /= "d" * min(200, room)
+        folder.mkdir()
+    paint(images / "9.png", 9).rename(folder / "9.png")
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.close(os.open("much-too-long.png", os.O_CREAT | os.O_WRONLY, dir_fd=opened))
+    finally:
+        os.close(opened)
+    done = label(images, "--recursive")
+    assert done.code == 1
+    assert color_of(9) in model.asked, "a folder that has no room for a journal is no output"
+    assert len(model.asked) == 6
+    (row,) = failed_rows(done.out).values()
+    assert row["message"].startswith("The image cannot be read: File name too long")
