@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zlib
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -84,6 +85,60 @@ def test_nothing_is_decoded_before_there_is_room(budget):
     with pytest.raises(NoRoomError):
         open_image(cut, room=lambda pixels: budget.hold(pixels, wait_s=0))
     assert budget.held == 9_500
+
+
+def deep(channels):
+    values = np.zeros((30, 40, channels), np.uint16)
+    return cv2.imencode(".png", values)[1].tobytes()
+
+
+def wide():
+    file = io.BytesIO()
+    Image.new("I", (40, 30)).save(file, "TIFF")
+    return file.getvalue()
+
+
+def saved(kind):
+    file = io.BytesIO()
+    Image.new("RGB", (40, 30)).save(file, kind)
+    return file.getvalue()
+
+
+FACTORS = {
+    "8 bits": (png, 1),
+    "8 bits and alpha": (lambda: png(mode="RGBA"), 1),
+    "deep grey": (lambda: png(mode="I;16"), 1),
+    "deep colours": (lambda: deep(3), 3),
+    "deep colours and alpha": (lambda: deep(4), 3),
+    "32 bits": (wide, 2),
+    "WebP": (lambda: saved("WEBP"), 2),
+    "JPEG 2000": (lambda: saved("JPEG2000"), 2),
+    "JPEG": (lambda: saved("JPEG"), 1),
+}
+
+
+@pytest.mark.parametrize(("make_file", "factor"), FACTORS.values(), ids=FACTORS)
+def test_what_takes_more_memory_to_open_asks_for_more_room_until_it_is_open(
+    budget, make_file, factor
+):
+    asked = []
+
+    def room(pixels):
+        asked.append(pixels)
+        return budget.hold(pixels)
+
+    with open_image(make_file(), room=room):
+        assert budget.held == 1200
+    assert asked == [1200 * factor]
+    assert budget.held == 0
+
+
+def test_an_array_that_cannot_be_copied_holds_nothing(budget, monkeypatch):
+    array = np.zeros((30, 40, 3), np.uint8)
+    monkeypatch.setattr(np, "array", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        open_image(array, room=budget.hold)
+    assert budget.held == 0
 
 
 def test_what_was_made_of_an_image_stays_counted_until_it_goes(budget):
