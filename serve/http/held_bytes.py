@@ -23,8 +23,8 @@ from serve.http.limits import MAX_IMAGE_BYTES, MIB
 HELD_MIB_VARIABLE: Final = "FLORENCE_HELD_MIB"
 
 _SHARE_OF_MEMORY: Final = 8
-# What asks how a run is going, or stops it, must get through when nothing else does. Every connection
-# and every run may have this much beyond the budget, so it is no more than that takes.
+# What asks how a run is going, or stops it, must get through when nothing else does. Every
+# connection and run may have this much beyond the budget, so it is no more than that takes.
 _ALWAYS_BYTES: Final = MIB // 16
 # Of one that waits, to notice that its client left.
 _READ_ON_BYTES: Final = MIB // 4
