@@ -246,7 +246,7 @@ def _held(
     _check_size(picture.size, name, max_pixels)
     if room is None:
         return _from_picture(picture, name, max_pixels, is_ours=is_ours)
-    hold = room(math.prod(picture.size) * memory_factor(picture))
+    hold = room(math.prod(picture.size) * _memory_factor(picture))
     try:
         image = _from_picture(picture, name, max_pixels, is_ours=is_ours).image
         hold.resize(math.prod(image.size))
@@ -254,6 +254,14 @@ def _held(
         hold.release()
         raise
     return LoadedImage(image, hold)
+
+
+def _memory_factor(picture: Image.Image) -> int:
+    try:
+        return memory_factor(picture)
+    except _DAMAGE:
+        # Whether it can be opened all the same shows when it is.
+        return 1
 
 
 def _from_picture(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import subprocess
 import sys
 import zlib
@@ -14,6 +15,7 @@ from PIL import Image
 from preparing_tools import SIZE_WH
 
 import florence2.preparing
+from florence2 import images
 from florence2.budget import Budget, NoRoomError
 from florence2.errors import ImageError
 from florence2.images import ImagePart, check_header, open_image
@@ -131,6 +133,25 @@ def test_what_takes_more_memory_to_open_asks_for_more_room_until_it_is_open(
         assert budget.held == 1200
     assert asked == [1200 * factor]
     assert budget.held == 0
+
+
+def test_a_file_whose_entries_cannot_be_read_is_refused_as_an_image(budget):
+    data = bytearray(saved("TIFF"))
+    entry = data.index(struct.pack("<HH", 258, 3))
+    # Its values lie behind the end of the file.
+    data[entry + 8 : entry + 12] = struct.pack("<I", 2**31)
+    with pytest.raises(ImageError):
+        open_image(bytes(data), room=budget.hold)
+    assert budget.held == 0
+
+
+def test_a_depth_that_cannot_be_told_is_no_error_of_its_own(budget, monkeypatch):
+    def fail(picture):
+        raise struct.error
+
+    monkeypatch.setattr(images, "memory_factor", fail)
+    with open_image(png(), room=budget.hold):
+        assert budget.held == 1200
 
 
 def test_an_array_that_cannot_be_copied_holds_nothing(budget, monkeypatch):
