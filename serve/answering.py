@@ -137,7 +137,8 @@ class AnsweringApp(DeployableApp):
         """Uploaded images, which the SDK would keep on disk under the names clients gave."""
         inference_request.set_stage(InferenceRequest.Stage.INFERENCE, 0, len(images))
         answered: list[Predicted | Failure] = []
-        for batch in self._in_batches(images, state, inference_request.is_stopped):
+        batches = self._in_batches(images, state, inference_request.is_stopped, is_run=True)
+        for batch in batches:
             answered += batch
             inference_request.add_results(entries_of(batch, self.model_meta))
             inference_request.done(len(batch))
@@ -148,7 +149,10 @@ class AnsweringApp(DeployableApp):
         images: Sequence[AnyImage],
         state: Mapping[str, Any],
         should_stop: Callable[[], bool],
+        *,
+        is_run: bool = False,
     ) -> Iterator[list[Predicted | Failure]]:
+        """The answers batch by batch; a run has no client who could send its beginning again."""
         settings, deadline = self.settings_of(state), Deadline.of(state)
         size = batch_size_of(state, self.get_batch_size())
         priority = Priority.INTERACTIVE if len(images) == 1 else Priority.BULK
@@ -160,7 +164,8 @@ class AnsweringApp(DeployableApp):
             answer = partial(
                 self.answer, batch, settings, replace(call, deadline_s=deadline.left_s)
             )
-            yield answer() if start == 0 else when_queue_has_room(answer, should_stop)
+            is_patient = is_run or start > 0
+            yield when_queue_has_room(answer, should_stop) if is_patient else answer()
 
     def answer_video(
         self, api: sly.Api, state: Mapping[str, Any], inference_request: InferenceRequest

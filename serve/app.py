@@ -36,6 +36,8 @@ _RETRIES_OF_A_NAMED_SERVER: Final = 2
 HOST_VARIABLE: Final = "FLORENCE_HOST"
 PORT_VARIABLE: Final = "FLORENCE_PORT"
 DEFAULT_HOST: Final = "127.0.0.1"
+# Where the entrypoint of config.json listens, whose command line the app does not see.
+_EVERY_ADDRESS: Final = "0.0.0.0"
 
 
 class Florence2App(AnsweringApp):
@@ -93,7 +95,10 @@ class Florence2App(AnsweringApp):
 
     def _callers(self) -> Callers | None:
         if not self._is_local:
-            return None
+            # A session has the platform before it. One that a developer runs has not, unless the
+            # platform reaches it through its tunnel.
+            is_at_home = sly.is_development() and not sly.is_debug_with_sly_net()
+            return Callers.from_environment(_EVERY_ADDRESS) if is_at_home else None
         given = self._local.callers if self._local else None
         return given or Callers.from_environment(os.environ.get(HOST_VARIABLE, DEFAULT_HOST))
 

@@ -78,15 +78,15 @@ def _videos(server: FastAPI, app: Florence2App) -> None:
         folder = tempfile.TemporaryDirectory(prefix="video-")
         try:
             path = save_one_upload(files, Path(folder.name), "video", _MAX_VIDEO_BYTES)
+
+            def infer(inference_request: Any) -> None:  # noqa: ANN401 - the SDK's record
+                with folder:
+                    app._inference_video(str(path), asked, inference_request)
+
+            return app.schedule(infer, hold=keep_body(request.scope))
         except BaseException:
             folder.cleanup()
             raise
-
-        def infer(inference_request: Any) -> None:  # noqa: ANN401 - the SDK's record
-            with folder:
-                app._inference_video(str(path), asked, inference_request)
-
-        return app.schedule(infer, hold=keep_body(request.scope))
 
 
 def _tracking(server: FastAPI, app: Florence2App) -> None:
@@ -158,7 +158,7 @@ def _caching(server: FastAPI, app: Florence2App) -> None:
 async def _logged(waiting: Waiting, work: Callable[..., None], **arguments: object) -> None:
     """``work`` after the answer; an error that left it would end the client's connection."""
     try:
-        await waiting.run(partial(work, **arguments))
+        await waiting.run_accepted(partial(work, **arguments))
     except Exception:  # noqa: BLE001 - the SDK and its transport raise what they like
         _log.exception("What was to be cached could not be")
 

@@ -62,7 +62,9 @@ class Callers:
     def check(self, scope: Scope, path: str) -> None:
         """ForbiddenError for a request or a websocket that a web page of others has sent."""
         host = self._checked_host(_values(scope, b"host"))
-        self._check_origin(_values(scope, b"origin"), host)
+        if self._has_own_origin(_values(scope, b"origin"), host):
+            # A page on a host that was allowed may be another site, as the browser sees it.
+            return
         site = _values(scope, b"sec-fetch-site")
         if _FOREIGN_SITES.intersection(site) and not _is_followed_link(scope, path):
             raise _foreign(f"one on another site ({site[0]})")
@@ -88,9 +90,10 @@ class Callers:
         is_here = address is not None and (address.is_loopback or address.is_unspecified)
         return is_here or (address is not None and self.any_address)
 
-    def _check_origin(self, values: list[str], host: tuple[str, str] | None) -> None:
+    def _has_own_origin(self, values: list[str], host: tuple[str, str] | None) -> bool:
+        """Whether a page of its own is named; ForbiddenError where one of others is."""
         if not values:
-            return
+            return False
         scheme, _, rest = values[0].lower().partition("://")
         origin = _authority(rest) if len(values) == 1 and scheme in _DEFAULT_PORTS else None
         if origin is None:
@@ -102,6 +105,7 @@ class Callers:
         )
         if not is_own and origin[0] not in self.names:
             raise _foreign(_shown(values))
+        return True
 
 
 def is_everywhere(host: str) -> bool:

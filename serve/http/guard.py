@@ -73,7 +73,8 @@ class Guard:
         self._known_request = known_request
         self._callers = callers
         self._servers = servers
-        self._not_served = NEVER_SERVED | NOT_SERVED_LOCALLY if callers else NEVER_SERVED
+        is_local = callers is not None and not servers.is_session
+        self._not_served = NEVER_SERVED | NOT_SERVED_LOCALLY if is_local else NEVER_SERVED
         self._count_request = count_request
         self._path_prefix = path_prefix
 

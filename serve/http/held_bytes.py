@@ -23,8 +23,11 @@ from serve.http.limits import MAX_IMAGE_BYTES, MIB
 HELD_MIB_VARIABLE: Final = "FLORENCE_HELD_MIB"
 
 _SHARE_OF_MEMORY: Final = 8
-# What asks how a run is going, or stops it, must get through when nothing else does.
-_ALWAYS_BYTES: Final = MIB
+# What asks how a run is going, or stops it, must get through when nothing else does. Every
+# connection and run may have this much beyond the budget, so it is no more than that takes.
+_ALWAYS_BYTES: Final = MIB // 16
+# Of one that waits, to notice that its client left.
+_READ_ON_BYTES: Final = MIB // 4
 # JSON is held as it came, as text, and as what is in it.
 _COPIES_OF_JSON: Final = 3
 _LOOK_AFTER_S: Final = 0.05
@@ -163,7 +166,7 @@ class Body:
         while not self._uploads.take(self, count):
             if time.monotonic() >= ends:
                 raise self._uploads.budget.refusal(count, self._uploads.wait_s)
-            if sum(len(message.get("body", b"")) for message in self._read) > _ALWAYS_BYTES:
+            if sum(len(message.get("body", b"")) for message in self._read) > _READ_ON_BYTES:
                 await asyncio.sleep(_LOOK_AFTER_S)
             elif (message := await self._read_on(_LOOK_AFTER_S)) is not None:
                 if message["type"] == "http.disconnect":

@@ -46,6 +46,10 @@ class Waiting:
     async def run(self, work: Callable[..., Done], *arguments: object) -> Done:
         """``work`` in a thread. BusyError where all of them are taken."""
         self.check_room()
+        return await self.run_accepted(work, *arguments)
+
+    async def run_accepted(self, work: Callable[..., Done], *arguments: object) -> Done:
+        """As ``run``, for what was told that there is room: it waits for its turn if need be."""
         # Only the thread of the event loop counts.
         self._count += 1
         try:

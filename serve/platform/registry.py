@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 import uuid
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Final, TypeAlias
 
 from florence2.errors import as_value
+from florence2.scheduler_errors import QueueFullError
 from serve.platform.failures import FailedImageError, platform_failure
 from serve.sdk import sly
 
@@ -13,6 +16,8 @@ Manager: TypeAlias = sly.nn.inference.inference_request.InferenceRequestsManager
 InferenceRequest: TypeAlias = sly.nn.inference.inference_request.InferenceRequest
 AWAITED: Final = "awaited"
 FORGET_AFTER_S: Final = 60
+MAX_SCHEDULED: Final = 1000
+_RETRY_AFTER_S: Final = 5.0
 
 
 class RequestsManager(Manager):  # type: ignore[misc]
@@ -22,9 +27,32 @@ class RequestsManager(Manager):  # type: ignore[misc]
     at the end only, so that pause would last until it is given up an hour later.
     """
 
+    def __init__(self, executor: ThreadPoolExecutor) -> None:
+        super().__init__(executor)
+        self._places = threading.BoundedSemaphore(MAX_SCHEDULED)
+
     def create(self, inference_request_uuid: str | None = None) -> InferenceRequest:
         """A new request; the SDK names it after the time, which two may share and all can guess."""
         return super().create(inference_request_uuid or uuid.uuid4().hex)
+
+    def schedule_task(self, func: Any, *args: Any, **kwargs: Any) -> tuple[InferenceRequest, Any]:  # noqa: ANN401
+        """Work behind an answer; the SDK's line for it has no end. QueueFullError."""
+        if not self._places.acquire(blocking=False):
+            raise QueueFullError(
+                f"At most {MAX_SCHEDULED} runs are taken on at a time, and all of these places are "
+                "taken; send the request again later.",
+                _RETRY_AFTER_S,
+            )
+        try:
+            request, future = super().schedule_task(func, *args, **kwargs)
+        except BaseException:
+            self._places.release()
+            raise
+        future.add_done_callback(self._leave_place)
+        return request, future
+
+    def _leave_place(self, _future: Future[Any]) -> None:
+        self._places.release()
 
     def _handle_error_in_async(
         self,

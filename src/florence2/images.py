@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageFile, _imaging
 
 from florence2.budget import Hold
-from florence2.depth import Depth, full_colours, read_depth, to_8_bits
+from florence2.depth import Depth, full_colours, memory_factor, read_depth, to_8_bits
 from florence2.errors import ImageError
 from florence2.records import SizeWh
 from florence2.stand_ins import stand_in
@@ -145,7 +145,8 @@ def open_image(
     upper 8 of those in use count, see ``florence2.depth``. The size is checked in the file's
     header, before anything is decoded.
 
-    ``room`` is asked for the image's pixels then, and what it holds is released when the image is
+    ``room`` is asked for the image's pixels then, for more than there are where opening takes more
+    memory (colours of more than 8 bits), and what it holds is released when the image is
     closed or cannot be opened; what it raises comes through. A LoadedImage is given back as it is.
 
     Raises ImageError with one plain sentence for anything that is not such an image.
@@ -254,7 +255,7 @@ def _held(
     _check_size(picture.size, name, max_pixels)
     if room is None:
         return _from_picture(picture, name, max_pixels, is_ours=is_ours)
-    hold = room(math.prod(picture.size))
+    hold = room(math.prod(picture.size) * _memory_factor(picture))
     try:
         image = _from_picture(picture, name, max_pixels, is_ours=is_ours).image
         hold.resize(math.prod(image.size))
@@ -262,6 +263,14 @@ def _held(
         hold.release()
         raise
     return LoadedImage(image, hold)
+
+
+def _memory_factor(picture: Image.Image) -> int:
+    try:
+        return memory_factor(picture)
+    except _DAMAGE:
+        # Whether it can be opened all the same shows when it is.
+        return 1
 
 
 def _from_picture(
@@ -304,7 +313,12 @@ def _from_array(array: np.ndarray[Any, Any], max_pixels: int, room: Room | None)
     height, width, _ = array.shape
     _check_size((width, height), "the image array", max_pixels)
     hold = None if room is None else room(width * height)
-    return LoadedImage(Image.fromarray(np.array(array, order="C", copy=True)), hold)
+    try:
+        return LoadedImage(Image.fromarray(np.array(array, order="C", copy=True)), hold)
+    except BaseException:
+        if hold is not None:
+            hold.release()
+        raise
 
 
 def _check_size(size_wh: SizeWh, name: str, max_pixels: int) -> None:

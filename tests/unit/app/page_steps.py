@@ -33,7 +33,14 @@ from serve.sdk import sly  # noqa: F401  (the SDK's modules are imported after t
 # isort: split
 from supervisely.nn.inference.inference import AutoRestartInfo
 
+HERE = "http://127.0.0.1:8000"
 BIKE = Path(__file__).parents[3] / "demo" / "images" / "scene_bike.png"
+CALLERS = {
+    "its own page": {"Origin": HERE},
+    "the tunnel of its developer": {"Host": "10.8.0.7:8000"},
+    "a page of others": {"Origin": "http://evil.example"},
+    "a name that leads here": {"Host": "evil.example"},
+}
 GPU_IS_MISSING = "A GPU can be expected here."
 seen: dict[str, object] = {}
 deployable.missing_gpu = lambda: GPU_IS_MISSING
@@ -60,7 +67,7 @@ def pressing_serve_without_weights_says_why() -> None:
 
 def answers_before_and_after_deploying() -> None:
     form = {"files": ("a.png", BIKE.read_bytes())}
-    with TestClient(app.app, raise_server_exceptions=False) as client:
+    with TestClient(app.app, HERE, raise_server_exceptions=False) as client:
         seen["before"] = [client.get("/is_ready").status_code]
         seen["before"] += [client.post("/inference_image", files=form).status_code]
         app._load_model_headless(**params_for(named_model("demo", app.pretrained_models), "cpu"))
@@ -72,6 +79,10 @@ def answers_before_and_after_deploying() -> None:
         shown = [client.post(path, json={}).json() for path in ("/sly/data", "/sly/state")]
         seen["shown"] = "# What to ask" in json.dumps(shown)
         seen["warning"] = shown_warning()
+        seen["callers"] = {
+            name: client.post("/sly/session-info", json={}, headers=headers).status_code
+            for name, headers in CALLERS.items()
+        }
         client.post("/get_status", json={"state": {"polluted": True}})
         seen["polluted"] = "polluted" in client.post("/sly/state", json={}).json()
 

@@ -18,8 +18,9 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
-from florence2.budget import Budget
+from florence2.budget import Budget, NoRoomError
 from florence2.errors import RequestError
+from florence2.scheduler_errors import QueueFullError
 from serve.app import Florence2App
 from serve.http.limits import MIB
 from serve.local_server import LocalServer
@@ -463,6 +464,30 @@ def wait_until(condition):
     while not condition():
         assert time.monotonic() < until
         time.sleep(0.01)
+
+
+@pytest.mark.parametrize("code", ["queue_full", "no_room"])
+def test_uploads_that_were_taken_on_wait_until_there_is_room(client, app, bike, monkeypatch, code):
+    full = NoRoomError("full") if code == "no_room" else QueueFullError("full", 0.0)
+    full.retry_after_s = 0.0
+    predict, refusals = app.predictor.predict, [full, full]
+
+    def busy(*arguments):
+        if refusals:
+            raise refusals.pop()
+        return predict(*arguments)
+
+    monkeypatch.setattr(app.predictor, "predict", busy)
+    refused = ask(client, bike)
+    assert (refused.status_code, refused.json()["code"]) == (503, code)
+    refusals.append(full)
+    uuid = ask(client, bike, "/inference_batch_async").json()["inference_request_uuid"]
+    run = app.inference_requests_manager.get(uuid)
+    wait_until(run.is_finished)
+    assert run.exception is None
+    assert [classes_in(entry) for entry in run.pop_pending_results()] == [
+        ["arrow", "box", "star", "tree"]
+    ]
 
 
 LATER = {

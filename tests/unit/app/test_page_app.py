@@ -84,6 +84,15 @@ def test_a_request_from_outside_does_not_change_the_page(seen):
     assert seen["polluted"] is False
 
 
+def test_an_app_that_its_developer_runs_for_the_platform_keeps_pages_of_others_out(seen):
+    assert seen["callers"] == {
+        "its own page": 200,
+        "the tunnel of its developer": 200,
+        "a page of others": 403,
+        "a name that leads here": 403,
+    }
+
+
 def test_a_cpu_where_a_gpu_could_be_is_on_the_page(seen):
     assert seen["warning"].startswith("demo runs on the CPU. A GPU can be expected here. The image")
     assert seen["warning"] == seen["session"]["device_warning"]

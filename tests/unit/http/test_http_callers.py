@@ -108,6 +108,10 @@ OWN_PAGES = {
     "the own page, by its site": (LAPTOP, [("sec-fetch-site", "same-origin")]),
     "typed by a person": (LAPTOP, [("sec-fetch-site", "none")]),
     "a proxy's page": (NAMED, [("origin", "https://label.example.org")]),
+    "a named page that is another site": (
+        NAMED,
+        [("origin", "https://label.example.org"), ("sec-fetch-site", "cross-site")],
+    ),
 }
 FOREIGN_PAGES = {
     "another site": [("origin", "https://evil.example")],

@@ -20,6 +20,7 @@ PATH = "/inference_batch"
 PIECE = b"a" * MIB
 GONE = {"type": "http.disconnect"}
 PATIENCE_S = 20
+MAX_PIECE_OF_THE_SERVER = 2**16
 
 
 class Client:
@@ -207,7 +208,7 @@ def test_one_that_leaves_while_it_waits_waits_no_longer():
     async def story(desk):
         other = await fill(desk, 7)
         client = Client(desk.guard)
-        client.send(PIECE, PIECE, PIECE)
+        client.send(PIECE, *[b"a" * MAX_PIECE_OF_THE_SERVER] * 3)
         await asyncio.sleep(0.05)
         client.leave()
         assert await client.end() == []
@@ -221,8 +222,8 @@ def test_one_that_leaves_while_it_waits_waits_no_longer():
 def test_small_requests_pass_when_there_is_no_room_left():
     async def story(desk):
         other = await fill(desk, 8)
-        client = Client(desk.guard)
-        client.send(b"small", is_last=True)
+        client = Client(desk.guard, "/get_inference_progress", JSON)
+        client.send(b'{"state": {"inference_request_uuid": "1"}}', is_last=True)
         await desk.until(lambda: desk.inner.whole == 2)
         desk.inner.go_on.set()
         assert (await client.answer())[0] == 200
@@ -307,6 +308,21 @@ def test_work_behind_answers_is_bounded():
         assert desk.held_mib == 6
 
     play(story, wait_s=0.06)
+
+
+def test_small_uploads_behind_answers_are_bounded_too():
+    async def story(desk):
+        desk.inner.keeps = True
+        desk.inner.go_on.set()
+        answers = []
+        for _ in range(20):
+            client = Client(desk.guard)
+            client.send(PIECE[: MIB // 2], is_last=True)
+            answers.append((await client.answer())[0])
+        assert answers == [200] * 4 + [503] * 16
+        assert desk.held_mib == 2
+
+    play(story, mib=2, wait_s=0.01)
 
 
 def test_outside_of_the_guard_nothing_is_held():

@@ -135,6 +135,21 @@ def test_a_place_is_free_again_after_a_failure():
     assert asyncio.run(work()) == "done"
 
 
+def test_what_was_told_that_there_is_room_waits_for_its_turn():
+    async def work():
+        waiting, gate, done = Waiting(1), threading.Event(), []
+        first = asyncio.create_task(waiting.run_accepted(gate.wait, 20))
+        second = asyncio.create_task(waiting.run_accepted(done.append, "second"))
+        await asyncio.sleep(0)
+        with pytest.raises(BusyError):
+            waiting.check_room()
+        gate.set()
+        await asyncio.gather(first, second)
+        return done
+
+    assert asyncio.run(work()) == ["second"]
+
+
 def test_a_full_place_starts_nothing_that_would_have_to_be_cleared():
     manager = RequestsManager(ThreadPoolExecutor(1))
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import io
+import struct
 import subprocess
 import sys
 import zlib
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
 from preparing_tools import SIZE_WH
 
 import florence2.preparing
+from florence2 import images
 from florence2.budget import Budget, NoRoomError
 from florence2.errors import ImageError
 from florence2.images import ImagePart, check_header, open_image
@@ -84,6 +87,79 @@ def test_nothing_is_decoded_before_there_is_room(budget):
     with pytest.raises(NoRoomError):
         open_image(cut, room=lambda pixels: budget.hold(pixels, wait_s=0))
     assert budget.held == 9_500
+
+
+def deep(channels):
+    values = np.zeros((30, 40, channels), np.uint16)
+    return cv2.imencode(".png", values)[1].tobytes()
+
+
+def wide():
+    file = io.BytesIO()
+    Image.new("I", (40, 30)).save(file, "TIFF")
+    return file.getvalue()
+
+
+def saved(kind):
+    file = io.BytesIO()
+    Image.new("RGB", (40, 30)).save(file, kind)
+    return file.getvalue()
+
+
+FACTORS = {
+    "8 bits": (png, 1),
+    "8 bits and alpha": (lambda: png(mode="RGBA"), 1),
+    "deep grey": (lambda: png(mode="I;16"), 1),
+    "deep colours": (lambda: deep(3), 3),
+    "deep colours and alpha": (lambda: deep(4), 3),
+    "32 bits": (wide, 2),
+    "WebP": (lambda: saved("WEBP"), 2),
+    "JPEG 2000": (lambda: saved("JPEG2000"), 2),
+    "JPEG": (lambda: saved("JPEG"), 1),
+}
+
+
+@pytest.mark.parametrize(("make_file", "factor"), FACTORS.values(), ids=FACTORS)
+def test_what_takes_more_memory_to_open_asks_for_more_room_until_it_is_open(
+    budget, make_file, factor
+):
+    asked = []
+
+    def room(pixels):
+        asked.append(pixels)
+        return budget.hold(pixels)
+
+    with open_image(make_file(), room=room):
+        assert budget.held == 1200
+    assert asked == [1200 * factor]
+    assert budget.held == 0
+
+
+def test_a_file_whose_entries_cannot_be_read_is_refused_as_an_image(budget):
+    data = bytearray(saved("TIFF"))
+    entry = data.index(struct.pack("<HH", 258, 3))
+    # Its values lie behind the end of the file.
+    data[entry + 8 : entry + 12] = struct.pack("<I", 2**31)
+    with pytest.raises(ImageError):
+        open_image(bytes(data), room=budget.hold)
+    assert budget.held == 0
+
+
+def test_a_depth_that_cannot_be_told_is_no_error_of_its_own(budget, monkeypatch):
+    def fail(picture):
+        raise struct.error
+
+    monkeypatch.setattr(images, "memory_factor", fail)
+    with open_image(png(), room=budget.hold):
+        assert budget.held == 1200
+
+
+def test_an_array_that_cannot_be_copied_holds_nothing(budget, monkeypatch):
+    array = np.zeros((30, 40, 3), np.uint8)
+    monkeypatch.setattr(np, "array", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        open_image(array, room=budget.hold)
+    assert budget.held == 0
 
 
 def test_what_was_made_of_an_image_stays_counted_until_it_goes(budget):

@@ -1,11 +1,15 @@
 """The registry of requests: who waits for results, and how long a request is remembered."""
 
 import gc
+import threading
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from florence2.scheduler_errors import QueueFullError
+from serve.platform import registry
 from serve.platform.registry import AWAITED, FORGET_AFTER_S
 from serve.sdk import sly
 
@@ -32,6 +36,25 @@ def test_a_scheduled_request_is_not_awaited(manager):
     request, future = manager.schedule_task(lambda inference_request: None)
     future.result()
     assert AWAITED not in request.context
+
+
+def test_only_so_many_are_taken_on_and_one_that_is_done_leaves_its_place(monkeypatch):
+    monkeypatch.setattr(registry, "MAX_SCHEDULED", 2)
+    manager, gate = registry.RequestsManager(ThreadPoolExecutor(1)), threading.Event()
+
+    def work(inference_request):
+        gate.wait(20)
+
+    taken = [manager.schedule_task(work) for _ in range(2)]
+    with pytest.raises(QueueFullError, match="At most 2 runs"):
+        manager.schedule_task(work)
+    assert len(manager._inference_requests) == 2
+    gate.set()
+    for _, future in taken:
+        future.result(20)
+    request, future = manager.schedule_task(lambda inference_request: 1 / 0)
+    future.result(20)
+    assert isinstance(request.exception, ZeroDivisionError)
 
 
 def test_the_error_of_the_work_is_the_callers(manager):
