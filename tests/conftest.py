@@ -11,9 +11,12 @@ from __future__ import annotations
 import gc
 import os
 
+import pytest
+
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """One process more than cores: tests of servers and of processes mostly wait."""
     return len(os.sched_getaffinity(0)) + 1
