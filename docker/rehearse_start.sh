@@ -101,7 +101,11 @@ timed cp -r "$scene/home/.cache/pip" "$scene/cache" || fail "there is no cache f
 
 # A platform that remembers that a model was deployed here before: the demo checkpoint, as a
 # published one is more than a rehearsal should download.
-(cd "$scene/repo/tests/contract" && exec "$environment/bin/python" -) >"$scene/platform" <<'PYTHON' &
+(
+    cd "$scene/repo/tests/contract"
+    export PYTHONPATH="$scene/repo:$scene/repo/src"
+    exec "$environment/bin/python" -
+) >"$scene/platform" <<'PYTHON' &
 import threading
 from platform_double import TASK_ID, TOKEN, PlatformDouble
 
