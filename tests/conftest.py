@@ -10,10 +10,15 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 
 import pytest
 
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+# The name of xdist's workers is no module's, which ends an import of the SDK that comes before
+# serve.sdk, see there.
+sys.modules.setdefault("__channelexec__", sys.modules["__main__"])
 
 
 @pytest.hookimpl(optionalhook=True)
