@@ -100,7 +100,8 @@ class DeployableApp(PromptBasedObjectDetection):  # type: ignore[misc]
         self.metrics.watch_budget("open_pixels", "Pixels of images", open_pixels())
         self.metrics.watch_budget("image_bytes", "Bytes of uploads and downloads", held_bytes())
         if not any(os.environ.get(name) for name in _DATA_DIR_VARIABLES):
-            sdk_options.setdefault("model_dir", str(Path.home() / ".cache" / "supervisely"))
+            # Unlike Path.home, it takes a user without a home.
+            sdk_options.setdefault("model_dir", os.path.expanduser("~/.cache/supervisely"))
         with florence_gui():
             super().__init__(**sdk_options)
 
