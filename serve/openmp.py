@@ -16,6 +16,9 @@ _ALONE: Final = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}
 _BESIDE_OTHERS: Final = {"GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
 _CHOSEN_BY_USER: Final = "OMP_WAIT_POLICY"
 
+_CHOSEN_COUNT: Final = "OMP_NUM_THREADS"
+_SMALL_D_MODEL: Final = 512
+
 _LOADAVG: Final = "/proc/loadavg"
 _LOOKS: Final = 5
 _BETWEEN_LOOKS_S: Final = 0.01
@@ -26,6 +29,14 @@ def bound_spinning() -> None:
     if _CHOSEN_BY_USER not in os.environ:
         for name, value in (_BESIDE_OTHERS if is_machine_busy() else _ALONE).items():
             os.environ.setdefault(name, value)
+
+
+def leave_cores_to_others(d_model: int) -> None:
+    """One thread for a small network beside others: two gain little, and wait for each other."""
+    if d_model < _SMALL_D_MODEL and _CHOSEN_COUNT not in os.environ and is_machine_busy():
+        import torch
+
+        torch.set_num_threads(1)
 
 
 def is_machine_busy() -> bool:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from serve.console import ERR
+from serve.openmp import leave_cores_to_others
 
 if TYPE_CHECKING:
     from florence2.api import Florence2
@@ -71,7 +72,9 @@ def load_model(name: str, device: str, runtime: str, precision: str = "auto") ->
         "cache_bytes": _CACHE_BYTES,
     }
     with _bar(name) as progress:
-        return Florence2.load(name, **chosen, progress=progress)
+        model = Florence2.load(name, **chosen, progress=progress)
+    leave_cores_to_others(model.engine.checkpoint.config.text.d_model)
+    return model
 
 
 def fetch(name: str) -> None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from PIL import Image
@@ -51,6 +52,12 @@ class FakeModel:
     seconds: float = 0.0
     asked: list[tuple[int, int, int]] = field(default_factory=list)
     asks: list[tuple[str, str | None]] = field(default_factory=list)
+
+    @property
+    def engine(self):
+        """What is asked of a model that was loaded: how wide its text network is."""
+        text = SimpleNamespace(d_model=1024)
+        return SimpleNamespace(checkpoint=SimpleNamespace(config=SimpleNamespace(text=text)))
 
     def run_many(self, requests: Sequence[Ask]) -> list[Result | Failure]:
         time.sleep(self.seconds)

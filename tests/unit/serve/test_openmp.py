@@ -7,9 +7,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from serve import openmp
-from serve.openmp import bound_spinning, is_machine_busy
+from serve.openmp import bound_spinning, is_machine_busy, leave_cores_to_others
 
 NAMES = ("GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY")
 CASES = {
@@ -68,6 +69,32 @@ def test_a_system_that_does_not_tell_counts_as_quiet(monkeypatch, tmp_path, text
         file.write_text(text)
     monkeypatch.setattr(openmp, "_LOADAVG", str(file))
     assert not is_machine_busy()
+
+
+THREADS = {
+    # name: (d_model, busy, OMP_NUM_THREADS; computing threads afterwards)
+    "a small network beside others": (192, True, None, 1),
+    "alone": (192, False, None, 3),
+    "a large network": (768, True, None, 3),
+    "as many as the user says": (192, True, "3", 3),
+}
+
+
+@pytest.mark.parametrize(("d_model", "is_busy", "chosen", "left"), THREADS.values(), ids=THREADS)
+def test_a_small_network_takes_one_thread_beside_others(
+    monkeypatch, d_model, is_busy, chosen, left
+):
+    monkeypatch.setattr(openmp, "is_machine_busy", lambda: is_busy)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", chosen)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        leave_cores_to_others(d_model)
+        assert torch.get_num_threads() == left
+    finally:
+        torch.set_num_threads(before)
 
 
 ENTRIES = {
