@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from dataclasses import make_dataclass
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 from florence2.records import Box, Result
 
@@ -19,6 +19,12 @@ class SlowModel:
     def __init__(self, seconds: float, log: str) -> None:
         self._seconds = seconds
         self._log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    @property
+    def engine(self):
+        """What is asked of a model that was loaded: how wide its text network is."""
+        text = SimpleNamespace(d_model=1024)
+        return SimpleNamespace(checkpoint=SimpleNamespace(config=SimpleNamespace(text=text)))
 
     def run_many(self, requests):
         time.sleep(self._seconds)
