@@ -20,8 +20,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from florence2.benchmark.weights import SIZES, size_config
 from florence2.generate import generate
+from florence2.generation.kv_cache import DecoderSession
 from florence2.network.florence import Florence2Network
-from florence2.network.session import DecoderSession
 from florence2.records import GenerationSettings
 from florence2.runtimes.torch import PRECISIONS
 from florence2.tokens import EOS_ID

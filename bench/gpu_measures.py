@@ -20,7 +20,7 @@ from florence2.benchmark.our_side import OurSide
 from florence2.benchmark.reference_side import ReferenceSide
 from florence2.generate import generate
 from florence2.network.florence import Florence2Network
-from florence2.processing import ImageProcessor
+from florence2.prompts import ImageProcessor
 from florence2.records import Answer, GenerationSettings
 from florence2.runtimes.torch import PRECISIONS, TorchRuntime
 

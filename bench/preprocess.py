@@ -26,9 +26,9 @@ import torch
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from florence2.engine.prefetch import PreparedImage, Preparer
 from florence2.images import open_image
-from florence2.preparing import PreparedImage, Preparer
-from florence2.processing import ImageProcessor
+from florence2.prompts import ImageProcessor
 
 KINDS = {
     "640x480 JPEG, photo": ((640, 480), "JPEG", {"quality": 90}),

@@ -13,9 +13,9 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from florence2.checkpoint.catalog import default_cache_dir, resolve
 from florence2.errors import FlorenceError
 from florence2.known_checkpoints import KNOWN_CHECKPOINTS
-from florence2.resolve import default_cache_dir, resolve
 
 _log = logging.getLogger("download_weights")
 

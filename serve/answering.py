@@ -9,11 +9,11 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
-from florence2.ask import AnyImage, Ask
 from florence2.budget import Hold
+from florence2.engine.ask import AnyImage, Ask
+from florence2.engine.scheduler import GenerationCancelledError, Priority
 from florence2.errors import RequestError
 from florence2.records import Failure, Result
-from florence2.scheduler import GenerationCancelledError, Priority
 from serve.answers import check_any_answered, entries_of, raise_failure
 from serve.deadline import Deadline
 from serve.deployable import DeployableApp

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final, Protocol
 
+from florence2.engine.scheduler import Priority
 from florence2.errors import RequestError
 from florence2.images import open_image
 from florence2.records import Failure
-from florence2.scheduler import Priority
 from serve.console import complain, say
 from serve.labeling.previews import draw_preview
 from serve.predictor import Call, Predicted

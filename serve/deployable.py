@@ -19,10 +19,10 @@ import yaml
 
 from florence2.api import Florence2
 from florence2.budget import open_pixels
-from florence2.hub import ProgressUpdate
+from florence2.checkpoint.catalog import resolve
+from florence2.checkpoint.hub import ProgressUpdate
 from florence2.known_checkpoints import DEMO
-from florence2.missing_gpu import missing_gpu
-from florence2.resolve import resolve
+from florence2.runtimes.device import missing_gpu
 from serve.deploy_params import (
     ALLOW_DEPLOY_VARIABLE,
     PRECISION_NAMES,

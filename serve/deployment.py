@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from florence2.api import Florence2
-from florence2.scheduler import Observer, Scheduler, StoppedError
+from florence2.engine.scheduler import Observer, Scheduler, StoppedError
 
 logger = logging.getLogger(__name__)
 

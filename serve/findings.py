@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Final
 
-from florence2.cascade import regions_of
+from florence2.engine.cascade import regions_of
 from florence2.records import Box, Polygon, Quad, Result, Text
 from florence2.tasks import TaskInput, find_task
 from serve.geometry import Located

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
+from florence2.checkpoint.hub import ProgressUpdate
 from florence2.errors import FlorenceError
-from florence2.hub import ProgressUpdate
 from serve.deploy_params import DEFAULT_MODEL
 from serve.sdk import sly  # noqa: F401  (the SDK's modules are imported after this door)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Final
 
-from florence2.ask import Ask
+from florence2.engine.ask import Ask
 from florence2.errors import RequestError
 from florence2.records import Failure, Result
 from florence2.tasks import find_task

@@ -146,7 +146,7 @@ def _loader(
     name: str, device: str, runtime: str, precision: str
 ) -> Callable[[], tuple[Model, Callable[..., Any]]]:
     def load() -> tuple[Model, Callable[..., Any]]:
-        from florence2.ask import Ask
+        from florence2.engine.ask import Ask
 
         return load_model(name, device, runtime, precision), Ask
 

@@ -15,7 +15,7 @@ from serve.openmp import leave_cores_to_others
 
 if TYPE_CHECKING:
     from florence2.api import Florence2
-    from florence2.hub import ProgressCallback, ProgressUpdate
+    from florence2.checkpoint.hub import ProgressCallback, ProgressUpdate
 
 
 _WHOLE_BYTES: Final = 64 * 2**20
@@ -31,8 +31,8 @@ def fingerprint(name: str) -> str | None:
     The commit it came from, else a hash of its weights: of all of a small file, of 64 pieces
     spread over a large one.
     """
+    from florence2.checkpoint.catalog import resolve
     from florence2.errors import CheckpointError
-    from florence2.resolve import resolve
 
     try:
         found = resolve(name, offline=True)
@@ -79,7 +79,7 @@ def load_model(name: str, device: str, runtime: str, precision: str = "auto") ->
 
 def fetch(name: str) -> None:
     """The checkpoint's files on this machine; CheckpointError when they cannot be had."""
-    from florence2.resolve import resolve
+    from florence2.checkpoint.catalog import resolve
 
     with _bar(name) as progress:
         resolve(name, progress=progress)

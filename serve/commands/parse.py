@@ -25,7 +25,7 @@ def register(app: typer.Typer) -> None:
 
 def parse(task: TaskName, size: Size, file: JsonFile = None) -> None:
     """Read an answer from stdin and write its objects with coordinates in pixels."""
-    from florence2.parsing import parse_answer_text
+    from florence2.postprocess import parse_answer_text
     from florence2.tasks import find_task
 
     token, size_wh = find_task(task).token, _size_wh(size)

@@ -14,7 +14,7 @@ from serve.http.routes import ROUTE_BY_PATH
 
 if TYPE_CHECKING:
     from florence2.budget import Budget
-    from florence2.scheduler import BatchReport
+    from florence2.engine.scheduler import BatchReport
 
 Stage = Literal["queue", "vision", "prompt", "decode", "postprocess"]
 Outcome = Literal["labeled", "empty", "failed"]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from florence2.cascade import parse_steps
+from florence2.engine.cascade import parse_steps
 from florence2.errors import RequestError
 from florence2.records import Region
 from florence2.regions import check_region
@@ -145,7 +145,7 @@ def _check_search(num_beams: int | None, max_new_tokens: int | None) -> None:
     """The engine's own rules, before a model is loaded; its module is slow to import."""
     if num_beams is None and max_new_tokens is None:
         return
-    from florence2.generation_rules import check_settings
+    from florence2.generation.settings import check_settings
     from florence2.records import GenerationSettings
 
     settings = GenerationSettings(max_new_tokens=max_new_tokens)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from requests.exceptions import ConnectionError as ConnectionFailed
 from requests.exceptions import Timeout
 
-from florence2.ask import AnyImage
+from florence2.engine.ask import AnyImage
 from florence2.records import Failure
 from serve.platform.failures import failure_of
 from serve.sdk import sly

@@ -7,7 +7,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-from florence2.ask import Ask
+from florence2.engine.ask import Ask
 from florence2.errors import FlorenceError, ImageError, RequestError, shown
 from florence2.records import Failure, Result
 from florence2.tasks import find_task

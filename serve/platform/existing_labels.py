@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from florence2.ask import AnyImage
+from florence2.engine.ask import AnyImage
 from florence2.records import Failure, Region
 from serve.existing_regions import regions_from_annotation
 from serve.platform.batches import Batch

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Final
 
-from florence2.ask import AnyImage, Ask
+from florence2.engine.ask import AnyImage, Ask
 from florence2.errors import RequestError
 from florence2.records import Failure, Region, Result
 from serve.http.held_bytes import held_bytes

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
-from florence2.ask import AnyImage
+from florence2.engine.ask import AnyImage
 from florence2.errors import DeviceLostError, FlorenceError
 from florence2.records import Failure
 from serve.platform.batches import Batch, Behind, fetch_ahead, split_batches

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from florence2.ask import AnyImage, Ask
+from florence2.engine.ask import AnyImage, Ask
 from florence2.records import Failure, Result
 from serve.platform.download import download_images
 from serve.sdk import sly

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from florence2.cascade import parse_steps
+from florence2.engine.cascade import parse_steps
 from florence2.errors import RequestError
 from florence2.tasks import Task, TaskInput
 from serve.settings.values import shown

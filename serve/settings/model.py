@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from florence2.cascade import parse_steps
+from florence2.engine.cascade import parse_steps
 from florence2.records import BoxXyxy, SizeWh
 from florence2.tasks import Task
 from serve.phrases import Prompt, classes_of, prompts_of, split_phrases

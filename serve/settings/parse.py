@@ -229,6 +229,6 @@ def _search(given: Mapping[str, object]) -> tuple[int | None, int | None]:
 
 def _largest(name: str) -> int:
     # The engine's module is slow to import, and most requests name neither.
-    from florence2.generation_rules import MAX_BEAMS
+    from florence2.generation.settings import MAX_BEAMS
 
     return MAX_BEAMS if name == "num_beams" else MAX_TOKENS

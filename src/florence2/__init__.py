@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from florence2.api import Florence2
-    from florence2.ask import Ask
-    from florence2.cache import EncodedImage
+    from florence2.engine.ask import Ask
+    from florence2.engine.feature_cache import EncodedImage
     from florence2.errors import FlorenceError
     from florence2.records import Failure, Region, Result
 
 __all__ = ["Ask", "EncodedImage", "Failure", "Florence2", "FlorenceError", "Region", "Result"]
 
 _HOMES = {
-    "Ask": "florence2.ask",
-    "EncodedImage": "florence2.cache",
+    "Ask": "florence2.engine.ask",
+    "EncodedImage": "florence2.engine.feature_cache",
     "Failure": "florence2.records",
     "Florence2": "florence2.api",
     "FlorenceError": "florence2.errors",

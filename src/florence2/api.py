@@ -7,10 +7,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from florence2.answering import answer_all, encode_all
-from florence2.ask import AnyImage, AnyRegion, Ask, check_choice, name_of
-from florence2.checkpoint import open_checkpoint
-from florence2.engine import Engine
+from florence2.checkpoint.checkpoint import open_checkpoint
+from florence2.checkpoint.hub import ProgressCallback
+from florence2.engine.answering import answer_all, encode_all
+from florence2.engine.ask import AnyImage, AnyRegion, Ask, check_choice, name_of
+from florence2.engine.engine import Engine
 from florence2.errors import (
     CheckpointError,
     DeviceError,
@@ -19,7 +20,6 @@ from florence2.errors import (
     shown,
     unknown_name,
 )
-from florence2.hub import ProgressCallback
 from florence2.loading import load_engine
 from florence2.records import Failure, Result
 from florence2.runtimes.torch import check_precision, choose_device

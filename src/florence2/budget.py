@@ -17,13 +17,21 @@ from florence2.stopping import Stop
 WAIT_S: Final = 30.0
 """How long to wait for room unless told otherwise."""
 
+
 OPEN_MEGAPIXELS_VARIABLE: Final = "FLORENCE2_OPEN_MEGAPIXELS"
+
 
 # Pillow keeps RGB in four bytes a pixel, and has a picture twice while it is converted or turned.
 _BYTES_PER_PIXEL: Final = 8
+
+
 # The rest is for weights, activations, and what other programs need.
 _SHARE_OF_MEMORY: Final = 4
+
+
 _RETRY_AFTER_S: Final = 5.0
+
+
 _LOOK_AFTER_S: Final = 0.1
 
 

@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from florence2.ask import AnyImage
-from florence2.cache import EncodedImage
 from florence2.chunks import run_in_chunks
+from florence2.engine.ask import AnyImage
+from florence2.engine.feature_cache import EncodedImage
+from florence2.engine.prefetch import AnySource
 from florence2.errors import FlorenceError
 from florence2.images import identity
 from florence2.memory import OutOfMemoryError, run_halving
 from florence2.pixels import PreparedImage
-from florence2.preparing import AnySource
 from florence2.stopping import BetweenPasses, Stop, stop_of_all
 
 if TYPE_CHECKING:
-    from florence2.engine import Engine
+    from florence2.engine.engine import Engine
 
 Encoded = EncodedImage | FlorenceError
 

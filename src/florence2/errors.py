@@ -75,6 +75,8 @@ _DEBIAN_PACKAGES: Final = {
     "libgthread-2.0.so": "libglib2.0-0",
     "libmagic": "libmagic1",
 }
+
+
 _LIBRARY: Final = re.compile(
     r"lib[\w.+-]+(?=: cannot open shared object file)|(?<=failed to find )libmagic"
 )

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from florence2.decoding import DecodeLoop, Started
 from florence2.errors import FlorenceError
-from florence2.generation_rules import check_batch
+from florence2.generation.decode import DecodeLoop, Started
+from florence2.generation.settings import check_batch
 from florence2.nearby import Nearby
 from florence2.records import Answer, GenerationSettings
 from florence2.space import PlainSpace, Session, Space

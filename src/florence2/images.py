@@ -16,20 +16,25 @@ from typing import Any, BinaryIO, Final
 import numpy as np
 from PIL import Image, ImageFile, _imaging
 
+from florence2.bit_depth import Depth, full_colours, memory_factor, read_depth, to_8_bits
 from florence2.budget import Hold
-from florence2.depth import Depth, full_colours, memory_factor, read_depth, to_8_bits
 from florence2.errors import ImageError
 from florence2.records import SizeWh
 from florence2.stand_ins import stand_in
 
 MAX_PIXELS: Final = 200_000_000
 
+
 Room = Callable[[int], Hold]
 """Holds so many pixels of a budget, once there is room for them."""
 
+
 ImageSource = str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | np.ndarray
 
+
 _ORIENTATION_TAG: Final = 0x0112
+
+
 _TURNS: Final = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -39,14 +44,20 @@ _TURNS: Final = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
 _URL_PATTERN: Final = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]+://|data:)")
+
 
 # Pillow takes memory in blocks of 16 MB, which glibc keeps for the thread that gave them back: each
 # thread that once opened a large image would hold on to all of it. Blocks over 32 MB go back to the
 # system at once.
 _BLOCK_BYTES: Final = 64 * 2**20
+
+
 if "PILLOW_BLOCK_SIZE" not in os.environ:
     _imaging.set_block_size(_BLOCK_BYTES)
+
 
 # What Pillow's decoders raise on damaged data, found by feeding them random bytes.
 _DAMAGE: Final = (
@@ -142,7 +153,7 @@ def open_image(
     ``source`` is a path, an image file's bytes, a ``PIL.Image``, or a uint8 RGB array
     ``[height, width, 3]``. The EXIF rotation is applied, transparency is dropped, and of an
     animation or a document the first frame or page is taken. Of values of more than 8 bits the
-    upper 8 of those in use count, see ``florence2.depth``. The size is checked in the file's
+    upper 8 of those in use count, see ``florence2.bit_depth``. The size is checked in the file's
     header, before anything is decoded.
 
     ``room`` is asked for the image's pixels then, for more than there are where opening takes more
@@ -363,7 +374,11 @@ def _to_rgb(picture: Image.Image, depth: Depth, *, is_ours: bool) -> Image.Image
 
 
 _strict_lock: Final = threading.Lock()
+
+
 _strict_depth = 0
+
+
 _loose_settings: tuple[bool, int | None] = (False, None)
 
 

@@ -8,14 +8,14 @@ from typing import Final
 
 import torch
 
-from florence2.batch_sizes import BatchSizes, image_batch, measured_batches, prompt_batch
-from florence2.checkpoint import Checkpoint, load_weights
-from florence2.engine import Engine
+from florence2.checkpoint.checkpoint import Checkpoint, load_weights
+from florence2.engine.engine import Engine
+from florence2.engine.loading import PrecisionError, check_recordings, probe_picture, self_test
 from florence2.images import open_image
+from florence2.runtimes.memory import BatchSizes, image_batch, measured_batches, prompt_batch
 from florence2.runtimes.memory_meter import CudaMeter, MemoryMeter
 from florence2.runtimes.precision import TOLERANCE, error_against_fp32, float32_bytes
 from florence2.runtimes.torch import PRECISIONS, TorchRuntime, choose_precision
-from florence2.self_test import PrecisionError, check_recordings, probe_picture, self_test
 
 logger = logging.getLogger(__name__)
 

@@ -19,14 +19,20 @@ from florence2.records import SizeWh
 
 logger = logging.getLogger(__name__)
 
+
 Pixels = np.ndarray[Any, np.dtype[np.float32]]
+
+
 Scaled = np.ndarray[Any, np.dtype[np.uint8]]
+
 
 SHARED_FROM_PIXELS: Final = 3_000_000
 """Scaling takes some 6 ms per million pixels; below this, sharing it would gain too little."""
 
+
 # More make the wait for the last one shorter, and cost more where they are joined.
 _PARTS: Final = 8
+
 
 # OpenCV hands arrays of 2**18 pixels and more to threads of its own, which would take the cores
 # from the model's.

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from florence2.ask import Ask, input_of
-from florence2.cache import EncodedImage
-from florence2.cascade import (
+from florence2.engine.ask import Ask, input_of
+from florence2.engine.cascade import (
     Asked,
     join_region_answers,
     join_text_answer,
     parse_steps,
     regions_of,
 )
-from florence2.engine import Engine, Prompt
+from florence2.engine.engine import Engine, Prompt
+from florence2.engine.feature_cache import EncodedImage
 from florence2.errors import FlorenceError, as_value
 from florence2.records import Region, Result
 from florence2.tasks import TaskInput, passthrough_task

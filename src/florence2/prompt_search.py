@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Protocol
 
-from florence2.cache import EncodedImage
-from florence2.decoding import DecodeLoop, Started
+from florence2.engine.feature_cache import EncodedImage
 from florence2.errors import FlorenceError
-from florence2.generation_rules import check_settings
+from florence2.generation.decode import DecodeLoop, Started
+from florence2.generation.settings import check_settings
 from florence2.memory import out_of_memory
 from florence2.records import Answer, GenerationSettings, Result, Timings
 from florence2.space import Session
@@ -20,7 +20,7 @@ from florence2.stopping import BetweenPasses, Stop
 from florence2.tasks import Task
 
 if TYPE_CHECKING:
-    from florence2.engine import Engine
+    from florence2.engine.engine import Engine
 
 logger = logging.getLogger(__name__)
 

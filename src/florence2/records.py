@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 BoxXyxy = tuple[float, float, float, float]
+
+
 SizeWh = tuple[int, int]
 
 
@@ -152,7 +154,7 @@ class Result:
 
         Same keys and nesting; coordinates are floats, and ``scores`` stands beside the boxes.
         """
-        from florence2.parsing import result_to_dict
+        from florence2.postprocess import result_to_dict
 
         return result_to_dict(self)
 

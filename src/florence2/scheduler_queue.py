@@ -6,8 +6,8 @@ from collections import deque
 from dataclasses import dataclass
 from itertools import islice
 
-from florence2.ask import AnyImage, Ask
-from florence2.scheduler_ticket import Ticket
+from florence2.engine.ask import AnyImage, Ask
+from florence2.engine.tickets import Ticket
 
 
 @dataclass(frozen=True, slots=True)

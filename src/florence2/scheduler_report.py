@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from florence2.answering import Outcome, identity
+from florence2.engine.answering import Outcome, identity
+from florence2.engine.tickets import Priority
 from florence2.records import Result
 from florence2.scheduler_queue import Piece
-from florence2.scheduler_ticket import Priority
 
 logger = logging.getLogger(__name__)
 

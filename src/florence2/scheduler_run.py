@@ -8,15 +8,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from florence2.answering import AskRun, More, Outcome, Settle
-from florence2.ask import Ask
 from florence2.encoding import Coming
-from florence2.engine import Engine
+from florence2.engine.answering import AskRun, More, Outcome, Settle
+from florence2.engine.ask import Ask
+from florence2.engine.engine import Engine
+from florence2.engine.tickets import Priority
 from florence2.errors import FlorenceError, as_value
 from florence2.scheduler_errors import InternalError
 from florence2.scheduler_queue import Piece
 from florence2.scheduler_report import Answered
-from florence2.scheduler_ticket import Priority
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from typing import Protocol, Self
 
 from torch import Tensor
 
-from florence2.beams import BeamSearch
+from florence2.generation.beam_search import BeamSearch
 
 
 class Session(Protocol):

@@ -51,6 +51,7 @@ class Task:
 
 _NONE, _TEXT, _REGION = TaskInput.NONE, TaskInput.TEXT, TaskInput.REGION
 
+
 # fmt: off
 TASKS: Final[tuple[Task, ...]] = (
     Task("<CAPTION>", "caption", "What does the image describe?",
@@ -95,7 +96,10 @@ TASKS: Final[tuple[Task, ...]] = (
 )
 # fmt: on
 
+
 _BY_NAME: Final = {task.token.lower(): task for task in TASKS} | {task.name: task for task in TASKS}
+
+
 _CUSTOM_TOKEN: Final = re.compile(r"<[A-Za-z][A-Za-z0-9_ -]{0,63}>")
 
 

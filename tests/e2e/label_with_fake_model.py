@@ -46,9 +46,9 @@ def main() -> None:
     )
     # The engine's request stands in the module that brings torch: half the time of a start.
     names = ["image", "task", "text", "region", "num_beams", "max_new_tokens"]
-    questions = ModuleType("florence2.ask")
+    questions = ModuleType("florence2.engine.ask")
     questions.Ask = make_dataclass("Ask", names)
-    sys.modules |= {"florence2.api": fake, "florence2.ask": questions}
+    sys.modules |= {"florence2.api": fake, "florence2.engine.ask": questions}
     from serve.cli import main as florence2
 
     florence2(arguments)

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from florence2 import Ask, Florence2
-from florence2.network import products
+from florence2.network import linear as products
 from florence2.network.florence import Florence2Network
-from florence2.processing import prompt_sentence
+from florence2.prompts import prompt_sentence
 from florence2.records import Region
 from florence2.tasks import TaskInput, find_task
 from florence2.training import export

@@ -9,7 +9,7 @@ from tiny_reference import SEEDS
 
 from florence2 import Ask, Florence2
 from florence2.runtimes import decode_buffers
-from florence2.runtimes.graphs import CudaRecorder
+from florence2.runtimes.cuda_graphs import CudaRecorder
 from florence2.training.draw import draw_scene
 from florence2.training.scene import make_scene
 

@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from florence2.runtimes.graphs import CudaRecorder, GraphRunner, make_runner
+from florence2.runtimes.cuda_graphs import CudaRecorder, GraphRunner, make_runner
 
 pytestmark = [
     pytest.mark.gpu,

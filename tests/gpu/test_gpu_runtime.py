@@ -10,7 +10,7 @@ from florence2 import Ask, Florence2
 from florence2.hypotheses import PREFIX
 from florence2.network.florence import Florence2Network
 from florence2.network.presets import base_config
-from florence2.processing import ImageProcessor
+from florence2.prompts import ImageProcessor
 from florence2.runtimes.memory_meter import CudaMeter
 from florence2.runtimes.precision import TOLERANCE, error_against_fp32
 from florence2.runtimes.torch import PRECISIONS, TorchRuntime

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
-from florence2.ask import Ask
+from florence2.engine.ask import Ask
 from florence2.errors import FlorenceError, RequestError
 from florence2.evaluation.bootstrap import Measured
 from florence2.evaluation.questions import Question, check_seeds, in_chunks, questions_about

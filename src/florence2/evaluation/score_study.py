@@ -20,7 +20,7 @@ from florence2.pieces import Piece
 from florence2.records import Result
 from florence2.runs import Notes, groups_of, split_runs
 from florence2.scoring import object_score
-from florence2.vocabulary import Vocabulary
+from florence2.tokenizer import Vocabulary
 
 LogProbs = Sequence[float]
 

@@ -26,7 +26,10 @@ from florence2.network.fields import (
 )
 
 IMAGE_TOKEN_ID: Final = 51289
+
+
 ACTIVATIONS: Final = ("gelu", "relu", "gelu_pytorch_tanh")
+
 
 _POOLINGS: Final = ["spatial_avg_pool", "temporal_avg_pool"]
 

@@ -13,7 +13,7 @@ from florence2.network.bart import Attention, LanguageModel
 from florence2.network.config import NetworkConfig
 from florence2.network.davit import VisionTower
 from florence2.network.layers import Linear
-from florence2.network.products import choose_forms
+from florence2.network.linear import choose_forms
 from florence2.network.projector import Projector
 
 
@@ -30,7 +30,7 @@ class FlorenceModel(nn.Module):
 class Florence2Network(nn.Module):
     """Florence-2: images and prompts in, logits out.
 
-    A new network is randomly initialised; ``florence2.network.weights.build_network`` makes one
+    A new network is randomly initialised; ``florence2.checkpoint.weights.build_network`` makes one
     from a checkpoint. ``lm_head`` shares its weight with the embedding until ``untie`` is called.
     """
 

@@ -14,7 +14,7 @@ from typing import Final, Literal
 import torch
 from torch import Tensor
 
-from florence2.checkpoint_files import MERGING
+from florence2.checkpoint.files import MERGING
 from florence2.errors import CheckpointError
 
 Layout = Literal["native", "original"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from florence2.network.products import product
+from florence2.network.linear import product
 
 # Up to so many rows of queries the plain products are faster than the fused kernel on a CPU.
 FEW_ROWS: Final = 4

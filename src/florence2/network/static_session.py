@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
+from florence2.generation.kv_cache import HIDDEN, DecoderSession, aligned
 from florence2.network.florence import Florence2Network
-from florence2.network.session import HIDDEN, DecoderSession, aligned
 from florence2.rows import enlarged
 
 

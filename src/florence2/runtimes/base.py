@@ -15,6 +15,8 @@ from florence2.records import GenerationSettings
 from florence2.space import Session, Space
 
 Pixels = npt.NDArray[np.float32]
+
+
 ImageBytes = npt.NDArray[np.uint8]
 
 

@@ -17,13 +17,13 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from florence2.beams import BeamSearch
+from florence2.generation.beam_search import BeamSearch
 from florence2.hypotheses import PREFIX
 from florence2.nearby import Nearby
 from florence2.network.florence import Florence2Network
 from florence2.network.static_session import StaticSession
 from florence2.records import GenerationSettings
-from florence2.runtimes.graphs import GraphRunner, Work
+from florence2.runtimes.cuda_graphs import GraphRunner, Work
 
 ROWS: Final = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 STEPS: Final = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)

@@ -7,17 +7,18 @@ from typing import Final
 
 import torch
 
-from florence2.beams import BeamSearch
+from florence2.generation.beam_search import BeamSearch
+from florence2.generation.kv_cache import DecoderSession
 from florence2.nearby import Nearby
 from florence2.network.florence import Florence2Network
-from florence2.network.session import DecoderSession
 from florence2.records import GenerationSettings
+from florence2.runtimes.cuda_graphs import GraphRunner
 from florence2.runtimes.decode_buffers import FIRST_STEPS, DecodeBuffers, Kind, Window
-from florence2.runtimes.graphs import GraphRunner
 from florence2.space import Session
 
 MAX_IDLE: Final = 16
 """Clients may ask with ever new settings, of which each has buffers of its own."""
+
 
 _IDLE_PART: Final = 8
 """Buffers kept for later runs take at most this part of a GPU's memory."""

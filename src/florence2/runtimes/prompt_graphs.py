@@ -10,12 +10,12 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from florence2.generation.kv_cache import DecoderSession
 from florence2.hypotheses import PREFIX
 from florence2.network.florence import Florence2Network
 from florence2.network.key_values import KeyValues
-from florence2.network.session import DecoderSession
 from florence2.rows import row_numbers
-from florence2.runtimes.graphs import GraphRunner, Work
+from florence2.runtimes.cuda_graphs import GraphRunner, Work
 
 BUCKETS: Final = (1, 2, 4, 8)
 """Batch sizes that are recorded; larger ones keep the device busy for longer than launches take."""

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from florence2.errors import DeviceError, unknown_name
+from florence2.generation.kv_cache import DecoderSession
 from florence2.nearby import Nearby
 from florence2.network.florence import Florence2Network
-from florence2.network.session import DecoderSession
 from florence2.pixels import look_up
 from florence2.records import GenerationSettings
 from florence2.rows import row_numbers
 from florence2.runtimes.base import ImageBytes, Mark, Pixels
+from florence2.runtimes.cuda_graphs import GraphRunner, make_runner
 from florence2.runtimes.decode_graphs import DecodePool, most_idle_bytes
 from florence2.runtimes.device_pixels import check_bytes, normalise, upload
-from florence2.runtimes.graphs import GraphRunner, make_runner
 from florence2.runtimes.numerics import computing
 from florence2.runtimes.prompt_graphs import PromptGraphs
 from florence2.runtimes.vision_graphs import VisionGraphs
@@ -34,12 +34,14 @@ PRECISIONS: Final = {
     "fp16": torch.float16,
 }
 
+
 _OUT_OF_MEMORY: Final = (
     "DefaultCPUAllocator",
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
 )
+
 
 BF16_FROM_D_MODEL: Final = 512
 """Below, a step is many small operations, which reduced precision makes slower, not faster."""

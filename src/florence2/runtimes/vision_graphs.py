@@ -9,7 +9,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from florence2.runtimes.graphs import GraphRunner
+from florence2.runtimes.cuda_graphs import GraphRunner
 
 BUCKETS: Final = (1, 2, 3, 4, 6, 8, 12, 16)
 """Batch sizes that are recorded: up to a half more work for a batch in between.

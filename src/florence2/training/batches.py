@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from florence2.processing import ImageProcessor
+from florence2.prompts import ImageProcessor
+from florence2.tokenizer import Vocabulary
 from florence2.tokens import BOS_ID, EOS_ID, PAD_ID
 from florence2.training.answers import prompt_sentence, sample_examples
 from florence2.training.draw import draw_scene
 from florence2.training.losses import IGNORED, GridTargets
 from florence2.training.scene import Scene, make_scene
 from florence2.training.targets import grid_targets
-from florence2.vocabulary import Vocabulary
 
 FIRST_TRAINING_SEED = 1_000_000
 

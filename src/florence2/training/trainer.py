@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from florence2.errors import RequestError
 from florence2.network.florence import Florence2Network
-from florence2.processing import ImageProcessor
+from florence2.prompts import ImageProcessor
 from florence2.runtimes.torch import choose_device
+from florence2.tokenizer import Vocabulary
 from florence2.tokens import NUM_LOCATION_BINS, PAD_ID, location_token
 from florence2.training.attention import ExplicitAttention
 from florence2.training.batches import Batch, Plan, SceneBatches, on_device, stream
@@ -26,7 +27,6 @@ from florence2.training.export import save_checkpoint, write_tokenizer_and_proce
 from florence2.training.losses import IGNORED, GridHead, answer_loss
 from florence2.training.optimizers import Schedule, make_optimizers, set_rate
 from florence2.training.words import COLOURS, KINDS, SIGN_WORDS
-from florence2.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 

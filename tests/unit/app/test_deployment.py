@@ -6,9 +6,9 @@ import threading
 
 import pytest
 
-from florence2.ask import Ask
+from florence2.engine.ask import Ask
+from florence2.engine.scheduler import StoppedError
 from florence2.errors import CheckpointError
-from florence2.scheduler import StoppedError
 from serve.deployment import Deployment, ModelChoice
 
 PATIENCE_S = 20.0

@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from PIL import Image
 
-from florence2.ask import Ask
 from florence2.budget import Budget, NoRoomError
+from florence2.engine.ask import Ask
+from florence2.engine.scheduler import BatchReport, Priority
 from florence2.errors import RequestError
 from florence2.records import Box, Failure, Result
-from florence2.scheduler import BatchReport, Priority
 from serve.annotations import annotation_from_answers
 from serve.deployment import Deployment, ModelChoice
 from serve.http.metrics import Metrics

@@ -7,7 +7,7 @@ import pytest
 
 from florence2.benchmark.case import Case, case_images
 from florence2.benchmark.our_side import OurSide
-from florence2.vocabulary import Vocabulary
+from florence2.tokenizer import Vocabulary
 
 CASE = Case(batch=2, prompts=2, beams=2, tokens=6)
 NO_LIMIT_S = 1e9

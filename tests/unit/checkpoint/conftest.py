@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "network"))
 from hub_files import REPOSITORY, files
 from hub_standin import hub_standin
 
-from florence2 import hub as hub_module
+from florence2.checkpoint import hub as hub_module
 
 
 @pytest.fixture

@@ -11,12 +11,12 @@ import pytest
 from hub_files import REPOSITORY, files, folder_of, weights
 from huggingface_hub import hf_hub_download
 
-from florence2 import hub as hub_module
-from florence2 import resolve as resolve_module
+from florence2.checkpoint import catalog as resolve_module
+from florence2.checkpoint import hub as hub_module
+from florence2.checkpoint.catalog import resolve
+from florence2.checkpoint.hub import ProgressUpdate
 from florence2.errors import CheckpointError
-from florence2.hub import ProgressUpdate
 from florence2.known_checkpoints import KnownCheckpoint
-from florence2.resolve import resolve
 
 NEEDED = (
     "config.json",

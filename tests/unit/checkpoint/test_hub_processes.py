@@ -15,7 +15,7 @@ from hub_standin import HubStandin
 SCRIPT = """
 import json, sys
 from florence2.errors import CheckpointError
-from florence2.resolve import resolve
+from florence2.checkpoint.catalog import resolve
 try:
     found = resolve(sys.argv[1], cache_dir=sys.argv[2])
     print(json.dumps({"folder": str(found.folder), "files": found.files}))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hub_files import REPOSITORY, files, folder_of
 
-from florence2.resolve import resolve
+from florence2.checkpoint.catalog import resolve
 
 
 def test_a_damaged_file_of_the_right_length_is_fetched_again(hub, cache):

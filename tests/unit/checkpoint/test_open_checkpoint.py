@@ -13,7 +13,7 @@ from safetensors.torch import load, save
 from tiny_checkpoint import native_files, original_files, tiny_network
 
 from florence2 import Florence2
-from florence2.checkpoint import load_weights, open_checkpoint
+from florence2.checkpoint.checkpoint import load_weights, open_checkpoint
 from florence2.errors import CheckpointError
 from florence2.network.florence import Florence2Network
 from florence2.records import GenerationSettings

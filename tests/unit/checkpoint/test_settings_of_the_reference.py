@@ -12,7 +12,7 @@ from PIL import Image
 from tiny_checkpoint import original_files
 
 from florence2 import Florence2
-from florence2.checkpoint import load_weights, open_checkpoint
+from florence2.checkpoint.checkpoint import load_weights, open_checkpoint
 
 transformers = pytest.importorskip("transformers")
 

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from florence2 import Florence2
-from florence2.batch_sizes import image_batch, prompt_batch
 from florence2.network.presets import base_config, large_config
+from florence2.runtimes.memory import image_batch, prompt_batch
 from florence2.training.demo_config import demo_config
 
 PRESETS = {

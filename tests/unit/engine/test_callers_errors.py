@@ -9,8 +9,8 @@ import torch
 from engine_tools import CountingRuntime, picture
 
 from florence2 import Ask, Result
-from florence2.answering import answer_all, encode_all
-from florence2.engine import Engine
+from florence2.engine.answering import answer_all, encode_all
+from florence2.engine.engine import Engine
 from florence2.prompt_search import PromptList
 from florence2.tasks import find_task
 
@@ -150,7 +150,7 @@ def test_what_a_stop_raises_comes_through(engine, error, at_call):
 
 def test_no_memory_of_the_device_with_nothing_in_hand_comes_through(engine, runtime, monkeypatch):
     """Nobody is there whose batch could be made smaller."""
-    from florence2.decoding import DecodeLoop
+    from florence2.generation.decode import DecodeLoop
 
     def short(loop):
         raise torch.OutOfMemoryError("no memory left")

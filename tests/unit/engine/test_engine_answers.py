@@ -13,8 +13,8 @@ import torch
 from engine_tools import REGION, CountingRuntime, ask, assert_close, essence, picture
 
 from florence2 import Ask, Failure, Florence2, FlorenceError, Result
-from florence2.cache import EncodedImage
-from florence2.engine import Engine
+from florence2.engine.engine import Engine
+from florence2.engine.feature_cache import EncodedImage
 from florence2.errors import CheckpointError, DeviceError, ImageError, RequestError
 from florence2.tasks import TASKS
 

@@ -8,8 +8,8 @@ import pytest
 from engine_tools import CountingRuntime, ask, assert_close, picture
 
 from florence2 import Ask, Failure, Result
-from florence2.answering import answer_all
-from florence2.engine import Engine
+from florence2.engine.answering import answer_all
+from florence2.engine.engine import Engine
 from florence2.errors import FlorenceError, RequestError
 from florence2.scheduler_errors import GenerationCancelledError
 

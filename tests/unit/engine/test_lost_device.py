@@ -9,7 +9,7 @@ import torch
 from engine_tools import CountingRuntime, picture
 
 from florence2 import Ask, Florence2
-from florence2.engine import Engine
+from florence2.engine.engine import Engine
 from florence2.errors import DeviceLostError
 from florence2.runtimes.torch import TorchRuntime
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 from PIL import Image
 
-from florence2.ask import Ask
-from florence2.parsing import parse
+from florence2.engine.ask import Ask
 from florence2.pieces import Piece, pieces_from_text
+from florence2.postprocess import parse
 from florence2.records import Failure, Result
 from florence2.tasks import find_task
 from florence2.training.draw import draw_scene

@@ -130,7 +130,7 @@ def test_a_raising_model_has_no_figures():
 def test_boxes_without_scores_are_an_error():
     class Scoreless(Oracle):
         def answer(self, ask):
-            from florence2.parsing import parse_answer_text
+            from florence2.postprocess import parse_answer_text
 
             whole = super().answer(ask)
             return parse_answer_text(ask.task, whole.answer, whole.size_wh)

@@ -9,8 +9,8 @@ import pytest
 from florence2.errors import FlorenceError
 from florence2.evaluation.questions import questions_about
 from florence2.evaluation.score_study import DEFINITIONS, OURS, ScoreStudy
-from florence2.parsing import parse
 from florence2.pieces import PieceKind, pieces_from_text
+from florence2.postprocess import parse
 from florence2.records import Result
 from florence2.tasks import find_task
 

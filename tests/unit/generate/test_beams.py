@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from florence2.beams import BeamSearch
+from florence2.generation.beam_search import BeamSearch
 from florence2.nearby import Nearby
 from florence2.records import GenerationSettings
 

@@ -19,9 +19,9 @@ from tiny_reference import (
     tiny_model,
 )
 
-import florence2.decoding
-from florence2.decoding import DecodeLoop, OpenFlags, Started
+import florence2.generation.decode
 from florence2.errors import FlorenceError
+from florence2.generation.decode import DecodeLoop, OpenFlags, Started
 from florence2.records import Answer, GenerationSettings
 from florence2.space import PlainSpace
 
@@ -137,7 +137,7 @@ def test_nan_stays_in_its_row_and_is_gone_with_it():
 @pytest.mark.parametrize("lag", [1, 2])
 def test_answers_that_arrive_late_are_handed_out_once(monkeypatch: pytest.MonkeyPatch, lag: int):
     original = OpenFlags
-    monkeypatch.setattr(florence2.decoding, "OpenFlags", lambda **_: original(lag=lag))
+    monkeypatch.setattr(florence2.generation.decode, "OpenFlags", lambda **_: original(lag=lag))
     for seed in SEEDS:
         model, prompts = tiny_model(seed), random_prompts(seed, COUNT)
         limits = [LIMITS[item % len(LIMITS)] for item in range(COUNT)]
@@ -165,7 +165,7 @@ def test_answers_that_arrive_late_are_handed_out_once(monkeypatch: pytest.Monkey
 
 def test_who_waits_for_an_answer_on_its_way_is_taken_in_after_it(monkeypatch: pytest.MonkeyPatch):
     original = OpenFlags
-    monkeypatch.setattr(florence2.decoding, "OpenFlags", lambda **_: original(lag=1))
+    monkeypatch.setattr(florence2.generation.decode, "OpenFlags", lambda **_: original(lag=1))
     model, prompts = tiny_model(SEEDS[0]), random_prompts(SEEDS[0], 3)
     source = Drip(network_session, model, prompts, 3, [5, 24, 9], 0)
     loop = DecodeLoop(source, GenerationSettings(), PlainSpace(), max_rows=2)

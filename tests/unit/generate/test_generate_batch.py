@@ -21,11 +21,11 @@ from tiny_reference import (
 )
 from torch import Tensor
 
-import florence2.decoding
-from florence2.beams import NotFiniteError
-from florence2.decoding import OpenFlags
+import florence2.generation.decode
 from florence2.errors import FlorenceError
 from florence2.generate import generate
+from florence2.generation.beam_search import NotFiniteError
+from florence2.generation.decode import OpenFlags
 from florence2.records import Answer, GenerationSettings
 from florence2.stopping import Watch
 
@@ -70,9 +70,9 @@ def test_prompt_lengths_mix_without_changing_answers():
 def test_retirement_does_not_change_answers(
     monkeypatch: pytest.MonkeyPatch, beams: int, early_stopping, compact_at: float, lag: int
 ):
-    monkeypatch.setattr(florence2.decoding, "COMPACT_AT", compact_at)
+    monkeypatch.setattr(florence2.generation.decode, "COMPACT_AT", compact_at)
     original = OpenFlags
-    monkeypatch.setattr(florence2.decoding, "OpenFlags", lambda **_: original(lag=lag))
+    monkeypatch.setattr(florence2.generation.decode, "OpenFlags", lambda **_: original(lag=lag))
     settings = GenerationSettings(num_beams=beams, early_stopping=early_stopping)
     model, prompts = tiny_model(SEEDS[1]), random_prompts(SEEDS[1], 24)
     expected = expected_answers(model, prompts, settings, 16)
@@ -191,7 +191,7 @@ def _given_up_at(call: int, items: Iterable[int]) -> Watch:
 def test_what_is_given_up_leaves_the_other_answers_as_they_are(
     monkeypatch: pytest.MonkeyPatch, compact_at: float, beams: int, call: int, gone: tuple[int, ...]
 ):
-    monkeypatch.setattr(florence2.decoding, "COMPACT_AT", compact_at)
+    monkeypatch.setattr(florence2.generation.decode, "COMPACT_AT", compact_at)
     model, prompts = tiny_model(SEEDS[0]), random_prompts(SEEDS[0], 8)
     settings = GenerationSettings(num_beams=beams)
     stay = [item for item in range(8) if item not in gone]

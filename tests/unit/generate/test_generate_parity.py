@@ -20,7 +20,7 @@ from tiny_reference import (
 from transformers import Florence2ForConditionalGeneration
 
 import florence2.bans
-from florence2.network import products
+from florence2.network import linear as products
 from florence2.records import GenerationSettings
 
 LIMIT = 16

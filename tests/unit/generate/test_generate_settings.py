@@ -8,7 +8,7 @@ import pytest
 
 from florence2.errors import RequestError
 from florence2.generate import generate
-from florence2.generation_rules import check_settings
+from florence2.generation.settings import check_settings
 from florence2.records import GenerationSettings
 
 

@@ -4,9 +4,9 @@ import pytest
 from fastapi import FastAPI, Form, HTTPException, UploadFile
 from fastapi.testclient import TestClient
 
+from florence2.engine.scheduler import QueueFullError
 from florence2.errors import FlorenceError, ImageError, RequestError
 from florence2.records import Failure
-from florence2.scheduler import QueueFullError
 from serve.http.errors import (
     NotDeployedError,
     NotFoundError,

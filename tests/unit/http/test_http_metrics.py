@@ -5,7 +5,7 @@ import threading
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from florence2.scheduler import BatchReport, Priority
+from florence2.engine.scheduler import BatchReport, Priority
 from serve.http.metrics import STAGES, Metrics
 
 

@@ -14,12 +14,12 @@ import pytest
 from PIL import Image
 from preparing_tools import SIZE_WH
 
-import florence2.preparing
+import florence2.engine.prefetch
 from florence2 import images
 from florence2.budget import Budget, NoRoomError
+from florence2.engine.prefetch import PreparedImage
 from florence2.errors import ImageError
 from florence2.images import ImagePart, check_header, open_image
-from florence2.preparing import PreparedImage
 
 
 def png(size_wh=(40, 30), mode="RGB"):
@@ -183,7 +183,7 @@ def test_a_part_is_cut_when_it_is_looked_at_and_goes_with_the_whole(budget):
 
 
 def test_an_image_prepared_by_the_engine_holds_only_while_it_is_scaled(make, monkeypatch, budget):
-    monkeypatch.setattr(florence2.preparing, "open_pixels", lambda: budget)
+    monkeypatch.setattr(florence2.engine.prefetch, "open_pixels", lambda: budget)
     preparer = make()
     for source in (png(), png((50, 20)), png()[:-30], png((9_000, 1))):
         preparer.take(source)

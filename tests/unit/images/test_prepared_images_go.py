@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from preparing_tools import PATIENCE_S, SIZE_WH, picture, take, take_ahead, take_also
 
+from florence2.engine.prefetch import PreparedImage
 from florence2.images import LoadedImage
-from florence2.preparing import PreparedImage
-from florence2.processing import ImageProcessor
+from florence2.prompts import ImageProcessor
 
 
 def take_twice(preparer, image):

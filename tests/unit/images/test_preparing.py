@@ -21,10 +21,10 @@ from preparing_tools import (
     take_also,
 )
 
+from florence2.engine.prefetch import Preparer
 from florence2.errors import ImageError
 from florence2.images import identity
-from florence2.preparing import Preparer
-from florence2.processing import ImageProcessor
+from florence2.prompts import ImageProcessor
 from florence2.records import Failure
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from florence2.network import products
+from florence2.network import linear as products
 from florence2.network.florence import Florence2Network
 from florence2.network.presets import tiny_config
 

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from parsing_junk import JUNK_PIECES, JUNK_TEXT
 
-from florence2.parsing import parse, parse_answer_text
 from florence2.pieces import PieceKind
+from florence2.postprocess import parse, parse_answer_text
 from florence2.records import Box, Polygon, Quad, Text
 from florence2.tasks import TASKS, OutputKind
 

@@ -6,7 +6,7 @@ import pytest
 from parsing_junk import location, pieces_of, text_piece
 
 from florence2.errors import RequestError
-from florence2.parsing import parse, parse_answer_text
+from florence2.postprocess import parse, parse_answer_text
 from florence2.records import Box, Polygon, Quad, Result, Text
 from florence2.runs import (
     CUT_OUTLINE,

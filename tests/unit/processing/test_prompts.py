@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from florence2.errors import RequestError
-from florence2.processing import MAX_PROMPT_CHARS, check_prompt_length, prompt_sentence
+from florence2.prompts import MAX_PROMPT_CHARS, check_prompt_length, prompt_sentence
 from florence2.records import Region
 from florence2.regions import clip_region, region_bins
 from florence2.tasks import TASKS, TaskInput, find_task, passthrough_task
-from florence2.vocabulary import Vocabulary
+from florence2.tokenizer import Vocabulary
 
 SIZE_WH = (640, 480)
 TEXTS = [

@@ -14,13 +14,13 @@ from tiny_reference import (
     tiny_model,
 )
 
-from florence2.decoding import DecodeLoop, Started
 from florence2.errors import FlorenceError
+from florence2.generation.decode import DecodeLoop, Started
+from florence2.generation.kv_cache import DecoderSession
 from florence2.nearby import Nearby
-from florence2.network.session import DecoderSession
 from florence2.records import Answer, GenerationSettings
+from florence2.runtimes.cuda_graphs import GraphRunner
 from florence2.runtimes.decode_graphs import DecodePool
-from florence2.runtimes.graphs import GraphRunner
 
 COUNT = 24
 LIMITS = [1, 2, 3, 5, 9, 16, 24, 39]

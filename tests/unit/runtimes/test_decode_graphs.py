@@ -9,11 +9,11 @@ from replaying import ReplayingRecorder
 from taping import TapingRecorder
 from tiny_reference import SEEDS
 
-import florence2.beams
-import florence2.decoding
-from florence2.beams import BeamSearch
-from florence2.decoding import OpenFlags
+import florence2.generation.beam_search
+import florence2.generation.decode
 from florence2.errors import FlorenceError
+from florence2.generation.beam_search import BeamSearch
+from florence2.generation.decode import OpenFlags
 from florence2.nearby import Nearby
 from florence2.network.florence import Florence2Network
 from florence2.network.presets import tiny_config
@@ -57,7 +57,7 @@ def test_whoever_comes_is_answered_as_the_reference_does(beams, early_stopping, 
 
 @pytest.mark.parametrize("lag", [1, 2])
 def test_news_that_come_late_change_no_answer(place, monkeypatch, lag):
-    monkeypatch.setattr(florence2.decoding, "OpenFlags", lambda **_: OpenFlags(lag=lag))
+    monkeypatch.setattr(florence2.generation.decode, "OpenFlags", lambda **_: OpenFlags(lag=lag))
     settings = settings_of()
     for _ in range(3):
         crowd = Crowd(SEEDS[0], settings, mixed_limits())
@@ -83,7 +83,7 @@ def test_scores_are_those_of_searching_plainly(place):
 
 def test_the_ban_looks_no_further_than_the_steps_of_the_window(place, monkeypatch):
     looked, windows = [], []
-    ban, window_of = florence2.beams.ban_repeated_ngrams, BeamSearch.window
+    ban, window_of = florence2.generation.beam_search.ban_repeated_ngrams, BeamSearch.window
 
     def noting(log_probs, history, *others):
         looked.append(history.shape[1])
@@ -96,7 +96,7 @@ def test_the_ban_looks_no_further_than_the_steps_of_the_window(place, monkeypatc
     settings = settings_of()
     crowd = Crowd(SEEDS[0], settings, [39] * COUNT)
     monkeypatch.setattr(BeamSearch, "window", windowed)
-    monkeypatch.setattr(florence2.beams, "ban_repeated_ngrams", noting)
+    monkeypatch.setattr(florence2.generation.beam_search, "ban_repeated_ngrams", noting)
     crowd.run(place.pool.space(settings, None))
     assert crowd.differing() == []
     # The tokens that all begin with, the first one, and the window's, up to the position table.

@@ -11,7 +11,7 @@ from PIL import Image
 
 from florence2.network.florence import Florence2Network
 from florence2.network.presets import tiny_config
-from florence2.processing import ImageProcessor
+from florence2.prompts import ImageProcessor
 from florence2.runtimes.device_pixels import normalise, upload
 from florence2.runtimes.torch import TorchRuntime
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from replaying import ReplayingRecorder
 
-from florence2.runtimes import graphs
-from florence2.runtimes.graphs import WARM_UPS, GraphRunner, make_runner
+from florence2.runtimes import cuda_graphs as graphs
+from florence2.runtimes.cuda_graphs import WARM_UPS, GraphRunner, make_runner
 
 
 class Counting:

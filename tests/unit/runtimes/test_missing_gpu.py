@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from florence2.missing_gpu import missing_gpu
+from florence2.runtimes.device import missing_gpu
 
 DRIVER = (
     "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun May 12 19:39:15 UTC 2024\n"

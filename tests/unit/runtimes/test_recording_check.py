@@ -10,13 +10,13 @@ import pytest
 import torch
 from taping import TapingRecorder
 
-from florence2 import self_test
-from florence2.checkpoint import load_weights, open_checkpoint
-from florence2.engine import Engine
+from florence2.checkpoint.checkpoint import load_weights, open_checkpoint
+from florence2.engine import loading as self_test
+from florence2.engine.engine import Engine
+from florence2.engine.loading import check_recordings
 from florence2.images import open_image
-from florence2.runtimes.graphs import GraphRunner
+from florence2.runtimes.cuda_graphs import GraphRunner
 from florence2.runtimes.torch import TorchRuntime
-from florence2.self_test import check_recordings
 from florence2.tasks import find_task
 
 

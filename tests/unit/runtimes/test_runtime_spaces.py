@@ -11,8 +11,8 @@ from florence2.hypotheses import PREFIX
 from florence2.network.florence import Florence2Network
 from florence2.network.presets import tiny_config
 from florence2.records import GenerationSettings
+from florence2.runtimes.cuda_graphs import GraphRunner
 from florence2.runtimes.decode_graphs import GraphSpace
-from florence2.runtimes.graphs import GraphRunner
 from florence2.runtimes.prompt_graphs import LENGTHS
 from florence2.runtimes.torch import TorchRuntime
 from florence2.space import PlainSpace

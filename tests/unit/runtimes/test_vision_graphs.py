@@ -9,8 +9,8 @@ from replaying import ReplayingRecorder
 
 from florence2.network.florence import Florence2Network
 from florence2.network.presets import tiny_config
-from florence2.processing import ImageProcessor
-from florence2.runtimes.graphs import GraphRunner
+from florence2.prompts import ImageProcessor
+from florence2.runtimes.cuda_graphs import GraphRunner
 from florence2.runtimes.torch import TorchRuntime
 from florence2.runtimes.vision_graphs import BUCKETS, VisionGraphs
 

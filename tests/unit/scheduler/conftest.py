@@ -9,8 +9,8 @@ import pytest
 from scheduler_tools import WatchedRuntime
 
 from florence2 import Florence2
-from florence2.engine import Engine
-from florence2.scheduler import BatchReport, Scheduler
+from florence2.engine.engine import Engine
+from florence2.engine.scheduler import BatchReport, Scheduler
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from florence2 import Ask, Failure, Result
-from florence2.scheduler import Scheduler
+from florence2.engine.scheduler import Scheduler
 from florence2.training.draw import draw_scene
 from florence2.training.scene import make_scene
 

@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from scheduler_tools import PATIENCE_S, assert_same, captions, held, picture, wait_until
 
-import florence2.scheduler
+import florence2.engine.scheduler
 from florence2 import Ask, Failure, Result
-from florence2.answering import identity
-from florence2.processing import ImageProcessor
-from florence2.scheduler import Priority
+from florence2.engine.answering import identity
+from florence2.engine.scheduler import Priority
+from florence2.prompts import ImageProcessor
 from florence2.tasks import TASKS, TaskInput
 
 REGION = (20.0, 30.0, 150.0, 170.0)
@@ -144,7 +144,7 @@ def test_what_is_answered_does_not_wait_for_the_rest_of_its_batch(scheduler, run
 
 
 def test_after_a_shared_batch_a_request_waits_for_company(scheduler, send, reports, monkeypatch):
-    monkeypatch.setattr(florence2.scheduler, "GATHER_S", PATIENCE_S)
+    monkeypatch.setattr(florence2.engine.scheduler, "GATHER_S", PATIENCE_S)
     for _ in range(2):
         first = send(captions(1))
         if not reports:
@@ -162,7 +162,7 @@ def test_after_a_shared_batch_a_request_waits_for_company(scheduler, send, repor
 
 
 def test_after_a_request_that_was_alone_nothing_is_waited_for(scheduler, monkeypatch, reports):
-    monkeypatch.setattr(florence2.scheduler, "GATHER_S", threading.TIMEOUT_MAX)
+    monkeypatch.setattr(florence2.engine.scheduler, "GATHER_S", threading.TIMEOUT_MAX)
     for _ in range(3):
         scheduler.run(captions(1))
     assert [report.requests for report in reports] == [1, 1, 1]

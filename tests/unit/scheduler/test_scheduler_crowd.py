@@ -11,7 +11,7 @@ import pytest
 from scheduler_tools import PATIENCE_S, picture, wait_until
 
 from florence2 import Ask, Failure, Result
-from florence2.scheduler import Priority, QueueFullError, StoppedError
+from florence2.engine.scheduler import Priority, QueueFullError, StoppedError
 
 NUM_CALLERS = 64
 TASKS = ["<CAPTION>", "<OD>", "<OCR>", "<CAPTION>+<CAPTION_TO_PHRASE_GROUNDING>", "<NO_TASK>"]

@@ -9,9 +9,9 @@ import pytest
 from scheduler_tools import PATIENCE_S, WatchedRuntime, captions, picture, wait_until
 
 from florence2 import Ask, Failure
-from florence2.engine import Engine
+from florence2.engine.engine import Engine
+from florence2.engine.scheduler import Priority, Scheduler
 from florence2.images import open_image
-from florence2.scheduler import Priority, Scheduler
 
 BAD_ASKS = {
     "no such image": Ask("nowhere.jpg", "<CAPTION>"),

@@ -6,7 +6,7 @@ from itertools import groupby
 
 from scheduler_tools import PATIENCE_S, assert_same, captions, held, wait_until
 
-from florence2.scheduler import Priority
+from florence2.engine.scheduler import Priority
 
 
 def click_during(runtime, scheduler, send, at_pass: int):

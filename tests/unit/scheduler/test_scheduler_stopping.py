@@ -9,8 +9,8 @@ import pytest
 from scheduler_tools import PATIENCE_S, assert_same, captions, held, wait_until
 
 from florence2 import Result
+from florence2.engine.scheduler import Priority, QueueFullError, StoppedError
 from florence2.errors import RequestError
-from florence2.scheduler import Priority, QueueFullError, StoppedError
 
 
 def test_a_request_cancelled_while_it_waits_is_answered_at_once(scheduler, send, runtime):

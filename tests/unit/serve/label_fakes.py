@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from florence2.ask import Ask
+from florence2.engine.ask import Ask
 from florence2.records import Box, Failure, Result
 from serve.sdk import sly
 

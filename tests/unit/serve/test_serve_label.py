@@ -6,7 +6,7 @@ import csv
 
 from label_fakes import color_in, color_of, files_below, one_box, paint, read_project, result
 
-from florence2.ask import Ask
+from florence2.engine.ask import Ask
 from florence2.records import Box, Failure, Text
 
 

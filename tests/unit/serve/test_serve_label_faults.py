@@ -12,7 +12,7 @@ import pytest
 from label_fakes import color_in, color_of, dataset_of, one_box, paint, read_project, result
 from PIL import Image
 
-from florence2.ask import Ask
+from florence2.engine.ask import Ask
 from florence2.errors import CheckpointError, DeviceError, DeviceLostError
 from florence2.records import Failure
 from serve.labeling.files import opened_workspace

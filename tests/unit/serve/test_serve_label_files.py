@@ -10,8 +10,8 @@ import pytest
 from label_fakes import color_in, color_of, one_box, paint, read_project, result
 from PIL import Image
 
-from florence2.ask import Ask
 from florence2.budget import Budget
+from florence2.engine.ask import Ask
 from florence2.records import Polygon, Text
 from serve.sdk import sly
 

@@ -22,7 +22,7 @@ from label_fakes import (
 )
 from PIL import Image
 
-from florence2.ask import Ask
+from florence2.engine.ask import Ask
 from serve.sdk import sly
 
 

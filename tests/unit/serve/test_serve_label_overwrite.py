@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from label_fakes import files_below, paint, read_project
 
-from florence2.checkpoint_files import CheckpointFiles
+from florence2.checkpoint.files import CheckpointFiles
 from florence2.errors import DeviceError
 from florence2.records import Failure
 
@@ -168,7 +168,7 @@ def test_a_fingerprint_is_of_whichever_files_hold_the_weights(tmp_path, monkeypa
     for name in names:
         (tmp_path / name).write_bytes(bytes(50))
     found = CheckpointFiles("mine", tmp_path, None, ("config.json", *names), "folder")
-    monkeypatch.setattr("florence2.resolve.resolve", lambda *_, **__: found)
+    monkeypatch.setattr("florence2.checkpoint.catalog.resolve", lambda *_, **__: found)
     first = loading.fingerprint("mine")
     assert first is not None
     (tmp_path / names[-1]).write_bytes(bytes(49) + b"x")

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from florence2.errors import CheckpointError, RequestError
 from florence2.pieces import PieceKind
+from florence2.tokenizer import Vocabulary
 from florence2.tokens import ADDED_TOKENS, IMAGE, location_token
-from florence2.vocabulary import Vocabulary
 
 TEXTS = [
     "a red car",

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from florence2.checkpoint_files import PICKLED, SAFETENSORS, weight_files
+from florence2.checkpoint.files import PICKLED, SAFETENSORS, weight_files
 from florence2.errors import CheckpointError
 from florence2.network.config import NetworkConfig
 from florence2.network.florence import Florence2Network
@@ -23,6 +23,7 @@ from florence2.network.layouts import HEAD, SHARED, convert_state, same_values
 from florence2.network.projector import temporal_table
 
 __all__ = ["build_network", "read_weights"]
+
 
 # What the readers of torch and safetensors raise on files that were cut or overwritten.
 DAMAGE: Final = (
@@ -37,12 +38,17 @@ DAMAGE: Final = (
     struct.error,
     SafetensorError,
 )
+
+
 EMBEDDINGS: Final = (
     SHARED,
     "model.language_model.encoder.embed_tokens.weight",
     "model.language_model.decoder.embed_tokens.weight",
 )
+
+
 FRAMES: Final = "model.multi_modal_projector.visual_temporal_embed.pos_idx_to_embed"
+
 
 _NUMBER: Final = re.compile(r"\d+")
 

@@ -12,13 +12,14 @@ from dataclasses import replace
 from enum import IntEnum
 from typing import Final
 
-from florence2.answering import identity
-from florence2.ask import Ask, name_of
+from florence2.engine.answering import identity
+from florence2.engine.ask import Ask, name_of
 from florence2.errors import FlorenceError, RequestError, shown, shown_s
 from florence2.records import Failure, Result
 from florence2.scheduler_errors import DeadlineError, GenerationCancelledError, InternalError
 
 logger = logging.getLogger(__name__)
+
 
 LOOK_AFTER_S: Final = 0.1
 """How often a waiting caller is asked whether it still waits."""

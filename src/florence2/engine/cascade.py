@@ -17,7 +17,10 @@ from florence2.tasks import OutputKind, Task, TaskInput, find_task
 
 Located = Box | Quad | Polygon
 
+
 _GROUNDING: Final = "<CAPTION_TO_PHRASE_GROUNDING>"
+
+
 _FIRST_OUTPUTS: Final = {
     TaskInput.TEXT: (OutputKind.TEXT,),
     TaskInput.REGION: (

@@ -9,17 +9,17 @@ from typing import Any, Final
 
 import torch
 
-from florence2.checkpoint_files import ADAPTER_CONFIG, CONFIG, CheckpointFiles, read_json
+from florence2.checkpoint.catalog import Verify, resolve
+from florence2.checkpoint.files import ADAPTER_CONFIG, CONFIG, CheckpointFiles, read_json
+from florence2.checkpoint.hub import ProgressCallback, ProgressUpdate
+from florence2.checkpoint.weights import build_network, read_weights
 from florence2.errors import CheckpointError, shown
-from florence2.generation_rules import LIBRARY_DEFAULTS, SETTING_RULES, unheeded
-from florence2.hub import ProgressCallback, ProgressUpdate
+from florence2.generation.settings import LIBRARY_DEFAULTS, SETTING_RULES, unheeded
 from florence2.network.config import NetworkConfig, is_original_config
 from florence2.network.florence import Florence2Network
-from florence2.network.weights import build_network, read_weights
-from florence2.processing import PROCESSOR_FILES, ImageProcessor, image_processor_file
+from florence2.prompts import PROCESSOR_FILES, ImageProcessor, image_processor_file
 from florence2.records import GenerationSettings
-from florence2.resolve import Verify, resolve
-from florence2.vocabulary import Vocabulary
+from florence2.tokenizer import Vocabulary
 
 __all__ = [
     "Checkpoint",
@@ -31,7 +31,10 @@ __all__ = [
     "resolve",
 ]
 
+
 _GENERATION_CONFIG: Final = "generation_config.json"
+
+
 # A length limit there is not taken over: each task has its own budget.
 _TAKEN_OVER: Final = ("num_beams", "early_stopping", "no_repeat_ngram_size", "length_penalty")
 

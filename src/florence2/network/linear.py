@@ -26,17 +26,28 @@ from torch.nn import functional
 ROW_COUNTS: Final = (1, 4, 12, 48)
 """The counts of rows a form is measured for; fewer rows go by the next one, more are not few."""
 
+
 FEW_FLOAT32_ROWS: Final = 6
 """Up to so many rows ``functional.linear`` in float32 is the slower form on some CPUs."""
 
+
 _PROCESSOR: Final = Path("/proc/cpuinfo")
 
+
 _MEASURED_ROWS: Final = (1, 3, 8, 24)
+
+
 _CLEARLY_FASTER: Final = 0.9
+
+
 _REPEATS: Final = 3
 
+
 _Key = tuple[torch.dtype, torch.Size]
+
+
 _Form = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
 
 _transposed: dict[_Key, tuple[bool, ...]] = {}
 """What ``choose_forms`` found, by reduced precision and shape of the weight."""

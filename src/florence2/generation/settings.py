@@ -12,6 +12,8 @@ from florence2.records import GenerationSettings
 from florence2.tokens import BOS_ID, DECODER_START_ID, EOS_ID
 
 MAX_BEAMS: Final = 32
+
+
 LENGTH_PENALTY_RANGE: Final = (-1.0, 10.0)
 
 
@@ -75,6 +77,7 @@ LIBRARY_DEFAULTS: Final = {
 }
 """What transformers means by a setting that a ``generation_config.json`` leaves out."""
 
+
 # What a checkpoint may ask for and this search has not, with the values that ask for nothing:
 # an answer is never shorter than the start token and <s>.
 _NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
@@ -108,6 +111,8 @@ _NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
     "num_return_sequences": (1,),
     "prompt_lookup_num_tokens": (0,),
 }
+
+
 _OF_SAMPLING: Final = {
     "temperature": 1.0,
     "top_k": 50,

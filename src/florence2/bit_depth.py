@@ -21,27 +21,53 @@ from PIL import Image, ImageFile, TiffImagePlugin
 
 Values = np.ndarray[Any, np.dtype[Any]]
 
+
 _FULL_BITS: Final = 16
+
+
 # Measured: up to 18 and 13 bytes a pixel, against 8.
 _FACTOR_OF_DEEP_COLOURS: Final = 3
+
+
 _FACTOR_OF_WIDE_VALUES: Final = 2
+
+
 # Their decoders have copies of their own: up to 16 bytes a pixel.
 _FACTORS_OF_FORMATS: Final = {"WEBP": 2, "JPEG2000": 2, "AVIF": 2}
+
+
 # 8 bits are stretched to 16 by doubling the byte, or by a zero byte below it.
 _STRETCHES: Final = (257, 256)
+
+
 _COLOURS: Final = ("RGB", "RGBA")
+
 
 # Pillow's names of how the values of colours lie in a file: (R|G|B|A|X)...;16 and their byte order.
 _PLAIN_COLOURS: Final = re.compile(r"[RGBAX]{1,4};16[BLN]")
+
+
 _OTHER_ORDER: Final = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
+
+
 _SWAPPED: Final = {"LA;16B": "RGBA"}
 
+
 _BITS_PER_SAMPLE: Final = 258
+
+
 _PHOTOMETRIC: Final = 262
+
+
 _MAX_SAMPLE_VALUE: Final = 281
+
+
 _WHITE_IS_ZERO: Final = 0
 
+
 _PNG_BIT_DEPTH_AT: Final = 24
+
+
 _PNG_CHUNKS_AT: Final = 8
 
 

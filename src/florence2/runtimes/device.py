@@ -13,10 +13,19 @@ import torch
 NAMES_NO_DEVICE: Final = frozenset({"", "-1", "none", "void", "nodevfiles"})
 """Values of the variables that give a process, or a container, no GPU."""
 
+
 _VARIABLES: Final = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES")
+
+
 _DRIVER: Final = Path("proc", "driver", "nvidia", "version")
+
+
 _DRIVER_VERSION: Final = re.compile(r"\b(\d{3,4}(?:\.\d+)+)\b")
+
+
 _TOO_OLD: Final = "driver on your system is too old"
+
+
 _FOUND: Final = re.compile(r"found version (\d+)")
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from florence2.checkpoint import Checkpoint
+from florence2.checkpoint.checkpoint import Checkpoint
 from florence2.generate import generate
 from florence2.runtimes.decode_buffers import ROWS
 from florence2.runtimes.memory_meter import Cost, MemoryMeter, measure_cost
@@ -28,22 +28,48 @@ from florence2.tokens import BOS_ID, EOS_ID
 
 logger = logging.getLogger(__name__)
 
+
 _GPU_IMAGES: Final = 16
+
+
 _GPU_PROMPTS: Final = 32
+
+
 _CPU_MAX_IMAGES: Final = 8
+
+
 _CPU_PIXELS: Final = 640 * 640
+
+
 _CPU_PROMPTS: Final = (8, 32)
+
+
 _CPU_KEY_VALUE_BYTES: Final = 128 * 2**20
+
+
 _FLOAT_BYTES: Final = 4
 
+
 MOST_IMAGES: Final = 64
+
+
 MOST_PROMPTS: Final = 128
+
+
 # Of the memory that is free once the checkpoint is loaded. The rest is for answers that are
 # searched meanwhile, for what is cached, and for memory that is free in pieces too small to use.
 _IMAGE_SHARE: Final = 0.35
+
+
 _PROMPT_SHARE: Final = 0.45
+
+
 _BEAMS: Final = 3
+
+
 _PROMPT_TOKENS: Final = 32
+
+
 _MEASURED_TOKENS: Final = 8
 
 

@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, Final, TypeVar
 
-from florence2.ask import AnyImage, Ask
-from florence2.engine import Engine
+from florence2.engine.ask import AnyImage, Ask
+from florence2.engine.engine import Engine
+from florence2.engine.tickets import Priority, Ticket
 from florence2.errors import FlorenceError
 from florence2.memory import OutOfMemoryError
 from florence2.records import Failure, Result
@@ -28,7 +29,6 @@ from florence2.scheduler_errors import (
 from florence2.scheduler_queue import Piece, TicketQueue
 from florence2.scheduler_report import Answered, BatchReport, Observer, Reports, report_of
 from florence2.scheduler_run import Run, Turn
-from florence2.scheduler_ticket import Priority, Ticket
 
 __all__ = [
     "BatchReport",
@@ -42,8 +42,10 @@ __all__ = [
     "StoppedError",
 ]
 
+
 GATHER_S: Final = 0.003
 """How long a batch waits for as many requests as the last one had, if that had several."""
+
 
 T = TypeVar("T")
 

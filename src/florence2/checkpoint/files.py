@@ -16,14 +16,30 @@ from typing import Any, Final
 from florence2.errors import CheckpointError
 from florence2.stand_ins import stand_in_at
 
+_log = logging.getLogger(__name__)
+
+
 MANIFEST_NAME: Final = "florence2-manifest.json"
+
+
 CONFIG: Final = "config.json"
+
+
 ADAPTER_CONFIG: Final = "adapter_config.json"
+
+
 SAFETENSORS: Final = "model.safetensors"
+
+
 PICKLED: Final = "pytorch_model.bin"
+
+
 MERGING: Final = "docs/checkpoints.md, Merging an adapter"
 
+
 _TOKENIZERS: Final = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+
+
 _SMALL_FILES: Final = (
     CONFIG,
     "generation_config.json",
@@ -38,7 +54,11 @@ _SMALL_FILES: Final = (
     # Only for the note that it is not applied: beside full weights it is a trace of their making.
     ADAPTER_CONFIG,
 )
+
+
 _ADAPTER_WEIGHTS: Final = ("adapter_model.safetensors", "adapter_model.bin")
+
+
 # The order in which weights are looked for: a format's one file, then its index with parts.
 _WEIGHTS: Final = tuple(
     (re.compile(pattern), stem, ending)
@@ -48,12 +68,18 @@ _WEIGHTS: Final = tuple(
         rf"{stem}\.{ending}\.index(?:\.(?P<variant>\w+))?\.json",
     )
 )
-_VARIANTS: Final = (None, "fp32", "fp16", "bf16")
-_MANIFEST_FORMAT: Final = 1
-_READ_BYTES: Final = 4 * 1024 * 1024
-_MAX_HEADER_BYTES: Final = 100 * 1024 * 1024
 
-_log = logging.getLogger(__name__)
+
+_VARIANTS: Final = (None, "fp32", "fp16", "bf16")
+
+
+_MANIFEST_FORMAT: Final = 1
+
+
+_READ_BYTES: Final = 4 * 1024 * 1024
+
+
+_MAX_HEADER_BYTES: Final = 100 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)

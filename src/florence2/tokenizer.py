@@ -33,7 +33,11 @@ from florence2.tokens import (
 )
 
 _FIXED_IDS: Final = {BOS: BOS_ID, PAD: PAD_ID, EOS: EOS_ID}
+
+
 _CONTROL_TOKENS: Final = (BOS, PAD, EOS, UNK, MASK, IMAGE)
+
+
 _CONTROL_PATTERN: Final = re.compile("|".join(re.escape(token) for token in _CONTROL_TOKENS))
 
 
@@ -77,7 +81,7 @@ class Vocabulary:
         """Token ids of a text as it stands: no ``<s>`` in front, no ``</s>`` behind.
 
         Added tokens such as ``<loc_5>`` are recognised. Text of a caller goes through
-        ``florence2.processing.prompt_sentence`` first, which refuses tokens smuggled into it.
+        ``florence2.prompts.prompt_sentence`` first, which refuses tokens smuggled into it.
         """
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids

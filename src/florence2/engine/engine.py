@@ -9,25 +9,26 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Final
 
-from florence2.cache import EncodedImage, FeatureCache
-from florence2.checkpoint import Checkpoint
+from florence2.checkpoint.checkpoint import Checkpoint
 from florence2.encoding import Coming, encode_images
+from florence2.engine.feature_cache import EncodedImage, FeatureCache
+from florence2.engine.prefetch import AnySource, Preparer
 from florence2.errors import CheckpointError, DeviceLostError, FlorenceError, RequestError
 from florence2.memory import BatchLimit
 from florence2.nearby import Nearby
-from florence2.parsing import parse
-from florence2.preparing import AnySource, Preparer
-from florence2.processing import check_prompt_length, prompt_sentence
+from florence2.postprocess import parse
 from florence2.prompt_search import Prompt, PromptFeed, PromptList, PromptSearch
+from florence2.prompts import check_prompt_length, prompt_sentence
 from florence2.records import Answer, GenerationSettings, Region, Result
 from florence2.runtimes.base import Runtime
 from florence2.scoring import NEAR_BINS
 from florence2.stopping import BetweenPasses, Stop
 from florence2.tasks import Task
 
-__all__ = ["Engine", "Prompt"]
-
 logger = logging.getLogger(__name__)
+
+
+__all__ = ["Engine", "Prompt"]
 
 
 class Engine:

@@ -30,6 +30,7 @@ from florence2.to_dict import result_to_dict
 
 __all__ = ["Parsed", "parse", "parse_answer_text", "result_to_dict"]
 
+
 RunReader = Callable[[Run, SizeWh, Notes], Sequence[Object]]
 
 

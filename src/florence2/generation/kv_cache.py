@@ -15,11 +15,15 @@ from florence2.network.key_values import KeyValues
 from florence2.rows import put_rows, row_numbers, widened
 
 FIRST_STEPS: Final = 32
+
+
 # Kernels for masked attention on a GPU copy a mask whose rows do not start at multiples of this.
 ROW_ALIGNMENT: Final = 16
 
+
 EXACT_BEYOND: Final = 10
 """Logits computed exactly beside those a search takes: some may be banned, or change rank."""
+
 
 HIDDEN: Final = float("-inf")
 

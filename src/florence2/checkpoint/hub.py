@@ -26,7 +26,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
     http_stream_backoff,
 )
 
-from florence2.checkpoint_files import (
+from florence2.checkpoint.files import (
     CONFIG,
     MANIFEST_NAME,
     FileRecord,
@@ -37,16 +37,28 @@ from florence2.checkpoint_files import (
 from florence2.errors import CheckpointError
 from florence2.hub_errors import cannot_write, interrupted, no_room, refused, unreachable
 
+_log = logging.getLogger(__name__)
+
+
 PLAN_NAME: Final = f"{MANIFEST_NAME}.part"
 
-_CHUNK_BYTES: Final = 1024 * 1024
-_MAX_STALLS: Final = 3
-_STALL_WAIT_S: Final = 1.0
-_PASSING_STATUSES: Final = (408, 429, 500, 502, 503, 504)
-_RANGE_NOT_SATISFIABLE: Final = 416
-_TRUE: Final = ("1", "on", "yes", "true")
 
-_log = logging.getLogger(__name__)
+_CHUNK_BYTES: Final = 1024 * 1024
+
+
+_MAX_STALLS: Final = 3
+
+
+_STALL_WAIT_S: Final = 1.0
+
+
+_PASSING_STATUSES: Final = (408, 429, 500, 502, 503, 504)
+
+
+_RANGE_NOT_SATISFIABLE: Final = 416
+
+
+_TRUE: Final = ("1", "on", "yes", "true")
 
 
 @dataclass(frozen=True, slots=True)

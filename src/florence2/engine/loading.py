@@ -10,21 +10,28 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from florence2.beams import NotFiniteError
-from florence2.cache import EncodedImage
-from florence2.engine import Engine, Prompt
+from florence2.engine.engine import Engine, Prompt
+from florence2.engine.feature_cache import EncodedImage
 from florence2.errors import CheckpointError, FlorenceError
+from florence2.generation.beam_search import NotFiniteError
 from florence2.images import open_image
 from florence2.records import GenerationSettings, Result
-from florence2.runtimes.graphs import GraphRunner
+from florence2.runtimes.cuda_graphs import GraphRunner
 from florence2.tasks import find_task
 
 _ROUNDS: Final = 3
 """Steps of a shape are recorded once it has come up a few times, and then replayed."""
 
+
 _TOKENS: Final = 24
+
+
 _JOIN_AFTER: Final = 3
+
+
 _BEAMS: Final = (1, 3)
+
+
 _TASKS: Final = ("<CAPTION>", "<OD>")
 
 

@@ -18,7 +18,7 @@ from typing import Final, Literal
 from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
-from florence2.checkpoint_files import (
+from florence2.checkpoint.files import (
     CONFIG,
     MANIFEST_NAME,
     SAFETENSORS,
@@ -32,8 +32,7 @@ from florence2.checkpoint_files import (
     read_manifest,
     write_whole,
 )
-from florence2.errors import CheckpointError, unknown_name
-from florence2.hub import (
+from florence2.checkpoint.hub import (
     PLAN_NAME,
     ProgressCallback,
     download,
@@ -41,23 +40,41 @@ from florence2.hub import (
     is_offline,
     list_checkpoint,
 )
+from florence2.errors import CheckpointError, unknown_name
 from florence2.hub_errors import HubUnreachableError, cannot_write
 from florence2.known_checkpoints import CHECKPOINT_NAMES, DEMO, KNOWN_BY_NAME, KnownCheckpoint
 
+_log = logging.getLogger(__name__)
+
+
 Verify = Literal["size", "full"]
 
+
 CACHE_VARIABLE: Final = "FLORENCE2_CACHE"
+
+
 DEMO_VARIABLE: Final = "FLORENCE2_DEMO"
 
-_DEMO_FOLDER: Final = Path("demo", "checkpoint")
-_PACKAGE: Final = Path(__file__).resolve().parent
-_PROJECT_ROOT: Final = _PACKAGE.parents[1]
-_DEMO_IN_WHEEL: Final = "demo_checkpoint"
-_REPOSITORY: Final = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
-_COMMIT: Final = re.compile(r"[0-9a-f]{40}")
-_PINS: Final = "pins.json"
 
-_log = logging.getLogger(__name__)
+_DEMO_FOLDER: Final = Path("demo", "checkpoint")
+
+
+_PACKAGE: Final = Path(__file__).resolve().parent
+
+
+_PROJECT_ROOT: Final = _PACKAGE.parents[1]
+
+
+_DEMO_IN_WHEEL: Final = "demo_checkpoint"
+
+
+_REPOSITORY: Final = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+
+
+_COMMIT: Final = re.compile(r"[0-9a-f]{40}")
+
+
+_PINS: Final = "pins.json"
 
 
 def default_cache_dir() -> Path:

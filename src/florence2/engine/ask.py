@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from florence2.cache import EncodedImage
+from florence2.engine.feature_cache import EncodedImage
 from florence2.errors import RequestError, shown, unknown_name
-from florence2.generation_rules import check_settings
+from florence2.generation.settings import check_settings
 from florence2.images import ImageSource, LoadedImage
 from florence2.pixels import PreparedImage
 from florence2.records import Failure, GenerationSettings, Region
@@ -17,6 +17,8 @@ from florence2.stopping import Stop
 from florence2.tasks import Task, TaskInput
 
 AnyImage = ImageSource | LoadedImage | PreparedImage | EncodedImage | Failure
+
+
 AnyRegion = Region | Sequence[float] | str
 
 

@@ -33,7 +33,9 @@ from florence2.tokens import BOS_ID, EOS_ID
 
 __all__ = ["BeamSearch", "NotFiniteError"]
 
+
 _OUT: Final = -1.0e9
+
 
 _STATE: Final = (
     "_counts",

@@ -2,7 +2,7 @@
 
 What a batch of one asks for and what a busy server asks for are the same loop: it takes items from
 a source, and gives a row whose answer is settled to the next. That changes no answer, because the
-rules of the search are stated per item (``florence2.beams``).
+rules of the search are stated per item (``florence2.generation.beam_search``).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Final, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from florence2.beams import BeamSearch
 from florence2.errors import FlorenceError
-from florence2.generation_rules import check_vocabulary
+from florence2.generation.beam_search import BeamSearch
+from florence2.generation.settings import check_vocabulary
 from florence2.hypotheses import PREFIX
 from florence2.nearby import Nearby
 from florence2.readout import HostCopies, Readout
@@ -29,6 +29,7 @@ COMPACT_AT: Final = 0.75
 
 The rows copied over a whole batch then stay below four times its size.
 """
+
 
 Item = TypeVar("Item", bound=Hashable)
 

@@ -6,21 +6,23 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from florence2.ask import AnyImage, Ask
-from florence2.cache import EncodedImage
 from florence2.encoding import Coming
-from florence2.engine import Engine, Prompt
+from florence2.engine.ask import AnyImage, Ask
+from florence2.engine.engine import Engine, Prompt
+from florence2.engine.feature_cache import EncodedImage
+from florence2.engine.prefetch import AnySource
 from florence2.errors import FlorenceError, RequestError, as_value
 from florence2.images import identity
-from florence2.preparing import AnySource
 from florence2.progress import Outcome, Progress
 from florence2.records import Failure, GenerationSettings
 from florence2.stopping import BetweenPasses, Stop
 
 __all__ = ["AskRun", "Outcome", "answer_all", "encode_all", "identity"]
 
+
 Settle = Callable[[int, Outcome], None]
 """Takes the outcome of an ask by its number."""
+
 
 More = Callable[[int], Sequence[Ask]]
 """Gives up to so many further asks."""

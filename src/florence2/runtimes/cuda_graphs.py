@@ -19,12 +19,16 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
+
 Work = Callable[[], None]
+
 
 WARM_UPS: Final = 2
 """Libraries choose kernels and allocate workspaces in first runs, which must not be recorded."""
 
+
 MAX_GRAPHS: Final = 64
+
 
 SWITCH: Final = "FLORENCE2_CUDA_GRAPHS"
 """An environment variable: 0 turns recording off for the whole process."""

@@ -24,13 +24,25 @@ from florence2.tokens import AND, NUM_LOCATION_BINS, location_token
 
 MAX_PROMPT_CHARS: Final = 4000
 
+
 PROCESSOR_FILES: Final = ("preprocessor_config.json", "processor_config.json")
+
+
 _IMAGENET_MEAN: Final = (0.485, 0.456, 0.406)
+
+
 _IMAGENET_STD: Final = (0.229, 0.224, 0.225)
 
+
 _LOCATION: Final = r"<loc_([0-9]{1,6})>"
+
+
 _ANY_LOCATION: Final = re.compile(_LOCATION)
+
+
 _REGION_TEXT: Final = re.compile(_LOCATION * 4)
+
+
 # "<and>" separates the phrases of a caption, so it is the one added token a text may hold.
 _FORBIDDEN_TOKEN: Final = re.compile(
     "|".join(

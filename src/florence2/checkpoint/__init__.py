@@ -1,0 +1,1 @@
+"""From a name to verified files, and from these to a network with its weights."""

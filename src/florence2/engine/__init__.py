@@ -1,0 +1,1 @@
+"""Encode once, ask many: what every way to ask the model shares."""

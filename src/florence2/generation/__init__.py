@@ -1,0 +1,1 @@
+"""How an answer is spelled: caches, beam search and the decode loop."""
