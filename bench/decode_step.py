@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from florence2.benchmark.weights import SIZES, size_config
-from florence2.generate import generate
+from florence2.generation.decode import generate
 from florence2.generation.kv_cache import DecoderSession
 from florence2.network.florence import Florence2Network
 from florence2.records import GenerationSettings
-from florence2.runtimes.torch import PRECISIONS
+from florence2.runtimes.device import PRECISIONS
 from florence2.tokens import EOS_ID
 
 SHORT, LONG = 20, 80

@@ -18,11 +18,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from florence2.benchmark.case import Case
 from florence2.benchmark.our_side import OurSide
 from florence2.benchmark.reference_side import ReferenceSide
-from florence2.generate import generate
+from florence2.generation.decode import generate
 from florence2.network.florence import Florence2Network
-from florence2.prompts import ImageProcessor
+from florence2.pixels import ImageProcessor
 from florence2.records import Answer, GenerationSettings
-from florence2.runtimes.torch import PRECISIONS, TorchRuntime
+from florence2.runtimes.device import PRECISIONS
+from florence2.runtimes.torch import TorchRuntime
 
 BEAMS = 3
 PROMPT_TOKENS = 13

@@ -28,7 +28,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from florence2.engine.prefetch import PreparedImage, Preparer
 from florence2.images import open_image
-from florence2.prompts import ImageProcessor
+from florence2.pixels import ImageProcessor
 
 KINDS = {
     "640x480 JPEG, photo": ((640, 480), "JPEG", {"quality": 90}),

@@ -13,9 +13,8 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from florence2.checkpoint.catalog import default_cache_dir, resolve
+from florence2.checkpoint.catalog import KNOWN_CHECKPOINTS, default_cache_dir, resolve
 from florence2.errors import FlorenceError
-from florence2.known_checkpoints import KNOWN_CHECKPOINTS
 
 _log = logging.getLogger("download_weights")
 

@@ -19,9 +19,8 @@ import yaml
 
 from florence2.api import Florence2
 from florence2.budget import open_pixels
-from florence2.checkpoint.catalog import resolve
+from florence2.checkpoint.catalog import DEMO, resolve
 from florence2.checkpoint.hub import ProgressUpdate
-from florence2.known_checkpoints import DEMO
 from florence2.runtimes.device import missing_gpu
 from serve.deploy_params import (
     ALLOW_DEPLOY_VARIABLE,

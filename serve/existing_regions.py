@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from florence2.prompts import region_on_image
 from florence2.records import Region
-from florence2.regions import region_on_image
 from serve.geometry import box_xyxy_from_rectangle_tlbr
 from serve.sdk import sly
 

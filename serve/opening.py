@@ -11,9 +11,9 @@ from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from typing import Final, Protocol, TypeVar
 
-from florence2.budget import WAIT_S, Budget, Hold, NoRoomError
+from florence2.budget import WAIT_S, Budget, Hold
 from florence2.engine.scheduler import DeadlineError, GenerationCancelledError
-from florence2.errors import FlorenceError
+from florence2.errors import FlorenceError, NoRoomError
 from serve.platform.waiting import QUEUE_LIMIT_S
 
 # Three bytes each; a batch of a few large images is answered in parts.

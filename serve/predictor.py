@@ -10,17 +10,16 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
 
-from florence2.budget import Budget, NoRoomError, open_pixels
+from florence2.budget import Budget, open_pixels
 from florence2.engine.ask import AnyImage, Ask
-from florence2.engine.cascade import parse_steps
 from florence2.engine.feature_cache import EncodedImage
 from florence2.engine.prefetch import Preparer
 from florence2.engine.scheduler import Priority, QueueFullError, StoppedError
-from florence2.errors import FlorenceError, RequestError
+from florence2.errors import FlorenceError, NoRoomError, RequestError
 from florence2.images import LoadedImage, Room, identity, open_image
 from florence2.pixels import PreparedImage
 from florence2.records import Failure, Result, Timings
-from florence2.tasks import TaskInput
+from florence2.tasks import TaskInput, parse_steps
 from serve.annotations import Answered, annotation_from_answers, wanted_in
 from serve.deployment import Deployed, Deployment
 from serve.geometry import Located

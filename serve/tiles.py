@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Final
 
-from florence2.engine.cascade import parse_steps
 from florence2.errors import RequestError
 from florence2.records import SizeWh
-from florence2.tasks import OutputKind, TaskInput
+from florence2.tasks import OutputKind, TaskInput, parse_steps
 from serve.merging import TileResult, merge_tiles
 
 BoxXyxyInt = tuple[int, int, int, int]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from florence2.images import ImagePart, LoadedImage
+from florence2.prompts import clip_region
 from florence2.records import BoxXyxy
-from florence2.regions import clip_region
 from serve.settings.model import Tiling
 from serve.tiles import plan_tiles
 

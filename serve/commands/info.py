@@ -61,9 +61,8 @@ def models(as_json: AsJson = False) -> None:
 
 
 def _model_rows() -> list[dict[str, Any]]:
-    from florence2.checkpoint.catalog import resolve
+    from florence2.checkpoint.catalog import CHECKPOINT_NAMES, KNOWN_BY_NAME, resolve
     from florence2.errors import CheckpointError
-    from florence2.known_checkpoints import CHECKPOINT_NAMES, KNOWN_BY_NAME
 
     rows: list[dict[str, Any]] = []
     for name in CHECKPOINT_NAMES:

@@ -77,7 +77,7 @@ def serve(
     """Serve a model over HTTP on this machine; Ctrl-C ends it."""
     with _listener(host, port) as listener:
         say(f"Loading {model} ...")
-        from florence2.runtimes.torch import choose_device
+        from florence2.runtimes.device import choose_device
         from serve.sdk import sly
 
         # The SDK writes a line of JSON for every step, which is for the platform's log.

@@ -14,9 +14,8 @@ from typing import Final
 
 from starlette.types import Message, Receive, Scope
 
-from florence2.budget import WAIT_S, Budget, Hold, from_environment
+from florence2.budget import WAIT_S, Budget, Hold, from_environment, memory_limit_bytes
 from florence2.errors import FlorenceError
-from florence2.memory_limit import memory_limit_bytes
 from serve.http.bodies import header_of
 from serve.http.limits import MAX_IMAGE_BYTES, MIB
 

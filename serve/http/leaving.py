@@ -13,7 +13,7 @@ from typing import Final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from florence2.scheduler_errors import GenerationCancelledError
+from florence2.errors import GenerationCancelledError
 from florence2.stopping import Stop
 
 _GONE: Final = "florence.client_is_gone"

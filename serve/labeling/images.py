@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from florence2.budget import Budget, Hold, NoRoomError
-from florence2.errors import ImageError
+from florence2.budget import Budget, Hold
+from florence2.errors import ImageError, NoRoomError
 from florence2.images import LoadedImage, check_header, file_format, has_more_frames, open_image
 from serve.labeling.files import Stamp, stamp_of
 from serve.labeling.finding import FORMATS, Findings, broken_link, is_image, text_of, walk_images

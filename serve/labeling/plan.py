@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from florence2.engine.cascade import parse_steps
 from florence2.errors import RequestError
+from florence2.prompts import check_region
 from florence2.records import Region
-from florence2.regions import check_region
-from florence2.tasks import Task, TaskInput
+from florence2.tasks import Task, TaskInput, parse_steps
 from serve.naming import clean_class_name
 from serve.phrases import Prompt, classes_of, join_classes, prompts_of, split_phrases
 

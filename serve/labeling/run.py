@@ -13,8 +13,8 @@ from typing import Any, Final, Protocol
 from florence2.budget import open_pixels
 from florence2.errors import FlorenceError, ImageError, RequestError
 from florence2.images import LoadedImage
+from florence2.prompts import clip_region
 from florence2.records import Failure, Polygon, Quad, Region, Result, SizeWh
-from florence2.regions import clip_region
 from serve.annotations import Answered, LabelRules, annotation_from_answers
 from serve.geometry import drawable_rings, rings_of
 from serve.labeling.files import stamp_of

@@ -7,7 +7,8 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final, Generic, TypeVar
 
-from florence2.budget import Budget, Hold, NoRoomError
+from florence2.budget import Budget, Hold
+from florence2.errors import NoRoomError
 from serve.platform.images import Target
 from serve.platform.waiting import QUEUE_LIMIT_S
 

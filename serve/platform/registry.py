@@ -7,8 +7,7 @@ import uuid
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Final, TypeAlias
 
-from florence2.errors import as_value
-from florence2.scheduler_errors import QueueFullError
+from florence2.errors import QueueFullError, as_value
 from serve.platform.failures import FailedImageError, platform_failure
 from serve.sdk import sly
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Final, NoReturn
 
 from florence2.errors import RequestError
+from florence2.prompts import check_region
 from florence2.records import BoxXyxy
-from florence2.regions import check_region
 from serve.settings.values import refuse, shown, whole
 
 MAX_REGIONS: Final = 1000

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from florence2.engine.cascade import parse_steps
 from florence2.errors import RequestError
-from florence2.tasks import Task, TaskInput
+from florence2.tasks import Task, TaskInput, parse_steps
 from serve.settings.values import shown
 
 DETECTION: Final = "<OD>"

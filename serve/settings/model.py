@@ -6,9 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from florence2.engine.cascade import parse_steps
 from florence2.records import BoxXyxy, SizeWh
-from florence2.tasks import Task
+from florence2.tasks import Task, parse_steps
 from serve.phrases import Prompt, classes_of, prompts_of, split_phrases
 
 Geometry = Literal["polygon", "bitmap"]

@@ -12,6 +12,7 @@ from florence2.checkpoint.hub import ProgressCallback
 from florence2.engine.answering import answer_all, encode_all
 from florence2.engine.ask import AnyImage, AnyRegion, Ask, check_choice, name_of
 from florence2.engine.engine import Engine
+from florence2.engine.loading import load_engine
 from florence2.errors import (
     CheckpointError,
     DeviceError,
@@ -20,9 +21,8 @@ from florence2.errors import (
     shown,
     unknown_name,
 )
-from florence2.loading import load_engine
 from florence2.records import Failure, Result
-from florence2.runtimes.torch import check_precision, choose_device
+from florence2.runtimes.device import check_precision, choose_device
 
 __all__ = ["Ask", "Florence2"]
 

@@ -153,3 +153,82 @@ def unknown_name(kind: str, received: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(received.lower(), lowered, n=1, cutoff=0.5)
     hint = f" Did you mean {lowered[near[0]]!r}?" if near else ""
     return f"Unknown {kind} {received!r}.{hint} Known: {', '.join(choices)}."
+
+
+class OutOfMemoryError(FlorenceError):
+    """One request alone does not fit into memory."""
+
+    code = "out_of_memory"
+
+
+class NotFiniteError(FlorenceError):
+    """The network gave no finite numbers for one prompt, so there is no answer to it."""
+
+    code = "not_finite"
+    token_ids: tuple[int, ...] = ()  # as an Answer of nothing
+
+
+class GenerationCancelledError(FlorenceError):
+    """The caller no longer waits for the answer."""
+
+    code = "cancelled"
+
+
+class DeadlineError(FlorenceError):
+    """The time that the caller gave was over before the answer was there."""
+
+    code = "deadline"
+
+
+class InternalError(FlorenceError):
+    """A fault of this program; its trace is in the log."""
+
+    code = "internal_error"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "An answer failed because of a fault in this program, which its log describes; send "
+            "the request again or report it."
+        )
+
+
+class QueueFullError(FlorenceError):
+    """Too many asks wait already; ``retry_after_s`` is about when they will be answered."""
+
+    code = "queue_full"
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class StoppedError(FlorenceError):
+    """The scheduler was closed: its checkpoint is no longer deployed."""
+
+    code = "not_deployed"
+
+
+def stopped() -> StoppedError:
+    """The error of everyone who waits when the scheduler is closed, or comes later."""
+    return StoppedError(
+        "No checkpoint is deployed any more, so the request was not answered; deploy one and send "
+        "it again."
+    )
+
+
+class HubUnreachableError(CheckpointError):
+    """The hub gave no answer at all; what is on this machine may still be enough."""
+
+
+class PrecisionError(CheckpointError):
+    """The checkpoint gives NaN or infinity in reduced precision; in float32 it may answer."""
+
+
+_RETRY_AFTER_S: Final = 5.0
+
+
+class NoRoomError(FlorenceError):
+    """There was no room in time; the same request can succeed later."""
+
+    code = "no_room"
+    retry_after_s = _RETRY_AFTER_S

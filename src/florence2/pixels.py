@@ -1,23 +1,79 @@
-"""The two steps from a picture to the network's input: Pillow's scaling, and a table of values."""
+"""From a picture to the network's input: Pillow's scaling, and a table of values."""
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise
-from typing import Any, Final
+from pathlib import Path
+from typing import Any, Final, Generic, TypeVar, cast
 
 import numpy as np
 from PIL import Image
 
-from florence2.errands import Errand
+from florence2.errors import CheckpointError, as_value
 from florence2.opencv import cv2
 from florence2.records import SizeWh
 
 logger = logging.getLogger(__name__)
+
+
+T = TypeVar("T")
+
+_NONE: Final = object()
+
+
+class Errand(Generic[T]):
+    """The result of ``work``, which is called once, by the first thread that begins.
+
+    So nobody waits behind other errands: one that no helper has begun is done by the thread that
+    asks for the result. ``work`` and what it holds are released as soon as it is over.
+    """
+
+    __slots__ = ("_claim", "_error", "_is_over", "_value", "_work")
+
+    def __init__(self, work: Callable[[], T]) -> None:
+        self._work: Callable[[], T] | None = work
+        self._claim = threading.Lock()
+        self._is_over = threading.Event()
+        self._value: object = _NONE
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        """Does the work here and now, unless somebody has begun it; raises nothing."""
+        if not self._claim.acquire(blocking=False):
+            return
+        work, self._work = self._work, None
+        try:
+            if work is not None:
+                self._value = work()
+        except BaseException as error:  # noqa: BLE001 - it is raised where the result is needed
+            self._error = as_value(error)
+        finally:
+            self._is_over.set()
+
+    def result(self) -> T:
+        """What ``work`` gave or raised; done on this thread if nobody has begun."""
+        self.run()
+        self._is_over.wait()
+        if self._error is not None:
+            raise self._error
+        if self._value is _NONE:
+            raise RuntimeError("An errand that was dropped has no result.")
+        return cast(T, self._value)
+
+    def drop(self) -> None:
+        """Nobody needs the result: what was not begun never is, and what is held is released."""
+        if self._claim.acquire(blocking=False):
+            self._work = None
+            self._is_over.set()
+        # An error that was raised has a traceback, whose frames hold this errand.
+        self._value, self._error = _NONE, None
 
 
 Pixels = np.ndarray[Any, np.dtype[np.float32]]
@@ -119,3 +175,123 @@ def look_up(scaled: Scaled, table: Pixels, out: Pixels | None = None) -> Pixels:
         # Written in place, because the part of ``out`` has the type and shape of the result.
         cv2.LUT(scaled[top : top + step], values, dst=out[top : top + step])
     return out
+
+
+PROCESSOR_FILES: Final = ("preprocessor_config.json", "processor_config.json")
+
+
+_IMAGENET_MEAN: Final = (0.485, 0.456, 0.406)
+
+
+_IMAGENET_STD: Final = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class ImageProcessor:
+    """An image to the network's pixels: squashed to ``size_wh``, scaled and normalised.
+
+    The aspect ratio is not kept and nothing is cropped; every task was trained that way.
+    """
+
+    size_wh: SizeWh = (768, 768)
+    mean: tuple[float, float, float] = _IMAGENET_MEAN
+    std: tuple[float, float, float] = _IMAGENET_STD
+    resample: int = Image.Resampling.BICUBIC
+    rescale: float = 1 / 255
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> ImageProcessor:
+        """Read the checkpoint's processor file; without one, the published values hold.
+
+        Raises CheckpointError for a damaged file or for steps this class does not do.
+        """
+        path = image_processor_file(folder)
+        settings = None if path is None else _image_settings(path)
+        return cls() if path is None or settings is None else _from_settings(settings, path)
+
+    def resize(self, image: Image.Image, helpers: Executor | None = None) -> Scaled:
+        """An 8-bit RGB image at the network's size: uint8 ``[height, width, 3]``.
+
+        A large image is shared with one of ``helpers``; the pixels are the same.
+        """
+        return scale(image, self.size_wh, self.resample, helpers)
+
+    @cached_property
+    def lookup_table(self) -> Pixels:
+        """The normalised value of each 8-bit value of each channel: float32 ``[3, 256]``."""
+        values = (np.arange(256, dtype=np.float64) * self.rescale).astype(np.float32)
+        mean = np.asarray(self.mean, np.float32)[:, None]
+        std = np.asarray(self.std, np.float32)[:, None]
+        return (values - mean) / std
+
+    def normalise(self, scaled: Scaled) -> Pixels:
+        """The network's values for uint8 ``[height, width, 3]``: float32 ``[3, height, width]``.
+
+        A view of memory in the order height, width, channel, which the network computes in;
+        ``np.stack`` keeps that order.
+        """
+        return look_up(scaled, self.lookup_table).transpose(2, 0, 1)
+
+    def pixels(self, image: Image.Image) -> Pixels:
+        """The network's input for an 8-bit RGB image, as ``normalise`` gives it."""
+        return self.normalise(self.resize(image))
+
+
+def image_processor_file(folder: Path) -> Path | None:
+    """The file of a checkpoint that says how images are prepared; None where none does."""
+    paths = (Path(folder) / name for name in PROCESSOR_FILES)
+    return next((p for p in paths if p.is_file() and _image_settings(p) is not None), None)
+
+
+def _image_settings(path: Path) -> dict[str, Any] | None:
+    """The image part of a processor file, or None if the file has no such part."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is cut or damaged; download it again.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is not a processor file; download it again.")
+    nested = content.get("image_processor")
+    if isinstance(nested, dict):
+        return nested
+    return content if "size" in content or "image_mean" in content else None
+
+
+def _from_settings(settings: dict[str, Any], path: Path) -> ImageProcessor:
+    plain = ImageProcessor()
+    try:
+        size_wh = _size_of(settings.get("size", {"height": 768, "width": 768}))
+        if not settings.get("do_resize", True):
+            raise ValueError("do_resize is false")
+        crops = settings.get("do_center_crop", False)
+        if crops and _size_of(settings.get("crop_size", {})) != size_wh:
+            raise ValueError("do_center_crop cuts the image")
+        normalises = settings.get("do_normalize", True)
+        return ImageProcessor(
+            size_wh=size_wh,
+            mean=_triple(settings.get("image_mean", plain.mean)) if normalises else (0.0, 0.0, 0.0),
+            std=_triple(settings.get("image_std", plain.std)) if normalises else (1.0, 1.0, 1.0),
+            resample=Image.Resampling(settings.get("resample", plain.resample)),
+            rescale=float(settings.get("rescale_factor", plain.rescale))
+            if settings.get("do_rescale", True)
+            else 1.0,
+        )
+    except (TypeError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{path} asks for image steps that Florence-2 does not have ({error}); "
+            "use the published file."
+        ) from error
+
+
+def _size_of(size: int | dict[str, int]) -> SizeWh:
+    if isinstance(size, int):
+        size = {"height": size, "width": size}
+    width, height = int(size["width"]), int(size["height"])
+    if width < 1 or height < 1:
+        raise ValueError(f"size {size}")
+    return width, height
+
+
+def _triple(values: Sequence[float]) -> tuple[float, float, float]:
+    red, green, blue = (float(value) for value in values)
+    return red, green, blue

@@ -1,37 +1,89 @@
-"""What goes into the network: pixels from an image, a sentence from a request."""
+"""From a task and its input to the sentence that the network reads, and THE rules of a region."""
 
 from __future__ import annotations
 
-import json
+import math
 import re
 from collections.abc import Sequence
-from concurrent.futures import Executor
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-import numpy as np
-from PIL import Image
-
-from florence2.errors import CheckpointError, RequestError
-from florence2.pieces import DROPPED_TOKENS, MARKERS
-from florence2.pixels import Pixels, Scaled, look_up, scale
-from florence2.records import Region, SizeWh
-from florence2.regions import clip_region, region_bins
+from florence2.errors import RequestError
+from florence2.records import BoxXyxy, Region, SizeWh
 from florence2.tasks import TASKS, Task, TaskInput
+from florence2.tokenizer import DROPPED_TOKENS, MARKERS
 from florence2.tokens import AND, NUM_LOCATION_BINS, location_token
 
+# A pixel, less what adding floats may take away from it.
+_MIN_SIDE_PX: Final = 1 - 1e-6
+
+
+def region_bins(box_xyxy: BoxXyxy, size_wh: SizeWh) -> tuple[int, int, int, int]:
+    """The location bins, 0 to 999, of a box in pixels of an image of ``size_wh``."""
+    sizes = (*size_wh, *size_wh)
+    x1, y1, x2, y2 = (
+        min(max(math.floor(value * NUM_LOCATION_BINS / size), 0), NUM_LOCATION_BINS - 1)
+        for value, size in zip(box_xyxy, sizes, strict=True)
+    )
+    return x1, y1, x2, y2
+
+
+def check_region(box_xyxy: Sequence[float], name: str = "A region") -> BoxXyxy:
+    """The four numbers of a box that is a region on some image.
+
+    Raises RequestError, which calls the box ``name``, unless they are finite, in the order left,
+    top, right, bottom, and a pixel or more apart. A box from 0 to 1 counts shares of the image.
+    """
+    if len(box_xyxy) != 4 or not all(math.isfinite(value) for value in box_xyxy):
+        raise RequestError(
+            f"{name} is four finite numbers x1, y1, x2, y2 in pixels, and "
+            f"{list(box_xyxy)} was received; correct it."
+        )
+    x1, y1, x2, y2 = (float(value) for value in box_xyxy)
+    if x1 >= x2 or y1 >= y2:
+        raise RequestError(
+            f"{name} must have x1 < x2 and y1 < y2, and "
+            f"{list(box_xyxy)} was received; give left, top, right, bottom."
+        )
+    is_share = min(x1, y1) >= 0 and max(x2, y2) <= 1
+    if is_share or not _is_a_pixel(x1, y1, x2, y2):
+        raise RequestError(
+            f"{name} is in pixels and at least one pixel wide and high, and {list(box_xyxy)} was "
+            "received; multiply shares of the image by its width and height."
+        )
+    return x1, y1, x2, y2
+
+
+def clip_region(
+    box_xyxy: Sequence[float], size_wh: tuple[float, float], name: str = "A region"
+) -> BoxXyxy:
+    """The part of a region that lies on the image, in pixels.
+
+    Raises RequestError as ``check_region``, and where less than a pixel of it is on the image.
+    """
+    x1, y1, x2, y2 = check_region(box_xyxy, name)
+    width, height = size_wh
+    inside = max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))
+    if not _is_a_pixel(*inside):
+        raise RequestError(
+            f"{name} must lie on the image, which is {width}x{height}, and "
+            f"{list(box_xyxy)} was received; give it in pixels of the original image."
+        )
+    return inside
+
+
+def region_on_image(box_xyxy: Sequence[float], size_wh: tuple[float, float]) -> Region | None:
+    """The region of something found, or None where the rules allow none."""
+    try:
+        return Region(clip_region(box_xyxy, size_wh))
+    except RequestError:
+        return None
+
+
+def _is_a_pixel(x1: float, y1: float, x2: float, y2: float) -> bool:
+    return x2 - x1 >= _MIN_SIDE_PX and y2 - y1 >= _MIN_SIDE_PX
+
+
 MAX_PROMPT_CHARS: Final = 4000
-
-
-PROCESSOR_FILES: Final = ("preprocessor_config.json", "processor_config.json")
-
-
-_IMAGENET_MEAN: Final = (0.485, 0.456, 0.406)
-
-
-_IMAGENET_STD: Final = (0.229, 0.224, 0.225)
 
 
 _LOCATION: Final = r"<loc_([0-9]{1,6})>"
@@ -54,63 +106,6 @@ _FORBIDDEN_TOKEN: Final = re.compile(
         )
     )
 )
-
-
-@dataclass(frozen=True)
-class ImageProcessor:
-    """An image to the network's pixels: squashed to ``size_wh``, scaled and normalised.
-
-    The aspect ratio is not kept and nothing is cropped; every task was trained that way.
-    """
-
-    size_wh: SizeWh = (768, 768)
-    mean: tuple[float, float, float] = _IMAGENET_MEAN
-    std: tuple[float, float, float] = _IMAGENET_STD
-    resample: int = Image.Resampling.BICUBIC
-    rescale: float = 1 / 255
-
-    @classmethod
-    def from_folder(cls, folder: Path) -> ImageProcessor:
-        """Read the checkpoint's processor file; without one, the published values hold.
-
-        Raises CheckpointError for a damaged file or for steps this class does not do.
-        """
-        path = image_processor_file(folder)
-        settings = None if path is None else _image_settings(path)
-        return cls() if path is None or settings is None else _from_settings(settings, path)
-
-    def resize(self, image: Image.Image, helpers: Executor | None = None) -> Scaled:
-        """An 8-bit RGB image at the network's size: uint8 ``[height, width, 3]``.
-
-        A large image is shared with one of ``helpers``; the pixels are the same.
-        """
-        return scale(image, self.size_wh, self.resample, helpers)
-
-    @cached_property
-    def lookup_table(self) -> Pixels:
-        """The normalised value of each 8-bit value of each channel: float32 ``[3, 256]``."""
-        values = (np.arange(256, dtype=np.float64) * self.rescale).astype(np.float32)
-        mean = np.asarray(self.mean, np.float32)[:, None]
-        std = np.asarray(self.std, np.float32)[:, None]
-        return (values - mean) / std
-
-    def normalise(self, scaled: Scaled) -> Pixels:
-        """The network's values for uint8 ``[height, width, 3]``: float32 ``[3, height, width]``.
-
-        A view of memory in the order height, width, channel, which the network computes in;
-        ``np.stack`` keeps that order.
-        """
-        return look_up(scaled, self.lookup_table).transpose(2, 0, 1)
-
-    def pixels(self, image: Image.Image) -> Pixels:
-        """The network's input for an 8-bit RGB image, as ``normalise`` gives it."""
-        return self.normalise(self.resize(image))
-
-
-def image_processor_file(folder: Path) -> Path | None:
-    """The file of a checkpoint that says how images are prepared; None where none does."""
-    paths = (Path(folder) / name for name in PROCESSOR_FILES)
-    return next((p for p in paths if p.is_file() and _image_settings(p) is not None), None)
 
 
 def prompt_sentence(task: Task, text: str | None, region: Region | None, size_wh: SizeWh) -> str:
@@ -216,57 +211,3 @@ def _spell_bins(bins: Sequence[int]) -> str:
 
 def _short(text: str) -> str:
     return repr(text if len(text) <= 40 else f"{text[:37]}...")
-
-
-def _image_settings(path: Path) -> dict[str, Any] | None:
-    """The image part of a processor file, or None if the file has no such part."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is cut or damaged; download it again.") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is not a processor file; download it again.")
-    nested = content.get("image_processor")
-    if isinstance(nested, dict):
-        return nested
-    return content if "size" in content or "image_mean" in content else None
-
-
-def _from_settings(settings: dict[str, Any], path: Path) -> ImageProcessor:
-    plain = ImageProcessor()
-    try:
-        size_wh = _size_of(settings.get("size", {"height": 768, "width": 768}))
-        if not settings.get("do_resize", True):
-            raise ValueError("do_resize is false")
-        crops = settings.get("do_center_crop", False)
-        if crops and _size_of(settings.get("crop_size", {})) != size_wh:
-            raise ValueError("do_center_crop cuts the image")
-        normalises = settings.get("do_normalize", True)
-        return ImageProcessor(
-            size_wh=size_wh,
-            mean=_triple(settings.get("image_mean", plain.mean)) if normalises else (0.0, 0.0, 0.0),
-            std=_triple(settings.get("image_std", plain.std)) if normalises else (1.0, 1.0, 1.0),
-            resample=Image.Resampling(settings.get("resample", plain.resample)),
-            rescale=float(settings.get("rescale_factor", plain.rescale))
-            if settings.get("do_rescale", True)
-            else 1.0,
-        )
-    except (TypeError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{path} asks for image steps that Florence-2 does not have ({error}); "
-            "use the published file."
-        ) from error
-
-
-def _size_of(size: int | dict[str, int]) -> SizeWh:
-    if isinstance(size, int):
-        size = {"height": size, "width": size}
-    width, height = int(size["width"]), int(size["height"])
-    if width < 1 or height < 1:
-        raise ValueError(f"size {size}")
-    return width, height
-
-
-def _triple(values: Sequence[float]) -> tuple[float, float, float]:
-    red, green, blue = (float(value) for value in values)
-    return red, green, blue

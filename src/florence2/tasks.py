@@ -1,4 +1,4 @@
-"""THE table: the 15 task prompts, what each takes and gives.
+"""THE table: the 15 task prompts, what each takes and gives, and how they are joined by ``+``.
 
 Prompts, validation, the command's help, the settings file and the docs are made from it.
 Sentences and output kinds: the published processor of Florence-2.
@@ -13,6 +13,23 @@ from typing import Final
 
 from florence2.errors import RequestError, unknown_name
 from florence2.tokens import ADDED_TOKENS, BOS, IMAGE, MASK, PAD, UNK
+
+# Published in the processor files of the checkpoints; compared as they are, case included.
+_PRONOUNS: Final = (
+    "it I me mine you your yours he him his she her hers they them their theirs one oneself "
+    "we us our ours its myself yourself himself herself itself ourselves yourselves themselves"
+)
+_POINTERS: Final = "this that these those who whom whose which what"
+_AMOUNTS: Final = (
+    "all another any anybody anyone anything each everybody everyone everything few many nobody "
+    "none several some somebody someone something"
+)
+_WORDS: Final = "image images the a an lots"
+_PHRASES: Final = ("each other", "one another", "the image", "a group", "other objects", "a set")
+
+BANNED_PHRASES: Final = frozenset(
+    (*" ".join((_PRONOUNS, _POINTERS, _AMOUNTS, _WORDS)).split(), *_PHRASES)
+)
 
 
 class TaskInput(Enum):
@@ -139,3 +156,51 @@ def passthrough_task(token: str, max_new_tokens: int = 1024) -> Task:
         max_new_tokens,
         "a fine-tune's own task",
     )
+
+
+def parse_steps(name: str) -> tuple[Task, ...]:
+    """The tasks of ``"<OD>"`` or ``"<CAPTION>+<CAPTION_TO_PHRASE_GROUNDING>"``, in order.
+
+    Raises RequestError when a step cannot take what the one before it gives.
+    """
+    named = [find_task(part) for part in name.split("+")]
+    steps: list[Task] = []
+    for task in named:
+        if steps and task.takes is TaskInput.REGION and _is_caption(steps[-1]):
+            steps.append(find_task(_GROUNDING))
+        if steps:
+            _check_follows(steps[-1], task)
+        steps.append(task)
+    return tuple(steps)
+
+
+def _is_caption(task: Task) -> bool:
+    return task.takes is TaskInput.NONE and task.output is OutputKind.TEXT
+
+
+def _check_follows(before: Task, task: Task) -> None:
+    if task.takes is TaskInput.NONE:
+        raise RequestError(
+            f"A later step of a cascade takes text or a region, and {task.token} takes neither; "
+            "ask for it on its own."
+        )
+    if before.takes is TaskInput.REGION or before.output not in _FIRST_OUTPUTS[task.takes]:
+        raise RequestError(
+            f"{task.token} takes {task.takes.value}, which {before.token} does not give; "
+            "begin the cascade with a caption, a detection or a proposal task."
+        )
+
+
+_GROUNDING: Final = "<CAPTION_TO_PHRASE_GROUNDING>"
+
+
+_FIRST_OUTPUTS: Final = {
+    TaskInput.TEXT: (OutputKind.TEXT,),
+    TaskInput.REGION: (
+        OutputKind.LABELED_BOXES,
+        OutputKind.BOXES,
+        OutputKind.GROUNDING,
+        OutputKind.BOXES_OR_POLYGONS,
+        OutputKind.OCR,
+    ),
+}

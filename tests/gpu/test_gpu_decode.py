@@ -8,7 +8,7 @@ from crowd import COUNT, Crowd, Place, mixed_limits, settings_of
 from tiny_reference import SEEDS
 
 from florence2 import Ask, Florence2
-from florence2.runtimes import decode_buffers
+from florence2.runtimes import decode_graphs as decode_buffers
 from florence2.runtimes.cuda_graphs import CudaRecorder
 from florence2.training.draw import draw_scene
 from florence2.training.scene import make_scene

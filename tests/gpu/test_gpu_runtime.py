@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from florence2 import Ask, Florence2
-from florence2.hypotheses import PREFIX
+from florence2.engine.loading import TOLERANCE, error_against_fp32
+from florence2.generation.beam_search import PREFIX
+from florence2.network.config import base_config
 from florence2.network.florence import Florence2Network
-from florence2.network.presets import base_config
-from florence2.prompts import ImageProcessor
-from florence2.runtimes.memory_meter import CudaMeter
-from florence2.runtimes.precision import TOLERANCE, error_against_fp32
-from florence2.runtimes.torch import PRECISIONS, TorchRuntime
+from florence2.pixels import ImageProcessor
+from florence2.runtimes.device import PRECISIONS
+from florence2.runtimes.memory import CudaMeter
+from florence2.runtimes.torch import TorchRuntime
 from florence2.training.draw import draw_scene
 from florence2.training.scene import make_scene
 

@@ -7,8 +7,7 @@ import pytest
 from hypothesis import settings
 from tokenizers import ByteLevelBPETokenizer
 
-from florence2.phrases import BANNED_PHRASES
-from florence2.tasks import TASKS
+from florence2.tasks import BANNED_PHRASES, TASKS
 from florence2.tokens import ADDED_TOKENS, IMAGE, MASK
 
 # Machines that run tests are shared; how long an example takes says nothing there. A run tries the

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import torch
 
-from florence2.runtimes.torch import choose_device
+from florence2.runtimes.device import choose_device
 
 _PROCESSOR: Final = Path("/proc/cpuinfo")
 _INSTRUCTIONS: Final = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")

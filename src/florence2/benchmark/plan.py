@@ -11,7 +11,7 @@ from florence2.api import RUNTIMES
 from florence2.benchmark.case import Case
 from florence2.benchmark.weights import SIZES, size_config
 from florence2.errors import RequestError, unknown_name
-from florence2.runtimes.torch import check_precision, choose_device, choose_precision
+from florence2.runtimes.device import check_precision, choose_device, choose_precision
 
 KNOWN_RUNTIMES: Final = tuple(name for name in RUNTIMES if name != "auto")
 

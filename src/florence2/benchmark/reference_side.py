@@ -12,9 +12,8 @@ from torch import nn
 
 from florence2.benchmark.case import STAGES, TASK, Case, Timing, case_images, case_texts
 from florence2.benchmark.our_side import settle
-from florence2.phrases import BANNED_PHRASES
-from florence2.runtimes.torch import PRECISIONS
-from florence2.tasks import OutputKind
+from florence2.runtimes.device import PRECISIONS
+from florence2.tasks import BANNED_PHRASES, OutputKind
 from florence2.tokens import BOS, BOS_ID, DECODER_START_ID, EOS, EOS_ID, PAD_ID
 
 NUM_VISUAL_TOKENS: Final = 577

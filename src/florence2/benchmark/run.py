@@ -24,7 +24,7 @@ from florence2.benchmark.rows import (
     make_row,
 )
 from florence2.benchmark.weights import write_checkpoint
-from florence2.runtimes.torch import choose_device
+from florence2.runtimes.device import choose_device
 
 # A whole reference is worth waiting for longer than one that nobody compares tokens with.
 _REFERENCE_LIMITS: Final = 5

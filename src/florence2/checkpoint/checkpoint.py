@@ -17,7 +17,7 @@ from florence2.errors import CheckpointError, shown
 from florence2.generation.settings import LIBRARY_DEFAULTS, SETTING_RULES, unheeded
 from florence2.network.config import NetworkConfig, is_original_config
 from florence2.network.florence import Florence2Network
-from florence2.prompts import PROCESSOR_FILES, ImageProcessor, image_processor_file
+from florence2.pixels import PROCESSOR_FILES, ImageProcessor, image_processor_file
 from florence2.records import GenerationSettings
 from florence2.tokenizer import Vocabulary
 

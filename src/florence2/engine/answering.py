@@ -6,14 +6,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from florence2.encoding import Coming
 from florence2.engine.ask import AnyImage, Ask
-from florence2.engine.engine import Engine, Prompt
+from florence2.engine.cascade import Outcome, Progress
+from florence2.engine.engine import Coming, Engine, Prompt
 from florence2.engine.feature_cache import EncodedImage
 from florence2.engine.prefetch import AnySource
 from florence2.errors import FlorenceError, RequestError, as_value
 from florence2.images import identity
-from florence2.progress import Outcome, Progress
 from florence2.records import Failure, GenerationSettings
 from florence2.stopping import BetweenPasses, Stop
 

@@ -4,31 +4,484 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import Final
+from dataclasses import dataclass, replace
+from typing import Final, Protocol, TypeVar
+
+import numpy as np
 
 from florence2.checkpoint.checkpoint import Checkpoint
-from florence2.encoding import Coming, encode_images
+from florence2.engine.ask import AnyImage
 from florence2.engine.feature_cache import EncodedImage, FeatureCache
 from florence2.engine.prefetch import AnySource, Preparer
-from florence2.errors import CheckpointError, DeviceLostError, FlorenceError, RequestError
-from florence2.memory import BatchLimit
-from florence2.nearby import Nearby
-from florence2.postprocess import parse
-from florence2.prompt_search import Prompt, PromptFeed, PromptList, PromptSearch
+from florence2.errors import (
+    CheckpointError,
+    DeviceLostError,
+    FlorenceError,
+    OutOfMemoryError,
+    RequestError,
+)
+from florence2.generation.beam_search import Nearby
+from florence2.generation.decode import DecodeLoop, Session, Started
+from florence2.generation.settings import check_settings
+from florence2.images import identity
+from florence2.pixels import PreparedImage
+from florence2.postprocess import NEAR_BINS, parse
 from florence2.prompts import check_prompt_length, prompt_sentence
-from florence2.records import Answer, GenerationSettings, Region, Result
+from florence2.records import Answer, GenerationSettings, Region, Result, Timings
 from florence2.runtimes.base import Runtime
-from florence2.scoring import NEAR_BINS
-from florence2.stopping import BetweenPasses, Stop
+from florence2.runtimes.memory import BatchLimit, out_of_memory, run_halving
+from florence2.stopping import BetweenPasses, Stop, stop_of_all, watch_over
 from florence2.tasks import Task
+
+__all__ = ["Engine", "Prompt"]
 
 logger = logging.getLogger(__name__)
 
 
-__all__ = ["Engine", "Prompt"]
+Item = TypeVar("Item", bound=Hashable)
+Done = TypeVar("Done")
+
+
+def run_in_chunks(
+    stops: Mapping[Item, Stop | None],
+    size: Callable[[], int],
+    run: Callable[[Sequence[Item]], Sequence[Done]],
+    between_passes: BetweenPasses | None,
+) -> dict[Item, Done | FlorenceError]:
+    """What ``run`` gives for each item, or why the item was given up.
+
+    ``stops`` has every item in order, with its Stop; both it and ``between_passes`` are called
+    before every chunk, and ``size`` says how large that is.
+    """
+    done: dict[Item, Done | FlorenceError] = {}
+    left = list(stops)
+    while left:
+        given_up = watch_over([stops[item] for item in left], between_passes)()
+        done |= {left[place]: reason for place, reason in given_up.items()}
+        left = [item for item in left if item not in done]
+        most = size()
+        chunk, left = left[:most], left[most:]
+        if chunk:
+            done |= zip(chunk, run(chunk), strict=True)
+    return done
+
+
+Encoded = EncodedImage | FlorenceError
+
+Coming = Callable[[], Sequence[AnyImage]]
+"""Says which images the calls after this one will bring, as far as is known."""
+
+
+def encode_images(
+    engine: Engine,
+    images: Sequence[AnySource],
+    stops: Sequence[Stop | None],
+    between_passes: BetweenPasses | None,
+    coming: Coming | None,
+) -> list[Encoded]:
+    """See ``Engine.encode``."""
+    keys = [identity(image) for image in images]
+    waiting: dict[object, list[Stop | None]] = {}
+    for key, stop in zip(keys, stops, strict=True):
+        waiting.setdefault(key, []).append(stop)
+    chunks = _Chunks(engine, dict(zip(keys, images, strict=True)), between_passes, coming)
+    try:
+        found = run_in_chunks(
+            {key: stop_of_all(listed) for key, listed in waiting.items()},
+            lambda: engine.image_limit.pass_size(is_awaited=between_passes is not None),
+            chunks.encode,
+            between_passes,
+        )
+    finally:
+        engine.preparer.ahead((), chunks)
+    return [found[key] for key in keys]
+
+
+class _Chunks:
+    """One call's images; what it found stays found, also if the cache has no room for it."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        sources: dict[object, AnySource],
+        between_passes: BetweenPasses | None,
+        coming: Coming | None,
+    ) -> None:
+        self._engine = engine
+        self._sources = sources
+        self._coming = coming
+        self._between_passes = between_passes
+        self._found: dict[str, EncodedImage] = {}
+        self._left = dict(sources)
+
+    def encode(self, keys: Sequence[object]) -> list[Encoded]:
+        """The images of these keys: those not known yet in one pass of the tower."""
+        outcomes: dict[object, str | FlorenceError] = {}
+        missing: dict[str, PreparedImage] = {}
+        # A list of this call's own: a click in between says what else comes, without these.
+        self._engine.preparer.ahead(self._left.values(), self)
+        for key in keys:
+            outcomes[key] = self._look_up(self._sources[key], missing)
+            self._left.pop(key, None)
+            if self._between_passes is not None:
+                self._between_passes()
+        # What comes next is opened and scaled by other threads while the tower runs.
+        coming = () if self._coming is None else self._coming()
+        self._engine.preparer.ahead(self._left.values(), self)
+        self._engine.preparer.ahead(coming)
+        known = self._found | (self._run_tower(missing) if missing else {})
+        return [
+            outcome if isinstance(outcome, FlorenceError) else known[outcome]
+            for outcome in outcomes.values()
+        ]
+
+    def _look_up(self, source: AnySource, missing: dict[str, PreparedImage]) -> str | FlorenceError:
+        """The image's key, whose features are found or will be; or why it cannot be opened."""
+        preparer = self._engine.preparer
+        known = preparer.known_hash(source)
+        if known is not None and self._is_found(key := self._engine.image_key(known)):
+            return key
+        try:
+            prepared = preparer.take(source)
+        except MemoryError:
+            return OutOfMemoryError(
+                "An image is opened in this computer's memory, and this one does not fit beside "
+                "what is there; make it smaller, or send fewer at a time."
+            )
+        if isinstance(prepared, FlorenceError):
+            return prepared
+        key = self._engine.image_key(prepared.content_hash)
+        if not self._is_found(key):
+            missing[key] = prepared
+        return key
+
+    def _is_found(self, key: str) -> bool:
+        if key not in self._found:
+            cached = self._engine.cache.get(key)
+            if cached is None:
+                return False
+            self._found[key] = cached
+        return True
+
+    def _run_tower(self, missing: dict[str, PreparedImage]) -> dict[str, Encoded]:
+        """What comes of these images; one that does not fit into memory alone has an error."""
+        engine, limit = self._engine, self._engine.image_limit
+        encoded: list[Encoded] = []
+        left = list(missing.items())
+        while left:
+            with engine.in_use():
+                if self._is_awaited:
+                    # Here, as until now the images of this pass were made ready beside it.
+                    limit.catch_up()
+                size = limit.pass_size(is_awaited=self._is_awaited)
+                part, left = left[:size], left[size:]
+                encoded += run_halving(part, self._pass, engine.runtime, limit)
+            if left and self._between_passes is not None:
+                self._between_passes()
+        return dict(zip(missing, encoded, strict=True))
+
+    @property
+    def _is_awaited(self) -> bool:
+        """Whether someone may wait for the end of a pass: who is then answered between two."""
+        return self._between_passes is not None
+
+    def _pass(self, part: Sequence[tuple[str, PreparedImage]]) -> list[EncodedImage]:
+        """One pass of the tower. Nothing that a caller gave is called in it."""
+        runtime, table = self._engine.runtime, self._engine.checkpoint.image_processor.lookup_table
+        images = np.stack([image.scaled for _, image in part])
+        began, start = time.perf_counter(), runtime.mark()
+        features = runtime.encode_bytes(images, table)
+        spent = time.perf_counter() - began
+        self._engine.image_limit.begun(len(part), start, runtime.mark())
+        encoded: list[EncodedImage] = []
+        for (key, image), row in zip(part, features, strict=True):
+            # A row of a batch keeps the whole batch alive; the cache counts one image's bytes.
+            own = row.clone() if len(part) > 1 else row
+            kept = EncodedImage(own, image.size_wh, key)
+            self._engine.cache.put(kept)
+            self._found[key] = replace(kept, vision_s=spent)
+            encoded.append(self._found[key])
+        return encoded
+
+
+_COMPANY: Final = 4
+"""On a GPU prompts join a running batch once a fourth of its rows is free, so several at once."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prompt:
+    """One validated prompt for one encoded image, ready to be decoded."""
+
+    task: Task
+    image: EncodedImage
+    prompt_ids: tuple[int, ...]
+    settings: GenerationSettings
+    max_new_tokens: int
+    stop: Stop | None = None
+
+
+class PromptFeed(Protocol):
+    """Where the engine takes prompts from, and where their results go."""
+
+    def next_settings(self) -> GenerationSettings | None:
+        """The search settings of the prompts whose turn it is; None when there are no more."""
+
+    def take(self, room: int, settings: GenerationSettings) -> Sequence[Prompt]:
+        """Up to ``room`` prompts with these settings; none when others' turn has come."""
+
+    def settle(self, prompt: Prompt, outcome: Result | FlorenceError) -> None:
+        """Takes a prompt's result, or why it has none. Called once for every prompt taken."""
+
+
+class PromptSearch:
+    """Answers a feed's prompts of one kind of settings until it gives no more of them.
+
+    Running out of memory starts over, with half as many prompts at a time, what was under way;
+    one that does not fit alone fails alone. The engine's limit is lowered to what fitted then,
+    unless there was one that did not fit alone: the others may have been short of its memory only.
+    A search between two passes of another one lowers nothing: it was short of that one's memory.
+    What the feed, a ``Stop`` or ``between_passes`` raises comes through, lack of memory included.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        feed: PromptFeed,
+        settings: GenerationSettings,
+        between_passes: BetweenPasses | None,
+    ) -> None:
+        check_settings(settings)
+        self._engine = engine
+        self._feed = feed
+        self._settings = settings
+        self._between_passes = between_passes
+        self._limit = engine.prompt_limit
+        self._is_within = self._limit.num_searches > 0
+        self._room = self._limit.now
+        self._is_retry = False
+        self._has_misfit = False
+        self._num_settled = 0
+        self._is_full = False
+        self._held: int | None = None
+        self._callers_error: Exception | None = None
+        self._in_hand: dict[Prompt, tuple[float, float]] = {}
+        self._again: list[Prompt] = []
+        self._is_crowded = False
+
+    def run(self) -> None:
+        """Returns once every prompt taken is settled."""
+        self._limit.num_searches += 1
+        try:
+            while not self._runs_to_its_end():
+                # Outside any handler: a traceback would keep the failed batch's tensors alive.
+                self._engine.runtime.free_memory()
+                self._start_over()
+        finally:
+            self._limit.num_searches -= 1
+        if self._is_retry and not self._has_misfit:
+            self._lower(self._room)
+
+    def _runs_to_its_end(self) -> bool:
+        runtime = self._engine.runtime
+        loop = DecodeLoop(
+            self,
+            self._settings,
+            runtime.space(self._settings, self._engine.nearby),
+            max_rows=self._room,
+            least_room=self._least_room(),
+            nearby=self._engine.nearby,
+        )
+        try:
+            loop.run()
+        except (RuntimeError, MemoryError) as error:
+            is_ours = error is not self._callers_error and bool(self._in_hand)
+            if not is_ours or not runtime.is_out_of_memory(error):
+                raise
+            logger.warning(
+                "%d prompt(s) did not fit into the memory of %s", len(self._in_hand), runtime.device
+            )
+            return False
+        return True
+
+    def _lower(self, size: int) -> None:
+        if not self._is_within:
+            self._limit.lower(size)
+
+    @contextmanager
+    def _callers(self) -> Iterator[None]:
+        """Within it the callers' code runs, whose errors are not the device's."""
+        try:
+            yield
+        except Exception as error:
+            self._callers_error = error
+            raise
+
+    def _least_room(self) -> int:
+        """Free rows that are worth a pass of the tower and the encoder beside a running batch."""
+        company = max(1, self._room // _COMPANY)
+        # A CPU gains from company only as far as a batch of images is faster than one by one.
+        is_gpu = not self._engine.runtime.device.startswith("cpu")
+        return company if is_gpu else max(1, min(company, self._engine.image_batch // 2))
+
+    def _start_over(self) -> None:
+        self._held = None
+        if len(self._in_hand) == 1:
+            [alone] = self._in_hand
+            self._has_misfit = True
+            self.settle(alone, out_of_memory(self._engine.runtime.device))
+            return
+        self._again = [*self._in_hand, *self._again]
+        self._room = self._limit.smaller(len(self._in_hand))
+        self._is_retry = True
+        self._in_hand.clear()
+
+    def given_up(self) -> Mapping[Prompt, FlorenceError]:
+        """The prompts in hand that nobody waits for any longer."""
+        with self._callers():
+            if self._between_passes is not None:
+                self._between_passes()
+            reasons = {prompt: _reason(prompt) for prompt in self._in_hand}
+        return {prompt: reason for prompt, reason in reasons.items() if reason is not None}
+
+    def start(self, room: int) -> Started[Prompt] | None:
+        """A session with the next prompts of the feed."""
+        self._is_crowded = self._is_crowded and bool(self._in_hand)
+        prompts = [] if self._is_crowded else self._next(min(room, self._pass_size()))
+        if not prompts:
+            return None
+        began = time.perf_counter()
+        limits = [prompt.max_new_tokens for prompt in prompts]
+        session = self._session_of(prompts, max(limits))
+        if session is None:
+            # Beside those in hand there is no room: once they are done there may be.
+            self._engine.runtime.free_memory()
+            self._again = prompts + self._again
+            self._is_crowded = True
+            together = len(self._in_hand) + len(prompts)
+            self._held = max(len(self._in_hand), self._limit.smaller(together))
+            return None
+        if self._held is not None:
+            # By themselves they fit, so it was their number.
+            self._lower(self._held)
+            self._held = None
+        now = time.perf_counter()
+        self._in_hand |= dict.fromkeys(prompts, (now - began, now))
+        self._is_full = self._is_full or len(self._in_hand) >= self._room
+        return Started(prompts, session, limits)
+
+    def _pass_size(self) -> int:
+        """Prompts that may be encoded at a time, however many rows are free."""
+        is_awaited = self._between_passes is not None
+        if is_awaited:
+            self._limit.catch_up()
+        return self._limit.pass_size(is_awaited=is_awaited)
+
+    def _session_of(self, prompts: list[Prompt], max_new_tokens: int) -> Session | None:
+        runtime, is_alone = self._engine.runtime, not self._in_hand
+        if is_alone:
+            self._in_hand |= dict.fromkeys(prompts, (0.0, 0.0))
+        try:
+            start = runtime.mark()
+            session = runtime.start(
+                [prompt.image.features for prompt in prompts],
+                [prompt.prompt_ids for prompt in prompts],
+                self._settings.num_beams,
+                max_new_tokens,
+            )
+            self._limit.begun(len(prompts), start, runtime.mark())
+            return session
+        except (RuntimeError, MemoryError) as error:
+            if is_alone or not runtime.is_out_of_memory(error):
+                raise
+        return None
+
+    def settle(self, item: Prompt, answer: Answer | FlorenceError) -> None:
+        """Hands on the result of a prompt in hand."""
+        prompt_s, began = self._in_hand.pop(item)
+        if isinstance(answer, FlorenceError):
+            with self._callers():
+                self._feed.settle(item, answer)
+            return
+        self._note_fit()
+        timings = Timings(
+            vision=item.image.vision_s, prompt=prompt_s, decode=time.perf_counter() - began
+        )
+        with self._callers():
+            self._feed.settle(item, replace(self._engine.result(item, answer), timings_s=timings))
+
+    def _note_fit(self) -> None:
+        """As many answers as there are rows, once all of these were in use, are a batch."""
+        if self._is_full and not self._is_retry:
+            self._num_settled += 1
+            if self._num_settled >= self._room:
+                self._limit.fitted(self._room)
+                self._num_settled, self._is_full = 0, False
+
+    def _next(self, room: int) -> list[Prompt]:
+        prompts: list[Prompt] = []
+        while len(prompts) < room:
+            missing = room - len(prompts)
+            if self._again:
+                taken, self._again = self._again[:missing], self._again[missing:]
+            elif self._is_retry or self._room != self._limit.now:
+                # The next search begins with the limit as it is then.
+                break
+            else:
+                with self._callers():
+                    taken = list(self._feed.take(missing, self._settings))
+            if not taken:
+                break
+            prompts += self._wanted(taken)
+        return prompts
+
+    def _wanted(self, taken: list[Prompt]) -> list[Prompt]:
+        """Those of ``taken`` that somebody waits for; the others are settled."""
+        wanted: list[Prompt] = []
+        with self._callers():
+            for prompt in taken:
+                reason = _reason(prompt)
+                if reason is None:
+                    wanted.append(prompt)
+                else:
+                    self._feed.settle(prompt, reason)
+        return wanted
+
+
+def _reason(prompt: Prompt) -> FlorenceError | None:
+    return None if prompt.stop is None else prompt.stop()
+
+
+class PromptList:
+    """A feed of prompts that are all there from the start, those of like settings together."""
+
+    def __init__(self, prompts: Sequence[Prompt]) -> None:
+        self._prompts = prompts
+        self._waiting: dict[GenerationSettings, list[Prompt]] = {}
+        self._outcomes: dict[Prompt, Result | FlorenceError] = {}
+        for prompt in prompts:
+            self._waiting.setdefault(prompt.settings, []).append(prompt)
+
+    def next_settings(self) -> GenerationSettings | None:
+        """In the order of their first prompts."""
+        return next(iter(self._waiting), None)
+
+    def take(self, room: int, settings: GenerationSettings) -> list[Prompt]:
+        """The next prompts of these settings, in order."""
+        waiting = self._waiting.pop(settings, [])
+        if waiting[room:]:
+            self._waiting = {settings: waiting[room:], **self._waiting}
+        return waiting[:room]
+
+    def settle(self, prompt: Prompt, outcome: Result | FlorenceError) -> None:
+        """Notes a result."""
+        self._outcomes[prompt] = outcome
+
+    def outcomes(self) -> list[Result | FlorenceError]:
+        """One per prompt, in order."""
+        return [self._outcomes[prompt] for prompt in self._prompts]
 
 
 class Engine:

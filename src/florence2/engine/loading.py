@@ -1,23 +1,89 @@
-"""Whether a checkpoint that was loaded really answers, and in the precision it was loaded in."""
+"""From a checkpoint's files to an engine that has answered: precision, batches, self-test."""
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+from torch.func import functional_call
 
+from florence2.checkpoint.checkpoint import Checkpoint, load_weights
 from florence2.engine.engine import Engine, Prompt
 from florence2.engine.feature_cache import EncodedImage
-from florence2.errors import CheckpointError, FlorenceError
+from florence2.errors import CheckpointError, FlorenceError, PrecisionError
 from florence2.generation.beam_search import NotFiniteError
 from florence2.images import open_image
+from florence2.network.florence import Florence2Network
 from florence2.records import GenerationSettings, Result
+from florence2.runtimes.base import Pixels
 from florence2.runtimes.cuda_graphs import GraphRunner
+from florence2.runtimes.device import PRECISIONS, choose_precision, computing
+from florence2.runtimes.memory import (
+    BatchSizes,
+    CudaMeter,
+    MemoryMeter,
+    image_batch,
+    measured_batches,
+    prompt_batch,
+)
+from florence2.runtimes.torch import TorchRuntime, upload
 from florence2.tasks import find_task
+
+logger = logging.getLogger(__name__)
+
+
+TOLERANCE: Final = {"fp32": 1e-4, "fp16": 0.02, "bf16": 0.1}
+"""The largest sane error of the visual tokens: several times what rounding alone makes."""
+
+_VISION: Final = ("network.model.vision_tower.", "network.model.multi_modal_projector.")
+
+
+class _Vision(nn.Module):
+    """``encode_images`` as the forward pass of a module, which ``functional_call`` asks for."""
+
+    def __init__(self, network: Florence2Network) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.network.encode_images(pixels)
+
+
+@torch.inference_mode()
+def error_against_fp32(runtime: TorchRuntime, pixels: Pixels) -> float:
+    """||f - f32|| / ||f32|| of the visual tokens of ``pixels`` [B, 3, H, W].
+
+    ``f`` is what the runtime gives, ``f32`` the same weights computed with in float32 on the same
+    device; infinity where either is not finite. Costs one pass in float32 and room for the vision
+    tower's weights in float32 (``float32_bytes``) for that long. Nothing else may use the network
+    meanwhile.
+    """
+    with runtime.computing():
+        found = runtime.encode_images(pixels).float()
+    weights = {
+        name: value.float()
+        for name, value in _Vision(runtime.network).state_dict().items()
+        if name.startswith(_VISION)
+    }
+    on_device = upload(pixels, runtime.network.device)
+    with computing(on_device.device.type, "fp32"):
+        exact = cast(Tensor, functional_call(_Vision(runtime.network), weights, (on_device,)))
+    error = float((found - exact).norm() / exact.norm())
+    return error if math.isfinite(error) else math.inf
+
+
+def float32_bytes(network: Florence2Network) -> int:
+    """What the weights of the vision tower and its projector take in float32."""
+    state = _Vision(network).state_dict()
+    return sum(4 * value.numel() for name, value in state.items() if name.startswith(_VISION))
+
 
 _ROUNDS: Final = 3
 """Steps of a shape are recorded once it has come up a few times, and then replayed."""
@@ -33,10 +99,6 @@ _BEAMS: Final = (1, 3)
 
 
 _TASKS: Final = ("<CAPTION>", "<OD>")
-
-
-class PrecisionError(CheckpointError):
-    """The checkpoint gives NaN or infinity in reduced precision; in float32 it may answer."""
 
 
 def self_test(engine: Engine) -> float:
@@ -170,3 +232,111 @@ def _useless(engine: Engine, why: str) -> str:
         f"Checkpoint {engine.checkpoint.name} loads but does not answer in "
         f"{engine.runtime.precision}: {why}; {advice}."
     )
+
+
+_ROOM_FOR_CHECK: Final = 2
+"""The float32 check runs where so many times its weights are free: activations need room too."""
+
+
+def load_engine(
+    checkpoint: Checkpoint, device: torch.device, precision: str, cache_bytes: int
+) -> Engine:
+    """An engine on ``device`` that has answered once; what its checkpoint notes is logged.
+
+    ``precision`` as for ``choose_precision``. Where ``auto`` chose one that this checkpoint is not
+    sane in (NaN, infinity, or on a GPU features far from float32's), it is loaded in fp32 instead,
+    with a warning. One asked for by name stays: NaN and infinity raise PrecisionError, features
+    that are far off are a warning.
+    """
+    used = choose_precision(precision, device, checkpoint.config.text.d_model)
+    is_free = precision == "auto" and used != "fp32"
+    engine = None
+    try:
+        engine = _load(checkpoint, device, used, cache_bytes, is_free)
+    except PrecisionError as error:
+        if not is_free:
+            raise
+        logger.warning("%s It is loaded in fp32 instead.", error)
+    # Outside the handler, whose traceback keeps the first engine's memory.
+    engine = engine or _load(checkpoint, device, "fp32", cache_bytes, False)
+    for note in engine.checkpoint.notes:
+        logger.warning("Checkpoint %s: %s", checkpoint.name, note)
+    return engine
+
+
+def _load(
+    checkpoint: Checkpoint, device: torch.device, used: str, cache_bytes: int, is_free: bool
+) -> Engine:
+    network = load_weights(checkpoint, PRECISIONS[used])
+    checkpoint = replace(checkpoint, notes=(*checkpoint.notes, *network.notes))
+    runtime = TorchRuntime(network, device, used)
+    engine = Engine(
+        checkpoint,
+        runtime,
+        image_batch=image_batch(checkpoint, device.type),
+        prompt_batch=prompt_batch(checkpoint, device.type),
+        cache_bytes=cache_bytes,
+    )
+    try:
+        engine.self_test_s = self_test(engine)
+        if device.type == "cuda":
+            check_recordings(engine, runtime.graphs)
+            meter = CudaMeter(device)
+            with runtime.computing():
+                check_where_it_fits(checkpoint, runtime, meter, is_free)
+                _take_over(engine, measured_batches(checkpoint, runtime, meter, cache_bytes))
+    except BaseException:
+        engine.close()
+        raise
+    return engine
+
+
+def check_against_fp32(checkpoint: Checkpoint, runtime: TorchRuntime, is_error: bool) -> float:
+    """The error of the visual features against float32, see ``error_against_fp32``.
+
+    Beyond ``TOLERANCE`` a PrecisionError if ``is_error``, else a warning. A pass of the vision
+    tower in float32: milliseconds on a GPU, many seconds on a CPU at full size.
+    """
+    picture = open_image(probe_picture()).image
+    error = error_against_fp32(runtime, checkpoint.image_processor.pixels(picture)[None])
+    limit = TOLERANCE[runtime.precision]
+    logger.info("%s in %s: features within %.2g of fp32", checkpoint.name, runtime.precision, error)
+    if error > limit:
+        found = (
+            f"The visual features of checkpoint {checkpoint.name} in {runtime.precision} may be "
+            f"at most {limit:g} from those in fp32, relative to their size, and are {error:.2g} "
+            "from them; use precision fp32."
+        )
+        if is_error:
+            raise PrecisionError(found)
+        logger.warning(found)
+    return error
+
+
+def check_where_it_fits(
+    checkpoint: Checkpoint, runtime: TorchRuntime, meter: MemoryMeter, is_error: bool
+) -> bool:
+    """``check_against_fp32`` in reduced precision where memory allows; whether it was made."""
+    if runtime.precision == "fp32":
+        return False
+    free, needed = meter.free_bytes(), _ROOM_FOR_CHECK * float32_bytes(runtime.network)
+    if free >= needed:
+        try:
+            check_against_fp32(checkpoint, runtime, is_error)
+        except (RuntimeError, MemoryError) as error:
+            if not runtime.is_out_of_memory(error):
+                raise
+        else:
+            return True
+    logger.info(
+        "%s is not checked against fp32: too little memory, %d MiB are free",
+        checkpoint.name,
+        free >> 20,
+    )
+    runtime.free_memory()
+    return False
+
+
+def _take_over(engine: Engine, sizes: BatchSizes) -> None:
+    engine.image_batch, engine.prompt_batch = sizes.images, sizes.prompts
+    logger.info("Batches: %d images, %d prompts", sizes.images, sizes.prompts)

@@ -19,11 +19,9 @@ import numpy as np
 from florence2.budget import open_pixels
 from florence2.engine.ask import AnyImage
 from florence2.engine.feature_cache import EncodedImage
-from florence2.errands import Errand
 from florence2.errors import FlorenceError, RequestError, as_value
 from florence2.images import ImageSource, LoadedImage, identity, open_image
-from florence2.pixels import PreparedImage, Scaled
-from florence2.prompts import ImageProcessor
+from florence2.pixels import Errand, ImageProcessor, PreparedImage, Scaled
 from florence2.records import Failure, SizeWh
 
 THREADS: Final = 2

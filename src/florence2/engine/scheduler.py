@@ -1,34 +1,33 @@
-"""One thread owns the model: requests of many callers share batches, and a click goes first.
-
-An interactive request that arrives while a bulk batch runs is answered between two passes of that
-batch, in a session of its own. So it waits for one step and not for the batch.
-"""
+"""One thread owns the model: requests of many callers share batches, and a click goes first."""
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, TypeVar
 
+from florence2.engine.answering import AskRun, More, Outcome, Settle, identity
 from florence2.engine.ask import AnyImage, Ask
-from florence2.engine.engine import Engine
-from florence2.engine.tickets import Priority, Ticket
-from florence2.errors import FlorenceError
-from florence2.memory import OutOfMemoryError
-from florence2.records import Failure, Result
-from florence2.scheduler_errors import (
+from florence2.engine.engine import Coming, Engine
+from florence2.engine.tickets import Piece, Priority, Ticket, TicketQueue
+from florence2.errors import (
     DeadlineError,
+    FlorenceError,
     GenerationCancelledError,
     InternalError,
+    OutOfMemoryError,
     QueueFullError,
     StoppedError,
+    as_value,
     stopped,
 )
-from florence2.scheduler_queue import Piece, TicketQueue
-from florence2.scheduler_report import Answered, BatchReport, Observer, Reports, report_of
-from florence2.scheduler_run import Run, Turn
+from florence2.records import Failure, Result
 
 __all__ = [
     "BatchReport",
@@ -41,6 +40,217 @@ __all__ = [
     "Scheduler",
     "StoppedError",
 ]
+
+logger = logging.getLogger(__name__)
+
+RETRY_AFTER_S: Final = (1.0, 60.0)
+FIRST_RETRY_AFTER_S: Final = 5.0
+"""What a full queue says before any batch has shown how fast answers come."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchReport:
+    """What was answered between two passes of the network.
+
+    ``prompts`` counts the asks answered, ``together`` those that shared the batch with them,
+    themselves included, ``images`` the different images among them, ``requests`` whose asks they
+    were, ``failures`` the asks without a result, ``queue_depth`` the asks that wait now,
+    ``tokens`` those of the answers. ``seconds`` is the time since the run's report before,
+    without that of clicks answered in between; ``waited_s`` is the longest time from an ask's
+    arrival to its turn.
+    """
+
+    priority: Priority
+    prompts: int
+    images: int
+    queue_depth: int
+    tokens: int
+    seconds: float
+    waited_s: float
+    requests: int = 1
+    failures: int = 0
+    together: int = 1
+
+
+Observer = Callable[[BatchReport], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A piece with its outcome; its turn came ``waited_s`` after its request."""
+
+    piece: Piece
+    outcome: Outcome
+    waited_s: float
+
+
+def report_of(
+    answered: Sequence[Answered],
+    priority: Priority,
+    seconds: float,
+    queue_depth: int,
+    together: int,
+) -> BatchReport:
+    """The report of what was answered in ``seconds``."""
+    results = [one.outcome for one in answered if isinstance(one.outcome, Result)]
+    return BatchReport(
+        priority=priority,
+        prompts=len(answered),
+        images=len({identity(getattr(one.piece.ask, "image", None)) for one in answered}),
+        queue_depth=queue_depth,
+        tokens=sum(len(step.token_ids) for one in results for step in one.steps or (one,)),
+        seconds=seconds,
+        waited_s=max((one.waited_s for one in answered), default=0.0),
+        requests=len({one.piece.ticket for one in answered}),
+        failures=len(answered) - len(results),
+        together=together,
+    )
+
+
+class Pace:
+    """Asks per second, recent batches counting most."""
+
+    def __init__(self) -> None:
+        self._asks_per_s: float | None = None
+
+    def note(self, report: BatchReport) -> None:
+        """Takes one more batch into account."""
+        if report.seconds > 0 and report.prompts:
+            rate = report.prompts / report.seconds
+            before = rate if self._asks_per_s is None else self._asks_per_s
+            self._asks_per_s = (3 * before + rate) / 4
+
+    def seconds_for(self, num_asks: int) -> float:
+        """About how long so many asks take, from 1 s to 60 s."""
+        if self._asks_per_s is None:
+            return FIRST_RETRY_AFTER_S
+        low, high = RETRY_AFTER_S
+        return min(high, max(low, num_asks / self._asks_per_s))
+
+
+class Reports:
+    """Hands every report on to the observer, and learns the pace from it."""
+
+    def __init__(self, observer: Observer | None) -> None:
+        self.pace = Pace()
+        self._observer = observer
+
+    def note(self, report: BatchReport) -> None:
+        """Takes one more batch into account; an observer that fails is only logged."""
+        self.pace.note(report)
+        if self._observer is None:
+            return
+        try:
+            self._observer(report)
+        except Exception:
+            logger.exception("The observer of batches failed")
+
+
+Deliver = Callable[[Priority, Sequence[Answered], float, int], None]
+"""Takes what was answered since the pass before, the seconds since then, the asks in hand then."""
+
+MorePieces = Callable[[Priority, int, int], list[Piece]]
+"""Gives up to so many further pieces of a priority, when so many are in hand."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """Whose turn it was, and how many requests began together."""
+
+    priority: Priority
+    requests: int
+
+
+class Run:
+    """Answers pieces; delivers what is known before every pass, and at the end.
+
+    It holds no piece that is delivered, because a run may last as long as requests come. An error
+    that is nobody's fault in particular is that of the asks in hand only if each of them meets it
+    alone too.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        pieces: list[Piece],
+        deliver: Deliver,
+        coming: Coming,
+        between_passes: Callable[[], None] | None = None,
+        more: MorePieces | None = None,
+    ) -> None:
+        self._engine = engine
+        self._deliver = deliver
+        self._between_passes = between_passes
+        self._more = more
+        self._coming = coming
+        self._priority = pieces[0].ticket.priority
+        self._first = pieces
+        self._count = 0
+        self._open: dict[int, tuple[Piece, float]] = {}
+        self._answered: list[Answered] = []
+        self._mark = time.monotonic()
+
+    def answer(self) -> None:
+        """Returns once every piece is delivered."""
+        try:
+            self._run_of(self._settle, self._join).run()
+        except FlorenceError as error:
+            self._settle_open(as_value(error))
+        except Exception:
+            logger.exception("A batch of %d prompts failed", len(self._open))
+            self._answer_one_by_one()
+        self._flush()
+
+    def _answer_one_by_one(self) -> None:
+        if len(self._open) == 1:
+            self._settle_open(InternalError())
+        for number, (piece, _) in list(self._open.items()):
+            try:
+                self._run_of(partial(self._settle_alone, number), None).run([piece.ask])
+            except FlorenceError as error:
+                self._settle(number, as_value(error))
+            except Exception:
+                logger.exception("A prompt failed alone")
+                self._settle(number, InternalError())
+
+    def _run_of(self, settle: Settle, more: More | None) -> AskRun:
+        return AskRun(self._engine, settle, self._before_pass, more, self._coming)
+
+    def _join(self, room: int) -> list[Ask]:
+        pieces, self._first = self._first, []
+        if not pieces and self._more is not None:
+            pieces = self._more(self._priority, room, len(self._open))
+        now = time.monotonic()
+        for number, piece in enumerate(pieces, start=self._count):
+            self._open[number] = piece, now - piece.ticket.arrived
+        self._count += len(pieces)
+        return [piece.ask for piece in pieces]
+
+    def _settle(self, number: int, outcome: Outcome) -> None:
+        piece, waited_s = self._open.pop(number)
+        self._answered.append(Answered(piece, outcome, waited_s))
+
+    def _settle_alone(self, number: int, _: int, outcome: Outcome) -> None:
+        self._settle(number, outcome)
+
+    def _settle_open(self, error: FlorenceError) -> None:
+        for number in list(self._open):
+            self._settle(number, error)
+
+    def _before_pass(self) -> None:
+        self._flush()
+        if self._between_passes is not None:
+            began = time.monotonic()
+            self._between_passes()
+            self._mark += time.monotonic() - began
+
+    def _flush(self) -> None:
+        answered, self._answered = self._answered, []
+        if answered:
+            now = time.monotonic()
+            seconds, self._mark = now - self._mark, now
+            together = len(answered) + len(self._open)
+            self._deliver(self._priority, answered, seconds, together)
 
 
 GATHER_S: Final = 0.003

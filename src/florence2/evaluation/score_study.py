@@ -16,11 +16,9 @@ from florence2.evaluation.detections import SceneBoxes
 from florence2.evaluation.figures import Floats, MeanAveragePrecision
 from florence2.evaluation.questions import Question
 from florence2.evaluation.tally import scene_boxes
-from florence2.pieces import Piece
+from florence2.postprocess import Notes, groups_of, object_score, split_runs
 from florence2.records import Result
-from florence2.runs import Notes, groups_of, split_runs
-from florence2.scoring import object_score
-from florence2.tokenizer import Vocabulary
+from florence2.tokenizer import Piece, Vocabulary
 
 LogProbs = Sequence[float]
 

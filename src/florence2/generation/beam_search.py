@@ -1,37 +1,298 @@
-"""The bookkeeping of beam search: which hypotheses go on, which are finished, when to stop.
-
-It knows nothing of the network: ``BeamSearch.advance`` takes the logits of one step and leaves
-the next tokens and the beams they continue. The rules are those of transformers 5.23,
-``GenerationMixin._beam_search``, stated per item instead of per batch, so that an item can leave
-the batch as soon as its own result is settled, and another can take its row. Shapes: B items, R
-rows per item (1 for the first step, then the number of beams), V vocabulary, K = 2 * beams
-candidates.
-
-One beam is the reference's greedy search: the best candidate is always taken, and the first
-``</s>`` ends the item.
-
-The search ranks by log-probabilities after bans and forced tokens, as the reference does. What it
-tells about a token, its own log-probability and that of its neighbourhood, is from before them.
-"""
+"""Beam search: which hypotheses go on, which are finished, when to stop, and what was said."""
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from florence2.bans import NEVER, ban_bos, ban_repeated_ngrams, top_candidates
-from florence2.hypotheses import PREFIX, Hypotheses
-from florence2.nearby import Nearby
-from florence2.readout import NotFiniteError, Readout
+from florence2.errors import NotFiniteError
+from florence2.generation.kv_cache import put_rows, row_numbers, to_device, widened
+from florence2.network.linear import top_candidates
 from florence2.records import Answer, GenerationSettings
-from florence2.rows import put_rows, row_numbers, to_device
-from florence2.tokens import BOS_ID, EOS_ID
+from florence2.tokens import BOS_ID, DECODER_START_ID, EOS_ID, NUM_LOCATION_BINS
 
 __all__ = ["BeamSearch", "NotFiniteError"]
+
+
+NEVER: Final = float("-inf")
+
+
+def ban_repeated_ngrams(
+    log_probs: Tensor, history: Tensor, ngram_size: int, lengths: Tensor | None = None
+) -> None:
+    """Ban every token that would repeat an n-gram of its row.
+
+    ``history`` is ``[rows, length]``: all tokens of each row so far, the decoder's start token
+    and ``<s>`` included, because the reference counts them too. Where rows differ, ``lengths``
+    [rows] says how many of them each has; the others are -1.
+    """
+    length = history.shape[1]
+    if length < ngram_size:
+        return
+    windows = history.unfold(1, ngram_size, 1)
+    repeats = (windows[..., :-1] == _suffix(history, ngram_size - 1, lengths)).all(dim=-1)
+    last = windows[..., -1]
+    if lengths is not None:
+        repeats = repeats & (last >= 0)
+    # What bans nothing adds 0, each to a column of its own: a GPU adds to one column in turn.
+    columns = torch.arange(last.shape[1], device=history.device) % log_probs.shape[1]
+    penalty = torch.zeros(repeats.shape, dtype=log_probs.dtype, device=log_probs.device)
+    log_probs.scatter_add_(
+        1, torch.where(repeats, last, columns), penalty.masked_fill_(repeats, NEVER)
+    )
+
+
+def _suffix(history: Tensor, size: int, lengths: Tensor | None) -> Tensor:
+    """The last ``size`` tokens of each row: [rows, 1, size]."""
+    if lengths is None:
+        return history[:, history.shape[1] - size :].unsqueeze(1)
+    back = torch.arange(-size, 0, device=history.device)
+    # A shorter row has no n-gram to repeat, and one that nobody waits for may be beyond the end.
+    places = (lengths.unsqueeze(1) + back).clamp(0, history.shape[1] - 1)
+    return history.gather(1, places).unsqueeze(1)
+
+
+def ban_bos(log_probs: Tensor) -> None:
+    """Ban ``<s>``, which the large checkpoints otherwise repeat without end."""
+    log_probs.select(1, BOS_ID).fill_(NEVER)
+
+
+@dataclass(frozen=True, slots=True)
+class Nearby:
+    """Which token ids are locations, and how many bins away a location still is the same place.
+
+    Neighbouring bins are a thousandth of the image apart, so a network that knows a place well
+    spreads its probability over several of them; the chosen token's own share says little.
+    """
+
+    first_location_id: int
+    radius_bins: int
+
+    def log_probs(self, log_probs: Tensor, parents: Tensor, tokens: Tensor, own: Tensor) -> Tensor:
+        """Logarithms [B, beams] of the probability of ``tokens`` [B, beams] or a neighbour.
+
+        ``log_probs`` [B, R, V] by row, without bans: a banned neighbour is as near. ``parents``
+        [B, beams] says from which row each token was chosen; ``own`` [B, beams] are the tokens'
+        own, kept where a token is no location.
+        """
+        batch, rows, vocab = log_probs.shape
+        first, last = self.first_location_id, self.first_location_id + NUM_LOCATION_BINS - 1
+        reach = torch.arange(-self.radius_bins, self.radius_bins + 1, device=tokens.device)
+        neighbours = tokens.unsqueeze(2) + reach
+        offsets = torch.arange(batch, device=tokens.device).unsqueeze(1) * rows
+        places = (parents + offsets).unsqueeze(2) * vocab + neighbours.clamp(first, last)
+        found = log_probs.reshape(-1).gather(0, places.view(-1)).view(places.shape)
+        found = torch.where((neighbours >= first) & (neighbours <= last), found, -torch.inf)
+        is_location = (tokens >= first) & (tokens <= last)
+        return torch.where(is_location, found.logsumexp(2).clamp(max=0.0), own)
+
+
+class HostCopies:
+    """Copies of some tensors of one device; the host goes on while they are made."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._event: torch.cuda.Event | None = None
+        device = tensors[0].device
+        if device.type != "cuda":
+            self._copies = [tensor.clone() for tensor in tensors]
+            return
+        self._copies = [
+            torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors
+        ]
+        for copied, tensor in zip(self._copies, tensors, strict=True):
+            copied.copy_(tensor, non_blocking=True)
+        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._event.record(torch.cuda.current_stream(device))
+
+    def wait(self) -> list[Tensor]:
+        """The copies, once they are there."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._copies
+
+
+class Readout:
+    """The best finished hypotheses of B rows, copied as the search stands when it is made."""
+
+    def __init__(
+        self,
+        best: tuple[Tensor, Tensor],
+        entries: tuple[Tensor, Tensor, Tensor],
+        limits: Sequence[int],
+        *,
+        has_nearby: bool,
+    ) -> None:
+        """What ``BeamSearch`` has of these rows.
+
+        ``best`` are the score and the packed end of each, [B]; ``entries`` tokens, parents
+        [B, steps, beams] and log-probabilities [B, steps, beams, 2].
+        """
+        self._copies = HostCopies([*best, *entries])
+        self._limits = limits
+        self._beams = entries[0].shape[2]
+        self._has_nearby = has_nearby
+
+    def answers(self) -> list[Answer | NotFiniteError]:
+        """One per row, in order; waits until they are copied."""
+        scores, ends, *entries = self._copies.wait()
+        return [
+            self._answer(limit, score, end, row)
+            for limit, score, end, *row in zip(
+                self._limits, scores.tolist(), ends.tolist(), *entries, strict=True
+            )
+        ]
+
+    def _answer(
+        self, limit: int, score: float, end: int, row: list[Tensor]
+    ) -> Answer | NotFiniteError:
+        if limit == 1:
+            return Answer((), (), 0.0, truncated=True)
+        if end < 0 or not math.isfinite(score):
+            return NotFiniteError(
+                "The network must return finite numbers, and it did not for this image and "
+                "prompt; use precision fp32, or another image."
+            )
+        step, beam = divmod(end // 2, self._beams)
+        ids, logs = _trace(row, step, beam)
+        first = next((at for at, token in enumerate(ids) if token != BOS_ID), len(ids))
+        own, near = zip(*logs[first:], strict=True) if logs[first:] else ((), ())
+        shown = near if self._has_nearby else ()
+        return Answer(tuple(ids[first:]), own, score, bool(end % 2), shown)
+
+
+def _trace(row: list[Tensor], step: int, beam: int) -> tuple[list[int], list[list[float]]]:
+    """Token ids and pairs of log-probs of what ended at ``step`` after ``beam``."""
+    tokens: list[list[int]]
+    parents: list[list[int]]
+    log_probs: list[list[list[float]]]
+    tokens, parents, log_probs = (table[:step].tolist() for table in row)
+    ids: list[int] = []
+    logs: list[list[float]] = []
+    for at in range(step - 1, -1, -1):
+        ids.append(tokens[at][beam])
+        logs.append(log_probs[at][beam])
+        beam = parents[at][beam]
+    return ids[::-1], logs[::-1]
+
+
+PREFIX: Final = (DECODER_START_ID, BOS_ID)
+
+_NOTHING: Final = -1
+
+
+class Hypotheses:
+    """The tokens of B rows with their parents: one entry per step and beam, never moved.
+
+    Entry t of a row belongs to that row's own step t: rows may have begun at different times.
+    ``with_history`` also keeps every beam's tokens in a line, which the n-gram ban reads.
+    """
+
+    def __init__(
+        self, num_rows: int, beams: int, capacity: int, device: torch.device, with_history: bool
+    ) -> None:
+        """``capacity`` counts steps."""
+        shape = (num_rows, capacity, beams)
+        self._tokens = torch.zeros(shape, dtype=torch.long, device=device)
+        self._parents = torch.zeros_like(self._tokens)
+        # For every token its own log-probability, and that of it and its neighbours.
+        self._log_probs = torch.zeros((*shape, 2), device=device)
+        self._history: Tensor | None = None
+        if with_history:
+            line = (num_rows, beams, len(PREFIX) + capacity)
+            self._history = torch.full(line, _NOTHING, dtype=torch.long, device=device)
+            for place, token in enumerate(PREFIX):
+                self._history[..., place] = token
+
+    @property
+    def capacity(self) -> int:
+        """Steps there is room for."""
+        return self._tokens.shape[1]
+
+    def history(self, rows_per_item: int, length: int) -> Tensor | None:
+        """The first ``length`` tokens of every line, the prefix included: [B * R, length].
+
+        What a line has not reached yet is -1.
+        """
+        if self._history is None:
+            return None
+        return self._history[:, :rows_per_item, :length].flatten(0, 1)
+
+    def add(self, steps: Tensor, tokens: Tensor, parents: Tensor, log_probs: Tensor) -> None:
+        """Enters ``tokens`` [B, beams] and what they continue as entry ``steps`` [B] of each row.
+
+        ``log_probs`` [B, beams, 2].
+        """
+        entry = steps.view(-1, 1, 1).expand(-1, 1, tokens.shape[1])
+        self._tokens.scatter_(1, entry, tokens.unsqueeze(1))
+        self._parents.scatter_(1, entry, parents.unsqueeze(1))
+        self._log_probs.scatter_(
+            1, entry.unsqueeze(3).expand(-1, -1, -1, 2), log_probs.unsqueeze(1)
+        )
+
+    def extend_history(self, steps: Tensor, tokens: Tensor, parents: Tensor, length: int) -> None:
+        """Brings the lines, so far at most ``length`` long, up to the beams just chosen."""
+        if self._history is None:
+            return
+        lines = self._history[:, :, :length]
+        lines.copy_(lines.gather(1, parents.unsqueeze(2).expand(lines.shape)))
+        place = (steps + len(PREFIX)).view(-1, 1, 1).expand(-1, tokens.shape[1], 1)
+        self._history.scatter_(2, place, tokens.unsqueeze(2))
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows [B'] only, in this order."""
+        self._tokens = self._tokens[rows]
+        self._parents = self._parents[rows]
+        self._log_probs = self._log_probs[rows]
+        if self._history is not None:
+            self._history = self._history[rows]
+
+    def reserve(self, capacity: int) -> None:
+        """Makes room for so many steps."""
+        self._tokens = widened(self._tokens, 1, capacity, 0)
+        self._parents = widened(self._parents, 1, capacity, 0)
+        self._log_probs = widened(self._log_probs, 1, capacity, 0.0)
+        if self._history is not None:
+            self._history = widened(self._history, 2, len(PREFIX) + capacity, _NOTHING)
+
+    def put(self, rows: Tensor, other: Hypotheses, chosen: Tensor | None = None) -> None:
+        """Gives these rows [B'] to those of ``other``, which needs no more room.
+
+        To all of its rows, or to those ``chosen`` [B'].
+        """
+        put_rows(self._tokens, rows, other._tokens, 0, chosen)
+        put_rows(self._parents, rows, other._parents, 0, chosen)
+        put_rows(self._log_probs, rows, other._log_probs, 0.0, chosen)
+        if self._history is not None and other._history is not None:
+            put_rows(self._history, rows, other._history, _NOTHING, chosen)
+
+    def window(self, num_rows: int, steps: int) -> Hypotheses:
+        """The first rows and steps, in the same memory."""
+        part = copy.copy(self)
+        part._tokens = self._tokens[:num_rows, :steps]
+        part._parents = self._parents[:num_rows, :steps]
+        part._log_probs = self._log_probs[:num_rows, :steps]
+        if self._history is not None:
+            part._history = self._history[:num_rows, :, : len(PREFIX) + steps]
+        return part
+
+    @property
+    def state(self) -> list[Tensor]:
+        """What a step both reads and writes."""
+        return [] if self._history is None else [self._history]
+
+    def entries(self, rows: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens, parents and log-probabilities of the first ``steps`` entries of these rows."""
+        return (
+            self._tokens[rows, :steps],
+            self._parents[rows, :steps],
+            self._log_probs[rows, :steps],
+        )
 
 
 _OUT: Final = -1.0e9

@@ -10,19 +10,119 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Generic, Protocol, TypeVar
+from typing import Final, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from florence2.errors import FlorenceError
-from florence2.generation.beam_search import BeamSearch
-from florence2.generation.settings import check_vocabulary
-from florence2.hypotheses import PREFIX
-from florence2.nearby import Nearby
-from florence2.readout import HostCopies, Readout
+from florence2.generation.beam_search import PREFIX, BeamSearch, HostCopies, Nearby, Readout
+from florence2.generation.settings import check_batch, check_vocabulary
 from florence2.records import Answer, GenerationSettings
-from florence2.space import Session, Space
+from florence2.stopping import Watch
+
+
+class Session(Protocol):
+    """What the loop needs of a network that holds the encoded prompts of B items.
+
+    Logits may be of any float type and on any device; the loop only reads them, and is done with
+    them when it calls the session again, so a session may reuse their memory.
+    """
+
+    def prefill(self, prefix_ids: list[int]) -> Tensor:
+        """Decode the same prefix for every item: logits [B, V] after its last token."""
+
+    def step(self, token_ids: Tensor) -> Tensor:
+        """Append one token to every beam: ids [B, beams] to logits [B, beams, V]."""
+
+    def reorder(self, beam_indices: Tensor) -> None:
+        """New beam j of item i continues its old beam ``beam_indices[i, j]`` ([B, beams]).
+
+        Called before every step; all zeros before an item's first, when it has one row only.
+        """
+
+    def keep(self, items: list[int]) -> None:
+        """Go on with these items only, in this order; an item may be named twice."""
+
+    def put(self, items: list[int], other: Self) -> None:
+        """Give the places of these items to those of ``other``, a session of the same kind."""
+
+
+class Space(Protocol):
+    """Where items are searched. ``search`` may be asked for once something has joined."""
+
+    @property
+    def search(self) -> BeamSearch:
+        """The search of all rows."""
+
+    def join(self, session: Session, search: BeamSearch, free: list[int]) -> list[int]:
+        """Takes items in that have made their first step; gives their row numbers.
+
+        ``free`` are the rows that nobody needs any longer; more are made where they are too few.
+        """
+
+    def advance(self) -> None:
+        """One pass over all rows."""
+
+    def keep(self, rows: list[int]) -> None:
+        """Drops the other rows; the kept ones have the numbers 0, 1, ... afterwards."""
+
+    def clear(self) -> None:
+        """Drops all rows; also called once a run has ended, however it did."""
+
+
+class PlainSpace:
+    """As many rows as there are items; every operation is run as it comes."""
+
+    def __init__(self) -> None:
+        self._session: Session | None = None
+        self._search: BeamSearch | None = None
+        self._num_rows = 0
+
+    @property
+    def search(self) -> BeamSearch:
+        """The search of all rows; RuntimeError before something has joined."""
+        return self._joined()[1]
+
+    def join(self, session: Session, search: BeamSearch, free: list[int]) -> list[int]:
+        """See ``Space``."""
+        count = len(search.tokens)
+        if self._session is None:
+            self._session, self._search, self._num_rows = session, search, count
+            return list(range(count))
+        missing = max(0, count - len(free))
+        rows = list(range(self._num_rows))
+        if missing:
+            # Any row will do in the new places: they are overwritten at once.
+            self.keep(rows + [0] * missing)
+        places = (free + list(range(len(rows), self._num_rows)))[:count]
+        mine, found = self._joined()
+        mine.put(places, session)
+        found.put(places, search)
+        return places
+
+    def advance(self) -> None:
+        """See ``Space``."""
+        session, search = self._joined()
+        session.reorder(search.parents)
+        search.advance(session.step(search.tokens))
+
+    def keep(self, rows: list[int]) -> None:
+        """See ``Space``."""
+        session, search = self._joined()
+        session.keep(rows)
+        search.keep(rows)
+        self._num_rows = len(rows)
+
+    def clear(self) -> None:
+        """See ``Space``."""
+        self._session, self._search, self._num_rows = None, None, 0
+
+    def _joined(self) -> tuple[Session, BeamSearch]:
+        if self._session is None or self._search is None:
+            raise RuntimeError("Nothing has joined yet.")
+        return self._session, self._search
+
 
 COMPACT_AT: Final = 0.75
 """Rows are dropped once at most this share of them is live.
@@ -215,3 +315,84 @@ class OpenFlags(Generic[Item]):
             for item, still in zip(earlier, flags.tolist(), strict=False)
             if item is not None and not still
         ]
+
+
+def generate(
+    session: Session,
+    num_items: int,
+    settings: GenerationSettings | Sequence[GenerationSettings],
+    max_new_tokens: Sequence[int],
+    *,
+    before_pass: Watch | None = None,
+    nearby: Nearby | None = None,
+    space: Space | None = None,
+) -> list[Answer | FlorenceError]:
+    """Answer every item of the session, in order.
+
+    An item for which the network gives NaN or infinity is a NotFiniteError, which is returned in
+    its place: the other items of the batch have their answers.
+
+    ``before_pass`` is called before every pass of the network and may name items to give up: each
+    has the error named for it in its place, and the others' answers stay what they are. Once
+    every item is settled or given up there is no further pass. Whatever ``before_pass`` raises
+    comes through.
+
+    ``max_new_tokens`` has one limit per item, counted as in the reference: the forced ``<s>`` and
+    the closing ``</s>`` are among them. It stands for ``settings.max_new_tokens``, which is not
+    looked at; all other settings must be the same for the whole batch.
+
+    An item's answer does not depend on what else is in the batch, up to the rounding of the
+    network. ``beam_score`` is the reference's ``sequences_scores``: the sum of log-probabilities
+    after bans, forced tokens counting 0, over the number of generated tokens to the power of
+    ``length_penalty``; for one beam, where the reference has none, the same formula.
+    ``truncated`` is set if the limit forced the answer's ``</s>`` although the search itself,
+    bans included, ranked another token first for that beam. A limit of 1 leaves room for no
+    token at all, which counts as truncated. ``nearby`` asks for ``Answer.near_log_probs``.
+    ``space`` says how passes are made, by default plainly.
+    """
+    shared = check_batch(num_items, settings, max_new_tokens)
+    if num_items == 0:
+        return []
+    batch = _Batch(session, max_new_tokens, before_pass)
+    DecodeLoop(batch, shared, space or PlainSpace(), max_rows=num_items, nearby=nearby).run()
+    return batch.answers()
+
+
+class _Batch:
+    """A source of items that are all there from the start."""
+
+    def __init__(
+        self, session: Session, max_new_tokens: Sequence[int], before_pass: Watch | None
+    ) -> None:
+        self._session = session
+        self._limits = max_new_tokens
+        self._before_pass = before_pass
+        self._has_started = False
+        self._answers: dict[int, Answer | FlorenceError] = {}
+
+    def given_up(self) -> Mapping[int, FlorenceError]:
+        """What ``before_pass`` names, as long as there is something to wait for."""
+        if self._before_pass is None or self._is_settled():
+            return {}
+        reasons = self._before_pass()
+        return {item: why for item, why in reasons.items() if item not in self._answers}
+
+    def start(self, room: int) -> Started[int] | None:
+        """All items at once."""
+        if self._has_started or self._is_settled():
+            return None
+        self._has_started = True
+        numbers = range(len(self._limits))
+        items = [None if number in self._answers else number for number in numbers]
+        return Started(items, self._session, self._limits)
+
+    def settle(self, item: int, answer: Answer | FlorenceError) -> None:
+        """Notes an answer."""
+        self._answers[item] = answer
+
+    def answers(self) -> list[Answer | FlorenceError]:
+        """One per item, in order."""
+        return [self._answers[item] for item in range(len(self._limits))]
+
+    def _is_settled(self) -> bool:
+        return len(self._answers) == len(self._limits)

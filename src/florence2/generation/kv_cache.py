@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Final, cast
 
@@ -11,8 +12,137 @@ from torch import Tensor
 from florence2.errors import RequestError
 from florence2.network.bart import DecoderLayer
 from florence2.network.florence import Florence2Network
-from florence2.network.key_values import KeyValues
-from florence2.rows import put_rows, row_numbers, widened
+
+
+def put_rows(
+    into: Tensor, rows: Tensor, source: Tensor, fill: float, chosen: Tensor | None = None
+) -> None:
+    """Sets ``into[rows]`` to ``source``, whose later dimensions may be smaller, and else ``fill``.
+
+    In place. ``into`` [B, ...], ``rows`` [B'] row numbers, ``source`` [B', ...] or, with
+    ``chosen`` [B'], any number of rows of which these are taken; it may be ``into`` itself.
+    """
+    if chosen is not None:
+        source = source.index_select(0, chosen)
+    part = into
+    for dim, size in enumerate(source.shape[1:], start=1):
+        if size < into.shape[dim]:
+            into.index_fill_(0, rows, fill)
+            part = part.narrow(dim, 0, size)
+    part.index_copy_(0, rows, source)
+
+
+def widened(tensor: Tensor, dim: int, size: int, fill: float) -> Tensor:
+    """A copy with ``size`` entries along ``dim``, the new ones ``fill``; itself if it has them."""
+    shape = list(tensor.shape)
+    shape[dim] = max(size, shape[dim])
+    return enlarged(tensor, shape, fill)
+
+
+def enlarged(tensor: Tensor, shape: Sequence[int], fill: float) -> Tensor:
+    """A copy of this ``shape``, nowhere smaller, ``fill`` in what is new; itself if it has it."""
+    if tuple(shape) == tensor.shape:
+        return tensor
+    large = tensor.new_full(list(shape), fill)
+    part = large
+    for dim, size in enumerate(tensor.shape):
+        part = part.narrow(dim, 0, size)
+    part.copy_(tensor)
+    return large
+
+
+def row_numbers(rows: list[int], device: torch.device) -> Tensor:
+    """Row numbers as an index [B'] on ``device``."""
+    return to_device(rows, torch.long, device)
+
+
+def to_device(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``values`` on ``device``; the host does not wait for what the device is doing."""
+    host = torch.tensor(values, dtype=dtype)
+    if device.type != "cuda":
+        return host.to(device)
+    return host.pin_memory().to(device, non_blocking=True)
+
+
+class KeyValues:
+    """``cross_*`` [B, h, S, d_h] of the encoded prompts, ``own_*`` [B, h, slots, d_h].
+
+    Slots that no beam sees must hold finite numbers all the same: weights of 0 do not make
+    infinity disappear from a sum.
+    """
+
+    def __init__(self, cross_key: Tensor, cross_value: Tensor) -> None:
+        """Starts without any slot of its own."""
+        self.cross_key = cross_key.contiguous()
+        self.cross_value = cross_value.contiguous()
+        self.own_key = cross_key[:, :, :0].contiguous()
+        self.own_value = self.own_key
+
+    def write(self, start: int, key: Tensor, value: Tensor) -> None:
+        """Keys and values [B, h, L, d_h] of all items into the slots from ``start`` on."""
+        end = start + key.shape[2]
+        self.own_key[:, :, start:end] = key
+        self.own_value[:, :, start:end] = value
+
+    def write_each(self, slots: Tensor, key: Tensor, value: Tensor) -> None:
+        """Keys and values [B, h, beams, d_h] into each item's own ``slots`` [B, beams]."""
+        places = slots[:, None, :, None].expand(key.shape)
+        self.own_key.scatter_(2, places, key)
+        self.own_value.scatter_(2, places, value)
+
+    def keep(self, items: Tensor) -> None:
+        """Goes on with these items [B'] only."""
+        self.cross_key = self.cross_key[items]
+        self.cross_value = self.cross_value[items]
+        self.own_key = self.own_key[items]
+        self.own_value = self.own_value[items]
+
+    def put(
+        self, items: Tensor, other: KeyValues, slots: int, chosen: Tensor | None = None
+    ) -> None:
+        """Gives the rows of ``items`` [B'] to those of ``other``, which has filled ``slots``.
+
+        To all of them, or to those ``chosen`` [B'].
+        """
+        put_rows(self.cross_key, items, other.cross_key, 0.0, chosen)
+        put_rows(self.cross_value, items, other.cross_value, 0.0, chosen)
+        put_rows(self.own_key, items, other.own_key[:, :, :slots], 0.0, chosen)
+        put_rows(self.own_value, items, other.own_value[:, :, :slots], 0.0, chosen)
+
+    def reserve(self, slots: int) -> None:
+        """Makes room for so many slots."""
+        self.own_key = widened(self.own_key, 2, slots, 0.0)
+        self.own_value = widened(self.own_value, 2, slots, 0.0)
+
+    def reserve_cross(self, length: int) -> None:
+        """Makes room for prompts so long."""
+        self.cross_key = widened(self.cross_key, 2, length, 0.0)
+        self.cross_value = widened(self.cross_value, 2, length, 0.0)
+
+    def enlarge(self, num_rows: int, slots: int, cross_length: int) -> None:
+        """Makes room for so many rows, slots and positions of prompts, nowhere fewer."""
+        _, heads, _, head_dim = self.cross_key.shape
+        cross, own = (num_rows, heads, cross_length, head_dim), (num_rows, heads, slots, head_dim)
+        self.cross_key = enlarged(self.cross_key, cross, 0.0)
+        self.cross_value = enlarged(self.cross_value, cross, 0.0)
+        self.own_key = enlarged(self.own_key, own, 0.0)
+        self.own_value = enlarged(self.own_value, own, 0.0)
+
+    def window(self, num_rows: int, slots: int, cross_length: int) -> KeyValues:
+        """The first rows, slots and positions, in the same memory."""
+        part = copy.copy(self)
+        part.cross_key = self.cross_key[:num_rows, :, :cross_length]
+        part.cross_value = self.cross_value[:num_rows, :, :cross_length]
+        part.own_key = self.own_key[:num_rows, :, :slots]
+        part.own_value = self.own_value[:num_rows, :, :slots]
+        return part
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that these tensors take."""
+        tensors = (self.cross_key, self.cross_value, self.own_key, self.own_value)
+        return sum(tensor.nbytes for tensor in tensors)
+
 
 FIRST_STEPS: Final = 32
 
@@ -301,3 +431,98 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """A bool mask [B, S] as an addend [B, 1, 1, S]: 0 where True, minus infinity elsewhere."""
     bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
     return bias.masked_fill_(~mask, HIDDEN)[:, None, None, :]
+
+
+class StaticSession(DecoderSession):
+    """Rows that other sessions' items are put into, in memory that only ``enlarge`` moves.
+
+    No shape and no branch of ``reorder`` and ``step_on_device`` depends on how far the rows are.
+    Rows that hold no item take part in every step with finite numbers that mean nothing. It
+    starts without rows, and encodes nothing. ``window`` gives a part of it to run steps on, while
+    this session keeps count of its rows: ``count_pass`` and ``put`` are for the whole only.
+    """
+
+    def __init__(self, network: Florence2Network, num_beams: int, prefix_length: int) -> None:
+        """For items that have been fed ``prefix_length`` tokens by their own sessions."""
+        decoder = network.model.language_model.decoder
+        with torch.inference_mode():
+            states = network.lm_head.weight.new_zeros(0, 0, network.config.text.d_model)
+            mask = torch.zeros(0, 0, dtype=torch.bool, device=network.device)
+        super().__init__(network, states, mask, num_beams, decoder.limit, all_seen=False)
+        self._prefix_length = prefix_length
+        self._cross_of: list[int] = []
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that its keys and values take."""
+        return sum(layer.num_bytes for layer in self._layers)
+
+    def needs(self, rows: Sequence[int]) -> tuple[int, int]:
+        """Steps that there must be room for when these rows make their next one, and positions
+        of their longest prompt."""
+        steps = 1 + max((self._steps_of[row] for row in rows), default=0)
+        return steps, max((self._cross_of[row] for row in rows), default=1)
+
+    @torch.inference_mode()
+    def enlarge(self, num_rows: int, steps: int, cross_length: int) -> None:
+        """Makes room for so many rows, steps and positions of a prompt, nowhere for fewer.
+
+        Tensors move; windows made before are of no use afterwards.
+        """
+        slots = self._slots_of(steps)
+        for layer in self._layers:
+            layer.enlarge(num_rows, slots, cross_length)
+        self._steps = enlarged(self._steps, (num_rows,), 0)
+        self._own_mask = enlarged(self._own_mask, (num_rows, self.num_beams, slots), HIDDEN)
+        self._cross_mask = enlarged(self._wide_cross_mask(), (num_rows, 1, 1, cross_length), HIDDEN)
+        # Every item sees these; and attention to nothing at all would give no number.
+        self._own_mask[:, :, : self._prefix_length] = 0.0
+        self._cross_mask[..., :1] = 0.0
+        missing = num_rows - len(self._steps_of)
+        self._steps_of += [0] * missing
+        self._cross_of += [1] * missing
+
+    def window(self, num_rows: int, steps: int, cross_length: int) -> StaticSession:
+        """The first rows, steps and positions, in the same memory.
+
+        Its rows must not need more. Only for ``reorder`` and ``step_on_device``.
+        """
+        slots = self._slots_of(steps)
+        part = copy.copy(self)
+        part._layers = [layer.window(num_rows, slots, cross_length) for layer in self._layers]
+        part._steps = self._steps[:num_rows]
+        part._own_mask = self._own_mask[:num_rows, :, :slots]
+        part._cross_mask = self._wide_cross_mask()[:num_rows, :, :, :cross_length]
+        return part
+
+    @property
+    def state(self) -> list[torch.Tensor]:
+        """The tensors that ``reorder`` and ``step_on_device`` both read and write."""
+        return [self._steps, self._own_mask]
+
+    def count_pass(self) -> None:
+        """What the host notes of a step."""
+        self._steps_of = [count + 1 for count in self._steps_of]
+
+    def put(self, items: list[int], other: DecoderSession, chosen: list[int] | None = None) -> None:
+        """As in ``DecoderSession``; there must be room."""
+        numbers = range(other.num_items) if chosen is None else chosen
+        if isinstance(other, StaticSession):
+            lengths = [other._cross_of[number] for number in numbers]
+        else:
+            lengths = [other.cross_length for _ in numbers]
+        super().put(items, other, chosen)
+        for item, length in zip(items, lengths, strict=True):
+            self._cross_of[item] = length
+
+    def _slots_of(self, steps: int) -> int:
+        return aligned(self._prefix_length + steps * self.num_beams)
+
+    def _is_together(self) -> bool:
+        return False
+
+    def _has_past(self) -> bool:
+        return True
+
+    def _end(self) -> int:
+        return self._own_mask.shape[2]

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from florence2 import tokens
 from florence2.errors import RequestError
 from florence2.network.config import TextConfig
-from florence2.network.layers import Embedding, Linear
-from florence2.network.ops import activation, attend, linear
+from florence2.network.linear import Embedding, Linear, activation, attend, linear
 
 POSITION_OFFSET = 2
 

@@ -1,29 +1,107 @@
 """The numbers that fix a Florence-2 network, read from either published ``config.json``.
 
-Native: ``transformers``' model types florence2, florence_vision and bart. Original: Microsoft's
-remote-code layout (``dim_embed``, ``image_pos_embed``, ``visual_temporal_embedding``).
+Besides, the shapes of the published checkpoints, and small shapes of the same design.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from florence2 import tokens
 from florence2.errors import CheckpointError
-from florence2.network.fields import (
-    check_fixed,
-    flag,
-    flags,
-    get_field,
-    integer,
-    integers,
-    number,
-    string,
-    sub_section,
-)
+
+Value = TypeVar("Value")
+
+
+def sub_section(config: Mapping[str, Any], name: str, prefix: str = "") -> Mapping[str, Any]:
+    """The mapping under ``name``."""
+    value = config.get(name)
+    if not isinstance(value, Mapping):
+        raise CheckpointError(
+            f"config.json must have the section {prefix}{name}, got {value!r}; "
+            "this is not a Florence-2 checkpoint or its config.json is incomplete."
+        )
+    return value
+
+
+def get_field(
+    section: Mapping[str, Any],
+    where: str,
+    name: str,
+    read: Callable[[object], Value],
+    default: Value | None = None,
+) -> Value:
+    """``section[name]`` through ``read``; without a default a missing field is an error."""
+    if section.get(name) is None:
+        if default is not None:
+            return default
+        raise CheckpointError(
+            f"config.json must give {where}.{name}, which is missing; "
+            "take config.json from the checkpoint's source."
+        )
+    try:
+        return read(section[name])
+    except TypeError:
+        raise CheckpointError(
+            f"config.json's {where}.{name} has an unusable value, {section[name]!r}; "
+            "take config.json from the checkpoint's source."
+        ) from None
+
+
+def check_fixed(section: Mapping[str, Any], where: str, name: str, expected: object) -> None:
+    """Raises unless ``section[name]`` is absent or has the one supported value."""
+    received = section.get(name, expected)
+    if received != expected:
+        raise CheckpointError(
+            f"config.json's {where} must be {expected!r}, got {received!r}; "
+            "this variant of the network is not supported."
+        )
+
+
+def integer(value: object) -> int:
+    """A number that counts something."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise TypeError
+    return value
+
+
+def number(value: object) -> float:
+    """Any number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError
+    return float(value)
+
+
+def flag(value: object) -> bool:
+    """True or false."""
+    if not isinstance(value, bool):
+        raise TypeError
+    return value
+
+
+def string(value: object) -> str:
+    """A text."""
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
+def integers(value: object) -> tuple[int, ...]:
+    """A list of counts."""
+    if not isinstance(value, (list, tuple)):
+        raise TypeError
+    return tuple(integer(item) for item in value)
+
+
+def flags(value: object) -> tuple[bool, ...]:
+    """A list of true or false."""
+    if not isinstance(value, (list, tuple)):
+        raise TypeError
+    return tuple(flag(item) for item in value)
+
 
 IMAGE_TOKEN_ID: Final = 51289
 
@@ -256,3 +334,67 @@ def _check_activation(name: str) -> None:
             f"config.json's activation_function must be one of {', '.join(ACTIVATIONS)}, "
             f"got {name!r}; this variant of the network is not supported."
         )
+
+
+def base_config(vocab_size: int = 51289) -> NetworkConfig:
+    """The shape of the published Florence-2-base and Florence-2-base-ft."""
+    return tiny_config(
+        embed_dim=(128, 256, 512, 1024),
+        depths=(1, 1, 9, 1),
+        d_model=768,
+        layers=(6, 6),
+        heads=12,
+        vocab_size=vocab_size,
+        max_positions=1024,
+        head_dim=32,
+        window_size=12,
+        patch_stride=(4, 2, 2, 2),
+    )
+
+
+def large_config(vocab_size: int = 51289) -> NetworkConfig:
+    """The shape of the published Florence-2-large and Florence-2-large-ft."""
+    return tiny_config(
+        embed_dim=(256, 512, 1024, 2048),
+        depths=(1, 1, 9, 1),
+        d_model=1024,
+        layers=(12, 12),
+        heads=16,
+        vocab_size=vocab_size,
+        max_positions=4096,
+        head_dim=32,
+        window_size=12,
+        patch_stride=(4, 2, 2, 2),
+    )
+
+
+def tiny_config(
+    embed_dim: tuple[int, ...] = (16, 32, 32, 64),
+    depths: tuple[int, ...] = (1, 1, 2, 1),
+    d_model: int = 32,
+    layers: tuple[int, int] = (2, 3),
+    heads: int = 4,
+    vocab_size: int = 120,
+    max_positions: int = 128,
+    head_dim: int = 8,
+    window_size: int = 3,
+    patch_stride: tuple[int, ...] = (4, 2, 2, 1),
+) -> NetworkConfig:
+    """A small network of the same design; ``layers`` are those of encoder and decoder."""
+    parts = tuple(dim // head_dim for dim in embed_dim)
+    vision = VisionConfig(
+        embed_dim=embed_dim,
+        depths=depths,
+        num_heads=parts,
+        num_groups=parts,
+        patch_size=(7, *[3] * (len(embed_dim) - 1)),
+        patch_stride=patch_stride,
+        patch_padding=(3, *[1] * (len(embed_dim) - 1)),
+        patch_prenorm=(False, *[True] * (len(embed_dim) - 1)),
+        window_size=window_size,
+        projection_dim=d_model,
+    )
+    text = TextConfig(
+        d_model, *layers, heads, heads, 4 * d_model, 4 * d_model, vocab_size, max_positions
+    )
+    return NetworkConfig(vision, text)

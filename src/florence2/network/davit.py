@@ -1,24 +1,61 @@
-"""The DaViT vision tower on images [B, H, W, C]; convolutions run on channels-last views.
-
-On a CPU without gradients the blocks run in slabs, which gives the same values in less time and
-memory; see ``florence2.network.slabs``.
-
-Source of the architecture: DaViT (arXiv 2204.03645) as published in Florence-2.
-"""
+"""The DaViT vision tower on images [B, H, W, C]; convolutions run on channels-last views."""
 
 from __future__ import annotations
 
-from typing import cast
+import functools
+from collections.abc import Iterator
+from typing import Final, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from florence2.network.biased import BiasedLinear
 from florence2.network.config import VisionConfig
-from florence2.network.layers import Conv2d
-from florence2.network.ops import activation
-from florence2.network.slabs import Slab, keep_freed_memory, runs_in_slabs, slabs
+from florence2.network.linear import BiasedLinear, Conv2d, activation
+
+Slab = tuple[slice, slice]
+
+# Bytes of the widest layer's values, four times the channels, and tokens: a product of fewer
+# tokens takes longer each, because its weight is laid out anew. Whichever gives the larger slab.
+SLAB_BYTES: Final = 4 * 2**20
+SLAB_TOKENS: Final = 2048
+# Two threads share a slab of this size; more threads get larger slabs.
+SLAB_THREADS: Final = 2
+# Just below the largest block (32 MiB) that glibc takes a lesson from.
+LESSON_BYTES: Final = 2**25 - 2**16
+
+
+@functools.cache
+def keep_freed_memory() -> None:
+    """Has the C library keep a slab's memory for the next one.
+
+    glibc gives memory back to the system, which clears it anew, when twice as much lies free as
+    the largest block freed so far. One large block, of which nothing is touched, teaches it that.
+    """
+    torch.empty(LESSON_BYTES, dtype=torch.uint8)
+
+
+def runs_in_slabs(image: Tensor) -> bool:
+    """Whether blocks run in slabs: on a CPU, and where no gradients need the values between."""
+    return image.device.type == "cpu" and not torch.is_grad_enabled()
+
+
+def slabs(image: Tensor, side: int = 1) -> Iterator[Slab]:
+    """Slices of images and of their rows that together cover ``image`` [B, H, W, C].
+
+    A slab holds whole images, or rows of one image: a multiple of ``side`` except for the last.
+    """
+    batch, height, width, dim = image.shape
+    tokens = max(SLAB_BYTES // (4 * dim * image.element_size()), SLAB_TOKENS)
+    tokens *= max(torch.get_num_threads() // SLAB_THREADS, 1)
+    images = max(tokens // (height * width), 1)
+    units = -(-height // side)
+    parts = -(-units // max(tokens // width // side, 1))
+    rows = -(-units // parts) * side
+    for first in range(0, batch, images):
+        for row in range(0, height, rows):
+            yield slice(first, min(first + images, batch)), slice(row, min(row + rows, height))
+
 
 Grid = tuple[int, int]
 

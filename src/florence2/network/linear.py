@@ -1,14 +1,4 @@
-"""Which form of a product with few rows is fast: by rule in float32, by measurement otherwise.
-
-A decoder step multiplies a handful of rows by every weight of the decoder. Libraries have several
-paths for that, and which one is slow depends on the CPU, the precision and the shape: three float32
-rows by the output projection took 6 times longer by ``functional.linear`` than with both factors
-transposed on one CPU, and half as long on another.
-
-Two forms of one product round differently. Float32 is there for answers that can be had again, so
-its form depends on nothing but the shape, the number of rows and the make of the CPU. In reduced
-precision rounding is coarse anyway, and the faster form is found by a stopwatch, once a process.
-"""
+"""What the parts of the network share: products, attention, layers whose weights start empty."""
 
 from __future__ import annotations
 
@@ -17,10 +7,10 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 ROW_COUNTS: Final = (1, 4, 12, 48)
@@ -151,3 +141,144 @@ def _transposed_product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Te
         # Contiguous: fused attention takes a many times slower path for queries that are not.
         out = (weight @ rows.t()).t().contiguous()
     return out if bias is None else out.add_(bias)
+
+
+# Up to so many rows of queries the plain products are faster than the fused kernel on a CPU.
+FEW_ROWS: Final = 4
+
+
+def activation(name: str) -> Callable[[Tensor], Tensor]:
+    """The activation function of a checkpoint's config; see ``config.ACTIVATIONS``."""
+    if name == "gelu_pytorch_tanh":
+        return _tanh_gelu
+    return functional.relu if name == "relu" else functional.gelu
+
+
+def _tanh_gelu(values: Tensor) -> Tensor:
+    return functional.gelu(values, approximate="tanh")
+
+
+def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``functional.linear`` that is also fast for the few rows of a decoder step.
+
+    ``rows`` [..., C_in], ``weight`` [C_out, C_in] -> [..., C_out].
+    """
+    # Always two dimensions: a view of one row of a larger tensor keeps that tensor's strides,
+    # with which oneDNN's reduced precision takes a path that is a hundred times slower.
+    flat = rows.reshape(-1, rows.shape[-1])
+    return product(flat, weight, bias).reshape(*rows.shape[:-1], weight.shape[0])
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool
+) -> Tensor:
+    """Attention of [B, heads, L, head_dim] over [B, heads, S, head_dim] -> as ``query``.
+
+    ``mask`` broadcasts to [B, heads, L, S]: bool, True where one may look, or added to the scores.
+    """
+    if _is_small(query, mask, is_causal):
+        scores: Tensor = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+        if mask is not None:
+            scores = scores + mask
+        return scores.softmax(-1) @ value
+    return functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=is_causal
+    )
+
+
+def _is_small(query: Tensor, mask: Tensor | None, is_causal: bool) -> bool:
+    """Whether the plain products are faster: a decoder step in float32 on a CPU.
+
+    In reduced precision the fused kernel keeps float32 scores.
+    """
+    if is_causal or query.device.type != "cpu" or (mask is not None and mask.dtype == torch.bool):
+        return False
+    return query.dtype == torch.float32 and query.shape[2] <= FEW_ROWS
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` that is also fast for the few rows of a decoder step."""
+
+    def reset_parameters(self) -> None:
+        """Leaves the weights empty."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        """[..., C_in] -> [..., C_out]."""
+        return linear(input, self.weight, self.bias)
+
+
+class Embedding(nn.Embedding):
+    """``nn.Embedding`` that starts empty."""
+
+    def reset_parameters(self) -> None:
+        """Leaves the weights empty."""
+
+
+class Conv2d(nn.Conv2d):
+    """``nn.Conv2d`` that starts empty."""
+
+    def reset_parameters(self) -> None:
+        """Leaves the weights empty."""
+
+
+class BiasedLinear(Linear):
+    """``Linear`` for many rows, without the copies of the bias where the CPU allows it."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        """[..., C_in] -> [..., C_out]."""
+        if (
+            input.dtype != torch.bfloat16
+            or input.device.type != "cpu"
+            or self.bias is None
+            or torch.is_grad_enabled()
+            or not has_biased_product()
+        ):
+            return super().forward(input)
+        rows = input.reshape(-1, input.shape[-1])
+        return _biased_product(rows, self.weight, self.bias).view(*input.shape[:-1], -1)
+
+
+@functools.cache
+def has_biased_product() -> bool:
+    """Whether this torch and CPU have the call, and it gives what ``functional.linear`` gives."""
+    numbers = torch.arange(24.0).to(torch.bfloat16)
+    rows, weight, bias = numbers[:12].view(6, 2), numbers[12:20].view(4, 2), numbers[20:]
+    try:
+        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return False
+        product = _biased_product(rows, weight, bias)
+    except (AttributeError, RuntimeError, TypeError):
+        # A private call: another torch may lack it, or take other arguments.
+        return False
+    return torch.allclose(product, functional.linear(rows, weight, bias), rtol=0.02)
+
+
+def _biased_product(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    call = torch.ops.mkldnn._linear_pointwise
+    return cast(Tensor, call(rows, weight, bias, "none", [], ""))
+
+
+_BLOCK: Final = 128
+_SMALL_VOCABULARY: Final = 4096
+
+
+def top_candidates(log_probs: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` best tokens of every row, best first: values and ids, both [rows, count].
+
+    Finds the blocks that hold the best maxima first: the winners are all inside the ``count``
+    best blocks, so a large vocabulary is only read once, by a plain maximum.
+    """
+    rows, vocab = log_probs.shape
+    blocks = vocab // _BLOCK
+    if vocab <= _SMALL_VOCABULARY or blocks < count:
+        values, ids = torch.topk(log_probs, count)
+        return values, ids
+    device = log_probs.device
+    whole = blocks * _BLOCK
+    maxima = log_probs[:, :whole].view(rows, blocks, _BLOCK).amax(dim=2)
+    best_blocks = torch.topk(maxima, count, sorted=False)[1]
+    columns = best_blocks.unsqueeze(2) * _BLOCK + torch.arange(_BLOCK, device=device)
+    tail = torch.arange(whole, vocab, device=device).expand(rows, -1)
+    columns = torch.cat((columns.flatten(1), tail), dim=1)
+    values, places = torch.topk(log_probs.gather(1, columns), count)
+    return values, columns.gather(1, places)

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from florence2.nearby import Nearby
+from florence2.generation.beam_search import Nearby
+from florence2.generation.decode import Session, Space
 from florence2.records import GenerationSettings
-from florence2.space import Session, Space
 
 Pixels = npt.NDArray[np.float32]
 

@@ -1,8 +1,4 @@
-"""CUDA graphs: work is recorded once and then played back without the cost of its launches.
-
-What they need and why is described in torch's notes on CUDA graphs: static addresses, no waiting
-for the device inside, a warm-up on another stream, one memory pool for graphs that share a stream.
-"""
+"""CUDA graphs: work is recorded once and then played back without the cost of its launches."""
 
 from __future__ import annotations
 
@@ -12,10 +8,15 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Final, Protocol
 
 import torch
 from torch import Tensor
+
+from florence2.generation.beam_search import PREFIX
+from florence2.generation.kv_cache import DecoderSession, KeyValues, row_numbers
+from florence2.network.florence import Florence2Network
 
 logger = logging.getLogger(__name__)
 
@@ -275,3 +276,242 @@ def make_runner(device: torch.device, max_graphs: int = MAX_GRAPHS) -> GraphRunn
     """Recording on a CUDA device, none on a CPU or where ``FLORENCE2_CUDA_GRAPHS`` is 0."""
     is_on = device.type == "cuda" and os.environ.get(SWITCH, "").strip() != "0"
     return GraphRunner(CudaRecorder(device) if is_on else None, max_graphs)
+
+
+VISION_BUCKETS: Final = (1, 2, 3, 4, 6, 8, 12, 16)
+"""Batch sizes that are recorded: up to a half more work for a batch in between.
+
+Above, the device is busy for longer than the host needs to launch its work.
+"""
+
+Encode = Callable[[Tensor], Tensor]
+
+
+@dataclass(slots=True)
+class _VisionBuffers:
+    """What a recording reads and writes; the output appears in the first warm-up."""
+
+    received: Tensor
+    features: Tensor | None = None
+
+
+class VisionGraphs:
+    """Runs the tower on batches of any size."""
+
+    def __init__(self, graphs: GraphRunner, buckets: tuple[int, ...] = VISION_BUCKETS) -> None:
+        self._graphs = graphs
+        self._buckets = buckets
+        self._buffers: dict[Hashable, _VisionBuffers] = {}
+
+    def run(self, kind: Hashable, received: Tensor, encode: Encode) -> Tensor:
+        """``encode(received)``, [B, ...] on the device to features [B, N, d], a tensor of its own.
+
+        ``kind`` stands for ``encode`` and whatever it reaches, as in ``GraphRunner.run``; each row
+        of its result must depend on the same row of its input only.
+        """
+        count = received.shape[0]
+        size = next((bucket for bucket in self._buckets if bucket >= count), None)
+        if size is None or not count or not self._graphs.is_enabled:
+            return encode(received)
+        key = ("vision", kind, size, received.shape[1:], received.dtype)
+        buffers = self._buffers.get(key)
+        if buffers is None:
+            buffers = _VisionBuffers(received.new_empty(size, *received.shape[1:]))
+            self._buffers[key] = buffers
+        _fill(buffers.received, received)
+        self._graphs.run(key, _work(buffers, encode))
+        return _features_of(buffers)[:count].clone()
+
+    def clear(self) -> None:
+        """Forgets the buffers; the recordings are the runner's to forget, and first."""
+        self._buffers.clear()
+
+
+def _fill(buffer: Tensor, received: Tensor) -> None:
+    """Copies a batch in; the rows that are left take its first image, whose numbers are sane."""
+    count = received.shape[0]
+    buffer[:count].copy_(received)
+    buffer[count:].copy_(received[:1].expand(buffer.shape[0] - count, *received.shape[1:]))
+
+
+def _work(buffers: _VisionBuffers, encode: Encode) -> Callable[[], None]:
+    def work() -> None:
+        features = encode(buffers.received)
+        if buffers.features is None:
+            buffers.features = torch.empty_like(features)
+        buffers.features.copy_(features)
+
+    return work
+
+
+def _features_of(buffers: _VisionBuffers) -> Tensor:
+    if buffers.features is None:
+        raise RuntimeError("The tower was recorded without ever having been run.")
+    return buffers.features
+
+
+PROMPT_BUCKETS: Final = (1, 2, 4, 8)
+"""Batch sizes that are recorded; larger ones keep the device busy for longer than launches take."""
+
+LENGTHS: Final = 32
+"""Encoded prompts, their image included, are padded to multiples, so that few shapes exist."""
+
+
+@dataclass(slots=True)
+class _PromptBuffers:
+    """What a recording reads, and writes: the outputs appear in the first warm-up."""
+
+    inputs: tuple[Tensor, Tensor, Tensor]
+    outputs: list[Tensor] | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that these take."""
+        return sum(part.nbytes for part in (*self.inputs, *(self.outputs or ())))
+
+
+class PrefilledSession(DecoderSession):
+    """A session whose prompts, and the prefix of every answer, have been through the network."""
+
+    def __init__(
+        self,
+        network: Florence2Network,
+        outputs: Sequence[Tensor],
+        num_beams: int,
+        max_new_tokens: int,
+    ) -> None:
+        """``outputs`` as ``first_pass`` gives them, of B items."""
+        self._logits, cross_mask, *keys_and_values = outputs
+        num_items = self._logits.shape[0]
+        with torch.inference_mode():
+            states = network.lm_head.weight.new_empty(0, 0, network.config.text.d_model)
+            nothing_seen = torch.zeros(0, 0, dtype=torch.bool, device=states.device)
+            super().__init__(
+                network, states, nothing_seen, num_beams, max_new_tokens, all_seen=True
+            )
+            self._layers = [
+                _restored(keys_and_values[place : place + 4])
+                for place in range(0, len(keys_and_values), 4)
+            ]
+            self._cross_mask = cross_mask
+            self._steps_of = [0] * num_items
+            self._steps = self._steps.new_zeros(num_items)
+            self._own_mask = cross_mask.new_empty(num_items, num_beams, 0)
+
+    @torch.inference_mode()
+    def prefill(self, prefix_ids: Sequence[int]) -> Tensor:
+        """The logits [B, V] after the prefix, which must be the one of all answers."""
+        if self._prefix_length or tuple(prefix_ids) != PREFIX:
+            raise RuntimeError(f"The prefix is {PREFIX}, once, and {prefix_ids} was received.")
+        self._prefix_length = len(prefix_ids)
+        self.reserve(0)
+        return self._logits
+
+
+def first_pass(
+    network: Florence2Network,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    prefix: Tensor,
+    num_beams: int,
+) -> list[Tensor]:
+    """Logits after the prefix, the cross-attention mask, and four tensors of each layer: keys and
+    values of the encoded prompts and of the prefix.
+
+    ``inputs`` are visual tokens [B, N, d], prompts and their mask [B, T] as for
+    ``encode_prompts``; ``prefix`` the ids [P] that every answer begins with.
+    """
+    states, states_mask = network.encode_prompts(*inputs)
+    session = DecoderSession(network, states, states_mask, num_beams, 1, all_seen=False)
+    logits = session.prefill_on_device(prefix)
+    return [logits, session.cross_mask, *session.layer_tensors()]
+
+
+class PromptGraphs:
+    """Starts sessions; small batches through recordings, whose output is copied out at once.
+
+    What they read and write, the keys and values of all layers among it, takes at most
+    ``max_bytes``, or what one recording needs; the least recently used goes first.
+    """
+
+    def __init__(self, network: Florence2Network, graphs: GraphRunner, max_bytes: int) -> None:
+        self._network = network
+        self._graphs = graphs
+        self._max_bytes = max_bytes
+        self._prefix: Tensor | None = None
+        self._buffers: OrderedDict[Hashable, _PromptBuffers] = OrderedDict()
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that recordings read and write."""
+        return sum(buffers.num_bytes for buffers in self._buffers.values())
+
+    def padded_width(self, num_visual: int, width: int) -> int:
+        """The width that prompts of ``width`` tokens are padded to, after ``num_visual`` others."""
+        limit = self._network.config.text.max_position_embeddings - num_visual
+        total = -(-(num_visual + width) // LENGTHS) * LENGTHS
+        return max(width, min(total - num_visual, limit))
+
+    def start(
+        self,
+        features: Tensor,
+        prompts: Tensor,
+        mask: Tensor,
+        num_beams: int,
+        max_new_tokens: int,
+    ) -> DecoderSession | None:
+        """A session as after ``encode_prompts``; None for batches that are not recorded."""
+        count = len(prompts)
+        size = next((bucket for bucket in PROMPT_BUCKETS if bucket >= count), None)
+        if size is None or not count or not self._graphs.is_enabled:
+            return None
+        given = (features, prompts, mask)
+        key = ("prompts", size, features.shape[1:], prompts.shape[1], num_beams)
+        buffers = self._buffers.get(key)
+        is_new = buffers is None
+        if buffers is None:
+            empty = [part.new_empty(size, *part.shape[1:]) for part in given]
+            buffers = self._buffers[key] = _PromptBuffers((empty[0], empty[1], empty[2]))
+        self._buffers.move_to_end(key)
+        for buffer, part in zip(buffers.inputs, given, strict=True):
+            buffer[:count].copy_(part)
+            # The rows that are left take the first prompt, whose numbers are sane.
+            buffer[count:].copy_(part[:1].expand(size - count, *part.shape[1:]))
+        self._graphs.run(key, self._work(buffers, num_beams))
+        if buffers.outputs is None:
+            raise RuntimeError("Prompts were recorded without ever having been encoded.")
+        outputs = [output[:count].clone() for output in buffers.outputs]
+        if is_new:
+            self._make_room()
+        return PrefilledSession(self._network, outputs, num_beams, max_new_tokens)
+
+    def _make_room(self) -> None:
+        while len(self._buffers) > 1 and self.num_bytes > self._max_bytes:
+            oldest = next(iter(self._buffers))
+            self._graphs.forget([oldest])
+            del self._buffers[oldest]
+
+    def _work(self, buffers: _PromptBuffers, num_beams: int) -> Work:
+        if self._prefix is None:
+            self._prefix = row_numbers(list(PREFIX), self._network.device)
+        prefix = self._prefix
+
+        def work() -> None:
+            found = first_pass(self._network, buffers.inputs, prefix, num_beams)
+            if buffers.outputs is None:
+                buffers.outputs = [torch.empty_like(part) for part in found]
+            for output, part in zip(buffers.outputs, found, strict=True):
+                output.copy_(part)
+
+        return work
+
+    def clear(self) -> None:
+        """Forgets the buffers; the recordings are the runner's to forget, and first."""
+        self._buffers.clear()
+        self._prefix = None
+
+
+def _restored(tensors: Sequence[Tensor]) -> KeyValues:
+    cross_key, cross_value, own_key, own_value = tensors
+    layer = KeyValues(cross_key, cross_value)
+    layer.own_key, layer.own_value = own_key, own_value
+    return layer

@@ -1,14 +1,18 @@
-"""Why torch computes on the CPU of a machine that seems to have a GPU."""
+"""Which device and precision torch computes in, and its settings for the process meanwhile."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
 
 import torch
+
+from florence2.errors import DeviceError, unknown_name
 
 NAMES_NO_DEVICE: Final = frozenset({"", "-1", "none", "void", "nodevfiles"})
 """Values of the variables that give a process, or a container, no GPU."""
@@ -116,3 +120,154 @@ _REASONS: Final[dict[str, Callable[[str], str]]] = {
         "container with one"
     ),
 }
+
+Undo = Callable[[], None]
+
+
+class SharedSetting:
+    """A change that holds from the first of its users to the last one, in whatever thread."""
+
+    def __init__(self, change: Callable[[], Undo]) -> None:
+        self._change = change
+        self._lock = threading.Lock()
+        self._num_users = 0
+        self._undo: Undo | None = None
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Within it, the change holds."""
+        with self._lock:
+            if self._undo is None:
+                self._undo = self._change()
+            self._num_users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._num_users -= 1
+                if not self._num_users:
+                    undo, self._undo = self._undo, None
+                    undo()
+
+
+def _compute_exactly() -> Undo:
+    """float32 in float32: TF32 has 10 bits of mantissa, and is torch's default for convolutions.
+
+    Read by the newer of torch's two ways to say it, as reading the older one raises where a program
+    used both; written by the older one where that is enough, as a program may read that.
+    """
+    products, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    parts = (products, cudnn.conv, cudnn.rnn)  # type: ignore[attr-defined]
+    before = [part.fp32_precision for part in parts]
+    said = _matmul_precision()
+    products.allow_tf32 = False
+    cudnn.allow_tf32 = False
+
+    def undo() -> None:
+        products.allow_tf32 = before[0] == "tf32"
+        cudnn.allow_tf32 = "tf32" in before[1:]
+        # "medium" speaks of the CPU too, and to read it raises where the GPU's part says otherwise.
+        if said is not None and said != _matmul_precision():
+            torch.set_float32_matmul_precision(said)
+        for part, value in zip(parts, before, strict=True):
+            if part.fp32_precision != value:
+                part.fp32_precision = value
+
+    return undo
+
+
+def _matmul_precision() -> str | None:
+    """What ``set_float32_matmul_precision`` was told; None where other ways contradict it."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return None
+
+
+def _attend_without_cudnn() -> Undo:
+    """cuDNN's attention comes first on new GPUs, and makes a plan for every new shape."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    return lambda: torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+_EXACT = SharedSetting(_compute_exactly)
+_NO_CUDNN_ATTENTION = SharedSetting(_attend_without_cudnn)
+
+
+@contextmanager
+def computing(device_type: str, precision: str) -> Iterator[None]:
+    """Within it, passes on this type of device compute as this precision promises."""
+    with ExitStack() as settings:
+        if device_type == "cuda":
+            settings.enter_context(_NO_CUDNN_ATTENTION.held())
+            if precision == "fp32":
+                settings.enter_context(_EXACT.held())
+        yield
+
+
+PRECISIONS: Final = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
+
+BF16_FROM_D_MODEL: Final = 512
+"""Below, a step is many small operations, which reduced precision makes slower, not faster."""
+
+
+def choose_device(name: str) -> torch.device:
+    """The torch device for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; DeviceError otherwise."""
+    name = str(name)  # None and numbers get the sentence below; a torch.device is as good
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
+        raise DeviceError(unknown_name("device", name, ["auto", "cpu", "cuda", "cuda:0"]))
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise DeviceError(
+            f"Device {name!r} needs a CUDA GPU and this machine's torch sees none; use 'cpu'."
+        )
+    if index and kind == "cuda" and int(index) >= torch.cuda.device_count():
+        raise DeviceError(
+            f"Device {name!r} does not exist: this machine has {torch.cuda.device_count()} CUDA "
+            "device(s), counted from 0."
+        )
+    return torch.device(kind if kind == "cpu" or not index else name)
+
+
+def check_precision(name: str, device: torch.device) -> None:
+    """DeviceError for a precision that does not exist, or not on this device."""
+    if name not in ("auto", *PRECISIONS):
+        raise DeviceError(unknown_name("precision", str(name), ["auto", *PRECISIONS]))
+    if name == "fp16" and device.type == "cpu":
+        raise DeviceError("Precision 'fp16' is for GPUs; on a CPU use 'fp32' or 'bf16'.")
+
+
+def choose_precision(name: str, device: torch.device, d_model: int) -> str:
+    """The precision to compute in; ``auto`` is the fastest that device and network are good at.
+
+    On a GPU bf16 where it computes in it, else fp16. On a CPU bf16 where it has instructions for
+    it and the network (``d_model``) is wide enough to wait for its weights; else fp32.
+    """
+    check_precision(name, device)
+    if name != "auto":
+        return name
+    if device.type == "cpu":
+        return "bf16" if d_model >= BF16_FROM_D_MODEL and cpu_computes_bf16() else "fp32"
+    return "bf16" if gpu_computes_bf16(device) else "fp16"
+
+
+def gpu_computes_bf16(device: torch.device) -> bool:
+    """Whether this GPU multiplies bf16 itself: NVIDIA's from compute capability 8.0 on.
+
+    torch's own answer is about the current device, and counts emulation unless asked not to.
+    """
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def cpu_computes_bf16() -> bool:
+    """Whether this CPU multiplies bf16 itself (AMX, AVX-512 BF16) and does not emulate it."""
+    tests = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(bool(getattr(torch.cpu, name, bool)()) for name in tests)

@@ -5,34 +5,63 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from florence2.errors import DeviceError, unknown_name
-from florence2.generation.kv_cache import DecoderSession
-from florence2.nearby import Nearby
+from florence2.generation.beam_search import Nearby
+from florence2.generation.decode import PlainSpace, Space
+from florence2.generation.kv_cache import DecoderSession, row_numbers
 from florence2.network.florence import Florence2Network
 from florence2.pixels import look_up
 from florence2.records import GenerationSettings
-from florence2.rows import row_numbers
 from florence2.runtimes.base import ImageBytes, Mark, Pixels
-from florence2.runtimes.cuda_graphs import GraphRunner, make_runner
+from florence2.runtimes.cuda_graphs import GraphRunner, PromptGraphs, VisionGraphs, make_runner
 from florence2.runtimes.decode_graphs import DecodePool, most_idle_bytes
-from florence2.runtimes.device_pixels import check_bytes, normalise, upload
-from florence2.runtimes.numerics import computing
-from florence2.runtimes.prompt_graphs import PromptGraphs
-from florence2.runtimes.vision_graphs import VisionGraphs
-from florence2.space import PlainSpace, Space
+from florence2.runtimes.device import (
+    PRECISIONS,
+    computing,
+)
 from florence2.tokens import PAD_ID
 
-PRECISIONS: Final = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
+
+def normalise(images_bhwc: Tensor, table: Tensor) -> Tensor:
+    """Bytes [B, H, W, 3] -> float32 [B, 3, H, W], channels-last in memory.
+
+    ``table`` [3, 256] float32 has the value of each byte of each channel
+    (``ImageProcessor.lookup_table``), so the result is the host's to the last bit.
+    """
+    first = torch.arange(3, device=images_bhwc.device, dtype=torch.int32) * 256
+    places = (images_bhwc.to(torch.int32) + first).flatten()
+    values = table.flatten().index_select(0, places)
+    return values.view(images_bhwc.shape).permute(0, 3, 1, 2)
+
+
+def upload(values: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """``values`` on ``device``, in the same memory order; the caller may reuse them at once."""
+    # torch warns of memory that it must not write, such as Pillow's.
+    host = torch.from_numpy(np.require(values, requirements="W"))
+    if device.type != "cuda":
+        return host.to(device)
+    # From page-locked memory the copy runs beside the host's own work.
+    return host.pin_memory().to(device, non_blocking=True)
+
+
+def check_bytes(images_bhwc: npt.NDArray[np.uint8], table: npt.NDArray[np.float32]) -> None:
+    """ValueError unless these are bytes [B, H, W, 3] and a table [3, 256]."""
+    is_image = images_bhwc.ndim == 4 and images_bhwc.shape[3] == 3
+    if not is_image or images_bhwc.dtype != np.uint8:
+        raise ValueError(
+            "Images as bytes have the shape [B, H, W, 3] and the type uint8, and "
+            f"{list(images_bhwc.shape)} of {images_bhwc.dtype} was received."
+        )
+    if table.shape != (3, 256):
+        raise ValueError(
+            f"A lookup table has the shape [3, 256], and {list(table.shape)} was received."
+        )
 
 
 _OUT_OF_MEMORY: Final = (
@@ -41,66 +70,6 @@ _OUT_OF_MEMORY: Final = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
 )
-
-
-BF16_FROM_D_MODEL: Final = 512
-"""Below, a step is many small operations, which reduced precision makes slower, not faster."""
-
-
-def choose_device(name: str) -> torch.device:
-    """The torch device for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; DeviceError otherwise."""
-    name = str(name)  # None and numbers get the sentence below; a torch.device is as good
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
-        raise DeviceError(unknown_name("device", name, ["auto", "cpu", "cuda", "cuda:0"]))
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise DeviceError(
-            f"Device {name!r} needs a CUDA GPU and this machine's torch sees none; use 'cpu'."
-        )
-    if index and kind == "cuda" and int(index) >= torch.cuda.device_count():
-        raise DeviceError(
-            f"Device {name!r} does not exist: this machine has {torch.cuda.device_count()} CUDA "
-            "device(s), counted from 0."
-        )
-    return torch.device(kind if kind == "cpu" or not index else name)
-
-
-def check_precision(name: str, device: torch.device) -> None:
-    """DeviceError for a precision that does not exist, or not on this device."""
-    if name not in ("auto", *PRECISIONS):
-        raise DeviceError(unknown_name("precision", str(name), ["auto", *PRECISIONS]))
-    if name == "fp16" and device.type == "cpu":
-        raise DeviceError("Precision 'fp16' is for GPUs; on a CPU use 'fp32' or 'bf16'.")
-
-
-def choose_precision(name: str, device: torch.device, d_model: int) -> str:
-    """The precision to compute in; ``auto`` is the fastest that device and network are good at.
-
-    On a GPU bf16 where it computes in it, else fp16. On a CPU bf16 where it has instructions for
-    it and the network (``d_model``) is wide enough to wait for its weights; else fp32.
-    """
-    check_precision(name, device)
-    if name != "auto":
-        return name
-    if device.type == "cpu":
-        return "bf16" if d_model >= BF16_FROM_D_MODEL and cpu_computes_bf16() else "fp32"
-    return "bf16" if gpu_computes_bf16(device) else "fp16"
-
-
-def gpu_computes_bf16(device: torch.device) -> bool:
-    """Whether this GPU multiplies bf16 itself: NVIDIA's from compute capability 8.0 on.
-
-    torch's own answer is about the current device, and counts emulation unless asked not to.
-    """
-    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def cpu_computes_bf16() -> bool:
-    """Whether this CPU multiplies bf16 itself (AMX, AVX-512 BF16) and does not emulate it."""
-    tests = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return any(bool(getattr(torch.cpu, name, bool)()) for name in tests)
 
 
 class HostMark:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from florence2.prompts import ImageProcessor
+from florence2.pixels import ImageProcessor
 from florence2.tokenizer import Vocabulary
 from florence2.tokens import BOS_ID, EOS_ID, PAD_ID
 from florence2.training.answers import prompt_sentence, sample_examples

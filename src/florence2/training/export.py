@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from florence2.network.florence import Florence2Network
-from florence2.phrases import BANNED_PHRASES
-from florence2.tasks import OutputKind
+from florence2.tasks import BANNED_PHRASES, OutputKind
 from florence2.training.demo_config import BASE_VOCABULARY, GRID_SIDE, IMAGE_SIDE_PX
 from florence2.training.tokenizer_build import build_tokenizer
 from florence2.training.tokenizer_text import tokenizer_texts

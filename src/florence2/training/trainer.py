@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from florence2.errors import RequestError
 from florence2.network.florence import Florence2Network
-from florence2.prompts import ImageProcessor
-from florence2.runtimes.torch import choose_device
+from florence2.pixels import ImageProcessor
+from florence2.runtimes.device import choose_device
 from florence2.tokenizer import Vocabulary
 from florence2.tokens import NUM_LOCATION_BINS, PAD_ID, location_token
 from florence2.training.attention import ExplicitAttention

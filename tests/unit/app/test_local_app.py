@@ -18,9 +18,8 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
-from florence2.budget import Budget, NoRoomError
-from florence2.errors import RequestError
-from florence2.scheduler_errors import QueueFullError
+from florence2.budget import Budget
+from florence2.errors import NoRoomError, QueueFullError, RequestError
 from serve.app import Florence2App
 from serve.http.limits import MIB
 from serve.local_server import LocalServer

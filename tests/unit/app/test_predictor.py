@@ -8,10 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from PIL import Image
 
-from florence2.budget import Budget, NoRoomError
+from florence2.budget import Budget
 from florence2.engine.ask import Ask
 from florence2.engine.scheduler import BatchReport, Priority
-from florence2.errors import RequestError
+from florence2.errors import NoRoomError, RequestError
 from florence2.records import Box, Failure, Result
 from serve.annotations import annotation_from_answers
 from serve.deployment import Deployment, ModelChoice

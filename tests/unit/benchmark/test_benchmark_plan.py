@@ -7,7 +7,7 @@ import pytest
 from florence2.benchmark.case import Case
 from florence2.benchmark.plan import FULL, Axes, BenchmarkPlan, Subject
 from florence2.benchmark.weights import size_config
-from florence2.runtimes.torch import choose_device, choose_precision
+from florence2.runtimes.device import choose_device, choose_precision
 
 CHOSEN_ROWS = [
     ("base", "fp32", Case(1, 1, 3, 30)),

@@ -11,11 +11,15 @@ import pytest
 from hub_files import REPOSITORY, files, folder_of, weights
 
 from florence2.checkpoint import catalog as resolve_module
-from florence2.checkpoint.catalog import resolve
+from florence2.checkpoint.catalog import (
+    CHECKPOINT_NAMES,
+    KNOWN_CHECKPOINTS,
+    KnownCheckpoint,
+    resolve,
+)
 from florence2.checkpoint.files import weight_files
 from florence2.checkpoint.hub import is_offline
 from florence2.errors import CheckpointError
-from florence2.known_checkpoints import CHECKPOINT_NAMES, KNOWN_CHECKPOINTS, KnownCheckpoint
 
 NOWHERE = "http://127.0.0.1:9"
 

@@ -13,10 +13,9 @@ from huggingface_hub import hf_hub_download
 
 from florence2.checkpoint import catalog as resolve_module
 from florence2.checkpoint import hub as hub_module
-from florence2.checkpoint.catalog import resolve
+from florence2.checkpoint.catalog import KnownCheckpoint, resolve
 from florence2.checkpoint.hub import ProgressUpdate
 from florence2.errors import CheckpointError
-from florence2.known_checkpoints import KnownCheckpoint
 
 NEEDED = (
     "config.json",

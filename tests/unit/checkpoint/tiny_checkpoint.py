@@ -9,8 +9,8 @@ from original_layout import original_state
 from safetensors.torch import save
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from florence2.network.config import tiny_config
 from florence2.network.florence import Florence2Network
-from florence2.network.presets import tiny_config
 
 VOCABULARY_SIZE = 5 + 256 + 1024
 

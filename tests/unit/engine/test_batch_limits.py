@@ -12,9 +12,9 @@ from florence2 import Ask, Failure, Florence2, Result
 from florence2.engine.answering import answer_all, encode_all
 from florence2.engine.engine import Engine
 from florence2.engine.feature_cache import EncodedImage
-from florence2.memory import MOST_PATIENCE, PATIENCE, BatchLimit
-from florence2.prompts import ImageProcessor
+from florence2.pixels import ImageProcessor
 from florence2.records import Region
+from florence2.runtimes.memory import MOST_PATIENCE, PATIENCE, BatchLimit
 from florence2.tasks import find_task
 
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from florence2 import Florence2
-from florence2.network.presets import base_config, large_config
+from florence2.network.config import base_config, large_config
 from florence2.runtimes.memory import image_batch, prompt_batch
 from florence2.training.demo_config import demo_config
 

@@ -10,8 +10,7 @@ from engine_tools import CountingRuntime, picture
 
 from florence2 import Ask, Result
 from florence2.engine.answering import answer_all, encode_all
-from florence2.engine.engine import Engine
-from florence2.prompt_search import PromptList
+from florence2.engine.engine import Engine, PromptList
 from florence2.tasks import find_task
 
 ERRORS = {

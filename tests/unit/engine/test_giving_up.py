@@ -10,8 +10,7 @@ from engine_tools import CountingRuntime, ask, assert_close, picture
 from florence2 import Ask, Failure, Result
 from florence2.engine.answering import answer_all
 from florence2.engine.engine import Engine
-from florence2.errors import FlorenceError, RequestError
-from florence2.scheduler_errors import GenerationCancelledError
+from florence2.errors import FlorenceError, GenerationCancelledError, RequestError
 
 
 def gone() -> FlorenceError:

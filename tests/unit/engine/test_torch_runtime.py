@@ -8,7 +8,7 @@ from engine_tools import ask, assert_close, picture
 
 from florence2 import Florence2
 from florence2.errors import DeviceError
-from florence2.runtimes.torch import choose_device, choose_precision
+from florence2.runtimes.device import choose_device, choose_precision
 
 NO_MEMORY = {
     "of the GPU": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),

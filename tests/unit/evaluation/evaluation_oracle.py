@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from PIL import Image
 
 from florence2.engine.ask import Ask
-from florence2.pieces import Piece, pieces_from_text
 from florence2.postprocess import parse
 from florence2.records import Failure, Result
 from florence2.tasks import find_task
+from florence2.tokenizer import Piece, pieces_from_text
 from florence2.training.draw import draw_scene
 from florence2.training.scene import make_scene
 from florence2.training.truth import ground_truth

@@ -9,10 +9,10 @@ import pytest
 from florence2.errors import FlorenceError
 from florence2.evaluation.questions import questions_about
 from florence2.evaluation.score_study import DEFINITIONS, OURS, ScoreStudy
-from florence2.pieces import PieceKind, pieces_from_text
 from florence2.postprocess import parse
 from florence2.records import Result
 from florence2.tasks import find_task
+from florence2.tokenizer import PieceKind, pieces_from_text
 
 
 def spelled(answer, exact, near, label):

@@ -7,7 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.generation.logits_process import NoRepeatNGramLogitsProcessor
 
-from florence2.bans import ban_bos, ban_repeated_ngrams, top_candidates
+from florence2.generation.beam_search import ban_bos, ban_repeated_ngrams
+from florence2.network.linear import top_candidates
 
 
 @pytest.mark.parametrize("ngram", [1, 2, 3, 4])

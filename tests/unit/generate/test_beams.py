@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from florence2.generation.beam_search import BeamSearch
-from florence2.nearby import Nearby
+from florence2.generation.beam_search import BeamSearch, Nearby
 from florence2.records import GenerationSettings
 
 EOS, A, B, C, D = 2, 3, 4, 5, 6

@@ -21,9 +21,8 @@ from tiny_reference import (
 
 import florence2.generation.decode
 from florence2.errors import FlorenceError
-from florence2.generation.decode import DecodeLoop, OpenFlags, Started
+from florence2.generation.decode import DecodeLoop, OpenFlags, PlainSpace, Started
 from florence2.records import Answer, GenerationSettings
-from florence2.space import PlainSpace
 
 MODES = [(1, True), (3, True), (3, False), (4, "never")]
 COUNT = 30

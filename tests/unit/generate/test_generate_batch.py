@@ -23,9 +23,8 @@ from torch import Tensor
 
 import florence2.generation.decode
 from florence2.errors import FlorenceError
-from florence2.generate import generate
 from florence2.generation.beam_search import NotFiniteError
-from florence2.generation.decode import OpenFlags
+from florence2.generation.decode import OpenFlags, generate
 from florence2.records import Answer, GenerationSettings
 from florence2.stopping import Watch
 

@@ -19,7 +19,7 @@ from tiny_reference import (
 )
 from transformers import Florence2ForConditionalGeneration
 
-import florence2.bans
+import florence2.generation.beam_search
 from florence2.network import linear as products
 from florence2.records import GenerationSettings
 
@@ -113,8 +113,8 @@ def test_tight_limits(limit: int, beams: int):
 
 
 def test_the_large_vocabulary_path(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(florence2.bans, "_SMALL_VOCABULARY", 0)
-    monkeypatch.setattr(florence2.bans, "_BLOCK", 7)
+    monkeypatch.setattr(florence2.generation.beam_search, "_SMALL_VOCABULARY", 0)
+    monkeypatch.setattr(florence2.generation.beam_search, "_BLOCK", 7)
     for seed, beams in itertools.product(SEEDS, (1, 3, 5)):
         model, prompts = setup(seed)
         settings = GenerationSettings(num_beams=beams)

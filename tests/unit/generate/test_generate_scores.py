@@ -18,7 +18,7 @@ from tiny_reference import (
 from torch import Tensor
 from transformers import Florence2ForConditionalGeneration
 
-from florence2.generate import generate
+from florence2.generation.decode import generate
 from florence2.records import GenerationSettings
 from florence2.tokens import BOS_ID, DECODER_START_ID, EOS_ID
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from florence2.nearby import Nearby
+from florence2.generation.beam_search import Nearby
 from florence2.tokens import NUM_LOCATION_BINS
 
 FIRST = 7

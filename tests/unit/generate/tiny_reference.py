@@ -13,12 +13,11 @@ from transformers import Florence2Config, Florence2ForConditionalGeneration
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutput
 
-from florence2.generate import generate
+from florence2.generation.decode import Session, generate
 from florence2.generation.kv_cache import DecoderSession
 from florence2.network.config import NetworkConfig
 from florence2.network.florence import Florence2Network
 from florence2.records import Answer, GenerationSettings
-from florence2.space import Session
 from florence2.tokens import BOS_ID, DECODER_START_ID, EOS_ID, PAD_ID
 
 SEEDS = (0, 3, 5)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from florence2.images import open_image
-from florence2.prompts import ImageProcessor
+from florence2.pixels import ImageProcessor
 
 RNG = np.random.default_rng(3)
 SIZE_WH = (8, 6)

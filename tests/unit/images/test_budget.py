@@ -8,9 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from florence2.budget import Budget, NoRoomError, from_environment
-from florence2.errors import FlorenceError, RequestError
-from florence2.memory_limit import memory_limit_bytes
+from florence2.budget import Budget, from_environment, memory_limit_bytes
+from florence2.errors import FlorenceError, NoRoomError, RequestError
 
 PATIENCE_S = 20
 

@@ -16,9 +16,9 @@ from preparing_tools import SIZE_WH
 
 import florence2.engine.prefetch
 from florence2 import images
-from florence2.budget import Budget, NoRoomError
+from florence2.budget import Budget
 from florence2.engine.prefetch import PreparedImage
-from florence2.errors import ImageError
+from florence2.errors import ImageError, NoRoomError
 from florence2.images import ImagePart, check_header, open_image
 
 

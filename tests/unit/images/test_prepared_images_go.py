@@ -13,7 +13,7 @@ from preparing_tools import PATIENCE_S, SIZE_WH, picture, take, take_ahead, take
 
 from florence2.engine.prefetch import PreparedImage
 from florence2.images import LoadedImage
-from florence2.prompts import ImageProcessor
+from florence2.pixels import ImageProcessor
 
 
 def take_twice(preparer, image):

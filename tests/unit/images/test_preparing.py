@@ -24,7 +24,7 @@ from preparing_tools import (
 from florence2.engine.prefetch import Preparer
 from florence2.errors import ImageError
 from florence2.images import identity
-from florence2.prompts import ImageProcessor
+from florence2.pixels import ImageProcessor
 from florence2.records import Failure
 
 

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from florence2.network.config import NetworkConfig
+from florence2.network.config import NetworkConfig, tiny_config
 from florence2.network.florence import Florence2Network
-from florence2.network.presets import tiny_config
 
 TINY: dict[str, NetworkConfig] = {
     "demo strides": tiny_config(),

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from florence2.network import biased
-from florence2.network.biased import BiasedLinear, has_biased_product
+from florence2.network import linear as biased
+from florence2.network.linear import BiasedLinear, has_biased_product
 
 
 def layer_of(dtype: torch.dtype, bias: bool = True) -> BiasedLinear:

@@ -10,8 +10,13 @@ import pytest
 from original_layout import ORIGINAL_CONFIG
 
 from florence2.errors import CheckpointError
-from florence2.network.config import NetworkConfig, is_original_config
-from florence2.network.presets import base_config, large_config, tiny_config
+from florence2.network.config import (
+    NetworkConfig,
+    base_config,
+    is_original_config,
+    large_config,
+    tiny_config,
+)
 
 
 @pytest.mark.parametrize("config", [base_config(), large_config(), tiny_config()])

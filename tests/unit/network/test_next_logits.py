@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import florence2.bans
+import florence2.generation.beam_search
+from florence2.network.config import tiny_config
 from florence2.network.florence import Florence2Network
-from florence2.network.presets import tiny_config
 
 NUM_EXACT = 16
 REDUCED = [torch.bfloat16, torch.float16]
@@ -33,8 +33,8 @@ def exact_logits(network: Florence2Network, rows: Tensor) -> Tensor:
 
 @pytest.fixture(params=[0, 10**6], ids=["large vocabulary", "small vocabulary"])
 def vocabulary(request, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(florence2.bans, "_SMALL_VOCABULARY", request.param)
-    monkeypatch.setattr(florence2.bans, "_BLOCK", 4)
+    monkeypatch.setattr(florence2.generation.beam_search, "_SMALL_VOCABULARY", request.param)
+    monkeypatch.setattr(florence2.generation.beam_search, "_BLOCK", 4)
 
 
 @pytest.mark.parametrize("dtype", REDUCED)

@@ -17,8 +17,7 @@ from reference import (
 )
 
 from florence2.errors import ImageError, RequestError
-from florence2.network.config import NetworkConfig
-from florence2.network.presets import base_config, large_config, tiny_config
+from florence2.network.config import NetworkConfig, base_config, large_config, tiny_config
 
 FLOAT32_ERROR = 1e-5
 BFLOAT16_ERROR = 2e-2

@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional
 
 from florence2.network import linear as products
+from florence2.network.config import tiny_config
 from florence2.network.florence import Florence2Network
-from florence2.network.presets import tiny_config
 
 SHAPES = [(64, 16), (16, 64), (16, 16)]
 COUNTS = [1, 2, 4, 5, 12, 48, 49, 100]

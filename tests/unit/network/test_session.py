@@ -21,8 +21,7 @@ from torch import Tensor
 
 from florence2.errors import RequestError
 from florence2.generation.kv_cache import DecoderSession
-from florence2.network.config import NetworkConfig
-from florence2.network.presets import base_config, large_config, tiny_config
+from florence2.network.config import NetworkConfig, base_config, large_config, tiny_config
 
 PREFIX = [2, 0]
 

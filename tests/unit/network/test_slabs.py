@@ -6,8 +6,8 @@ import pytest
 import torch
 from reference import IMAGE_SIZES_HW, TINY, random_network, reference_of, rms_error
 
-from florence2.network import slabs
-from florence2.network.slabs import runs_in_slabs
+from florence2.network import davit as slabs
+from florence2.network.davit import runs_in_slabs
 
 FLOAT32_ERROR = 2e-6
 # Slabs round elsewhere; each of the two is this far from the values in float32.

@@ -13,11 +13,16 @@ from reference import random_network, reference_of
 from safetensors.torch import save_file
 from torch import Tensor
 
-from florence2.checkpoint.weights import FRAMES, build_network, read_weights
+from florence2.checkpoint.weights import (
+    FRAMES,
+    build_network,
+    convert_state,
+    detect_layout,
+    read_weights,
+)
 from florence2.errors import CheckpointError
+from florence2.network.config import tiny_config
 from florence2.network.florence import Florence2Network
-from florence2.network.layouts import convert_state, detect_layout
-from florence2.network.presets import tiny_config
 
 CONFIG = tiny_config()
 SHARED = "model.language_model.shared.weight"

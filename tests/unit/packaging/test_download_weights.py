@@ -14,7 +14,7 @@ from hub_standin import HubStandin, Repository, hub_standin
 from packaging_files import ROOT
 from safetensors.numpy import save
 
-from florence2.known_checkpoints import KNOWN_BY_NAME
+from florence2.checkpoint.catalog import KNOWN_BY_NAME
 
 TINY = "someone/tiny"
 OTHER = "someone/other"

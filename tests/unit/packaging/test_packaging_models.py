@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from packaging_files import ROOT, text_of, yaml_of
 
-from florence2.known_checkpoints import KNOWN_BY_NAME, KNOWN_CHECKPOINTS
+from florence2.checkpoint.catalog import KNOWN_BY_NAME, KNOWN_CHECKPOINTS
 from serve.sdk import sly
 
 MODELS = ROOT / "serve" / "models.json"

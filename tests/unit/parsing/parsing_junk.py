@@ -2,7 +2,7 @@
 
 from hypothesis import strategies as st
 
-from florence2.pieces import MARKERS, Piece, PieceKind
+from florence2.tokenizer import MARKERS, Piece, PieceKind
 from florence2.tokens import location_token
 
 

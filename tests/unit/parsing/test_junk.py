@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from parsing_junk import JUNK_PIECES, JUNK_TEXT
 
-from florence2.pieces import PieceKind
 from florence2.postprocess import parse, parse_answer_text
 from florence2.records import Box, Polygon, Quad, Text
 from florence2.tasks import TASKS, OutputKind
+from florence2.tokenizer import PieceKind
 
 SIZES = st.tuples(st.integers(1, 20_000), st.integers(1, 20_000))
 PLACED = [task for task in TASKS if task.output is not OutputKind.TEXT]

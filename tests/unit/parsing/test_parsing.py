@@ -6,9 +6,7 @@ import pytest
 from parsing_junk import location, pieces_of, text_piece
 
 from florence2.errors import RequestError
-from florence2.postprocess import parse, parse_answer_text
-from florence2.records import Box, Polygon, Quad, Result, Text
-from florence2.runs import (
+from florence2.postprocess import (
     CUT_OUTLINE,
     LEFTOVER_LOCATIONS,
     NO_AREA,
@@ -18,7 +16,10 @@ from florence2.runs import (
     TOO_GENERAL,
     UNLABELED,
     UNPLACED_TEXT,
+    parse,
+    parse_answer_text,
 )
+from florence2.records import Box, Polygon, Quad, Result, Text
 from florence2.tasks import find_task
 
 SIZE_WH = (1000, 2000)

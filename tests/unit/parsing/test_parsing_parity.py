@@ -4,9 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from florence2.phrases import BANNED_PHRASES
 from florence2.postprocess import parse_answer_text
-from florence2.tasks import TASKS, OutputKind, find_task
+from florence2.tasks import BANNED_PHRASES, TASKS, OutputKind, find_task
 
 SIZE_WH = (1024, 683)
 

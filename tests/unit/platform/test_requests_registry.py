@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from florence2.scheduler_errors import QueueFullError
+from florence2.errors import QueueFullError
 from serve.platform import registry
 from serve.platform.registry import AWAITED, FORGET_AFTER_S
 from serve.sdk import sly

@@ -10,7 +10,7 @@ from PIL import Image
 
 from florence2.errors import CheckpointError
 from florence2.images import open_image
-from florence2.prompts import ImageProcessor
+from florence2.pixels import ImageProcessor
 
 RNG = np.random.default_rng(11)
 SIZES = [(768, 768), (1280, 720), (333, 1000), (31, 17), (1, 1), (2000, 3)]

@@ -6,10 +6,10 @@ import re
 
 import pytest
 
+from florence2.checkpoint.hub import megabytes
 from florence2.engine.ask import Ask
 from florence2.engine.tickets import Priority, Ticket
 from florence2.errors import shown_s
-from florence2.hub_errors import megabytes
 
 DURATIONS = {
     0.0: "less than 1 ms",

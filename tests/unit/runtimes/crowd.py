@@ -15,9 +15,9 @@ from tiny_reference import (
 )
 
 from florence2.errors import FlorenceError
+from florence2.generation.beam_search import Nearby
 from florence2.generation.decode import DecodeLoop, Started
 from florence2.generation.kv_cache import DecoderSession
-from florence2.nearby import Nearby
 from florence2.records import Answer, GenerationSettings
 from florence2.runtimes.cuda_graphs import GraphRunner
 from florence2.runtimes.decode_graphs import DecodePool

@@ -12,16 +12,14 @@ from tiny_reference import SEEDS
 import florence2.generation.beam_search
 import florence2.generation.decode
 from florence2.errors import FlorenceError
-from florence2.generation.beam_search import BeamSearch
-from florence2.generation.decode import OpenFlags
-from florence2.nearby import Nearby
+from florence2.generation.beam_search import BeamSearch, Nearby
+from florence2.generation.decode import OpenFlags, PlainSpace
+from florence2.generation.kv_cache import StaticSession
+from florence2.network.config import tiny_config
 from florence2.network.florence import Florence2Network
-from florence2.network.presets import tiny_config
-from florence2.network.static_session import StaticSession
 from florence2.records import Answer, GenerationSettings
-from florence2.runtimes import decode_buffers
-from florence2.runtimes.decode_buffers import Window
-from florence2.space import PlainSpace
+from florence2.runtimes import decode_graphs as decode_buffers
+from florence2.runtimes.decode_graphs import Window
 
 MODES = [(1, True), (3, True), (3, False), (4, "never")]
 RECORDERS = {"eager": lambda: None, "replayed": ReplayingRecorder, "taped": TapingRecorder}
@@ -105,8 +103,8 @@ def test_the_ban_looks_no_further_than_the_steps_of_the_window(place, monkeypatc
 
 
 def test_logits_of_reduced_precision_can_be_recorded(monkeypatch):
-    monkeypatch.setattr("florence2.bans._SMALL_VOCABULARY", 0)
-    monkeypatch.setattr("florence2.bans._BLOCK", 8)
+    monkeypatch.setattr("florence2.network.linear._SMALL_VOCABULARY", 0)
+    monkeypatch.setattr("florence2.network.linear._BLOCK", 8)
     network = Florence2Network(tiny_config()).bfloat16().prepare_for_inference()
     rows = torch.zeros(2, 3, network.config.text.d_model, dtype=torch.bfloat16)
     found = torch.zeros(2, 3, network.config.text.vocab_size)

@@ -9,11 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from florence2.network.config import tiny_config
 from florence2.network.florence import Florence2Network
-from florence2.network.presets import tiny_config
-from florence2.prompts import ImageProcessor
-from florence2.runtimes.device_pixels import normalise, upload
-from florence2.runtimes.torch import TorchRuntime
+from florence2.pixels import ImageProcessor
+from florence2.runtimes.torch import TorchRuntime, normalise, upload
 
 CPU = torch.device("cpu")
 PROCESSOR = ImageProcessor(size_wh=(40, 32))

@@ -10,12 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from florence2 import Florence2, loading
+from florence2 import Florence2
 from florence2.checkpoint.checkpoint import open_checkpoint
-from florence2.engine.loading import PrecisionError
-from florence2.errors import CheckpointError
-from florence2.loading import check_against_fp32, check_where_it_fits, load_engine
-from florence2.runtimes.torch import PRECISIONS, TorchRuntime
+from florence2.engine import loading
+from florence2.engine.loading import check_against_fp32, check_where_it_fits, load_engine
+from florence2.errors import CheckpointError, PrecisionError
+from florence2.runtimes.device import PRECISIONS
+from florence2.runtimes.torch import TorchRuntime
 
 CPU = torch.device("cpu")
 PROJECTION = "model.multi_modal_projector.image_projection.weight"

@@ -6,20 +6,22 @@ import pytest
 import torch
 from taping import TapingRecorder
 
-from florence2 import Florence2, loading
+from florence2 import Florence2
 from florence2.checkpoint.checkpoint import load_weights, open_checkpoint
+from florence2.engine import loading
 from florence2.runtimes import memory as batch_sizes
+from florence2.runtimes.cuda_graphs import VISION_BUCKETS as BUCKETS
 from florence2.runtimes.cuda_graphs import GraphRunner
 from florence2.runtimes.memory import (
     MOST_IMAGES,
     MOST_PROMPTS,
     BatchSizes,
+    Cost,
     fit_batch,
+    measure_cost,
     measured_batches,
 )
-from florence2.runtimes.memory_meter import Cost, measure_cost
 from florence2.runtimes.torch import TorchRuntime
-from florence2.runtimes.vision_graphs import BUCKETS
 
 MIB = 2**20
 

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from florence2.engine.loading import TOLERANCE, error_against_fp32, float32_bytes
+from florence2.network.config import tiny_config
 from florence2.network.florence import Florence2Network
-from florence2.network.presets import tiny_config
-from florence2.runtimes.precision import TOLERANCE, error_against_fp32, float32_bytes
-from florence2.runtimes.torch import PRECISIONS, TorchRuntime
+from florence2.runtimes.device import PRECISIONS
+from florence2.runtimes.torch import TorchRuntime
 
 CPU = torch.device("cpu")
 PIXELS = np.random.default_rng(2).standard_normal((1, 3, 64, 64), dtype=np.float32)

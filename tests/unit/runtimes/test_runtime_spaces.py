@@ -6,16 +6,14 @@ import pytest
 import torch
 from taping import TapingRecorder
 
-from florence2.generate import generate
-from florence2.hypotheses import PREFIX
+from florence2.generation.beam_search import PREFIX
+from florence2.generation.decode import PlainSpace, generate
+from florence2.network.config import tiny_config
 from florence2.network.florence import Florence2Network
-from florence2.network.presets import tiny_config
 from florence2.records import GenerationSettings
-from florence2.runtimes.cuda_graphs import GraphRunner
+from florence2.runtimes.cuda_graphs import LENGTHS, GraphRunner
 from florence2.runtimes.decode_graphs import GraphSpace
-from florence2.runtimes.prompt_graphs import LENGTHS
 from florence2.runtimes.torch import TorchRuntime
-from florence2.space import PlainSpace
 
 CPU = torch.device("cpu")
 SETTINGS = GenerationSettings(num_beams=3)

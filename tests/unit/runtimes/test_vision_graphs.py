@@ -7,12 +7,12 @@ import pytest
 import torch
 from replaying import ReplayingRecorder
 
+from florence2.network.config import tiny_config
 from florence2.network.florence import Florence2Network
-from florence2.network.presets import tiny_config
-from florence2.prompts import ImageProcessor
-from florence2.runtimes.cuda_graphs import GraphRunner
+from florence2.pixels import ImageProcessor
+from florence2.runtimes.cuda_graphs import VISION_BUCKETS as BUCKETS
+from florence2.runtimes.cuda_graphs import GraphRunner, VisionGraphs
 from florence2.runtimes.torch import TorchRuntime
-from florence2.runtimes.vision_graphs import BUCKETS, VisionGraphs
 
 CPU = torch.device("cpu")
 RNG = np.random.default_rng(3)

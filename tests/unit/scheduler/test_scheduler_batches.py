@@ -13,7 +13,7 @@ import florence2.engine.scheduler
 from florence2 import Ask, Failure, Result
 from florence2.engine.answering import identity
 from florence2.engine.scheduler import Priority
-from florence2.prompts import ImageProcessor
+from florence2.pixels import ImageProcessor
 from florence2.tasks import TASKS, TaskInput
 
 REGION = (20.0, 30.0, 150.0, 170.0)

@@ -9,7 +9,7 @@ from scheduler_tools import PATIENCE_S, captions, held, picture, wait_until
 
 from florence2 import Ask, Failure, Result
 from florence2.engine.scheduler import Priority
-from florence2.prompts import ImageProcessor
+from florence2.pixels import ImageProcessor
 
 ASSERT = "CUDA error: device-side assert triggered"
 

@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from florence2.errors import CheckpointError, RequestError
-from florence2.pieces import PieceKind
-from florence2.tokenizer import Vocabulary
+from florence2.tokenizer import PieceKind, Vocabulary
 from florence2.tokens import ADDED_TOKENS, IMAGE, location_token
 
 TEXTS = [
