@@ -39,7 +39,17 @@ def busy_processes(count: int) -> Iterator[None]:
 def label_s(images: Path, words: list[str]) -> float:
     """Seconds per image as the run's own report has them: without start and loading."""
     with tempfile.TemporaryDirectory() as out:
-        command = ["-m", "serve.cli", "label", str(images), "--out", out, "--model", "demo", *words]
+        command = [
+            "-m",
+            "serve.cli.main",
+            "label",
+            str(images),
+            "--out",
+            out,
+            "--model",
+            "demo",
+            *words,
+        ]
         subprocess.run([sys.executable, *command], check=True, capture_output=True)
         report = Path(out, "report.json").read_text(encoding="utf-8")
     run = json.loads(report)["this_run"]

@@ -41,7 +41,7 @@ def main() -> None:
         for number in range(count):
             scene = make_scene(FIRST_SEED + number)
             draw_scene(scene, (160, 120)).save(images / f"{number:05}.png")
-        words = ["-m", "serve.cli", "label", str(images), "--out", str(out), "--model", "demo"]
+        words = ["-m", "serve.cli.main", "label", str(images), "--out", str(out), "--model", "demo"]
         began = time.monotonic()
         process = subprocess.Popen([sys.executable, *words, "--num-beams", "1"])
         after_50, last = 0.0, 0.0

@@ -95,7 +95,7 @@ def form(files: list[bytes]) -> bytes:
 @contextmanager
 def app(*options: str) -> Iterator[int]:
     """The port of a running app."""
-    command = [sys.executable, "-m", "serve.cli", "serve", "--port", "0", "--device", "cpu"]
+    command = [sys.executable, "-m", "serve.cli.main", "serve", "--port", "0", "--device", "cpu"]
     process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)
     try:
         if process.stderr is None:

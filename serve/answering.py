@@ -17,14 +17,14 @@ from florence2.records import Failure, Result
 from serve.answers import check_any_answered, entries_of, raise_failure
 from serve.deadline import Deadline
 from serve.deployable import DeployableApp
-from serve.platform.existing import tag_existing_objects
-from serve.platform.plan import batch_size_of
+from serve.platform.existing_objects import tag_existing_objects
+from serve.platform.project_run import run_image_ids, run_project
 from serve.platform.reference import resolve_reference
 from serve.platform.registry import RequestsManager
-from serve.platform.run import run_image_ids, run_project
+from serve.platform.run_plan import batch_size_of
 from serve.platform.services import ExistingServices, RunServices
 from serve.platform.waiting import when_queue_has_room
-from serve.predictor import Call, Predicted
+from serve.predict.predictor import Call, Predicted
 from serve.sdk import sly
 from serve.sdk_uploader import use_prompt_uploader
 from serve.settings.model import Settings

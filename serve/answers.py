@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 from florence2.records import Failure
 from serve.platform.failures import FailedImageError
-from serve.predictor import Predicted
+from serve.predict.predictor import Predicted
 from serve.sdk import sly
 
 # isort: split

@@ -11,9 +11,9 @@ from florence2.engine.scheduler import Priority
 from florence2.errors import RequestError
 from florence2.images import open_image
 from florence2.records import Failure
-from serve.console import complain, say
+from serve.cli.console import complain, say
 from serve.labeling.previews import draw_preview
-from serve.predictor import Call, Predicted
+from serve.predict.predictor import Call, Predicted
 from serve.sdk import sly
 from serve.settings.model import Settings
 from serve.settings.parse import parse_settings

@@ -31,18 +31,18 @@ from serve.deploy_params import (
     params_for,
     params_from_state,
 )
-from serve.deployment import MAX_QUEUED, Deployment, ModelChoice
 from serve.gui import florence_gui
-from serve.http.callers import entries_of
 from serve.http.held_bytes import held_bytes
 from serve.http.metrics import Metrics
-from serve.http.threads import use_own_threads
+from serve.http.origins import entries_of
+from serve.http.waiting import use_own_threads
 from serve.idle import IdleTimer
 from serve.local_server import LocalServer
 from serve.model_meta import ModelMeta
-from serve.predictor import Predictor
+from serve.model_service import MAX_QUEUED, Deployment, ModelChoice
+from serve.predict.predictor import Predictor
+from serve.process import end_process
 from serve.sdk import sly
-from serve.starting import end_process
 
 # isort: split
 from supervisely.app.fastapi.subapp import SUPERVISELY_SERVER_PATH_PREFIX, _MainServer

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from florence2.prompts import region_on_image
 from florence2.records import Region
-from serve.geometry import box_xyxy_from_rectangle_tlbr
+from serve.predict.geometry import box_xyxy_from_rectangle_tlbr
 from serve.sdk import sly
 
 

@@ -9,9 +9,9 @@ from typing import Final
 from florence2.engine.cascade import regions_of
 from florence2.records import Box, Polygon, Quad, Result, Text
 from florence2.tasks import TaskInput, find_task
-from serve.geometry import Located
 from serve.label_rules import Answered, LabelRules
-from serve.naming import OBJECT_CLASS, TEXT_CLASS, class_of, clean_class_name
+from serve.predict.geometry import Located
+from serve.predict.naming import OBJECT_CLASS, TEXT_CLASS, class_of, clean_class_name
 from serve.tags import REGION_TEXT_TAGS
 
 _DENSE: Final = "<DENSE_REGION_CAPTION>"

@@ -1,4 +1,4 @@
-"""What was asked and what the user wants of the answers: the input of ``serve.annotations``."""
+"""What was asked and what the user wants of the answers: the input of ``serve.predict.annotations``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from florence2.records import Region, Result
-from serve.naming import FIXED_SHAPES, clean_class_name, clean_suffix, possible_titles
+from serve.predict.naming import FIXED_SHAPES, clean_class_name, clean_suffix, possible_titles
 
 # Two prompts of one class see the same object: from this overlap on only the surer one is kept.
 SAME_OBJECT_IOU: Final = 0.7
@@ -31,7 +31,7 @@ class LabelRules:
     the threshold of its class (``class_thresholds``, else ``threshold``), when ``whitelist`` lacks
     its class, or when its box covers more than ``max_box_area`` of the image. Names are compared
     cleaned, in any case, without ``class_suffix``; a whitelist may have them with it too.
-    ``nms_threshold`` and ``containment_threshold``: see ``serve.dedupe``; None is off.
+    ``nms_threshold`` and ``containment_threshold``: see ``serve.predict.dedupe``; None is off.
     ``fixed_shapes`` are the classes whose shape the readers of the annotation already know.
     """
 

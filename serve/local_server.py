@@ -5,9 +5,9 @@ from __future__ import annotations
 import socket
 from dataclasses import dataclass
 
-from serve.deployment import MAX_QUEUED
-from serve.http.callers import Callers
+from serve.http.origins import Callers
 from serve.http.servers import Servers
+from serve.model_service import MAX_QUEUED
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from serve.openmp import bound_spinning
 if "torch" not in sys.modules:
     bound_spinning()
 
-from serve.starting import log_like_the_sdk, start_or_end
+from serve.process import log_like_the_sdk, start_or_end
 
 if TYPE_CHECKING:
     from serve.app import Florence2App

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterable
 from typing import Final
 
-from serve.naming import FIXED_SHAPES, class_color, clean_class_name
+from serve.predict.naming import FIXED_SHAPES, class_color, clean_class_name
 from serve.sdk import sly
 from serve.tags import TAG_METAS
 

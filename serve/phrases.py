@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from florence2.errors import RequestError
-from serve.naming import clean_class_name, phrase_key
+from serve.predict.naming import clean_class_name, phrase_key
 
 MAX_PHRASE: Final = 1000
 MAX_PHRASES: Final = 100

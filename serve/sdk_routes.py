@@ -16,7 +16,6 @@ from florence2.errors import RequestError
 from serve.http.errors import NotFoundError
 from serve.http.held_bytes import keep_body
 from serve.http.limits import MIB
-from serve.http.threads import Waiting, run_registered
 from serve.http.uploads import (
     NO_FILES,
     Files,
@@ -25,6 +24,7 @@ from serve.http.uploads import (
     parse_state,
     save_one_upload,
 )
+from serve.http.waiting import Waiting, run_registered
 from serve.platform.waiting import QUEUE_LIMIT_S
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from typing import Final
 
 from florence2.records import Result
 from florence2.tasks import find_task
-from serve.geometry import is_finite
-from serve.naming import clean_text
+from serve.predict.geometry import is_finite
+from serve.predict.naming import clean_text
 from serve.sdk import sly
 
 IMAGE_TEXT_TAGS: Final = {

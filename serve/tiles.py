@@ -7,7 +7,7 @@ from typing import Final
 from florence2.errors import RequestError
 from florence2.records import SizeWh
 from florence2.tasks import OutputKind, TaskInput, parse_steps
-from serve.merging import TileResult, merge_tiles
+from serve.predict.tiling import TileResult, merge_tiles
 
 BoxXyxyInt = tuple[int, int, int, int]
 MAX_TILES: Final = 1024

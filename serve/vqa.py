@@ -19,7 +19,7 @@ from serve.http.held_bytes import held_bytes
 from serve.http.leaving import gone_or_none
 from serve.platform.download import failed_download
 from serve.platform.images import Target
-from serve.predictor import Call
+from serve.predict.predictor import Call
 from serve.settings.values import shown
 
 if TYPE_CHECKING:

@@ -17,4 +17,4 @@ MODULES: Final = ("label", "serve", "info", "parse", "benchmark", "evaluate", "t
 
 def register_all(app: typer.Typer) -> None:
     for name in MODULES:
-        import_module(f"{__name__}.{name}").register(app)
+        import_module(f"serve.cli.{name}").register(app)

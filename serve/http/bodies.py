@@ -1,4 +1,4 @@
-"""Reading the body of a request within a limit: whole, or counted while another reads it."""
+"""Bodies of requests: how much one may send, read within that limit, and what all together hold."""
 
 from __future__ import annotations
 

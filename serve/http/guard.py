@@ -1,8 +1,4 @@
-"""The outermost layer of the server: what is wrong with a request is said before the SDK fails.
-
-The SDK's own middleware reads every JSON body and dies on what it does not expect, so nothing
-inside of it can answer; this layer stands around the SDK's Application.
-"""
+"""The outermost layer of the server: what is wrong with a request is said before the SDK fails."""
 
 from __future__ import annotations
 
@@ -14,12 +10,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from florence2.errors import RequestError
 from serve.http.bodies import header_of, read_body, replay, run_counted, with_json
-from serve.http.callers import Callers
 from serve.http.envelope import KnownRequest, checked_json
 from serve.http.errors import ForbiddenError, NotFoundError, answer_faults
 from serve.http.held_bytes import Uploads
 from serve.http.leaving import NoticesLeaving
 from serve.http.limits import Limits
+from serve.http.origins import Callers
 from serve.http.routes import (
     NEVER_SERVED,
     NOT_SERVED_LOCALLY,

@@ -12,8 +12,8 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from florence2.errors import RequestError
-from serve.http.callers import entries_of
 from serve.http.errors import ForbiddenError
+from serve.http.origins import entries_of
 
 ALLOW_SERVERS_VARIABLE: Final = "FLORENCE_ALLOW_SERVERS"
 

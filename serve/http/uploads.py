@@ -1,4 +1,4 @@
-"""The files and the settings of a multipart form."""
+"""The files and the settings of a multipart form, and pictures that arrive as text."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from serve.console import say
+from serve.cli.console import say
 from serve.labeling.files import Workspace
 from serve.labeling.journal import JOURNAL_NAME, OUTPUT_MARKER, is_begun
 

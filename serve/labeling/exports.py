@@ -1,9 +1,4 @@
-"""What exports are made of: the finished project as plain boxes and outlines in pixels.
-
-The SDK has converters of its own. They name YOLO files by stem, so that two images share one;
-their boxes are a pixel narrower than the labels, whose last pixel they take for an edge; and they
-leave out scores.
-"""
+"""The finished project as files of COCO and YOLO."""
 
 from __future__ import annotations
 
@@ -14,8 +9,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from florence2.records import BoxXyxy, SizeWh
-from serve.geometry import box_xyxy_from_rectangle_tlbr, ring_area
 from serve.labeling.project import AnnotationError, GrowingProject
+from serve.predict.geometry import box_xyxy_from_rectangle_tlbr, ring_area
 from serve.sdk import sly
 
 NO_ANNOTATION: Final = "images without an annotation, left out"

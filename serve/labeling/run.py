@@ -1,4 +1,4 @@
-"""The run itself: read ahead, ask in batches, write, journal; stop between batches when told."""
+"""One ``florence2 label``: from a plan and two folders to a project and a report."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from florence2.errors import FlorenceError, ImageError, RequestError
 from florence2.images import LoadedImage
 from florence2.prompts import clip_region
 from florence2.records import Failure, Polygon, Quad, Region, Result, SizeWh
-from serve.annotations import Answered, LabelRules, annotation_from_answers
-from serve.geometry import drawable_rings, rings_of
 from serve.labeling.files import stamp_of
 from serve.labeling.images import MAX_PIXELS_IN_FLIGHT, ImageFile, Loaded, read_ahead
 from serve.labeling.journal import Entry, Journal
 from serve.labeling.plan import Plan, Prompt
 from serve.labeling.previews import draw_preview, preview_path
 from serve.labeling.project import GrowingProject
+from serve.predict.annotations import Answered, LabelRules, annotation_from_answers
+from serve.predict.geometry import drawable_rings, rings_of
 
 _READERS: Final = 3
 _AHEAD: Final = 2

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from florence2.errors import FlorenceError, RequestError
 from florence2.tasks import OutputKind, find_task
-from serve.console import complain, say
+from serve.cli.console import complain, say
 from serve.labeling.aside import set_aside
 from serve.labeling.coco import COCO_DIR, export_coco
 from serve.labeling.exports import Export

@@ -10,9 +10,9 @@ from typing import Any
 from florence2.engine.ask import AnyImage
 from florence2.records import Failure, Region
 from serve.existing_regions import regions_from_annotation
-from serve.platform.batches import Batch
 from serve.platform.failures import failure_of
 from serve.platform.images import Target
+from serve.platform.pipeline import Batch
 from serve.platform.services import Download
 from serve.sdk import sly
 

@@ -1,4 +1,4 @@
-"""The images of a run as the platform knows them, in the order that they were asked for."""
+"""The images of a run as the platform knows them, in the order asked for, and their bytes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from requests.exceptions import HTTPError
 
 from florence2.errors import RequestError
 from florence2.records import Failure
-from serve.platform.plan import Source
+from serve.platform.run_plan import Source
 from serve.sdk import sly
 
 _IDS_PER_REQUEST: Final = 500

@@ -13,8 +13,8 @@ from requests.exceptions import Timeout
 from florence2.records import Failure
 from serve.platform.failures import failure_of
 from serve.platform.images import Target
-from serve.platform.plan import Destination
 from serve.platform.results import prediction_of, uploaded_entry
+from serve.platform.run_plan import Destination
 from serve.platform.services import RunServices
 from serve.platform.tags import meta_lock, with_compatible_tags
 from serve.sdk import sly

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from serve.console import say
+from serve.cli.console import say
 from serve.settings.written import write_files
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from typing import Final, TypeVar, cast
 
 from florence2.errors import RequestError
-from serve.naming import OBJECT_CLASS
 from serve.phrases import classes_of, split_phrases
+from serve.predict.naming import OBJECT_CLASS
 from serve.settings import boxes, choose, values, windows, words
 from serve.settings.keys import BY_NAME, KEYS, LET_THROUGH, ONLY_SETTINGS, Key
 from serve.settings.model import Geometry, Reference, Settings, Tiling

@@ -10,7 +10,7 @@ from typing import Final, NoReturn
 import yaml
 
 from florence2.errors import RequestError
-from serve.naming import clean_class_name, clean_text
+from serve.predict.naming import clean_class_name, clean_text
 
 MAX_NAME: Final = 1000
 MAX_TEXT: Final = 120_000

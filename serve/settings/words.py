@@ -6,8 +6,8 @@ from collections.abc import Collection
 from typing import Final
 
 from florence2.errors import RequestError
-from serve.naming import FIXED_SHAPES, phrase_key
 from serve.phrases import check_phrases, join_classes, split_phrases
+from serve.predict.naming import FIXED_SHAPES, phrase_key
 from serve.settings.values import NOTHING, class_name, number, refuse, table, text
 
 Confidence = float | dict[str, float]

@@ -35,7 +35,7 @@ def free_port() -> int:
 def serve_command(port: int) -> list[str]:
     """The local app with the demo checkpoint."""
     options = ["--model", "demo", "--device", "cpu", "--port", str(port)]
-    return [sys.executable, "-m", "serve.cli", "serve", *options]
+    return [sys.executable, "-m", "serve.cli.main", "serve", *options]
 
 
 def sdk_deploy_command(port: int) -> list[str]:

@@ -17,7 +17,7 @@ import requests
 from app_server import SDK_ENVIRONMENT, AppServer, page_command
 from platform_double import TASK_ID, TOKEN, PlatformDouble
 
-from serve.starting import _ServerErrors
+from serve.process import _ServerErrors
 
 OPTIONAL = [
     "tasks.info",

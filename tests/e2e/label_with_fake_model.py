@@ -49,7 +49,7 @@ def main() -> None:
     questions = ModuleType("florence2.engine.ask")
     questions.Ask = make_dataclass("Ask", names)
     sys.modules |= {"florence2.api": fake, "florence2.engine.ask": questions}
-    from serve.cli import main as florence2
+    from serve.cli.main import main as florence2
 
     florence2(arguments)
 

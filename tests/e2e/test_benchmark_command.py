@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from florence2.errors import FlorenceError
-from serve.cli import app
+from serve.cli.main import app
 
 CONTRACT = {
     "ours_s",

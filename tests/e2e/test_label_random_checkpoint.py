@@ -17,7 +17,7 @@ from florence2.tasks import TASKS, TaskInput
 from florence2.tokenizer import Vocabulary
 from florence2.training.demo_config import demo_config
 from florence2.training.export import save_checkpoint
-from serve.cli import main
+from serve.cli.main import main
 from serve.sdk import sly
 
 DEMO = Path(__file__).parents[2] / "demo" / "checkpoint"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from serve.cli import app
+from serve.cli.main import app
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -47,7 +47,7 @@ def test_the_task_table_is_the_one_the_command_prints():
     printed = CliRunner().invoke(app, ["tasks", "--markdown"])
     table = re.search(r"<!-- tasks:.*?-->\n(.*?)<!-- /tasks -->", README, re.DOTALL)
     assert table is not None
-    from serve.commands.info import _markdown, _task_rows
+    from serve.cli.info import _markdown, _task_rows
 
     assert table.group(1).strip() == _markdown(_task_rows()).strip()
     assert printed.exit_code == 0

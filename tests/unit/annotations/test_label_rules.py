@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from florence2.records import Box, Polygon, Quad, Region, Result, Text
-from serve.annotations import Answered, LabelRules, annotation_from_answers
+from serve.predict.annotations import Answered, LabelRules, annotation_from_answers
 
 SIZE = (100, 80)
 BOX, NEAR, INNER = (10.0, 10.0, 50.0, 50.0), (10.0, 10.0, 50.0, 44.0), (12.0, 12.0, 30.0, 30.0)

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from florence2 import Florence2
-from serve.deployment import Deployment, ModelChoice
 from serve.http.metrics import Metrics
-from serve.predictor import Predictor
+from serve.model_service import Deployment, ModelChoice
+from serve.predict.predictor import Predictor
 from serve.sdk import sly  # noqa: F401  (the SDK's modules are imported after this door)
 
 # isort: split

@@ -9,7 +9,7 @@ import pytest
 from florence2.engine.ask import Ask
 from florence2.engine.scheduler import StoppedError
 from florence2.errors import CheckpointError
-from serve.deployment import Deployment, ModelChoice
+from serve.model_service import Deployment, ModelChoice
 
 PATIENCE_S = 20.0
 

@@ -441,7 +441,7 @@ def test_a_process_that_ends_waits_for_its_runs(app, monkeypatch):
 
 
 def test_a_process_ends_with_its_sentence_last():
-    code = "from serve.starting import end_process; import threading, time;"
+    code = "from serve.process import end_process; import threading, time;"
     code += "threading.Thread(target=time.sleep, args=(60,)).start(); print('before');"
     code += "end_process('The device failed.', 3)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -453,7 +453,12 @@ def test_a_process_ends_with_its_sentence_last():
 def room(monkeypatch):
     """The process's budget of bytes, for this app alone."""
     budget = Budget(64 * MIB, "bytes of images")
-    for module in ("serve.app", "serve.routes", "serve.deployable", "serve.platform.waiting"):
+    for module in (
+        "serve.app",
+        "serve.http.handlers",
+        "serve.deployable",
+        "serve.platform.waiting",
+    ):
         monkeypatch.setattr(f"{module}.held_bytes", lambda: budget)
     return budget
 

@@ -13,10 +13,10 @@ from florence2.engine.ask import Ask
 from florence2.engine.scheduler import BatchReport, Priority
 from florence2.errors import NoRoomError, RequestError
 from florence2.records import Box, Failure, Result
-from serve.annotations import annotation_from_answers
-from serve.deployment import Deployment, ModelChoice
 from serve.http.metrics import Metrics
-from serve.predictor import Call, Predicted, Predictor, _answered, _job
+from serve.model_service import Deployment, ModelChoice
+from serve.predict.annotations import annotation_from_answers
+from serve.predict.predictor import Call, Predicted, Predictor, _answered, _job
 from serve.rules import rules_of
 from serve.settings.parse import parse_settings
 

@@ -7,7 +7,7 @@ import pytest
 from evaluation_oracle import Oracle
 
 from florence2.evaluation.tally import FIGURES
-from serve.cli import main
+from serve.cli.main import main
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def loaded(monkeypatch):
         model.engine = SimpleNamespace(checkpoint=checkpoint)
         return model
 
-    monkeypatch.setattr("serve.commands.evaluate.load_model", load)
+    monkeypatch.setattr("serve.cli.evaluate.load_model", load)
     return calls
 
 

@@ -7,10 +7,10 @@ import pytest
 from asgi_requests import Inner, ask, parts, scope_of
 
 from florence2.errors import RequestError
-from serve.http import callers as callers_module
-from serve.http.callers import Callers, entries_of
+from serve.http import origins as callers_module
 from serve.http.guard import Guard
 from serve.http.limits import Limits
+from serve.http.origins import Callers, entries_of
 from serve.http.servers import Servers
 
 STATE = b'{"state": {}}'

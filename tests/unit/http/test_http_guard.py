@@ -7,9 +7,9 @@ import pytest
 from asgi_requests import Inner, ask, parts, scope_of
 
 from florence2.errors import RequestError
-from serve.http.callers import Callers
 from serve.http.guard import Guard
 from serve.http.limits import Limits
+from serve.http.origins import Callers
 from serve.http.routes import ROUTES, Body, RequestId
 from serve.http.servers import Servers
 

@@ -9,7 +9,7 @@ import pytest
 
 from florence2.errors import RequestError
 from serve.http.errors import TooLargeError
-from serve.http.url_images import UrlLimits, fetch_image
+from serve.http.url_fetch import UrlLimits, fetch_image
 
 LOCAL = UrlLimits(allow_private=True, total_s=10)
 PICTURE = b"\x89PNG not looked at here"

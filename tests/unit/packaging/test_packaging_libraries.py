@@ -22,8 +22,8 @@ LIBRARIES = {
     f"libodd-x.so.9: {NOT_THERE}": "libodd-x.so.9, which this machine lacks; install its package ",
 }
 COMMANDS = {
-    "label": ["-m", "serve.cli", "label", str(ROOT / "demo/images"), "--model", "demo"],
-    "evaluate": ["-m", "serve.cli", "evaluate", "--scenes", "1"],
+    "label": ["-m", "serve.cli.main", "label", str(ROOT / "demo/images"), "--model", "demo"],
+    "evaluate": ["-m", "serve.cli.main", "evaluate", "--scenes", "1"],
     "the platform": ["-c", "import serve.main"],
     "a program": ["-c", "from florence2 import Florence2"],
 }

@@ -3,8 +3,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from platform_fakes import FakePlatform, bound, services
 
+from serve.platform.project_run import run_image_ids, run_project
 from serve.platform.registry import RequestsManager
-from serve.platform.run import run_image_ids, run_project
 
 
 @pytest.fixture(scope="session")

@@ -3,8 +3,8 @@
 import pytest
 from platform_fakes import annotation, rectangle
 
-from serve.annotations import TAG_METAS
 from serve.platform.tags import compatible_tag_meta, with_compatible_tags
+from serve.predict.annotations import TAG_METAS
 from serve.sdk import sly
 
 Type = sly.TagValueType

@@ -6,7 +6,7 @@ from platform_fakes import SIZE_WH, FakePlatform, annotation, png, rectangle
 from florence2.errors import FlorenceError, RequestError
 from florence2.images import open_image
 from florence2.records import Failure, Result
-from serve.platform.existing import tag_existing_objects
+from serve.platform.existing_objects import tag_existing_objects
 from serve.platform.failures import PartialFailureError
 from serve.platform.services import ExistingServices
 from serve.sdk import sly

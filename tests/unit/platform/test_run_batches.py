@@ -7,8 +7,8 @@ import pytest
 from platform_fakes import image_info
 
 from florence2.budget import Budget
-from serve.platform.batches import Behind, fetch_ahead, split_batches
 from serve.platform.images import Target
+from serve.platform.pipeline import Behind, fetch_ahead, split_batches
 from serve.platform.waiting import room_for_downloads
 
 

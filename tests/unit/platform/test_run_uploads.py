@@ -4,8 +4,8 @@ import pytest
 from platform_fakes import FakePlatform, FakePredictor, annotation, png, rectangle
 from requests.exceptions import ConnectionError as ConnectionFailed
 
-from serve.annotations import TAG_METAS
 from serve.platform.failures import FailedImageError, PartialFailureError
+from serve.predict.annotations import TAG_METAS
 from serve.sdk import sly
 
 Stage = sly.nn.inference.inference_request.InferenceRequest.Stage

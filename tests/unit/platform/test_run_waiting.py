@@ -8,7 +8,7 @@ from platform_fakes import CodedError, FakePlatform, FakePredictor, bound, servi
 
 from florence2.records import Failure
 from serve.platform import waiting
-from serve.platform.run import run_image_ids
+from serve.platform.project_run import run_image_ids
 from serve.sdk import sly
 
 Stage = sly.nn.inference.inference_request.InferenceRequest.Stage

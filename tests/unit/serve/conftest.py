@@ -39,7 +39,7 @@ def label(monkeypatch, model, tmp_path):
     monkeypatch.setitem(sys.modules, "florence2.api", fake)
 
     def run(images: Path, *options: str, out: Path | None = None):
-        from serve.cli import main
+        from serve.cli.main import main
 
         target = out or tmp_path / "out"
         with pytest.raises(SystemExit) as ended:

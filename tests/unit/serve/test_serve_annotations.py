@@ -8,7 +8,7 @@ import pytest
 from label_fakes import result
 
 from florence2.records import Box, Polygon, Quad, Region, Text
-from serve.annotations import Answered, LabelRules, annotation_from_answers
+from serve.predict.annotations import Answered, LabelRules, annotation_from_answers
 
 SIZE = (64, 48)
 SENTENCE = "a small red car beside a tree"

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from florence2.tasks import TASKS
-from serve.cli import main
+from serve.cli.main import main
 
 
 def run(*arguments: str) -> int:
@@ -36,7 +36,7 @@ def test_models_says_what_is_complete_on_this_machine(capsys, tmp_path, monkeypa
 
 def test_the_quick_commands_wait_for_neither_torch_nor_the_sdk():
     code = (
-        "import sys, serve.cli; "
+        "import sys, serve.cli.main; "
         "slow = {'torch', 'supervisely', 'transformers', 'numpy'} & set(sys.modules); "
         "sys.exit(str(slow) if slow else 0)"
     )
@@ -83,7 +83,7 @@ def test_an_unknown_option_is_a_usage_error(capsys):
 
 
 def test_an_error_nobody_foresaw_is_a_sentence_too(monkeypatch, capsys):
-    import serve.commands.info as info
+    import serve.cli.info as info
 
     monkeypatch.setattr(info, "_show", lambda *_: 1 / 0)
     assert run("tasks") == 2

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from florence2.records import Box, Polygon, Quad
-from serve.geometry import (
+from serve.predict.geometry import (
     area_share,
     box_xyxy_from_rectangle_tlbr,
     mask_of_rings,

@@ -263,7 +263,7 @@ def test_a_request_no_image_can_answer_ends_the_run_before_it_begins(label, imag
 
 
 def test_a_model_that_does_not_load_leaves_the_folder_free(label, images, model, monkeypatch):
-    import serve.commands.label as command
+    import serve.cli.label as command
 
     def refuse(*_):
         raise CheckpointError("Unknown checkpoint 'demmo'.")

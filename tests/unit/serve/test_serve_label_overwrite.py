@@ -64,7 +64,7 @@ def test_debug_adds_the_traceback(label, tmp_path, capsys):
 
 
 def test_overwrite_moves_nothing_when_the_model_does_not_load(label, images, monkeypatch, capsys):
-    import serve.commands.label as command
+    import serve.cli.label as command
 
     def refuse(*_):
         raise DeviceError("There is no device cuda:9.")
@@ -124,7 +124,7 @@ def test_a_correction_that_the_journal_does_not_know_is_kept_aside(label, images
 def test_a_replaced_checkpoint_is_refused_and_an_older_journal_is_not(
     label, images, monkeypatch, capsys
 ):
-    import serve.commands.label as command
+    import serve.cli.label as command
 
     monkeypatch.setattr(command, "fingerprint", lambda _: None)
     label(images)
@@ -140,7 +140,7 @@ def test_a_replaced_checkpoint_is_refused_and_an_older_journal_is_not(
 
 
 def test_a_fingerprint_changes_with_the_weights(tmp_path, monkeypatch):
-    import serve.commands.loading as loading
+    import serve.cli.loading as loading
 
     file = tmp_path / "model.safetensors"
     file.write_bytes(bytes(5000))
@@ -163,7 +163,7 @@ def test_a_fingerprint_changes_with_the_weights(tmp_path, monkeypatch):
     ],
 )  # fmt: skip
 def test_a_fingerprint_is_of_whichever_files_hold_the_weights(tmp_path, monkeypatch, names):
-    import serve.commands.loading as loading
+    import serve.cli.loading as loading
 
     for name in names:
         (tmp_path / name).write_bytes(bytes(50))
@@ -176,7 +176,7 @@ def test_a_fingerprint_is_of_whichever_files_hold_the_weights(tmp_path, monkeypa
 
 
 def test_precision_reaches_the_model(label, images, monkeypatch):
-    import serve.commands.label as command
+    import serve.cli.label as command
 
     seen = []
     load = command.load_model

@@ -7,8 +7,8 @@ import socket
 import pytest
 
 from serve import app as app_module
-from serve.cli import main
-from serve.commands import serve as command
+from serve.cli import serve as command
+from serve.cli.main import main
 
 
 class Started:

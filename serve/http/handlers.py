@@ -1,8 +1,4 @@
-"""The app's own routes. They come before the SDK's, so a path that both have is ours.
-
-Uploaded images stay in memory: the SDK keeps them on disk under the names that clients give, so
-two clients get each other's picture, and a name with ``../`` is written where it says.
-"""
+"""The app's own routes. They come before the SDK's, so a path that both have is ours."""
 
 from __future__ import annotations
 
@@ -17,7 +13,6 @@ from serve.http.leaving import gone_or_none
 from serve.http.limits import MAX_IMAGE_BYTES
 from serve.http.page import index_page
 from serve.http.tasks_json import instructions, tasks_json
-from serve.http.threads import Waiting, run_registered, run_wanted
 from serve.http.uploads import (
     NO_FILES,
     Files,
@@ -27,7 +22,8 @@ from serve.http.uploads import (
     read_one_upload,
     read_uploads,
 )
-from serve.http.url_images import fetch_image
+from serve.http.url_fetch import fetch_image
+from serve.http.waiting import Waiting, run_registered, run_wanted
 from serve.sdk_routes import register_sdk_routes
 from serve.vqa import answer_question
 

@@ -1,8 +1,4 @@
-"""Runs over images of the platform, in place of the SDK's own.
-
-Images are downloaded ahead of the model and labels uploaded behind it. A failed image is a
-failure of its own; what is done stays, and the end of the run says what is missing.
-"""
+"""Runs over images of the platform, in place of the SDK's own: results, counts, and how one ends."""
 
 from __future__ import annotations
 
@@ -13,11 +9,13 @@ from dataclasses import dataclass
 from florence2.engine.ask import AnyImage
 from florence2.errors import DeviceLostError, FlorenceError
 from florence2.records import Failure
-from serve.platform.batches import Batch, Behind, fetch_ahead, split_batches
 from serve.platform.failures import FailedImageError, failure_of
 from serve.platform.images import Images, resolve
 from serve.platform.ledger import Ledger
-from serve.platform.plan import (
+from serve.platform.pipeline import Batch, Behind, fetch_ahead, split_batches
+from serve.platform.registry import InferenceRequest
+from serve.platform.results import failed_entry, predicted_entry
+from serve.platform.run_plan import (
     Destination,
     Source,
     batch_size_of,
@@ -25,8 +23,6 @@ from serve.platform.plan import (
     ids_source,
     project_source,
 )
-from serve.platform.registry import InferenceRequest
-from serve.platform.results import failed_entry, predicted_entry
 from serve.platform.services import Download, HasAnnotation, RunServices, State
 from serve.platform.upload import MAX_FAILED_BATCHES, Labeled, Uploading
 from serve.platform.waiting import (

@@ -11,18 +11,18 @@ from florence2.engine.ask import Ask
 from florence2.errors import FlorenceError, ImageError, RequestError, shown
 from florence2.records import Failure, Result
 from florence2.tasks import find_task
-from serve.annotations import REGION_TEXT_TAGS, TAG_METAS
-from serve.naming import clean_text
-from serve.platform.batches import Batch, Behind, fetch_ahead, split_batches
 from serve.platform.existing_labels import Choice, ImageTask, LabelTask, fetch_labels
 from serve.platform.existing_tags import NewTag, TagWriter, Written, ensure_tag_meta
 from serve.platform.failures import FailedImageError
 from serve.platform.images import Images, Target, resolve
 from serve.platform.ledger import Ledger
-from serve.platform.plan import any_source, batch_size_of
+from serve.platform.pipeline import Batch, Behind, fetch_ahead, split_batches
 from serve.platform.registry import InferenceRequest
+from serve.platform.run_plan import any_source, batch_size_of
 from serve.platform.services import ExistingServices, State
 from serve.platform.waiting import room_for_downloads, when_queue_has_room
+from serve.predict.annotations import REGION_TEXT_TAGS, TAG_METAS
+from serve.predict.naming import clean_text
 from serve.sdk import sly
 from serve.settings.model import Settings
 

@@ -1,9 +1,4 @@
-"""One result of the answers of neighbouring tiles: nothing twice, nothing cut in two.
-
-A tile's edge cuts objects. A piece is known by touching an inner edge of its tile. Two pieces on
-both sides of one edge are joined; a piece that lies in something whole goes, whatever its name: a
-part of a car looks like a wheel or a truck.
-"""
+"""Large images in overlapping tiles, or a part of one: where the parts lie, and one result of their answers."""
 
 from __future__ import annotations
 
@@ -17,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from florence2.records import Box, BoxXyxy, Object, Polygon, Quad, Result, Text, Timings
-from serve.dedupe import areas_of, known_score, numbered, same_boxes, shared_areas
-from serve.geometry import Located, outer_box
+from serve.predict.dedupe import areas_of, known_score, numbered, same_boxes, shared_areas
+from serve.predict.geometry import Located, outer_box
 
 # Seen from two tiles, at two scales, the boxes of one object differ more than within one answer.
 SAME_IN_TILES_IOU: Final = 0.5

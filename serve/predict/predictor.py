@@ -20,14 +20,14 @@ from florence2.images import LoadedImage, Room, identity, open_image
 from florence2.pixels import PreparedImage
 from florence2.records import Failure, Result, Timings
 from florence2.tasks import TaskInput, parse_steps
-from serve.annotations import Answered, annotation_from_answers, wanted_in
-from serve.deployment import Deployed, Deployment
-from serve.geometry import Located
 from serve.http.metrics import Outcome, Stage
 from serve.label_rules import LabelRules
+from serve.model_service import Deployed, Deployment
 from serve.opening import Patience, in_parts
 from serve.platform.reference import resolve_reference
 from serve.platform.waiting import when_queue_has_room
+from serve.predict.annotations import Answered, annotation_from_answers, wanted_in
+from serve.predict.geometry import Located
 from serve.questions import Question, questions_of
 from serve.rules import rules_of
 from serve.sdk import sly

@@ -1,4 +1,4 @@
-"""What a request for a run says, checked: which images, how many at a time, and where to."""
+"""What a run over the platform's images is to do, checked, and what it needs of the app."""
 
 from __future__ import annotations
 

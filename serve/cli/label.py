@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from serve.commands.loading import fingerprint, load_model
+from serve.cli.loading import fingerprint, load_model
 
 if TYPE_CHECKING:
     from serve.labeling.plan import Plan
     from serve.labeling.run import Model
+
 
 DEFAULT_MODEL: Final = "Florence-2-large"
 

@@ -1,10 +1,4 @@
-"""Which requests a server without a log-in answers: those of programs and of its own page.
-
-A browser lets any web page send requests to this machine and to its network. Such a request gives
-itself away: it names the page it comes from in ``Origin`` or ``Sec-Fetch-Site``, or, where the
-page's own name was made to lead here (DNS rebinding), that name in ``Host``. No page can change
-these headers, and programs send none of the first two.
-"""
+"""Which requests a server without a log-in answers, and which platforms they may name."""
 
 from __future__ import annotations
 

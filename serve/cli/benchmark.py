@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from florence2.errors import RequestError
-from serve.console import say
+from serve.cli.console import say
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -61,7 +61,7 @@ def benchmark(
     """
     from florence2.benchmark.plan import BenchmarkPlan
     from florence2.benchmark.saved import load_rows
-    from serve.commands.benchmark_table import print_results
+    from serve.cli.benchmark_table import print_results
 
     if saved is not None:
         machine, rows = load_rows(saved)
@@ -106,7 +106,7 @@ def _run(plan: BenchmarkPlan, json_file: Path | None) -> tuple[dict[str, Any], l
     from florence2.benchmark.machine import describe_machine
     from florence2.benchmark.run import run_benchmark
     from florence2.benchmark.saved import save_rows
-    from serve.commands.benchmark_table import row_sentence
+    from serve.cli.benchmark_table import row_sentence
 
     machine = describe_machine(plan.device)
     rows: list[Row] = []

@@ -1,4 +1,4 @@
-"""Which checkpoint answers now: loaded, switched, put to sleep, stopped."""
+"""Which checkpoint answers now: chosen, loaded, switched, put to sleep, stopped."""
 
 from __future__ import annotations
 

@@ -1,25 +1,14 @@
-"""Results of the engine as Supervisely annotations. Every label has the status AUTO.
-
-| output | object |
-| --- | --- |
-| boxes | Rectangle of the label's class |
-| polygons | a Polygon per ring, the rings of one object sharing a binding key; or one Bitmap |
-| OCR quads | Polygon of class ``text``, the string in the tag ``text`` |
-| captions, OCR text | image tags ``caption``, ``ocr_text`` |
-| descriptions, categories and text of regions | tags on the region's Rectangle |
-
-A sentence becomes a class only when the rules say so: dense captions are of class ``object`` with
-a ``description``. A class has one shape in an annotation, see ``serve.naming.class_titles``.
-"""
+"""Results of the engine as Supervisely annotations. Every label has the status AUTO."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from florence2.records import Box, Polygon, Quad, SizeWh
-from serve.dedupe import Find, distinct
 from serve.findings import Found, found_in
-from serve.geometry import (
+from serve.label_rules import SAME_OBJECT_IOU, Answered, LabelRules
+from serve.predict.dedupe import Find, distinct
+from serve.predict.geometry import (
     Located,
     area_share,
     drawable_rings,
@@ -28,8 +17,7 @@ from serve.geometry import (
     rectangle_tlbr_from_box_xyxy,
     rings_of,
 )
-from serve.label_rules import SAME_OBJECT_IOU, Answered, LabelRules
-from serve.naming import class_color, class_titles
+from serve.predict.naming import class_color, class_titles
 from serve.sdk import LabelingStatus, sly
 from serve.tags import IMAGE_TEXT_TAGS, REGION_TEXT_TAGS, TAG_METAS, image_tags, object_tags
 

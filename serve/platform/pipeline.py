@@ -1,4 +1,7 @@
-"""Work that overlaps: downloads run ahead of the model, uploads behind it. Nothing polls."""
+"""Work that overlaps: downloads run ahead of the model, uploads behind it. Nothing polls.
+
+Waiting that a run may have to do ends at once when the run is stopped.
+"""
 
 from __future__ import annotations
 

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from serve.commands.loading import load_model
-from serve.console import ERR, OUT
+from serve.cli.console import ERR, OUT
+from serve.cli.loading import load_model
 
 if TYPE_CHECKING:
     from florence2.api import Florence2
     from florence2.evaluation.evaluate import Plan, Report
     from florence2.evaluation.score_study import ScoreStudy
+
 
 DEFAULT_MODEL: Final = "demo"
 

@@ -1,8 +1,4 @@
-"""Images fetched from an address that somebody else chose.
-
-The address could lead into the server's own network, so every host is resolved, checked and
-then connected to by number: a name cannot be checked as one address and opened as another.
-"""
+"""Images fetched from an address that somebody else chose, and where it may lead."""
 
 from __future__ import annotations
 

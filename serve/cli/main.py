@@ -13,8 +13,8 @@ from typing import Annotated, Final
 import typer
 
 from florence2.errors import FlorenceError
+from serve.cli.console import complain
 from serve.commands import register_all
-from serve.console import complain
 from serve.openmp import bound_spinning
 from serve.version import VERSION
 

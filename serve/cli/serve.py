@@ -10,8 +10,8 @@ from typing import Annotated, Final
 import typer
 
 from florence2.errors import RequestError
-from serve.commands.loading import fetch
-from serve.console import say
+from serve.cli.console import say
+from serve.cli.loading import fetch
 
 DEFAULT_MODEL: Final = "demo"
 _EXAMPLE_IMAGE: Final = "demo/images/scene_bike.png"
@@ -83,7 +83,7 @@ def serve(
         # The SDK writes a line of JSON for every step, which is for the platform's log.
         sly.logger.setLevel("WARNING")
         choose_device(device)
-        from serve.http.callers import Callers
+        from serve.http.origins import Callers
         from serve.http.servers import Servers
 
         callers = Callers.from_environment(host, allow_host or ())

@@ -1,8 +1,4 @@
-"""Threads for what may wait, so that whoever waits keeps nobody else from being answered.
-
-The framework runs every plain function of a route in the same 40 threads, files of forms included:
-that many slow answers of one route and no other route answers, not even that the app is alive.
-"""
+"""Requests that wait: on threads of their own, until they are answered or their client leaves."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import typer
 
 from florence2.errors import RequestError
 from florence2.records import SizeWh
-from serve.console import say
+from serve.cli.console import say
 
 TaskName = Annotated[str, typer.Option(help="The task that was asked, for example <OD>.")]
 Size = Annotated[str, typer.Option(metavar="WxH", help="The image's size in pixels.")]

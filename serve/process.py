@@ -1,9 +1,4 @@
-"""Starting as a process of the platform, which tells a session that lives from one that ended.
-
-The platform's agent takes a session for alive while its process lives, and the SDK keeps threads
-that the interpreter waits for: an exception that ends a start would leave a process that holds
-nothing and never ends.
-"""
+"""The process of the app: how its threads wait, how it starts on the platform, and how it ends."""
 
 from __future__ import annotations
 
@@ -20,6 +15,9 @@ from typing import Final, NoReturn, TypeVar
 
 from florence2.errors import FlorenceError
 
+logger = logging.getLogger(__name__)
+
+
 Made = TypeVar("Made")
 
 CANNOT_START: Final = 2
@@ -27,8 +25,6 @@ _HELD_UP: Final = 1
 _STARTUP_FAILED: Final = "Application startup failed. Exiting."
 # Saving the page for offline use, which the SDK does last, may take its time.
 _GRACE_S: Final = 120.0
-
-logger = logging.getLogger(__name__)
 
 
 def start_or_end(make: Callable[[], Made]) -> Made:

@@ -1,4 +1,4 @@
-"""``florence2 tasks`` and ``florence2 models``: the two tables, for reading or as JSON."""
+"""``florence2 tasks``, ``models`` and ``parse``: the tables, and a raw answer as objects."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from serve.console import OUT
+from serve.cli.console import OUT
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 

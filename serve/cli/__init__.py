@@ -1,0 +1,1 @@
+"""The ``florence2`` command."""

@@ -1,0 +1,1 @@
+"""From images and settings to annotations; knows nothing of HTTP."""
