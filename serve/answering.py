@@ -18,12 +18,11 @@ from serve.answers import check_any_answered, entries_of, raise_failure
 from serve.deadline import Deadline
 from serve.deployable import DeployableApp
 from serve.platform.existing_objects import tag_existing_objects
+from serve.platform.images import ExistingServices, RunServices, batch_size_of
+from serve.platform.pipeline import when_queue_has_room
 from serve.platform.project_run import run_image_ids, run_project
 from serve.platform.reference import resolve_reference
 from serve.platform.registry import RequestsManager
-from serve.platform.run_plan import batch_size_of
-from serve.platform.services import ExistingServices, RunServices
-from serve.platform.waiting import when_queue_has_room
 from serve.predict.predictor import Call, Predicted
 from serve.sdk import sly
 from serve.sdk_uploader import use_prompt_uploader

@@ -17,14 +17,12 @@ from fastapi import Request
 from florence2.errors import RequestError
 from serve.answering import AnsweringApp
 from serve.cli_predict import predict_path
+from serve.http.bodies import Limits, Uploads, held_bytes
 from serve.http.errors import install_error_handlers
 from serve.http.guard import Guard
 from serve.http.handlers import register_routes
-from serve.http.held_bytes import Uploads, held_bytes
-from serve.http.limits import Limits
-from serve.http.origins import Callers
+from serve.http.origins import Callers, Servers
 from serve.http.page import PageInfo
-from serve.http.servers import Servers
 from serve.process import optional_autostart
 from serve.sdk import sly
 from serve.version import VERSION

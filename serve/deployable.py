@@ -22,24 +22,26 @@ from florence2.budget import open_pixels
 from florence2.checkpoint.catalog import DEMO, resolve
 from florence2.checkpoint.hub import ProgressUpdate
 from florence2.runtimes.device import missing_gpu
-from serve.deploy_params import (
+from serve.gui import florence_gui
+from serve.http.bodies import held_bytes
+from serve.http.metrics import Metrics
+from serve.http.origins import entries_of
+from serve.http.waiting import use_own_threads
+from serve.local_server import LocalServer
+from serve.model_service import (
     ALLOW_DEPLOY_VARIABLE,
+    MAX_QUEUED,
     PRECISION_NAMES,
+    Deployment,
+    IdleTimer,
+    ModelChoice,
+    ModelMeta,
     check_runtime,
     device_name,
     named_model,
     params_for,
     params_from_state,
 )
-from serve.gui import florence_gui
-from serve.http.held_bytes import held_bytes
-from serve.http.metrics import Metrics
-from serve.http.origins import entries_of
-from serve.http.waiting import use_own_threads
-from serve.idle import IdleTimer
-from serve.local_server import LocalServer
-from serve.model_meta import ModelMeta
-from serve.model_service import MAX_QUEUED, Deployment, ModelChoice
 from serve.predict.predictor import Predictor
 from serve.process import end_process
 from serve.sdk import sly

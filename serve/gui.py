@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from florence2.checkpoint.hub import ProgressUpdate
 from florence2.errors import FlorenceError
-from serve.deploy_params import DEFAULT_MODEL
+from serve.model_service import DEFAULT_MODEL
 from serve.sdk import sly  # noqa: F401  (the SDK's modules are imported after this door)
 
 # isort: split

@@ -5,8 +5,7 @@ from __future__ import annotations
 import socket
 from dataclasses import dataclass
 
-from serve.http.origins import Callers
-from serve.http.servers import Servers
+from serve.http.origins import Callers, Servers
 from serve.model_service import MAX_QUEUED
 
 

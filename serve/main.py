@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 if importlib.util.find_spec("florence2") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from serve.openmp import bound_spinning
+from serve.process import bound_spinning
 
 # Later it would change nothing.
 if "torch" not in sys.modules:

@@ -4,15 +4,240 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
+
+import torch
 
 from florence2.api import Florence2
 from florence2.engine.scheduler import Observer, Scheduler, StoppedError
+from florence2.errors import RequestError, unknown_name
+from serve.predict.annotations import TAG_METAS
+from serve.predict.naming import FIXED_SHAPES, class_color, clean_class_name
+from serve.sdk import sly
 
 logger = logging.getLogger(__name__)
+
+
+class IdleTimer:
+    """``action`` runs when ``timeout_s`` have passed since the last ``touch``; one timer at most.
+
+    The SDK starts a thread for every request instead, and loses some when requests are parallel.
+    """
+
+    def __init__(self, action: Callable[[], object]) -> None:
+        self._action = action
+        self._lock = threading.Lock()
+        self._touched = 0.0
+        self._timer: threading.Timer | None = None
+
+    def touch(self, timeout_s: float) -> None:
+        """Something happened; begin to wait again."""
+        with self._lock:
+            self._touched = time.monotonic()
+            if self._timer is None:
+                self._start(timeout_s, timeout_s)
+
+    def cancel(self) -> None:
+        """Nothing to wait for until the next ``touch``."""
+        with self._lock:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+
+    def _start(self, wait_s: float, timeout_s: float) -> None:
+        self._timer = threading.Timer(wait_s, self._look, (timeout_s,))
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _look(self, timeout_s: float) -> None:
+        with self._lock:
+            left = self._touched + timeout_s - time.monotonic()
+            if self._timer is None:
+                return
+            if left > 0:
+                self._start(left, timeout_s)
+                return
+            self._timer = None
+        try:
+            self._action()
+        # A timer thread has nobody to tell; the model stays where it is.
+        except Exception:
+            logger.exception("The idle model could not be moved away")
+
+
+PRETRAINED: Final = "Pretrained models"
+PYTORCH: Final = "PyTorch"
+DEFAULT_MODEL: Final = "Florence-2-large"
+ALLOW_DEPLOY_VARIABLE: Final = "FLORENCE_ALLOW_DEPLOY"
+# As the SDK writes precisions.
+PRECISION_NAMES: Final = {"fp32": "FP32", "fp16": "FP16", "bf16": "BF16"}
+
+_RUNTIMES: Final = ("pytorch", "torch", "auto")
+
+
+def device_name(device: object) -> str:
+    """The device's name, chosen here when the caller did not: a GPU if there is one."""
+    if device in (None, "", "auto"):
+        return "cuda:0" if torch.cuda.is_available() else "cpu"
+    if not isinstance(device, str):
+        raise RequestError(
+            f"A device is a name such as cpu or cuda:0, and {device!r} was received; name one."
+        )
+    return device
+
+
+def check_runtime(runtime: object) -> str:
+    """The runtime as the SDK writes it; RequestError for one that this app does not have."""
+    if runtime in (None, ""):
+        return PYTORCH
+    if not isinstance(runtime, str) or runtime.lower() not in _RUNTIMES:
+        raise RequestError(unknown_name("runtime", str(runtime), [PYTORCH]))
+    return PYTORCH
+
+
+def named_model(name: str, models: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The row of ``models.json`` for a name; for another checkpoint a row of its own."""
+    for row in models:
+        if row["meta"]["model_name"].lower() == name.lower():
+            return dict(row)
+    return {
+        "Model": name,
+        "meta": {
+            "task_type": "prompt-based object detection",
+            "model_name": name,
+            "model_files": {"checkpoint": name},
+        },
+    }
+
+
+def params_for(row: dict[str, Any], device: object, runtime: object = None) -> dict[str, Any]:
+    """What ``_load_model_headless`` takes for a row of ``models.json``."""
+    return {
+        "model_source": PRETRAINED,
+        "model_files": dict(row["meta"]["model_files"]),
+        "model_info": row,
+        "device": device_name(device),
+        "runtime": check_runtime(runtime),
+    }
+
+
+def params_from_state(
+    state: dict[str, Any], models: Sequence[dict[str, Any]], allowed: Collection[str] = ()
+) -> dict[str, Any]:
+    """The deployment that a ``/deploy_from_api`` request asks for.
+
+    ``allowed`` are names beside those of ``models``: a name can be a folder, or any repository of
+    the hub. Raises RequestError for what cannot be deployed, before anything that runs is touched.
+    """
+    given = state.get("deploy_params")
+    if given is None:
+        given = {}
+    if not isinstance(given, dict):
+        raise RequestError(
+            f"deploy_params is an object, and {type(given).__name__} was received; send "
+            '{"deploy_params": {"device": "cuda:0"}, "model_name": "Florence-2-base"}.'
+        )
+    source = given.get("model_source") or PRETRAINED
+    if source != PRETRAINED:
+        raise RequestError(
+            f"Models come from the list of this app, and source {source!r} was received; send a "
+            "model_name."
+        )
+    row = _row_of(state, given, models, allowed)
+    return params_for(row, given.get("device"), given.get("runtime"))
+
+
+def _row_of(
+    state: dict[str, Any],
+    given: dict[str, Any],
+    models: Sequence[dict[str, Any]],
+    allowed: Collection[str],
+) -> dict[str, Any]:
+    files, info = given.get("model_files") or {}, given.get("model_info") or {}
+    meta = info.get("meta") if isinstance(info, dict) else None
+    name = (
+        state.get("model_name")
+        or (meta or {}).get("model_name")
+        or (files.get("checkpoint") if isinstance(files, dict) else None)
+        or DEFAULT_MODEL
+    )
+    known = [row["meta"]["model_name"] for row in models]
+    is_known = isinstance(name, str) and name.lower() in [one.lower() for one in known]
+    if not is_known and name not in allowed:
+        choices = list(dict.fromkeys([*known, *allowed]))
+        raise RequestError(
+            f"{unknown_name('model', str(name), choices)} Others can be deployed by a request once "
+            f"the app is started with their names in --allow-deploy or {ALLOW_DEPLOY_VARIABLE}."
+        )
+    return named_model(name, models)
+
+
+MAX_LEARNT: Final = 1000
+
+_GEOMETRIES: Final = {"rectangle": sly.Rectangle, "polygon": sly.Polygon, "bitmap": sly.Bitmap}
+_FIXED: Final = tuple(
+    sly.ObjClass(name, _GEOMETRIES[shape], class_color(name))
+    for name, shape in FIXED_SHAPES.items()
+)
+
+
+class ModelMeta:
+    """A growing ``sly.ProjectMeta``; safe to use from any thread.
+
+    At most ``max_learnt`` classes are remembered beside the fixed ones; those seen longest ago go
+    first. A class that is seen in a second shape becomes one of any shape, so that every
+    annotation that was learnt can be read with a snapshot; a fixed class keeps its shape.
+    """
+
+    def __init__(self, max_learnt: int = MAX_LEARNT) -> None:
+        self._max_learnt = max_learnt
+        self._learnt: dict[str, sly.ObjClass] = {}
+        self._lock = threading.Lock()
+        self._snapshot: sly.ProjectMeta = _meta_of(())
+
+    def snapshot(self) -> sly.ProjectMeta:
+        """All classes and tags as they are now; it never changes."""
+        return self._snapshot
+
+    def learn(self, annotation: sly.Annotation) -> None:
+        """Adds the classes of an annotation's labels."""
+        self._add(label.obj_class for label in annotation.labels)
+
+    def announce(self, names: Iterable[str], geometry: type = sly.Rectangle) -> None:
+        """Adds classes before any answer has them; ``names`` are cleaned."""
+        cleaned = (clean_class_name(name) for name in names)
+        self._add(sly.ObjClass(name, geometry, class_color(name)) for name in cleaned)
+
+    def _add(self, seen: Iterable[sly.ObjClass]) -> None:
+        with self._lock:
+            before = self._shapes()
+            for obj_class in seen:
+                if obj_class.name not in FIXED_SHAPES:
+                    known = self._learnt.pop(obj_class.name, obj_class)
+                    self._learnt[obj_class.name] = _both(known, obj_class)
+            while len(self._learnt) > self._max_learnt:
+                self._learnt.pop(next(iter(self._learnt)))
+            if self._shapes() != before:
+                self._snapshot = _meta_of(self._learnt.values())
+
+    def _shapes(self) -> dict[str, type]:
+        """To see a change by: to the SDK a class of any shape equals one of a certain shape."""
+        return {name: obj_class.geometry_type for name, obj_class in self._learnt.items()}
+
+
+def _both(known: sly.ObjClass, seen: sly.ObjClass) -> sly.ObjClass:
+    if known.geometry_type in (seen.geometry_type, sly.AnyGeometry):
+        return known
+    return known.clone(geometry_type=sly.AnyGeometry)
+
+
+def _meta_of(learnt: Iterable[sly.ObjClass]) -> sly.ProjectMeta:
+    return sly.ProjectMeta([*_FIXED, *learnt], tag_metas=list(TAG_METAS.values()))
+
 
 MAX_QUEUED: Final = 4096
 RELOADING: Final = (

@@ -98,7 +98,7 @@ def label(
 ) -> None:
     """Label a folder of images into a Supervisely project on disk; stop and go on at will."""
     plan = _plan(task, prompt, class_, region, threshold, model, num_beams, max_new_tokens)
-    from serve.labeling.session import Job, label_folder
+    from serve.labeling.run import Job, label_folder
 
     job = Job(
         images=images,

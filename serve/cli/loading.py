@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from serve.cli.console import ERR
-from serve.openmp import leave_cores_to_others
+from serve.process import leave_cores_to_others
 
 if TYPE_CHECKING:
     from florence2.api import Florence2

@@ -8,17 +8,19 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Annotated, Final
 
 import typer
 
 from florence2.errors import FlorenceError
 from serve.cli.console import complain
-from serve.commands import register_all
-from serve.openmp import bound_spinning
+from serve.process import bound_spinning
 from serve.version import VERSION
 
 _DEBUG: Final = "--debug"
+COMMANDS: Final = ("label", "serve", "info", "benchmark", "evaluate", "train")
+"""In the order in which ``florence2 --help`` lists them."""
 
 app = typer.Typer(
     name="florence2",
@@ -29,7 +31,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-register_all(app)
+for _command in COMMANDS:
+    # A command imports what it works with inside: ``florence2 tasks`` waits for no torch.
+    import_module(f"serve.cli.{_command}").register(app)
 
 
 def _show_version(is_asked: bool) -> None:

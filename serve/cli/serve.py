@@ -83,8 +83,7 @@ def serve(
         # The SDK writes a line of JSON for every step, which is for the platform's log.
         sly.logger.setLevel("WARNING")
         choose_device(device)
-        from serve.http.origins import Callers
-        from serve.http.servers import Servers
+        from serve.http.origins import Callers, Servers
 
         callers = Callers.from_environment(host, allow_host or ())
         servers = Servers.from_environment(allow_server or ())
@@ -113,8 +112,7 @@ def serve(
 
 def _set_budgets(open_megapixels: int | None, held_mib: int | None) -> None:
     from florence2.budget import open_pixels
-    from serve.http.held_bytes import held_bytes
-    from serve.http.limits import MIB
+    from serve.http.bodies import MIB, held_bytes
 
     if open_megapixels is not None:
         open_pixels().capacity = open_megapixels * 10**6

@@ -13,8 +13,7 @@ from florence2.errors import FlorenceError, ImageError
 from florence2.images import open_image
 from serve.cli.console import say
 from serve.labeling.files import Stamp, Workspace, hash_of, hash_of_text, stamp_of
-from serve.labeling.finding import is_image
-from serve.labeling.images import ImageFile
+from serve.labeling.images import ImageFile, is_image
 from serve.labeling.journal import Entry, Source
 from serve.predict.annotations import TAG_METAS
 from serve.predict.naming import class_color

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from serve.labeling.files import Workspace
-from serve.labeling.finding import Findings
+from serve.labeling.images import Findings
 from serve.labeling.journal import Entry, Totals
 from serve.labeling.project import project_folder
-from serve.labeling.run import RunCounts
 
 REPORT_NAME: Final = "report.json"
 FAILED_NAME: Final = "failed.csv"
@@ -227,3 +226,16 @@ def _as_text(cell: str) -> str:
     """
     first = cell.lstrip(_PASSED_OVER)[:1]
     return f"'{cell}" if first in _FORMULA or cell[:1] in _CONTROLS else cell
+
+
+@dataclass(slots=True)
+class RunCounts:
+    """What this run did, beside the totals of the folder."""
+
+    images: int = 0
+    seconds: float = 0.0
+    interrupted: bool = False
+
+    @property
+    def images_per_second(self) -> float:
+        return self.images / self.seconds if self.seconds > 0 else 0.0

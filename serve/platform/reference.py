@@ -9,11 +9,9 @@ from typing import Final
 from florence2.engine.ask import AnyImage, Ask
 from florence2.errors import RequestError
 from florence2.records import Failure, Region, Result
-from serve.http.held_bytes import held_bytes
-from serve.platform.download import download_images
+from serve.http.bodies import held_bytes
 from serve.platform.failures import FailedImageError
-from serve.platform.images import resolve
-from serve.platform.run_plan import Source
+from serve.platform.images import Source, download_images, resolve
 from serve.predict.naming import OBJECT_CLASS, clean_class_name, clean_text
 from serve.sdk import sly
 from serve.settings.model import Reference, Settings

@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Final, Literal
 
-from florence2.records import Box, Polygon, Quad, SizeWh
-from serve.findings import Found, found_in
-from serve.label_rules import SAME_OBJECT_IOU, Answered, LabelRules
+from florence2.engine.cascade import regions_of
+from florence2.records import Box, Polygon, Quad, Region, Result, SizeWh, Text
+from florence2.tasks import TaskInput, find_task
 from serve.predict.dedupe import Find, distinct
 from serve.predict.geometry import (
     Located,
     area_share,
     drawable_rings,
+    is_finite,
     mask_of_rings,
     outer_box,
     rectangle_tlbr_from_box_xyxy,
     rings_of,
 )
-from serve.predict.naming import class_color, class_titles
+from serve.predict.naming import (
+    FIXED_SHAPES,
+    OBJECT_CLASS,
+    TEXT_CLASS,
+    class_color,
+    class_of,
+    class_titles,
+    clean_class_name,
+    clean_suffix,
+    clean_text,
+    possible_titles,
+)
 from serve.sdk import LabelingStatus, sly
-from serve.tags import IMAGE_TEXT_TAGS, REGION_TEXT_TAGS, TAG_METAS, image_tags, object_tags
 
 __all__ = [
     "IMAGE_TEXT_TAGS",
@@ -31,6 +45,251 @@ __all__ = [
     "annotation_from_answers",
     "wanted_in",
 ]
+
+
+# Two prompts of one class see the same object: from this overlap on only the surer one is kept.
+SAME_OBJECT_IOU: Final = 0.7
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A result and what was asked for: the class its prompt stands for, the phrase, the region."""
+
+    result: Result
+    class_name: str | None = None
+    phrase: str | None = None
+    region: Region | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LabelRules:
+    """Which objects become labels, of which class and shape.
+
+    ``classes`` maps ``phrase_key`` of a label to a class. An object goes when its score is below
+    the threshold of its class (``class_thresholds``, else ``threshold``), when ``whitelist`` lacks
+    its class, or when its box covers more than ``max_box_area`` of the image. Names are compared
+    cleaned, in any case, without ``class_suffix``; a whitelist may have them with it too.
+    ``nms_threshold`` and ``containment_threshold``: see ``serve.predict.dedupe``; None is off.
+    ``fixed_shapes`` are the classes whose shape the readers of the annotation already know.
+    """
+
+    classes: Mapping[str, str] = field(default_factory=dict)
+    threshold: float = 0.0
+    class_thresholds: Mapping[str, float] = field(default_factory=dict)
+    whitelist: frozenset[str] | None = None
+    class_suffix: str = ""
+    geometry: Literal["polygon", "bitmap"] = "polygon"
+    max_box_area: float = 1.0
+    sentences_as_classes: bool = False
+    nms_threshold: float | None = SAME_OBJECT_IOU
+    containment_threshold: float | None = None
+    across_classes: bool = False
+    fixed_shapes: Mapping[str, str] = field(default_factory=lambda: FIXED_SHAPES)
+
+    def __post_init__(self) -> None:
+        thresholds = {_key(name): value for name, value in self.class_thresholds.items()}
+        object.__setattr__(self, "class_thresholds", thresholds)
+        object.__setattr__(self, "class_suffix", clean_suffix(self.class_suffix))
+        if self.whitelist is not None:
+            object.__setattr__(self, "whitelist", frozenset(map(_key, self.whitelist)))
+
+    def threshold_of(self, class_name: str) -> float:
+        return self.class_thresholds.get(_key(class_name), self.threshold)
+
+    def wants(self, class_name: str, shape: str) -> bool:
+        """Whether the whitelist has the class, as it is called or as its labels will be."""
+        return self.whitelist is None or any(
+            _key(title) in self.whitelist
+            for title in (class_name, *possible_titles(class_name, shape, self.class_suffix))
+        )
+
+
+def _key(class_name: str) -> str:
+    """What two spellings of a class share: a labeler's ``Car`` is the model's ``car``."""
+    return clean_class_name(class_name).casefold()
+
+
+IMAGE_TEXT_TAGS: Final = {
+    "<CAPTION>": "caption",
+    "<DETAILED_CAPTION>": "caption",
+    "<MORE_DETAILED_CAPTION>": "caption",
+    "<OCR>": "ocr_text",
+}
+REGION_TEXT_TAGS: Final = {
+    "<REGION_TO_CATEGORY>": "category",
+    "<REGION_TO_DESCRIPTION>": "description",
+    "<REGION_TO_OCR>": "text",
+}
+
+_STRING, _ON_OBJECTS = sly.TagValueType.ANY_STRING, sly.TagApplicableTo.OBJECTS_ONLY
+_ON_IMAGES: Final = sly.TagApplicableTo.IMAGES_ONLY
+
+
+def _tag_meta(name: str, value_type: str, on: str, color: list[int]) -> sly.TagMeta:
+    return sly.TagMeta(name, value_type, color=color, applicable_to=on)
+
+
+TAG_METAS: Final[dict[str, sly.TagMeta]] = {
+    meta.name: meta
+    for meta in (
+        _tag_meta("confidence", sly.TagValueType.ANY_NUMBER, _ON_OBJECTS, [90, 140, 220]),
+        _tag_meta("text", _STRING, _ON_OBJECTS, [220, 140, 60]),
+        _tag_meta("description", _STRING, _ON_OBJECTS, [120, 180, 90]),
+        _tag_meta("category", _STRING, _ON_OBJECTS, [180, 100, 200]),
+        _tag_meta("caption", _STRING, _ON_IMAGES, [200, 90, 110]),
+        _tag_meta("ocr_text", _STRING, _ON_IMAGES, [80, 170, 170]),
+    )
+}
+
+
+def object_tags(score: float | None, texts: Iterable[tuple[str, str]]) -> list[sly.Tag]:
+    """The confidence, where it is known, and every text that is not empty.
+
+    A score is a plain float: the SDK refuses numpy's, and JSON has no NaN.
+    """
+    tags = [sly.Tag(TAG_METAS[name], text) for name, said in texts if (text := clean_text(said))]
+    if score is not None and is_finite([score]):
+        tags.insert(0, sly.Tag(TAG_METAS["confidence"], round(float(score), 4)))
+    return tags
+
+
+def image_tags(results: Iterable[Result]) -> list[sly.Tag]:
+    """Captions and read text of the whole image; two prompts with one caption give one tag."""
+    texts: dict[tuple[str, str], None] = {}
+    for result in results:
+        name = IMAGE_TEXT_TAGS.get(find_task(result.task.split("+", 1)[0]).token)
+        if name and (text := clean_text(result.text or "")):
+            texts[name, text] = None
+    return [sly.Tag(TAG_METAS[name], text) for name, text in texts]
+
+
+_DENSE: Final = "<DENSE_REGION_CAPTION>"
+# What is read in a region is no name for it.
+_NAMING_TAGS: Final = ("category", "description")
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """One located object.
+
+    ``subject`` is what it was called, where its class says less. ``asked`` says that the user
+    pointed at the region, so that no other object makes it superfluous.
+    """
+
+    shape: Located
+    class_name: str
+    tags: tuple[tuple[str, str], ...] = ()
+    subject: str = ""
+    asked: bool = False
+
+    @property
+    def score(self) -> float | None:
+        return self.shape.score
+
+
+def found_in(answered: Answered, rules: LabelRules) -> list[Found]:
+    """Everything located in one answer, in its order."""
+    result = answered.result
+    last = find_task(result.task.rsplit("+", 1)[-1])
+    tag = REGION_TEXT_TAGS.get(last.token)
+    asked = answered.region is not None
+    if last.takes is TaskInput.REGION and "+" in result.task:
+        found = _region_step(answered, tag, rules)
+    elif tag is not None:
+        found = _region_texts(answered, tag, rules)
+    else:
+        found = [
+            _found(shape, last.token, answered, rules)
+            for shape in result.objects
+            if not isinstance(shape, Text)
+        ]
+    return [replace(item, asked=True) for item in found] if asked else found
+
+
+def _found(shape: Located, token: str, answered: Answered, rules: LabelRules) -> Found:
+    given = clean_class_name(answered.class_name) if answered.class_name else None
+    if isinstance(shape, Quad):
+        return Found(shape, TEXT_CLASS, (("text", shape.label),), subject=shape.label)
+    if token == _DENSE:
+        name = given or _sentence_class(shape.label, rules)
+        return Found(shape, name, (("description", shape.label),), subject=shape.label)
+    name = given or class_of(shape.label or answered.phrase or "", rules.classes)
+    return Found(shape, name)
+
+
+def _sentence_class(sentence: str, rules: LabelRules) -> str:
+    return clean_class_name(sentence) if rules.sentences_as_classes else OBJECT_CLASS
+
+
+def _region_texts(answered: Answered, tag: str, rules: LabelRules) -> list[Found]:
+    """The words about a region as a tag on it."""
+    result = answered.result
+    if answered.region is None:
+        boxes = [shape for shape in result.objects if isinstance(shape, Box)]
+    else:
+        words = result.text or " ".join(found.label for found in result.objects)
+        score = result.objects[0].score if result.objects else math.nan
+        boxes = [Box(answered.region.box_xyxy, words, score)] if words else []
+    found = []
+    for box in boxes:
+        name = _sentence_class(box.label if tag in _NAMING_TAGS else "", rules)
+        given = clean_class_name(answered.class_name) if answered.class_name else name
+        found.append(Found(box, given, ((tag, box.label),)))
+    return found
+
+
+def _region_step(answered: Answered, tag: str | None, rules: LabelRules) -> list[Found]:
+    """What a cascade's last step said about each region.
+
+    Class and score are those of what the step before found there; words become a tag.
+    """
+    result = answered.result
+    finder = _step_before(result)
+    token = find_task(finder.task.rsplit("+", 1)[-1]).token if finder else ""
+    items: list[Found] = []
+    for shape, owner in zip(result.objects, _owners(result, finder), strict=True):
+        if isinstance(shape, Text):
+            continue
+        if owner is None:
+            items.append(Found(shape, OBJECT_CLASS, ((tag, shape.label),) if tag else ()))
+            continue
+        found = _found(owner, token, answered, rules)
+        tags = found.tags if tag is None else ((tag, shape.label),)
+        score = shape.score if owner.score is None else owner.score
+        items.append(replace(found, shape=replace(shape, score=score), tags=tags))
+    return items
+
+
+def _step_before(result: Result) -> Result | None:
+    """The step that found the regions; each region has a result of its own behind it."""
+    before = result.task.count("+")
+    return result.steps[min(before, len(result.steps)) - 1] if result.steps else None
+
+
+def _owners(result: Result, finder: Result | None) -> list[Located | None]:
+    """For every object of the result the one whose region it is about, by order.
+
+    A region has one text, or, from engines that leave out empty answers, none; or any number of
+    outlines. One without an area was not asked about, so it has no answer.
+    """
+    count = len(result.objects)
+    asked = regions_of(finder) if finder else []
+    answers = result.steps[result.task.count("+") :]
+    with_area = [one.located for one in asked if one.region is not None]
+    if len(answers) == len(with_area):
+        pairs = list(zip(with_area, answers, strict=True))
+        outlined = [
+            located
+            for located, answer in pairs
+            for found in answer.objects
+            if isinstance(found, Polygon)
+        ]
+        if outlined and len(outlined) == count:
+            return [*outlined]
+        answered = [located for located, answer in pairs if answer.text]
+        if answered and len(answered) == count < len(asked):
+            return [*answered]
+    return [one.located for one in asked] if len(asked) == count else [None] * count
 
 
 def annotation_from_answers(

@@ -4,37 +4,172 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Protocol
+from typing import Final, Protocol, TypeVar
 
-from florence2.budget import Budget, open_pixels
+from florence2.budget import WAIT_S, Budget, Hold, open_pixels
 from florence2.engine.ask import AnyImage, Ask
 from florence2.engine.feature_cache import EncodedImage
 from florence2.engine.prefetch import Preparer
-from florence2.engine.scheduler import Priority, QueueFullError, StoppedError
+from florence2.engine.scheduler import (
+    DeadlineError,
+    GenerationCancelledError,
+    Priority,
+    QueueFullError,
+    StoppedError,
+)
 from florence2.errors import FlorenceError, NoRoomError, RequestError
 from florence2.images import LoadedImage, Room, identity, open_image
 from florence2.pixels import PreparedImage
-from florence2.records import Failure, Result, Timings
+from florence2.records import Failure, Region, Result, Timings
 from florence2.tasks import TaskInput, parse_steps
 from serve.http.metrics import Outcome, Stage
-from serve.label_rules import LabelRules
 from serve.model_service import Deployed, Deployment
-from serve.opening import Patience, in_parts
+from serve.platform.pipeline import QUEUE_LIMIT_S, when_queue_has_room
 from serve.platform.reference import resolve_reference
-from serve.platform.waiting import when_queue_has_room
-from serve.predict.annotations import Answered, annotation_from_answers, wanted_in
+from serve.predict.annotations import Answered, LabelRules, annotation_from_answers, wanted_in
 from serve.predict.geometry import Located
-from serve.questions import Question, questions_of
-from serve.rules import rules_of
+from serve.predict.tiling import TileResult, View, can_tile, merge_tiles, moved, views_of
 from serve.sdk import sly
 from serve.settings.model import Settings
-from serve.shifting import moved
-from serve.tiles import TileResult, can_tile, merge_tiles
-from serve.views import View, views_of
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One question about an image. ``class_name`` is the class of all its answers, if mapped."""
+
+    task: str
+    text: str | None = None
+    region: Region | None = None
+    class_name: str | None = None
+
+
+def questions_of(settings: Settings) -> tuple[Question, ...]:
+    """Every question about one image: a phrase, a prompt of a class, or a region each."""
+    task = settings.task_prompt
+    takes = settings.steps[0].takes
+    if takes is TaskInput.REGION:
+        return tuple(Question(task, region=Region(box)) for box in settings.regions)
+    if takes is not TaskInput.TEXT:
+        return (Question(task),)
+    return tuple(
+        Question(task, prompt.text, class_name=prompt.class_name) for prompt in settings.prompts
+    )
+
+
+def rules_of(settings: Settings) -> LabelRules:
+    """The labels' rules that the settings ask for."""
+    return LabelRules(
+        classes=settings.classes_by_phrase,
+        threshold=settings.confidence_threshold,
+        class_thresholds=settings.class_thresholds,
+        whitelist=None if settings.classes is None else frozenset(settings.classes),
+        class_suffix=settings.class_suffix,
+        geometry=settings.geometry,
+        max_box_area=settings.max_box_area,
+        sentences_as_classes=settings.sentences_as_classes,
+        nms_threshold=settings.nms_threshold,
+        containment_threshold=settings.containment_threshold,
+        across_classes=settings.nms_across_classes,
+    )
+
+
+# Three bytes each; a batch of a few large images is answered in parts.
+MAX_OPEN_PIXELS: Final = 100_000_000
+
+
+class Opened(Protocol):
+    """Something that holds pixels until it is closed."""
+
+    @property
+    def num_pixels(self) -> int: ...
+
+    def close(self) -> None: ...
+
+
+Source = TypeVar("Source")
+Item = TypeVar("Item", bound=Opened)
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """Who waits for room: bulk work or not, until when, and whether still."""
+
+    is_bulk: bool
+    ends_s: float | None = None
+    should_stop: Callable[[], bool] | None = None
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds that are left, None for as long as it takes."""
+        return None if self.ends_s is None else max(0.0, self.ends_s - time.monotonic())
+
+    def reason(self) -> FlorenceError | None:
+        """Why nobody waits any longer."""
+        if self.should_stop is not None and self.should_stop():
+            return GenerationCancelledError(
+                "The request was cancelled; send it again if it is needed."
+            )
+        if self.left_s == 0.0:
+            return DeadlineError(
+                "An answer was wanted sooner than there was room to open the image; allow more "
+                "time or ask for less at once."
+            )
+        return None
+
+    def room(self, budget: Budget, wait_s: float) -> Callable[[int], Hold]:
+        """Waits for so many pixels; NoRoomError after ``wait_s``, or the ``reason``."""
+
+        def hold(pixels: int) -> Hold:
+            return budget.hold(pixels, is_bulk=self.is_bulk, wait_s=wait_s, stop=self.reason)
+
+        return hold
+
+
+def in_parts(
+    sources: Iterable[Source], open_one: Callable[[Source, float], Item]
+) -> Generator[list[Item]]:
+    """The sources opened, in order and in parts; a part is closed when the next one is asked for.
+
+    ``open_one`` may wait for so many seconds. Raises its NoRoomError only with nothing in hand: the
+    first part is refused soon, so that the caller may come back, a later one when the queue of the
+    model would be given up too. Close it, or what the last part holds stays held.
+    """
+    part: list[Item] = []
+    wait_s = WAIT_S
+    try:
+        for source in sources:
+            try:
+                item = open_one(source, 0.0 if _pixels(part) else wait_s)
+            except NoRoomError:
+                if not _pixels(part):
+                    raise
+                yield part
+                _close(part)
+                wait_s = QUEUE_LIMIT_S
+                item = open_one(source, wait_s)
+            part.append(item)
+            if _pixels(part) >= MAX_OPEN_PIXELS:
+                yield part
+                _close(part)
+                wait_s = QUEUE_LIMIT_S
+        if part:
+            yield part
+    finally:
+        _close(part)
+
+
+def _pixels(part: list[Item]) -> int:
+    return sum(item.num_pixels for item in part)
+
+
+def _close(part: list[Item]) -> None:
+    for item in part:
+        item.close()
+    part.clear()
 
 
 @dataclass(frozen=True, slots=True)

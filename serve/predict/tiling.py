@@ -1,4 +1,4 @@
-"""Large images in overlapping tiles, or a part of one: where the parts lie, and one result of their answers."""
+"""Large images in overlapping tiles: where they lie, and one result of all their answers."""
 
 from __future__ import annotations
 
@@ -11,9 +11,80 @@ from typing import Final, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from florence2.records import Box, BoxXyxy, Object, Polygon, Quad, Result, Text, Timings
+from florence2.errors import RequestError
+from florence2.images import ImagePart, LoadedImage
+from florence2.prompts import clip_region
+from florence2.records import (
+    Box,
+    BoxXyxy,
+    Object,
+    Polygon,
+    Quad,
+    Region,
+    Result,
+    SizeWh,
+    Text,
+    Timings,
+)
+from florence2.tasks import OutputKind, TaskInput, parse_steps
+from serve.predict.annotations import Answered
 from serve.predict.dedupe import areas_of, known_score, numbered, same_boxes, shared_areas
 from serve.predict.geometry import Located, outer_box
+from serve.settings.model import Tiling
+
+__all__ = ["MAX_TILES", "BoxXyxyInt", "TileResult", "can_tile", "merge_tiles", "plan_tiles"]
+
+
+OffsetXy = tuple[float, float]
+
+
+def moved(result: Result, offset_xy: OffsetXy, size_wh: SizeWh) -> Result:
+    """``result`` of a crop whose top left pixel is ``offset_xy`` of an image of ``size_wh``.
+
+    The objects of all steps move too. ``answer`` stays what the model said: its location tokens
+    are places in the crop.
+    """
+    return replace(
+        result,
+        size_wh=size_wh,
+        objects=tuple(_moved_object(found, offset_xy) for found in result.objects),
+        steps=tuple(moved(step, offset_xy, size_wh) for step in result.steps),
+    )
+
+
+def moved_answer(answered: Answered, offset_xy: OffsetXy, size_wh: SizeWh) -> Answered:
+    """An answer with its region, which is one of the crop, moved as in ``moved``."""
+    region = answered.region
+    if region is not None:
+        region = moved_region(region, offset_xy)
+    return replace(answered, result=moved(answered.result, offset_xy, size_wh), region=region)
+
+
+def moved_region(region: Region, offset_xy: OffsetXy) -> Region:
+    x1, y1, x2, y2 = region.box_xyxy
+    dx, dy = offset_xy
+    return Region((x1 + dx, y1 + dy, x2 + dx, y2 + dy))
+
+
+def _moved_object(found: Object, offset_xy: OffsetXy) -> Object:
+    dx, dy = offset_xy
+    if isinstance(found, Box):
+        x1, y1, x2, y2 = found.box_xyxy
+        return replace(found, box_xyxy=(x1 + dx, y1 + dy, x2 + dx, y2 + dy))
+    if isinstance(found, Quad):
+        x1, y1, x2, y2, x3, y3, x4, y4 = found.quad_xy
+        corners = (x1 + dx, y1 + dy, x2 + dx, y2 + dy, x3 + dx, y3 + dy, x4 + dx, y4 + dy)
+        return replace(found, quad_xy=corners)
+    if isinstance(found, Polygon):
+        return replace(
+            found, rings_xy=tuple(_moved_ring(ring, offset_xy) for ring in found.rings_xy)
+        )
+    return found
+
+
+def _moved_ring(ring_xy: Sequence[float], offset_xy: OffsetXy) -> tuple[float, ...]:
+    return tuple(value + offset_xy[place % 2] for place, value in enumerate(ring_xy))
+
 
 # Seen from two tiles, at two scales, the boxes of one object differ more than within one answer.
 SAME_IN_TILES_IOU: Final = 0.5
@@ -299,3 +370,95 @@ def _outer(boxes: Sequence[tuple[_T, _T, _T, _T]]) -> tuple[_T, _T, _T, _T]:
 def _longest(timings: Sequence[Timings]) -> Timings:
     """Tiles run in one batch, whose time each of them has."""
     return Timings(*(max(one[stage] for one in timings) for stage in Timings()))
+
+
+BoxXyxyInt = tuple[int, int, int, int]
+MAX_TILES: Final = 1024
+
+
+def can_tile(task: str) -> bool:
+    """Whether a task prompt or cascade asks where things are, so that tiles have an answer each.
+
+    Words about the whole image have no parts, and a region is asked about where it is: text tasks
+    and cascades that end in a region step look at the whole image.
+    """
+    last = parse_steps(task)[-1]
+    return last.output is not OutputKind.TEXT and last.takes is not TaskInput.REGION
+
+
+def plan_tiles(
+    size_wh: SizeWh, tile_wh: SizeWh, overlap_wh: tuple[int, int]
+) -> tuple[BoxXyxyInt, ...]:
+    """Tiles (x1, y1, x2, y2) that cover every pixel, row by row.
+
+    Neighbours share ``overlap_wh`` pixels or more: the last tile of a row or column is pulled
+    back inside the image, so all have the full size. A side shorter than a tile is one tile.
+    Raises RequestError for tiles that do not advance, or for more than 1024 of them.
+    """
+    columns = _spans(size_wh[0], tile_wh[0], overlap_wh[0])
+    rows = _spans(size_wh[1], tile_wh[1], overlap_wh[1])
+    if len(columns) * len(rows) > MAX_TILES:
+        raise RequestError(
+            f"An image is cut into at most {MAX_TILES} tiles, and tiles of {tile_wh[0]} by "
+            f"{tile_wh[1]} pixels are {len(columns) * len(rows)}; make them larger."
+        )
+    return tuple((x1, y1, x2, y2) for y1, y2 in rows for x1, x2 in columns)
+
+
+def _spans(length: int, tile: int, overlap: int) -> list[tuple[int, int]]:
+    if tile < 1 or not 0 <= overlap < tile:
+        raise RequestError(
+            "Tiles overlap by less than their size, and a size of "
+            f"{tile} with an overlap of {overlap} pixels was received; make the overlap smaller."
+        )
+    if length <= tile:
+        return [(0, length)]
+    starts = [*range(0, length - tile, tile - overlap), length - tile]
+    return [(start, start + tile) for start in starts]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class View:
+    """Pixels ``box_xyxy`` of an image as a picture of its own."""
+
+    picture: LoadedImage
+    box_xyxy: tuple[int, int, int, int]
+
+    @property
+    def offset_xy(self) -> tuple[int, int]:
+        """Where its top left corner lies in the image."""
+        return self.box_xyxy[0], self.box_xyxy[1]
+
+
+def views_of(
+    picture: LoadedImage, rectangle: BoxXyxy | None, tiling: Tiling | None
+) -> tuple[View, ...]:
+    """The views of a picture, those of the whole first.
+
+    Raises RequestError for a ``rectangle`` that lies outside the image.
+    """
+    whole = (0, 0, *picture.size_wh)
+    area = whole if rectangle is None else _inside(rectangle, picture)
+    if tiling is None:
+        return (_cut(picture, area),)
+    left, top, right, bottom = area
+    tiles = [
+        (x1 + left, y1 + top, x2 + left, y2 + top)
+        for x1, y1, x2, y2 in plan_tiles(
+            (right - left, bottom - top), tiling.size_wh, tiling.overlap_wh
+        )
+    ]
+    boxes = tiles if len(tiles) == 1 or not tiling.full_image else [area, *tiles]
+    return tuple(_cut(picture, box) for box in boxes)
+
+
+def _inside(rectangle: BoxXyxy, picture: LoadedImage) -> tuple[int, int, int, int]:
+    x1, y1, x2, y2 = clip_region(rectangle, picture.size_wh, "A rectangle")
+    left, top = round(x1), round(y1)
+    return left, top, max(round(x2), left + 1), max(round(y2), top + 1)
+
+
+def _cut(picture: LoadedImage, box: tuple[int, int, int, int]) -> View:
+    if box == (0, 0, *picture.size_wh):
+        return View(picture, box)
+    return View(ImagePart(picture, box), box)

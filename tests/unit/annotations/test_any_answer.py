@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from florence2.records import Box, Polygon, Quad, Region, Result, Text
 from florence2.tasks import TASKS
-from serve.model_meta import ModelMeta
+from serve.model_service import ModelMeta
 from serve.predict.annotations import Answered, LabelRules, annotation_from_answers
 from serve.predict.geometry import ring_area
 from serve.predict.naming import MAX_CLASS_NAME

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from florence2.records import Region
-from serve.existing_regions import LabelRegion, regions_from_annotation
+from serve.platform.existing_objects import LabelRegion, regions_from_annotation
 from serve.sdk import sly
 
 

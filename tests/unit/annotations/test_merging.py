@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from florence2.records import Box, Polygon, Quad, Result, Text, Timings
-from serve.shifting import moved
-from serve.tiles import TileResult, merge_tiles, plan_tiles
+from serve.predict.tiling import TileResult, merge_tiles, moved, plan_tiles
 
 # Two tiles of 100 by 100 that share the strip from 80 to 100; the image is 180 by 100.
 LEFT, RIGHT, WHOLE = (0, 0, 100, 100), (80, 0, 180, 100), (0, 0, 180, 100)

@@ -4,9 +4,9 @@ import threading
 
 import pytest
 
-from serve.model_meta import ModelMeta
+from serve.model_service import ModelMeta
+from serve.predict.annotations import TAG_METAS
 from serve.sdk import sly
-from serve.tags import TAG_METAS
 
 FIXED = {
     "object": sly.Rectangle,

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from florence2.records import Box, Polygon, Quad, Region, Result, Text
-from serve.label_rules import Answered
-from serve.shifting import moved, moved_answer
+from serve.predict.annotations import Answered
+from serve.predict.tiling import moved, moved_answer
 
 CROP, IMAGE, OFFSET = (40, 30), (200, 100), (100.0, 50.0)
 

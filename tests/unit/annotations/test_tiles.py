@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from florence2.errors import RequestError
-from serve.tiles import MAX_TILES, can_tile, plan_tiles
+from serve.predict.tiling import MAX_TILES, can_tile, plan_tiles
 
 
 @pytest.mark.parametrize(

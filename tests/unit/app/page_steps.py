@@ -27,7 +27,7 @@ from starlette.testclient import TestClient
 from florence2.errors import FlorenceError
 from serve import deployable
 from serve.app import Florence2App
-from serve.deploy_params import named_model, params_for
+from serve.model_service import named_model, params_for
 from serve.sdk import sly  # noqa: F401  (the SDK's modules are imported after this door)
 
 # isort: split

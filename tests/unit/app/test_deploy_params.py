@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from florence2.errors import RequestError
-from serve import deploy_params
-from serve.deploy_params import check_runtime, device_name, named_model, params_from_state
+from serve import model_service as deploy_params
+from serve.model_service import check_runtime, device_name, named_model, params_from_state
 
 MODELS = json.loads(Path(deploy_params.__file__).with_name("models.json").read_text())
 

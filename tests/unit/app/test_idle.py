@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from serve.idle import IdleTimer
+from serve.model_service import IdleTimer
 
 
 def test_it_acts_once_when_nothing_happens():

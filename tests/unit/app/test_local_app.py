@@ -21,7 +21,7 @@ from starlette.testclient import TestClient
 from florence2.budget import Budget
 from florence2.errors import NoRoomError, QueueFullError, RequestError
 from serve.app import Florence2App
-from serve.http.limits import MIB
+from serve.http.bodies import MIB
 from serve.local_server import LocalServer
 
 HERE = "http://127.0.0.1:8000"
@@ -457,7 +457,7 @@ def room(monkeypatch):
         "serve.app",
         "serve.http.handlers",
         "serve.deployable",
-        "serve.platform.waiting",
+        "serve.platform.pipeline",
     ):
         monkeypatch.setattr(f"{module}.held_bytes", lambda: budget)
     return budget

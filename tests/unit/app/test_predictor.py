@@ -16,8 +16,7 @@ from florence2.records import Box, Failure, Result
 from serve.http.metrics import Metrics
 from serve.model_service import Deployment, ModelChoice
 from serve.predict.annotations import annotation_from_answers
-from serve.predict.predictor import Call, Predicted, Predictor, _answered, _job
-from serve.rules import rules_of
+from serve.predict.predictor import Call, Predicted, Predictor, _answered, _job, rules_of
 from serve.settings.parse import parse_settings
 
 
@@ -192,7 +191,7 @@ def test_who_stops_waiting_gets_a_failure_that_says_so(predictor, bike):
 
 def test_large_images_are_answered_in_parts(predictor, bike, monkeypatch):
     side = predictor._deployment.current.model.engine.checkpoint.image_processor.size_wh[0]
-    monkeypatch.setattr("serve.opening.MAX_OPEN_PIXELS", side * side * 2)
+    monkeypatch.setattr("serve.predict.predictor.MAX_OPEN_PIXELS", side * side * 2)
     asked: list[int] = []
     run = predictor._run
     predictor._run = lambda deployed, asks, *rest: (
@@ -283,7 +282,7 @@ def busy():
 
 
 def test_an_image_without_room_is_refused_for_now_and_not_failed(deployment, monkeypatch):
-    monkeypatch.setattr("serve.opening.WAIT_S", 0.01)
+    monkeypatch.setattr("serve.predict.predictor.WAIT_S", 0.01)
     predictor = Predictor(deployment, Metrics(), busy())
     with pytest.raises(NoRoomError):
         predictor.predict([blank(90, 90)], parse_settings({}))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from serve.http.addresses import is_public, resolve_host
+from serve.http.url_fetch import is_public, resolve_host
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,9 @@ from asgi_requests import Inner, ask, parts, scope_of
 
 from florence2.errors import RequestError
 from serve.http import origins as callers_module
+from serve.http.bodies import Limits
 from serve.http.guard import Guard
-from serve.http.limits import Limits
-from serve.http.origins import Callers, entries_of
-from serve.http.servers import Servers
+from serve.http.origins import Callers, Servers, entries_of
 
 STATE = b'{"state": {}}'
 JSON = ("content-type", "application/json")

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from florence2.errors import RequestError
-from serve.http.encoded_images import decode_image
 from serve.http.errors import TooLargeError
+from serve.http.uploads import decode_image
 
 
 @given(data=st.binary(min_size=1), prefix=st.sampled_from(["", "data:image/png;base64,"]))

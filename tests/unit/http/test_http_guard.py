@@ -7,11 +7,10 @@ import pytest
 from asgi_requests import Inner, ask, parts, scope_of
 
 from florence2.errors import RequestError
+from serve.http.bodies import Limits
 from serve.http.guard import Guard
-from serve.http.limits import Limits
-from serve.http.origins import Callers
+from serve.http.origins import Callers, Servers
 from serve.http.routes import ROUTES, Body, RequestId
-from serve.http.servers import Servers
 
 SMALL = Limits(json_bytes=1000, encoded_bytes=2000, multipart_bytes=3000)
 JSON = [("content-type", "application/json")]

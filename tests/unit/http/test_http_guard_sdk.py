@@ -8,11 +8,10 @@ from fastapi import FastAPI, Request, UploadFile
 from fastapi.testclient import TestClient
 
 from florence2.errors import RequestError
+from serve.http.bodies import Limits
 from serve.http.errors import install_error_handlers
 from serve.http.guard import Guard
-from serve.http.limits import Limits
-from serve.http.origins import Callers
-from serve.http.servers import Servers
+from serve.http.origins import Callers, Servers
 from serve.sdk import sly
 
 LIMITS = Limits(json_bytes=10_000, encoded_bytes=20_000, multipart_bytes=30_000)

@@ -9,10 +9,9 @@ import pytest
 from asgi_requests import scope_of
 
 from florence2.budget import Budget
+from serve.http.bodies import MIB, Limits, Uploads, keep_body
 from serve.http.guard import Guard
-from serve.http.held_bytes import Uploads, keep_body
-from serve.http.limits import MIB, Limits
-from serve.http.servers import Servers
+from serve.http.origins import Servers
 
 FORM = [("content-type", "multipart/form-data; boundary=x")]
 JSON = [("content-type", "application/json")]

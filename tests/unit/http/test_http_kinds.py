@@ -2,7 +2,7 @@
 
 import pytest
 
-from serve.http.kinds import kind_of
+from serve.http.bodies import kind_of
 
 KINDS = {
     "an object": {},

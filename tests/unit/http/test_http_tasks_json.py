@@ -5,7 +5,7 @@ import json
 import pytest
 
 from florence2.tasks import TASKS, TaskInput, find_task
-from serve.http.tasks_json import instructions, tasks_json
+from serve.http.handlers import instructions, tasks_json
 
 
 def test_every_task_is_listed_in_the_order_of_the_table():

@@ -12,9 +12,8 @@ from fastapi.testclient import TestClient
 
 from serve.http import waiting as threads
 from serve.http.errors import install_error_handlers
-from serve.http.leaving import NoticesLeaving
 from serve.http.routes import ROUTES
-from serve.http.waiting import BusyError, Waiting, run_registered, use_own_threads
+from serve.http.waiting import BusyError, NoticesLeaving, Waiting, run_registered, use_own_threads
 from serve.platform.registry import RequestsManager
 
 SHARED = 40

@@ -7,8 +7,8 @@ from fastapi import Depends, FastAPI, UploadFile
 from fastapi.testclient import TestClient
 
 from florence2.errors import RequestError
+from serve.http.bodies import MAX_FILES
 from serve.http.errors import install_error_handlers
-from serve.http.limits import MAX_FILES
 from serve.http.uploads import (
     check_fields,
     clean_name,

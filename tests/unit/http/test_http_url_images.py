@@ -202,7 +202,7 @@ TARGETS = {
 def test_a_redirect_is_checked_like_the_first_address(web, target, words, monkeypatch):
     web.targets = {"/to/1": target}
     # The server of this test counts as public, as if it were on the internet.
-    monkeypatch.setattr("serve.http.addresses.is_public", lambda address: address == "127.0.0.1")
+    monkeypatch.setattr("serve.http.url_fetch.is_public", lambda address: address == "127.0.0.1")
     with pytest.raises(RequestError, match=words):
         fetch_image(url_of(web, "/to/1"), UrlLimits(), Names(inner=["10.0.0.1"]))
 

@@ -8,7 +8,7 @@ from PIL import Image
 from florence2.errors import FlorenceError, ImageError
 from florence2.images import open_image
 from florence2.records import Failure
-from serve.platform.services import RunServices
+from serve.platform.images import RunServices
 from serve.sdk import sly
 from serve.settings.model import Settings
 

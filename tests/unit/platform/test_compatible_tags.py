@@ -3,7 +3,7 @@
 import pytest
 from platform_fakes import annotation, rectangle
 
-from serve.platform.tags import compatible_tag_meta, with_compatible_tags
+from serve.platform.upload import compatible_tag_meta, with_compatible_tags
 from serve.predict.annotations import TAG_METAS
 from serve.sdk import sly
 

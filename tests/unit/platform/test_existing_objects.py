@@ -8,7 +8,7 @@ from florence2.images import open_image
 from florence2.records import Failure, Result
 from serve.platform.existing_objects import tag_existing_objects
 from serve.platform.failures import PartialFailureError
-from serve.platform.services import ExistingServices
+from serve.platform.images import ExistingServices
 from serve.sdk import sly
 from serve.settings.model import Settings
 

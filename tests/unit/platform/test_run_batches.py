@@ -8,8 +8,7 @@ from platform_fakes import image_info
 
 from florence2.budget import Budget
 from serve.platform.images import Target
-from serve.platform.pipeline import Behind, fetch_ahead, split_batches
-from serve.platform.waiting import room_for_downloads
+from serve.platform.pipeline import Behind, fetch_ahead, room_for_downloads, split_batches
 
 
 def targets(*sizes):
@@ -185,7 +184,7 @@ def test_a_download_that_raises_leaves_nothing_held():
 def test_a_run_that_is_stopped_waits_for_no_room(manager, monkeypatch):
     budget = Budget(100, "bytes")
     budget.hold(100)
-    monkeypatch.setattr("serve.platform.waiting.held_bytes", lambda: budget)
+    monkeypatch.setattr("serve.platform.pipeline.held_bytes", lambda: budget)
     request = manager.create()
     request.stop()
     assert room_for_downloads(request, is_bulk=True)(50, 20.0).amount == 0

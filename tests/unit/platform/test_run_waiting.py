@@ -7,7 +7,7 @@ import pytest
 from platform_fakes import CodedError, FakePlatform, FakePredictor, bound, services
 
 from florence2.records import Failure
-from serve.platform import waiting
+from serve.platform import pipeline as waiting
 from serve.platform.project_run import run_image_ids
 from serve.sdk import sly
 

@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
-from serve import openmp
-from serve.openmp import bound_spinning, is_machine_busy, leave_cores_to_others
+from serve import process as openmp
+from serve.process import bound_spinning, is_machine_busy, leave_cores_to_others
 
 NAMES = ("GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY")
 CASES = {

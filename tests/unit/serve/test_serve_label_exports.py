@@ -16,7 +16,7 @@ from label_fakes import color_in, paint, read_project, result
 from PIL import Image
 
 from florence2.records import Box, Polygon, Text
-from serve.labeling.yolo import file_names
+from serve.labeling.exports import file_names
 from serve.sdk import sly
 
 RING = (4.0, 4.0, 20.0, 4.0, 20.0, 24.0, 4.0, 24.0)
@@ -324,7 +324,7 @@ def test_an_export_that_cannot_be_written_is_one_sentence_and_a_failure(
         raise OSError(28, "No space left on device", str(target))
 
     out = label(images).out
-    monkeypatch.setattr("serve.labeling.yolo.shutil.copyfile", full)
+    monkeypatch.setattr("serve.labeling.exports.shutil.copyfile", full)
     assert label(images, "--yolo").code == 1
     assert "The labels are complete, but an export could not" in capsys.readouterr().err
     assert "No space left" in report_of(out)["this_run"]["error"]

@@ -135,7 +135,7 @@ def test_a_disk_that_does_not_take_the_files_keeps_them_out_of_the_journal(
 
 
 def test_a_report_that_cannot_be_written_is_one_sentence(label, images, monkeypatch, capsys):
-    import serve.labeling.session as session
+    import serve.labeling.run as session
 
     def full(*_):
         raise OSError(28, "No space left on device")

@@ -205,7 +205,7 @@ def test_an_image_that_changed_is_said_and_labeled_again_on_demand(
 
 
 def test_contents_are_read_again_only_on_doubt(label, bitmaps, monkeypatch):
-    import serve.labeling.session as session
+    import serve.labeling.run as session
 
     label(bitmaps)
     read = []

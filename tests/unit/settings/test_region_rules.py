@@ -12,9 +12,9 @@ from florence2.prompts import prompt_sentence
 from florence2.records import Box, Result
 from florence2.tasks import find_task
 from serve.labeling.plan import make_plan
-from serve.questions import questions_of
+from serve.predict.predictor import questions_of
+from serve.predict.tiling import views_of
 from serve.settings.parse import parse_settings
-from serve.views import views_of
 
 WIDTH, HEIGHT = SIZE_WH = (200, 100)
 TASK = find_task("region_category")
