@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
-from florence2.training.draw import draw_scene
-from florence2.training.scene import make_scene
+from florence2_demo.drawing import draw_scene
+from florence2_demo.scene import make_scene
 
 FIRST_SEED = 400_000
 BUSY = "while True: pass"

@@ -12,8 +12,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from florence2.training.draw import draw_scene
-from florence2.training.scene import make_scene
+from florence2_demo.drawing import draw_scene
+from florence2_demo.scene import make_scene
 
 FIRST_SEED = 300_000
 

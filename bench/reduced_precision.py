@@ -18,8 +18,8 @@ from torch import Tensor
 
 from florence2 import Ask, Florence2
 from florence2.network.florence import Florence2Network
-from florence2.training.draw import draw_scene
-from florence2.training.scene import make_scene
+from florence2_demo.drawing import draw_scene
+from florence2_demo.scene import make_scene
 
 Head = Callable[[Florence2Network, Tensor, int], Tensor]
 Tokens = list[tuple[int, ...]]

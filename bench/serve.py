@@ -27,8 +27,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from florence2 import Florence2
-from florence2.training.draw import draw_scene
-from florence2.training.scene import make_scene
+from florence2_demo.drawing import draw_scene
+from florence2_demo.scene import make_scene
 
 FIRST_SEED = 400_000
 CLIENTS = (1, 8, 32)

@@ -22,7 +22,7 @@ def train(
     seed: Annotated[int, typer.Option(help="Seed of the initial weights.")] = 0,
 ) -> None:
     """Train the demo checkpoint from nothing on drawn scenes. The same folder resumes."""
-    from florence2.training.trainer import TrainingPlan, train
+    from florence2_demo.training import TrainingPlan, train
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     plan = TrainingPlan(

@@ -17,8 +17,8 @@ from florence2.network.florence import Florence2Network
 from florence2.prompts import prompt_sentence
 from florence2.records import Region
 from florence2.tasks import TaskInput, find_task
-from florence2.training import export
 from florence2.training.demo_config import IMAGE_ID, demo_config
+from florence2_demo import checkpoint as export
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "demo" / "checkpoint"

@@ -16,7 +16,7 @@ from florence2.network.florence import Florence2Network
 from florence2.tasks import TASKS, TaskInput
 from florence2.tokenizer import Vocabulary
 from florence2.training.demo_config import demo_config
-from florence2.training.export import save_checkpoint
+from florence2_demo.checkpoint import save_checkpoint
 from serve.cli.main import main
 from serve.sdk import sly
 

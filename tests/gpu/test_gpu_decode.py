@@ -10,8 +10,8 @@ from tiny_reference import SEEDS
 from florence2 import Ask, Florence2
 from florence2.runtimes import decode_graphs as decode_buffers
 from florence2.runtimes.cuda_graphs import CudaRecorder
-from florence2.training.draw import draw_scene
-from florence2.training.scene import make_scene
+from florence2_demo.drawing import draw_scene
+from florence2_demo.scene import make_scene
 
 pytestmark = [
     pytest.mark.gpu,

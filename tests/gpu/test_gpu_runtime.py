@@ -15,8 +15,8 @@ from florence2.pixels import ImageProcessor
 from florence2.runtimes.device import PRECISIONS
 from florence2.runtimes.memory import CudaMeter
 from florence2.runtimes.torch import TorchRuntime
-from florence2.training.draw import draw_scene
-from florence2.training.scene import make_scene
+from florence2_demo.drawing import draw_scene
+from florence2_demo.scene import make_scene
 
 pytestmark = [
     pytest.mark.gpu,

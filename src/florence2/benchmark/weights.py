@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import save_file
 
 from florence2.benchmark.case import all_texts
+from florence2.benchmark.tokenizer import build_tokenizer
 from florence2.network.config import NetworkConfig, base_config, large_config, tiny_config
 from florence2.network.florence import Florence2Network
 from florence2.tasks import TASKS
 from florence2.tokens import ADDED_TOKENS, EOS_ID
-from florence2.training.tokenizer_build import build_tokenizer
 
 SIZES: Final = ("base", "large", "tiny")
 VOCABULARY: Final = 51328

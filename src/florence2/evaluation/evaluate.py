@@ -14,7 +14,7 @@ from florence2.evaluation.questions import Question, check_seeds, in_chunks, que
 from florence2.evaluation.tally import FIGURES, Tally
 from florence2.records import Failure, Result
 from florence2.tasks import TASKS, find_task
-from florence2.training.draw import draw_scene
+from florence2_demo.drawing import draw_scene
 
 ALL_TASKS: Final = tuple(task.token for task in TASKS)
 Watcher = Callable[[int, Question, Result], None]

@@ -9,10 +9,10 @@ from typing import Final
 import numpy as np
 
 from florence2.errors import RequestError
-from florence2.training.answers import applies, example
-from florence2.training.placing import FractionBox
-from florence2.training.scene import Scene, make_scene
-from florence2.training.truth import TASK_BY_TOKEN, Truth, ground_truth
+from florence2_demo.examples import applies, example
+from florence2_demo.placing import FractionBox
+from florence2_demo.scene import Scene, make_scene
+from florence2_demo.truth import TASK_BY_TOKEN, Truth, ground_truth
 
 HELD_OUT_SEEDS: Final = range(400_000)
 """Nothing else draws scenes from these: tokenizer, demo pictures and training begin above."""

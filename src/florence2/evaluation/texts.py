@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from florence2.training.phrases import find_phrases
 from florence2.training.words import (
     BACKGROUND_COLOURS,
     COLOURS,
@@ -15,6 +14,7 @@ from florence2.training.words import (
     PLURALS,
     SIGN_WORDS,
 )
+from florence2_demo.language import find_phrases
 
 _CAPTION_WORDS: Final = (
     "the image shows on an and with text background is at top bottom left right in middle one "

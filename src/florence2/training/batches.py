@@ -13,11 +13,11 @@ from torch.utils.data import DataLoader, IterableDataset
 from florence2.pixels import ImageProcessor
 from florence2.tokenizer import Vocabulary
 from florence2.tokens import BOS_ID, EOS_ID, PAD_ID
-from florence2.training.answers import prompt_sentence, sample_examples
-from florence2.training.draw import draw_scene
 from florence2.training.losses import IGNORED, GridTargets
-from florence2.training.scene import Scene, make_scene
-from florence2.training.targets import grid_targets
+from florence2_demo.drawing import draw_scene
+from florence2_demo.examples import prompt_sentence, sample_examples
+from florence2_demo.grid_targets import grid_targets
+from florence2_demo.scene import Scene, make_scene
 
 FIRST_TRAINING_SEED = 1_000_000
 

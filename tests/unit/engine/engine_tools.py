@@ -10,8 +10,8 @@ from PIL import Image
 
 from florence2 import Ask, Result
 from florence2.tasks import TASKS, TaskInput
-from florence2.training.draw import draw_scene
-from florence2.training.scene import make_scene
+from florence2_demo.drawing import draw_scene
+from florence2_demo.scene import make_scene
 
 REGION = (20.0, 30.0, 150.0, 170.0)
 

@@ -11,8 +11,8 @@ from florence2.engine.cascade import join_region_answers, regions_of
 from florence2.errors import RequestError
 from florence2.records import Box, Polygon, Quad, Region, Result, Text
 from florence2.tasks import find_task
-from florence2.training.draw import draw_scene
-from florence2.training.scene import make_scene
+from florence2_demo.drawing import draw_scene
+from florence2_demo.scene import make_scene
 
 CAR = Box((10.0, 20.0, 60.0, 90.0), "car", 0.9)
 LINE = Polygon(((5.0, 5.0, 5.0, 30.0, 5.0, 60.0),), "a line", 0.8)

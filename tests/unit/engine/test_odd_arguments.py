@@ -8,8 +8,8 @@ import pytest
 from florence2 import Ask, Failure, Florence2, FlorenceError, Result
 from florence2.errors import CheckpointError, DeviceError, RequestError
 from florence2.records import Region
-from florence2.training.draw import draw_scene
-from florence2.training.scene import make_scene
+from florence2_demo.drawing import draw_scene
+from florence2_demo.scene import make_scene
 
 CATEGORY = "<REGION_TO_CATEGORY>"
 

@@ -12,9 +12,9 @@ from florence2.postprocess import parse
 from florence2.records import Failure, Result
 from florence2.tasks import find_task
 from florence2.tokenizer import Piece, pieces_from_text
-from florence2.training.draw import draw_scene
-from florence2.training.scene import make_scene
-from florence2.training.truth import ground_truth
+from florence2_demo.drawing import draw_scene
+from florence2_demo.scene import make_scene
+from florence2_demo.truth import ground_truth
 
 
 def pixels_of(picture: Image.Image) -> tuple[tuple[int, int], bytes]:

@@ -12,7 +12,7 @@ from florence2.evaluation.questions import HELD_OUT_SEEDS, check_seeds, question
 from florence2.evaluation.tally import FIGURES
 from florence2.records import Failure
 from florence2.training.batches import FIRST_TRAINING_SEED
-from florence2.training.demo_images import FIRST_DEMO_SEED
+from florence2_demo.demo_images import FIRST_DEMO_SEED
 
 SCENES = 24
 

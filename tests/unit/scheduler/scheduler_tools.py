@@ -15,8 +15,8 @@ from PIL import Image
 
 from florence2 import Ask, Failure, Result
 from florence2.engine.scheduler import Scheduler
-from florence2.training.draw import draw_scene
-from florence2.training.scene import make_scene
+from florence2_demo.drawing import draw_scene
+from florence2_demo.scene import make_scene
 
 PATIENCE_S = 60.0
 """Long enough for any machine; a test that waits so long has failed."""

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from florence2.training.demo_images import write_demo_images
+from florence2_demo.demo_images import write_demo_images
 
 COMMITTED = Path(__file__).parents[3] / "demo" / "images"
 

@@ -4,16 +4,17 @@ import numpy as np
 import pytest
 
 from florence2.tasks import TASKS
-from florence2.training import phrases, truth
-from florence2.training.answers import (
+from florence2.training.words import counted, listed
+from florence2_demo import language as phrases
+from florence2_demo import truth
+from florence2_demo.examples import (
     TASK_WEIGHTS,
     examples,
     ground_truth,
     prompt_sentence,
     sample_examples,
 )
-from florence2.training.scene import make_scene
-from florence2.training.words import counted, listed
+from florence2_demo.scene import make_scene
 
 SIZE = 10_000
 BIN = SIZE / 1000

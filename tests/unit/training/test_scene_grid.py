@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from florence2.training.scene import make_scene
-from florence2.training.targets import grid_targets
 from florence2.training.words import COLOURS, KINDS, SIGN_WORDS
+from florence2_demo.grid_targets import grid_targets
+from florence2_demo.scene import make_scene
 
 
 @pytest.mark.parametrize("grid", [6, 12])

@@ -5,12 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 
-from florence2.training import placing
-from florence2.training.backgrounds import PATTERNS
-from florence2.training.draw import draw_object, draw_pixels, draw_scene
-from florence2.training.scene import MIN_VISIBLE, SceneObject, make_scene
-from florence2.training.shapes import MAX_POLYGON_POINTS, shapes
 from florence2.training.words import BACKGROUND_COLOURS, COLOURS, KINDS
+from florence2_demo import placing
+from florence2_demo.backgrounds import PATTERNS
+from florence2_demo.drawing import draw_object, draw_pixels, draw_scene
+from florence2_demo.scene import MIN_VISIBLE, SceneObject, make_scene
+from florence2_demo.shapes import MAX_POLYGON_POINTS, shapes
 
 SCENES = [make_scene(seed) for seed in range(150)]
 OBJECTS = [(scene, thing) for scene in SCENES for thing in scene.objects]

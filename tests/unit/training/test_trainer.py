@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from florence2 import Florence2
 from florence2.errors import RequestError
 from florence2.training.losses import soft_location_log_prob
-from florence2.training.trainer import Trainer, TrainingPlan
+from florence2_demo.training import Trainer, TrainingPlan
 
 PLAN = TrainingPlan(
     steps=4, images_per_batch=2, prompts_per_image=2, workers=0, precision="fp32", peak_rate=1e-3

@@ -8,12 +8,12 @@ from typing import Final
 
 import numpy as np
 
-from florence2.training import placing
 from florence2.training.lettering import FONTS, ink_aspect
-from florence2.training.palette import Rgb
-from florence2.training.placing import FractionBox, Quad, Size
-from florence2.training.shapes import Points
 from florence2.training.words import SIGN_WORDS
+from florence2_demo import placing
+from florence2_demo.palette import Rgb
+from florence2_demo.placing import FractionBox, Quad, Size
+from florence2_demo.shapes import Points
 
 TEXT_SHARE: Final = 0.4
 _PLATES: Final[tuple[tuple[Rgb, Rgb], ...]] = (

@@ -9,8 +9,6 @@ from typing import Final
 import numpy as np
 
 from florence2.tasks import TASKS
-from florence2.training.answers import examples
-from florence2.training.scene import make_scene
 from florence2.training.words import (
     ABSENT_WORDS,
     BACKGROUND_COLOURS,
@@ -21,6 +19,8 @@ from florence2.training.words import (
     PLURALS,
     SIGN_WORDS,
 )
+from florence2_demo.examples import examples
+from florence2_demo.scene import make_scene
 
 _TOKENS: Final = re.compile(r"<[^<>]+>")
 _FIRST_SEED: Final = 500_000

@@ -8,11 +8,11 @@ from typing import Final
 
 from florence2.tasks import TASKS, Task, TaskInput
 from florence2.tokens import NUM_LOCATION_BINS, POLYGON_END, POLYGON_START, location_token
-from florence2.training import phrases
-from florence2.training.phrases import left_to_right
-from florence2.training.placing import FractionBox, PointsXy, Quad, box_iou
-from florence2.training.scene import Scene, SceneObject
-from florence2.training.signs import TextLine
+from florence2_demo import language as phrases
+from florence2_demo.language import left_to_right
+from florence2_demo.placing import FractionBox, PointsXy, Quad, box_iou
+from florence2_demo.scene import Scene, SceneObject
+from florence2_demo.signs import TextLine
 
 TASK_BY_TOKEN: Final[dict[str, Task]] = {task.token: task for task in TASKS}
 

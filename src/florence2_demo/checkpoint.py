@@ -1,4 +1,4 @@
-"""Writes a trained network as a checkpoint folder in the native layout."""
+"""The demo checkpoint: its shape, a real Florence-2 but small, and its folder in the native layout."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from florence2.benchmark.tokenizer import build_tokenizer
 from florence2.network.florence import Florence2Network
 from florence2.tasks import BANNED_PHRASES, OutputKind
 from florence2.training.demo_config import BASE_VOCABULARY, GRID_SIDE, IMAGE_SIDE_PX
-from florence2.training.tokenizer_build import build_tokenizer
-from florence2.training.tokenizer_text import tokenizer_texts
+from florence2_demo.tokenizer_text import tokenizer_texts
 
 _GENERATION = {
     # Its places are spread over many bins, so that with several beams a short empty answer can

@@ -1,6 +1,6 @@
 """Writes the pictures that the demo, the tests and the documentation use.
 
-``python -m florence2.training.demo_images FOLDER`` makes them again.
+``python -m florence2_demo.demo_images FOLDER`` makes them again.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import Final
 
 from PIL import Image
 
-from florence2.training.draw import draw_scene
-from florence2.training.photos import landscape, still_life
-from florence2.training.placing import Size
-from florence2.training.scene import make_scene
+from florence2_demo.drawing import draw_scene
+from florence2_demo.photos import landscape, still_life
+from florence2_demo.placing import Size
+from florence2_demo.scene import make_scene
 
 FIRST_DEMO_SEED: Final = 900_000
 """Below the training seeds, so that no demo picture was trained on."""

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from florence2.opencv import cv2
-from florence2.training.shapes import MAX_POLYGON_POINTS, Points
+from florence2_demo.shapes import MAX_POLYGON_POINTS, Points
 
 Size = tuple[int, int]
 PointsXy = tuple[tuple[float, float], ...]

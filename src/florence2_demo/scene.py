@@ -12,13 +12,13 @@ from typing import Final
 
 import numpy as np
 
-from florence2.training import placing, signs
-from florence2.training.backgrounds import Background, make_background
-from florence2.training.palette import Rgb, object_shade
-from florence2.training.placing import CoverMap, FractionBox, PointsXy, Pose, Size
-from florence2.training.shapes import Points, Shape, shapes
-from florence2.training.signs import TextLine
 from florence2.training.words import BACKGROUND_COLOURS, COLOURS, KINDS
+from florence2_demo import placing, signs
+from florence2_demo.backgrounds import Background, make_background
+from florence2_demo.palette import Rgb, object_shade
+from florence2_demo.placing import CoverMap, FractionBox, PointsXy, Pose, Size
+from florence2_demo.shapes import Points, Shape, shapes
+from florence2_demo.signs import TextLine
 
 MIN_VISIBLE: Final = 0.62
 MAX_OBJECTS: Final = 6

@@ -1,7 +1,4 @@
-"""Sentences about a scene, and the way back from a text to the things it speaks of.
-
-All captions are a deterministic function of the scene, so that exact match can be measured.
-"""
+"""The small language of the drawn scenes: its words, sentences about a scene, and the way back."""
 
 from __future__ import annotations
 
@@ -9,9 +6,9 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
-from florence2.training.placing import FractionBox
-from florence2.training.scene import Scene, SceneObject
 from florence2.training.words import COLOURS, KINDS, NUMBER_WORDS, PLURALS, counted, listed
+from florence2_demo.placing import FractionBox
+from florence2_demo.scene import Scene, SceneObject
 
 _ONE_OF_KINDS: Final = {word: kind for kind in KINDS for word in (kind, PLURALS[kind])}
 _PHRASE: Final = re.compile(

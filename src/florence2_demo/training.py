@@ -23,10 +23,10 @@ from florence2.tokens import NUM_LOCATION_BINS, PAD_ID, location_token
 from florence2.training.attention import ExplicitAttention
 from florence2.training.batches import Batch, Plan, SceneBatches, on_device, stream
 from florence2.training.demo_config import GRID_SIDE, demo_config
-from florence2.training.export import save_checkpoint, write_tokenizer_and_processor
 from florence2.training.losses import IGNORED, GridHead, answer_loss
 from florence2.training.optimizers import Schedule, make_optimizers, set_rate
 from florence2.training.words import COLOURS, KINDS, SIGN_WORDS
+from florence2_demo.checkpoint import save_checkpoint, write_tokenizer_and_processor
 
 logger = logging.getLogger(__name__)
 
