@@ -1,20 +1,79 @@
-"""The demo checkpoint: its shape, a real Florence-2 but small, and its folder in the native layout."""
+"""The demo checkpoint: its shape, and its folder in the native layout."""
 
 from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from safetensors.torch import save_file
 
 from florence2.benchmark.tokenizer import build_tokenizer
+from florence2.network.config import NetworkConfig
 from florence2.network.florence import Florence2Network
 from florence2.tasks import BANNED_PHRASES, OutputKind
-from florence2.training.demo_config import BASE_VOCABULARY, GRID_SIDE, IMAGE_SIDE_PX
+from florence2.tokens import ADDED_TOKENS
 from florence2_demo.tokenizer_text import tokenizer_texts
+
+IMAGE_SIDE_PX: Final = 192
+GRID_SIDE: Final = 12
+BASE_VOCABULARY: Final = 900
+IMAGE_ID: Final = BASE_VOCABULARY + len(ADDED_TOKENS)
+"""``<image>``, the last token of the tokenizer; rows after it only fill up the embedding."""
+
+_VISION: Final = {
+    "model_type": "florence_vision",
+    "in_channels": 3,
+    "depths": [1, 1, 3, 1],
+    "patch_size": [7, 3, 3, 3],
+    "patch_stride": [4, 2, 2, 1],
+    "patch_padding": [3, 1, 1, 1],
+    "patch_prenorm": [False, True, True, True],
+    "embed_dim": [32, 64, 128, 192],
+    "num_heads": [1, 2, 4, 6],
+    "num_groups": [1, 2, 4, 6],
+    "window_size": 12,
+    "drop_path_rate": 0.0,
+    "mlp_ratio": 4.0,
+    "qkv_bias": True,
+    "projection_dim": 192,
+    "max_temporal_embeddings": 4,
+    "max_position_embeddings": 16,
+}
+
+_TEXT: Final = {
+    "model_type": "bart",
+    "d_model": 192,
+    "encoder_layers": 2,
+    "decoder_layers": 3,
+    "encoder_attention_heads": 6,
+    "decoder_attention_heads": 6,
+    "encoder_ffn_dim": 768,
+    "decoder_ffn_dim": 768,
+    "max_position_embeddings": 512,
+    "activation_function": "gelu",
+    "scale_embedding": False,
+    "bos_token_id": 0,
+    "pad_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+    "forced_eos_token_id": 2,
+}
+
+
+def demo_config(vocab_size: int) -> NetworkConfig:
+    """The demo checkpoint's network for a vocabulary of ``vocab_size`` rows."""
+    return NetworkConfig.from_dict(
+        {
+            "model_type": "florence2",
+            "vision_config": _VISION,
+            "text_config": _TEXT | {"vocab_size": vocab_size},
+            "image_token_id": IMAGE_ID,
+        }
+    )
+
 
 _GENERATION = {
     # Its places are spread over many bins, so that with several beams a short empty answer can

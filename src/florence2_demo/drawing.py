@@ -11,14 +11,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from florence2.opencv import cv2
-from florence2.training.lettering import ink_mask
 from florence2_demo import placing
 from florence2_demo.backgrounds import Pixels, draw_background, unit_grid
 from florence2_demo.palette import Rgb, tone_rgb
 from florence2_demo.placing import SUBPIXEL_BITS, Size
 from florence2_demo.scene import Finish, Scene, SceneObject
 from florence2_demo.shapes import Points, shapes
-from florence2_demo.signs import TextLine
+from florence2_demo.signs import TextLine, ink_mask
 
 _NOISE_TILE_PX: Final = 512
 

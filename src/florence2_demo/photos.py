@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from florence2.opencv import cv2
-from florence2.training.lettering import ink_mask
 from florence2_demo.palette import Rgb
+from florence2_demo.signs import ink_mask
 
 Canvas = NDArray[np.float32]
 """[h, w, 3] RGB in 0..255."""

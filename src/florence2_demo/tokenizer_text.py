@@ -9,7 +9,8 @@ from typing import Final
 import numpy as np
 
 from florence2.tasks import TASKS
-from florence2.training.words import (
+from florence2_demo.examples import examples
+from florence2_demo.language import (
     ABSENT_WORDS,
     BACKGROUND_COLOURS,
     COLOURS,
@@ -19,7 +20,6 @@ from florence2.training.words import (
     PLURALS,
     SIGN_WORDS,
 )
-from florence2_demo.examples import examples
 from florence2_demo.scene import make_scene
 
 _TOKENS: Final = re.compile(r"<[^<>]+>")

@@ -8,27 +8,330 @@ import math
 import os
 import signal
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils.data import DataLoader, IterableDataset
 
 from florence2.errors import RequestError
 from florence2.network.florence import Florence2Network
 from florence2.pixels import ImageProcessor
 from florence2.runtimes.device import choose_device
 from florence2.tokenizer import Vocabulary
-from florence2.tokens import NUM_LOCATION_BINS, PAD_ID, location_token
-from florence2.training.attention import ExplicitAttention
-from florence2.training.batches import Batch, Plan, SceneBatches, on_device, stream
-from florence2.training.demo_config import GRID_SIDE, demo_config
-from florence2.training.losses import IGNORED, GridHead, answer_loss
-from florence2.training.optimizers import Schedule, make_optimizers, set_rate
-from florence2.training.words import COLOURS, KINDS, SIGN_WORDS
-from florence2_demo.checkpoint import save_checkpoint, write_tokenizer_and_processor
+from florence2.tokens import BOS_ID, EOS_ID, NUM_LOCATION_BINS, PAD_ID, location_token
+from florence2_demo.checkpoint import (
+    GRID_SIDE,
+    demo_config,
+    save_checkpoint,
+    write_tokenizer_and_processor,
+)
+from florence2_demo.drawing import draw_scene
+from florence2_demo.examples import prompt_sentence, sample_examples
+from florence2_demo.grid_targets import grid_targets
+from florence2_demo.language import COLOURS, KINDS, SIGN_WORDS
+from florence2_demo.scene import Scene, make_scene
 
 logger = logging.getLogger(__name__)
+
+
+IGNORED = -100
+
+
+@dataclass(frozen=True, slots=True)
+class GridTargets:
+    """What lies under each visual token of ``B`` images, as flat grids of ``G`` cells.
+
+    ``objectness`` [B, G] float; ``kind`` and ``colour`` [B, G] long with -1 for none;
+    ``boxes_xyxy`` [B, G, 4] in fractions of the image; ``words`` [B, G] long with -1 for none.
+    """
+
+    objectness: Tensor
+    kind: Tensor
+    colour: Tensor
+    boxes_xyxy: Tensor
+    words: Tensor
+
+
+def soft_location_log_prob(log_probs: Tensor, bins: Tensor, sigma_bins: float) -> Tensor:
+    """Expected log-probability of ``bins`` [N] under a Gaussian over neighbouring bins.
+
+    ``log_probs`` [N, 1000] over the location bins. Neighbouring coordinates are nearly right, and
+    a one-hot target hides that from a model that starts from nothing.
+    """
+    reach = max(1, math.ceil(3 * sigma_bins))
+    offsets = torch.arange(-reach, reach + 1, device=bins.device)
+    weights = torch.exp(-0.5 * (offsets / sigma_bins) ** 2)
+    neighbours = bins[:, None] + offsets
+    inside = (neighbours >= 0) & (neighbours < NUM_LOCATION_BINS)
+    weights = weights * inside
+    weights = weights / weights.sum(1, keepdim=True)
+    picked = log_probs.gather(1, neighbours.clamp(0, NUM_LOCATION_BINS - 1))
+    return (picked * weights).sum(1)
+
+
+def answer_loss(
+    logits: Tensor, targets: Tensor, first_location_id: int, sigma_bins: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss over the answers' tokens, and the share of text and location tokens that are right.
+
+    ``logits`` [N, V] and ``targets`` [N] of the tokens that count. A location token is right here
+    when it is within 20 bins, 2 % of the image.
+    """
+    log_probs = torch.log_softmax(logits.float(), dim=1)
+    chosen = log_probs.gather(1, targets[:, None]).squeeze(1)
+    location = (targets >= first_location_id) & (targets < first_location_id + NUM_LOCATION_BINS)
+    last = first_location_id + NUM_LOCATION_BINS
+    soft = soft_location_log_prob(
+        log_probs[location, first_location_id:last],
+        targets[location] - first_location_id,
+        sigma_bins,
+    )
+    loss = -(chosen[~location].sum() + soft.sum()) / targets.numel()
+    best = log_probs.argmax(1)
+    text_right = (best == targets)[~location].float().mean()
+    location_right = ((best - targets).abs() <= 20)[location].float().mean()
+    return loss, text_right, location_right
+
+
+class GridHead(nn.Module):
+    """Predicts what lies under each visual token; used while training, thrown away after.
+
+    It gives the vision tower a direct signal from the first step, long before the decoder has
+    learned to look at it. Corners are spelled with the decoder's own location embeddings, so what
+    the visual tokens learn is what the decoder will need to copy.
+    """
+
+    def __init__(self, d_model: int, num_kinds: int, num_colours: int, num_words: int) -> None:
+        super().__init__()
+        self.sizes = (1, num_kinds, num_colours, num_words + 1)
+        self.classify = nn.Linear(d_model, sum(self.sizes))
+        self.corners = nn.Linear(d_model, 4 * d_model)
+
+    def forward(
+        self, visual: Tensor, targets: GridTargets, locations: Tensor, sigma_bins: float
+    ) -> tuple[Tensor, Tensor]:
+        """Loss of ``visual`` [B, G, d]; ``locations`` [1000, d] are the location embeddings."""
+        objectness, kind, colour, words = self.classify(visual).float().split(self.sizes, dim=-1)
+        loss = functional.binary_cross_entropy_with_logits(objectness[..., 0], targets.objectness)
+        loss = loss + self._reading_loss(words, targets.words)
+        covered = targets.kind >= 0
+        if not bool(covered.any()):
+            return loss, torch.zeros((), device=loss.device)
+        loss = loss + functional.cross_entropy(kind[covered], targets.kind[covered])
+        loss = loss + functional.cross_entropy(colour[covered], targets.colour[covered])
+        corners = self.corners(visual[covered]).view(-1, 4, locations.shape[1])
+        logits = corners @ locations.T
+        bins = (targets.boxes_xyxy[covered] * NUM_LOCATION_BINS).long().clamp(0, 999).flatten()
+        log_probs = torch.log_softmax(logits.float().flatten(0, 1), dim=1)
+        loss = loss - soft_location_log_prob(log_probs, bins, sigma_bins).mean()
+        error = (log_probs.detach().argmax(1) - bins).abs().float().median()
+        return loss, error
+
+    def _reading_loss(self, words: Tensor, targets: Tensor) -> Tensor:
+        """Where text is, over all cells, and which word it is, over the few cells that have any."""
+        loss = functional.cross_entropy(words.flatten(0, 1), targets.flatten() + 1)
+        written = targets >= 0
+        if not bool(written.any()):
+            return loss
+        return loss + functional.cross_entropy(words[written], targets[written] + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Warm-up, a plateau, then a straight line to zero over the last ``decay`` of the steps."""
+
+    peak: float
+    steps: int
+    warmup: int = 200
+    decay: float = 0.35
+
+    def rate(self, step: int) -> float:
+        """The learning rate of step ``step``."""
+        left = max(self.steps - step, 0) / max(self.steps * self.decay, 1)
+        return self.peak * min((step + 1) / self.warmup, left, 1.0)
+
+
+def _is_matrix(name: str, parameter: Tensor) -> bool:
+    return parameter.ndim == 2 and "embed" not in name and "shared" not in name
+
+
+def make_optimizers(model: nn.Module, weight_decay: float = 0.05) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices, AdamW for embeddings, convolutions, norms and biases.
+
+    Muon (orthogonalised momentum) needs far fewer images here than AdamW alone; its update is
+    scaled so that both take the same learning rate.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in named if _is_matrix(name, p)]
+    others = [p for name, p in named if not _is_matrix(name, p)]
+    return [
+        torch.optim.Muon(
+            matrices, lr=1e-3, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
+        ),
+        torch.optim.AdamW(others, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+def set_rate(optimizers: list[torch.optim.Optimizer], rate: float) -> None:
+    """Gives every group of every optimiser the same learning rate."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+
+
+class ExplicitAttention(TorchFunctionMode):
+    """Replaces ``scaled_dot_product_attention`` while active.
+
+    The fused CPU kernel's backward pass takes almost half of a training step at the demo
+    checkpoint's sizes; softmax and two products take a third of that.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,  # noqa: ANN401 - the signature is torch's
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
+        if func is functional.scaled_dot_product_attention:
+            return _attend(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+) -> Tensor:
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+    if is_causal:
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(future, -1e4)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, -1e4)
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    mixed: Tensor = scores.softmax(-1).to(value.dtype) @ value
+    return mixed
+
+
+FIRST_TRAINING_SEED = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What one batch is made of. ``max_objects`` grows as training goes on."""
+
+    images_per_batch: int
+    prompts_per_image: int
+    grid_side: int
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """``B`` images with ``K`` prompts each; prompt ``i`` belongs to image ``i // K``.
+
+    ``pixels`` [B, 3, S, S]; ``prompt_ids`` [B*K, T]; ``decoder_ids`` and ``targets`` [B*K, L],
+    with targets of -100 where nothing is to be learned.
+    """
+
+    pixels: Tensor
+    prompt_ids: Tensor
+    decoder_ids: Tensor
+    targets: Tensor
+    grid: GridTargets
+
+
+def _padded(rows: list[list[int]], fill: int) -> Tensor:
+    width = max(len(row) for row in rows)
+    return torch.tensor([row + [fill] * (width - len(row)) for row in rows])
+
+
+def _grid(scenes: list[Scene], side: int) -> GridTargets:
+    grids = [grid_targets(scene, side) for scene in scenes]
+    names = [field.name for field in fields(GridTargets)]
+    columns = {
+        name: torch.from_numpy(np.stack([np.asarray(getattr(grid, name)) for grid in grids]))
+        for name in names
+    }
+    flat = {name: column.flatten(1, 2) for name, column in columns.items()}
+    return GridTargets(**flat)
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with every tensor on ``device``."""
+    grid = {name: getattr(batch.grid, name).to(device) for name in GridTargets.__slots__}
+    return Batch(
+        pixels=batch.pixels.to(device),
+        prompt_ids=batch.prompt_ids.to(device),
+        decoder_ids=batch.decoder_ids.to(device),
+        targets=batch.targets.to(device),
+        grid=GridTargets(**grid),
+    )
+
+
+class SceneBatches(IterableDataset[Batch]):
+    """An endless, reproducible stream: batch ``n`` is the same whenever it is made."""
+
+    def __init__(
+        self, vocabulary: Vocabulary, processor: ImageProcessor, plan: Plan, first: int, ramp: int
+    ) -> None:
+        self.vocabulary = vocabulary
+        self.processor = processor
+        self.plan = plan
+        self.first = first
+        self.ramp = ramp
+
+    def __iter__(self) -> Iterator[Batch]:
+        info = torch.utils.data.get_worker_info()
+        offset, stride = (info.id, info.num_workers) if info else (0, 1)
+        number = self.first + offset
+        while True:
+            yield self.batch(number)
+            number += stride
+
+    def max_objects(self, number: int) -> int:
+        """One object at first, six from batch ``ramp`` on."""
+        return min(6, 1 + 5 * number // max(self.ramp, 1))
+
+    def batch(self, number: int) -> Batch:
+        """Batch ``number`` of the stream."""
+        count = self.plan.images_per_batch
+        seeds = [FIRST_TRAINING_SEED + number * count + i for i in range(count)]
+        scenes = [make_scene(seed, max_objects=self.max_objects(number)) for seed in seeds]
+        prompts, answers = [], []
+        for seed, scene in zip(seeds, scenes, strict=True):
+            rng = np.random.default_rng(seed)
+            for example in sample_examples(scene, rng, self.plan.prompts_per_image):
+                sentence = prompt_sentence(example)
+                prompts.append([BOS_ID, *self.vocabulary.encode(sentence), EOS_ID])
+                answers.append([BOS_ID, *self.vocabulary.encode(example.answer), EOS_ID])
+        pixels = np.stack([self.processor.pixels(draw_scene(scene)) for scene in scenes])
+        return Batch(
+            pixels=torch.from_numpy(pixels),
+            prompt_ids=_padded(prompts, PAD_ID),
+            decoder_ids=_padded([[EOS_ID, *answer[:-1]] for answer in answers], PAD_ID),
+            targets=_padded(answers, IGNORED),
+            grid=_grid(scenes, self.plan.grid_side),
+        )
+
+
+def stream(dataset: SceneBatches, workers: int) -> Iterator[Batch]:
+    """Batches in order, drawn in ``workers`` processes ahead of the trainer."""
+    loader = DataLoader(
+        dataset, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None
+    )
+    return iter(loader)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,8 @@ from florence2.network.florence import Florence2Network
 from florence2.prompts import prompt_sentence
 from florence2.records import Region
 from florence2.tasks import TaskInput, find_task
-from florence2.training.demo_config import IMAGE_ID, demo_config
 from florence2_demo import checkpoint as export
+from florence2_demo.checkpoint import IMAGE_ID, demo_config
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "demo" / "checkpoint"

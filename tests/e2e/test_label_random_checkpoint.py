@@ -15,8 +15,7 @@ from torch import nn
 from florence2.network.florence import Florence2Network
 from florence2.tasks import TASKS, TaskInput
 from florence2.tokenizer import Vocabulary
-from florence2.training.demo_config import demo_config
-from florence2_demo.checkpoint import save_checkpoint
+from florence2_demo.checkpoint import demo_config, save_checkpoint
 from serve.cli.main import main
 from serve.sdk import sly
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from florence2.training.words import (
+from florence2_demo.language import (
     BACKGROUND_COLOURS,
     COLOURS,
     KINDS,
@@ -13,8 +13,8 @@ from florence2.training.words import (
     PATTERNS,
     PLURALS,
     SIGN_WORDS,
+    find_phrases,
 )
-from florence2_demo.language import find_phrases
 
 _CAPTION_WORDS: Final = (
     "the image shows on an and with text background is at top bottom left right in middle one "

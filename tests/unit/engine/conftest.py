@@ -14,8 +14,7 @@ from florence2 import Florence2
 from florence2.network.florence import Florence2Network
 from florence2.tokenizer import Vocabulary
 from florence2.tokens import location_token
-from florence2.training.demo_config import demo_config
-from florence2_demo.checkpoint import save_checkpoint
+from florence2_demo.checkpoint import demo_config, save_checkpoint
 
 DEMO = Path(__file__).parents[3] / "demo" / "checkpoint"
 

@@ -9,7 +9,7 @@ import pytest
 from florence2 import Florence2
 from florence2.network.config import base_config, large_config
 from florence2.runtimes.memory import image_batch, prompt_batch
-from florence2.training.demo_config import demo_config
+from florence2_demo.checkpoint import demo_config
 
 PRESETS = {
     "base": (base_config(), (768, 768)),

@@ -11,8 +11,8 @@ from florence2.evaluation.evaluate import ALL_TASKS, Plan, evaluate, task_tokens
 from florence2.evaluation.questions import HELD_OUT_SEEDS, check_seeds, questions_about
 from florence2.evaluation.tally import FIGURES
 from florence2.records import Failure
-from florence2.training.batches import FIRST_TRAINING_SEED
 from florence2_demo.demo_images import FIRST_DEMO_SEED
+from florence2_demo.training import FIRST_TRAINING_SEED
 
 SCENES = 24
 

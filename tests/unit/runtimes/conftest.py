@@ -13,8 +13,7 @@ from torch import nn
 
 from florence2.network.florence import Florence2Network
 from florence2.tokenizer import Vocabulary
-from florence2.training.demo_config import demo_config
-from florence2_demo.checkpoint import save_checkpoint
+from florence2_demo.checkpoint import demo_config, save_checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "generate"))
 

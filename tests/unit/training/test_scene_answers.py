@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from florence2.tasks import TASKS
-from florence2.training.words import counted, listed
 from florence2_demo import language as phrases
 from florence2_demo import truth
 from florence2_demo.examples import (
@@ -14,6 +13,7 @@ from florence2_demo.examples import (
     prompt_sentence,
     sample_examples,
 )
+from florence2_demo.language import counted, listed
 from florence2_demo.scene import make_scene
 
 SIZE = 10_000

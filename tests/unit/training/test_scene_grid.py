@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from florence2.training.words import COLOURS, KINDS, SIGN_WORDS
 from florence2_demo.grid_targets import grid_targets
+from florence2_demo.language import COLOURS, KINDS, SIGN_WORDS
 from florence2_demo.scene import make_scene
 
 

@@ -11,8 +11,7 @@ from safetensors.torch import load_file
 
 from florence2 import Florence2
 from florence2.errors import RequestError
-from florence2.training.losses import soft_location_log_prob
-from florence2_demo.training import Trainer, TrainingPlan
+from florence2_demo.training import Trainer, TrainingPlan, soft_location_log_prob
 
 PLAN = TrainingPlan(
     steps=4, images_per_batch=2, prompts_per_image=2, workers=0, precision="fp32", peak_rate=1e-3
@@ -72,8 +71,7 @@ def test_what_it_saves_is_a_checkpoint_that_loads(uninterrupted):
 
 def test_a_few_steps_on_the_same_scenes_lower_the_loss(folder):
     trainer = Trainer(folder, replace(PLAN, steps=1000))
-    from florence2.training.batches import Plan, SceneBatches
-    from florence2.training.optimizers import set_rate
+    from florence2_demo.training import Plan, SceneBatches, set_rate
 
     stream = SceneBatches(trainer.vocabulary, trainer.processor, Plan(2, 4, 12), 0, 1)
     batch = stream.batch(5)
