@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from florence2.opencv import cv2
-from florence2_demo.language import PATTERNS
+from florence2_demo.lexicon import PATTERNS
 from florence2_demo.palette import BLACK, WHITE, Rgb, background_shade, luminance, mixed
 
 Pixels = NDArray[np.uint8]

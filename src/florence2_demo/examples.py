@@ -11,15 +11,8 @@ import numpy as np
 from florence2.tasks import TASKS, TaskInput
 from florence2_demo import language as phrases
 from florence2_demo.grid_targets import GridTargets, grid_targets
-from florence2_demo.language import (
-    ABSENT_WORDS,
-    COLOURS,
-    KINDS,
-    PLURALS,
-    Phrase,
-    listed,
-    with_article,
-)
+from florence2_demo.language import Phrase
+from florence2_demo.lexicon import ABSENT_WORDS, COLOURS, KINDS, PLURALS, listed, with_article
 from florence2_demo.placing import FractionBox
 from florence2_demo.scene import Scene, SceneObject
 from florence2_demo.truth import TASK_BY_TOKEN, Truth, ground_truth, region_text

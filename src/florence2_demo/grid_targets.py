@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from florence2.opencv import cv2
-from florence2_demo.language import COLOURS, KINDS, SIGN_WORDS
+from florence2_demo.lexicon import COLOURS, KINDS, SIGN_WORDS
 from florence2_demo.placing import SUBPIXEL_BITS, to_subpixels
 from florence2_demo.scene import Scene
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from florence2_demo import placing, signs
 from florence2_demo.backgrounds import Background, make_background
-from florence2_demo.language import BACKGROUND_COLOURS, COLOURS, KINDS
+from florence2_demo.lexicon import BACKGROUND_COLOURS, COLOURS, KINDS
 from florence2_demo.palette import Rgb, object_shade
 from florence2_demo.placing import CoverMap, FractionBox, PointsXy, Pose, Size
 from florence2_demo.shapes import Points, Shape, shapes

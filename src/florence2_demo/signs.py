@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from florence2.opencv import cv2
 from florence2_demo import placing
-from florence2_demo.language import SIGN_WORDS
+from florence2_demo.lexicon import SIGN_WORDS
 from florence2_demo.palette import Rgb
 from florence2_demo.placing import FractionBox, Quad, Size
 from florence2_demo.shapes import Points

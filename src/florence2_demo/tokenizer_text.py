@@ -10,7 +10,7 @@ import numpy as np
 
 from florence2.tasks import TASKS
 from florence2_demo.examples import examples
-from florence2_demo.language import (
+from florence2_demo.lexicon import (
     ABSENT_WORDS,
     BACKGROUND_COLOURS,
     COLOURS,

@@ -35,7 +35,7 @@ from florence2_demo.checkpoint import (
 from florence2_demo.drawing import draw_scene
 from florence2_demo.examples import prompt_sentence, sample_examples
 from florence2_demo.grid_targets import grid_targets
-from florence2_demo.language import COLOURS, KINDS, SIGN_WORDS
+from florence2_demo.lexicon import COLOURS, KINDS, SIGN_WORDS
 from florence2_demo.scene import Scene, make_scene
 
 logger = logging.getLogger(__name__)

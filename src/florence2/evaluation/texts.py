@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from florence2_demo.language import (
+from florence2_demo.language import find_phrases
+from florence2_demo.lexicon import (
     BACKGROUND_COLOURS,
     COLOURS,
     KINDS,
@@ -13,7 +14,6 @@ from florence2_demo.language import (
     PATTERNS,
     PLURALS,
     SIGN_WORDS,
-    find_phrases,
 )
 
 _CAPTION_WORDS: Final = (

@@ -13,7 +13,7 @@ from florence2_demo.examples import (
     prompt_sentence,
     sample_examples,
 )
-from florence2_demo.language import counted, listed
+from florence2_demo.lexicon import counted, listed
 from florence2_demo.scene import make_scene
 
 SIZE = 10_000

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from florence2_demo.grid_targets import grid_targets
-from florence2_demo.language import COLOURS, KINDS, SIGN_WORDS
+from florence2_demo.lexicon import COLOURS, KINDS, SIGN_WORDS
 from florence2_demo.scene import make_scene
 
 

@@ -8,7 +8,7 @@ import pytest
 from florence2_demo import placing
 from florence2_demo.backgrounds import PATTERNS
 from florence2_demo.drawing import draw_object, draw_pixels, draw_scene
-from florence2_demo.language import BACKGROUND_COLOURS, COLOURS, KINDS
+from florence2_demo.lexicon import BACKGROUND_COLOURS, COLOURS, KINDS
 from florence2_demo.scene import MIN_VISIBLE, SceneObject, make_scene
 from florence2_demo.shapes import MAX_POLYGON_POINTS, shapes
 
