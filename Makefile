@@ -8,13 +8,14 @@ PORT ?= 8000
 # up, so each process takes a run of them, and helps out with the others' at the end.
 PYTEST_FLAGS ?= --numprocesses logical --maxprocesses 8 --dist worksteal
 
-.PHONY: help label serve test check bench lint types install wheel clean
+.PHONY: help label serve test check bench lint types house install wheel clean
 
 help:
 	@echo "make label   label demo/images with the demo checkpoint, into $(OUT)/"
 	@echo "make serve   serve the demo checkpoint on http://127.0.0.1:$(PORT), with a page to try it"
 	@echo "make test    run the tests"
-	@echo "make check   formatting, lint, types, generated docs, tests (what CI runs)"
+	@echo "make check   formatting, lint, types, the house, generated docs, tests (what CI runs)"
+	@echo "make house   how large the code is, how many files a request passes, and what of it is held"
 	@echo "make wheel   the package with the demo checkpoint, to install elsewhere, into dist/"
 	@echo "make bench   speed and memory against the reference implementation"
 
@@ -43,11 +44,15 @@ test: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-logo
 
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
-check: lint types test
+house: $(VENV)/.runtime
+	$(BIN)/python bench/house.py --check
+
+check: lint types house test
 
 bench: $(VENV)/.runtime
 	$(BIN)/florence2 benchmark --json docs/benchmark.json --plot docs/benchmark.svg

@@ -40,11 +40,11 @@ LIMITS: Final = {
     RUN_FILES: (29, 20),
     RUN_CHANGES: (700, 400),
     POST_FILES: (28, 12),
-    CIRCLES: (2, 0),
+    CIRCLES: (1, 0),
     SINGLE: (10, 8),
     "lines of the app": (14_400, 7_500),
     "lines of the engine core": (12_700, 7_500),
-    "lines of the tests": (32_000, 18_000),
+    "lines of the tests": (32_100, 18_000),
 }
 
 
@@ -62,8 +62,8 @@ class Figure:
         if self.value <= self.held:
             return None
         return (
-            f"At most {self.held:,} are held for {self.name}, and this tree has {self.value:,}; "
-            "make it better, or say in LIMITS why not."
+            f"This tree has {self.value:,} {self.name}, and at most {self.held:,} are held; bring "
+            "them down, or raise the limit in bench/house.py and say why."
         )
 
 
