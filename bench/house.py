@@ -84,7 +84,8 @@ def imports(files: Mapping[str, Path]) -> dict[str, set[str]]:
     """What each module imports of the others, in functions and under TYPE_CHECKING as well.
 
     ``from package import name`` imports the module ``package.name`` where there is one, else the
-    package. That Python also runs the packages above an imported module does not count.
+    package. That Python also runs the packages above an imported module does not count, and
+    ``import_module`` of a name made at run time is not seen.
     """
     return {name: _imported(name, path, files) for name, path in files.items()}
 
