@@ -107,7 +107,7 @@ DEMO_VARIABLE: Final = "FLORENCE2_DEMO"
 _DEMO_FOLDER: Final = Path("demo", "checkpoint")
 
 
-_PACKAGE: Final = Path(__file__).resolve().parent
+_PACKAGE: Final = Path(__file__).resolve().parents[1]
 
 
 _PROJECT_ROOT: Final = _PACKAGE.parents[1]
