@@ -26,9 +26,9 @@ from serve.platform.registry import RequestsManager
 from serve.predict.predictor import Call, Predicted
 from serve.sdk import sly
 from serve.sdk_uploader import use_prompt_uploader
-from serve.settings.model import Settings
-from serve.settings.parse import (
+from serve.settings import (
     BOX_SUFFIX,
+    Settings,
     check_placement,
     is_form_for_masks,
     parse_settings,

@@ -15,8 +15,7 @@ from serve.cli.console import complain, say
 from serve.labeling.previews import draw_preview
 from serve.predict.predictor import Call, Predicted
 from serve.sdk import sly
-from serve.settings.model import Settings
-from serve.settings.parse import parse_settings
+from serve.settings import Settings, parse_settings
 
 _BATCH: Final = 16
 

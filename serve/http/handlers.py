@@ -34,7 +34,7 @@ from serve.http.waiting import Waiting, gone_or_none, run_registered, run_wanted
 from serve.platform.images import Target, failed_download
 from serve.predict.predictor import Call
 from serve.sdk_routes import register_sdk_routes
-from serve.settings.values import shown
+from serve.settings import shown
 
 if TYPE_CHECKING:
     from fastapi import Request

@@ -18,7 +18,7 @@ from florence2.errors import RequestError
 from florence2.images import check_header
 from serve.http.bodies import MAX_FILES, MAX_IMAGE_BYTES, kind_of, readable_size
 from serve.http.errors import TooLargeError
-from serve.settings.parse import check_placement
+from serve.settings import check_placement
 
 _DATA_URL: Final = re.compile(r"\s*data:[^,;]*(?:;[^,;]*)*;base64,", re.IGNORECASE)
 _WHITESPACE: Final = {ord(character): None for character in " \t\r\n"}

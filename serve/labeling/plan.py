@@ -10,8 +10,8 @@ from florence2.errors import RequestError
 from florence2.prompts import check_region
 from florence2.records import Region
 from florence2.tasks import Task, TaskInput, parse_steps
-from serve.phrases import Prompt, classes_of, join_classes, prompts_of, split_phrases
 from serve.predict.naming import clean_class_name
+from serve.settings import Prompt, classes_of, join_classes, prompts_of, split_phrases
 
 __all__ = ["DEFAULT_TASK", "DEFAULT_TEXT_TASK", "Plan", "Prompt", "make_plan"]
 

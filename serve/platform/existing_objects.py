@@ -41,7 +41,7 @@ from serve.predict.annotations import REGION_TEXT_TAGS, TAG_METAS
 from serve.predict.geometry import box_xyxy_from_rectangle_tlbr
 from serve.predict.naming import clean_text
 from serve.sdk import sly
-from serve.settings.model import Settings
+from serve.settings import Settings
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from florence2.errors import RequestError, shown, unknown_name
 from florence2.records import Failure, Result
 from serve.platform.failures import failure_of
 from serve.sdk import sly
-from serve.settings.model import Settings
+from serve.settings import Settings
 
 UploadMode = Literal["append", "iou_merge", "replace", "create"]
 

@@ -50,7 +50,7 @@ from serve.platform.upload import (
     predicted_entry,
 )
 from serve.sdk import sly
-from serve.settings.model import Settings
+from serve.settings import Settings
 
 
 class Ledger:

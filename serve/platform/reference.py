@@ -14,7 +14,7 @@ from serve.platform.failures import FailedImageError
 from serve.platform.images import Source, download_images, resolve
 from serve.predict.naming import OBJECT_CLASS, clean_class_name, clean_text
 from serve.sdk import sly
-from serve.settings.model import Reference, Settings
+from serve.settings import Reference, Settings
 
 AskAll = Callable[[Sequence[Ask]], Sequence[Result | Failure]]
 

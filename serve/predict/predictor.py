@@ -34,7 +34,7 @@ from serve.predict.annotations import Answered, LabelRules, annotation_from_answ
 from serve.predict.geometry import Located
 from serve.predict.tiling import TileResult, View, can_tile, merge_tiles, moved, views_of
 from serve.sdk import sly
-from serve.settings.model import Settings
+from serve.settings import Settings
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,31 @@
 """What a request may say: typed, checked, and written out as the settings file."""
 
-from serve.settings.dump import raw_settings
-from serve.settings.model import Reference, Settings, Tiling
-from serve.settings.parse import parse_settings
+from serve.settings.errors import shown
+from serve.settings.phrases import Prompt, classes_of, join_classes, prompts_of, split_phrases
+from serve.settings.schema import (
+    BOX_SUFFIX,
+    Reference,
+    Settings,
+    Tiling,
+    check_placement,
+    is_form_for_masks,
+    parse_settings,
+    raw_settings,
+)
 
-__all__ = ["Reference", "Settings", "Tiling", "parse_settings", "raw_settings"]
+__all__ = [
+    "BOX_SUFFIX",
+    "Prompt",
+    "Reference",
+    "Settings",
+    "Tiling",
+    "check_placement",
+    "classes_of",
+    "is_form_for_masks",
+    "join_classes",
+    "parse_settings",
+    "prompts_of",
+    "raw_settings",
+    "shown",
+    "split_phrases",
+]

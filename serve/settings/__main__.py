@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from serve.cli.console import say
-from serve.settings.written import write_files
+from serve.settings.generated import write_files
 
 if __name__ == "__main__":
     for path in write_files():

@@ -1,151 +1,278 @@
-"""One value of the settings, from whatever a client sent; each reader names its key in errors."""
+"""The types of the settings' values: what each takes, however a client writes it."""
 
 from __future__ import annotations
 
-import difflib
-import reprlib
-from collections.abc import Iterable, Mapping
-from typing import Final, NoReturn
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Final, Literal
 
-import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Field,
+    Strict,
+    TypeAdapter,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
 
 from florence2.errors import RequestError
-from serve.predict.naming import clean_class_name, clean_text
+from florence2.prompts import check_region
+from florence2.records import BoxXyxy, SizeWh
+from florence2.tasks import parse_steps
+from serve.settings.errors import RuleError, check_count, hint, refused, shown
+from serve.settings.phrases import read_class_name, read_table
 
-MAX_NAME: Final = 1000
-MAX_TEXT: Final = 120_000
 MAX_SUFFIX: Final = 30
+MAX_LISTED: Final = 1000
+MAX_COORDINATE: Final = 10_000_000
 
 _OFF: Final = ("off", "no", "false")
 _YES: Final = ("true", "yes", "on")
-NOTHING: Final = ("", "none", "null", "~")
+# The model looks at 768 x 768 pixels, so a window of this size is not scaled down.
+_WINDOW: Final = 768
+_OVERLAP: Final = 128
 
 
-def shown(value: object) -> str:
-    """A received value in one short line, for a message."""
-    try:
-        text = " ".join(reprlib.repr(value).split())
-    except ValueError:  # an integer with thousands of digits
-        return "a very long number"
-    return text if len(text) <= 80 else text[:77] + "..."
+def rule(says: str, example: str, before: str = "") -> WrapValidator:
+    """What a type takes, in words: whatever pydantic has to say against a value becomes this."""
+
+    def read(value: object, handler: ValidatorFunctionWrapHandler) -> object:
+        try:
+            return handler(value)
+        except ValueError as error:
+            raise refused(says, value, example, before) from error
+
+    return WrapValidator(read)
 
 
-def refuse(name: str, rule: str, value: object, example: str) -> NoReturn:
-    """RequestError: the rule, the value received, what to write."""
-    raise RequestError(
-        f"{name} is {rule}, and {shown(value)} was received; write for example {example}."
-    )
+def whole(low: int, high: int, before: str = "") -> tuple[Any, ...]:
+    """A whole number within bounds, as a number or in digits."""
+    says = f"a whole number from {low} to {high}"
+    return Field(ge=low, le=high), DIGITS, rule(says, str(max(low, 3)), before)
 
 
-def nearest(kind: str, received: object, known: Iterable[str]) -> str:
-    """One sentence about a name that is in no list, with the nearest one that is."""
-    choices = list(known)
-    words = received[:100] if isinstance(received, str) else shown(received)
-    near = difflib.get_close_matches(words, choices, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(choices)}."
-    return f"Unknown {kind} {shown(received)}; {hint}"
-
-
-def number(name: str, value: object, low: float = 0.0, high: float = 1.0) -> float:
-    """A number from ``low`` to ``high``, as a number or in digits."""
-    read = _float(value)
-    if read is None or not low <= read <= high:
-        refuse(name, f"a number from {low:g} to {high:g}", value, "0.3")
-    return read
-
-
-def _float(value: object) -> float | None:
+def _digits(value: object) -> float:
+    # pydantic's own numbers may be flags and bytes too.
     if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
+        raise ValueError("not a number")
     try:
         return float(value)
-    except (ValueError, OverflowError):
-        return None
+    except OverflowError as error:
+        raise ValueError("too large") from error
 
 
-def share_or_off(name: str, value: object) -> float | None:
-    """A number from 0 to 1, or None for off (which YAML reads as false)."""
-    if value is False or (isinstance(value, str) and value.strip().lower() in _OFF):
-        return None
-    read = _float(value)
-    if read is None or not 0 <= read <= 1:
-        refuse(name, "a number from 0 to 1, or off", value, "0.7")
-    return read
+def word(value: object) -> object:
+    """A word from a list in any case, with spaces or underscores."""
+    if not isinstance(value, str):
+        return value
+    return value.encode("ascii", "replace").decode().strip().lower().replace(" ", "_")
 
 
-def whole(name: str, value: object, low: int, high: int) -> int:
-    """A whole number from ``low`` to ``high``, as a number or in digits."""
-    read = _float(value)
-    if read is None or not low <= read <= high or read != int(read):
-        refuse(name, f"a whole number from {low} to {high}", value, str(max(low, 3)))
-    return int(read)
+def _off_is_none(value: object) -> object:
+    # YAML reads a bare "off" as false.
+    return None if value is False or word(value) in _OFF else value
 
 
-def flag(name: str, value: object) -> bool:
-    """True or false, or the word for it."""
-    word = value.strip().lower() if isinstance(value, str) else value
-    if word is True or word in _YES:
-        return True
-    if word is False or word in _OFF:
-        return False
-    refuse(name, "true or false", value, "true")
+def _pair(value: object) -> object:
+    return value if isinstance(value, list | tuple) and len(value) == 2 else (value, value)
 
 
-def choice(name: str, value: object, known: tuple[str, ...]) -> str:
-    """One of the ``known`` words, in any case, with spaces or underscores."""
-    word = value.strip().lower().replace(" ", "_") if isinstance(value, str) else value
-    if word not in known:
-        raise RequestError(nearest(name, value, known))
-    return str(word)
+def _flag(value: object) -> object:
+    return True if word(value) in _YES else False if word(value) in _OFF else value
 
 
-def text(name: str, value: object) -> str | None:
-    """Clean text, a list being its lines; None when nothing is left."""
-    entries = value if isinstance(value, list | tuple) else [value]
-    lines = [_words(name, entry) for entry in entries if entry is not None]
-    joined = "\n".join(line for line in lines if line)
-    return joined or None
+DIGITS: Final = BeforeValidator(_digits)
+_SHARE_RULE: Final = rule("a number from 0 to 1", "0.3")
+
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), DIGITS, _SHARE_RULE]
+ShareOrOff = Annotated[
+    Share | None, BeforeValidator(_off_is_none), rule("a number from 0 to 1, or off", "0.7")
+]
+Flag = Annotated[bool, Strict(), BeforeValidator(_flag), rule("true or false", "true")]
+Side = Annotated[int, *whole(32, 100_000)]
+Overlap = Annotated[int, *whole(0, 100_000)]
+Corner = Annotated[int, *whole(-MAX_COORDINATE, MAX_COORDINATE, before="A side of ")]
+_SHARE: Final[TypeAdapter[float]] = TypeAdapter(Share)
 
 
-def _words(name: str, value: object) -> str:
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        refuse(name, "text or a list of texts", value, '"red car. dog"')
-    if isinstance(value, str) and len(value) > MAX_TEXT:
-        raise RequestError(
-            f"{name} has at most {MAX_TEXT} characters, and {len(value)} were received; "
-            "split the request."
-        )
-    return clean_text(value if isinstance(value, str) else shown(value))
+def _read_task(value: object) -> str:
+    """The canonical ``<OD>`` or ``<CAPTION>+<OCR>`` of a task's token or friendly name."""
+    if not isinstance(value, str):
+        raise refused("the name of a task", value, '"<OD>"')
+    return "+".join(step.token for step in parse_steps(value[:1000]))
 
 
-def suffix(name: str, value: object) -> str:
+def _read_suffix(value: object) -> str:
     """The end of class names, as it is; a space may begin it."""
     if not isinstance(value, str) or len(value) > MAX_SUFFIX or not value.isprintable():
-        refuse(name, f"at most {MAX_SUFFIX} plain characters", value, '"_auto"')
+        raise refused(f"at most {MAX_SUFFIX} plain characters", value, '"_auto"')
     return value
 
 
-def class_name(name: str, value: object) -> str:
-    """A class name made safe; a number is one too, because YAML reads bare digits so."""
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        refuse(f"A class in {name}", "a name", value, '"dog"')
-    words = value if isinstance(value, str) else shown(value)
-    if not words.strip() or len(words) > MAX_NAME:
-        refuse(f"A class in {name}", f"a name of 1 to {MAX_NAME} characters", value, '"dog"')
-    return clean_class_name(words)
+def _read_classes(value: object) -> tuple[str, ...] | None:
+    """Class names in the order given, each once; a text is parted at commas; None for all."""
+    if value is None or word(value) == "all":
+        return None
+    if isinstance(value, str):
+        value = [part for part in value.split(",") if part.strip()]
+    if not isinstance(value, list | tuple | set | frozenset):
+        raise refused("a list of class names, or all", value, "[dog, car]")
+    check_count(len(value), MAX_LISTED, "classes", "list fewer")
+    return tuple(dict.fromkeys(map(read_class_name, value))) or None
 
 
-def table(name: str, value: object, example: str) -> Mapping[object, object]:
-    """A mapping, or one written as YAML or JSON in a text."""
-    read = _parsed(value) if isinstance(value, str) else value
-    if not isinstance(read, Mapping):
-        refuse(name, "a mapping", value, example)
+def _read_confidence(value: object) -> object:
+    """One number. Of a client with one for each ``mode``, that of ``text_prompt`` counts, because a
+    reference is also found by words."""
+    if isinstance(value, list | tuple):
+        raise refused("a number from 0 to 1, or a mapping of them", value, "0.3")
+    if isinstance(value, Mapping):
+        return value.get("text_prompt", value.get("reference_image"))
+    return value
+
+
+def _read_thresholds(value: object) -> dict[str, float]:
+    """A number from 0 to 1 by class."""
+    read: dict[str, float] = {}
+    by_key: dict[str, float] = {}
+    for key, entry in read_table(value, "{dog: 0.4, car: 0.2}").items():
+        name = read_class_name(key)
+        try:
+            read[name] = found = _SHARE.validate_python(entry)
+        except ValueError as error:
+            before = f"The threshold of {name!r} in "
+            raise refused("a number from 0 to 1", entry, "0.3", before) from error
+        known = by_key.setdefault(name.casefold(), found)
+        if known != found:
+            after = f" has {known:g} and {found:g} for {name!r}; keep one of them."
+            raise RuleError(after, "A class has one threshold, and ")
+    check_count(len(read), MAX_LISTED, "classes", "list fewer")
     return read
 
 
-def _parsed(written: str) -> object:
-    """Everything a text says as texts, lists and mappings; the text itself if it is no YAML."""
+def _read_box(value: object) -> BoxXyxy:
+    """(left, top, right, bottom) from [x1, y1, x2, y2], "x1,y1,x2,y2", or an SDK rectangle.
+
+    The SDK counts the last row and column as inside, so these move out by one pixel.
+    """
+    points = value.get("points") if isinstance(value, Mapping) else None
+    exterior = points.get("exterior") if isinstance(points, Mapping) else None
+    if isinstance(exterior, list | tuple):
+        corners = [_coordinates(corner) for corner in exterior]
+        if len(corners) > 1 and all(len(corner) == 2 for corner in corners):
+            xs, ys = zip(*corners, strict=True)
+            if any(one % 1 for one in (*xs, *ys)):
+                # Whole pixels by the SDK's rule; what is added would hide a box of shares.
+                _checked_box((min(xs), min(ys), max(xs), max(ys)))
+            return min(xs), min(ys), max(xs) + 1, max(ys) + 1
+    elif len(box := _coordinates(value.split(",") if isinstance(value, str) else value)) == 4:
+        return _checked_box(box)
+    says = "a box [x1, y1, x2, y2] in pixels with x1 < x2 and y1 < y2"
+    raise refused(says, value, "[10, 20, 200, 180]")
+
+
+def _coordinates(value: object) -> list[float]:
+    """All of the numbers, or none of them when one is no coordinate."""
     try:
-        return yaml.load(written[:MAX_TEXT], Loader=yaml.BaseLoader)
-    except (yaml.YAMLError, RecursionError, ValueError):
-        return written
+        read = [_digits(one) for one in value] if isinstance(value, list | tuple) else []
+    except ValueError:
+        return []
+    return read if all(abs(one) <= MAX_COORDINATE for one in read) else []
+
+
+def _checked_box(box: Sequence[float]) -> BoxXyxy:
+    try:
+        return check_region(box, "")
+    except RequestError as error:
+        raise RuleError(str(error)) from error
+
+
+def _read_boxes(value: object) -> tuple[BoxXyxy, ...]:
+    """One box or a list of boxes."""
+    if not isinstance(value, list | tuple) or isinstance(value[0], int | float):
+        return (_read_box(value),)
+    check_count(len(value), MAX_LISTED, "boxes", "split the request")
+    return tuple(map(_read_box, value))
+
+
+def _read_corners(value: object) -> object:
+    """What is to be four whole numbers: as other clients write a box, y before x."""
+    corners = value.split(",") if isinstance(value, str) else value
+    if not isinstance(corners, list | tuple) or len(corners) != 4:
+        raise refused("[top, left, bottom, right] in whole pixels", value, "[20, 10, 180, 200]")
+    return corners
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """Windows that an image is looked at through, in pixels of the original image."""
+
+    size_wh: SizeWh
+    overlap_wh: SizeWh
+    full_image: bool = True
+
+    def __post_init__(self) -> None:
+        if self.overlap_wh[0] >= self.size_wh[0] or self.overlap_wh[1] >= self.size_wh[1]:
+            raise RuleError(
+                f" overlap by less than their size, and an overlap of {shown(self.overlap_wh)} of "
+                f"windows of {shown(self.size_wh)} was received; make the overlap smaller.",
+                "Windows of ",
+            )
+
+
+class _Windows(BaseModel):
+    width: Side = _WINDOW
+    height: Side = _WINDOW
+    overlap: Annotated[tuple[Overlap, Overlap] | None, BeforeValidator(_pair)] = None
+    full_image: Flag = True
+
+
+class _SlidingWindow(BaseModel):
+    width: Side = Field(_WINDOW, alias="windowWidth")
+    height: Side = Field(_WINDOW, alias="windowHeight")
+    overlap_x: Overlap = Field(0, alias="overlapX")
+    overlap_y: Overlap = Field(0, alias="overlapY")
+
+
+def _read_tiling(value: object) -> Tiling | None:
+    """Windows from a mapping, or from one number for both sides; None for off."""
+    value = _off_is_none(value)
+    if value is None or isinstance(value, Tiling):
+        return value
+    if isinstance(value, int | float) or (isinstance(value, str) and value.strip().isdigit()):
+        value = {"width": value, "height": value}
+    entries = read_table(value, "{width: 1024, height: 1024, overlap: 128}")
+    for key in entries:
+        if key not in _Windows.model_fields:
+            raise RuleError(f" {hint(key, _Windows.model_fields)}", "Unknown entry of ")
+    read = _Windows.model_validate(_without_empty(entries))
+    overlap = min(_OVERLAP, read.width // 4), min(_OVERLAP, read.height // 4)
+    return Tiling((read.width, read.height), read.overlap or overlap, read.full_image)
+
+
+def _read_sliding_window(value: object) -> Tiling:
+    """The windows that other clients name; as in the SDK, nothing but the windows."""
+    read = _SlidingWindow.model_validate(_without_empty(read_table(value, "{}")))
+    size_wh, overlap_wh = (read.width, read.height), (read.overlap_x, read.overlap_y)
+    return Tiling(size_wh, overlap_wh, full_image=False)
+
+
+def _without_empty(entries: Mapping[object, object]) -> dict[object, object]:
+    return {key: value for key, value in entries.items() if value not in (None, "")}
+
+
+TaskPrompt = Annotated[str, BeforeValidator(_read_task)]
+Classes = Annotated[tuple[str, ...] | None, BeforeValidator(_read_classes)]
+Confidence = Annotated[Share, BeforeValidator(_read_confidence)]
+Thresholds = Annotated[dict[str, float], BeforeValidator(_read_thresholds)]
+Suffix = Annotated[str, BeforeValidator(_read_suffix)]
+Rectangle = Annotated[BoxXyxy, BeforeValidator(_read_box)]
+Regions = Annotated[tuple[BoxXyxy, ...], BeforeValidator(_read_boxes)]
+Corners = Annotated[tuple[Corner, Corner, Corner, Corner], BeforeValidator(_read_corners)]
+TilingOrOff = Annotated[Tiling | None, BeforeValidator(_read_tiling)]
+DEFAULT_SLIDING_WINDOW: Final = Tiling((_WINDOW, _WINDOW), (0, 0), full_image=False)
+SlidingWindow = Annotated[Tiling, BeforeValidator(_read_sliding_window)]
+Geometry = Annotated[Literal["polygon", "bitmap"], BeforeValidator(word)]
+Mode = Annotated[Literal["text_prompt", "reference_image"], BeforeValidator(word)]
+InferenceMode = Annotated[Literal["full_image", "sliding_window"], BeforeValidator(word)]

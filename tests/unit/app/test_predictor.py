@@ -17,7 +17,7 @@ from serve.http.metrics import Metrics
 from serve.model_service import Deployment, ModelChoice
 from serve.predict.annotations import annotation_from_answers
 from serve.predict.predictor import Call, Predicted, Predictor, _answered, _job, rules_of
-from serve.settings.parse import parse_settings
+from serve.settings import parse_settings
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 from florence2.errors import RequestError
 from florence2.images import open_image
 from serve.predict.tiling import views_of
-from serve.settings.model import Tiling
+from serve.settings import Tiling
 
 
 @pytest.fixture

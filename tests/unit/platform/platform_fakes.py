@@ -10,7 +10,7 @@ from florence2.images import open_image
 from florence2.records import Failure
 from serve.platform.images import RunServices
 from serve.sdk import sly
-from serve.settings.model import Settings
+from serve.settings import Settings
 
 Inference = sly.nn.inference.inference.Inference
 SIZE_WH = (60, 40)

@@ -10,7 +10,7 @@ from serve.platform.existing_objects import tag_existing_objects
 from serve.platform.failures import PartialFailureError
 from serve.platform.images import ExistingServices
 from serve.sdk import sly
-from serve.settings.model import Settings
+from serve.settings import Settings
 
 Stage = sly.nn.inference.inference_request.InferenceRequest.Stage
 CAT, DOG = sly.ObjClass("cat", sly.Rectangle), sly.ObjClass("dog", sly.Rectangle)

@@ -7,7 +7,7 @@ from florence2.errors import RequestError
 from florence2.records import Failure, Result, Text
 from serve.platform.failures import FailedImageError
 from serve.platform.reference import BadReferenceError, resolve_reference
-from serve.settings.model import Reference, Settings
+from serve.settings import Reference, Settings
 
 BOX = (1.0, 2.0, 30.0, 20.0)
 

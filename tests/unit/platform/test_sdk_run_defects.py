@@ -9,7 +9,7 @@ from platform_fakes import FakePredictor, SdkPart, annotation, png, rectangle
 from florence2.images import open_image
 from serve.platform.failures import FailedImageError
 from serve.sdk import sly
-from serve.settings.model import Settings
+from serve.settings import Settings
 
 # isort: split
 from supervisely.nn.inference.uploader import Uploader

@@ -1,17 +1,28 @@
-"""Phrases: how a text is parted into prompts, and which class each prompt belongs to."""
+"""Phrases: how a text and a mapping are parted into prompts, and which class each belongs to."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Annotated, Final
+
+import yaml
+from pydantic import BeforeValidator
 
 from florence2.errors import RequestError
-from serve.predict.naming import clean_class_name, phrase_key
+from serve.predict.naming import clean_class_name, clean_text, phrase_key
+from serve.settings.errors import RuleError, check_count, refused, shown
 
 MAX_PHRASE: Final = 1000
 MAX_PHRASES: Final = 100
+MAX_CLASS_NAME: Final = 1000
+MAX_CLASSES: Final = 100
+MAX_PROMPTS: Final = 20
+MAX_TEXT: Final = 120_000
+
+NOTHING: Final = ("", "none", "null", "~")
+"""Words that mean that nothing was given."""
 
 _PHRASE_END: Final = re.compile(r"\.(?:\s+|$)|[;\r\n]+")
 # "St. Bernard" and "J. Smith" are one phrase each.
@@ -113,3 +124,82 @@ def prompts_of(phrases: Sequence[str], mapping: Mapping[str, Sequence[str]]) -> 
     }
     asked = {phrase_key(text): Prompt(text) for text in phrases}
     return tuple((asked | mapped).values())
+
+
+def _read_text(value: object, before: str = "") -> str | None:
+    """Clean text, a list being its lines; None when nothing is left."""
+    entries = value if isinstance(value, list | tuple) else [value]
+    lines = [_line(entry, before) for entry in entries if entry is not None]
+    return "\n".join(line for line in lines if line) or None
+
+
+def _line(value: object, before: str) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise refused("text or a list of texts", value, '"red car. dog"', before)
+    if isinstance(value, str):
+        check_count(len(value), MAX_TEXT, "characters", "split the request", before)
+    return clean_text(value if isinstance(value, str) else shown(value))
+
+
+def read_class_name(value: object) -> str:
+    """A class name made safe; a number is one too, because YAML reads bare digits so."""
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise refused("a name", value, '"dog"', "A class in ")
+    name = value if isinstance(value, str) else shown(value)
+    if not name.strip() or len(name) > MAX_CLASS_NAME:
+        raise refused(f"a name of 1 to {MAX_CLASS_NAME} characters", value, '"dog"', "A class in ")
+    return clean_class_name(name)
+
+
+def read_table(value: object, example: str) -> Mapping[object, object]:
+    """A mapping, or one written as YAML or JSON in a text."""
+    read = value
+    if isinstance(value, str):
+        try:  # every scalar stays the text that was written
+            read = yaml.load(value[:MAX_TEXT], Loader=yaml.BaseLoader)
+        except (yaml.YAMLError, RecursionError, ValueError):
+            read = value
+    if not isinstance(read, Mapping):
+        raise refused("a mapping", value, example)
+    return read
+
+
+def _read_mapping(value: object) -> dict[str, tuple[str, ...]]:
+    """Prompts by class. A text is parted like ``text``, entries of a list are prompts as they are,
+    and a class without prompts is asked for by its own name."""
+    entries = read_table(value, "{dog: [puppy, hound], car: red car}")
+    check_count(len(entries), MAX_CLASSES, "classes", "split the request")
+    named = [(read_class_name(key), prompts) for key, prompts in entries.items()]
+    joined = join_classes([(name, _prompts(name, prompts)) for name, prompts in named])
+    for name, prompts in joined.items():
+        if len(prompts) > MAX_PROMPTS:
+            raise RuleError(
+                f" has at most {MAX_PROMPTS} prompts, and {name!r} has {len(prompts)}; use fewer.",
+                "A class in ",
+            )
+    return joined
+
+
+def _prompts(name: str, value: object) -> list[str]:
+    before = f"The prompt of {name!r} in "
+    if isinstance(value, list | tuple):
+        listed = [prompt for prompt in value if prompt not in (None, "")]
+    elif value is None or (isinstance(value, str) and value.strip().lower() in NOTHING):
+        listed = []
+    else:
+        return split_phrases(_read_text(value, before) or "")
+    return [_prompt(prompt, before) for prompt in listed or [name]]
+
+
+def _prompt(value: object, before: str) -> str:
+    if isinstance(value, list | tuple):
+        raise refused("text", value, '"puppy"', before)
+    prompt = " ".join((_read_text(value, before) or "").split())
+    if not phrase_key(prompt):
+        raise refused("at least one word", value, '"puppy"', before)
+    return check_phrases([prompt])[0]
+
+
+TextOrList = Annotated[str | None, BeforeValidator(_read_text)]
+ClassName = Annotated[str, BeforeValidator(read_class_name)]
+PromptsByClass = Annotated[dict[str, tuple[str, ...]], BeforeValidator(_read_mapping)]
