@@ -6,12 +6,12 @@ from serve.settings.schema import (
     BOX_SUFFIX,
     Reference,
     Settings,
-    Tiling,
     check_placement,
     is_form_for_masks,
     parse_settings,
     raw_settings,
 )
+from serve.settings.values import Tiling
 
 __all__ = [
     "BOX_SUFFIX",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from serve.cli.console import say
-from serve.settings.generated import write_files
+from serve.settings.generated import DOCS_FILE, YAML_FILE, docs_text, yaml_text
 
 if __name__ == "__main__":
-    for path in write_files():
+    for path, text in ((YAML_FILE, yaml_text()), (DOCS_FILE, docs_text())):
+        path.write_text(text, encoding="utf-8")
         say(f"wrote {path}")

@@ -46,7 +46,7 @@ def yaml_text() -> str:
 
 def docs_text() -> str:
     """The page with its tables made anew; the words around them are written by hand."""
-    tables = {
+    tables: dict[str, list[tuple[str, ...]]] = {
         "key | other spellings": [_cells(name) for name in KEYS],
         "token": [(_code(t.token), _code(t.name), t.takes.value, t.summary) for t in TASKS],
         "key | why": [(_code(key), why) for key, why in LET_THROUGH.items()],
@@ -57,16 +57,6 @@ def docs_text() -> str:
         after = re.sub(r"\A(\|.*\n)*", "", rest)
         page = before + start + "".join(f"| {' | '.join(cells)} |\n" for cells in rows) + after
     return page
-
-
-def write_files() -> list[Path]:
-    """Write both files; returns those that changed."""
-    changed = []
-    for path, text in ((YAML_FILE, yaml_text()), (DOCS_FILE, docs_text())):
-        if not path.exists() or path.read_text(encoding="utf-8") != text:
-            path.write_text(text, encoding="utf-8")
-            changed.append(path)
-    return changed
 
 
 def _block(name: str) -> str:

@@ -9,8 +9,9 @@ another spelling of such a key has the say.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Annotated, Any, Final
 
 from pydantic import (
@@ -85,29 +86,30 @@ class _Keys(BaseModel):
                 raise RequestError(sentence(spelling, sent, error)) from error
         name = str(info.field_name)
         if name == "class_thresholds":
-            return _joined_thresholds(*read.values())
+            return _joined_thresholds(read.values())
         default = default_in_file(name)
         said = {spelling: one for spelling, one in read.items() if one != default}
-        for spelling, one in said.items():
-            first = next(iter(said))
-            if one != said[first]:
+        if not said:
+            return default
+        first, *others = said
+        for other in others:
+            if said[other] != said[first]:
                 raise RequestError(
                     f"{name} is given once, and {first} is {shown(value[first])} and "
-                    f"{spelling} is {shown(value[spelling])}; keep one of them."
+                    f"{other} is {shown(value[other])}; keep one of them."
                 )
-        return next(iter(said.values()), default)
+        return said[first]
 
 
-def _joined_thresholds(*several: dict[str, float]) -> dict[str, float]:
+def _joined_thresholds(several: Iterable[dict[str, float]]) -> dict[str, float]:
     joined: dict[str, float] = {}
-    for thresholds in several:
-        for name in joined.keys() & thresholds.keys():
-            if joined[name] != thresholds[name]:
-                raise RequestError(
-                    f"A class has one threshold, and {joined[name]:g} and {thresholds[name]:g} "
-                    f"were received for {name!r}; keep one of them."
-                )
-        joined |= thresholds
+    for name, threshold in chain.from_iterable(one.items() for one in several):
+        known = joined.setdefault(name, threshold)
+        if known != threshold:
+            raise RequestError(
+                f"A class has one threshold, and {known:g} and {threshold:g} were received for "
+                f"{name!r}; keep one of them."
+            )
     return joined
 
 
@@ -377,14 +379,15 @@ def _is_by_class(confidence: object) -> bool:
     return isinstance(confidence, str) and ":" in confidence
 
 
-def _unread(sent: Mapping[str, _Sent]) -> tuple[str, ...]:
+def _unread(sent: Mapping[str, _Sent]) -> set[str]:
     """Fields that other keys make meaningless: clients send what is left there from before."""
     mode = word(sent["mode"].get("mode", "reference_image" if sent["reference_bbox"] else ""))
-    unread = ("reference_image_id", "reference_bbox", "reference_class_name")
+    unread = {"reference_image_id", "reference_bbox", "reference_class_name"}
     if mode == "reference_image":
-        unread = ("text", "mapping")
-    is_sliding = word(sent["inference_mode"].get("inference_mode")) == "sliding_window"
-    return unread if is_sliding else (*unread, "sliding_window_params")
+        unread = {"text", "mapping"}
+    if word(sent["inference_mode"].get("inference_mode")) != "sliding_window":
+        unread.add("sliding_window_params")
+    return unread
 
 
 def _choose_task(read: Settings, reference: Reference | None) -> str:
