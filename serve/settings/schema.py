@@ -175,6 +175,7 @@ class Settings(_Keys):
     rectangle: values.Rectangle | None = _key(None, "box")
     """Only this part of the image is looked at, such as [10, 20, 200, 180]."""
     reference: Reference | None = None
+    """An object to find more of; what the ``reference_`` keys of other clients become."""
 
     @property
     def steps(self) -> tuple[Task, ...]:

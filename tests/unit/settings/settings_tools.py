@@ -7,16 +7,16 @@ from types import SimpleNamespace
 
 import yaml
 
-from serve.answering import AnsweringApp
+from serve.app import Florence2App
 from serve.sdk import sly
-from serve.settings.written import YAML_FILE
+from serve.settings.generated import YAML_FILE
 
 DEFAULTS = yaml.safe_load(YAML_FILE.read_text(encoding="utf-8"))
 
 
 def _app():
     """What the merge reads of the app; no model is loaded."""
-    made = object.__new__(AnsweringApp)
+    made = object.__new__(Florence2App)
     made._default_settings = DEFAULTS
     made._sliding_window_mode = "none"
     return made

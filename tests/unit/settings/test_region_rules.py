@@ -14,7 +14,7 @@ from florence2.tasks import find_task
 from serve.labeling.plan import make_plan
 from serve.predict.predictor import questions_of
 from serve.predict.tiling import views_of
-from serve.settings.parse import parse_settings
+from serve.settings import parse_settings
 
 WIDTH, HEIGHT = SIZE_WH = (200, 100)
 TASK = find_task("region_category")

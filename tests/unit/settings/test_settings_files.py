@@ -13,8 +13,8 @@ from supervisely.nn.model.model_api import ModelAPI
 from florence2.tasks import TASKS
 from serve.sdk import sly
 from serve.settings import Settings
-from serve.settings.keys import KEYS, LEFT_OUT, LET_THROUGH
-from serve.settings.written import DOCS_FILE, YAML_FILE, docs_text, yaml_text
+from serve.settings.generated import DOCS_FILE, LEFT_OUT, YAML_FILE, docs_text, yaml_text
+from serve.settings.schema import KEYS, LET_THROUGH, spellings_of
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ def test_the_generated_text_is_not_stale(path, text):
 
 
 def test_the_file_has_every_spelling_once_but_for_those_the_sdk_trips_over():
-    names = [name for key in KEYS for name in key.names]
+    names = [one for key in KEYS for one in spellings_of(key)]
     assert len(names) == len(set(names))
     assert set(DEFAULTS) == {*names, "existing_objects_iou_thresh"} - LEFT_OUT
     assert not set(names) & LET_THROUGH.keys()
@@ -40,7 +40,7 @@ def test_the_file_names_every_task_and_ends_with_the_keys_of_other_clients():
 
 
 def test_every_field_of_the_settings_is_a_key_of_the_file_or_the_reference():
-    assert set(Settings.model_fields) <= {key.name for key in KEYS} | {"reference"}
+    assert set(Settings.model_fields) <= KEYS.keys() | {"reference"}
     assert all(field.description for field in Settings.model_fields.values())
 
 
@@ -64,5 +64,5 @@ def test_the_sdks_own_batch_path_takes_the_file_as_it_is():
 def test_every_argument_of_the_sdks_predict_may_arrive_as_a_setting():
     sources = {"self", "input", "image_id", "video_id", "dataset_id", "project_id", "kwargs"}
     arguments = inspect.signature(ModelAPI.predict).parameters.keys() - sources
-    known = {name for key in KEYS for name in key.names} | LET_THROUGH.keys()
+    known = {one for key in KEYS for one in spellings_of(key)} | LET_THROUGH.keys()
     assert arguments <= known
