@@ -61,6 +61,4 @@ def sentence(key: str, received: object, error: ValidationError) -> str:
         known = re.findall(r"'(\w+)'", first["ctx"]["expected"])
         return f"Unknown {path} {hint(received, known)}"
     reason = first["ctx"]["error"]
-    if isinstance(reason, ValidationError):
-        return sentence(path, received, reason)
     return f"{reason.before}{path}{reason.after}"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final, cast
 
 from florence2.tasks import TASKS
-from serve.settings.schema import KEYS, LET_THROUGH, ClientKeys, default_in_file, spellings_of
+from serve.settings.schema import KEYS, LET_THROUGH, SPELLINGS, ClientKeys, default_in_file
 
 _PACKAGE: Final = Path(__file__).resolve().parents[1]
 YAML_FILE: Final = _PACKAGE / "inference_settings.yaml"
@@ -37,7 +37,7 @@ def yaml_text() -> str:
     """The settings file: the keys that people edit with comments, then all other spellings."""
     edited = [name for name in KEYS if name not in ClientKeys.model_fields]
     others = [*ClientKeys.model_fields]
-    others += [key for name in KEYS for key in spellings_of(name)[1:]]
+    others += [key for name in KEYS for key in SPELLINGS[name][1:]]
     nulls = "".join(f"{key}: null\n" for key in [*others, _SDK_KEY] if key not in LEFT_OUT)
     return "\n".join(
         [_FIRST, *(_block(name) for name in edited if name not in LEFT_OUT), _OTHERS + nulls]
@@ -83,7 +83,7 @@ def _cells(name: str) -> tuple[str, ...]:
     default = _default(name)
     return (
         _code(name),
-        ", ".join(map(_code, spellings_of(name)[1:])),
+        ", ".join(map(_code, SPELLINGS[name][1:])),
         str(cast("dict[str, object]", KEYS[name].json_schema_extra)["takes"]),
         _code(json.dumps(default)) if default not in (None, "") else "",
         # A token in angle brackets would vanish from a table of Markdown.

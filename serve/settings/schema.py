@@ -245,6 +245,11 @@ KEYS: Final[dict[str, FieldInfo]] = {**Settings.model_fields, **ClientKeys.model
 """Every key that a request's settings may have, in the order of the settings file."""
 del KEYS["reference"]
 
+SPELLINGS: Final[dict[str, tuple[str, ...]]] = {
+    name: (name, *getattr(field.validation_alias, "choices", ())) for name, field in KEYS.items()
+}
+"""Every key with the other names that it may have."""
+
 _WHY_LET_THROUGH: Final = {
     "is read by the SDK when it merges labels": "existing_objects_iou_thresh",
     "is added by the SDK to every request": "sliding_window_mode",
@@ -264,22 +269,12 @@ _WHY_LET_THROUGH: Final = {
 LET_THROUGH: Final = {key: why for why, keys in _WHY_LET_THROUGH.items() for key in keys.split()}
 """Keys that clients send with every model and that change nothing here, with the reason."""
 
-
-def spellings_of(name: str) -> tuple[str, ...]:
-    """A key and its other spellings."""
-    alias = KEYS[name].validation_alias
-    return (name, *map(str, alias.choices)) if isinstance(alias, AliasChoices) else (name,)
+_KNOWN: Final = dict.fromkeys([*chain.from_iterable(SPELLINGS.values()), *LET_THROUGH])
 
 
 def default_in_file(name: str) -> object:
     """What counts as nothing said: the SDK puts it wherever a request has none."""
     return None if name == "task_prompt" else KEYS[name].get_default(call_default_factory=True)
-
-
-_SPELLINGS: Final = {name: spellings_of(name) for name in KEYS}
-_KNOWN: Final = dict.fromkeys(
-    [*(key for keys in _SPELLINGS.values() for key in keys), *LET_THROUGH]
-)
 
 
 def parse_settings(raw: Mapping[str, object] | None) -> Settings:
@@ -350,7 +345,7 @@ def _sent(raw: object) -> dict[str, _Sent]:
             raise RequestError(f"Unknown setting {said}; {advice}")
     sent = {
         name: _Sent({key: raw[key] for key in keys if not _is_missing(name, raw.get(key))})
-        for name, keys in _SPELLINGS.items()
+        for name, keys in SPELLINGS.items()
     }
     confidence = {key: _joined(value) for key, value in sent["confidence_threshold"].items()}
     by_class = {key: confidence.pop(key) for key in [*confidence] if _is_by_class(confidence[key])}

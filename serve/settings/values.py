@@ -190,7 +190,7 @@ def _checked_box(box: Sequence[float]) -> BoxXyxy:
 
 def _read_boxes(value: object) -> tuple[BoxXyxy, ...]:
     """One box or a list of boxes."""
-    if not isinstance(value, list | tuple) or isinstance(value[0], int | float):
+    if not isinstance(value, list | tuple) or isinstance(next(iter(value), None), int | float):
         return (_read_box(value),)
     check_count(len(value), MAX_LISTED, "boxes", "split the request")
     return tuple(map(_read_box, value))

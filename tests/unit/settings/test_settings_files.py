@@ -14,7 +14,7 @@ from florence2.tasks import TASKS
 from serve.sdk import sly
 from serve.settings import Settings
 from serve.settings.generated import DOCS_FILE, LEFT_OUT, YAML_FILE, docs_text, yaml_text
-from serve.settings.schema import KEYS, LET_THROUGH, spellings_of
+from serve.settings.schema import KEYS, LET_THROUGH, SPELLINGS
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ def test_the_generated_text_is_not_stale(path, text):
 
 
 def test_the_file_has_every_spelling_once_but_for_those_the_sdk_trips_over():
-    names = [one for key in KEYS for one in spellings_of(key)]
+    names = [name for names in SPELLINGS.values() for name in names]
     assert len(names) == len(set(names))
     assert set(DEFAULTS) == {*names, "existing_objects_iou_thresh"} - LEFT_OUT
     assert not set(names) & LET_THROUGH.keys()
@@ -64,5 +64,5 @@ def test_the_sdks_own_batch_path_takes_the_file_as_it_is():
 def test_every_argument_of_the_sdks_predict_may_arrive_as_a_setting():
     sources = {"self", "input", "image_id", "video_id", "dataset_id", "project_id", "kwargs"}
     arguments = inspect.signature(ModelAPI.predict).parameters.keys() - sources
-    known = {one for key in KEYS for one in spellings_of(key)} | LET_THROUGH.keys()
+    known = {name for names in SPELLINGS.values() for name in names} | LET_THROUGH.keys()
     assert arguments <= known

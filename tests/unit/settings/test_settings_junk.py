@@ -14,9 +14,9 @@ from florence2.errors import RequestError
 from florence2.tasks import TASKS
 from serve.predict.naming import phrase_key
 from serve.settings import Settings, parse_settings, raw_settings
-from serve.settings.schema import KEYS, LET_THROUGH, spellings_of
+from serve.settings.schema import LET_THROUGH, SPELLINGS
 
-NAMES = [one for key in KEYS for one in spellings_of(key)]
+NAMES = [name for names in SPELLINGS.values() for name in names]
 WORDS = st.sampled_from(
     ["", "none", "off", "all", "true", "0.3", "nan", "1e999", "{a: b}", "[[", "{a: [b, c]}", "*x",
      "&a [*a]", "<OD>", "<loc_3>", "od", "text_prompt", "reference_image", "sliding_window",

@@ -6,7 +6,7 @@ import pytest
 
 from florence2.errors import RequestError
 from serve.sdk import sly
-from serve.settings import Reference, Tiling, parse_settings
+from serve.settings import Reference, Tiling, check_placement, parse_settings
 
 GROUNDING = "<CAPTION_TO_PHRASE_GROUNDING>"
 BOX = (10, 20, 200, 180)
@@ -203,6 +203,11 @@ REFUSED = {
     "token in a mapping": ({"mapping": {"dog": "<loc_7>"}}, "token '<loc_7>'"),
     "list for a mapping": ({"mapping": ["dog"]}, "mapping is a mapping"),
     "word for a mapping": ({"mapping": "dog"}, "mapping is a mapping"),
+    "half a mapping": ({"mapping": "{a: ["}, "mapping is a mapping"),
+    "a prompt of no word": (
+        {"mapping": {"dog": ["."]}},
+        "prompt of 'dog' in mapping is at least",
+    ),
     "nameless class": ({"mapping": {"": "dog"}}, "A class in mapping is a name"),
     "nested prompts": ({"mapping": {"dog": [["puppy"]]}}, "prompt of 'dog'"),
     "two owners": ({"mapping": {"a1": "dog", "b1": "The dog"}}, "'a1' and 'b1'"),
@@ -252,6 +257,12 @@ def test_a_wrong_value_gets_one_sentence(case):
 def test_of_several_mistakes_the_first_on_the_page_is_told():
     with pytest.raises(RequestError, match=r"^Unknown geometry"):
         parse_settings({"tiling": 8, "geometry": "x", "text": "dog", "task": "<OD>"})
+
+
+def test_settings_beside_the_settings_are_refused():
+    check_placement({"classes": ["dog"], "rectangle": [1, 2, 3, 4], "image_id": 7})
+    with pytest.raises(RequestError, match="text is one of the settings"):
+        check_placement({"text": "dog", "settings": {}})
 
 
 def test_the_prompts_of_settings_are_asked_with_their_classes():
