@@ -15,14 +15,14 @@ from florence2.engine.scheduler import GenerationCancelledError, Priority
 from florence2.errors import RequestError
 from florence2.records import Failure, Result
 from serve.answers import check_any_answered, entries_of, raise_failure
-from serve.deadline import Deadline
 from serve.deployable import DeployableApp
+from serve.http.bodies import held_bytes
 from serve.platform.existing_objects import tag_existing_objects
-from serve.platform.images import ExistingServices, RunServices, batch_size_of
-from serve.platform.pipeline import when_queue_has_room
 from serve.platform.project_run import run_image_ids, run_project
-from serve.platform.reference import resolve_reference
 from serve.platform.registry import RequestsManager
+from serve.platform.request_state import Deadline, batch_size_of
+from serve.platform.run import RunServices
+from serve.predict.full_queue import when_queue_has_room
 from serve.predict.predictor import Call, Predicted
 from serve.sdk import sly
 from serve.sdk_uploader import use_prompt_uploader
@@ -238,13 +238,13 @@ class AnsweringApp(DeployableApp):
         self, api: sly.Api, state: Mapping[str, Any], inference_request: InferenceRequest
     ) -> None:
         """Images of the platform; the SDK's run waits a second, and loses the last upload error."""
-        run_image_ids(api, state, inference_request, self._run_services(state))
+        run_image_ids(api, state, inference_request, self._run_services())
 
     def _inference_project_id(
         self, api: sly.Api, state: Mapping[str, Any], inference_request: InferenceRequest
     ) -> None:
         """A whole project; in the SDK's run one damaged image ends it."""
-        run_project(api, state, inference_request, self._run_services(state))
+        run_project(api, state, inference_request, self._run_services())
 
     def answer_image_ids(
         self, api: sly.Api, state: Mapping[str, Any], inference_request: InferenceRequest
@@ -268,50 +268,15 @@ class AnsweringApp(DeployableApp):
         self, api: sly.Api, state: Mapping[str, Any], inference_request: InferenceRequest
     ) -> None:
         """What the model says about existing objects, written as their tags."""
-        tag_existing_objects(api, state, inference_request, self._existing_services())
+        tag_existing_objects(api, state, inference_request, self._run_services())
 
-    def _run_services(self, state: Mapping[str, Any]) -> RunServices:
+    def _run_services(self) -> RunServices:
         return RunServices(
-            predict=partial(self._predict_images, deadline=Deadline.of(state)),
-            settings_of=self._settings_of_run,
+            predict=self.answer,
+            ask=self.ask,
+            settings_of=self.settings_of,
             upload=self.upload_predictions,
-            format_output=self._format_output,
-            model_meta=lambda: self.model_meta,
+            budget=held_bytes(),
             task_id=self.task_id,
-            default_batch_size=self.get_batch_size(),
-        )
-
-    def _settings_of_run(self, state: Mapping[str, Any], api: sly.Api) -> Settings:
-        """A reference on one image is looked at once for all the images of a run."""
-        settings = self.settings_of(state)
-        if settings.reference is None or settings.reference.image_id is None:
-            return settings
-        return resolve_reference(
-            settings, api, lambda asks: self.ask(asks, Call(api=api)), image=None
-        )
-
-    def _predict_images(
-        self,
-        images: Sequence[AnyImage],
-        settings: Settings,
-        *,
-        api: sly.Api,
-        is_bulk: bool,
-        should_stop: Callable[[], bool],
-        deadline: Deadline,
-    ) -> list[Predicted | Failure]:
-        priority = Priority.BULK if is_bulk else Priority.INTERACTIVE
-        return self.answer(images, settings, Call(priority, deadline.left_s, should_stop, api))
-
-    def _existing_services(self) -> ExistingServices:
-        def ask(
-            asks: Sequence[Ask], *, should_stop: Callable[[], bool]
-        ) -> Sequence[Result | Failure]:
-            return self.ask(asks, Call(Priority.BULK, should_stop=should_stop))
-
-        return ExistingServices(
-            ask=ask,
-            # What these runs ask stands beside the settings, under some of the same names.
-            settings_of=lambda state, api: self.settings_of({"settings": state.get("settings")}),
             default_batch_size=self.get_batch_size(),
         )

@@ -14,7 +14,6 @@ from fastapi import BackgroundTasks, FastAPI, Request
 from florence2.budget import open_pixels
 from florence2.errors import RequestError
 from serve.http.bodies import MIB, keep_body
-from serve.http.errors import NotFoundError
 from serve.http.uploads import (
     NO_FILES,
     Files,
@@ -24,7 +23,8 @@ from serve.http.uploads import (
     save_one_upload,
 )
 from serve.http.waiting import Waiting, run_registered
-from serve.platform.pipeline import QUEUE_LIMIT_S
+from serve.platform.failures import NotFoundError
+from serve.predict.full_queue import QUEUE_LIMIT_S
 
 if TYPE_CHECKING:
     from serve.app import Florence2App

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from florence2.errors import FlorenceError
 from florence2.records import Failure
 from serve.http.routes import is_api_path, path_of
-from serve.platform.failures import FailedImageError, platform_failure
+from serve.platform.failures import FailedImageError, NotFoundError, platform_failure
 
 _log = logging.getLogger(__name__)
 
@@ -71,12 +71,6 @@ class ForbiddenError(FlorenceError):
     """Whoever started the app did not allow what the request asks for."""
 
     code = "forbidden"
-
-
-class NotFoundError(FlorenceError):
-    """The request names something that is not there (any more)."""
-
-    code = "not_found"
 
 
 class NotDeployedError(FlorenceError):

@@ -20,7 +20,7 @@ from serve.http.bodies import (
     run_counted,
     with_json,
 )
-from serve.http.errors import ForbiddenError, NotFoundError, answer_faults
+from serve.http.errors import ForbiddenError, answer_faults
 from serve.http.origins import Callers, Servers
 from serve.http.routes import (
     NEVER_SERVED,
@@ -33,6 +33,7 @@ from serve.http.routes import (
     path_of,
 )
 from serve.http.waiting import NoticesLeaving
+from serve.platform.failures import NotFoundError
 
 KnownRequest = Callable[[str], bool]
 

@@ -16,7 +16,6 @@ from florence2.errors import RequestError
 from florence2.records import Failure, Result
 from florence2.tasks import TASKS, TaskInput, find_task
 from serve.answers import raise_failure
-from serve.deadline import Deadline
 from serve.http.bodies import MAX_IMAGE_BYTES, held_bytes, keep_body
 from serve.http.page import index_page
 from serve.http.uploads import (
@@ -32,6 +31,7 @@ from serve.http.uploads import (
 from serve.http.url_fetch import fetch_image
 from serve.http.waiting import Waiting, gone_or_none, run_registered, run_wanted
 from serve.platform.images import Target, failed_download
+from serve.platform.request_state import Deadline
 from serve.predict.predictor import Call
 from serve.sdk_routes import register_sdk_routes
 from serve.settings import shown

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Final
 
 import httpx
 import requests
 
-from florence2.errors import FlorenceError
+from florence2.errors import FlorenceError, RequestError
 from florence2.records import Failure
-
-_SHOWN_IDS: Final = 20
 
 # How the SDK begins the bare RuntimeError that it makes of an error of its transport, and the name
 # of its own error for a transfer that broke off.
@@ -47,32 +43,21 @@ class FailedImageError(FlorenceError):
         self.code = failure.code
 
 
+class NotFoundError(RequestError):
+    """What the request names is not there (any more), or this account may not see it."""
+
+    code = "not_found"
+
+
 class PartialFailureError(FlorenceError):
-    """A run ended and some of its images are not done; ``failures`` says which and why."""
+    """A run ended and some of its images are not done; the message says which and why."""
 
     code = "partial_failure"
 
-    def __init__(self, message: str, failures: Sequence[ImageFailure]) -> None:
-        super().__init__(message)
-        self.failures = tuple(failures)
 
-
-@dataclass(frozen=True, slots=True)
-class ImageFailure:
-    """The failure of one image of the platform."""
-
-    image_id: int
-    name: str | None
-    failure: Failure
-
-    def to_json(self) -> dict[str, object]:
-        """``image_id``, ``name``, ``code`` and ``message``."""
-        return {
-            "image_id": self.image_id,
-            "name": self.name,
-            "code": self.failure.code,
-            "message": self.failure.message,
-        }
+def failure_json(failure: Failure) -> dict[str, str]:
+    """``code`` and ``message``."""
+    return {"code": failure.code, "message": failure.message}
 
 
 def platform_failure(error: BaseException) -> Failure | None:
@@ -107,8 +92,12 @@ def _status_reason(error: requests.HTTPError | httpx.HTTPStatusError) -> str:
     status = None if error.response is None else error.response.status_code
     if status in (401, 403):
         return f"it refused the token or this account's rights (status {status})"
+    return f"it answered with status {status or 'unknown'} ({_first_line(error)})"
+
+
+def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
-    return f"it answered with status {status or 'unknown'} ({lines[0][:300] if lines else ''})"
+    return lines[0][:300] if lines else ""
 
 
 def failure_of(error: BaseException, what: str, code: str | None = None) -> Failure:
@@ -121,38 +110,7 @@ def failure_of(error: BaseException, what: str, code: str | None = None) -> Fail
             code or "platform_failed",
             f"{what}, as the platform failed: {reason}; see the app's log and send it again.",
         )
-    lines = str(error).strip().splitlines()
-    reason = f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+    reason = ": ".join(filter(None, (type(error).__name__, _first_line(error))))
     return Failure(
         code or "internal_error", f"{what} ({reason}); see the app's log and send it again."
     )
-
-
-def failed_in_part(failures: Sequence[ImageFailure], total: int, lost: str) -> PartialFailureError:
-    """The end of a run whose other images are done. ``lost``: what the failed ones lack."""
-    count = len(failures)
-    verb = "has" if count == 1 else "have"
-    others = " The others are done." if count < total else ""
-    return PartialFailureError(
-        f"{count} of {total} images failed and {verb} {lost} ({_ids(failures)}), the first "
-        f"because: {failures[0].failure.message}{others} Send these ids again.",
-        failures,
-    )
-
-
-def stopped_early(
-    error: Exception, done: int, total: int, failures: Sequence[ImageFailure]
-) -> PartialFailureError:
-    """The end of a run that an error broke off after ``done`` images."""
-    failed = f" {len(failures)} of the images failed ({_ids(failures)})." if failures else ""
-    return PartialFailureError(
-        f"The run stopped after {done} of {total} images were done: "
-        f"{failure_of(error, 'The run failed').message}{failed} Start it again for the rest.",
-        failures,
-    )
-
-
-def _ids(failures: Sequence[ImageFailure]) -> str:
-    ids = [str(failed.image_id) for failed in failures]
-    more = f" and {len(ids) - _SHOWN_IDS} more" if len(ids) > _SHOWN_IDS else ""
-    return f"{'id' if len(ids) == 1 else 'ids'} {', '.join(ids[:_SHOWN_IDS])}{more}"

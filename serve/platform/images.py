@@ -1,172 +1,29 @@
-"""The images of a run as the platform knows them, in the order asked for, and their bytes.
-
-What a request for a run says is checked here, and what a run needs of the app is one record.
-"""
+"""The images of a run as the platform knows them, in the order asked for, and their bytes."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal, Protocol
+from functools import partial
+from typing import Any, Final, TypeVar
 
 from requests.exceptions import ConnectionError as ConnectionFailed
 from requests.exceptions import HTTPError, Timeout
 
-from florence2.engine.ask import AnyImage, Ask
-from florence2.errors import RequestError, shown, unknown_name
-from florence2.records import Failure, Result
-from serve.platform.failures import failure_of
+from florence2.engine.ask import AnyImage
+from florence2.errors import RequestError
+from florence2.records import Failure
+from serve.platform.failures import NotFoundError, failure_of
+from serve.platform.request_state import Source
 from serve.sdk import sly
-from serve.settings import Settings
-
-UploadMode = Literal["append", "iou_merge", "replace", "create"]
-
-MAX_BATCH_SIZE: Final = 256
-DEFAULT_MERGE_IOU: Final = 0.9
-UPLOAD_MODES: Final[tuple[UploadMode, ...]] = ("append", "iou_merge", "replace", "create")
-IMAGE_ID_KEYS: Final = ("batch_ids", "image_ids", "images_ids", "imageIds", "image_id", "imageId")
-PROJECT_ID_KEYS: Final = ("projectId", "project_id")
-DATASET_ID_KEYS: Final = ("dataset_ids", "datasetIds")
-
-
-@dataclass(frozen=True, slots=True)
-class Destination:
-    """Where labels go. ``mode`` of None: they are returned and nothing is changed.
-
-    ``iou``: predictions that overlap an existing label of their class by this or more are left
-    out; None keeps all. ``suffix`` goes behind names that the project has with another meaning.
-    """
-
-    mode: UploadMode | None = None
-    project_id: int | None = None
-    iou: float | None = None
-    suffix: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """The images: either their ids, or a project and, unless None, its datasets."""
-
-    image_ids: tuple[int, ...] = ()
-    project_id: int | None = None
-    dataset_ids: tuple[int, ...] | None = None
-
-
-def ids_source(state: State) -> Source:
-    """The images named in ``state``; RequestError when there are none or they are no ids."""
-    found = _ids(state, IMAGE_ID_KEYS)
-    if not found:
-        raise RequestError("A request needs at least one image id, and none was received; send it.")
-    return Source(image_ids=found)
-
-
-def project_source(state: State) -> Source:
-    """The project named in ``state``, and its datasets if some are."""
-    found = _ids(state, PROJECT_ID_KEYS)
-    if not found or len(found) > 1:
-        raise RequestError(
-            f"A run needs one project id, and {shown(list(found or ()))} was received; send it as "
-            "project_id."
-        )
-    return Source(project_id=found[0], dataset_ids=_ids(state, DATASET_ID_KEYS))
-
-
-def any_source(state: State) -> Source:
-    """Image ids if ``state`` has any, or else its project."""
-    return ids_source(state) if _given(state, IMAGE_ID_KEYS) is not None else project_source(state)
-
-
-def batch_size_of(state: State, default: int) -> int:
-    """How many images are predicted at a time, 1 to 256."""
-    value = state.get("batch_size")
-    if value is None:
-        return min(max(default, 1), MAX_BATCH_SIZE)
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_BATCH_SIZE:
-        raise RequestError(
-            f"batch_size is a whole number from 1 to {MAX_BATCH_SIZE}, and {shown(value)} was "
-            "received; change it or leave it out."
-        )
-    return value
-
-
-def destination_of(state: State) -> Destination:
-    """Where the labels of the run go."""
-    mode = state.get("upload_mode")
-    if mode is not None and mode not in UPLOAD_MODES:
-        received = mode if isinstance(mode, str) else shown(mode)
-        raise RequestError(unknown_name("upload_mode", received, UPLOAD_MODES))
-    project_id = state.get("output_project_id")
-    if project_id is not None:
-        project_id = _id("output_project_id", project_id)
-        mode = mode or "append"
-    iou = _iou(state)
-    if mode == "iou_merge" and iou is None:
-        iou = DEFAULT_MERGE_IOU
-    return Destination(mode, project_id, iou, _suffix(state))
-
-
-def _suffix(state: State) -> str | None:
-    suffix = state.get("model_prediction_suffix")
-    if suffix is not None and not isinstance(suffix, str):
-        raise RequestError(
-            f"model_prediction_suffix is text, and {shown(suffix)} was received; leave it out."
-        )
-    return suffix or None
-
-
-def _iou(state: State) -> float | None:
-    """The platform's apps put it into the settings, and the SDK's client beside them."""
-    settings = state.get("settings")
-    inside = settings.get("existing_objects_iou_thresh") if isinstance(settings, dict) else None
-    candidates = (
-        inside,
-        state.get("existing_objects_iou_thresh"),
-        state.get("iou_merge_threshold"),
-    )
-    value = next((candidate for candidate in candidates if candidate is not None), None)
-    if value is None:
-        return None
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
-        raise RequestError(
-            f"existing_objects_iou_thresh is a number from 0 to 1, and {shown(value)} was "
-            "received; change it or leave it out."
-        )
-    return float(value) or None
-
-
-def _given(state: State, keys: tuple[str, ...]) -> tuple[str, object] | None:
-    return next(((key, state[key]) for key in keys if state.get(key) is not None), None)
-
-
-def _ids(state: State, keys: tuple[str, ...]) -> tuple[int, ...] | None:
-    given = _given(state, keys)
-    if given is None:
-        return None
-    key, value = given
-    values = value if isinstance(value, list | tuple) else [value]
-    return tuple(_id(key, one) for one in values)
-
-
-def _id(key: str, value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise RequestError(
-            f"{key} takes whole numbers from 1, and {shown(value)} was received; send the "
-            "platform's own ids."
-        )
-    return value
-
 
 _IDS_PER_REQUEST: Final = 500
 _UNKNOWN_SIZE: Final = 1_000_000
 _UNKNOWN_PIXELS: Final = 4_000_000
 _IMAGES_PROJECT: Final = "images"
 
-
-class NotFoundError(RequestError):
-    """The platform has no such thing, or this account may not see it."""
-
-    code = "not_found"
+Fetched = TypeVar("Fetched")
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +89,8 @@ def _by_ids(api: sly.Api, image_ids: Sequence[int]) -> Images:
     infos = _infos(api, image_ids)
     if not infos:
         raise NotFoundError(_missing_image(image_ids[0]).message)
-    datasets = {one: api.dataset.get_info_by_id(one) for one in _datasets_in(infos.values())}
+    dataset_ids = dict.fromkeys(info.dataset_id for info in infos.values())
+    datasets = {one: api.dataset.get_info_by_id(one) for one in dataset_ids}
     targets = [
         Target(one, datasets[infos[one].dataset_id].project_id, infos[one])
         if one in infos
@@ -240,10 +98,6 @@ def _by_ids(api: sly.Api, image_ids: Sequence[int]) -> Images:
         for one in image_ids
     ]
     return Images(tuple(targets), datasets)
-
-
-def _datasets_in(infos: Iterable[sly.ImageInfo]) -> list[int]:
-    return list(dict.fromkeys(info.dataset_id for info in infos))
 
 
 def _missing_image(image_id: int) -> Failure:
@@ -264,8 +118,10 @@ def _infos(api: sly.Api, image_ids: Sequence[int]) -> dict[int, sly.ImageInfo]:
         if info is None:
             continue
         infos[image_id] = info
-        for ids in _parts(list(waiting), _IDS_PER_REQUEST):
-            filters = [{"field": "id", "operator": "in", "value": ids}]
+        ids = list(waiting)
+        for start in range(0, len(ids), _IDS_PER_REQUEST):
+            value = ids[start : start + _IDS_PER_REQUEST]
+            filters = [{"field": "id", "operator": "in", "value": value}]
             found = api.image.get_list(info.dataset_id, filters=filters)
             infos.update({one.id: one for one in found})
         waiting = {one: None for one in waiting if one not in infos}
@@ -279,11 +135,6 @@ def _info_or_none(api: sly.Api, image_id: int) -> sly.ImageInfo | None:
         if error.response is not None and error.response.status_code in (403, 404):
             return None
         raise
-
-
-def _parts(ids: list[int], size: int) -> Iterator[list[int]]:
-    for start in range(0, len(ids), size):
-        yield ids[start : start + size]
 
 
 def _of_project(api: sly.Api, project_id: int, dataset_ids: Sequence[int] | None) -> Images:
@@ -313,37 +164,16 @@ def _of_project(api: sly.Api, project_id: int, dataset_ids: Sequence[int] | None
 
 
 def download_images(api: sly.Api, infos: Sequence[sly.ImageInfo]) -> list[AnyImage]:
-    """The bytes of every image, or its Failure, in order.
-
-    A request that fails is sent again image by image, so that one bad image costs only itself;
-    not so one that found no connection, which the SDK has tried for minutes by then.
-    """
+    """The bytes of every image, or its Failure, in order."""
     ids_of: dict[int, list[int]] = defaultdict(list)
     for info in infos:
         if info.id not in ids_of[info.dataset_id]:
             ids_of[info.dataset_id].append(info.id)
-    got: dict[int, AnyImage] = {}
+    images: dict[int, AnyImage] = {}
     for dataset_id, ids in ids_of.items():
-        got.update(_download_dataset(api, dataset_id, ids))
-    return [got[info.id] for info in infos]
-
-
-def _download_dataset(api: sly.Api, dataset_id: int, ids: list[int]) -> dict[int, AnyImage]:
-    try:
-        return dict(zip(ids, api.image.download_bytes(dataset_id, ids), strict=True))
-    except Exception as error:  # noqa: BLE001  (the SDK and its transport raise what they like)
-        if len(ids) == 1 or isinstance(error, ConnectionFailed | Timeout):
-            sly.logger.warning(f"Images {ids} cannot be downloaded: {error!r}")
-            return {one: failed_download(one, error) for one in ids}
-        sly.logger.warning(
-            f"{len(ids)} images of dataset {dataset_id} are downloaded one by one, because their "
-            f"common download failed: {error!r}"
-        )
-    return {
-        image_id: image
-        for one in ids
-        for image_id, image in _download_dataset(api, dataset_id, [one]).items()
-    }
+        download = partial(api.image.download_bytes, dataset_id)
+        images |= each_or_failure(ids, download, failed_download)
+    return [images[info.id] for info in infos]
 
 
 def failed_download(image_id: int, error: Exception) -> Failure:
@@ -351,74 +181,23 @@ def failed_download(image_id: int, error: Exception) -> Failure:
     return failure_of(error, f"Image {image_id} cannot be downloaded", "download_failed")
 
 
-State = Mapping[str, object]
-Download = Callable[[sly.Api, Sequence[sly.ImageInfo]], Sequence[AnyImage]]
+def each_or_failure(
+    ids: list[int],
+    fetch: Callable[[list[int]], Iterable[Fetched]],
+    failure: Callable[[int, Exception], Failure],
+) -> dict[int, Fetched | Failure]:
+    """What the platform has for each id, all fetched together and, where that fails, one by one.
 
-
-class HasAnnotation(Protocol):
-    """A predicted image."""
-
-    @property
-    def annotation(self) -> sly.Annotation: ...
-
-    @property
-    def notes(self) -> tuple[str, ...]: ...
-
-
-class Predict(Protocol):
-    """One outcome per image, in order. ``is_bulk`` work gives way to single images."""
-
-    def __call__(
-        self,
-        images: Sequence[AnyImage],
-        settings: Settings,
-        *,
-        api: sly.Api,
-        is_bulk: bool,
-        should_stop: Callable[[], bool],
-    ) -> Sequence[HasAnnotation | Failure]: ...
-
-
-class AskQuestions(Protocol):
-    """One outcome per question, in order, as bulk work."""
-
-    def __call__(
-        self, asks: Sequence[Ask], *, should_stop: Callable[[], bool]
-    ) -> Sequence[Result | Failure]: ...
-
-
-class Upload(Protocol):
-    """``upload_predictions`` of the SDK's ``Inference``, bound to the app."""
-
-    def __call__(
-        self, predictions: list[sly.nn.model.prediction.Prediction], **options: object
-    ) -> None: ...
-
-
-@dataclass(frozen=True)
-class RunServices:
-    """``settings_of`` makes settings of a request's state; what it raises ends the run.
-
-    ``download`` gives one image, or its Failure, per info, in order; it is called from several
-    threads. ``format_output`` is the SDK's ``_format_output`` bound to the app. ``task_id`` names
-    created projects.
+    So one bad image costs only itself. An error that found no connection is not tried again: the
+    SDK has tried for minutes by then.
     """
-
-    predict: Predict
-    settings_of: Callable[[State, sly.Api], Settings]
-    upload: Upload
-    format_output: Callable[[list[sly.nn.model.prediction.Prediction]], list[dict[str, object]]]
-    model_meta: Callable[[], sly.ProjectMeta]
-    task_id: int | None
-    default_batch_size: int
-    download: Download = download_images
-
-
-@dataclass(frozen=True)
-class ExistingServices:
-    """What asking about existing labels needs; see RunServices."""
-
-    ask: AskQuestions
-    settings_of: Callable[[State, sly.Api], Settings]
-    default_batch_size: int
-    download: Download = download_images
+    try:
+        return dict(zip(ids, fetch(ids), strict=True))
+    except Exception as error:  # noqa: BLE001  (the SDK and its transport raise what they like)
+        sly.logger.warning(f"Images {ids} cannot be fetched together: {error!r}")
+        if len(ids) == 1 or isinstance(error, ConnectionFailed | Timeout):
+            return {image_id: failure(image_id, error) for image_id in ids}
+    found: dict[int, Fetched | Failure] = {}
+    for image_id in ids:
+        found |= each_or_failure([image_id], fetch, failure)
+    return found

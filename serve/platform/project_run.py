@@ -1,122 +1,53 @@
-"""Runs over images of the platform, in place of the SDK's own."""
+"""Predictions for images of the platform, in place of the SDK's own runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from typing import Final
 
 from florence2.engine.ask import AnyImage
+from florence2.engine.scheduler import Priority
 from florence2.errors import DeviceLostError, FlorenceError
 from florence2.records import Failure
-from serve.platform.failures import (
-    FailedImageError,
-    ImageFailure,
-    failed_in_part,
-    failure_of,
-    stopped_early,
-)
-from serve.platform.images import (
-    Destination,
-    Download,
-    HasAnnotation,
-    Images,
-    RunServices,
-    Source,
-    State,
-    Target,
-    batch_size_of,
-    destination_of,
-    ids_source,
-    project_source,
-    resolve,
-)
+from serve.platform.failures import FailedImageError, failure_json, failure_of
+from serve.platform.images import download_images, resolve
 from serve.platform.pipeline import (
-    FULL_CODES,
     Batch,
-    Behind,
+    Settler,
     fetch_ahead,
-    room_for_downloads,
     split_batches,
-    wait_while_paused,
-    when_queue_has_room,
 )
-from serve.platform.registry import InferenceRequest
-from serve.platform.upload import (
-    MAX_FAILED_BATCHES,
-    Labeled,
-    Uploading,
-    failed_entry,
-    predicted_entry,
-)
+from serve.platform.reference import resolve_reference
+from serve.platform.registry import AWAITED, InferenceRequest
+from serve.platform.request_state import Deadline, Destination, Source, State, batch_size_of
+from serve.platform.run import Ledger, RunServices
+from serve.platform.upload import Labeled, Uploading, entry_of
+from serve.predict.full_queue import FULL_CODES, when_queue_has_room
+from serve.predict.predictor import Call, Predicted
 from serve.sdk import sly
 from serve.settings import Settings
 
-
-class Ledger:
-    """The books of one run. ``lost``: what an image that failed has not got.
-
-    Failures are in ``request.context["failures"]`` from the moment they happen.
-    """
-
-    def __init__(self, request: InferenceRequest, total: int, lost: str) -> None:
-        self._request = request
-        self._total = total
-        self._lost = lost
-        self._num_done = 0
-        self._failures: list[ImageFailure] = []
-        self._log: list[dict[str, object]] = request.context.setdefault("failures", [])
-
-    def done(self, count: int) -> None:
-        """``count`` more images are done."""
-        self._num_done += count
-        if count:
-            self._request.done(count)
-
-    def fail(self, target: Target, failure: Failure) -> bool:
-        """Records a failure; False for an image that a stopped run has merely not got to."""
-        if failure.code == "cancelled" and self._request.is_stopped():
-            return False
-        failed = ImageFailure(target.image_id, target.name, failure)
-        self._failures.append(failed)
-        self._log.append(failed.to_json())
-        self._request.done(1)
-        return True
-
-    def close(self, *, must_be_whole: bool) -> None:
-        """The end of a run that went through, or was stopped.
-
-        PartialFailureError if images failed and the run ``must_be_whole``. Otherwise
-        FailedImageError, with the first failure, if all failed.
-        """
-        self._summarize()
-        if not self._failures or self._request.is_stopped():
-            return
-        if len(self._failures) == self._total and (self._total == 1 or not must_be_whole):
-            raise FailedImageError(self._failures[0].failure)
-        if must_be_whole:
-            raise failed_in_part(self._failures, self._total, self._lost)
-
-    def close_broken(self, error: Exception) -> None:
-        """The end of a run that ``error`` broke off: PartialFailureError if images were done."""
-        self._summarize()
-        if self._num_done:
-            raise stopped_early(error, self._num_done, self._total, self._failures) from error
-
-    def _summarize(self) -> None:
-        sly.logger.info(
-            f"Run over images: {self._num_done} of {self._total} done, "
-            f"{len(self._failures)} failed."
-        )
-        for failed in self._failures:
-            sly.logger.warning(f"Image {failed.image_id} failed: {failed.failure.message}")
-
-
-Outcome = HasAnnotation | Failure
+Outcome = Predicted | Failure
 Settled = tuple[Batch, Sequence[Outcome]]
 
 # These end a run whatever the image: the request is wrong, or the model is gone.
-FATAL_CODES = FULL_CODES | {"bad_request", "cancelled", "device_lost", "not_deployed", "not_found"}
+FATAL_CODES: Final = FULL_CODES | {
+    "bad_request",
+    "cancelled",
+    "device_lost",
+    "not_deployed",
+    "not_found",
+}
+MAX_FAILED_BATCHES: Final = 3
+_LOOK_AFTER_S: Final = 0.1
+
+
+class PausedTooLongError(FlorenceError):
+    """Nobody fetched results for so long that the run is given up."""
+
+    code = "cancelled"
 
 
 def run_image_ids(
@@ -127,8 +58,8 @@ def run_image_ids(
     Without an upload the results carry the failures too, and only a run where all images failed
     raises: the first failure. With an upload, PartialFailureError for any image that failed.
     """
-    destination = destination_of(state)
-    run = _prepare(services, api, state, request, ids_source(state), destination)
+    deadline, destination = Deadline.of(state), Destination.of(state)
+    run = PredictionRun(services, api, state, request, Source.of_ids(state), destination, deadline)
     run.work(must_be_whole=destination.mode is not None)
 
 
@@ -136,90 +67,109 @@ def run_project(
     api: sly.Api, state: State, request: InferenceRequest, services: RunServices
 ) -> None:
     """Predicts a project's images; PartialFailureError at the end for any image that failed."""
-    run = _prepare(services, api, state, request, project_source(state), destination_of(state))
+    deadline, source = Deadline.of(state), Source.of_project(state)
+    run = PredictionRun(services, api, state, request, source, Destination.of(state), deadline)
     run.work(must_be_whole=True)
 
 
-def _prepare(
-    services: RunServices,
-    api: sly.Api,
-    state: State,
-    request: InferenceRequest,
-    source: Source,
-    destination: Destination,
-) -> ImagesRun:
-    batch_size = batch_size_of(state, services.default_batch_size)
-    settings = services.settings_of(state, api)
-    images = resolve(api, source)
-    if destination.mode is not None:
-        images = images.without_repeats()
-    request.context.setdefault("dataset_info", {}).update(images.datasets)
-    return ImagesRun(services, api, request, images, settings, batch_size, destination)
-
-
-def fetch_batch(download: Download, api: sly.Api, batch: Batch) -> list[AnyImage]:
-    """An image or a Failure for every target of the batch."""
-    infos = [target.info for target in batch if target.failure is None]
-    found = iter(download(api, infos) if infos else [])
-    return [next(found) if target.failure is None else target.failure for target in batch]
-
-
-@dataclass(frozen=True)
-class ImagesRun:
+class PredictionRun:
     """One run: what is to be done with which images."""
 
-    services: RunServices
-    api: sly.Api
-    request: InferenceRequest
-    images: Images
-    settings: Settings
-    batch_size: int
-    destination: Destination
+    def __init__(
+        self,
+        services: RunServices,
+        api: sly.Api,
+        state: State,
+        request: InferenceRequest,
+        source: Source,
+        destination: Destination,
+        deadline: Deadline,
+    ) -> None:
+        self._services = services
+        self._api = api
+        self._request = request
+        self._deadline = deadline
+        self._batch_size = batch_size_of(state, services.default_batch_size)
+        self._settings = self._settings_of(state)
+        images = resolve(api, source)
+        self._uploading: Uploading | None = None
+        if destination.mode is not None:
+            images = images.without_repeats()
+            self._uploading = Uploading(services, api, destination, request)
+        self._targets = images.targets
+        self._is_bulk = len(images.targets) > 1
+        request.context.setdefault("dataset_info", {}).update(images.datasets)
+
+    def _settings_of(self, state: State) -> Settings:
+        """A reference on one image is looked at once for all the images of a run."""
+        settings = self._services.settings_of(state)
+        if settings.reference is None or settings.reference.image_id is None:
+            return settings
+        call = Call(api=self._api)
+        return resolve_reference(
+            settings, self._api, lambda asks: self._services.ask(asks, call), image=None
+        )
 
     def work(self, *, must_be_whole: bool) -> None:
         """Does all images, or stops when the request is stopped; see ``run_image_ids``."""
-        total = len(self.images.targets)
-        self.request.set_stage(InferenceRequest.Stage.INFERENCE, 0, total)
-        lost = "new labels" if self.destination.mode else "result"
-        ledger = Ledger(self.request, total, f"no {lost}")
-        try:
-            self._predict_all(self._settler(ledger))
-        except Exception as error:
-            ledger.close_broken(error)
-            raise
-        ledger.close(must_be_whole=must_be_whole)
-
-    def _predict_all(self, settle: Callable[[Settled], None]) -> None:
-        behind: Behind[Settled] = Behind(settle)
-        batches = split_batches(self.images.targets, self.batch_size)
+        lost = "no result" if self._uploading is None else "no new labels"
         fetched = fetch_ahead(
-            batches,
-            lambda batch: fetch_batch(self.services.download, self.api, batch),
-            room=room_for_downloads(self.request, is_bulk=len(self.images.targets) > 1),
+            split_batches(self._targets, self._batch_size),
+            self._download,
+            self._services.budget,
+            self._request.is_stopped,
+            is_bulk=self._is_bulk,
         )
-        try:
-            with closing(fetched):
-                for batch, images in fetched:
-                    if self.destination.mode is None:
-                        wait_while_paused(self.request)
-                    if self.request.is_stopped():
-                        break
-                    try:
-                        outcomes = self._predict(images)
-                    except DeviceLostError as error:
-                        # The run ends here, and says which images it ends with.
-                        lost = failure_of(error, "The device failed")
-                        behind.put((batch, [lost] * len(batch)))
-                        raise
-                    behind.put((batch, outcomes))
-        finally:
-            behind.finish()
+        with (
+            Ledger(self._request, len(self._targets), lost, must_be_whole=must_be_whole) as ledger,
+            Settler[Settled](lambda settled: self._settle(settled, ledger)) as settler,
+            closing(fetched),
+        ):
+            for batch, images in fetched:
+                if self._uploading is None:
+                    self._wait_while_paused()
+                if self._request.is_stopped():
+                    break
+                try:
+                    outcomes = self._predict(images)
+                except DeviceLostError as error:
+                    # The run ends here, and says which images it ends with.
+                    settler.put((batch, [failure_of(error, "The device failed")] * len(batch)))
+                    raise
+                settler.put((batch, outcomes))
 
-    def _predict(self, images: Sequence[AnyImage]) -> Sequence[Outcome]:
+    def _download(self, batch: Batch) -> list[AnyImage]:
+        """An image or a Failure for every target of the batch."""
+        infos = [target.info for target in batch if target.failure is None]
+        downloaded = iter(download_images(self._api, infos))
+        return [target.failure or next(downloaded) for target in batch]
+
+    def _wait_while_paused(self) -> None:
+        """Returns once results were fetched, or the run was stopped.
+
+        The SDK pauses a run at 500 results that wait to be fetched. PausedTooLongError after an
+        hour.
+        """
+        request = self._request
+        if request.context.get(AWAITED) or not request.is_paused():
+            return
+        sly.logger.info("The run waits until its results are fetched.")
+        while request.is_paused() and not request.is_stopped():
+            if request.paused_for() > request.PAUSE_SLEEP_MAX_WAIT:
+                raise PausedTooLongError(
+                    f"The run was given up, because nobody fetched its {request.pending_num()} "
+                    "results; fetch them while it goes on."
+                )
+            time.sleep(_LOOK_AFTER_S)
+
+    def _predict(self, images: Sequence[AnyImage]) -> list[Outcome]:
+        """An outcome for every image; where all fail together, each is tried alone."""
         try:
-            return self._ask(images)
+            usable = [image for image in images if not isinstance(image, Failure)]
+            predicted = iter(self._ask_model(usable) if usable else ())
+            return [image if isinstance(image, Failure) else next(predicted) for image in images]
         except Exception as error:
-            if self.request.is_stopped():
+            if self._request.is_stopped():
                 return [Failure("cancelled", "The run was stopped.")] * len(images)
             if isinstance(error, FlorenceError) and error.code in FATAL_CODES:
                 raise
@@ -228,24 +178,15 @@ class ImagesRun:
                 return [failure_of(error, "The image cannot be predicted")]
         return [outcome for image in images for outcome in self._predict([image])]
 
-    def _ask(self, images: Sequence[AnyImage]) -> Sequence[Outcome]:
-        usable = [image for image in images if not isinstance(image, Failure)]
-        outcomes = iter(self._ask_model(usable) if usable else [])
-        return [image if isinstance(image, Failure) else next(outcomes) for image in images]
-
     def _ask_model(self, images: Sequence[AnyImage]) -> Sequence[Outcome]:
-        is_bulk = len(self.images.targets) > 1
+        should_stop = self._request.is_stopped
 
-        def call() -> Sequence[Outcome]:
-            return self.services.predict(
-                images,
-                self.settings,
-                api=self.api,
-                is_bulk=is_bulk,
-                should_stop=self.request.is_stopped,
-            )
+        def predict() -> Sequence[Outcome]:
+            priority = Priority.BULK if self._is_bulk else Priority.INTERACTIVE
+            call = Call(priority, self._deadline.left_s, should_stop, self._api)
+            return self._services.predict(images, self._settings, call)
 
-        outcomes = when_queue_has_room(call, self.request.is_stopped) if is_bulk else call()
+        outcomes = when_queue_has_room(predict, should_stop) if self._is_bulk else predict()
         if len(outcomes) != len(images):
             raise RuntimeError(f"{len(images)} images were predicted with {len(outcomes)} results")
         for outcome in outcomes:
@@ -255,43 +196,33 @@ class ImagesRun:
                 raise FailedImageError(outcome)
         return outcomes
 
-    def _settler(self, ledger: Ledger) -> Callable[[Settled], None]:
-        if self.destination.mode is None:
-            return lambda settled: self._return(settled, ledger)
-        uploading = Uploading(self.services, self.api, self.destination, self.request)
-        return lambda settled: self._upload(settled, uploading, ledger)
-
-    def _return(self, settled: Settled, ledger: Ledger) -> None:
+    def _settle(self, settled: Settled, ledger: Ledger) -> None:
+        """Uploads a batch, or returns it; what failed is told of both."""
+        pairs = list(zip(*settled, strict=True))
+        refused: dict[int, Failure] = {}
+        if self._uploading is not None:
+            refused = self._uploading.upload(
+                [
+                    Labeled(target, outcome.annotation)
+                    for target, outcome in pairs
+                    if not isinstance(outcome, Failure)
+                ]
+            )
         entries = []
-        done = 0
-        for target, outcome in zip(*settled, strict=True):
-            if not isinstance(outcome, Failure):
-                entries.append(predicted_entry(self.services, target, outcome))
-                done += 1
-            elif ledger.fail(target, outcome):
-                entries.append(failed_entry(self.services, target, outcome))
-        self.request.add_results(entries)
-        ledger.done(done)
-
-    def _upload(self, settled: Settled, uploading: Uploading, ledger: Ledger) -> None:
-        labeled = [
-            Labeled(target, outcome.annotation)
-            for target, outcome in zip(*settled, strict=True)
-            if not isinstance(outcome, Failure)
-        ]
-        failures = uploading.upload(labeled)
-        entries = []
-        done = 0
-        for target, outcome in zip(*settled, strict=True):
-            failure = outcome if isinstance(outcome, Failure) else failures.get(target.image_id)
-            if failure is None:
-                done += 1
-            elif ledger.fail(target, failure):
-                entries.append(failed_entry(self.services, target, failure))
-        self.request.add_results(entries)
-        ledger.done(done)
-        if uploading.is_hopeless:
-            last = next(iter(failures.values()))
+        num_done = 0
+        for target, outcome in pairs:
+            result = refused.get(target.image_id, outcome)
+            if isinstance(result, Failure):
+                if ledger.add_failure(target, result):
+                    entries.append(entry_of(target, error=failure_json(result)))
+                continue
+            num_done += 1
+            if self._uploading is None:
+                notes = {"notes": list(result.notes)} if result.notes else {}
+                entries.append(entry_of(target, result.annotation, **notes))
+        ledger.add_done(entries, num_done)
+        if self._uploading is not None and self._uploading.num_lost_batches >= MAX_FAILED_BATCHES:
+            last = next(iter(refused.values()))
             raise FailedImageError(
                 Failure(
                     last.code,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -13,8 +14,13 @@ from requests.exceptions import Timeout
 
 from florence2.records import Failure
 from serve.platform.failures import failure_of
-from serve.platform.images import Destination, HasAnnotation, RunServices, Target
+from serve.platform.images import Target
+from serve.platform.registry import InferenceRequest
+from serve.platform.request_state import Destination
+from serve.platform.run import RunServices
 from serve.sdk import sly
+
+sdk = sly.nn.inference.inference
 
 DEFAULT_SUFFIX: Final = "_nn"
 # Two runs that read a project's meta, add to it and write it back would undo each other's work.
@@ -73,12 +79,11 @@ def _renamed(tags: Iterable[sly.Tag], metas: dict[str, sly.TagMeta]) -> sly.TagC
 
 
 def prediction_of(
-    target: Target, annotation: sly.Annotation | None, model_meta: sly.ProjectMeta, **extra: object
+    target: Target, annotation: sly.Annotation | None = None, **extra: object
 ) -> sly.nn.model.prediction.Prediction:
     """The SDK's own record of one image's prediction, with ``extra`` keys in its result."""
     return sly.nn.model.prediction.Prediction(
         annotation,
-        model_meta=model_meta,
         name=target.name,
         image_id=target.image_id,
         dataset_id=target.dataset_id,
@@ -89,34 +94,19 @@ def prediction_of(
     )
 
 
-def predicted_entry(
-    services: RunServices, target: Target, predicted: HasAnnotation
+def entry_of(
+    target: Target, annotation: sly.Annotation | None = None, **extra: object
 ) -> dict[str, Any]:
-    """An image's result with its annotation."""
-    extra = {"notes": list(predicted.notes)} if predicted.notes else {}
-    return _entry(
-        services, prediction_of(target, predicted.annotation, services.model_meta(), **extra)
-    )
+    """An image's result, as the SDK's ``_format_output`` writes it.
+
+    One that failed has no annotation, which is not the same as an empty one.
+    """
+    return {**prediction_of(target, annotation, **extra).to_json(), "data": {}}
 
 
-def uploaded_entry(services: RunServices, target: Target) -> dict[str, Any]:
+def uploaded_entry(target: Target) -> dict[str, Any]:
     """An image whose labels are on the platform: neither annotation nor data, as the SDK does."""
-    entry = _entry(services, prediction_of(target, None, services.model_meta()))
-    return {**entry, "annotation": None, "data": None}
-
-
-def failed_entry(services: RunServices, target: Target, failure: Failure) -> dict[str, Any]:
-    """An image without a result: no annotation, which is not the same as an empty one."""
-    error = {"code": failure.code, "message": failure.message}
-    return _entry(services, prediction_of(target, None, services.model_meta(), error=error))
-
-
-def _entry(services: RunServices, prediction: sly.nn.model.prediction.Prediction) -> dict[str, Any]:
-    return services.format_output([prediction])[0]
-
-
-sdk = sly.nn.inference.inference
-MAX_FAILED_BATCHES: Final = 3
+    return {**entry_of(target), "data": None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,38 +117,28 @@ class Labeled:
     annotation: sly.Annotation
 
 
-@dataclass(frozen=True, slots=True)
-class _Fitted:
-    """An annotation under the names a project has for it, and whether it lacks some of them."""
-
-    annotation: sly.Annotation
-    needs_more: bool
-
-
 Step = Callable[[list[Labeled]], list[Labeled]]
 
 
 class Uploading:
-    """The uploads of one run, called from one thread. Results are added to the request."""
+    """The uploads of one run, called from one thread. Results are added to the request.
+
+    ``num_lost_batches``: how many of the last batches failed as a whole.
+    """
 
     def __init__(
         self,
         services: RunServices,
         api: sly.Api,
         destination: Destination,
-        request: Any,  # noqa: ANN401
+        request: InferenceRequest,
     ) -> None:
+        self.num_lost_batches = 0
         self._services = services
         self._api = api
         self._destination = destination
         self._request = request
-        self._failed_batches = 0
         request.context.setdefault("project_meta", {})
-
-    @property
-    def is_hopeless(self) -> bool:
-        """Whether the last three batches failed as a whole."""
-        return self._failed_batches >= MAX_FAILED_BATCHES
 
     def upload(self, batch: Sequence[Labeled]) -> dict[int, Failure]:
         """The failures by image id."""
@@ -170,7 +150,7 @@ class Uploading:
             failures.update(self._upload_dataset(group))
         if batch:
             is_lost = all(one.target.image_id in failures for one in batch)
-            self._failed_batches = self._failed_batches + 1 if is_lost else 0
+            self.num_lost_batches = self.num_lost_batches + 1 if is_lost else 0
         return failures
 
     def _upload_dataset(self, group: list[Labeled]) -> dict[int, Failure]:
@@ -188,7 +168,7 @@ class Uploading:
     ) -> tuple[list[Labeled], dict[int, Failure]]:
         """What ``step`` makes of the group; where it raises, what ``again`` makes of each image."""
         try:
-            return step(group), {}
+            return (step(group) if group else group), {}
         except Exception as error:  # noqa: BLE001  (whatever it is, the other images go on)
             sly.logger.warning(f"Labels of {len(group)} images cannot be uploaded: {error!r}")
             if isinstance(error, ConnectionFailed | Timeout):
@@ -204,59 +184,96 @@ class Uploading:
                 failures[one.target.image_id] = _failure(one, error)
         return kept, failures
 
-    def _send(self, group: list[Labeled]) -> list[Labeled]:
-        if not group:
+    def _without_known(self, group: list[Labeled]) -> list[Labeled]:
+        """Drops what is labeled in the source already."""
+        if self._destination.iou is None:
             return group
+        first = group[0].target
+        meta = self._meta(first.project_id)
+        annotations = [one.annotation for one in group]
+        if self._output_project(first) is None:
+            # Compared under the names they will have, or a second run would not know its own.
+            annotations = [self._fitted(one, meta)[0] for one in annotations]
+        annotations = sdk._exclude_duplicated_predictions(
+            self._api,
+            annotations,
+            first.dataset_id,
+            [one.target.image_id for one in group],
+            iou=self._destination.iou,
+            meta=meta,
+        )
+        return [
+            Labeled(one.target, annotation)
+            for one, annotation in zip(group, annotations, strict=True)
+        ]
+
+    def _send(self, group: list[Labeled]) -> list[Labeled]:
         output = self._output_project(group[0].target)
         if output is None and self._destination.mode in ("append", "iou_merge"):
-            group = self._without_empty(group)
+            # Where nothing is added, the labels that are there are not written anew either.
+            empty = [
+                one for one in group if not one.annotation.labels and not one.annotation.img_tags
+            ]
+            self._request.add_results([uploaded_entry(one.target) for one in empty])
+            group = [one for one in group if one not in empty]
         if group:
-            self._upload_group(group, output or group[0].target.project_id, output)
+            self._call_sdk(group, output or group[0].target.project_id, dst_project_id=output)
         return group
 
     def _send_again(self, group: list[Labeled]) -> list[Labeled]:
-        return group if self._label_copy(group[0]) else self._send(group)
+        """Labels the copy that a failed upload has left behind, rather than copy once more."""
+        [labeled] = group
+        target = labeled.target
+        created = self._request.context.get("created_dataset", {}).get(target.dataset_id)
+        output = self._output_project(target)
+        copy = None
+        if output is not None and created is not None:
+            copy = self._api.image.get_info_by_name(created, target.name)
+        if copy is None:
+            return self._send(group)
+        there = Labeled(Target(copy.id, output, copy), labeled.annotation)
+        self._call_sdk([there], output, upload_mode="replace", inference_request=None)
+        self._request.add_results([uploaded_entry(target)])
+        return group
 
-    def _upload_group(
-        self, group: list[Labeled], project_id: int | None, output: int | None, **changed: object
-    ) -> None:
-        annotations = [one.annotation for one in group]
-        meta = self._meta(project_id)
-        if not any(self._fitted(annotation, meta).needs_more for annotation in annotations):
-            self._call_upload(group, meta, output, **changed)
-            return
-        with meta_lock:
-            # The project may have grown since: writing back an old meta would delete from it.
-            meta = self._meta(project_id, is_fresh=True)
-            self._call_upload(group, meta, output, **changed)
-
-    def _call_upload(
-        self, group: list[Labeled], meta: sly.ProjectMeta, output: int | None, **changed: object
-    ) -> None:
+    def _call_sdk(self, group: list[Labeled], project_id: int | None, **changed: object) -> None:
         context = self._request.context
-        images = context.setdefault("image_info", {})
-        images.update({one.target.image_id: one.target.info for one in group})
         options: dict[str, Any] = {
             "api": self._api,
             "upload_mode": self._destination.mode,
             "context": context,
-            "dst_dataset_id": None,
-            "dst_project_id": output,
-            "progress_cb": None,
-            "iou_merge_threshold": None,
             "inference_request": self._request,
             "model_prediction_suffix": self._destination.suffix,
+            **changed,
         }
-        predictions = []
-        for one in group:
-            prediction = prediction_of(one.target, None, self._services.model_meta())
-            prediction.annotation = self._fitted(one.annotation, meta).annotation
-            predictions.append(prediction)
+        images = context.setdefault("image_info", {})
+        images.update({one.target.image_id: one.target.info for one in group})
         try:
-            self._services.upload(predictions=predictions, **{**options, **changed})
+            with ExitStack() as held:
+                meta = self._meta(project_id)
+                if any(self._fitted(one.annotation, meta)[1] for one in group):
+                    # The project may have grown since: writing back an old meta would delete
+                    # from it.
+                    held.enter_context(meta_lock)
+                    meta = self._meta(project_id, is_fresh=True)
+                predictions = []
+                for one in group:
+                    prediction = prediction_of(one.target)
+                    prediction.annotation, _ = self._fitted(one.annotation, meta)
+                    predictions.append(prediction)
+                self._services.upload(predictions=predictions, **options)
         finally:
             for one in group:
                 images.pop(one.target.image_id, None)
+
+    def _fitted(
+        self, annotation: sly.Annotation, meta: sly.ProjectMeta
+    ) -> tuple[sly.Annotation, bool]:
+        """An annotation under the names a project has for it, and whether it lacks some of them."""
+        suffix = self._destination.suffix
+        tagged = with_compatible_tags(annotation, meta, suffix)
+        _, renamed, is_lacking = sdk.update_meta_and_ann(meta, tagged, suffix)
+        return renamed, is_lacking
 
     def _meta(self, project_id: int | None, *, is_fresh: bool = False) -> sly.ProjectMeta:
         metas = self._request.context["project_meta"]
@@ -282,56 +299,6 @@ class Uploading:
         self._request.context.setdefault("project_info", {})[created.id] = created
         project_id: int = created.id
         return project_id
-
-    def _without_empty(self, group: list[Labeled]) -> list[Labeled]:
-        """Where nothing is added, the labels that are there are not written anew either."""
-        empty = [one for one in group if not one.annotation.labels and not one.annotation.img_tags]
-        self._request.add_results([uploaded_entry(self._services, one.target) for one in empty])
-        return [one for one in group if one not in empty]
-
-    def _without_known(self, group: list[Labeled]) -> list[Labeled]:
-        """Drops what is labeled in the source already."""
-        if self._destination.iou is None or not group:
-            return group
-        first = group[0].target
-        meta = self._meta(first.project_id)
-        annotations = [one.annotation for one in group]
-        if self._output_project(first) is None:
-            # Compared under the names they will have, or a second run would not know its own.
-            annotations = [self._fitted(one, meta).annotation for one in annotations]
-        annotations = sdk._exclude_duplicated_predictions(
-            self._api,
-            annotations,
-            first.dataset_id,
-            [one.target.image_id for one in group],
-            iou=self._destination.iou,
-            meta=meta,
-        )
-        return [
-            Labeled(one.target, annotation)
-            for one, annotation in zip(group, annotations, strict=True)
-        ]
-
-    def _fitted(self, annotation: sly.Annotation, meta: sly.ProjectMeta) -> _Fitted:
-        suffix = self._destination.suffix
-        tagged = with_compatible_tags(annotation, meta, suffix)
-        _, renamed, needs_more = sdk.update_meta_and_ann(meta, tagged, suffix)
-        return _Fitted(renamed, needs_more)
-
-    def _label_copy(self, labeled: Labeled) -> bool:
-        """Labels the copy that a failed upload has left behind, rather than copy once more."""
-        target = labeled.target
-        created = self._request.context.get("created_dataset", {}).get(target.dataset_id)
-        output = self._output_project(target)
-        if output is None or created is None:
-            return False
-        copy = self._api.image.get_info_by_name(created, target.name)
-        if copy is None:
-            return False
-        there = Labeled(Target(copy.id, output, copy), labeled.annotation)
-        self._upload_group([there], output, None, upload_mode="replace", inference_request=None)
-        self._request.add_results([uploaded_entry(self._services, target)])
-        return True
 
 
 def _failure(labeled: Labeled, error: Exception) -> Failure:

@@ -457,7 +457,7 @@ def room(monkeypatch):
         "serve.app",
         "serve.http.handlers",
         "serve.deployable",
-        "serve.platform.pipeline",
+        "serve.answering",
     ):
         monkeypatch.setattr(f"{module}.held_bytes", lambda: budget)
     return budget

@@ -1,42 +1,46 @@
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from platform_fakes import FakePlatform, bound, services
+from platform_fakes import FakePlatform, services, wait_until
 
-from serve.platform.project_run import run_image_ids, run_project
+from serve.platform.project_run import run_image_ids
 from serve.platform.registry import RequestsManager
+
+
+class Runner:
+    """Runs requests through the SDK's own registry, as the app does."""
+
+    def __init__(self, manager):
+        self.manager = manager
+        self.create = manager.create
+
+    def ids(self, api, state, predict=None):
+        """The results, as a client that waits for them gets them; or the error."""
+        return self.manager.run(_bound(run_image_ids, predict), api, state)
+
+    def start(self, work, api, state, request=None):
+        """The request and the future of work in the background."""
+        return self.manager.schedule_task(
+            work, api, state, inference_request=request or self.create()
+        )
+
+    def finish(self, api, state, predict=None, request=None, work=run_image_ids, **given):
+        """The request as it is once the run is over, whatever its end."""
+        request, _ = self.start(_bound(work, predict, **given), api, state, request)
+        # The SDK sets the stage just after the future's result.
+        wait_until(request.is_finished)
+        return request
+
+
+def _bound(work, predict, **given):
+    """``work`` as the app's method of the SDK's name and arguments."""
+    handed = services(predict, **given)
+    return lambda api, state, inference_request: work(api, state, inference_request, handed)
 
 
 @pytest.fixture(scope="session")
 def manager():
     return RequestsManager(ThreadPoolExecutor(4))
-
-
-class Runner:
-    """Runs requests through the SDK's own registry."""
-
-    def __init__(self, manager):
-        self._manager = manager
-
-    def ids(self, api, state, predict=None, **changed):
-        """The results, as a client that waits for them gets them; or the error."""
-        return self._manager.run(bound(run_image_ids, services(predict, **changed)), api, state)
-
-    def finish(self, api, state, predict=None, request=None, work=run_image_ids, **changed):
-        """The request as it is once the run is over, whatever its end."""
-        request = request or self._manager.create()
-        method = bound(work, services(predict, **changed))
-        _, future = self._manager.schedule_task(method, api, state, inference_request=request)
-        future.result()
-        # Its own callback sets the stage just after the result.
-        self._manager._on_inference_end(future, request.uuid)
-        return request
-
-    def project(self, api, state, predict=None, **options):
-        return self.finish(api, state, predict, work=run_project, **options)
-
-    def create(self):
-        return self._manager.create()
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """An object that was pointed at becomes the prompt for the whole image."""
 
 import pytest
-from platform_fakes import FakePlatform
+from platform_fakes import FakePlatform, fails_for
 
 from florence2.errors import RequestError
 from florence2.records import Failure, Result, Text
@@ -46,17 +46,12 @@ def test_the_category_is_looked_for_under_the_class_asked_for(class_name, expect
     assert (ask.task, ask.region.box_xyxy, ask.image) == ("<REGION_TO_CATEGORY>", BOX, b"image")
 
 
-def test_other_settings_stay():
-    found = resolve_reference(
-        settings(num_beams=1, confidence_threshold=0.4), None, Model(result("car")), b"image"
-    )
-    assert (found.num_beams, found.confidence_threshold) == (1, 0.4)
-
-
-def test_a_category_told_as_an_object_counts_too():
+def test_other_settings_stay_and_a_category_told_as_an_object_counts_too():
     model = Model(result(None, [Text("car", 0.5)]))
-    found = resolve_reference(settings(), None, model, b"image")
+    given = settings(num_beams=1, confidence_threshold=0.4)
+    found = resolve_reference(given, None, model, b"image")
     assert found.mapping == {"car": ("car",)}
+    assert (found.num_beams, found.confidence_threshold) == (1, 0.4)
 
 
 def test_the_image_of_the_reference_is_downloaded():
@@ -77,44 +72,36 @@ def test_a_box_without_a_category_is_refused_with_what_to_do(text):
         resolve_reference(settings(), None, Model(result(text)), b"image")
 
 
+BROKEN = FakePlatform(ids=[5])
+BROKEN.download_fault = fails_for(5)
+FAULTS = {
+    "no such image": (5, FakePlatform(), b"image", None, RequestError, "not_found"),
+    "no platform": (5, None, b"image", None, RequestError, "bad_request"),
+    "no download": (5, BROKEN, b"image", None, FailedImageError, "download_failed"),
+    "no image at all": (None, None, None, None, RequestError, "bad_request"),
+    "a damaged image": (
+        None,
+        None,
+        b"image",
+        Failure("bad_image", "Damaged."),
+        FailedImageError,
+        "bad_image",
+    ),
+    "a box outside the image": (
+        None,
+        None,
+        b"image",
+        Failure("bad_region", "Outside."),
+        BadReferenceError,
+        "bad_region",
+    ),
+}
+
+
 @pytest.mark.parametrize(
-    ("given", "api", "answer", "error", "code"),
-    [
-        pytest.param(
-            settings(image_id=5),
-            FakePlatform(),
-            None,
-            RequestError,
-            "not_found",
-            id="no such image",
-        ),
-        pytest.param(
-            settings(image_id=5), None, None, RequestError, "bad_request", id="no platform"
-        ),
-        pytest.param(
-            settings(),
-            None,
-            Failure("bad_image", "Damaged."),
-            FailedImageError,
-            "bad_image",
-            id="a damaged image",
-        ),
-        pytest.param(
-            settings(),
-            None,
-            Failure("bad_region", "Outside."),
-            BadReferenceError,
-            "bad_region",
-            id="a box outside the image",
-        ),
-    ],
+    ("image_id", "api", "image", "answer", "error", "code"), FAULTS.values(), ids=FAULTS
 )
-def test_what_goes_wrong_is_an_error_with_its_code(given, api, answer, error, code):
+def test_what_goes_wrong_is_an_error_with_its_code(image_id, api, image, answer, error, code):
     with pytest.raises(error) as caught:
-        resolve_reference(given, api, Model(answer), b"image")
+        resolve_reference(settings(image_id), api, Model(answer), image)
     assert caught.value.code == code
-
-
-def test_a_reference_without_any_image_is_refused():
-    with pytest.raises(RequestError, match="send reference_image_id"):
-        resolve_reference(settings(), None, Model(result("car")), None)

@@ -14,22 +14,18 @@ from serve.platform.registry import AWAITED, FORGET_AFTER_S
 from serve.sdk import sly
 
 
-def test_a_request_somebody_waits_for_says_so_and_is_soon_forgotten(manager):
-    seen = []
-
+def test_a_request_somebody_waits_for_says_so_and_is_soon_forgotten(manager, monkeypatch):
     def work(inference_request):
-        seen.append(inference_request)
+        assert inference_request.context[AWAITED]
         inference_request.add_results([{"image_id": 1}])
 
-    assert manager.run(work) == [{"image_id": 1}]
-    assert seen[0].context[AWAITED] is True
-    assert seen[0]._ttl == FORGET_AFTER_S
-
-
-def test_a_request_that_was_made_before_is_the_one_that_runs(manager):
     request = manager.create()
-    manager.run(lambda inference_request: None, inference_request=request)
-    assert request.context[AWAITED] is True
+    assert manager.run(work, inference_request=request) == [{"image_id": 1}]
+    assert not request.is_expired()
+    soon = time.monotonic() + FORGET_AFTER_S + 1
+    with monkeypatch.context() as later:
+        later.setattr(time, "monotonic", lambda: soon)
+        assert request.is_expired()
 
 
 def test_a_scheduled_request_is_not_awaited(manager):

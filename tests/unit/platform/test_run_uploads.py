@@ -1,133 +1,133 @@
 """Runs that write labels to the platform, with the SDK's own ``upload_predictions``."""
 
 import pytest
-from platform_fakes import FakePlatform, FakePredictor, annotation, png, rectangle
+from platform_fakes import (
+    DAMAGED,
+    FakePlatform,
+    FakePredictor,
+    Stage,
+    annotation,
+    fails_for,
+    failures_of,
+    rectangle,
+)
 from requests.exceptions import ConnectionError as ConnectionFailed
 
 from serve.platform.failures import FailedImageError, PartialFailureError
+from serve.platform.project_run import run_project
+from serve.platform.upload import compatible_tag_meta, with_compatible_tags
 from serve.predict.annotations import TAG_METAS
 from serve.sdk import sly
 
-Stage = sly.nn.inference.inference_request.InferenceRequest.Stage
-DAMAGED = png()[:60]
+Type = sly.TagValueType
+CONFIDENCE = TAG_METAS["confidence"]
+AS_TEXT = sly.TagMeta("confidence", Type.ANY_STRING)
 HUMAN = rectangle("dog", (0, 0, 5, 5))
+IDS = {"image_ids": [1, 2, 3], "upload_mode": "append"}
+ONE_BY_ONE = {**IDS, "batch_size": 1}
 
 
-def with_labels(platform, image_id, *labels):
-    platform.annotations[image_id] = annotation(*labels).to_json()
-    for label in labels:
-        meta = platform.metas[1]
-        if meta.get_obj_class(label.obj_class.name) is None:
-            platform.metas[1] = meta.add_obj_class(label.obj_class)
+def sure():
+    return rectangle(tags=[sly.Tag(CONFIDENCE, 0.5)])
 
 
-def names(platform, image_id):
-    return [label.obj_class.name for label in platform.uploads[image_id].labels]
-
-
-def failing_for(*image_ids, kind=ValueError):
-    def fault(ids):
-        if set(ids) & set(image_ids):
-            raise kind("refused")
-
-    return fault
+def labels_by_name(platform):
+    """How many labels each uploaded image has."""
+    return {platform.infos[one].name: len(ann.labels) for one, ann in platform.uploads.items()}
 
 
 @pytest.mark.parametrize(
-    ("mode", "expected"),
-    [("append", ["dog", "cat"]), ("iou_merge", ["dog", "cat"]), ("replace", ["cat"])],
-)
-def test_each_upload_mode_does_with_existing_labels_what_it_says(runner, platform, mode, expected):
-    with_labels(platform, 1, HUMAN)
-    [entry] = runner.ids(platform, {"image_id": 1, "upload_mode": mode})
-    assert names(platform, 1) == expected
-    assert entry["annotation"] is entry["data"] is None
-    assert "error" not in entry
-    assert platform.metas[1].get_obj_class("cat") is not None
-
-
-def test_uploaded_labels_are_marked_as_made_by_a_model(runner, platform):
-    runner.ids(platform, {"image_id": 1, "upload_mode": "append"})
-    assert platform.uploads[1].labels[0].to_json()["nnCreated"] is True
-
-
-@pytest.mark.parametrize(
-    "state",
+    ("mode", "labels", "expected"),
     [
-        {"upload_mode": "iou_merge"},
-        {"upload_mode": "append", "settings": {"existing_objects_iou_thresh": 0.5}},
-        {"upload_mode": "append", "settings": {"existing_objects_iou_thresh": 1}},
-        {"upload_mode": "append", "iou_merge_threshold": 0.5},
+        ("append", None, ["dog", "cat"]),
+        ("iou_merge", None, ["dog", "cat"]),
+        ("replace", None, ["cat"]),
+        ("replace", [], []),
     ],
 )
-def test_objects_that_are_labeled_already_are_left_out(runner, platform, state):
-    with_labels(platform, 1, rectangle("cat"))
-    runner.ids(platform, {"image_id": 1, **state})
-    assert platform.uploads == {}, "nothing new, so nothing is written"
+def test_each_upload_mode_does_with_existing_labels_what_it_says(
+    runner, platform, mode, labels, expected
+):
+    platform.add_label(1, HUMAN)
+    predict = FakePredictor(labels=labels)
+    [entry] = runner.ids(platform, {"image_id": 1, "upload_mode": mode}, predict)
+    assert platform.classes_uploaded(1) == expected
+    assert all(label.to_json()["nnCreated"] for label in platform.uploads[1].labels[-1:])
+    assert entry["annotation"] is entry["data"] is None
+    assert "error" not in entry
+    known = {one.name for one in platform.metas[1].obj_classes}
+    assert set(expected) <= known
 
 
-def test_the_same_object_under_another_class_stays(runner, platform):
-    with_labels(platform, 1, rectangle("dog"))
-    runner.ids(platform, {"image_id": 1, "upload_mode": "iou_merge"})
-    assert names(platform, 1) == ["dog", "cat"]
-
-
-def test_a_second_run_knows_its_own_labels_under_their_renamed_class(runner, platform):
-    polygon = sly.Label(
-        sly.Polygon([sly.PointLocation(*point) for point in [(0, 0), (0, 9), (9, 9)]]),
-        sly.ObjClass("cat", sly.Polygon),
-    )
-    with_labels(platform, 1, polygon)
-    for _ in range(2):
-        runner.ids(platform, {"image_id": 1, "upload_mode": "iou_merge"})
-    assert names(platform, 1) == ["cat", "cat_nn"]
-    assert len(platform.called("upload")) == 1
-
-
-def test_an_image_without_new_labels_is_not_written_in_append_mode(runner, platform):
-    with_labels(platform, 1, HUMAN)
-    state = {"image_id": 1, "upload_mode": "append"}
-    [entry] = runner.ids(platform, state, FakePredictor(labels=[]))
+@pytest.mark.parametrize(
+    ("labels", "state"),
+    [
+        ([], {"upload_mode": "append"}),
+        (None, {"upload_mode": "iou_merge"}),
+        (None, {"upload_mode": "append", "settings": {"existing_objects_iou_thresh": 0.5}}),
+        (None, {"upload_mode": "append", "settings": {"existing_objects_iou_thresh": 1}}),
+        (None, {"upload_mode": "append", "iou_merge_threshold": 0.5}),
+    ],
+)
+def test_nothing_is_written_where_there_is_nothing_new(runner, platform, labels, state):
+    platform.add_label(1, rectangle("cat"))
+    [entry] = runner.ids(platform, {"image_id": 1, **state}, FakePredictor(labels=labels))
     assert platform.uploads == {}
     assert entry["image_id"] == 1
 
 
-def test_replacing_with_nothing_is_written(runner, platform):
-    with_labels(platform, 1, HUMAN)
-    state = {"image_id": 1, "upload_mode": "replace"}
-    runner.ids(platform, state, FakePredictor(labels=[]))
-    assert names(platform, 1) == []
+def test_the_same_object_under_another_class_stays(runner, platform):
+    platform.add_label(1, rectangle("dog"))
+    runner.ids(platform, {"image_id": 1, "upload_mode": "iou_merge"})
+    assert platform.classes_uploaded(1) == ["dog", "cat"]
+
+
+def test_a_second_run_knows_its_own_labels_under_their_renamed_class(runner, platform):
+    corners = [sly.PointLocation(*point) for point in [(0, 0), (0, 9), (9, 9)]]
+    platform.add_label(1, sly.Label(sly.Polygon(corners), sly.ObjClass("cat", sly.Polygon)))
+    for _ in range(2):
+        runner.ids(platform, {"image_id": 1, "upload_mode": "iou_merge"})
+    assert platform.classes_uploaded(1) == ["cat", "cat_nn"]
+    assert len(platform.called("upload")) == 1
 
 
 def test_create_copies_the_images_to_a_project_made_once(runner):
     platform = FakePlatform(ids=[1, 2], other_ids=[3])
-    request = runner.project(platform, {"project_id": 1, "upload_mode": "create", "batch_size": 1})
+    state = {"project_id": 1, "upload_mode": "create", "batch_size": 1}
+    request = runner.finish(platform, state, work=run_project)
     assert request.stage == Stage.FINISHED
     assert platform.called("create_project") == [["Predictions from task #3"]]
-    copies = [one for one in platform.infos.values() if one.id > 1000]
-    assert sorted(copy.name for copy in copies) == ["1.png", "2.png", "3.png"]
-    assert all(platform.datasets[copy.dataset_id].project_id == 2 for copy in copies)
-    assert set(platform.uploads) == {copy.id for copy in copies}
+    assert labels_by_name(platform) == {"1.png": 1, "2.png": 1, "3.png": 1}
+    assert {platform.datasets[copy.dataset_id].project_id for copy in platform.copies} == {2}
+    assert set(platform.uploads) == {copy.id for copy in platform.copies}
     assert {one["image_id"] for one in request.pop_pending_results()} == {1, 2, 3}
 
 
 def test_an_output_project_gets_copies_without_what_is_labeled_in_the_source(runner, platform):
-    platform.projects[2], platform.metas[2] = platform._project(2), sly.ProjectMeta()
-    with_labels(platform, 1, rectangle("cat"))
+    platform.add_project(2)
+    platform.add_label(1, rectangle("cat"))
     runner.ids(platform, {"image_ids": [1, 2], "output_project_id": 2, "upload_mode": "iou_merge"})
-    uploaded = {platform.infos[one].name: len(ann.labels) for one, ann in platform.uploads.items()}
-    assert uploaded == {"1.png": 0, "2.png": 1}
+    assert labels_by_name(platform) == {"1.png": 0, "2.png": 1}
 
 
 def test_the_source_as_output_project_means_the_images_themselves(runner, platform):
     runner.ids(platform, {"image_id": 1, "output_project_id": 1})
     assert set(platform.uploads) == {1}
-    assert all(image_id < 1000 for image_id in platform.infos)
+    assert platform.copies == []
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("mode", ["append", "iou_merge", "replace", "create"])
+def test_an_image_named_twice_gets_its_labels_once(runner, platform, mode, batch_size):
+    state = {"image_ids": [1, 2, 1, 1], "upload_mode": mode, "batch_size": batch_size}
+    request = runner.finish(platform, state)
+    assert [entry["image_id"] for entry in request.pop_pending_results()] == [1, 2]
+    assert labels_by_name(platform) == {"1.png": 1, "2.png": 1}
 
 
 def test_a_damaged_image_among_others_is_never_written_and_is_told_at_the_end(runner, platform):
     platform.content[2] = DAMAGED
-    with_labels(platform, 2, HUMAN)
+    platform.add_label(2, HUMAN)
     request = runner.finish(platform, {"image_ids": [1, 2, 3], "upload_mode": "replace"})
     assert request.stage == Stage.ERROR
     assert isinstance(request.exception, PartialFailureError)
@@ -139,22 +139,19 @@ def test_a_damaged_image_among_others_is_never_written_and_is_told_at_the_end(ru
     assert entries[2]["error"]["code"] == "bad_image"
     assert entries[2]["annotation"] is None
     assert "error" not in entries[1]
-    [failure] = request.context["failures"]
-    assert (failure["image_id"], failure["code"]) == (2, "bad_image")
 
 
 def test_an_upload_that_fails_is_tried_image_by_image_and_costs_only_its_own(runner, platform):
-    platform.upload_fault = failing_for(2)
-    request = runner.finish(platform, {"image_ids": [1, 2, 3], "upload_mode": "append"})
+    platform.upload_fault = fails_for(2)
+    request = runner.finish(platform, IDS)
     assert set(platform.uploads) == {1, 3}
-    assert [failed["image_id"] for failed in request.context["failures"]] == [2]
-    assert request.context["failures"][0]["code"] == "upload_failed"
+    assert failures_of(request) == {2: "upload_failed"}
     assert (request.progress.current, request.progress.total) == (3, 3)
 
 
 @pytest.mark.parametrize("mode", ["append", "iou_merge"])
 def test_an_upload_that_failed_in_part_does_not_double_or_lose_labels(runner, platform, mode):
-    with_labels(platform, 1, HUMAN)
+    platform.add_label(1, HUMAN)
     broken = []
     upload = platform.annotation.upload_anns
 
@@ -166,45 +163,37 @@ def test_an_upload_that_failed_in_part_does_not_double_or_lose_labels(runner, pl
 
     platform.annotation.upload_anns = upload_part
     runner.ids(platform, {"image_ids": [1, 2], "upload_mode": mode})
-    assert names(platform, 1) == ["dog", "cat"]
-    assert names(platform, 2) == ["cat"]
+    assert platform.classes_uploaded(1) == ["dog", "cat"]
+    assert platform.classes_uploaded(2) == ["cat"]
 
 
 def test_a_copy_left_by_a_failed_upload_is_labeled_and_not_copied_again(runner, platform):
-    platform.projects[2], platform.metas[2] = platform._project(2), sly.ProjectMeta()
-    faults = [ValueError("once")]
-
-    def fault(ids):
-        if faults:
-            raise faults.pop()
-
-    platform.upload_fault = fault
+    platform.add_project(2)
+    platform.upload_fault = fails_for(times=1)
     entries = runner.ids(platform, {"image_ids": [1, 2], "output_project_id": 2})
-    copies = [one for one in platform.infos.values() if one.id > 1000]
-    assert sorted(copy.name for copy in copies) == ["1.png", "2.png"]
-    assert set(platform.uploads) == {copy.id for copy in copies}
+    assert sorted(copy.name for copy in platform.copies) == ["1.png", "2.png"]
+    assert set(platform.uploads) == {copy.id for copy in platform.copies}
     assert sorted(entry["image_id"] for entry in entries) == [1, 2]
 
 
 def test_three_lost_batches_in_a_row_end_the_run(runner, platform):
-    platform.upload_fault = failing_for(2, 3, 4, 5, 6)
-    state = {"image_ids": [1, 2, 3, 4, 5, 6], "batch_size": 1, "upload_mode": "append"}
-    request = runner.finish(platform, state)
+    platform.upload_fault = fails_for(2, 3, 4, 5, 6)
+    request = runner.finish(platform, {**ONE_BY_ONE, "image_ids": [1, 2, 3, 4, 5, 6]})
     assert isinstance(request.exception, PartialFailureError)
     assert "3 batches in a row could not be uploaded" in str(request.exception)
     assert "stopped after 1 of 6 images" in str(request.exception)
-    assert [failed["image_id"] for failed in request.context["failures"]] == [2, 3, 4]
+    assert list(failures_of(request)) == [2, 3, 4]
 
 
 def test_without_a_connection_images_are_not_tried_one_by_one(runner, platform):
-    platform.upload_fault = failing_for(1, 2, 3, kind=ConnectionFailed)
-    request = runner.finish(platform, {"image_ids": [1, 2, 3], "upload_mode": "append"})
+    platform.upload_fault = fails_for(1, 2, 3, error=ConnectionFailed)
+    request = runner.finish(platform, IDS)
     assert len(platform.called("upload")) == 1
     assert "3 of 3 images failed" in str(request.exception)
 
 
 def test_the_only_upload_raises_its_own_failure(runner, platform):
-    platform.upload_fault = failing_for(1)
+    platform.upload_fault = fails_for(1)
     with pytest.raises(FailedImageError, match="labels of image 1") as caught:
         runner.ids(platform, {"image_id": 1, "upload_mode": "append"})
     assert caught.value.code == "upload_failed"
@@ -222,79 +211,96 @@ def test_classes_added_by_somebody_else_meanwhile_survive(runner, platform):
 
     predict = FakePredictor(before)
     platform.upload_fault = add_by_hand
-    state = {"image_ids": [1, 2], "batch_size": 1, "upload_mode": "append"}
-    runner.finish(platform, state, predict)
+    runner.finish(platform, ONE_BY_ONE, predict)
     assert {one.name for one in platform.metas[1].obj_classes} == {"cat", "by hand", "new class"}
 
 
 def test_labels_of_a_class_that_came_meanwhile_are_no_failure(runner, platform):
     def label_by_hand(ids):
         if 1 in ids:
-            with_labels(platform, 2, rectangle("by hand"))
+            platform.add_label(2, rectangle("by hand"))
 
     platform.upload_fault = label_by_hand
-    state = {"image_ids": [1, 2], "batch_size": 1, "upload_mode": "append"}
-    request = runner.finish(platform, state)
+    request = runner.finish(platform, ONE_BY_ONE)
     assert request.stage == Stage.FINISHED, request.exception
-    assert names(platform, 2) == ["by hand", "cat"]
-
-
-def test_numbers_do_not_go_into_a_tag_of_texts(runner):
-    theirs = sly.TagMeta("confidence", sly.TagValueType.ANY_STRING)
-    platform = FakePlatform(ids=[1], meta=sly.ProjectMeta(tag_metas=[theirs]))
-    ours = rectangle("cat", tags=[sly.Tag(TAG_METAS["confidence"], 0.5)])
-    state = {"image_id": 1, "upload_mode": "append"}
-    runner.ids(platform, state, FakePredictor(labels=[ours]))
-    [label] = platform.uploads[1].labels
-    assert [(tag.name, tag.value) for tag in label.tags] == [("confidence_nn", 0.5)]
-    assert platform.metas[1].get_tag_meta("confidence_nn").value_type == "any_number"
-
-
-def test_names_that_clash_take_the_suffix_asked_for(runner):
-    theirs = sly.TagMeta("confidence", sly.TagValueType.ANY_STRING)
-    platform = FakePlatform(ids=[1], meta=sly.ProjectMeta(tag_metas=[theirs]))
-    ours = rectangle("cat", tags=[sly.Tag(TAG_METAS["confidence"], 0.5)])
-    state = {"image_id": 1, "upload_mode": "append", "model_prediction_suffix": "_f2"}
-    runner.ids(platform, state, FakePredictor(labels=[ours]))
-    assert [tag.name for tag in platform.uploads[1].labels[0].tags] == ["confidence_f2"]
-
-
-def test_a_run_that_uploads_is_not_paused_by_results_nobody_fetches(runner, platform, monkeypatch):
-    request = runner.create()
-    monkeypatch.setattr(type(request), "PENDING_RESULTS_MAX_SIZE", 1)
-    monkeypatch.setattr(type(request), "PAUSE_SLEEP_MAX_WAIT", -1)
-    state = {"image_ids": [1, 2, 3, 4, 5, 6], "batch_size": 1, "upload_mode": "append"}
-    runner.finish(platform, state, request=request)
-    assert request.stage == Stage.FINISHED
-    assert set(platform.uploads) == {1, 2, 3, 4, 5, 6}
+    assert platform.classes_uploaded(2) == ["by hand", "cat"]
 
 
 def test_the_context_does_not_grow_with_the_images(runner, platform):
-    request = runner.finish(
-        platform, {"image_ids": [1, 2, 3, 4], "batch_size": 1, "upload_mode": "append"}
-    )
+    request = runner.finish(platform, ONE_BY_ONE)
     assert request.context["annotation"] == {}
     assert request.context["image_info"] == {}
 
 
-def test_a_stopped_upload_keeps_what_is_uploaded(runner, platform):
-    request = runner.create()
-
-    def before(images):
-        if len(predict.batches) == 2:
-            request.stop()
-
-    predict = FakePredictor(before)
-    state = {"image_ids": [1, 2, 3], "batch_size": 1, "upload_mode": "append"}
-    runner.finish(platform, state, predict, request)
-    assert request.stage == Stage.CANCELLED
-    assert set(platform.uploads) == {1, 2}
+@pytest.mark.parametrize(("suffix", "name"), [(None, "confidence_nn"), ("_f2", "confidence_f2")])
+def test_numbers_do_not_go_into_a_tag_of_texts(runner, suffix, name):
+    platform = FakePlatform(ids=[1], meta=sly.ProjectMeta(tag_metas=[AS_TEXT]))
+    state = {"image_id": 1, "upload_mode": "append", "model_prediction_suffix": suffix}
+    runner.ids(platform, state, FakePredictor(labels=[sure()]))
+    [label] = platform.uploads[1].labels
+    assert [(tag.name, tag.value) for tag in label.tags] == [(name, 0.5)]
+    assert platform.metas[1].get_tag_meta(name).value_type == Type.ANY_NUMBER
 
 
-@pytest.mark.parametrize("batch_size", [1, 4])
-@pytest.mark.parametrize("mode", ["append", "iou_merge", "replace", "create"])
-def test_an_image_named_twice_gets_its_labels_once(runner, platform, mode, batch_size):
-    state = {"image_ids": [1, 2, 1, 1], "upload_mode": mode, "batch_size": batch_size}
-    request = runner.finish(platform, state)
-    assert [entry["image_id"] for entry in request.pop_pending_results()] == [1, 2]
-    assert [len(uploaded.labels) for uploaded in platform.uploads.values()] == [1, 1]
+def number(name="confidence", **limits):
+    return sly.TagMeta(name, Type.ANY_NUMBER, **limits)
+
+
+ON_IMAGES = sly.TagApplicableTo.IMAGES_ONLY
+FITTING_NAMES = {
+    "a free name": ([], "confidence"),
+    "the same": ([number()], "confidence"),
+    "text instead of a number": ([AS_TEXT], "confidence_nn"),
+    "only on images": ([number(applicable_to=ON_IMAGES)], "confidence_nn"),
+    "only on some classes": ([number(applicable_classes=["dog"])], "confidence_nn"),
+    "the other name is taken too": (
+        [AS_TEXT, sly.TagMeta("confidence_nn", Type.NONE)],
+        "confidence_nn_2",
+    ),
+    "the other name is ours from before": ([AS_TEXT, number("confidence_nn")], "confidence_nn"),
+}
+
+
+@pytest.mark.parametrize(("metas", "expected"), FITTING_NAMES.values(), ids=FITTING_NAMES)
+def test_the_name_of_a_tag_is_the_first_that_fits(metas, expected):
+    fitting = compatible_tag_meta(CONFIDENCE, sly.ProjectMeta(tag_metas=metas))
+    assert (fitting.name, fitting.value_type) == (expected, Type.ANY_NUMBER)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "fits"), [(["a", "b", "c"], True), (["a"], False)], ids=["as many", "fewer"]
+)
+def test_a_tag_of_choices_fits_where_all_of_its_choices_are(theirs, fits):
+    wanted = sly.TagMeta("kind", Type.ONEOF_STRING, possible_values=["a", "b"])
+    known = sly.TagMeta("kind", Type.ONEOF_STRING, possible_values=theirs)
+    fitting = compatible_tag_meta(wanted, sly.ProjectMeta(tag_metas=[known]))
+    assert fitting.name == ("kind" if fits else "kind_nn")
+
+
+def test_the_sdk_leaves_a_number_under_a_tag_of_texts_and_this_does_not():
+    project, ours = sly.ProjectMeta(tag_metas=[AS_TEXT]), annotation(sure())
+    update = sly.nn.inference.inference.update_meta_and_ann
+    _, theirs, _ = update(project, ours)
+    assert theirs.labels[0].tags.get("confidence") is not None, "the defect is gone from the SDK"
+
+    meta, uploaded, _ = update(project, with_compatible_tags(ours, project))
+    [tag] = uploaded.labels[0].tags
+    assert (tag.name, tag.value) == ("confidence_nn", 0.5)
+    assert meta.get_tag_meta("confidence_nn").value_type == Type.ANY_NUMBER
+
+
+def test_an_annotation_that_fits_is_left_as_it_is():
+    ours = annotation(sure())
+    assert with_compatible_tags(ours, sly.ProjectMeta(tag_metas=[CONFIDENCE])) is ours
+
+
+def test_only_the_clashing_tags_are_renamed_and_parts_of_one_object_stay_together():
+    text, caption = (sly.Tag(TAG_METAS[name], "EXIT") for name in ("text", "caption"))
+    label = sure().add_tag(text).clone(binding_key="one")
+    ours = annotation(label, rectangle("dog"), tags=[caption])
+    theirs = sly.ProjectMeta(tag_metas=[AS_TEXT, sly.TagMeta("caption", Type.NONE)])
+    fitted = with_compatible_tags(ours, theirs, "_f2")
+    assert [tag.name for tag in fitted.labels[0].tags] == ["confidence_f2", "text"]
+    assert [tag.name for tag in fitted.img_tags] == ["caption_f2"]
+    assert [label.obj_class.name for label in fitted.labels] == ["cat", "dog"]
+    assert fitted.labels[0].binding_key == "one"

@@ -4,7 +4,16 @@ import threading
 from types import SimpleNamespace
 
 import pytest
-from platform_fakes import FakePredictor, SdkPart, annotation, png, rectangle
+from platform_fakes import (
+    DAMAGED,
+    Inference,
+    SdkUpload,
+    Stage,
+    annotation,
+    fails_for,
+    rectangle,
+    wait_until,
+)
 
 from florence2.images import open_image
 from serve.platform.failures import FailedImageError
@@ -14,11 +23,8 @@ from serve.settings import Settings
 # isort: split
 from supervisely.nn.inference.uploader import Uploader
 
-Inference = sly.nn.inference.inference.Inference
-DAMAGED = png()[:60]
 
-
-class SdkApp(SdkPart):
+class SdkApp(SdkUpload):
     """The SDK's own run around a model that finds a cat on every image it can open."""
 
     _inference_image_ids = Inference._inference_image_ids
@@ -47,15 +53,13 @@ def sdk_as_it_is(monkeypatch):
 
 
 @pytest.fixture
-def sdk_run(manager):
+def sdk_run(runner):
     """The SDK's run of a state: the request when it is over."""
 
     def run(platform, state):
-        request = manager.create()
-        method = SdkApp(platform)._inference_image_ids
-        _, future = manager.schedule_task(method, platform, state, inference_request=request)
-        future.result()
-        manager._on_inference_end(future, request.uuid)
+        work = SdkApp(platform)._inference_image_ids
+        request, _ = runner.start(work, platform, dict(state))
+        wait_until(request.is_finished)
         return request
 
     return run
@@ -89,13 +93,10 @@ def test_one_image_waits_for_no_timer_and_the_sdk_waits_a_second(
 
 
 def test_the_last_upload_error_is_told_and_the_sdk_swallows_it(sdk_run, runner, platform):
-    def refuse(ids):
-        raise ValueError("refused")
-
-    platform.upload_fault = refuse
+    platform.upload_fault = fails_for(1)
     state = {"image_id": 1, "upload_mode": "append"}
-    request = sdk_run(platform, dict(state))
-    assert (request.stage, request.exception) == ("Finished", None), "the SDK tells it now"
+    request = sdk_run(platform, state)
+    assert (request.stage, request.exception) == (Stage.FINISHED, None), "the SDK tells it now"
 
     with pytest.raises(FailedImageError, match="labels of image 1 cannot be uploaded"):
         runner.ids(platform, state)
@@ -104,9 +105,9 @@ def test_the_last_upload_error_is_told_and_the_sdk_swallows_it(sdk_run, runner, 
 def test_one_damaged_image_costs_itself_and_in_the_sdk_the_whole_run(sdk_run, runner, platform):
     platform.content[2] = DAMAGED
     state = {"image_ids": [1, 2, 3, 4], "batch_size": 2}
-    request = sdk_run(platform, dict(state))
-    assert request.stage == "Error"
+    request = sdk_run(platform, state)
+    assert request.stage == Stage.ERROR
     assert request.pop_pending_results() == [], "the SDK keeps the other images now"
 
-    entries = runner.ids(platform, state, FakePredictor())
+    entries = runner.ids(platform, state)
     assert [entry["annotation"] is not None for entry in entries] == [True, False, True, True]

@@ -1,0 +1,171 @@
+"""What the state of a request says beside its settings: which images, until when, where to."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from florence2.errors import RequestError, shown, unknown_name
+
+State = Mapping[str, object]
+UploadMode = Literal["append", "iou_merge", "replace", "create"]
+
+MAX_BATCH_SIZE: Final = 256
+DEFAULT_MERGE_IOU: Final = 0.9
+UPLOAD_MODES: Final[tuple[UploadMode, ...]] = ("append", "iou_merge", "replace", "create")
+IMAGE_ID_KEYS: Final = ("batch_ids", "image_ids", "images_ids", "imageIds", "image_id", "imageId")
+PROJECT_ID_KEYS: Final = ("projectId", "project_id")
+DATASET_ID_KEYS: Final = ("dataset_ids", "datasetIds")
+_TIMEOUT: Final = "timeout_s"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """The images: either their ids, or a project and, unless None, its datasets."""
+
+    image_ids: tuple[int, ...] = ()
+    project_id: int | None = None
+    dataset_ids: tuple[int, ...] | None = None
+
+    @classmethod
+    def of_ids(cls, state: State) -> Source:
+        """The images named in ``state``; RequestError when there are none or they are no ids."""
+        found = _ids(state, IMAGE_ID_KEYS)
+        if not found:
+            raise RequestError(
+                "A request needs at least one image id, and none was received; send it."
+            )
+        return cls(image_ids=found)
+
+    @classmethod
+    def of_project(cls, state: State) -> Source:
+        """The project named in ``state``, and its datasets if some are; RequestError."""
+        found = _ids(state, PROJECT_ID_KEYS) or ()
+        if len(found) != 1:
+            raise RequestError(
+                f"A run needs one project id, and {shown(list(found))} was received; send it as "
+                "project_id."
+            )
+        return cls(project_id=found[0], dataset_ids=_ids(state, DATASET_ID_KEYS))
+
+    @classmethod
+    def of_either(cls, state: State) -> Source:
+        """Image ids if ``state`` has any, or else its project; RequestError."""
+        has_ids = any(state.get(key) is not None for key in IMAGE_ID_KEYS)
+        return cls.of_ids(state) if has_ids else cls.of_project(state)
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """Where labels go. ``mode`` of None: they are returned and nothing is changed.
+
+    ``iou``: predictions that overlap an existing label of their class by this or more are left
+    out; None keeps all. ``suffix`` goes behind names that the project has with another meaning.
+    """
+
+    mode: UploadMode | None = None
+    project_id: int | None = None
+    iou: float | None = None
+    suffix: str | None = None
+
+    @classmethod
+    def of(cls, state: State) -> Destination:
+        """Where the labels of the run go; RequestError."""
+        mode = state.get("upload_mode")
+        if mode is not None and mode not in UPLOAD_MODES:
+            received = mode if isinstance(mode, str) else shown(mode)
+            raise RequestError(unknown_name("upload_mode", received, UPLOAD_MODES))
+        project_id = state.get("output_project_id")
+        if project_id is not None:
+            project_id = _id("output_project_id", project_id)
+            mode = mode or "append"
+        iou = _iou(state)
+        if mode == "iou_merge" and iou is None:
+            iou = DEFAULT_MERGE_IOU
+        suffix = state.get("model_prediction_suffix")
+        if suffix is not None and not isinstance(suffix, str):
+            raise RequestError(
+                f"model_prediction_suffix is text, and {shown(suffix)} was received; leave it out."
+            )
+        return cls(mode, project_id, iou, suffix or None)
+
+
+@dataclass(frozen=True, slots=True)
+class Deadline:
+    """A moment of the monotonic clock until which a client waits; None: as long as it takes."""
+
+    at_s: float | None = None
+
+    @classmethod
+    def of(cls, state: State) -> Deadline:
+        """The deadline that ``timeout_s`` asks for, counted from now; RequestError."""
+        seconds = state.get(_TIMEOUT)
+        if seconds is None:
+            return cls()
+        if (
+            isinstance(seconds, int | float)
+            and not isinstance(seconds, bool)
+            and 0 < seconds < math.inf
+        ):
+            return cls(time.monotonic() + seconds)
+        raise RequestError(
+            f"{_TIMEOUT} is a number of seconds above 0, and {str(seconds)[:60]!r} was received; "
+            "correct it or leave it out."
+        )
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds until then, 0 when it has passed."""
+        return None if self.at_s is None else max(0.0, self.at_s - time.monotonic())
+
+
+def batch_size_of(state: State, default: int) -> int:
+    """How many images are predicted at a time, 1 to 256."""
+    value = state.get("batch_size")
+    if value is None:
+        return min(max(default, 1), MAX_BATCH_SIZE)
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_BATCH_SIZE:
+        raise RequestError(
+            f"batch_size is a whole number from 1 to {MAX_BATCH_SIZE}, and {shown(value)} was "
+            "received; change it or leave it out."
+        )
+    return value
+
+
+def _iou(state: State) -> float | None:
+    """The platform's apps put it into the settings, and the SDK's client beside them."""
+    settings = state.get("settings")
+    key = "existing_objects_iou_thresh"
+    inside = settings.get(key) if isinstance(settings, dict) else None
+    given = (inside, state.get(key), state.get("iou_merge_threshold"))
+    value = next((value for value in given if value is not None), None)
+    if value is None:
+        return None
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
+        raise RequestError(
+            f"{key} is a number from 0 to 1, and {shown(value)} was received; change it or leave "
+            "it out."
+        )
+    return float(value) or None
+
+
+def _ids(state: State, keys: tuple[str, ...]) -> tuple[int, ...] | None:
+    """The ids under the first of ``keys`` that is there."""
+    for key in keys:
+        value = state.get(key)
+        if value is not None:
+            values = value if isinstance(value, list | tuple) else [value]
+            return tuple(_id(key, one) for one in values)
+    return None
+
+
+def _id(key: str, value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise RequestError(
+            f"{key} takes whole numbers from 1, and {shown(value)} was received; send the "
+            "platform's own ids."
+        )
+    return value

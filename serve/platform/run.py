@@ -1,0 +1,128 @@
+"""What all runs over images of the platform share: what the app gives them, and their books."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Final
+
+from florence2.budget import Budget
+from florence2.engine.ask import AnyImage, Ask
+from florence2.records import Failure, Result
+from serve.platform.failures import (
+    FailedImageError,
+    PartialFailureError,
+    failure_of,
+)
+from serve.platform.images import Target
+from serve.platform.registry import InferenceRequest
+from serve.platform.request_state import State
+from serve.predict.predictor import Call, Predicted
+from serve.sdk import sly
+from serve.settings.model import Settings
+
+_SHOWN_IDS: Final = 20
+
+
+@dataclass(frozen=True, slots=True)
+class RunServices:
+    """What runs need of the app, the same for all of them.
+
+    ``predict`` and ``ask`` give an outcome for each image or question, in order. ``settings_of``
+    makes settings of a request's state; what it raises ends the run. ``upload`` is the SDK's
+    ``upload_predictions``, bound to the app. ``budget`` is of the bytes of images that the process
+    holds. ``task_id`` names created projects.
+    """
+
+    predict: Callable[[Sequence[AnyImage], Settings, Call], Sequence[Predicted | Failure]]
+    ask: Callable[[Sequence[Ask], Call], Sequence[Result | Failure]]
+    settings_of: Callable[[State], Settings]
+    upload: Callable[..., None]
+    budget: Budget
+    task_id: int | None
+    default_batch_size: int
+
+
+class Ledger:
+    """The books of one run, from its first image to its end; a context around its work.
+
+    ``lost``: what an image that failed has not got.
+
+    A run that went through ends with PartialFailureError if images failed and it ``must_be_whole``,
+    and otherwise with FailedImageError, the first failure, if all failed; one that was stopped with
+    neither. One that an error broke off: PartialFailureError if images were done, else the error.
+    """
+
+    def __init__(
+        self, request: InferenceRequest, total: int, lost: str, *, must_be_whole: bool
+    ) -> None:
+        self._request = request
+        self._total = total
+        self._lost = lost
+        self._must_be_whole = must_be_whole
+        self._num_done = 0
+        self._failures: list[tuple[int, Failure]] = []
+        request.set_stage(InferenceRequest.Stage.INFERENCE, 0, total)
+
+    def add_done(self, entries: list[dict[str, Any]], count: int) -> None:
+        """``count`` more images are done; ``entries`` are the results of these and of others."""
+        self._request.add_results(entries)
+        self._num_done += count
+        if count:
+            self._request.done(count)
+
+    def add_failure(self, target: Target, failure: Failure) -> bool:
+        """False for an image that a stopped run has merely not got to: that is no failure."""
+        if failure.code == "cancelled" and self._request.is_stopped():
+            return False
+        self._failures.append((target.image_id, failure))
+        self._request.done(1)
+        return True
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        sly.logger.info(
+            f"Run over images: {self._num_done} of {self._total} done, "
+            f"{len(self._failures)} failed."
+        )
+        for image_id, failure in self._failures:
+            sly.logger.warning(f"Image {image_id} failed: {failure.message}")
+        if isinstance(error, Exception):
+            if self._num_done:
+                raise self._broken_off(error) from error
+        elif error is None and self._failures and not self._request.is_stopped():
+            self._raise_failures(self._failures[0][1])
+
+    def _broken_off(self, error: Exception) -> PartialFailureError:
+        failed = f" {len(self._failures)} of the images failed ({self._ids})."
+        return PartialFailureError(
+            f"The run stopped after {self._num_done} of {self._total} images were done: "
+            f"{failure_of(error, 'The run failed').message}{failed if self._failures else ''} "
+            "Start it again for the rest."
+        )
+
+    def _raise_failures(self, first: Failure) -> None:
+        count = len(self._failures)
+        if count == self._total and (count == 1 or not self._must_be_whole):
+            raise FailedImageError(first)
+        if self._must_be_whole:
+            verb = "has" if count == 1 else "have"
+            others = " The others are done." if count < self._total else ""
+            raise PartialFailureError(
+                f"{count} of {self._total} images failed and {verb} {self._lost} ({self._ids}), "
+                f"the first because: {first.message}{others} Send these ids again."
+            )
+
+    @property
+    def _ids(self) -> str:
+        ids = [str(image_id) for image_id, _ in self._failures]
+        more = f" and {len(ids) - _SHOWN_IDS} more" if len(ids) > _SHOWN_IDS else ""
+        return f"{'id' if len(ids) == 1 else 'ids'} {', '.join(ids[:_SHOWN_IDS])}{more}"
