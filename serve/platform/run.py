@@ -20,7 +20,7 @@ from serve.platform.registry import InferenceRequest
 from serve.platform.request_state import State
 from serve.predict.predictor import Call, Predicted
 from serve.sdk import sly
-from serve.settings.model import Settings
+from serve.settings import Settings
 
 _SHOWN_IDS: Final = 20
 

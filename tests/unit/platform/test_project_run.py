@@ -24,7 +24,7 @@ from serve.platform import project_run
 from serve.platform.failures import PartialFailureError
 from serve.platform.project_run import run_image_ids, run_project
 from serve.predict import full_queue
-from serve.settings.model import Reference, Settings
+from serve.settings import Reference, Settings
 
 ALL = [1, 2, 3, 4, 5, 6]
 ONE_BY_ONE = {"image_ids": ALL, "batch_size": 1}
