@@ -22,10 +22,8 @@ from serve.http.errors import install_error_handlers
 from serve.http.guard import Guard
 from serve.http.handlers import register_routes
 from serve.http.origins import Callers, Servers
-from serve.http.page import PageInfo
 from serve.process import optional_autostart
 from serve.sdk import sly
-from serve.version import VERSION
 
 # isort: split
 from supervisely.app.fastapi.subapp import SUPERVISELY_SERVER_PATH_PREFIX, _MainServer
@@ -57,21 +55,6 @@ class Florence2App(AnsweringApp):
                 "them; start it with SERVER_ADDRESS and API_TOKEN, or send the image itself."
             )
         return api
-
-    def page_info(self) -> PageInfo:
-        """What the page without the platform shows."""
-        if not self.deployment.is_deployed:
-            return PageInfo(VERSION)
-        model = self.deployment.current.model
-        return PageInfo(
-            VERSION,
-            model.name,
-            model.device,
-            model.precision,
-            "torch",
-            notes=model.notes,
-            warning=self.device_warning,
-        )
 
     # The server
 

@@ -318,6 +318,8 @@ class DeployableApp(PromptBasedObjectDetection):  # type: ignore[misc]
         info["model_name"] = model.name
         info["device"] = model.device
         info["precision"] = self.model_precision
+        info["runtime"] = "torch"
+        info["notes"] = list(model.notes)
         info["self_test_s"] = round(model.engine.self_test_s, 3)
         if self.device_warning:
             info["device_warning"] = self.device_warning

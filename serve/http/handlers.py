@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Final
 
 from fastapi import Depends, FastAPI, Request, Response
-from fastapi.responses import HTMLResponse
 
 from florence2.engine.ask import Ask
 from florence2.errors import RequestError
@@ -17,7 +16,7 @@ from florence2.records import Failure, Result
 from florence2.tasks import TASKS, TaskInput, find_task
 from serve.answers import raise_failure
 from serve.http.bodies import MAX_IMAGE_BYTES, held_bytes, keep_body
-from serve.http.page import index_page
+from serve.http.page import register_page
 from serve.http.uploads import (
     NO_FILES,
     Files,
@@ -35,6 +34,7 @@ from serve.platform.request_state import Deadline
 from serve.predict.predictor import Call
 from serve.sdk_routes import register_sdk_routes
 from serve.settings import shown
+from serve.version import VERSION
 
 if TYPE_CHECKING:
     from fastapi import Request
@@ -42,9 +42,13 @@ if TYPE_CHECKING:
     from serve.app import Florence2App
 
 
-def tasks_json() -> dict[str, list[dict[str, str]]]:
-    """The answer of ``/tasks``: every task prompt with its name, input, output and summary."""
+def tasks_json() -> dict[str, Any]:
+    """The answer of ``/tasks``: every task prompt with its name, input, output and summary.
+
+    ``version`` is the app's, whose table it is.
+    """
     return {
+        "version": VERSION,
         "tasks": [
             {
                 "token": task.token,
@@ -155,7 +159,7 @@ def register_routes(server: FastAPI, app: Florence2App, *, with_page: bool) -> N
     _questions(server, app)
     _model(server, app)
     if with_page:
-        _page(server, app)
+        register_page(server)
 
 
 def _images(server: FastAPI, app: Florence2App) -> None:
@@ -294,9 +298,3 @@ def _model(server: FastAPI, app: Florence2App) -> None:
     def metrics() -> Response:
         text, content_type = app.metrics.render()
         return Response(text, media_type=content_type)
-
-
-def _page(server: FastAPI, app: Florence2App) -> None:
-    @server.get("/")
-    def page() -> HTMLResponse:
-        return HTMLResponse(index_page(app.page_info()))

@@ -22,6 +22,9 @@ DATA = [
     "serve/models.json",
     "serve/app_options.yaml",
     "serve/inference_settings.yaml",
+    "serve/http/static/index.html",
+    "serve/http/static/app.js",
+    "serve/http/static/style.css",
     "florence2/demo_checkpoint/model.safetensors",
 ]
 

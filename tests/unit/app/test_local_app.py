@@ -59,9 +59,7 @@ def classes_in(entry) -> list[str]:
 
 def test_the_local_app_is_ready_and_shows_a_page(client):
     assert client.get("/is_ready").json() == {"status": "ready"}
-    page = client.get("/").text
-    assert "demo" in page
-    assert "inference_image" in page
+    assert "<title>Florence-2</title>" in client.get("/").text
 
 
 def test_an_upload_is_answered_with_an_annotation(client, bike):
@@ -326,7 +324,7 @@ def test_the_sdks_python_interface_works_too(app, image_path):
     ],
     ids=["chosen here", "asked for", "no GPU to be expected"],
 )
-def test_a_cpu_where_a_gpu_could_be_is_said_in_log_page_and_route(
+def test_a_cpu_where_a_gpu_could_be_is_said_in_log_and_route(
     fresh_sdk, monkeypatch, caplog, device, why, is_warned
 ):
     monkeypatch.setattr(Florence2App, "_run_server", lambda self: None)
@@ -336,17 +334,15 @@ def test_a_cpu_where_a_gpu_could_be_is_said_in_log_page_and_route(
     app.serve()
     with TestClient(app.app, base_url=HERE) as client:
         info = client.post("/get_session_info", json={}).json()
-        page = client.get("/").text
     took_s = app.deployment.current.model.engine.self_test_s
     app.shutdown_model()
     assert 0 < info["self_test_s"] == pytest.approx(took_s, abs=1e-3)
     expected = f"demo runs on the CPU. {why} The image of the self-test"
     assert info.get("device_warning", "").startswith(expected) == is_warned
-    assert ("A GPU can be &lt;expected&gt;." in page) == is_warned
     assert (expected in caplog.text) == is_warned
     if is_warned:
         assert f"took {took_s:.2g} s" in info["device_warning"]
-    assert app.page_info().warning is None
+    assert app.device_warning is None
 
 
 def fail_device(app) -> None:

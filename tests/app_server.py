@@ -15,7 +15,7 @@ from pathlib import Path
 
 import requests
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 PATIENCE_S = 120.0
 SDK_ENVIRONMENT = {
     "SUPERVISELY_PUBLIC_API_RETRIES": "1",
