@@ -440,10 +440,10 @@ def test_the_page_is_used_with_the_keyboard_alone(page):
     page.keyboard.press("Enter")
     expect(message(page)).to_contain_text("2 objects in")
     seen = {drawing(page)}
-    for row in page.locator("#objects tbody tr").all():
-        while not row.evaluate("row => row === document.activeElement"):
-            page.keyboard.press("Tab")
-        seen.add(drawing(page))
+    for _ in range(10):
+        page.keyboard.press("Tab")
+        if page.locator("#objects tbody tr:focus").count():
+            seen.add(drawing(page))
     # Each row shows which object it is about.
     assert len(seen) == 3
 
