@@ -58,7 +58,7 @@ def tasks_json() -> dict[str, Any]:
                 "summary": task.summary,
             }
             for task in TASKS
-        ]
+        ],
     }
 
 
