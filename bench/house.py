@@ -44,7 +44,8 @@ LIMITS: Final = {
     SINGLE: (10, 8),
     "lines of the app": (14_400, 7_500),
     "lines of the engine core": (12_700, 7_500),
-    "lines of the tests": (32_100, 18_000),
+    # 32,100 before the page was tested in a browser.
+    "lines of the tests": (32_500, 18_000),
 }
 
 

@@ -32,9 +32,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def serve_command(port: int) -> list[str]:
+def serve_command(port: int, device: str = "cpu") -> list[str]:
     """The local app with the demo checkpoint."""
-    options = ["--model", "demo", "--device", "cpu", "--port", str(port)]
+    options = ["--model", "demo", "--device", device, "--port", str(port)]
     return [sys.executable, "-m", "serve.cli.main", "serve", *options]
 
 

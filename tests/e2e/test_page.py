@@ -11,16 +11,17 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import threading
+from base64 import b64encode
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
 import requests
-from app_server import ROOT, AppServer
+from app_server import ROOT, AppServer, serve_command
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_playwright
@@ -44,16 +45,12 @@ PATIENCE_MS = 30_000
 MARKUP = "<img src=x onerror=\"document.title='taken'\">"
 
 
-def serve_command(port: int) -> list[str]:
-    """Chooses its device itself, so that it warns of a CPU where a GPU could be."""
-    options = ["--model", "demo", "--port", str(port)]
-    return [sys.executable, "-m", "serve.cli", "serve", *options]
-
-
 @pytest.fixture(scope="module")
 def app(tmp_path_factory) -> Iterator[AppServer]:
     env = {"CUDA_VISIBLE_DEVICES": "", "NVIDIA_VISIBLE_DEVICES": "all"}
-    server = AppServer(tmp_path_factory.mktemp("app"), env, serve_command)
+    # It chooses its device itself, so that it warns of a CPU where a GPU could be.
+    command = partial(serve_command, device="auto")
+    server = AppServer(tmp_path_factory.mktemp("app"), env, command)
     server.start()
     yield server
     server.stop()
@@ -291,12 +288,12 @@ def test_a_region_is_dragged_on_the_image_and_its_mask_is_drawn(page):
 
 
 def test_an_image_can_be_dropped(page):
-    script = """bytes => {
-      const dropped = new DataTransfer();
-      dropped.items.add(new File([Uint8Array.from(bytes)], "a.jpg", { type: "image/jpeg" }));
+    script = """text => {
+      const dropped = new DataTransfer(), bytes = Uint8Array.from(atob(text), c => c.charCodeAt(0));
+      dropped.items.add(new File([bytes], "a.jpg", { type: "image/jpeg" }));
       return dropped;
     }"""
-    transfer = page.evaluate_handle(script, list(TABLE.read_bytes()))
+    transfer = page.evaluate_handle(script, b64encode(TABLE.read_bytes()).decode())
     page.locator("#stage").dispatch_event("drop", {"dataTransfer": transfer})
     expect(page.get_by_role("img", name="The image a.jpg")).to_be_visible()
     assert len(ask(page)["annotation"]["objects"]) == 4
