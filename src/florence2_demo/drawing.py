@@ -11,13 +11,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from florence2.opencv import cv2
-from florence2_demo import placing
-from florence2_demo.backgrounds import Pixels, draw_background, unit_grid
+from florence2_demo import geometry
+from florence2_demo.geometry import SUBPIXEL_BITS, Points, Size
 from florence2_demo.palette import Rgb, tone_rgb
-from florence2_demo.placing import SUBPIXEL_BITS, Size
-from florence2_demo.scene import Finish, Scene, SceneObject
-from florence2_demo.shapes import Points, shapes
+from florence2_demo.scene import Background, Finish, Scene, SceneObject
+from florence2_demo.shapes import shapes
 from florence2_demo.signs import TextLine, ink_mask
+
+Pixels = NDArray[np.uint8]
+Plane = NDArray[np.float32]
 
 _NOISE_TILE_PX: Final = 512
 
@@ -44,12 +46,70 @@ def draw_pixels(scene: Scene, size_wh: Size | None = None) -> Pixels:
     return _finished(np.asarray(pixels, np.uint8), scene.finish)
 
 
+@lru_cache(maxsize=16)
+def unit_grid(size_wh: tuple[int, int]) -> tuple[Plane, Plane]:
+    """Pixel centres as (x [1, w], y [h, 1]) in fractions 0..1 of the image."""
+    width, height = size_wh
+    xs = ((np.arange(width) + 0.5) / width).astype(np.float32)[None, :]
+    ys = ((np.arange(height) + 0.5) / height).astype(np.float32)[:, None]
+    return xs, ys
+
+
+def _ramp(height: Plane) -> Plane:
+    """0 below -0.5, 1 above 0.5, straight in between."""
+    return np.asarray(np.clip(height + 0.5, 0, 1), np.float32)
+
+
+def _waves(distance: Plane, softness: float) -> Plane:
+    """A 0..1 square wave of period 1 with edges ``softness`` wide, without aliasing."""
+    triangle = np.abs((distance % 1.0) * 2 - 1)
+    return _ramp((triangle - 0.5) / max(softness, 1e-3))
+
+
+def _share(background: Background, size_wh: tuple[int, int], aspect: float) -> Plane:
+    """How much of the second shade each pixel has, 0..1; ``aspect`` is the true width/height."""
+    xs, ys = unit_grid(size_wh)
+    period = background.period
+    cos, sin = math.cos(background.angle), math.sin(background.angle)
+    softness = 4.0 / (period * size_wh[1])
+    if background.pattern == "shaded":
+        ramp = xs * cos + ys * sin
+        low = min(cos, 0.0)
+        return np.asarray((ramp - low) / (abs(cos) + sin), np.float32)
+    if background.pattern == "striped":
+        along = np.float32(cos * aspect / period) * xs + np.float32(sin / period) * ys
+        return _waves(along, softness)
+    if background.pattern == "checkered":
+        across, down = _waves(xs * (aspect / period), softness), _waves(ys / period, softness)
+        return across + down - 2 * across * down
+    if background.pattern == "spotted":
+        columns = xs * (aspect / period) % 1.0 - 0.5
+        rows = ys / period % 1.0 - 0.5
+        distance = np.sqrt(columns * columns + rows * rows)
+        return _ramp((0.3 - distance) / softness)
+    cells = np.random.default_rng(background.seed).random((7, 7), dtype=np.float32)
+    cloud = cv2.resize(cells, size_wh, interpolation=cv2.INTER_CUBIC)
+    return np.asarray(np.clip(cloud * 1.4 - 0.2, 0, 1), np.float32)
+
+
+def draw_background(background: Background, size_wh: tuple[int, int], aspect: float) -> Pixels:
+    """The background as [h, w, 3] uint8 RGB; ``aspect`` is the scene's own width over height."""
+    width, height = size_wh
+    if background.pattern == "plain":
+        return np.full((height, width, 3), background.rgb, np.uint8)
+    levels = np.arange(256, dtype=np.float32)[:, None] / 255
+    first, second = (np.array(rgb, np.float32) for rgb in (background.rgb, background.other_rgb))
+    table = np.round(first + levels * (second - first)).astype(np.uint8)
+    share = _share(background, size_wh, aspect)
+    return np.take(table, (share * 255).astype(np.uint8), axis=0)
+
+
 def draw_object(canvas: Pixels, thing: SceneObject, scene_wh: Size) -> None:
     """Paint one object on ``canvas``, whose pixels cover the whole image."""
     size_wh = (canvas.shape[1], canvas.shape[0])
     shape = shapes()[thing.kind]
     scale = np.array(size_wh)
-    outline_px = placing.posed(shape.outline, thing.pose, scene_wh) * scale
+    outline_px = geometry.posed(shape.outline, thing.pose, scene_wh) * scale
     _fill(canvas, outline_px, tone_rgb(thing.rgb, "outline"))
     extent_px = min(thing.pose.extent_wh) * min(size_wh)
     stroke_px = min(max(1.6, 0.035 * extent_px), 0.1 * extent_px)
@@ -61,7 +121,7 @@ def draw_object(canvas: Pixels, thing: SceneObject, scene_wh: Size) -> None:
     _fill(mask, body_px - origin, (1, 1, 1))
     painted = _shaded_fill(layer.shape, thing.rgb, thing.shading)
     for detail in shape.details:
-        points = placing.posed(detail.points, thing.pose, scene_wh) * scale - origin
+        points = geometry.posed(detail.points, thing.pose, scene_wh) * scale - origin
         _fill(painted, points, _darker(tone_rgb(thing.rgb, detail.tone), thing.shading / 2))
     np.copyto(layer, painted, where=mask[:, :, None].astype(bool))
 
@@ -88,7 +148,7 @@ def _darker(rgb: Rgb, share: float) -> Rgb:
 
 def inset(points: Points, distance: float) -> Points:
     """A polygon moved inwards by ``distance`` (same units), corners mitred up to a limit."""
-    clockwise = 1.0 if placing.area(points) > 0 else -1.0
+    clockwise = 1.0 if geometry.area(points) > 0 else -1.0
     edges = np.roll(points, -1, axis=0) - points
     lengths = np.maximum(np.hypot(edges[:, 0], edges[:, 1]), 1e-9)[:, None]
     normals = clockwise * np.stack([-edges[:, 1], edges[:, 0]], axis=1) / lengths

@@ -1,4 +1,4 @@
-"""Training examples: a prompt about a scene and the exact answer, for each of the 15 tasks."""
+"""Examples: a prompt about a scene and its exact answer, for each of the 15 tasks."""
 
 from __future__ import annotations
 
@@ -9,25 +9,12 @@ from typing import Final
 import numpy as np
 
 from florence2.tasks import TASKS, TaskInput
-from florence2_demo import language as phrases
-from florence2_demo.grid_targets import GridTargets, grid_targets
+from florence2_demo import language
+from florence2_demo.geometry import FractionBox
 from florence2_demo.language import Phrase
 from florence2_demo.lexicon import ABSENT_WORDS, COLOURS, KINDS, PLURALS, listed, with_article
-from florence2_demo.placing import FractionBox
-from florence2_demo.scene import Scene, SceneObject
-from florence2_demo.truth import TASK_BY_TOKEN, Truth, ground_truth, region_text
-
-__all__ = [
-    "TASK_WEIGHTS",
-    "Example",
-    "GridTargets",
-    "Truth",
-    "examples",
-    "grid_targets",
-    "ground_truth",
-    "prompt_sentence",
-    "sample_examples",
-]
+from florence2_demo.scene import Scene
+from florence2_demo.truth import TASK_BY_TOKEN, Truth, ground_truth, locations
 
 TASK_WEIGHTS: Final[dict[str, float]] = {
     "<OD>": 3.0,
@@ -51,22 +38,34 @@ _NO_TEXT_WEIGHT: Final = 0.15
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One prompt and its answer (without ``<s>`` and ``</s>``); the region is in fractions.
+    """One prompt about a scene and the right answer; the region is in fractions of the image."""
 
-    The answer is empty where the right answer is nothing, such as OCR of a scene without text.
-    """
-
+    scene: Scene
     task: str
     text: str | None
     region_xyxy: FractionBox | None
-    answer: str
+    truth: Truth
+
+    @property
+    def answer(self) -> str:
+        """Without ``<s>`` and ``</s>``; empty where the right answer is nothing."""
+        return self.truth.answer
+
+    @property
+    def region_px(self) -> FractionBox | None:
+        """The region in pixels of the scene's own size."""
+        if self.region_xyxy is None:
+            return None
+        x1, y1, x2, y2 = self.region_xyxy
+        width, height = self.scene.size_wh
+        return x1 * width, y1 * height, x2 * width, y2 * height
 
 
 def prompt_sentence(example: Example) -> str:
     """The sentence the network reads for an example, as the published processor words it."""
     sentence = TASK_BY_TOKEN[example.task].sentence
     if example.region_xyxy is not None:
-        return sentence.replace("{input}", region_text(example.region_xyxy))
+        return sentence.replace("{input}", locations(example.region_xyxy))
     return sentence.replace("{input}", (example.text or "").strip())
 
 
@@ -80,7 +79,7 @@ def example(scene: Scene, task: str, rng: np.random.Generator) -> Example:
     takes = TASK_BY_TOKEN[task].takes
     text = _TEXTS[task](scene, rng) if takes is TaskInput.TEXT else None
     region = _random_region(scene, task, rng) if takes is TaskInput.REGION else None
-    return Example(task, text, region, ground_truth(scene, task, text, region).answer)
+    return Example(scene, task, text, region, ground_truth(scene, task, text, region))
 
 
 def examples(scene: Scene, rng: np.random.Generator) -> list[Example]:
@@ -101,14 +100,11 @@ def sample_examples(
     """
     chosen = weights or TASK_WEIGHTS
     tasks = [task for task in chosen if applies(scene, task) and chosen[task] > 0]
-    shares = np.array([chosen[task] * _text_factor(scene, task) for task in tasks])
+    unlikely = {task for task in tasks if "OCR" in task and not scene.texts}
+    shares = np.array([chosen[t] * (_NO_TEXT_WEIGHT if t in unlikely else 1.0) for t in tasks])
     replace = count > len(tasks)
     picks = rng.choice(len(tasks), size=count, replace=replace, p=shares / shares.sum())
     return [example(scene, tasks[int(pick)], rng) for pick in picks]
-
-
-def _text_factor(scene: Scene, task: str) -> float:
-    return _NO_TEXT_WEIGHT if "OCR" in task and not scene.texts else 1.0
 
 
 def _random_region(scene: Scene, task: str, rng: np.random.Generator) -> FractionBox:
@@ -124,10 +120,6 @@ def _random_region(scene: Scene, task: str, rng: np.random.Generator) -> Fractio
     return x1, y1, x2, y2
 
 
-def _pick(scene: Scene, rng: np.random.Generator) -> SceneObject:
-    return scene.objects[int(rng.integers(len(scene.objects)))]
-
-
 def _absent(scene: Scene, rng: np.random.Generator) -> str:
     """A phrase that nothing in the scene matches: "purple fish", "tree" or "dog"."""
     if rng.random() < 0.35:
@@ -140,7 +132,7 @@ def _absent(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def _present(scene: Scene, rng: np.random.Generator) -> Phrase:
-    thing = _pick(scene, rng)
+    thing = scene.objects[int(rng.integers(len(scene.objects)))]
     return Phrase(thing.kind, thing.colour if rng.random() < 0.6 else None)
 
 
@@ -161,14 +153,14 @@ def _plural(words: str) -> str:
 
 
 def _grounding_text(scene: Scene, rng: np.random.Generator) -> str:
-    """A caption, a sentence naming some things, or a list of phrases."""
+    """A caption, a sentence naming some things, or a list of language."""
     style = rng.random()
     if style < 0.15:
-        return phrases.caption(scene)
+        return language.caption(scene)
     if style < 0.22:
-        return phrases.detailed_caption(scene)
+        return language.detailed_caption(scene)
     if style < 0.28:
-        return phrases.more_detailed_caption(scene)
+        return language.more_detailed_caption(scene)
     words = _mixed_words(scene, rng)
     if style < 0.5:
         return listed([with_article(w) if rng.random() < 0.7 else _plural(w) for w in words])
@@ -191,12 +183,11 @@ def _referring_text(scene: Scene, rng: np.random.Generator) -> str:
     words = phrase.words if rng.random() < 0.35 else f"the {phrase.words}"
     several = len(phrase.matches(scene)) > 1
     if several or rng.random() < 0.1:
-        thing = _pick_match(scene, phrase, rng)
-        return f"{words} {thing}"
+        return f"{words} {_telling_side(scene, phrase, rng)}"
     return words
 
 
-def _pick_match(scene: Scene, phrase: Phrase, rng: np.random.Generator) -> str:
+def _telling_side(scene: Scene, phrase: Phrase, rng: np.random.Generator) -> str:
     """A side that tells matching things apart: along the axis on which they spread most."""
     centres = np.array([thing.centre_xy for thing in phrase.matches(scene)])
     spread = centres.max(axis=0) - centres.min(axis=0)

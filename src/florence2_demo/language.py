@@ -6,15 +6,18 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
+from florence2_demo.geometry import FractionBox
 from florence2_demo.lexicon import (
+    BACKGROUND_COLOURS,
     COLOURS,
     KINDS,
     NUMBER_WORDS,
+    PATTERNS,
     PLURALS,
+    SIGN_WORDS,
     counted,
     listed,
 )
-from florence2_demo.placing import FractionBox
 from florence2_demo.scene import Scene, SceneObject
 
 _ONE_OF_KINDS: Final = {word: kind for kind in KINDS for word in (kind, PLURALS[kind])}
@@ -78,6 +81,40 @@ def find_referred(text: str) -> Phrase | None:
     side = _SIDE.search(text)
     words = (side.group(1) or side.group(2)).lower() if side else None
     return Phrase(phrases[0].kind, phrases[0].colour, words)
+
+
+def plain_label(label: str) -> str:
+    """A label as the truth spells it: "the red cars" is "red car"; unknown words stay."""
+    found = find_phrases(label)
+    return found[0].words if len(found) == 1 else " ".join(label.split()).lower()
+
+
+_CAPTION_WORDS: Final = (
+    "the image shows on an and with text background is at top bottom left right in middle one "
+    "object objects small medium large sign says"
+)
+_KNOWN_WORDS: Final = frozenset(
+    word.lower()
+    for words in (
+        KINDS,
+        PLURALS.values(),
+        COLOURS,
+        BACKGROUND_COLOURS,
+        PATTERNS,
+        NUMBER_WORDS,
+        SIGN_WORDS,
+        _CAPTION_WORDS.split(),
+    )
+    for word in words
+)
+_TOKEN: Final = re.compile(r"<[^<>]*>")
+_WORD: Final = re.compile(r"[^\s.,]+")
+
+
+def has_known_words(answer: str) -> bool:
+    """Whether a raw answer is spelled in the words of the scenes alone; an empty one is."""
+    words = _WORD.findall(_TOKEN.sub(" ", answer))
+    return all(word.lower() in _KNOWN_WORDS for word in words)
 
 
 def _groups(scene: Scene) -> dict[tuple[str, str], list[SceneObject]]:

@@ -1,7 +1,7 @@
 """A drawn scene as data: what stands where, with exact truth, made from a seed.
 
 Coordinates are fractions 0..1 of the image (x of its width, y of its height) unless a name says
-otherwise. ``draw.draw_scene`` turns a scene into pixels, ``truth`` and ``answers`` into text.
+otherwise. ``drawing.draw_scene`` turns a scene into pixels, ``truth`` and ``examples`` into text.
 """
 
 from __future__ import annotations
@@ -11,13 +11,22 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
-from florence2_demo import placing, signs
-from florence2_demo.backgrounds import Background, make_background
-from florence2_demo.lexicon import BACKGROUND_COLOURS, COLOURS, KINDS
-from florence2_demo.palette import Rgb, object_shade
-from florence2_demo.placing import CoverMap, FractionBox, PointsXy, Pose, Size
-from florence2_demo.shapes import Points, Shape, shapes
+from florence2.opencv import cv2
+from florence2_demo import geometry, signs
+from florence2_demo.geometry import FractionBox, Points, PointsXy, Pose, Size
+from florence2_demo.lexicon import BACKGROUND_COLOURS, COLOURS, KINDS, PATTERNS
+from florence2_demo.palette import (
+    BLACK,
+    WHITE,
+    Rgb,
+    background_shade,
+    luminance,
+    mixed,
+    object_shade,
+)
+from florence2_demo.shapes import Shape, shapes
 from florence2_demo.signs import TextLine
 
 MIN_VISIBLE: Final = 0.62
@@ -27,6 +36,23 @@ _ASPECTS: Final = ((1.0, 0.4), (4 / 3, 0.3), (3 / 2, 0.15), (3 / 4, 0.15))
 _LONG_SIDES_PX: Final = (288, 320, 352, 384)
 _LARGEST_EXTENT: Final = (0.6, 0.52, 0.45, 0.4, 0.36, 0.33)
 _ATTEMPTS: Final = 24
+_MAP_LONG_SIDE_PX: Final = 192
+
+
+@dataclass(frozen=True, slots=True)
+class Background:
+    """Two shades of one named colour in a pattern.
+
+    ``period`` is the pattern's repeat as a fraction of the image's height; ``angle`` in radians.
+    """
+
+    colour: str
+    pattern: str
+    rgb: Rgb
+    other_rgb: Rgb
+    period: float
+    angle: float
+    seed: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +116,28 @@ def make_scene(seed: int, *, max_objects: int = MAX_OBJECTS, size_wh: Size | Non
     """The scene of a seed: always the same for the same arguments."""
     rng = np.random.default_rng([seed, 0xF10])
     size = size_wh or _random_size(rng)
-    background = make_background(str(rng.choice(BACKGROUND_COLOURS)), rng)
+    background = _make_background(str(rng.choice(BACKGROUND_COLOURS)), rng)
     texts = signs.make_texts(rng, size)
     weights = np.array(_COUNT_WEIGHTS[: max(1, min(max_objects, MAX_OBJECTS))])
     count = int(rng.choice(len(weights), p=weights / weights.sum())) + 1
     objects = _make_objects(rng, size, count, background.colour, texts)
     return Scene(seed, size, background, objects, texts, _make_finish(rng))
+
+
+def _make_background(colour: str, rng: np.random.Generator) -> Background:
+    """A random background of a named colour."""
+    rgb = background_shade(colour, rng)
+    share = float(rng.uniform(0.07, 0.16))
+    lighter = luminance(rgb) < 90 or (luminance(rgb) < 205 and rng.random() < 0.5)
+    return Background(
+        colour=colour,
+        pattern=str(rng.choice(PATTERNS)),
+        rgb=rgb,
+        other_rgb=mixed(rgb, WHITE if lighter else BLACK, share),
+        period=float(rng.uniform(0.1, 0.3)),
+        angle=float(rng.uniform(0, math.pi)),
+        seed=int(rng.integers(1 << 31)),
+    )
 
 
 def _random_size(rng: np.random.Generator) -> Size:
@@ -118,6 +160,53 @@ def _make_finish(rng: np.random.Generator) -> Finish:
     )
 
 
+class _CoverMap:
+    """Which placed shape is on top at each point of a small raster of the image."""
+
+    def __init__(self, image_wh: Size) -> None:
+        scale = _MAP_LONG_SIDE_PX / max(image_wh)
+        self._size_wh = (round(image_wh[0] * scale), round(image_wh[1] * scale))
+        self._owner: NDArray[np.uint8] = np.zeros(self._size_wh[::-1], np.uint8)
+        self._pixels_per_share: list[float] = []
+
+    def try_add(self, outline: Points, min_visible: float) -> bool:
+        """Put a shape on top if it and all below stay visible by ``min_visible`` (0..1).
+
+        ``outline`` is the full shape; its part outside the image counts as not visible.
+        """
+        clipped = geometry.clip_to_image(outline)
+        inside = (
+            abs(geometry.area(clipped)) / abs(geometry.area(outline)) if len(clipped) >= 3 else 0.0
+        )
+        if inside < min_visible:
+            return False
+        owner = self._owner.copy()
+        index = len(self._pixels_per_share) + 1
+        cv2.fillPoly(
+            owner,
+            [geometry.to_subpixels(outline, self._size_wh)],
+            index,
+            shift=geometry.SUBPIXEL_BITS,
+        )
+        counts = np.bincount(owner.ravel(), minlength=index + 1)
+        if counts[index] == 0:
+            return False
+        for below, whole in enumerate(self._pixels_per_share, start=1):
+            if counts[below] < min_visible * whole:
+                return False
+        self._owner = owner
+        self._pixels_per_share.append(float(counts[index]) / inside)
+        return True
+
+    def visible_shares(self) -> list[float]:
+        """The visible share 0..1 of each shape, in the order of adding."""
+        counts = np.bincount(self._owner.ravel(), minlength=len(self._pixels_per_share) + 1)
+        return [
+            min(1.0, float(counts[index]) / whole)
+            for index, whole in enumerate(self._pixels_per_share, start=1)
+        ]
+
+
 def _make_objects(
     rng: np.random.Generator,
     size_wh: Size,
@@ -127,7 +216,7 @@ def _make_objects(
 ) -> tuple[SceneObject, ...]:
     colours = [colour for colour in COLOURS if colour != background_colour]
     min_visible = 0.97 if rng.random() < 0.45 else MIN_VISIBLE
-    cover = CoverMap(size_wh)
+    cover = _CoverMap(size_wh)
     placed: list[SceneObject] = []
     for _ in range(count):
         kind, colour = str(rng.choice(KINDS)), str(rng.choice(colours))
@@ -150,7 +239,7 @@ def _place(
     kind: str,
     colour: str,
     count: int,
-    cover: CoverMap,
+    cover: _CoverMap,
     min_visible: float,
     placed: list[SceneObject],
     texts: tuple[TextLine, ...],
@@ -161,23 +250,23 @@ def _place(
     for attempt in range(_ATTEMPTS):
         shrink = 1 - 0.6 * attempt / _ATTEMPTS
         pose = _random_pose(rng, shape, size_wh, largest * shrink, may_leave=min_visible < 0.9)
-        outline = placing.posed(shape.outline, pose, size_wh)
-        clipped = placing.clip_to_image(outline)
+        outline = geometry.posed(shape.outline, pose, size_wh)
+        clipped = geometry.clip_to_image(outline)
         if len(clipped) < 3:
             continue
-        box = placing.tight_box(clipped)
-        if any(placing.boxes_touch(box, placing.tight_box(np.array(t.plate_xy))) for t in texts):
+        box = geometry.tight_box(clipped)
+        if any(geometry.boxes_touch(box, geometry.tight_box(np.array(t.plate_xy))) for t in texts):
             continue
-        if any(o.kind == kind and placing.box_iou(o.box_xyxy, box) > 0.2 for o in placed):
+        if any(o.kind == kind and geometry.box_iou(o.box_xyxy, box) > 0.2 for o in placed):
             continue
         if not cover.try_add(outline, min_visible):
             continue
         rgb = object_shade(colour, rng)
         strongest = 0.12 if colour == "white" else 0.4
         shading = float(rng.uniform(0, strongest)) if rng.random() < 0.6 else 0.0
-        polygon = placing.clip_to_image(placing.posed(shape.polygon, pose, size_wh))
+        polygon = geometry.clip_to_image(geometry.posed(shape.polygon, pose, size_wh))
         return SceneObject(
-            kind, colour, rgb, box, placing.as_pairs(clipped), placing.answer_polygon(polygon),
+            kind, colour, rgb, box, geometry.as_pairs(clipped), geometry.answer_polygon(polygon),
             pose, 1.0, shading,
         )  # fmt: skip
     return None
@@ -198,7 +287,7 @@ def _random_pose(
     angle = math.radians(float(rng.choice(shape.turns)) + tilt)
     mirrored = shape.mirrors and rng.random() < 0.5
     centred = Pose((0.0, 0.0), (extent * stretch, extent / stretch), angle, mirrored)
-    points: Points = placing.posed(shape.outline, centred, size_wh)
+    points: Points = geometry.posed(shape.outline, centred, size_wh)
     low, high = points.min(axis=0), points.max(axis=0)
     span = high - low
     slack = 0.22 * span if may_leave and rng.random() < 0.25 else -0.01 * np.ones(2)

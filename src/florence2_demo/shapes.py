@@ -12,20 +12,16 @@ from functools import lru_cache
 from typing import Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from florence2.opencv import cv2
+from florence2_demo.geometry import MAX_POLYGON_POINTS, Points
 
-Points = NDArray[np.float64]
-"""Vertices as [n, 2], x before y."""
-
-MAX_POLYGON_POINTS: Final = 12
 _RASTER_PX: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Detail:
-    """A painted part inside a shape. ``tone`` names its colour, see ``draw.tone_rgb``."""
+    """A painted part inside a shape. ``tone`` names its colour, see ``palette.tone_rgb``."""
 
     points: Points
     tone: str

@@ -12,11 +12,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from florence2.opencv import cv2
-from florence2_demo import placing
+from florence2_demo import geometry
+from florence2_demo.geometry import FractionBox, Points, Quad, Size
 from florence2_demo.lexicon import SIGN_WORDS
 from florence2_demo.palette import Rgb
-from florence2_demo.placing import FractionBox, Quad, Size
-from florence2_demo.shapes import Points
 
 FONTS: Final[dict[str, int]] = {
     "pillow": -1,
@@ -90,7 +89,7 @@ class TextLine:
     @property
     def box_xyxy(self) -> FractionBox:
         """The upright box around the quad."""
-        return placing.tight_box(np.array(self.quad_xy))
+        return geometry.tight_box(np.array(self.quad_xy))
 
 
 def make_texts(rng: np.random.Generator, size_wh: Size) -> tuple[TextLine, ...]:
@@ -104,8 +103,8 @@ def make_texts(rng: np.random.Generator, size_wh: Size) -> tuple[TextLine, ...]:
     for _ in range(8):
         second = _random_line(rng, size_wh, words[1])
         apart = abs(_centre_y(first) - _centre_y(second)) > 0.06
-        boxes = [placing.tight_box(np.array(line.plate_xy)) for line in (first, second)]
-        if apart and not placing.boxes_touch(boxes[0], boxes[1]):
+        boxes = [geometry.tight_box(np.array(line.plate_xy)) for line in (first, second)]
+        if apart and not geometry.boxes_touch(boxes[0], boxes[1]):
             return tuple(sorted((first, second), key=_centre_y))
     return (first,)
 
@@ -140,5 +139,5 @@ def _corners(half_wh: Points, angle: float) -> Points:
 
 
 def _as_quad(points: Points) -> Quad:
-    first, second, third, fourth = placing.as_pairs(points)
+    first, second, third, fourth = geometry.as_pairs(points)
     return first, second, third, fourth

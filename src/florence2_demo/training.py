@@ -8,55 +8,81 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from torch.utils.data import DataLoader, IterableDataset
 
 from florence2.errors import RequestError
 from florence2.network.florence import Florence2Network
 from florence2.pixels import ImageProcessor
 from florence2.runtimes.device import choose_device
 from florence2.tokenizer import Vocabulary
-from florence2.tokens import BOS_ID, EOS_ID, NUM_LOCATION_BINS, PAD_ID, location_token
+from florence2.tokens import NUM_LOCATION_BINS, PAD_ID, location_token
+from florence2_demo.batches import IGNORED, Batch, GridTargets, SceneBatches
 from florence2_demo.checkpoint import (
     GRID_SIDE,
     demo_config,
     save_checkpoint,
     write_tokenizer_and_processor,
 )
-from florence2_demo.drawing import draw_scene
-from florence2_demo.examples import prompt_sentence, sample_examples
-from florence2_demo.grid_targets import grid_targets
 from florence2_demo.lexicon import COLOURS, KINDS, SIGN_WORDS
-from florence2_demo.scene import Scene, make_scene
 
 logger = logging.getLogger(__name__)
 
-
-IGNORED = -100
+_WARM_UP_STEPS = 200
+_DECAY_SHARE = 0.35
 
 
 @dataclass(frozen=True, slots=True)
-class GridTargets:
-    """What lies under each visual token of ``B`` images, as flat grids of ``G`` cells.
+class TrainingPlan:
+    """The trainer's settings; the defaults made the published demo checkpoint."""
 
-    ``objectness`` [B, G] float; ``kind`` and ``colour`` [B, G] long with -1 for none;
-    ``boxes_xyxy`` [B, G, 4] in fractions of the image; ``words`` [B, G] long with -1 for none.
-    """
+    steps: int = 8000
+    images_per_batch: int = 16
+    prompts_per_image: int = 5
+    peak_rate: float = 1.5e-3
+    sigma_bins: float = 4.0
+    final_sigma_bins: float = 1.5
+    save_every_s: float = 240.0
+    ramp_steps: int = 600
+    seed: int = 0
+    workers: int = 1
+    precision: str = "bf16"
+    device: str = "cpu"
 
-    objectness: Tensor
-    kind: Tensor
-    colour: Tensor
-    boxes_xyxy: Tensor
-    words: Tensor
+    def check(self) -> None:
+        """RequestError for a plan that cannot be run."""
+        counts = {
+            "steps": self.steps,
+            "images": self.images_per_batch,
+            "prompts": self.prompts_per_image,
+        }
+        for name, count in counts.items():
+            if count < 1:
+                raise RequestError(
+                    f"Training needs at least 1 of {name}, and {count} was received; give more."
+                )
+
+    def learning_rate(self, step: int) -> float:
+        """Warm-up, a plateau, then a straight line to zero over the last steps."""
+        left = max(self.steps - step, 0) / max(self.steps * _DECAY_SHARE, 1)
+        return self.peak_rate * min((step + 1) / _WARM_UP_STEPS, left, 1.0)
+
+    def sigma_bins_at(self, step: int) -> float:
+        """How wide a location's target is: 20 bins at first, 4 for the middle, 1.5 at the end.
+
+        While features form, a rough place is worth more than none. In the end a place must be
+        likelier than the other answers it competes with in the search.
+        """
+        final = max(0.0, step / self.steps - 0.5) * 2
+        plateau = self.sigma_bins + 16.0 * math.exp(-step / 500)
+        return plateau + (self.final_sigma_bins - plateau) * final
 
 
 def soft_location_log_prob(log_probs: Tensor, bins: Tensor, sigma_bins: float) -> Tensor:
@@ -143,21 +169,6 @@ class GridHead(nn.Module):
         return loss + functional.cross_entropy(words[written], targets[written] + 1)
 
 
-@dataclass(frozen=True, slots=True)
-class Schedule:
-    """Warm-up, a plateau, then a straight line to zero over the last ``decay`` of the steps."""
-
-    peak: float
-    steps: int
-    warmup: int = 200
-    decay: float = 0.35
-
-    def rate(self, step: int) -> float:
-        """The learning rate of step ``step``."""
-        left = max(self.steps - step, 0) / max(self.steps * self.decay, 1)
-        return self.peak * min((step + 1) / self.warmup, left, 1.0)
-
-
 def _is_matrix(name: str, parameter: Tensor) -> bool:
     return parameter.ndim == 2 and "embed" not in name and "shared" not in name
 
@@ -177,13 +188,6 @@ def make_optimizers(model: nn.Module, weight_decay: float = 0.05) -> list[torch.
         ),
         torch.optim.AdamW(others, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0),
     ]
-
-
-def set_rate(optimizers: list[torch.optim.Optimizer], rate: float) -> None:
-    """Gives every group of every optimiser the same learning rate."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = rate
 
 
 class ExplicitAttention(TorchFunctionMode):
@@ -223,146 +227,6 @@ def _attend(
         scores = scores + attn_mask
     mixed: Tensor = scores.softmax(-1).to(value.dtype) @ value
     return mixed
-
-
-FIRST_TRAINING_SEED = 1_000_000
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What one batch is made of. ``max_objects`` grows as training goes on."""
-
-    images_per_batch: int
-    prompts_per_image: int
-    grid_side: int
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """``B`` images with ``K`` prompts each; prompt ``i`` belongs to image ``i // K``.
-
-    ``pixels`` [B, 3, S, S]; ``prompt_ids`` [B*K, T]; ``decoder_ids`` and ``targets`` [B*K, L],
-    with targets of -100 where nothing is to be learned.
-    """
-
-    pixels: Tensor
-    prompt_ids: Tensor
-    decoder_ids: Tensor
-    targets: Tensor
-    grid: GridTargets
-
-
-def _padded(rows: list[list[int]], fill: int) -> Tensor:
-    width = max(len(row) for row in rows)
-    return torch.tensor([row + [fill] * (width - len(row)) for row in rows])
-
-
-def _grid(scenes: list[Scene], side: int) -> GridTargets:
-    grids = [grid_targets(scene, side) for scene in scenes]
-    names = [field.name for field in fields(GridTargets)]
-    columns = {
-        name: torch.from_numpy(np.stack([np.asarray(getattr(grid, name)) for grid in grids]))
-        for name in names
-    }
-    flat = {name: column.flatten(1, 2) for name, column in columns.items()}
-    return GridTargets(**flat)
-
-
-def on_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with every tensor on ``device``."""
-    grid = {name: getattr(batch.grid, name).to(device) for name in GridTargets.__slots__}
-    return Batch(
-        pixels=batch.pixels.to(device),
-        prompt_ids=batch.prompt_ids.to(device),
-        decoder_ids=batch.decoder_ids.to(device),
-        targets=batch.targets.to(device),
-        grid=GridTargets(**grid),
-    )
-
-
-class SceneBatches(IterableDataset[Batch]):
-    """An endless, reproducible stream: batch ``n`` is the same whenever it is made."""
-
-    def __init__(
-        self, vocabulary: Vocabulary, processor: ImageProcessor, plan: Plan, first: int, ramp: int
-    ) -> None:
-        self.vocabulary = vocabulary
-        self.processor = processor
-        self.plan = plan
-        self.first = first
-        self.ramp = ramp
-
-    def __iter__(self) -> Iterator[Batch]:
-        info = torch.utils.data.get_worker_info()
-        offset, stride = (info.id, info.num_workers) if info else (0, 1)
-        number = self.first + offset
-        while True:
-            yield self.batch(number)
-            number += stride
-
-    def max_objects(self, number: int) -> int:
-        """One object at first, six from batch ``ramp`` on."""
-        return min(6, 1 + 5 * number // max(self.ramp, 1))
-
-    def batch(self, number: int) -> Batch:
-        """Batch ``number`` of the stream."""
-        count = self.plan.images_per_batch
-        seeds = [FIRST_TRAINING_SEED + number * count + i for i in range(count)]
-        scenes = [make_scene(seed, max_objects=self.max_objects(number)) for seed in seeds]
-        prompts, answers = [], []
-        for seed, scene in zip(seeds, scenes, strict=True):
-            rng = np.random.default_rng(seed)
-            for example in sample_examples(scene, rng, self.plan.prompts_per_image):
-                sentence = prompt_sentence(example)
-                prompts.append([BOS_ID, *self.vocabulary.encode(sentence), EOS_ID])
-                answers.append([BOS_ID, *self.vocabulary.encode(example.answer), EOS_ID])
-        pixels = np.stack([self.processor.pixels(draw_scene(scene)) for scene in scenes])
-        return Batch(
-            pixels=torch.from_numpy(pixels),
-            prompt_ids=_padded(prompts, PAD_ID),
-            decoder_ids=_padded([[EOS_ID, *answer[:-1]] for answer in answers], PAD_ID),
-            targets=_padded(answers, IGNORED),
-            grid=_grid(scenes, self.plan.grid_side),
-        )
-
-
-def stream(dataset: SceneBatches, workers: int) -> Iterator[Batch]:
-    """Batches in order, drawn in ``workers`` processes ahead of the trainer."""
-    loader = DataLoader(
-        dataset, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None
-    )
-    return iter(loader)
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingPlan:
-    """The trainer's settings; the defaults made the published demo checkpoint."""
-
-    steps: int = 8000
-    images_per_batch: int = 16
-    prompts_per_image: int = 5
-    peak_rate: float = 1.5e-3
-    sigma_bins: float = 4.0
-    final_sigma_bins: float = 1.5
-    save_every_s: float = 240.0
-    ramp_steps: int = 600
-    seed: int = 0
-    workers: int = 1
-    precision: str = "bf16"
-    device: str = "cpu"
-
-    def check(self) -> None:
-        """RequestError for a plan that cannot be run."""
-        counts = {
-            "steps": self.steps,
-            "images": self.images_per_batch,
-            "prompts": self.prompts_per_image,
-        }
-        for name, count in counts.items():
-            if count < 1:
-                raise RequestError(
-                    f"Training needs at least 1 of {name}, and {count} was received; give more."
-                )
 
 
 class Learner(nn.Module):
@@ -488,20 +352,27 @@ class Trainer:
         os.replace(partial, self._state_file)
         save_checkpoint(self.learner.network, self.folder / "checkpoint")
 
+    def batches(self, first: int = 0) -> SceneBatches:
+        """The stream of this training, from batch ``first`` on."""
+        plan = self.plan
+        return SceneBatches(
+            self.vocabulary,
+            self.processor,
+            images=plan.images_per_batch,
+            prompts=plan.prompts_per_image,
+            grid_side=GRID_SIDE,
+            ramp=plan.ramp_steps,
+            first=first,
+        )
+
     def run(self) -> None:
         """Trains until the planned step, saving on the way."""
         plan = self.plan
-        schedule = Schedule(plan.peak_rate, plan.steps)
-        batch_plan = Plan(plan.images_per_batch, plan.prompts_per_image, GRID_SIDE)
-        dataset = SceneBatches(
-            self.vocabulary, self.processor, batch_plan, self.step, plan.ramp_steps
-        )
-        batches = stream(dataset, plan.workers)
+        batches = self.batches(first=self.step).stream(plan.workers)
         saved_at = time.monotonic()
         started_at, started_step = saved_at, self.step
         while self.step < plan.steps and not self.is_stopping:
-            set_rate(self.optimizers, schedule.rate(self.step))
-            figures = self._step(next(batches))
+            figures = self.learn(next(batches), plan.learning_rate(self.step))
             self.step += 1
             if self.step % 50 == 0:
                 rate = (self.step - started_step) / (time.monotonic() - started_at)
@@ -511,29 +382,21 @@ class Trainer:
                 saved_at = time.monotonic()
         self.save()
 
-    def _step(self, batch: Batch) -> dict[str, float]:
-        sigma = self._sigma_bins()
+    def learn(self, batch: Batch, rate: float) -> dict[str, float]:
+        """One step at a learning rate; the losses, and shares of tokens that are right."""
+        sigma = self.plan.sigma_bins_at(self.step)
         half = self.plan.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=half), ExplicitAttention():
-            loss, figures = self.learner.forward(on_device(batch, self.device), sigma)
+            loss, figures = self.learner.forward(batch.to(self.device), sigma)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.learner.parameters(), 1.0)
         for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
             optimizer.step()
         return figures
-
-    def _sigma_bins(self) -> float:
-        """How wide a location's target is: 20 bins at first, 4 for the middle, 1.5 at the end.
-
-        While features form, a rough place is worth more than none. In the end a place must be
-        likelier than the other answers it competes with in the search.
-        """
-        plan = self.plan
-        final = max(0.0, self.step / plan.steps - 0.5) * 2
-        plateau = plan.sigma_bins + 16.0 * math.exp(-self.step / 500)
-        return plateau + (plan.final_sigma_bins - plateau) * final
 
     def _log(self, figures: dict[str, float]) -> None:
         line = {"step": self.step} | {name: round(value, 4) for name, value in figures.items()}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Final
 
 from florence2.tasks import TASKS, Task, TaskInput
 from florence2.tokens import NUM_LOCATION_BINS, POLYGON_END, POLYGON_START, location_token
-from florence2_demo import language as phrases
+from florence2_demo import language
+from florence2_demo.geometry import FractionBox, PointsXy, Quad, box_iou
 from florence2_demo.language import left_to_right
-from florence2_demo.placing import FractionBox, PointsXy, Quad, box_iou
 from florence2_demo.scene import Scene, SceneObject
 from florence2_demo.signs import TextLine
 
@@ -46,11 +47,6 @@ def _flat(points: Iterable[tuple[float, float]]) -> list[float]:
     return [value for point in points for value in point]
 
 
-def region_text(region_xyxy: FractionBox) -> str:
-    """A region as prompts spell it: four location tokens."""
-    return locations(region_xyxy)
-
-
 def _boxes(things: Iterable[SceneObject], label: Callable[[SceneObject], str]) -> Truth:
     things = tuple(things)
     labels = tuple(label(thing) for thing in things)
@@ -62,7 +58,7 @@ def _boxes(things: Iterable[SceneObject], label: Callable[[SceneObject], str]) -
 def _grounded(scene: Scene, text: str) -> Truth:
     """Each phrase that something matches, once, followed by all its boxes."""
     answer, labels, found = "", list[str](), list[SceneObject]()
-    for phrase in phrases.find_phrases(text):
+    for phrase in language.find_phrases(text):
         things = phrase.matches(scene)
         if things:
             answer += phrase.words + "".join(locations(thing.box_xyxy) for thing in things)
@@ -86,7 +82,7 @@ def _outlined(things: tuple[SceneObject, ...]) -> Truth:
 
 
 def _referred(scene: Scene, text: str) -> Truth:
-    phrase = phrases.find_referred(text)
+    phrase = language.find_referred(text)
     return _outlined(phrase.matches(scene) if phrase else ())
 
 
@@ -120,37 +116,28 @@ def _read_quads(scene: Scene) -> Truth:
     return Truth(answer, tuple(line.text for line in scene.texts), quads_xy=quads)
 
 
-def _kind(thing: SceneObject) -> str:
-    return thing.kind
-
-
-def _name(thing: SceneObject) -> str:
-    return thing.name
-
-
-def _nothing(_: SceneObject) -> str:
-    return ""
-
-
+_Namer = Callable[[SceneObject], str]
+_KIND: Final[_Namer] = attrgetter("kind")
+_NAME: Final[_Namer] = attrgetter("name")
 _OF_SCENE: Final[dict[str, Callable[[Scene], Truth]]] = {
-    "<CAPTION>": lambda scene: Truth(phrases.caption(scene)),
-    "<DETAILED_CAPTION>": lambda scene: Truth(phrases.detailed_caption(scene)),
-    "<MORE_DETAILED_CAPTION>": lambda scene: Truth(phrases.more_detailed_caption(scene)),
-    "<OD>": lambda scene: _boxes(left_to_right(scene), _kind),
-    "<DENSE_REGION_CAPTION>": lambda scene: _boxes(left_to_right(scene), _name),
-    "<REGION_PROPOSAL>": lambda scene: _boxes(left_to_right(scene), _nothing),
+    "<CAPTION>": lambda scene: Truth(language.caption(scene)),
+    "<DETAILED_CAPTION>": lambda scene: Truth(language.detailed_caption(scene)),
+    "<MORE_DETAILED_CAPTION>": lambda scene: Truth(language.more_detailed_caption(scene)),
+    "<OD>": lambda scene: _boxes(left_to_right(scene), _KIND),
+    "<DENSE_REGION_CAPTION>": lambda scene: _boxes(left_to_right(scene), _NAME),
+    "<REGION_PROPOSAL>": lambda scene: _boxes(left_to_right(scene), lambda _: ""),
     "<OCR>": lambda scene: _read(scene.texts),
     "<OCR_WITH_REGION>": _read_quads,
 }
 _OF_TEXT: Final[dict[str, Callable[[Scene, str], Truth]]] = {
     "<CAPTION_TO_PHRASE_GROUNDING>": _grounded,
-    "<OPEN_VOCABULARY_DETECTION>": lambda scene, text: _grounded(scene, text),
+    "<OPEN_VOCABULARY_DETECTION>": _grounded,
     "<REFERRING_EXPRESSION_SEGMENTATION>": _referred,
 }
 _OF_REGION: Final[dict[str, Callable[[Scene, FractionBox], Truth]]] = {
     "<REGION_TO_SEGMENTATION>": lambda scene, box: _outlined(_nearest_object(scene, box)),
-    "<REGION_TO_CATEGORY>": lambda scene, box: _region_label(scene, box, _kind),
-    "<REGION_TO_DESCRIPTION>": lambda scene, box: _region_label(scene, box, _name),
+    "<REGION_TO_CATEGORY>": lambda scene, box: _region_label(scene, box, _KIND),
+    "<REGION_TO_DESCRIPTION>": lambda scene, box: _region_label(scene, box, _NAME),
     "<REGION_TO_OCR>": _read_region,
 }
 

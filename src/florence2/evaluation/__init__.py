@@ -1,1 +1,1 @@
-"""How good a checkpoint is: its answers about held-out drawn scenes against the exact truth."""
+"""Metrics for labelled data: overlaps, average precision, calibration, read text, intervals."""

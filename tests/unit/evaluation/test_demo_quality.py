@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from florence2.evaluation.evaluate import ALL_TASKS, Plan, evaluate
+from florence2 import Florence2
+from florence2_demo.evaluation import ALL_TASKS, Plan, evaluate
 
 DEMO = Path(__file__).parents[3] / "demo" / "checkpoint"
 SCENES = 60
@@ -20,8 +21,6 @@ TARGETS = {
 
 @pytest.fixture(scope="module")
 def report():
-    from florence2 import Florence2
-
     model = Florence2.load(DEMO, device="cpu", precision="fp32")
     return evaluate(model, Plan(SCENES, seed=1000, max_new_tokens=200))
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from evaluation_oracle import Oracle
 
-from florence2.evaluation.tally import FIGURES
+from florence2_demo.evaluation import FIGURES
 from serve.cli.main import main
 
 
@@ -20,10 +20,7 @@ def loaded(monkeypatch):
         model = Oracle(range(5, 9))
         model.device, model.precision = "cpu", "fp32"
         checkpoint = SimpleNamespace(
-            name=name,
-            revision="abc",
-            vocabulary=model,
-            generation=SimpleNamespace(num_beams=3),
+            name=name, revision="abc", vocabulary=model, generation=SimpleNamespace(num_beams=3)
         )
         model.engine = SimpleNamespace(checkpoint=checkpoint)
         return model
@@ -66,18 +63,8 @@ def test_options_reach_the_model(loaded, capsys):
 
 def test_scores_are_compared_on_request(loaded, tmp_path, capsys):
     file = tmp_path / "figures.json"
-    line = (
-        "--scenes",
-        "4",
-        "--seed",
-        "5",
-        "--tasks",
-        "od",
-        "--compare-scores",
-        "--json",
-        str(file),
-    )
-    assert run(*line) == 0
+    asked = ("--scenes", "4", "--seed", "5", "--tasks", "od,caption")
+    assert run(*asked, "--compare-scores", "--json", str(file)) == 0
     rows = json.loads(file.read_text(encoding="utf-8"))["score_definitions"]
     assert rows["near mean"] == {"map50": 1.0, "auroc": None, "ece": 0.0}
     assert "near mean" in capsys.readouterr().out

@@ -7,12 +7,20 @@ import pytest
 from evaluation_oracle import Oracle
 
 from florence2.errors import FlorenceError, RequestError
-from florence2.evaluation.evaluate import ALL_TASKS, Plan, evaluate, task_tokens
-from florence2.evaluation.questions import HELD_OUT_SEEDS, check_seeds, questions_about
-from florence2.evaluation.tally import FIGURES
+from florence2.postprocess import parse_answer_text
 from florence2.records import Failure
+from florence2_demo.batches import FIRST_TRAINING_SEED
 from florence2_demo.demo_images import FIRST_DEMO_SEED
-from florence2_demo.training import FIRST_TRAINING_SEED
+from florence2_demo.evaluation import (
+    ALL_TASKS,
+    FIGURES,
+    HELD_OUT_SEEDS,
+    Plan,
+    evaluate,
+    held_out_examples,
+    held_out_seeds,
+    task_tokens,
+)
 
 SCENES = 24
 
@@ -25,10 +33,8 @@ def perfect():
 
 def test_the_truth_itself_is_perfect(perfect):
     content = perfect[1].to_dict()
-    right = [name for name in FIGURES if name not in ("segmentation_miou", "ocr_cer", "ece")]
-    assert {name: content[name] for name in right if name != "od_map"} == {
-        name: 1.0 for name in right if name != "od_map"
-    }
+    right = set(FIGURES) - {"od_map", "segmentation_miou", "ocr_cer", "ece"}
+    assert {name: content[name] for name in right} == dict.fromkeys(right, 1.0)
     # Location tokens have a thousandth of the image; a strict overlap of a small box feels that.
     assert content["od_map"] > 0.97
     # Answers spell outlines with at most twelve points.
@@ -49,7 +55,9 @@ def test_the_truth_itself_is_well_formed(perfect):
 def test_each_scene_is_one_picture_for_all_its_tasks(perfect):
     oracle = perfect[0]
     assert oracle.pictures == [5, 5, 5, 5, 4]
-    assert sum(oracle.calls) == sum(len(questions_about(seed, ALL_TASKS)) for seed in range(SCENES))
+    assert sum(oracle.calls) == sum(
+        len(held_out_examples(seed, ALL_TASKS)) for seed in range(SCENES)
+    )
 
 
 def test_the_report_is_plain_json_with_an_interval_for_every_figure(perfect):
@@ -106,37 +114,34 @@ def test_silence_is_zero_and_not_an_error():
     assert content["ece"] is None
 
 
-class Failing(Oracle):
+class OutOfMemory(Oracle):
     def answer(self, ask):
-        if ask.task == "<OCR>":
-            return Failure("error", "Out of memory.")
-        return super().answer(ask)
+        failure = Failure("error", "Out of memory.")
+        return failure if ask.task == "<OCR>" else super().answer(ask)
 
 
-def test_a_failing_model_has_no_figures():
-    with pytest.raises(FlorenceError, match=r"could not answer <OCR> about scene 0.*Out of memory"):
-        evaluate(Failing(range(2)), Plan(2))
+class Gone(Oracle):
+    def answer(self, ask):
+        raise FlorenceError("The device is gone.")
 
 
-def test_a_raising_model_has_no_figures():
-    class Broken:
-        def run_many(self, asks):
-            raise FlorenceError("The device is gone.")
-
-    with pytest.raises(FlorenceError, match="The device is gone"):
-        evaluate(Broken(), Plan(2))
+class Scoreless(Oracle):
+    def answer(self, ask):
+        whole = super().answer(ask)
+        return parse_answer_text(ask.task, whole.answer, whole.size_wh)
 
 
-def test_boxes_without_scores_are_an_error():
-    class Scoreless(Oracle):
-        def answer(self, ask):
-            from florence2.postprocess import parse_answer_text
-
-            whole = super().answer(ask)
-            return parse_answer_text(ask.task, whole.answer, whole.size_wh)
-
-    with pytest.raises(FlorenceError, match="score for every box"):
-        evaluate(Scoreless(range(1)), Plan(1))
+@pytest.mark.parametrize(
+    ("model", "sentence"),
+    [
+        (OutOfMemory, r"could not answer <OCR> about scene 0.*Out of memory"),
+        (Gone, "The device is gone"),
+        (Scoreless, "score for every box"),
+    ],
+)
+def test_a_model_that_fails_has_no_figures(model, sentence):
+    with pytest.raises(FlorenceError, match=sentence):
+        evaluate(model(range(2)), Plan(2))
 
 
 def test_some_tasks_only():
@@ -149,8 +154,8 @@ def test_some_tasks_only():
 
 
 def test_questions_are_the_same_every_time_and_whatever_else_is_asked():
-    alone = [q for seed in range(30) for q in questions_about(seed, ["<REGION_TO_CATEGORY>"])]
-    among = [q for seed in range(30) for q in questions_about(seed, ALL_TASKS)]
+    alone = [q for seed in range(30) for q in held_out_examples(seed, ["<REGION_TO_CATEGORY>"])]
+    among = [q for seed in range(30) for q in held_out_examples(seed, ALL_TASKS)]
     assert alone == [q for q in among if q.task == "<REGION_TO_CATEGORY>"]
     assert len({q.truth.answer for q in alone}) > 20
 
@@ -166,11 +171,11 @@ def test_questions_are_the_same_every_time_and_whatever_else_is_asked():
 )
 def test_scenes_that_are_not_held_out_are_refused(seed, count, words):
     with pytest.raises(RequestError, match=words):
-        check_seeds(seed, count)
+        held_out_seeds(seed, count)
 
 
 def test_nothing_else_draws_held_out_scenes():
-    assert list(check_seeds(399_998, 2)) == [399_998, 399_999]
+    assert list(held_out_seeds(399_998, 2)) == [399_998, 399_999]
     assert HELD_OUT_SEEDS[-1] < min(FIRST_DEMO_SEED, FIRST_TRAINING_SEED, 500_000)
 
 

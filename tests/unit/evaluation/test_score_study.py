@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import pytest
 
 from florence2.errors import FlorenceError
-from florence2.evaluation.questions import questions_about
-from florence2.evaluation.score_study import DEFINITIONS, OURS, ScoreStudy
+from florence2.evaluation.detection import ImageBoxes
 from florence2.postprocess import parse
 from florence2.records import Result
 from florence2.tasks import find_task
 from florence2.tokenizer import PieceKind, pieces_from_text
+from florence2_demo.score_study import DEFINITIONS, OURS, ScoreStudy
 
 
 def spelled(answer, exact, near, label):
@@ -30,19 +30,16 @@ def spelled(answer, exact, near, label):
     return pieces, Result("<OD>", (100, 100), parsed.objects, None, answer, (), truncated=False)
 
 
-def study_of(question, pieces, result):
+def study_of(pieces, result):
     study = ScoreStudy(SimpleNamespace(pieces=lambda *_: pieces))
-    study.see(0, question, result)
+    boxes = tuple(box.box_xyxy for box in result.objects)
+    labels = tuple(box.label for box in result.objects)
+    study.add(0, ImageBoxes(boxes, labels, (1.0,) * len(boxes), (), ()), result)
     return study
 
 
-@pytest.fixture
-def question():
-    return questions_about(0, ["<OD>"])[0]
-
-
-def test_each_definition_by_hand(question):
-    study = study_of(question, *spelled("car<loc_1><loc_2><loc_300><loc_400>", 0.1, 0.5, 0.8))
+def test_each_definition_by_hand():
+    study = study_of(*spelled("car<loc_1><loc_2><loc_300><loc_400>", 0.1, 0.5, 0.8))
     scores = {name: found[0][0] for name, found in study.scores.items()}
     assert scores == pytest.approx(
         {
@@ -61,20 +58,14 @@ def test_each_definition_by_hand(question):
     assert set(scores) == {OURS, *DEFINITIONS}
 
 
-def test_ours_is_the_score_that_results_carry(question):
-    pieces, result = spelled(
-        f"{question.truth.answer}car<loc_1><loc_1><loc_1><loc_9>", 0.1, 0.5, 0.8
-    )
-    study = study_of(question, pieces, result)
+def test_ours_is_the_score_that_results_carry():
+    answer = "cup<loc_5><loc_6><loc_700><loc_800>car<loc_1><loc_1><loc_1><loc_9>"
+    pieces, result = spelled(answer, 0.1, 0.5, 0.8)
+    study = study_of(pieces, result)
     assert list(study.scores[OURS][0]) == [box.score for box in result.objects]
 
 
-def test_other_tasks_are_passed_over(question):
-    other = questions_about(0, ["<CAPTION>"])[0]
-    assert study_of(other, *spelled("car", 1, 1, 1)).qualities() == {}
-
-
-def test_boxes_that_do_not_line_up_are_an_error(question):
+def test_boxes_that_do_not_line_up_are_an_error():
     pieces, result = spelled("car<loc_1><loc_2><loc_300><loc_400>", 0.1, 0.5, 0.8)
     with pytest.raises(FlorenceError, match="spells 0 boxes and 1 were read"):
-        study_of(question, pieces[:2], result)
+        study_of(pieces[:2], result)

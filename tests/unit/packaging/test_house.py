@@ -100,7 +100,7 @@ def test_a_single_importer_is_one_of_the_modules_that_are_looked_at(tmp_path):
         ("florence2.api", True),
         ("florence2.engine.benchmark", True),
         ("florence2.benchmark", False),
-        ("florence2.evaluation.matching", False),
+        ("florence2.evaluation.detection", False),
         ("florence2_demo.api", False),
         ("serve.app", False),
     ],

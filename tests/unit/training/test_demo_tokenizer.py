@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from florence2.benchmark.tokenizer import build_tokenizer
 from florence2.tasks import TASKS
 from florence2.tokens import ADDED_TOKENS, IMAGE, MASK
+from florence2_demo.checkpoint import tokenizer_texts
 from florence2_demo.lexicon import COLOURS, KINDS, SIGN_WORDS
-from florence2_demo.tokenizer_text import tokenizer_texts
 
 BASE_SIZE = 900
 

@@ -3,18 +3,12 @@
 import numpy as np
 import pytest
 
-from florence2.tasks import TASKS
-from florence2_demo import language as phrases
-from florence2_demo import truth
-from florence2_demo.examples import (
-    TASK_WEIGHTS,
-    examples,
-    ground_truth,
-    prompt_sentence,
-    sample_examples,
-)
+from florence2.tasks import TASKS, find_task
+from florence2_demo.examples import TASK_WEIGHTS, examples, prompt_sentence, sample_examples
+from florence2_demo.language import find_phrases, has_known_words, plain_label
 from florence2_demo.lexicon import counted, listed
 from florence2_demo.scene import make_scene
+from florence2_demo.truth import ground_truth, location_bin, locations
 
 SIZE = 10_000
 BIN = SIZE / 1000
@@ -34,7 +28,7 @@ def read():
     processor = module.Florence2PostProcessor({kind: {} for kind in kinds}, _Tokenizer())
 
     def parse(answer: str, task: str) -> list[dict]:
-        kind = truth.TASK_BY_TOKEN[task].output.value
+        kind = find_task(task).output.value
         return processor(text=answer, image_size=(SIZE, SIZE), parse_tasks=kind)[kind]
 
     return parse
@@ -66,7 +60,7 @@ BOX_TASKS = [
 def test_reference_reads_the_same_boxes(read, task):
     for seed, scene in enumerate(SCENES):
         for made in sample_examples(scene, np.random.default_rng(seed), 3, {task: 1.0}):
-            right = ground_truth(scene, task, made.text)
+            right = made.truth
             parsed = flat_boxes(read(made.answer, task))
             assert len(parsed) == len(right.boxes_xyxy)
             for (label, box), name, expected in zip(
@@ -82,14 +76,11 @@ def test_reference_reads_the_same_boxes(read, task):
 def test_reference_reads_one_instance_per_polygon(read, task):
     several = 0
     for seed, scene in enumerate(SCENES):
-        asked = [
-            (made.text, made.region_xyxy)
-            for made in sample_examples(scene, np.random.default_rng(seed), 3, {task: 1.0})
-        ]
+        made = sample_examples(scene, np.random.default_rng(seed), 3, {task: 1.0})
+        truths = [example.truth for example in made]
         if task == "<REFERRING_EXPRESSION_SEGMENTATION>":
-            asked.append((scene.objects[0].kind, None))
-        for text, region_xyxy in asked:
-            right = ground_truth(scene, task, text, region_xyxy)
+            truths.append(ground_truth(scene, task, scene.objects[0].kind))
+        for right in truths:
             parsed = read(right.answer, task)
             several += len(parsed) > 1
             assert len(parsed) == len(right.polygons_xy)
@@ -133,10 +124,9 @@ def test_samples_are_reproducible_and_follow_the_weights():
 
 def test_answers_without_anything_to_find_are_empty():
     scene = next(scene for scene in SCENES if not scene.texts)
-    assert ground_truth(scene, "<OCR>").answer == ""
-    assert ground_truth(scene, "<OCR_WITH_REGION>").answer == ""
-    assert ground_truth(scene, "<OPEN_VOCABULARY_DETECTION>", "dog").answer == ""
-    assert ground_truth(scene, "<CAPTION_TO_PHRASE_GROUNDING>", "dog. sofa").answer == ""
+    asked = [("<OCR>", None), ("<OCR_WITH_REGION>", None), ("<OPEN_VOCABULARY_DETECTION>", "dog")]
+    for task, text in [*asked, ("<CAPTION_TO_PHRASE_GROUNDING>", "dog. sofa")]:
+        assert ground_truth(scene, task, text).answer == ""
 
 
 def test_objects_are_listed_from_left_to_right():
@@ -158,7 +148,7 @@ def test_objects_are_listed_from_left_to_right():
     ],
 )
 def test_phrases_are_found_in_a_text(text, found):
-    assert [phrase.words for phrase in phrases.find_phrases(text)] == found
+    assert [phrase.words for phrase in find_phrases(text)] == found
 
 
 def test_a_side_picks_the_outermost_match():
@@ -178,7 +168,7 @@ def test_region_answers_repeat_the_region():
     scene = SCENES[2]
     thing = scene.objects[0]
     right = ground_truth(scene, "<REGION_TO_DESCRIPTION>", region_xyxy=thing.box_xyxy)
-    assert right.answer == thing.name + truth.region_text(thing.box_xyxy)
+    assert right.answer == thing.name + locations(thing.box_xyxy)
     with pytest.raises(ValueError, match="needs a region"):
         ground_truth(scene, "<REGION_TO_CATEGORY>")
 
@@ -187,7 +177,7 @@ def test_region_answers_repeat_the_region():
     ("fraction", "expected"), [(0.0, 0), (0.0009, 0), (0.5, 500), (0.9999, 999), (1.0, 999)]
 )
 def test_locations_are_floored_and_clamped(fraction, expected):
-    assert truth.location_bin(fraction) == expected
+    assert location_bin(fraction) == expected
 
 
 def test_words():
@@ -214,4 +204,34 @@ def test_a_referring_prompt_speaks_of_one_thing():
     task = "<REFERRING_EXPRESSION_SEGMENTATION>"
     for seed, scene in enumerate(SCENES):
         for made in sample_examples(scene, np.random.default_rng(seed), 4, {task: 1.0}):
-            assert len(ground_truth(scene, task, made.text, None).polygons_xy) == 1
+            assert len(made.truth.polygons_xy) == 1
+
+
+@pytest.mark.parametrize(
+    ("label", "plain"),
+    [
+        ("red cars", "red car"),
+        ("The  Star", "star"),
+        ("a purple fish", "purple fish"),
+        ("human face", "human face"),
+        ("", ""),
+        ("red car and cup", "red car and cup"),
+    ],
+)
+def test_plain_label(label, plain):
+    assert plain_label(label) == plain
+
+
+@pytest.mark.parametrize(
+    ("answer", "known"),
+    [
+        ("red car<loc_1><loc_2>two stars", True),
+        ("STOP\n7", True),
+        ("", True),
+        ("<poly><loc_3></poly>", True),
+        ("carr<loc_1>", False),
+        ("A small red car is at the top left. A sign on the right says EXIT.", True),
+    ],
+)
+def test_known_words(answer, known):
+    assert has_known_words(answer) is known

@@ -2,15 +2,15 @@
 
 import dataclasses
 
+import cv2
 import numpy as np
 import pytest
 
-from florence2_demo import placing
-from florence2_demo.backgrounds import PATTERNS
+from florence2_demo import geometry
 from florence2_demo.drawing import draw_object, draw_pixels, draw_scene
-from florence2_demo.lexicon import BACKGROUND_COLOURS, COLOURS, KINDS
+from florence2_demo.lexicon import BACKGROUND_COLOURS, COLOURS, KINDS, PATTERNS
 from florence2_demo.scene import MIN_VISIBLE, SceneObject, make_scene
-from florence2_demo.shapes import MAX_POLYGON_POINTS, shapes
+from florence2_demo.shapes import shapes
 
 SCENES = [make_scene(seed) for seed in range(150)]
 OBJECTS = [(scene, thing) for scene in SCENES for thing in scene.objects]
@@ -55,9 +55,9 @@ def test_boxes_and_polygons_lie_inside_the_image_and_agree():
             array = np.array(points)
             assert array.min() >= 0
             assert array.max() <= 1
-        assert 3 <= len(thing.polygon_xy) <= MAX_POLYGON_POINTS
-        assert thing.box_xyxy == placing.tight_box(np.array(thing.outline_xy))
-        assert placing.area(np.array(thing.polygon_xy)) > 0, "clockwise on the screen"
+        assert 3 <= len(thing.polygon_xy) <= geometry.MAX_POLYGON_POINTS
+        assert thing.box_xyxy == geometry.tight_box(np.array(thing.outline_xy))
+        assert geometry.area(np.array(thing.polygon_xy)) > 0, "clockwise on the screen"
 
 
 def test_polygon_overlaps_the_dense_outline():
@@ -67,7 +67,7 @@ def test_polygon_overlaps_the_dense_outline():
         for points in (thing.outline_xy, thing.polygon_xy):
             mask = np.zeros((side, side), np.uint8)
             pixels = np.round(np.array(points) * side).astype(np.int32)
-            placing.cv2.fillPoly(mask, [pixels], 1)
+            cv2.fillPoly(mask, [pixels], 1)
             masks.append(mask.astype(bool))
         overlap = (masks[0] & masks[1]).sum() / (masks[0] | masks[1]).sum()
         assert overlap > 0.78, thing.kind
@@ -85,8 +85,8 @@ def test_outline_covers_the_drawn_pixels():
     for scene, thing in OBJECTS:
         width, height = scene.size_wh
         mask = np.zeros((height, width), np.uint8)
-        points = placing.to_subpixels(np.array(thing.outline_xy), (width, height))
-        placing.cv2.fillPoly(mask, [points], 1, shift=placing.SUBPIXEL_BITS)
+        points = geometry.to_subpixels(np.array(thing.outline_xy), (width, height))
+        cv2.fillPoly(mask, [points], 1, shift=geometry.SUBPIXEL_BITS)
         drawn = changed_pixels(thing, scene.size_wh)
         assert (drawn & mask.astype(bool)).sum() / (drawn | mask.astype(bool)).sum() > 0.93
 
@@ -98,10 +98,10 @@ def test_every_object_is_mostly_visible():
         owner = np.zeros((side, side), np.uint8)
         alone = []
         for index, thing in enumerate(scene.objects, start=1):
-            full = placing.posed(shapes()[thing.kind].outline, thing.pose, scene.size_wh)
-            points = placing.to_subpixels(full, (side, side))
-            placing.cv2.fillPoly(owner, [points], index, shift=placing.SUBPIXEL_BITS)
-            alone.append(abs(placing.area(full)) * side * side)
+            full = geometry.posed(shapes()[thing.kind].outline, thing.pose, scene.size_wh)
+            points = geometry.to_subpixels(full, (side, side))
+            cv2.fillPoly(owner, [points], index, shift=geometry.SUBPIXEL_BITS)
+            alone.append(abs(geometry.area(full)) * side * side)
         for index, (thing, whole) in enumerate(zip(scene.objects, alone, strict=True), start=1):
             visible = min((owner == index).sum() / whole, 1.0)
             assert visible >= 0.6
@@ -123,8 +123,8 @@ def test_about_two_in_five_scenes_have_text_which_nothing_covers():
             quad = np.array(line.quad_xy)
             assert quad.min() >= 0
             assert quad.max() <= 1
-            assert placing.area(quad) > 0, "clockwise from the top left"
-            assert not any(placing.boxes_touch(line.box_xyxy, o.box_xyxy) for o in scene.objects)
+            assert geometry.area(quad) > 0, "clockwise from the top left"
+            assert not any(geometry.boxes_touch(line.box_xyxy, o.box_xyxy) for o in scene.objects)
 
 
 def test_the_ink_fills_its_quad():
@@ -143,7 +143,7 @@ def test_the_ink_fills_its_quad():
             without = draw_pixels(dataclasses.replace(bare, texts=(blank,))).astype(int)
             quad = np.array(line.quad_xy) * (width, height)
             inner = np.zeros((height, width), np.uint8)
-            placing.cv2.fillPoly(inner, [np.round(placing_grown(quad, 1.5)).astype(np.int32)], 1)
+            cv2.fillPoly(inner, [np.round(grown(quad, 1.5)).astype(np.int32)], 1)
             ink = (np.abs(with_ink - without).max(axis=2) > 60) & inner.astype(bool)
             rows, columns = np.nonzero(ink)
             assert np.abs(columns.min() - quad[:, 0].min()) < 0.08 * height
@@ -152,7 +152,7 @@ def test_the_ink_fills_its_quad():
             assert rows.max() <= quad[:, 1].max() + 2
 
 
-def placing_grown(quad: np.ndarray, pixels: float) -> np.ndarray:
+def grown(quad: np.ndarray, pixels: float) -> np.ndarray:
     centre = quad.mean(axis=0)
     return centre + (quad - centre) * (1 + pixels / np.abs(quad - centre).max())
 

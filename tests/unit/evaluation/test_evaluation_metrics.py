@@ -1,22 +1,32 @@
-"""Overlaps, matches, average precision and the other figures, by worked arithmetic."""
+"""Overlaps, matches, average precision and the other metrics, by worked arithmetic."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from florence2.evaluation.bootstrap import measure, resamplings
-from florence2.evaluation.detections import SceneBoxes, calibration, pooled, rankings
-from florence2.evaluation.figures import (
+from florence2.evaluation.detection import (
     IOU_THRESHOLDS,
     CalibrationError,
+    ImageBoxes,
     MeanAveragePrecision,
     Ranking,
-    Ratio,
+    auroc,
+    box_ious,
+    count_matches,
+    match_by_rank,
+    outline_iou,
+    pooled,
+    rankings,
 )
-from florence2.evaluation.matching import count_matches, match_by_rank
-from florence2.evaluation.overlaps import box_ious, outline_iou
-from florence2.evaluation.score_study import auroc
+from florence2.evaluation.metrics import (
+    Ratio,
+    character_errors,
+    edit_distance,
+    estimate,
+    resamplings,
+)
 
 UNIT = (0.0, 0.0, 1.0, 1.0)
 SQUARE = (0.2, 0.2, 0.6, 0.2, 0.6, 0.6, 0.2, 0.6)
@@ -80,7 +90,7 @@ def test_matches_need_the_label():
 def found(scores, right, positives, scenes=None):
     right = np.array([right], bool)
     scenes = np.zeros(len(scores), np.int64) if scenes is None else np.array(scenes)
-    return Ranking(right, scenes, np.array(positives, float))
+    return Ranking(np.array(scores), right, scenes, np.array(positives, float))
 
 
 @pytest.mark.parametrize(
@@ -131,13 +141,15 @@ def test_calibration_error(scores, right, ece):
 
 
 def test_calibration_without_predictions_is_unknown():
-    assert np.isnan(calibration([SceneBoxes((), (), (), (UNIT,), ("car",))]).value(np.ones(1)))
+    nothing_found = ImageBoxes((), (), (), (UNIT,), ("car",))
+    for images in ([], [nothing_found]):
+        assert np.isnan(pooled(images).value(np.ones(1)))
 
 
 def test_labels_that_never_occur_are_wrong_boxes():
-    scene = SceneBoxes((UNIT, UNIT), ("car", "dog"), (0.9, 0.8), (UNIT,), ("car",))
+    scene = ImageBoxes((UNIT, UNIT), ("car", "dog"), (0.9, 0.8), (UNIT,), ("car",))
     judged = pooled([scene])
-    assert sorted(zip(judged.scores, judged.right[0], strict=True)) == [(0.8, False), (0.9, True)]
+    assert sorted(zip(judged.scores, judged.right, strict=True)) == [(0.8, False), (0.9, True)]
 
 
 @pytest.mark.parametrize(
@@ -158,7 +170,7 @@ def test_the_interval_holds_the_figure_and_shrinks():
     widths = []
     for scenes in (20, 500):
         figure = Ratio((rng.random(scenes) < 0.7).astype(float), np.ones(scenes))
-        measured = measure(figure, resamplings(scenes, 0))
+        measured = estimate(figure, resamplings(scenes, 0))
         assert measured.low <= measured.value <= measured.high
         assert measured.count == scenes
         widths.append(measured.high - measured.low)
@@ -174,7 +186,7 @@ def test_the_interval_is_the_same_for_the_same_seed():
 
 
 def test_a_figure_of_nothing_is_none():
-    measured = measure(Ratio(np.zeros(3), np.zeros(3)), resamplings(3, 0))
+    measured = estimate(Ratio(np.zeros(3), np.zeros(3)), resamplings(3, 0))
     assert (measured.value, measured.low, measured.high, measured.count) == (None, None, None, 0)
 
 
@@ -192,7 +204,7 @@ def random_scenes(seed, count=40):
         labels += [str(rng.choice(["ball", "car", "cup"])) for _ in boxes[len(labels) :]]
         scores = rng.permutation(1000)[: len(boxes)] / 1000
         scenes.append(
-            SceneBoxes(tuple(boxes), tuple(labels), tuple(scores), tuple(true), tuple(names))
+            ImageBoxes(tuple(boxes), tuple(labels), tuple(scores), tuple(true), tuple(names))
         )
     return scenes
 
@@ -250,24 +262,42 @@ def test_map_is_that_of_an_independent_evaluator(seed):
 
 
 def test_map_of_perfect_and_of_shuffled_labels():
-    scenes = random_scenes(3)
     perfect = [
-        SceneBoxes(
-            s.true_boxes, s.true_labels, (1.0,) * len(s.true_boxes), s.true_boxes, s.true_labels
-        )
-        for s in scenes
+        replace(s, boxes=s.true_boxes, labels=s.true_labels, scores=(1.0,) * len(s.true_boxes))
+        for s in random_scenes(3)
     ]
     others = {"ball": "car", "car": "cup", "cup": "ball"}
-    shuffled = [
-        SceneBoxes(
-            s.true_boxes,
-            tuple(others[label] for label in s.true_labels),
-            s.scores,
-            s.true_boxes,
-            s.true_labels,
-        )
-        for s in perfect
-    ]
-    ones = np.ones(len(scenes))
+    shuffled = [replace(s, labels=tuple(others[label] for label in s.labels)) for s in perfect]
+    ones = np.ones(len(perfect))
     assert MeanAveragePrecision(rankings(perfect, IOU_THRESHOLDS)).value(ones) == 1.0
     assert MeanAveragePrecision(rankings(shuffled, (0.5,))).value(ones) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "distance"),
+    [
+        ("", "", 0),
+        ("STOP", "", 4),
+        ("STOP", "STOP", 0),
+        ("STOP", "SHOP", 1),
+        ("kitten", "sitting", 3),
+    ],
+)
+def test_edit_distance(first, second, distance):
+    assert edit_distance(first, second) == edit_distance(second, first) == distance
+
+
+@pytest.mark.parametrize(
+    ("read", "written", "errors"),
+    [
+        ("STOP", "STOP", 0.0),
+        ("SHOP", "STOP", 0.25),
+        ("", "STOP", 1.0),
+        ("SOMETHING ELSE", "NO", 1.0),
+        (" STOP\n7", "STOP 7", 0.0),
+        ("", "", 0.0),
+        ("X", "", 1.0),
+    ],
+)
+def test_character_errors(read, written, errors):
+    assert character_errors(read, written) == errors

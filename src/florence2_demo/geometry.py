@@ -1,4 +1,4 @@
-"""Geometry of placed shapes: posing, clipping to the image, point order, and who covers whom.
+"""Points and polygons in the image: posing, clipping, the order of points, and boxes.
 
 Points are [n, 2] arrays in fractions 0..1 of the image unless a name says otherwise.
 """
@@ -12,16 +12,17 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from florence2.opencv import cv2
-from florence2_demo.shapes import MAX_POLYGON_POINTS, Points
+Points = NDArray[np.float64]
+"""Vertices as [n, 2], x before y."""
 
 Size = tuple[int, int]
 PointsXy = tuple[tuple[float, float], ...]
 Quad = tuple[tuple[float, float], tuple[float, float], tuple[float, float], tuple[float, float]]
 FractionBox = tuple[float, float, float, float]
-
-_MAP_LONG_SIDE_PX: Final = 192
-_SUBPIXEL_BITS: Final = 4
+SUBPIXEL_BITS: Final = 4
+"""OpenCV draws polygons at sixteenths of a pixel."""
+MAX_POLYGON_POINTS: Final = 12
+"""Of an outline as answers spell it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +53,7 @@ def posed(points: Points, pose: Pose, image_wh: Size) -> Points:
 def to_subpixels(points: Points, size_wh: Size) -> NDArray[np.int32]:
     """Fractions as OpenCV fixed-point pixels (use ``shift=SUBPIXEL_BITS``)."""
     pixels = points * np.array(size_wh) - 0.5
-    return np.asarray(np.round(pixels * (1 << _SUBPIXEL_BITS)), np.int32)
-
-
-SUBPIXEL_BITS: Final = _SUBPIXEL_BITS
+    return np.asarray(np.round(pixels * (1 << SUBPIXEL_BITS)), np.int32)
 
 
 def area(points: Points) -> float:
@@ -143,43 +141,3 @@ def box_iou(a: FractionBox, b: FractionBox) -> float:
         return 0.0
     shared = width * height
     return shared / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared)
-
-
-class CoverMap:
-    """Which placed shape is on top at each point of a small raster of the image."""
-
-    def __init__(self, image_wh: Size) -> None:
-        scale = _MAP_LONG_SIDE_PX / max(image_wh)
-        self._size_wh = (round(image_wh[0] * scale), round(image_wh[1] * scale))
-        self._owner: NDArray[np.uint8] = np.zeros(self._size_wh[::-1], np.uint8)
-        self._pixels_per_share: list[float] = []
-
-    def try_add(self, outline: Points, min_visible: float) -> bool:
-        """Put a shape on top if it and all below stay visible by ``min_visible`` (0..1).
-
-        ``outline`` is the full shape; its part outside the image counts as not visible.
-        """
-        clipped = clip_to_image(outline)
-        inside = abs(area(clipped)) / abs(area(outline)) if len(clipped) >= 3 else 0.0
-        if inside < min_visible:
-            return False
-        owner = self._owner.copy()
-        index = len(self._pixels_per_share) + 1
-        cv2.fillPoly(owner, [to_subpixels(outline, self._size_wh)], index, shift=_SUBPIXEL_BITS)
-        counts = np.bincount(owner.ravel(), minlength=index + 1)
-        if counts[index] == 0:
-            return False
-        for below, whole in enumerate(self._pixels_per_share, start=1):
-            if counts[below] < min_visible * whole:
-                return False
-        self._owner = owner
-        self._pixels_per_share.append(float(counts[index]) / inside)
-        return True
-
-    def visible_shares(self) -> list[float]:
-        """The visible share 0..1 of each shape, in the order of adding."""
-        counts = np.bincount(self._owner.ravel(), minlength=len(self._pixels_per_share) + 1)
-        return [
-            min(1.0, float(counts[index]) / whole)
-            for index, whole in enumerate(self._pixels_per_share, start=1)
-        ]

@@ -1,16 +1,20 @@
-"""The trainer: it learns, saves, and goes on from where it was stopped as if it had not been."""
+"""Training: dense targets that agree with the scene; a trainer that learns, saves and resumes."""
 
 from __future__ import annotations
 
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from florence2 import Florence2
 from florence2.errors import RequestError
+from florence2_demo.batches import GridTargets, grid_targets
+from florence2_demo.lexicon import COLOURS, KINDS, SIGN_WORDS
+from florence2_demo.scene import make_scene
 from florence2_demo.training import Trainer, TrainingPlan, soft_location_log_prob
 
 PLAN = TrainingPlan(
@@ -25,8 +29,8 @@ class StoppedAfter(Trainer):
         super().__init__(folder, plan)
         self.last = self.step + steps
 
-    def _step(self, batch):
-        figures = super()._step(batch)
+    def learn(self, batch, rate):
+        figures = super().learn(batch, rate)
         self.is_stopping = self.step + 1 >= self.last
         return figures
 
@@ -70,13 +74,10 @@ def test_what_it_saves_is_a_checkpoint_that_loads(uninterrupted):
 
 
 def test_a_few_steps_on_the_same_scenes_lower_the_loss(folder):
-    trainer = Trainer(folder, replace(PLAN, steps=1000))
-    from florence2_demo.training import Plan, SceneBatches, set_rate
-
-    stream = SceneBatches(trainer.vocabulary, trainer.processor, Plan(2, 4, 12), 0, 1)
-    batch = stream.batch(5)
-    set_rate(trainer.optimizers, 1e-3)
-    losses = [trainer._step(batch)["answer"] for _ in range(8)]
+    plan = replace(PLAN, steps=1000, prompts_per_image=4, ramp_steps=1)
+    trainer = Trainer(folder, plan)
+    batch = trainer.batches().batch(5)
+    losses = [trainer.learn(batch, rate=1e-3)["answer"] for _ in range(8)]
     assert losses[-1] < 0.8 * losses[0]
 
 
@@ -103,3 +104,48 @@ def test_soft_targets_at_the_edge_still_sum_to_one():
     for place in (0, 999):
         found = soft_location_log_prob(uniform, torch.tensor([place]), 4.0)
         assert float(found) == pytest.approx(float(uniform[0, 0]), abs=1e-5)
+
+
+def as_grids(scene, side):
+    """The targets [side * side, ...] as [side, side, ...]."""
+    targets = (np.asarray(target) for target in grid_targets(scene, side))
+    return GridTargets(*(target.reshape(side, side, *target.shape[1:]) for target in targets))
+
+
+@pytest.mark.parametrize("grid", [6, 12])
+def test_cells_carry_the_object_that_covers_them(grid):
+    for seed in range(80):
+        scene = make_scene(seed)
+        targets = as_grids(scene, grid)
+        assert targets.boxes_xyxy.shape == (grid, grid, 4)
+        assert ((targets.kind >= 0) == (targets.objectness == 1)).all()
+        assert ((targets.colour >= 0) == (targets.objectness == 1)).all()
+        known = {
+            (KINDS.index(o.kind), COLOURS.index(o.colour), tuple(np.float32(o.box_xyxy)))
+            for o in scene.objects
+        }
+        found = set()
+        for row, column in np.argwhere(targets.objectness):
+            box = targets.boxes_xyxy[row, column]
+            found.add((targets.kind[row, column], targets.colour[row, column], tuple(box)))
+            x1, y1, x2, y2 = box * grid
+            assert x1 - 1 <= column + 0.5 <= x2 + 1
+            assert y1 - 1 <= row + 0.5 <= y2 + 1
+        assert found <= known
+        if grid == 12:
+            assert len(found) >= len(known) - 1, "only two things in one cell may share it"
+
+
+def test_word_cells_lie_in_the_quads():
+    covered = 0
+    for seed in range(120):
+        scene = make_scene(seed)
+        words = as_grids(scene, 12).words
+        covered += bool((words >= 0).any())
+        assert bool((words >= 0).any()) <= bool(scene.texts)
+        texts = {line.text: line.box_xyxy for line in scene.texts}
+        for row, column in np.argwhere(words >= 0):
+            x1, y1, x2, y2 = texts[SIGN_WORDS[words[row, column]]]
+            assert x1 - 0.01 <= (column + 0.5) / 12 <= x2 + 0.01
+            assert y1 - 0.01 <= (row + 0.5) / 12 <= y2 + 0.01
+    assert covered > 30

@@ -8,14 +8,15 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from florence2.errors import FlorenceError
-from florence2.evaluation import detections
-from florence2.evaluation.detections import SceneBoxes
-from florence2.evaluation.figures import Floats, MeanAveragePrecision
-from florence2.evaluation.questions import Question
-from florence2.evaluation.tally import scene_boxes
+from florence2.evaluation.detection import (
+    ImageBoxes,
+    MeanAveragePrecision,
+    auroc,
+    pooled,
+    rankings,
+)
 from florence2.postprocess import Notes, groups_of, object_score, split_runs
 from florence2.records import Result
 from florence2.tokenizer import Piece, Vocabulary
@@ -53,36 +54,24 @@ DEFINITIONS: Final[dict[str, Callable[[BoxTokens], float]]] = {
 """The logarithm of a score, from the tokens of a box."""
 
 
-@dataclass(frozen=True, slots=True)
-class Quality:
-    """How well one definition ranks (AP at 0.5, AUROC of right over wrong) and means (ECE)."""
-
-    map50: float
-    auroc: float
-    ece: float
-
-
 @dataclass(slots=True)
 class ScoreStudy:
     """Collects the boxes of ``<OD>`` answers with their score by every definition."""
 
     vocabulary: Vocabulary
-    scenes: list[SceneBoxes] = field(default_factory=list)
+    images: list[ImageBoxes] = field(default_factory=list)
     scores: dict[str, list[tuple[float, ...]]] = field(default_factory=dict)
 
-    def see(self, _: int, question: Question, result: Result) -> None:
-        """One answer; those to other tasks are passed over."""
-        if question.task != "<OD>":
-            return
-        found = scene_boxes(question, result)
+    def add(self, seed: int, found: ImageBoxes, result: Result) -> None:
+        """One answer to ``<OD>`` about the scene of a seed, and the boxes that were read in it."""
         pieces = self.vocabulary.pieces(result.token_ids, result.log_probs, result.near_log_probs)
         spelled = _spelled_boxes(pieces)
         if len(spelled) != len(found.boxes):
             raise FlorenceError(
-                f"The answer about scene {question.scene.seed} spells {len(spelled)} boxes and "
+                f"The answer about scene {seed} spells {len(spelled)} boxes and "
                 f"{len(found.boxes)} were read; scores cannot be compared."
             )
-        self.scenes.append(found)
+        self.images.append(found)
         ours = tuple(object_score(place, label) or 0.0 for place, label in spelled)
         self.scores.setdefault(OURS, []).append(ours)
         tokens = [_tokens(place, label) for place, label in spelled]
@@ -90,21 +79,25 @@ class ScoreStudy:
             own = tuple(math.exp(min(define(box), 0.0)) for box in tokens)
             self.scores.setdefault(name, []).append(own)
 
-    def qualities(self) -> dict[str, Quality]:
-        """Each definition's quality, the one in use first."""
-        return {name: self._quality(scores) for name, scores in self.scores.items()}
+    def rows(self) -> dict[str, dict[str, float | None]]:
+        """How well each definition ranks (AP at 0.5, AUROC of right over wrong) and means (ECE).
 
-    def _quality(self, scores: Sequence[tuple[float, ...]]) -> Quality:
-        scenes = [
-            replace(scene, scores=own) for scene, own in zip(self.scenes, scores, strict=True)
+        The one in use is first; None is a figure of nothing.
+        """
+        return {name: self._row(scores) for name, scores in self.scores.items()}
+
+    def _row(self, scores: Sequence[tuple[float, ...]]) -> dict[str, float | None]:
+        images = [
+            replace(image, scores=own) for image, own in zip(self.images, scores, strict=True)
         ]
-        ones = np.ones(len(scenes))
-        judged = detections.pooled(scenes)
-        return Quality(
-            MeanAveragePrecision(detections.rankings(scenes, (0.5,))).value(ones),
-            auroc(judged.scores, judged.right[0]),
-            detections.calibration(scenes).value(ones),
-        )
+        ones = np.ones(len(images))
+        judged = pooled(images)
+        figures = {
+            "map50": MeanAveragePrecision(rankings(images, (0.5,))).value(ones),
+            "auroc": auroc(judged.scores, judged.right),
+            "ece": judged.value(ones),
+        }
+        return {name: None if np.isnan(v) else round(v, 4) for name, v in figures.items()}
 
 
 def _tokens(place: Sequence[Piece], label: Sequence[Piece]) -> BoxTokens:
@@ -128,14 +121,3 @@ def _spelled_boxes(pieces: Sequence[Piece]) -> list[tuple[list[Piece], list[Piec
             if x1 != x2 and y1 != y2:
                 spelled.append((group, run.text))
     return spelled
-
-
-def auroc(scores: Floats, right: NDArray[np.bool_]) -> float:
-    """How often a right one scores above a wrong one, ties counting half; NaN without both."""
-    positives = np.sort(scores[right])
-    negatives = scores[~right]
-    if not len(positives) or not len(negatives):
-        return float("nan")
-    above = len(positives) - np.searchsorted(positives, negatives, side="right")
-    at_least = len(positives) - np.searchsorted(positives, negatives, side="left")
-    return float((above + at_least).mean() / 2 / len(positives))

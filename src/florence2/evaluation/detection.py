@@ -1,0 +1,229 @@
+"""Boxes and outlines against the true ones: overlaps, matches, average precision, calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from florence2.evaluation.metrics import Floats
+from florence2.opencv import cv2
+from florence2.records import BoxXyxy
+
+Boxes = Sequence[Sequence[float]]
+Ring = Sequence[float]
+
+IOU_THRESHOLDS: Final = tuple(round(0.5 + 0.05 * step, 2) for step in range(10))
+_RASTER: Final = 1000
+_SUBPIXEL_BITS: Final = 4
+_MOST_DETECTIONS: Final = 100
+_RECALLS: Final = np.linspace(0, 1, 101)
+_BINS: Final = 10
+
+
+def box_ious(first: Boxes, second: Boxes) -> NDArray[np.float64]:
+    """Intersection over union [n, m] of boxes (x1, y1, x2, y2); 0 where a box has no area."""
+    a = np.asarray(first, np.float64).reshape(-1, 1, 4)
+    b = np.asarray(second, np.float64).reshape(1, -1, 4)
+    sides = np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])
+    shared = np.clip(sides, 0, None).prod(axis=-1)
+    area_a, area_b = ((box[..., 2:] - box[..., :2]).prod(axis=-1) for box in (a, b))
+    union = area_a + area_b - shared
+    ious: NDArray[np.float64] = np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
+    return ious
+
+
+def outline_iou(first: Iterable[Ring], second: Iterable[Ring]) -> float:
+    """Intersection over union of what two sets of rings cover; 0 where neither covers anything.
+
+    A ring is (x1, y1, x2, y2, ...) in fractions of the image.
+    """
+    masks = [_covered(rings) for rings in (first, second)]
+    union = np.count_nonzero(masks[0] | masks[1])
+    return float(np.count_nonzero(masks[0] & masks[1]) / union) if union else 0.0
+
+
+def _covered(rings: Iterable[Ring]) -> NDArray[np.uint8]:
+    mask = np.zeros((_RASTER, _RASTER), np.uint8)
+    for ring in rings:
+        points = np.asarray(ring, np.float64).reshape(-1, 2) * _RASTER - 0.5
+        fixed = np.round(points * (1 << _SUBPIXEL_BITS)).astype(np.int32)
+        # Ring by ring: filled together, OpenCV leaves a hole where two of them overlap.
+        cv2.fillPoly(mask, [fixed], (1,), shift=_SUBPIXEL_BITS)
+    return mask
+
+
+def match_by_rank(ious: NDArray[np.float64], threshold: float) -> NDArray[np.bool_]:
+    """Which predictions [n] are right, as COCO decides: ``ious`` [n, m], best score first.
+
+    Each prediction in turn takes the free true box it overlaps most, if by ``threshold``.
+    """
+    right = np.zeros(len(ious), bool)
+    if not ious.size:
+        return right
+    free = np.array(ious, np.float64)
+    for place in range(len(free)):
+        # COCO gives equal overlaps to the later box.
+        best = free.shape[1] - 1 - int(free[place, ::-1].argmax())
+        if free[place, best] >= min(threshold, 1 - 1e-10):
+            right[place] = True
+            free[:, best] = -1
+    return right
+
+
+def count_matches(
+    boxes: Boxes,
+    labels: Sequence[str],
+    true_boxes: Boxes,
+    true_labels: Sequence[str],
+    threshold: float = 0.5,
+) -> int:
+    """How many true boxes have a prediction of their own with their label, by ``threshold``.
+
+    Pairs are made in the order of their overlap.
+    """
+    ious = box_ious(boxes, true_boxes)
+    same = np.array([[a == b for b in true_labels] for a in labels], bool).reshape(ious.shape)
+    ious = np.where(same, ious, -1.0)
+    matches = 0
+    while ious.size and ious.max() >= threshold:
+        row, column = np.unravel_index(int(ious.argmax()), ious.shape)
+        ious[row, :] = ious[:, column] = -1.0
+        matches += 1
+    return matches
+
+
+@dataclass(frozen=True, slots=True)
+class ImageBoxes:
+    """What was found in one image, and what is there. Boxes in any one unit."""
+
+    boxes: tuple[BoxXyxy, ...]
+    labels: tuple[str, ...]
+    scores: tuple[float, ...]
+    true_boxes: tuple[BoxXyxy, ...]
+    true_labels: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """All predictions of one label [D], best score first: their scores, whether right [T, D] at
+    each threshold, of which image [D]; and the number of true boxes in each image [S].
+    """
+
+    scores: Floats
+    right: NDArray[np.bool_]
+    images: NDArray[np.int64]
+    positives: Floats
+
+    def average_precisions(self, weights: Floats) -> Floats | None:
+        """COCO's 101-point interpolation at each threshold [T]; None without true boxes."""
+        positives = float(weights @ self.positives)
+        if not positives:
+            return None
+        counts = weights[self.images]
+        hits = np.cumsum(self.right * counts, axis=1)
+        seen = np.cumsum(counts)
+        precision = np.divide(hits, seen, out=np.zeros_like(hits), where=seen > 0)
+        envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+        padded = np.pad(envelope, ((0, 0), (0, 1)))
+        places = [np.searchsorted(row / positives, _RECALLS) for row in hits]
+        return np.array([row[place].mean() for row, place in zip(padded, places, strict=True)])
+
+
+@dataclass(frozen=True, slots=True)
+class MeanAveragePrecision:
+    """The mean over kinds with true boxes, and over thresholds, of average precision."""
+
+    rankings: Sequence[Ranking]
+
+    @property
+    def count(self) -> int:
+        return int(sum(ranking.positives.sum() for ranking in self.rankings))
+
+    def value(self, weights: Floats) -> float:
+        found = [ranking.average_precisions(weights) for ranking in self.rankings]
+        known = [precisions.mean() for precisions in found if precisions is not None]
+        return float(np.mean(known)) if known else float("nan")
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationError:
+    """ECE: in 10 equal bins of score, mean score against share right, weighted by the bin's size.
+
+    ``scores``, ``right`` and ``images`` are [D].
+    """
+
+    scores: Floats
+    right: NDArray[np.bool_]
+    images: NDArray[np.int64]
+
+    @property
+    def count(self) -> int:
+        return len(self.scores)
+
+    def value(self, weights: Floats) -> float:
+        counts = weights[self.images]
+        total = float(counts.sum())
+        if not total:
+            return float("nan")
+        bins = np.minimum((self.scores * _BINS).astype(np.int64), _BINS - 1)
+        gaps = np.bincount(bins, weights=counts * (self.scores - self.right), minlength=_BINS)
+        return float(np.abs(gaps).sum() / total)
+
+
+def rankings(images: Sequence[ImageBoxes], thresholds: Sequence[float]) -> list[Ranking]:
+    """One ranking per label that truly occurs; equal scores stay in the order of the images."""
+    labels = sorted({name for image in images for name in image.true_labels})
+    return [_ranking(images, label, thresholds) for label in labels]
+
+
+def _ranking(images: Sequence[ImageBoxes], label: str, thresholds: Sequence[float]) -> Ranking:
+    found = [_judged(image, label, thresholds) for image in images]
+    scores = np.concatenate([scores for scores, _ in found])
+    right = np.concatenate([right for _, right in found], axis=1)
+    numbers = np.repeat(np.arange(len(found)), [len(scores) for scores, _ in found])
+    positives = np.array([image.true_labels.count(label) for image in images], np.float64)
+    order = np.argsort(-scores, kind="stable")
+    return Ranking(scores[order], right[:, order], numbers[order], positives)
+
+
+def _judged(
+    image: ImageBoxes, label: str, thresholds: Sequence[float]
+) -> tuple[Floats, NDArray[np.bool_]]:
+    """Scores [D] of one image's predictions of a label, best first, and whether right [T, D].
+
+    COCO counts the 100 best of an image and label.
+    """
+    own = [place for place, name in enumerate(image.labels) if name == label]
+    scores = np.array([image.scores[place] for place in own], np.float64)
+    order = np.argsort(-scores, kind="stable")[:_MOST_DETECTIONS]
+    names = zip(image.true_boxes, image.true_labels, strict=True)
+    ious = box_ious(
+        [image.boxes[own[place]] for place in order], [box for box, name in names if name == label]
+    )
+    return scores[order], np.stack([match_by_rank(ious, threshold) for threshold in thresholds])
+
+
+def pooled(images: Sequence[ImageBoxes], threshold: float = 0.5) -> CalibrationError:
+    """The scores of all labels, also of those that never truly occur, which are wrong."""
+    labels = sorted({name for image in images for name in (*image.labels, *image.true_labels)})
+    parts = [_ranking(images, label, (threshold,)) for label in labels]
+    return CalibrationError(
+        np.concatenate([np.zeros(0), *(part.scores for part in parts)]),
+        np.concatenate([np.zeros(0, bool), *(part.right[0] for part in parts)]),
+        np.concatenate([np.zeros(0, np.int64), *(part.images for part in parts)]),
+    )
+
+
+def auroc(scores: Floats, right: NDArray[np.bool_]) -> float:
+    """How often a right one scores above a wrong one, ties counting half; NaN without both."""
+    positives = np.sort(scores[right])
+    negatives = scores[~right]
+    if not len(positives) or not len(negatives):
+        return float("nan")
+    above = len(positives) - np.searchsorted(positives, negatives, side="right")
+    at_least = len(positives) - np.searchsorted(positives, negatives, side="left")
+    return float((above + at_least).mean() / 2 / len(positives))
