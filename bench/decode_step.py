@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from florence2.benchmark.weights import SIZES, size_config
+from florence2.benchmark.plan import SIZES, size_config
 from florence2.generation.decode import generate
 from florence2.generation.kv_cache import DecoderSession
 from florence2.network.florence import Florence2Network

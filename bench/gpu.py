@@ -29,7 +29,7 @@ from gpu_measures import (
     vision_row,
 )
 
-from florence2.benchmark.weights import write_checkpoint
+from florence2.benchmark.run import write_checkpoint
 from florence2.engine.loading import check_against_fp32
 
 

@@ -15,9 +15,8 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from florence2.benchmark.case import Case
-from florence2.benchmark.our_side import OurSide
-from florence2.benchmark.reference_side import ReferenceSide
+from florence2.benchmark.plan import Case
+from florence2.benchmark.sides import OurSide, ReferenceSide
 from florence2.generation.decode import generate
 from florence2.network.florence import Florence2Network
 from florence2.pixels import ImageProcessor

@@ -18,8 +18,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from florence2.benchmark.memory_use import PeakMemory
-from florence2.benchmark.weights import size_config
+from florence2.benchmark.plan import size_config
+from florence2.benchmark.sides import PeakMemory
 from florence2.network.florence import Florence2Network
 
 SIDES: Final = ("reference", "ours")

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from florence2.errors import RequestError
 from serve.cli.console import say
-
-if TYPE_CHECKING:
-    from florence2.benchmark.plan import Axes, BenchmarkPlan
-    from florence2.benchmark.rows import Row
 
 
 def register(app: typer.Typer) -> None:
@@ -58,17 +52,18 @@ def benchmark(
     combinations, by default base and large, fp32, 3 beams, 30 and 100 tokens, one prompt on one
     image.
     """
-    from florence2.benchmark.plan import BenchmarkPlan
-    from florence2.benchmark.saved import load_rows
-    from florence2.benchmark.table import print_results
+    from florence2.benchmark.plan import BenchmarkPlan, named_blocks
+    from florence2.benchmark.report import draw_plot, print_results
+    from florence2.benchmark.rows import load_rows, write_text
+    from florence2.benchmark.run import run_benchmark
 
     if saved is not None:
         machine, rows = load_rows(saved)
     else:
-        words = {"sizes": size, "runtimes": runtime, "precisions": precision}
-        numbers = {"batches": batch, "prompts": prompts, "beams": beams, "tokens": tokens}
+        axes = {"sizes": size, "runtimes": runtime, "precisions": precision}
+        axes |= {"batches": batch, "prompts": prompts, "beams": beams, "tokens": tokens}
         plan = BenchmarkPlan(
-            blocks=_blocks(words, numbers, full),
+            blocks=named_blocks(axes, full=full),
             device=device,
             repeats=repeats,
             figure_limit_s=seconds,
@@ -76,66 +71,7 @@ def benchmark(
             reference_bf16=bf16_reference,
             others=others,
         )
-        machine, rows = _run(plan, json_file)
+        machine, rows = run_benchmark(plan, json_file, say)
     print_results(rows)
     if plot is not None:
-        _draw(plot, rows, machine)
-
-
-def _blocks(
-    words: dict[str, str | None], numbers: dict[str, str | None], full: bool
-) -> Sequence[Axes]:
-    """The blocks that were asked for; both dictionaries have an option's text by its axis."""
-    from florence2.benchmark.plan import CHOSEN, FULL, Axes
-
-    named: dict[str, Any] = {axis: _split(text) for axis, text in words.items() if text is not None}
-    named |= {axis: _counts(axis, text) for axis, text in numbers.items() if text is not None}
-    if full and named:
-        raise RequestError(
-            f"--full measures every combination, and {', '.join(named)} were named besides; "
-            "leave out one of the two."
-        )
-    if full:
-        return FULL
-    return (Axes(**named),) if named else CHOSEN
-
-
-def _run(plan: BenchmarkPlan, json_file: Path | None) -> tuple[dict[str, Any], list[Row]]:
-    """Measures all rows; the file has each of them as soon as it is measured."""
-    from florence2.benchmark.machine import describe_machine
-    from florence2.benchmark.run import run_benchmark
-    from florence2.benchmark.saved import save_rows
-    from florence2.benchmark.table import row_sentence
-
-    machine = describe_machine(plan.device)
-    rows: list[Row] = []
-
-    def keep(row: Row) -> None:
-        rows.append(row)
-        say(row_sentence(row))
-        if json_file is not None:
-            save_rows(json_file, machine, rows)
-
-    run_benchmark(plan, keep)
-    return machine, rows
-
-
-def _draw(file: Path, rows: Sequence[Row], machine: dict[str, Any]) -> None:
-    from florence2.benchmark.plot import draw_plot
-    from florence2.benchmark.saved import write_text
-
-    write_text(file, draw_plot(rows, machine))
-
-
-def _split(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",")]
-
-
-def _counts(axis: str, text: str) -> list[int]:
-    parts = _split(text)
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise RequestError(
-            f"The {axis} are whole numbers of at least 1, separated by commas, and {text!r} was "
-            "received."
-        )
-    return [int(part) for part in parts]
+        write_text(plot, draw_plot(rows, machine))

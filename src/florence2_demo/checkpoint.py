@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from florence2.benchmark.tokenizer import build_tokenizer
+from florence2.benchmark.tokenizer_training import build_tokenizer
 from florence2.network.config import NetworkConfig
 from florence2.network.florence import Florence2Network
 from florence2.tasks import BANNED_PHRASES, TASKS, OutputKind

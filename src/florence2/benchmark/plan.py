@@ -1,19 +1,77 @@
-"""What a run of the benchmark measures, and how long a figure may take."""
+"""What a run of the benchmark measures: cases, their images and prompts, and the rows of a plan."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Final
+from typing import Any, Final
+
+import numpy as np
+from PIL import Image
 
 from florence2.api import RUNTIMES
-from florence2.benchmark.case import Case
-from florence2.benchmark.weights import SIZES, size_config
 from florence2.errors import RequestError, unknown_name
+from florence2.network.config import NetworkConfig, base_config, large_config, tiny_config
+from florence2.records import SizeWh
 from florence2.runtimes.device import check_precision, choose_device, choose_precision
 
+TASK: Final = "<CAPTION_TO_PHRASE_GROUNDING>"
+IMAGE_SIZE_WH: Final[SizeWh] = (1280, 720)
+_COLOURS: Final = ("red", "green", "blue", "white", "black")
+_THINGS: Final = ("car", "tree", "house", "dog", "boat", "star", "bird", "lamp", "sign", "door")
+SIZES: Final = ("base", "large", "tiny")
+VOCABULARY: Final = 51328
 KNOWN_RUNTIMES: Final = tuple(name for name in RUNTIMES if name != "auto")
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """``batch`` images with ``prompts`` prompts each, every answer ``tokens`` tokens long."""
+
+    batch: int
+    prompts: int
+    beams: int
+    tokens: int
+
+    @property
+    def asks(self) -> int:
+        """Answers of the whole case."""
+        return self.batch * self.prompts
+
+
+def case_images(case: Case, round_index: int) -> list[Image.Image]:
+    """The RGB images, ``case.batch`` of them: noise, the same on all sides.
+
+    Every round has images of its own, so that nothing kept from an earlier round can help.
+    """
+    generator = np.random.default_rng([5, round_index])
+    width, height = IMAGE_SIZE_WH
+    return [
+        Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        for _ in range(case.batch)
+    ]
+
+
+def case_texts(case: Case) -> list[str]:
+    """What the prompts ask for, ``case.prompts`` texts; a prompt with one has 13 tokens."""
+    return [
+        f"a {_COLOURS[place % len(_COLOURS)]} {_THINGS[place % len(_THINGS)]}"
+        for place in range(case.prompts)
+    ]
+
+
+def all_texts() -> list[str]:
+    """Every text that a case can ask for, for the tokenizer to know their words."""
+    return [f"a {colour} {thing}" for colour in _COLOURS for thing in _THINGS]
+
+
+def size_config(size: str) -> NetworkConfig:
+    """The shape of ``base`` or ``large``; ``tiny`` is for trying the benchmark itself."""
+    if size == "tiny":
+        # 24 visual tokens a side, as at full size, but from a very small network.
+        return tiny_config(vocab_size=VOCABULARY, max_positions=1024, patch_stride=(4, 2, 2, 2))
+    return {"base": base_config, "large": large_config}[size](VOCABULARY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +106,36 @@ CHOSEN: Final = (
 FULL: Final = (
     Axes(precisions=("fp32", "bf16"), batches=(1, 8, 32), prompts=(1, 5, 20), beams=(1, 3)),
 )
+_COUNTED: Final = ("batches", "prompts", "beams", "tokens")
+
+
+def named_blocks(options: Mapping[str, str | None], *, full: bool) -> Sequence[Axes]:
+    """The blocks that were asked for; ``options`` has for each axis its values with commas.
+
+    Raises RequestError for counts that are none, and for axes beside ``full``.
+    """
+    given = {axis: text for axis, text in options.items() if text is not None}
+    named: dict[str, Any] = {axis: _values(axis, text) for axis, text in given.items()}
+    if full and named:
+        raise RequestError(
+            f"--full measures every combination, and {', '.join(named)} were named besides; "
+            "leave out one of the two."
+        )
+    if full:
+        return FULL
+    return (Axes(**named),) if named else CHOSEN
+
+
+def _values(axis: str, text: str) -> list[str] | list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if axis not in _COUNTED:
+        return parts
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise RequestError(
+            f"The {axis} are whole numbers of at least 1, separated by commas, and {text!r} was "
+            "received."
+        )
+    return [int(part) for part in parts]
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import pytest
 from benchmark_tools import a_row
 from safetensors.torch import load_file, save_file
 
-from florence2.benchmark.weights import write_checkpoint
+from florence2.benchmark.run import write_checkpoint
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from florence2.benchmark.case import Case
-from florence2.benchmark.growth import growth_of
+from florence2.benchmark.plan import Case
+from florence2.benchmark.rows import growth_of
 
 
 def test_the_slope_of_a_line_is_found_for_each_side(make_row):

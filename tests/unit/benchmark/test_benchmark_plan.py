@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from florence2.benchmark.case import Case
-from florence2.benchmark.plan import FULL, Axes, BenchmarkPlan, Subject
-from florence2.benchmark.weights import size_config
+from florence2.benchmark.plan import FULL, Axes, BenchmarkPlan, Case, Subject, size_config
 from florence2.runtimes.device import choose_device, choose_precision
 
 CHOSEN_ROWS = [

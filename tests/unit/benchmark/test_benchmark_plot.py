@@ -7,8 +7,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from florence2.benchmark.plot import draw_plot
-from florence2.benchmark.saved import load_rows, save_rows
+from florence2.benchmark.report import draw_plot
+from florence2.benchmark.rows import load_rows, save_rows
 from florence2.errors import RequestError
 
 DOCS = Path(__file__).resolve().parents[3] / "docs"

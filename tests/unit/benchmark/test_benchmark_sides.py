@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from florence2.benchmark.case import Case, case_images
-from florence2.benchmark.our_side import OurSide
+from florence2.benchmark.plan import Case, case_images
+from florence2.benchmark.sides import OurSide, ReferenceSide
 from florence2.tokenizer import Vocabulary
 
 CASE = Case(batch=2, prompts=2, beams=2, tokens=6)
@@ -16,8 +16,6 @@ NO_LIMIT_S = 1e9
 @pytest.fixture(scope="module")
 def reference(tiny_folder):
     pytest.importorskip("transformers")
-    from florence2.benchmark.reference_side import ReferenceSide
-
     return ReferenceSide(tiny_folder, "cpu", "fp32")
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 from benchmark_tools import ScriptedSides
 
-from florence2.benchmark.case import Case
-from florence2.benchmark.plan import BenchmarkPlan, Subject
+from florence2.benchmark.plan import BenchmarkPlan, Case, Subject
 from florence2.benchmark.run import measure
 
 ALIKE = {"ours_bf16": 1.0, "reference_fp32": 3.0, "reference_bf16": 2.0, "others": 4.0}

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from florence2.benchmark.tokenizer import build_tokenizer
+from florence2.benchmark.tokenizer_training import build_tokenizer
 from florence2.tasks import TASKS
 from florence2.tokens import ADDED_TOKENS, IMAGE, MASK
 from florence2_demo.checkpoint import tokenizer_texts

@@ -1,4 +1,4 @@
-"""Builds a byte-level BPE tokenizer laid out like the published ones, only smaller.
+"""Trains a byte-level BPE tokenizer that is laid out like the published ones, only smaller.
 
 Ids: ``<s>`` 0, ``<pad>`` 1, ``</s>`` 2, ``<unk>`` 3, the 256 bytes, merged pieces, ``<mask>`` as
 the last base id, then ADDED_TOKENS in the published order, then ``<image>``.
