@@ -54,7 +54,7 @@ def benchmark(
     """
     from florence2.benchmark.plan import BenchmarkPlan, named_blocks
     from florence2.benchmark.report import draw_plot, print_results
-    from florence2.benchmark.rows import load_rows, write_text
+    from florence2.benchmark.results import load_rows, write_text
     from florence2.benchmark.run import run_benchmark
 
     if saved is not None:

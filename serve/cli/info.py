@@ -13,15 +13,17 @@ from rich.console import Console
 from rich.table import Table
 
 from florence2.errors import RequestError
-from florence2.records import SizeWh
 from serve.cli.console import OUT, say
 
 TaskName = Annotated[str, typer.Option(help="The task that was asked, for example <OD>.")]
 Size = Annotated[str, typer.Option(metavar="WxH", help="The image's size in pixels.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write here instead of stdout.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
-def register_parse(app: typer.Typer) -> None:
+def register(app: typer.Typer) -> None:
+    app.command("models")(models)
+    app.command("tasks")(tasks)
     app.command("parse")(parse)
 
 
@@ -59,22 +61,13 @@ def _answer() -> str:
         raise RequestError(f"An answer is UTF-8 text and stdin is not ({error.reason}).") from error
 
 
-def _size_wh(size: str) -> SizeWh:
+def _size_wh(size: str) -> tuple[int, int]:
     match = re.fullmatch(r"\s*(\d{1,6})\s*[xX×]\s*(\d{1,6})\s*", size)
     if match is None or "0" in (match[1].lstrip("0") or "0", match[2].lstrip("0") or "0"):
         raise RequestError(
             f"A size is WIDTHxHEIGHT in pixels and got {size!r}; write for example 640x480."
         )
     return int(match[1]), int(match[2])
-
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-
-
-def register(app: typer.Typer) -> None:
-    app.command("models")(models)
-    app.command("tasks")(tasks)
-    register_parse(app)
 
 
 def tasks(

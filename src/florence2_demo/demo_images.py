@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from florence2.opencv import cv2
-from florence2_demo.drawing import Plane, draw_scene
+from florence2_demo.drawing import Plane, draw_scene, unit_grid
 from florence2_demo.geometry import Size
 from florence2_demo.palette import Rgb
 from florence2_demo.scene import make_scene
@@ -73,10 +73,8 @@ class Painter:
     def __init__(self, size_wh: Size, rng: np.random.Generator) -> None:
         self.size_wh = (size_wh[0] * 2, size_wh[1] * 2)
         self.rng = rng
-        width, height = self.size_wh
-        self.xs = ((np.arange(width) + 0.5) / width).astype(np.float32)[None, :]
-        self.ys = ((np.arange(height) + 0.5) / height).astype(np.float32)[:, None]
-        self.canvas: Canvas = np.zeros((height, width, 3), np.float32)
+        self.xs, self.ys = unit_grid(self.size_wh)
+        self.canvas: Canvas = np.zeros((*self.size_wh[::-1], 3), np.float32)
 
     def paint(self, mask: Plane, colour: Canvas | Rgb) -> None:
         """Lay a colour over the canvas where ``mask`` (0..1) says."""
@@ -137,15 +135,8 @@ class Painter:
         mask = ink_mask(text, "duplex")
         height, width = mask.shape
         margin = 0.45 * height
-        source = np.array(
-            [
-                [-margin, -margin],
-                [width + margin, -margin],
-                [width + margin, height + margin],
-                [-margin, height + margin],
-            ],
-            np.float32,
-        )
+        x1, y1, x2, y2 = -margin, -margin, width + margin, height + margin
+        source = np.array([[x1, y1], [x2, y1], [x2, y2], [x1, y2]], np.float32)
         target = (np.array(corners) * self.size_wh).astype(np.float32)
         matrix = cv2.getPerspectiveTransform(source, target)
         warped = cv2.warpPerspective(mask, matrix, self.size_wh)

@@ -4,51 +4,15 @@ from __future__ import annotations
 
 from typing import Final
 
-KINDS: Final[tuple[str, ...]] = (
-    "ball",
-    "box",
-    "star",
-    "heart",
-    "house",
-    "tree",
-    "car",
-    "fish",
-    "cup",
-    "moon",
-    "flower",
-    "arrow",
-)
+_KINDS: Final = "ball box star heart house tree car fish cup moon flower arrow"
+KINDS: Final[tuple[str, ...]] = tuple(_KINDS.split())
 PLURALS: Final[dict[str, str]] = {kind: f"{kind}s" for kind in KINDS} | {
     "box": "boxes",
     "fish": "fish",
 }
-COLOURS: Final[tuple[str, ...]] = (
-    "red",
-    "orange",
-    "yellow",
-    "green",
-    "blue",
-    "purple",
-    "white",
-    "black",
-)
-BACKGROUND_COLOURS: Final[tuple[str, ...]] = (
-    "white",
-    "grey",
-    "black",
-    "blue",
-    "green",
-    "pink",
-    "brown",
-)
-PATTERNS: Final[tuple[str, ...]] = (
-    "plain",
-    "shaded",
-    "striped",
-    "checkered",
-    "spotted",
-    "cloudy",
-)
+COLOURS: Final = ("red", "orange", "yellow", "green", "blue", "purple", "white", "black")
+BACKGROUND_COLOURS: Final = ("white", "grey", "black", "blue", "green", "pink", "brown")
+PATTERNS: Final = ("plain", "shaded", "striped", "checkered", "spotted", "cloudy")
 NUMBER_WORDS: Final[tuple[str, ...]] = ("no", "a", "two", "three", "four", "five", "six")
 _SIGN_WORDS: Final = (
     "STOP EXIT SALE OPEN CAFE TAXI BUS HOTEL SHOP BANK PARK FREE NEW HOT COLD LEFT RIGHT UP "

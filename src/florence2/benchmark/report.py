@@ -9,7 +9,7 @@ from xml.sax.saxutils import escape
 from rich.console import Console
 from rich.table import Table
 
-from florence2.benchmark.rows import REFERENCE_BF16, REFERENCE_FP32, Growth, Row, growth_of
+from florence2.benchmark.results import REFERENCE_BF16, REFERENCE_FP32, Growth, Row, growth_of
 from florence2.benchmark.sides import OTHERS, OURS
 
 # A fixed width: columns cut to a pipe's 80 characters would be useless.

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from florence2.benchmark.plan import BenchmarkPlan, Case, Subject, all_texts, size_config
 from florence2.benchmark.report import row_sentence
-from florence2.benchmark.rows import (
+from florence2.benchmark.results import (
     REFERENCE_BF16,
     REFERENCE_FP32,
     Row,
@@ -114,11 +114,6 @@ class Worker:
         return Measured(**found | {"token_ids": tokens})
 
     @property
-    def process_id(self) -> int:
-        """The system's number of the process."""
-        return self._process.pid
-
-    @property
     def is_alive(self) -> bool:
         """Whether it can be asked again."""
         return self._process.poll() is None
@@ -186,11 +181,6 @@ class Workers:
     def run(self, side: Side, case: Case, round_index: int, limit_s: float) -> Measured:
         """One timed run; SideFailedError for a side that gives none, others are not touched."""
         return self._worker(side).run(side, case, round_index, limit_s)
-
-    def process_id(self, side: Side) -> int | None:
-        """The system's number of a side's process; None for one that did not load."""
-        worker = self._started.get(side.process)
-        return worker.process_id if worker else None
 
     def _worker(self, side: Side) -> Worker:
         if side.process in self._unusable:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from florence2.benchmark.plan import Case, Subject
-from florence2.benchmark.rows import SIDES, make_row
+from florence2.benchmark.results import SIDES, make_row
 from florence2.benchmark.run import SideFailedError
 from florence2.benchmark.sides import OTHERS, STAGES, Measured
 

@@ -1,16 +1,21 @@
-"""The sides take turns on a case, within the time of a figure; one that fails fails alone."""
+"""The sides take turns on a case, within a figure's time, each in a process that ends alone."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import psutil
 import pytest
 from benchmark_tools import ScriptedSides
 
 from florence2.benchmark.plan import BenchmarkPlan, Case, Subject
-from florence2.benchmark.run import measure
+from florence2.benchmark.run import Setup, Side, SideFailedError, Workers, measure
 
 ALIKE = {"ours_bf16": 1.0, "reference_fp32": 3.0, "reference_bf16": 2.0, "others": 4.0}
 CASE = Case(batch=1, prompts=1, beams=3, tokens=30)
 BF16 = Subject("base", "torch", "bf16")
+SHORT = Case(batch=1, prompts=1, beams=1, tokens=4)
+OURS_FP32 = Side("ours", "torch", "fp32")
 
 
 def test_every_side_is_timed_in_turn_after_a_first_run_that_does_not_count():
@@ -91,3 +96,51 @@ def test_sides_that_were_not_asked_for_are_not_run():
     [row] = measure(CASE, [BF16], sides.ask, plan)
     assert {side for side, _ in sides.asked} == {"ours_bf16", "reference_fp32"}
     assert (row.ratio_bf16, row.ratio_others, row.failed) == (None, None, {})
+
+
+def running_sides():
+    children = psutil.Process().children()
+    return [one for one in children if "florence2.benchmark.sides" in one.cmdline()]
+
+
+@pytest.fixture
+def setup(tiny_folder):
+    return Setup(tiny_folder, "cpu", threads=1, timeout_s=120.0)
+
+
+def test_a_side_that_was_ended_fails_once_and_is_started_again(setup):
+    with Workers(setup) as workers:
+        first = workers.run(OURS_FP32, SHORT, 0, 1.0)
+        [process] = running_sides()
+        process.kill()
+        with pytest.raises(SideFailedError, match="most likely for want of memory"):
+            workers.run(OURS_FP32, SHORT, 0, 1.0)
+        again = workers.run(OURS_FP32, SHORT, 0, 1.0)
+    assert again.token_ids == first.token_ids
+    assert min(again.loading_mib, again.running_mib) > 100
+
+
+def test_what_a_side_cannot_do_is_its_reason_and_it_goes_on(setup):
+    too_long = replace(SHORT, tokens=5000)
+    with Workers(setup) as workers:
+        with pytest.raises(SideFailedError, match="max_new_tokens can be at most 1024"):
+            workers.run(OURS_FP32, too_long, 0, 1.0)
+        before = running_sides()
+        assert workers.run(OURS_FP32, SHORT, 0, 1.0).measured_asks == 1
+        assert running_sides() == before
+
+
+def test_a_side_that_does_not_load_is_not_tried_again(setup, tmp_path):
+    with Workers(replace(setup, folder=tmp_path)) as workers:
+        with pytest.raises(SideFailedError, match=r"config\.json"):
+            workers.run(OURS_FP32, SHORT, 0, 1.0)
+        ending = running_sides()
+        with pytest.raises(SideFailedError, match=r"config\.json"):
+            workers.run(OURS_FP32, SHORT, 0, 1.0)
+        assert set(running_sides()) <= set(ending)
+
+
+def test_a_side_that_does_not_answer_in_time_is_ended(setup):
+    hasty = replace(setup, timeout_s=0.01)
+    with Workers(hasty) as workers, pytest.raises(SideFailedError, match=r"within 10 ms"):
+        workers.run(OURS_FP32, SHORT, 0, 1.0)
