@@ -12,13 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from florence2.opencv import cv2
 from florence2.pixels import ImageProcessor
 from florence2.tokenizer import Vocabulary
 from florence2.tokens import BOS_ID, EOS_ID, PAD_ID
 from florence2_demo.drawing import draw_scene
 from florence2_demo.examples import prompt_sentence, sample_examples
-from florence2_demo.geometry import SUBPIXEL_BITS, PointsXy, to_subpixels
+from florence2_demo.geometry import PointsXy, fill_polygon
 from florence2_demo.lexicon import COLOURS, KINDS, SIGN_WORDS
 from florence2_demo.scene import MAX_OBJECTS, Scene, make_scene
 
@@ -74,8 +73,7 @@ def _covered_cells(polygons: list[PointsXy], side: int) -> NDArray[np.int64]:
     """The index of the last polygon over each cell's centre [side, side], -1 for none."""
     raster = np.zeros((side * _SAMPLES_PER_CELL,) * 2, np.uint8)
     for number, polygon in enumerate(polygons, start=1):
-        points = to_subpixels(np.array(polygon), raster.shape)
-        cv2.fillPoly(raster, [points], number, shift=SUBPIXEL_BITS)
+        fill_polygon(raster, np.array(polygon) * raster.shape, number)
     half = _SAMPLES_PER_CELL // 2
     return raster[half::_SAMPLES_PER_CELL, half::_SAMPLES_PER_CELL].astype(np.int64) - 1
 

@@ -111,6 +111,12 @@ class Painter:
         points = zip(x + rx / aspect * np.cos(angles), y + ry * np.sin(angles), strict=True)
         return self.region(tuple((float(a), float(b)) for a, b in points), soft)
 
+    def patch(
+        self, corners: Corners, rgb: Rgb, strength: float, cells: int = 48, *, soft: float = 0.0
+    ) -> None:
+        """Lay an irregular colour over a polygon."""
+        self.paint(self.region(corners, soft), self.textured(rgb, strength, cells))
+
     def shadow(self, mask: Plane, strength: float) -> None:
         """Darken the canvas under a mask."""
         self.canvas *= 1 - strength * mask[:, :, None]
@@ -131,7 +137,7 @@ class Painter:
 
     def sign(self, text: str, corners: Corners, ink: Rgb, plate: Rgb) -> None:
         """A board with a word, seen in perspective; corners clockwise from the top left."""
-        self.paint(self.region(corners), self.textured(plate, 0.12))
+        self.patch(corners, plate, 0.12)
         mask = ink_mask(text, "duplex")
         height, width = mask.shape
         margin = 0.45 * height
@@ -168,27 +174,18 @@ def _cottage(painter: Painter, x: float, y: float, scale: float) -> None:
         return tuple((x + scale * a, y + scale * b) for a, b in pairs)
 
     painter.shadow(painter.region(at((0, 0), (1.0, 0), (1.35, 0.09), (0.3, 0.1)), 0.012), 0.5)
-    painter.paint(
-        painter.region(at((0, 0), (0, -0.62), (0.31, -1.05), (0.62, -0.62), (0.62, 0))),
-        painter.textured((196, 62, 48), 0.3, 90),
-    )
-    painter.paint(
-        painter.region(at((0.62, 0), (0.62, -0.62), (1.0, -0.58), (1.0, -0.03))),
-        painter.textured((128, 38, 32), 0.3, 90),
-    )
-    painter.paint(
-        painter.region(at((0.25, -1.08), (0.7, -1.0), (1.06, -0.54), (0.6, -0.57))),
-        painter.textured((92, 46, 40), 0.45, 90),
-    )
-    painter.paint(
-        painter.region(at((-0.05, -0.57), (0.31, -1.1), (0.37, -1.08), (0.02, -0.57))),
-        painter.textured((74, 36, 32), 0.3),
-    )
+    front = at((0, 0), (0, -0.62), (0.31, -1.05), (0.62, -0.62), (0.62, 0))
+    side = at((0.62, 0), (0.62, -0.62), (1.0, -0.58), (1.0, -0.03))
+    roof = at((0.25, -1.08), (0.7, -1.0), (1.06, -0.54), (0.6, -0.57))
+    painter.patch(front, (196, 62, 48), 0.3, 90)
+    painter.patch(side, (128, 38, 32), 0.3, 90)
+    painter.patch(roof, (92, 46, 40), 0.45, 90)
+    painter.patch(at((-0.05, -0.57), (0.31, -1.1), (0.37, -1.08), (0.02, -0.57)), (74, 36, 32), 0.3)
     for left, top in ((0.09, -0.46), (0.42, -0.46)):
         frame = at((left, top), (left + 0.13, top), (left + 0.13, top + 0.17), (left, top + 0.17))
-        painter.paint(painter.region(frame, 0.001), painter.textured((188, 208, 222), 0.35))
+        painter.patch(frame, (188, 208, 222), 0.35, soft=0.001)
     door = at((0.25, 0), (0.25, -0.27), (0.38, -0.27), (0.38, 0))
-    painter.paint(painter.region(door), painter.textured((70, 44, 30), 0.4))
+    painter.patch(door, (70, 44, 30), 0.4)
 
 
 def landscape(size_wh: Size, seed: int) -> NDArray[np.uint8]:
@@ -231,7 +228,7 @@ def still_life(size_wh: Size, seed: int) -> NDArray[np.uint8]:
     side = ((0.78, 0.49), (0.89, 0.44), (0.89, 0.76), (0.78, 0.86))
     lid = ((0.56, 0.46), (0.67, 0.42), (0.89, 0.44), (0.78, 0.49))
     for face, rgb in ((front, (52, 142, 66)), (side, (30, 86, 40)), (lid, (96, 186, 104))):
-        painter.paint(painter.region(face), painter.textured(rgb, 0.12, 30))
+        painter.patch(face, rgb, 0.12, 30)
     painter.sphere(0.28, 0.66, 0.17, (40, 88, 200))
     painter.sphere(0.45, 0.83, 0.085, (242, 204, 40))
     return painter.developed(1.8, 6)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from florence2.opencv import cv2
 from florence2_demo import geometry
-from florence2_demo.geometry import SUBPIXEL_BITS, Points, Size
+from florence2_demo.geometry import Points, Size, fill_polygon
 from florence2_demo.palette import Rgb, tone_rgb
 from florence2_demo.scene import Background, Finish, Scene, SceneObject
 from florence2_demo.shapes import shapes
@@ -110,7 +110,7 @@ def draw_object(canvas: Pixels, thing: SceneObject, scene_wh: Size) -> None:
     shape = shapes()[thing.kind]
     scale = np.array(size_wh)
     outline_px = geometry.posed(shape.outline, thing.pose, scene_wh) * scale
-    _fill(canvas, outline_px, tone_rgb(thing.rgb, "outline"))
+    fill_polygon(canvas, outline_px, tone_rgb(thing.rgb, "outline"))
     extent_px = min(thing.pose.extent_wh) * min(size_wh)
     stroke_px = min(max(1.6, 0.035 * extent_px), 0.1 * extent_px)
     body_px = inset(outline_px, stroke_px)
@@ -118,11 +118,11 @@ def draw_object(canvas: Pixels, thing: SceneObject, scene_wh: Size) -> None:
     if layer.size == 0:
         return
     mask = np.zeros(layer.shape[:2], np.uint8)
-    _fill(mask, body_px - origin, (1, 1, 1))
-    painted = _shaded_fill(layer.shape, thing.rgb, thing.shading)
+    fill_polygon(mask, body_px - origin, (1, 1, 1))
+    painted = _shaded_paint(layer.shape, thing.rgb, thing.shading)
     for detail in shape.details:
         points = geometry.posed(detail.points, thing.pose, scene_wh) * scale - origin
-        _fill(painted, points, _darker(tone_rgb(thing.rgb, detail.tone), thing.shading / 2))
+        fill_polygon(painted, points, _darker(tone_rgb(thing.rgb, detail.tone), thing.shading / 2))
     np.copyto(layer, painted, where=mask[:, :, None].astype(bool))
 
 
@@ -134,7 +134,7 @@ def _body_layer(canvas: Pixels, body_px: Points) -> tuple[Pixels, NDArray[np.int
     return canvas[low[1] : high[1], low[0] : high[0]], low
 
 
-def _shaded_fill(shape: tuple[int, ...], rgb: Rgb, shading: float) -> Pixels:
+def _shaded_paint(shape: tuple[int, ...], rgb: Rgb, shading: float) -> Pixels:
     """The body's paint: lighter at the top, darker at the bottom."""
     height, width = shape[:2]
     falloff = 1 - shading * np.linspace(0, 1, height, dtype=np.float32)[:, None] ** 1.5
@@ -160,18 +160,13 @@ def inset(points: Points, distance: float) -> Points:
     return moved
 
 
-def _fill(canvas: Pixels, points_px: Points, rgb: Rgb) -> None:
-    fixed = np.round((points_px - 0.5) * (1 << SUBPIXEL_BITS)).astype(np.int32)
-    cv2.fillPoly(canvas, [fixed], rgb, shift=SUBPIXEL_BITS)
-
-
 def draw_text(canvas: Pixels, line: TextLine) -> None:
     """Paint a plate and its word."""
     size = np.array([canvas.shape[1], canvas.shape[0]])
     plate_px = np.array(line.plate_xy) * size
     edge = inset(plate_px, 0.04 * float(np.abs(plate_px[0] - plate_px[3]).max()))
-    _fill(canvas, plate_px, line.ink_rgb)
-    _fill(canvas, edge, line.plate_rgb)
+    fill_polygon(canvas, plate_px, line.ink_rgb)
+    fill_polygon(canvas, edge, line.plate_rgb)
     low = np.clip(np.floor(plate_px.min(axis=0)), 0, size).astype(int)
     high = np.clip(np.ceil(plate_px.max(axis=0)), 0, size).astype(int)
     layer = canvas[low[1] : high[1], low[0] : high[0]]

@@ -12,6 +12,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from florence2.opencv import cv2
+
 Points = NDArray[np.float64]
 """Vertices as [n, 2], x before y."""
 
@@ -19,10 +21,9 @@ Size = tuple[int, int]
 PointsXy = tuple[tuple[float, float], ...]
 Quad = tuple[tuple[float, float], tuple[float, float], tuple[float, float], tuple[float, float]]
 FractionBox = tuple[float, float, float, float]
-SUBPIXEL_BITS: Final = 4
-"""OpenCV draws polygons at sixteenths of a pixel."""
 MAX_POLYGON_POINTS: Final = 12
 """Of an outline as answers spell it."""
+_SUBPIXEL_BITS: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +51,12 @@ def posed(points: Points, pose: Pose, image_wh: Size) -> Points:
     return placed
 
 
-def to_subpixels(points: Points, size_wh: Size) -> NDArray[np.int32]:
-    """Fractions as OpenCV fixed-point pixels (use ``shift=SUBPIXEL_BITS``)."""
-    pixels = points * np.array(size_wh) - 0.5
-    return np.asarray(np.round(pixels * (1 << SUBPIXEL_BITS)), np.int32)
+def fill_polygon(
+    raster: NDArray[np.uint8], points_px: Points, value: int | tuple[int, int, int]
+) -> None:
+    """Fills a polygon [n, 2] on a raster [h, w] or [h, w, 3], to a sixteenth of a pixel."""
+    fixed = np.round((points_px - 0.5) * (1 << _SUBPIXEL_BITS)).astype(np.int32)
+    cv2.fillPoly(raster, [fixed], value, shift=_SUBPIXEL_BITS)
 
 
 def area(points: Points) -> float:

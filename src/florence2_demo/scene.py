@@ -13,7 +13,6 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from florence2.opencv import cv2
 from florence2_demo import geometry, signs
 from florence2_demo.geometry import FractionBox, Points, PointsXy, Pose, Size
 from florence2_demo.lexicon import BACKGROUND_COLOURS, COLOURS, KINDS, PATTERNS
@@ -160,53 +159,6 @@ def _make_finish(rng: np.random.Generator) -> Finish:
     )
 
 
-class _CoverMap:
-    """Which placed shape is on top at each point of a small raster of the image."""
-
-    def __init__(self, image_wh: Size) -> None:
-        scale = _MAP_LONG_SIDE_PX / max(image_wh)
-        self._size_wh = (round(image_wh[0] * scale), round(image_wh[1] * scale))
-        self._owner: NDArray[np.uint8] = np.zeros(self._size_wh[::-1], np.uint8)
-        self._pixels_per_share: list[float] = []
-
-    def try_add(self, outline: Points, min_visible: float) -> bool:
-        """Put a shape on top if it and all below stay visible by ``min_visible`` (0..1).
-
-        ``outline`` is the full shape; its part outside the image counts as not visible.
-        """
-        clipped = geometry.clip_to_image(outline)
-        inside = (
-            abs(geometry.area(clipped)) / abs(geometry.area(outline)) if len(clipped) >= 3 else 0.0
-        )
-        if inside < min_visible:
-            return False
-        owner = self._owner.copy()
-        index = len(self._pixels_per_share) + 1
-        cv2.fillPoly(
-            owner,
-            [geometry.to_subpixels(outline, self._size_wh)],
-            index,
-            shift=geometry.SUBPIXEL_BITS,
-        )
-        counts = np.bincount(owner.ravel(), minlength=index + 1)
-        if counts[index] == 0:
-            return False
-        for below, whole in enumerate(self._pixels_per_share, start=1):
-            if counts[below] < min_visible * whole:
-                return False
-        self._owner = owner
-        self._pixels_per_share.append(float(counts[index]) / inside)
-        return True
-
-    def visible_shares(self) -> list[float]:
-        """The visible share 0..1 of each shape, in the order of adding."""
-        counts = np.bincount(self._owner.ravel(), minlength=len(self._pixels_per_share) + 1)
-        return [
-            min(1.0, float(counts[index]) / whole)
-            for index, whole in enumerate(self._pixels_per_share, start=1)
-        ]
-
-
 def _make_objects(
     rng: np.random.Generator,
     size_wh: Size,
@@ -215,61 +167,103 @@ def _make_objects(
     texts: tuple[TextLine, ...],
 ) -> tuple[SceneObject, ...]:
     colours = [colour for colour in COLOURS if colour != background_colour]
-    min_visible = 0.97 if rng.random() < 0.45 else MIN_VISIBLE
-    cover = _CoverMap(size_wh)
-    placed: list[SceneObject] = []
+    arrangement = _Arrangement(rng, size_wh, texts)
+    placed = arrangement.placed
     for _ in range(count):
         kind, colour = str(rng.choice(KINDS)), str(rng.choice(colours))
         if placed and rng.random() < 0.35:
             example = placed[int(rng.integers(len(placed)))]
             kind = example.kind
             colour = example.colour if rng.random() < 0.6 else colour
-        made = _place(rng, size_wh, kind, colour, count, cover, min_visible, placed, texts)
-        if made is not None:
-            placed.append(made)
+        arrangement.add(kind, colour, _LARGEST_EXTENT[count - 1])
     if not placed:
         return _make_objects(rng, size_wh, count, background_colour, texts)
-    shares = cover.visible_shares()
+    shares = arrangement.visible_shares()
     return tuple(replace(thing, visible=share) for thing, share in zip(placed, shares, strict=True))
 
 
-def _place(
-    rng: np.random.Generator,
-    size_wh: Size,
-    kind: str,
-    colour: str,
-    count: int,
-    cover: _CoverMap,
-    min_visible: float,
-    placed: list[SceneObject],
-    texts: tuple[TextLine, ...],
-) -> SceneObject | None:
-    """One object on top of those placed so far, or None where no free place was found."""
-    shape = shapes()[kind]
-    largest = _LARGEST_EXTENT[count - 1]
-    for attempt in range(_ATTEMPTS):
-        shrink = 1 - 0.6 * attempt / _ATTEMPTS
-        pose = _random_pose(rng, shape, size_wh, largest * shrink, may_leave=min_visible < 0.9)
-        outline = geometry.posed(shape.outline, pose, size_wh)
-        clipped = geometry.clip_to_image(outline)
-        if len(clipped) < 3:
-            continue
-        box = geometry.tight_box(clipped)
-        if any(geometry.boxes_touch(box, geometry.tight_box(np.array(t.plate_xy))) for t in texts):
-            continue
-        if any(o.kind == kind and geometry.box_iou(o.box_xyxy, box) > 0.2 for o in placed):
-            continue
-        if not cover.try_add(outline, min_visible):
-            continue
-        rgb = object_shade(colour, rng)
-        strongest = 0.12 if colour == "white" else 0.4
-        shading = float(rng.uniform(0, strongest)) if rng.random() < 0.6 else 0.0
-        polygon = geometry.clip_to_image(geometry.posed(shape.polygon, pose, size_wh))
-        return SceneObject(
-            kind, colour, rgb, box, geometry.as_pairs(clipped), geometry.answer_polygon(polygon),
-            pose, 1.0, shading,
-        )  # fmt: skip
-    return None
+class _Arrangement:
+    """Objects one on top of the other, all of them visible enough, and none on a text.
+
+    A small raster of the image says which of them is on top at each point.
+    """
+
+    def __init__(
+        self, rng: np.random.Generator, size_wh: Size, texts: tuple[TextLine, ...]
+    ) -> None:
+        self.placed: list[SceneObject] = []
+        self._rng = rng
+        self._size_wh = size_wh
+        self._text_boxes = [geometry.tight_box(np.array(line.plate_xy)) for line in texts]
+        self._min_visible = 0.97 if rng.random() < 0.45 else MIN_VISIBLE
+        scale = _MAP_LONG_SIDE_PX / max(size_wh)
+        self._map_wh = (round(size_wh[0] * scale), round(size_wh[1] * scale))
+        self._owner: NDArray[np.uint8] = np.zeros(self._map_wh[::-1], np.uint8)
+        self._whole_px: list[float] = []
+
+    def add(self, kind: str, colour: str, largest: float) -> None:
+        """One object on top of those placed so far, unless no free place is found for it."""
+        rng, size_wh, shape = self._rng, self._size_wh, shapes()[kind]
+        for attempt in range(_ATTEMPTS):
+            shrink = 1 - 0.6 * attempt / _ATTEMPTS
+            may_leave = self._min_visible < 0.9
+            pose = _random_pose(rng, shape, size_wh, largest * shrink, may_leave=may_leave)
+            outline = geometry.posed(shape.outline, pose, size_wh)
+            clipped = geometry.clip_to_image(outline)
+            if len(clipped) < 3 or not self._is_free(kind, geometry.tight_box(clipped)):
+                continue
+            if not self._cover(outline, abs(geometry.area(clipped)) / abs(geometry.area(outline))):
+                continue
+            rgb = object_shade(colour, rng)
+            strongest = 0.12 if colour == "white" else 0.4
+            polygon = geometry.clip_to_image(geometry.posed(shape.polygon, pose, size_wh))
+            self.placed.append(
+                SceneObject(
+                    kind,
+                    colour,
+                    rgb,
+                    geometry.tight_box(clipped),
+                    geometry.as_pairs(clipped),
+                    geometry.answer_polygon(polygon),
+                    pose,
+                    visible=1.0,
+                    shading=float(rng.uniform(0, strongest)) if rng.random() < 0.6 else 0.0,
+                )
+            )
+            return
+
+    def _is_free(self, kind: str, box: FractionBox) -> bool:
+        """Whether a box is apart from all texts, and mostly apart from things of its own kind."""
+        alike = [thing.box_xyxy for thing in self.placed if thing.kind == kind]
+        return not any(geometry.boxes_touch(box, text) for text in self._text_boxes) and not any(
+            geometry.box_iou(other, box) > 0.2 for other in alike
+        )
+
+    def _cover(self, outline: Points, inside: float) -> bool:
+        """Puts a full shape on top if it and all below stay visible enough.
+
+        ``inside`` is the share of it that lies in the image; the rest counts as not visible.
+        """
+        if inside < self._min_visible:
+            return False
+        owner = self._owner.copy()
+        index = len(self._whole_px) + 1
+        geometry.fill_polygon(owner, outline * self._map_wh, index)
+        counts = np.bincount(owner.ravel(), minlength=index + 1)
+        below = enumerate(self._whole_px, start=1)
+        if counts[index] == 0 or any(counts[n] < self._min_visible * whole for n, whole in below):
+            return False
+        self._owner = owner
+        self._whole_px.append(float(counts[index]) / inside)
+        return True
+
+    def visible_shares(self) -> list[float]:
+        """The visible share 0..1 of each object, in the order of adding."""
+        counts = np.bincount(self._owner.ravel(), minlength=len(self._whole_px) + 1)
+        return [
+            min(1.0, float(counts[index]) / whole)
+            for index, whole in enumerate(self._whole_px, start=1)
+        ]
 
 
 def _random_extent(rng: np.random.Generator, largest: float) -> float:

@@ -85,8 +85,7 @@ def test_outline_covers_the_drawn_pixels():
     for scene, thing in OBJECTS:
         width, height = scene.size_wh
         mask = np.zeros((height, width), np.uint8)
-        points = geometry.to_subpixels(np.array(thing.outline_xy), (width, height))
-        cv2.fillPoly(mask, [points], 1, shift=geometry.SUBPIXEL_BITS)
+        geometry.fill_polygon(mask, np.array(thing.outline_xy) * (width, height), 1)
         drawn = changed_pixels(thing, scene.size_wh)
         assert (drawn & mask.astype(bool)).sum() / (drawn | mask.astype(bool)).sum() > 0.93
 
@@ -99,8 +98,7 @@ def test_every_object_is_mostly_visible():
         alone = []
         for index, thing in enumerate(scene.objects, start=1):
             full = geometry.posed(shapes()[thing.kind].outline, thing.pose, scene.size_wh)
-            points = geometry.to_subpixels(full, (side, side))
-            cv2.fillPoly(owner, [points], index, shift=geometry.SUBPIXEL_BITS)
+            geometry.fill_polygon(owner, full * side, index)
             alone.append(abs(geometry.area(full)) * side * side)
         for index, (thing, whole) in enumerate(zip(scene.objects, alone, strict=True), start=1):
             visible = min((owner == index).sum() / whole, 1.0)
