@@ -44,10 +44,10 @@ def evaluate(
     ] = False,
 ) -> None:
     """Measure a checkpoint on drawn scenes that it was not trained on."""
-    from florence2_demo.evaluation import Plan, evaluate_checkpoint, task_tokens
+    from florence2_demo.evaluation import EvaluationPlan, evaluate_checkpoint, task_tokens
 
     chosen = task_tokens((tasks or "").split(","))
-    plan = Plan(scenes, seed, chosen, beams, batch, max_new_tokens, compare_scores)
+    plan = EvaluationPlan(scenes, seed, chosen, beams, batch, max_new_tokens, compare_scores)
     # A mistyped path is told before minutes of asking, not after them.
     if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
         raise RequestError(

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from florence2.opencv import cv2
+from florence2.records import SizeWh
 from florence2_demo.drawing import Plane, draw_scene, unit_grid
-from florence2_demo.geometry import Size
 from florence2_demo.palette import Rgb
 from florence2_demo.scene import make_scene
 from florence2_demo.signs import ink_mask
@@ -31,7 +31,7 @@ FIRST_DEMO_SEED: Final = 900_000
 """Below the training seeds, so that no demo picture was trained on."""
 
 
-_SCENES: Final[tuple[tuple[str, int, Size], ...]] = (
+_SCENES: Final[tuple[tuple[str, int, SizeWh], ...]] = (
     ("scene_bike.png", 22, (640, 480)),
     ("scene_city.jpg", 26, (640, 480)),
     ("scene_night.jpg", 25, (640, 480)),
@@ -57,7 +57,7 @@ def write_demo_images(folder: Path) -> list[Path]:
     return [folder / name for name in pictures]
 
 
-def clouds(size_wh: Size, rng: np.random.Generator, cells: int, octaves: int) -> Plane:
+def clouds(size_wh: SizeWh, rng: np.random.Generator, cells: int, octaves: int) -> Plane:
     """Smooth random relief, 0..1, [h, w]."""
     total = np.zeros((size_wh[1], size_wh[0]), np.float32)
     for octave in range(octaves):
@@ -70,7 +70,7 @@ def clouds(size_wh: Size, rng: np.random.Generator, cells: int, octaves: int) ->
 class Painter:
     """A canvas with a few brushes; every brush is deterministic for the generator's state."""
 
-    def __init__(self, size_wh: Size, rng: np.random.Generator) -> None:
+    def __init__(self, size_wh: SizeWh, rng: np.random.Generator) -> None:
         self.size_wh = (size_wh[0] * 2, size_wh[1] * 2)
         self.rng = rng
         self.xs, self.ys = unit_grid(self.size_wh)
@@ -188,7 +188,7 @@ def _cottage(painter: Painter, x: float, y: float, scale: float) -> None:
     painter.patch(door, (70, 44, 30), 0.4)
 
 
-def landscape(size_wh: Size, seed: int) -> NDArray[np.uint8]:
+def landscape(size_wh: SizeWh, seed: int) -> NDArray[np.uint8]:
     """A meadow with a red house, an orange ball and a sign."""
     painter = Painter(size_wh, np.random.default_rng(seed))
     painter.canvas = painter.ramp((96, 148, 206), (226, 232, 232))
@@ -214,7 +214,7 @@ def landscape(size_wh: Size, seed: int) -> NDArray[np.uint8]:
     return painter.developed(1.6, 7)
 
 
-def still_life(size_wh: Size, seed: int) -> NDArray[np.uint8]:
+def still_life(size_wh: SizeWh, seed: int) -> NDArray[np.uint8]:
     """A blue ball, a green box and a yellow ball on a wooden table."""
     painter = Painter(size_wh, np.random.default_rng(seed))
     painter.canvas = painter.textured((196, 188, 176), 0.1, 3)

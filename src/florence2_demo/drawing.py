@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from florence2.opencv import cv2
+from florence2.records import SizeWh
 from florence2_demo import geometry
-from florence2_demo.geometry import Points, Size, fill_polygon
+from florence2_demo.geometry import Points, fill_polygon
 from florence2_demo.palette import Rgb, tone_rgb
 from florence2_demo.scene import Background, Finish, Scene, SceneObject
 from florence2_demo.shapes import shapes
@@ -24,7 +25,7 @@ Plane = NDArray[np.float32]
 _NOISE_TILE_PX: Final = 512
 
 
-def draw_scene(scene: Scene, size_wh: Size | None = None) -> Image.Image:
+def draw_scene(scene: Scene, size_wh: SizeWh | None = None) -> Image.Image:
     """The scene as an RGB image of ``size_wh`` pixels (its own size by default).
 
     Another aspect squashes the picture, like the network's own preprocessing does.
@@ -32,7 +33,7 @@ def draw_scene(scene: Scene, size_wh: Size | None = None) -> Image.Image:
     return Image.fromarray(draw_pixels(scene, size_wh))
 
 
-def draw_pixels(scene: Scene, size_wh: Size | None = None) -> Pixels:
+def draw_pixels(scene: Scene, size_wh: SizeWh | None = None) -> Pixels:
     """``draw_scene`` as an [h, w, 3] uint8 RGB array."""
     width, height = size_wh or scene.size_wh
     aspect = scene.size_wh[0] / scene.size_wh[1]
@@ -104,7 +105,7 @@ def draw_background(background: Background, size_wh: tuple[int, int], aspect: fl
     return np.take(table, (share * 255).astype(np.uint8), axis=0)
 
 
-def draw_object(canvas: Pixels, thing: SceneObject, scene_wh: Size) -> None:
+def draw_object(canvas: Pixels, thing: SceneObject, scene_wh: SizeWh) -> None:
     """Paint one object on ``canvas``, whose pixels cover the whole image."""
     size_wh = (canvas.shape[1], canvas.shape[0])
     shape = shapes()[thing.kind]

@@ -60,7 +60,7 @@ FIGURES: Final = (
 """The figures that name a checkpoint's quality, in the order of the report; others follow."""
 
 
-class Model(Protocol):
+class EvaluatedModel(Protocol):
     """What evaluation needs of a model; ``florence2.Florence2`` is one."""
 
     def run_many(self, asks: Sequence[Ask]) -> list[Result | Failure]:
@@ -69,7 +69,7 @@ class Model(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class EvaluationPlan:
     """What to ask. ``beams`` of None is the checkpoint's own number; ``batch`` counts scenes."""
 
     num_scenes: int = 500
@@ -90,10 +90,10 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class EvaluationReport:
     """The figures, how answers were spelled by task, and the speed of answering."""
 
-    plan: Plan
+    plan: EvaluationPlan
     figures: dict[str, Estimate]
     well_formed: dict[str, float]
     known_words: dict[str, float]
@@ -185,7 +185,9 @@ def held_out_examples(seed: int, tasks: Sequence[str]) -> list[Example]:
     ]
 
 
-def evaluate_checkpoint(model: Florence2, plan: Plan, console: Console) -> Report:
+def evaluate_checkpoint(
+    model: Florence2, plan: EvaluationPlan, console: Console
+) -> EvaluationReport:
     """Measures a loaded checkpoint, with a progress bar where ``console`` is a terminal."""
     checkpoint = model.engine.checkpoint
     plan = replace(plan, beams=plan.beams or checkpoint.generation.num_beams)
@@ -206,12 +208,12 @@ def evaluate_checkpoint(model: Florence2, plan: Plan, console: Console) -> Repor
 
 
 def evaluate(
-    model: Model,
-    plan: Plan,
+    model: EvaluatedModel,
+    plan: EvaluationPlan,
     *,
     progress: Callable[[int], None] = lambda _: None,
     study: ScoreStudy | None = None,
-) -> Report:
+) -> EvaluationReport:
     """Measures a model; the same plan always asks the same.
 
     ``progress`` is called with the number of scenes just done, ``study`` sees the boxes of
@@ -236,7 +238,7 @@ def evaluate(
     return answers.report(plan.num_scenes / seconds if seconds else 0.0)
 
 
-def _asks(examples: Sequence[Example], plan: Plan) -> list[Ask]:
+def _asks(examples: Sequence[Example], plan: EvaluationPlan) -> list[Ask]:
     """The asks about one scene."""
     # One picture object per scene: the engine encodes what is the same object once.
     picture = draw_scene(examples[0].scene)
@@ -265,7 +267,7 @@ def _answered(asked: Example, outcome: Result | Failure) -> Result:
 class _Answers:
     """What the answers reached, scene by scene; memory grows by a few numbers per scene."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: EvaluationPlan) -> None:
         self._plan = plan
         self._forms: dict[str, list[tuple[bool, bool]]] = {task: [] for task in plan.tasks}
         self._shares = {
@@ -286,7 +288,7 @@ class _Answers:
         if asked.task == "<OD>":
             self.boxes.append(_image_boxes(asked, result))
 
-    def report(self, images_per_s: float) -> Report:
+    def report(self, images_per_s: float) -> EvaluationReport:
         """Every figure of the tasks asked, with its interval over resampled scenes."""
         metrics: dict[str, Metric] = {}
         if "<OD>" in self._forms:
@@ -297,7 +299,7 @@ class _Answers:
         weights = resamplings(self._plan.num_scenes, self._plan.seed)
         ordered = [*FIGURES, *(name for name in metrics if name not in FIGURES)]
         shares = {task: np.mean(form, axis=0) for task, form in self._forms.items() if form}
-        return Report(
+        return EvaluationReport(
             self._plan,
             {name: estimate(metrics[name], weights) for name in ordered if name in metrics},
             {task: float(well_formed) for task, (well_formed, _) in shares.items()},

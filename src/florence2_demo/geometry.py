@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from florence2.opencv import cv2
+from florence2.records import SizeWh
 
 Points = NDArray[np.float64]
 """Vertices as [n, 2], x before y."""
 
-Size = tuple[int, int]
 PointsXy = tuple[tuple[float, float], ...]
-Quad = tuple[tuple[float, float], tuple[float, float], tuple[float, float], tuple[float, float]]
+QuadXy = tuple[tuple[float, float], tuple[float, float], tuple[float, float], tuple[float, float]]
 FractionBox = tuple[float, float, float, float]
 MAX_POLYGON_POINTS: Final = 12
 """Of an outline as answers spell it."""
@@ -40,7 +40,7 @@ class Pose:
     mirrored: bool
 
 
-def posed(points: Points, pose: Pose, image_wh: Size) -> Points:
+def posed(points: Points, pose: Pose, image_wh: SizeWh) -> Points:
     """Unit coordinates of a shape as fractions of an image of ``image_wh`` pixels."""
     short = min(image_wh)
     flip = -1.0 if pose.mirrored else 1.0

@@ -13,8 +13,9 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from florence2.records import SizeWh
 from florence2_demo import geometry, signs
-from florence2_demo.geometry import FractionBox, Points, PointsXy, Pose, Size
+from florence2_demo.geometry import FractionBox, Points, PointsXy, Pose
 from florence2_demo.lexicon import BACKGROUND_COLOURS, COLOURS, KINDS, PATTERNS
 from florence2_demo.palette import (
     BLACK,
@@ -104,14 +105,16 @@ class Scene:
     """A picture to draw. ``objects`` are ordered back to front, ``texts`` top to bottom."""
 
     seed: int
-    size_wh: Size
+    size_wh: SizeWh
     background: Background
     objects: tuple[SceneObject, ...]
     texts: tuple[TextLine, ...]
     finish: Finish
 
 
-def make_scene(seed: int, *, max_objects: int = MAX_OBJECTS, size_wh: Size | None = None) -> Scene:
+def make_scene(
+    seed: int, *, max_objects: int = MAX_OBJECTS, size_wh: SizeWh | None = None
+) -> Scene:
     """The scene of a seed: always the same for the same arguments."""
     rng = np.random.default_rng([seed, 0xF10])
     size = size_wh or _random_size(rng)
@@ -139,7 +142,7 @@ def _make_background(colour: str, rng: np.random.Generator) -> Background:
     )
 
 
-def _random_size(rng: np.random.Generator) -> Size:
+def _random_size(rng: np.random.Generator) -> SizeWh:
     ratios, weights = zip(*_ASPECTS, strict=True)
     aspect = float(rng.choice(ratios, p=weights))
     long_side = int(rng.choice(_LONG_SIDES_PX))
@@ -161,7 +164,7 @@ def _make_finish(rng: np.random.Generator) -> Finish:
 
 def _make_objects(
     rng: np.random.Generator,
-    size_wh: Size,
+    size_wh: SizeWh,
     count: int,
     background_colour: str,
     texts: tuple[TextLine, ...],
@@ -189,7 +192,7 @@ class _Arrangement:
     """
 
     def __init__(
-        self, rng: np.random.Generator, size_wh: Size, texts: tuple[TextLine, ...]
+        self, rng: np.random.Generator, size_wh: SizeWh, texts: tuple[TextLine, ...]
     ) -> None:
         self.placed: list[SceneObject] = []
         self._rng = rng
@@ -273,7 +276,7 @@ def _random_extent(rng: np.random.Generator, largest: float) -> float:
 
 
 def _random_pose(
-    rng: np.random.Generator, shape: Shape, size_wh: Size, largest: float, *, may_leave: bool
+    rng: np.random.Generator, shape: Shape, size_wh: SizeWh, largest: float, *, may_leave: bool
 ) -> Pose:
     extent = _random_extent(rng, largest)
     stretch = math.sqrt(shape.aspect * math.exp(rng.uniform(-0.12, 0.12)))

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from florence2.opencv import cv2
+from florence2.records import SizeWh
 from florence2_demo import geometry
-from florence2_demo.geometry import FractionBox, Points, Quad, Size
+from florence2_demo.geometry import FractionBox, Points, QuadXy
 from florence2_demo.lexicon import SIGN_WORDS
 from florence2_demo.palette import Rgb
 
@@ -80,8 +81,8 @@ class TextLine:
     """
 
     text: str
-    quad_xy: Quad
-    plate_xy: Quad
+    quad_xy: QuadXy
+    plate_xy: QuadXy
     font: str
     ink_rgb: Rgb
     plate_rgb: Rgb
@@ -92,7 +93,7 @@ class TextLine:
         return geometry.tight_box(np.array(self.quad_xy))
 
 
-def make_texts(rng: np.random.Generator, size_wh: Size) -> tuple[TextLine, ...]:
+def make_texts(rng: np.random.Generator, size_wh: SizeWh) -> tuple[TextLine, ...]:
     """No text in most scenes, else one or two lines, top to bottom by their centres."""
     if rng.random() >= TEXT_SHARE:
         return ()
@@ -113,7 +114,7 @@ def _centre_y(line: TextLine) -> float:
     return sum(y for _, y in line.quad_xy) / 4
 
 
-def _random_line(rng: np.random.Generator, size_wh: Size, text: str) -> TextLine:
+def _random_line(rng: np.random.Generator, size_wh: SizeWh, text: str) -> TextLine:
     width_px, height_px = size_wh
     font = str(rng.choice(list(FONTS)))
     aspect = ink_aspect(text, font)
@@ -138,6 +139,6 @@ def _corners(half_wh: Points, angle: float) -> Points:
     return corners
 
 
-def _as_quad(points: Points) -> Quad:
+def _as_quad(points: Points) -> QuadXy:
     first, second, third, fourth = geometry.as_pairs(points)
     return first, second, third, fourth

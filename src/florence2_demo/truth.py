@@ -10,7 +10,7 @@ from typing import Final
 from florence2.tasks import TASKS, Task, TaskInput
 from florence2.tokens import NUM_LOCATION_BINS, POLYGON_END, POLYGON_START, location_token
 from florence2_demo import language
-from florence2_demo.geometry import FractionBox, PointsXy, Quad, box_iou
+from florence2_demo.geometry import FractionBox, PointsXy, QuadXy, box_iou
 from florence2_demo.language import left_to_right
 from florence2_demo.scene import Scene, SceneObject
 from florence2_demo.signs import TextLine
@@ -28,7 +28,7 @@ class Truth:
     answer: str
     labels: tuple[str, ...] = ()
     boxes_xyxy: tuple[FractionBox, ...] = ()
-    quads_xy: tuple[Quad, ...] = ()
+    quads_xy: tuple[QuadXy, ...] = ()
     polygons_xy: tuple[PointsXy, ...] = ()
     objects: tuple[SceneObject, ...] = ()
 

@@ -341,7 +341,7 @@ def _write(path: Path, text: str) -> None:
         return
 
 
-Run = Callable[[Case, int, float], Measured]
+RunCase = Callable[[Case, int, float], Measured]
 
 WARM_UP: Final = Case(batch=1, prompts=1, beams=1, tokens=8)
 WARM_UP_ROUND: Final = 1_000_000
@@ -349,7 +349,9 @@ WARM_UP_ROUND: Final = 1_000_000
 _FAILURES: Final = (FlorenceError, RuntimeError, MemoryError)
 
 
-def _load(process: str, folder: Path, device: str, runtime: str, precision: str) -> dict[str, Run]:
+def _load(
+    process: str, folder: Path, device: str, runtime: str, precision: str
+) -> dict[str, RunCase]:
     """The ways to run a case with what is loaded here, by name."""
     if process == OURS:
         return {OURS: OurSide(folder, device, runtime, precision).run}

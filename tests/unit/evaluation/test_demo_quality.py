@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from florence2 import Florence2
-from florence2_demo.evaluation import ALL_TASKS, Plan, evaluate
+from florence2_demo.evaluation import ALL_TASKS, EvaluationPlan, evaluate
 
 DEMO = Path(__file__).parents[3] / "demo" / "checkpoint"
 SCENES = 60
@@ -22,7 +22,7 @@ TARGETS = {
 @pytest.fixture(scope="module")
 def report():
     model = Florence2.load(DEMO, device="cpu", precision="fp32")
-    return evaluate(model, Plan(SCENES, seed=1000, max_new_tokens=200))
+    return evaluate(model, EvaluationPlan(SCENES, seed=1000, max_new_tokens=200))
 
 
 @pytest.mark.parametrize("figure", TARGETS)

@@ -1,6 +1,5 @@
 """Overlaps, matches, average precision and the other metrics, by worked arithmetic."""
 
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -214,42 +213,37 @@ def random_box(rng):
     return (float(x), float(y), float(x + w), float(y + h))
 
 
+IDS = {"ball": 1, "car": 2, "cup": 3}
+
+
+def coco_rows(scenes, boxes, labels):
+    """What the attributes ``boxes`` and ``labels`` of the scenes hold, as COCO writes it."""
+    for number, scene in enumerate(scenes, start=1):
+        for box, label in zip(getattr(scene, boxes), getattr(scene, labels), strict=True):
+            x1, y1, x2, y2 = (float(value) for value in box)
+            place = {"bbox": [x1, y1, x2 - x1, y2 - y1], "category_id": IDS[label]}
+            yield {"image_id": number, **place}
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_map_is_that_of_an_independent_evaluator(seed):
     reference = pytest.importorskip("faster_coco_eval")
     scenes = random_scenes(seed)
-    ids = {"ball": 1, "car": 2, "cup": 3}
-
-    def rows(boxes, labels, scores=None):
-        for place, (box, label) in enumerate(zip(boxes, labels, strict=True)):
-            x1, y1, x2, y2 = (float(value) for value in box)
-            row = {"bbox": [x1, y1, x2 - x1, y2 - y1], "category_id": ids[label], "iscrowd": 0}
-            yield row | (
-                {"score": float(scores[place])} if scores else {"area": (x2 - x1) * (y2 - y1)}
-            )
-
-    truth = [
-        row | {"image_id": number + 1}
-        for number, scene in enumerate(scenes)
-        for row in rows(scene.true_boxes, scene.true_labels)
-    ]
-    truth = [row | {"id": number + 1} for number, row in enumerate(truth)]
-    predictions = [
-        row | {"image_id": number + 1}
-        for number, scene in enumerate(scenes)
-        for row in rows(scene.boxes, scene.labels, scene.scores)
-    ]
     coco = reference.COCO()
     coco.dataset = {
         "images": [{"id": n + 1, "width": 128, "height": 128} for n in range(len(scenes))],
-        "annotations": truth,
-        "categories": [{"id": number, "name": name} for name, number in ids.items()],
+        "annotations": [
+            row | {"id": number, "area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0}
+            for number, row in enumerate(coco_rows(scenes, "true_boxes", "true_labels"), start=1)
+        ],
+        "categories": [{"id": number, "name": name} for name, number in IDS.items()],
         "info": {},
     }
     coco.createIndex()
-    judge = reference.COCOeval_faster(
-        coco, coco.loadRes(json.loads(json.dumps(predictions))), "bbox"
-    )
+    scores = [score for scene in scenes for score in scene.scores]
+    predictions = coco_rows(scenes, "boxes", "labels")
+    scored = [row | {"score": float(score)} for row, score in zip(predictions, scores, strict=True)]
+    judge = reference.COCOeval_faster(coco, coco.loadRes(scored), "bbox")
     judge.evaluate()
     judge.accumulate()
     judge.summarize()
