@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import chain
 from operator import attrgetter
-from typing import Final
+from typing import Final, TypeVar
 
 from florence2.tasks import TASKS, Task, TaskInput
 from florence2.tokens import NUM_LOCATION_BINS, POLYGON_END, POLYGON_START, location_token
@@ -43,10 +44,6 @@ def locations(fractions: Iterable[float]) -> str:
     return "".join(location_token(location_bin(fraction)) for fraction in fractions)
 
 
-def _flat(points: Iterable[tuple[float, float]]) -> list[float]:
-    return [value for point in points for value in point]
-
-
 def _boxes(things: Iterable[SceneObject], label: Callable[[SceneObject], str]) -> Truth:
     things = tuple(things)
     labels = tuple(label(thing) for thing in things)
@@ -70,7 +67,7 @@ def _grounded(scene: Scene, text: str) -> Truth:
 
 def _outlined(things: tuple[SceneObject, ...]) -> Truth:
     """One polygon bare, as published; several each between ``<poly>`` and ``</poly>``."""
-    spelled = [locations(_flat(thing.polygon_xy)) for thing in things]
+    spelled = [locations(chain(*thing.polygon_xy)) for thing in things]
     if len(spelled) > 1:
         spelled = [f"{POLYGON_START}{polygon}{POLYGON_END}" for polygon in spelled]
     return Truth(
@@ -86,15 +83,18 @@ def _referred(scene: Scene, text: str) -> Truth:
     return _outlined(phrase.matches(scene) if phrase else ())
 
 
-def _nearest_object(scene: Scene, region: FractionBox) -> tuple[SceneObject, ...]:
-    """The object whose box overlaps the region most; none where none does."""
-    best = max(scene.objects, key=lambda thing: box_iou(thing.box_xyxy, region), default=None)
+_Placed = TypeVar("_Placed", SceneObject, TextLine)
+
+
+def _nearest(placed: Iterable[_Placed], region: FractionBox) -> tuple[_Placed, ...]:
+    """The one whose box overlaps the region most; none where none does."""
+    best = max(placed, key=lambda one: box_iou(one.box_xyxy, region), default=None)
     return (best,) if best and box_iou(best.box_xyxy, region) > 0 else ()
 
 
 def _region_label(scene: Scene, region: FractionBox, label: Callable[[SceneObject], str]) -> Truth:
     """The label followed by the region itself, as the published checkpoints answer."""
-    things = _nearest_object(scene, region)
+    things = _nearest(scene.objects, region)
     labels = tuple(label(thing) for thing in things)
     answer = "".join(f"{text}{locations(region)}" for text in labels)
     return Truth(answer, labels, (region,) * len(things), objects=things)
@@ -105,14 +105,9 @@ def _read(lines: Iterable[TextLine]) -> Truth:
     return Truth("\n".join(labels), labels)
 
 
-def _read_region(scene: Scene, region: FractionBox) -> Truth:
-    best = max(scene.texts, key=lambda line: box_iou(line.box_xyxy, region), default=None)
-    return _read((best,) if best and box_iou(best.box_xyxy, region) > 0 else ())
-
-
 def _read_quads(scene: Scene) -> Truth:
     quads = tuple(line.quad_xy for line in scene.texts)
-    answer = "".join(f"{line.text}{locations(_flat(line.quad_xy))}" for line in scene.texts)
+    answer = "".join(f"{line.text}{locations(chain(*line.quad_xy))}" for line in scene.texts)
     return Truth(answer, tuple(line.text for line in scene.texts), quads_xy=quads)
 
 
@@ -135,10 +130,10 @@ _OF_TEXT: Final[dict[str, Callable[[Scene, str], Truth]]] = {
     "<REFERRING_EXPRESSION_SEGMENTATION>": _referred,
 }
 _OF_REGION: Final[dict[str, Callable[[Scene, FractionBox], Truth]]] = {
-    "<REGION_TO_SEGMENTATION>": lambda scene, box: _outlined(_nearest_object(scene, box)),
+    "<REGION_TO_SEGMENTATION>": lambda scene, box: _outlined(_nearest(scene.objects, box)),
     "<REGION_TO_CATEGORY>": lambda scene, box: _region_label(scene, box, _KIND),
     "<REGION_TO_DESCRIPTION>": lambda scene, box: _region_label(scene, box, _NAME),
-    "<REGION_TO_OCR>": _read_region,
+    "<REGION_TO_OCR>": lambda scene, box: _read(_nearest(scene.texts, box)),
 }
 
 

@@ -71,7 +71,7 @@ def _cells(row: Row) -> list[str]:
         _ratio(row.ratio_fp32),
         _ratio(row.ratio_bf16),
         _ratio(row.ratio_others) + counted,
-        f"{_mib(row.peak_memory_mib)} / {_mib(row.reference_peak_memory_mib)}",
+        _pair(row.peak_memory_mib, row.reference_peak_memory_mib, ".0f"),
         {True: "yes", False: "no", None: "-"}[row.same_tokens],
         "/".join(str(row.runs.get(side, 0)) for side in _SIDES),
     ]
@@ -107,20 +107,16 @@ def _growth_sentence(growth: Growth) -> str:
     )
 
 
-def _pair(ours: float | None, reference: float | None) -> str:
-    return f"{_seconds(ours)} / {_seconds(reference)}"
-
-
-def _seconds(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
-
-
-def _mib(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0f}"
+def _pair(ours: float | None, reference: float | None, form: str = ".2f") -> str:
+    return f"{_shown(ours, form)} / {_shown(reference, form)}"
 
 
 def _ratio(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}x"
+    return _shown(value, ".2f", "x")
+
+
+def _shown(value: float | None, form: str, unit: str = "") -> str:
+    return "-" if value is None else f"{value:{form}}{unit}"
 
 
 # The plot
