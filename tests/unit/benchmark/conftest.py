@@ -1,9 +1,8 @@
-"""A tiny random checkpoint, and rows without anything measured."""
+"""A tiny random checkpoint."""
 
 from __future__ import annotations
 
 import pytest
-from benchmark_tools import a_row
 from safetensors.torch import load_file, save_file
 
 from florence2.benchmark.run import write_checkpoint
@@ -19,8 +18,3 @@ def tiny_folder(tmp_path_factory):
     larger = {name: value * 20 if value.ndim > 1 else value for name, value in state.items()}
     save_file(larger, file, metadata={"format": "pt"})
     return folder
-
-
-@pytest.fixture
-def make_row():
-    return a_row
