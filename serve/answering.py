@@ -11,8 +11,8 @@ from typing import Any, Final
 
 from florence2.budget import Hold
 from florence2.engine.ask import AnyImage, Ask
-from florence2.engine.scheduler import GenerationCancelledError, Priority
-from florence2.errors import RequestError
+from florence2.engine.scheduler import Priority
+from florence2.errors import GenerationCancelledError, RequestError
 from florence2.records import Failure, Result
 from serve.answers import check_any_answered, entries_of, raise_failure
 from serve.deployable import DeployableApp

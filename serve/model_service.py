@@ -13,8 +13,8 @@ from typing import Any, Final
 import torch
 
 from florence2.api import Florence2
-from florence2.engine.scheduler import Observer, Scheduler, StoppedError
-from florence2.errors import RequestError, unknown_name
+from florence2.engine.scheduler import Observer, Scheduler
+from florence2.errors import RequestError, StoppedError, unknown_name
 from serve.predict.annotations import TAG_METAS
 from serve.predict.naming import FIXED_SHAPES, class_color, clean_class_name
 from serve.sdk import sly

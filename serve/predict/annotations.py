@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
-from florence2.engine.cascade import regions_of
+from florence2.engine.ask import regions_of
 from florence2.records import Box, Polygon, Quad, Region, Result, SizeWh, Text
 from florence2.tasks import TaskInput, find_task
 from serve.predict.dedupe import Find, distinct

@@ -14,14 +14,16 @@ from florence2.budget import WAIT_S, Budget, Hold, open_pixels
 from florence2.engine.ask import AnyImage, Ask
 from florence2.engine.feature_cache import EncodedImage
 from florence2.engine.prefetch import Preparer
-from florence2.engine.scheduler import (
+from florence2.engine.scheduler import Priority
+from florence2.errors import (
     DeadlineError,
+    FlorenceError,
     GenerationCancelledError,
-    Priority,
+    NoRoomError,
     QueueFullError,
+    RequestError,
     StoppedError,
 )
-from florence2.errors import FlorenceError, NoRoomError, RequestError
 from florence2.images import LoadedImage, Room, identity, open_image
 from florence2.pixels import PreparedImage
 from florence2.records import Failure, Region, Result, Timings

@@ -9,8 +9,8 @@ from typing import Any, Final, Literal
 
 from florence2.checkpoint.checkpoint import open_checkpoint
 from florence2.checkpoint.hub import ProgressCallback
-from florence2.engine.answering import answer_all, encode_all
-from florence2.engine.ask import AnyImage, AnyRegion, Ask, check_choice, name_of
+from florence2.engine.answering import answer_all
+from florence2.engine.ask import AnyImage, AnyRegion, Ask, failure_of
 from florence2.engine.engine import Engine
 from florence2.engine.loading import load_engine
 from florence2.errors import (
@@ -118,9 +118,9 @@ class Florence2:
     def encode(self, image: Images) -> Any:  # noqa: ANN401 - as run
         """Runs the vision tower once; give the result to any method in the image's place."""
         if isinstance(image, list | tuple):
-            encoded = encode_all(self.engine, image)
+            encoded = self.engine.encode(image)
             return [_valued(value, source) for value, source in zip(encoded, image, strict=True)]
-        [single] = encode_all(self.engine, [image])
+        [single] = self.engine.encode([image])
         if isinstance(single, FlorenceError):
             raise single
         return single
@@ -175,7 +175,7 @@ class Florence2:
         **search: Any,  # noqa: ANN401
     ) -> Any:  # noqa: ANN401
         """A sentence, a few sentences, or a paragraph about the image."""
-        check_choice("granularity", granularity, GRANULARITIES)
+        _check_choice("granularity", granularity, GRANULARITIES)
         return self.run(GRANULARITIES[granularity], image, **search)
 
     def detect_objects(
@@ -186,7 +186,7 @@ class Florence2:
         **search: Any,  # noqa: ANN401
     ) -> Any:  # noqa: ANN401
         """Boxes of everything, or of ``classes``; ``captions`` describes instead of naming."""
-        check_choice("labels_mode", labels_mode, ("classes", "captions"))
+        _check_choice("labels_mode", labels_mode, ("classes", "captions"))
         if classes is not None:
             if labels_mode == "captions":
                 raise RequestError(
@@ -256,7 +256,13 @@ def _named(classes: Sequence[str]) -> list[str]:
     )
 
 
+def _check_choice(kind: str, received: object, known: Iterable[str]) -> None:
+    names = list(known)
+    if not isinstance(received, str) or received not in names:
+        raise RequestError(
+            unknown_name(kind, received if isinstance(received, str) else shown(received), names)
+        )
+
+
 def _valued(value: Any, image: AnyImage | None) -> Any:  # noqa: ANN401
-    if isinstance(value, FlorenceError):
-        return Failure(value.code, str(value), name_of(image))
-    return value
+    return failure_of(value, image) if isinstance(value, FlorenceError) else value

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Final
 
-from florence2.errors import RequestError
+from florence2.errors import RequestError, shown
 from florence2.records import BoxXyxy, Region, SizeWh
 from florence2.tasks import TASKS, Task, TaskInput
 from florence2.tokenizer import DROPPED_TOKENS, MARKERS
@@ -83,17 +83,33 @@ def _is_a_pixel(x1: float, y1: float, x2: float, y2: float) -> bool:
     return x2 - x1 >= _MIN_SIDE_PX and y2 - y1 >= _MIN_SIDE_PX
 
 
+def as_region(region: Region | Sequence[float] | str | None) -> Region | str | None:
+    """A region from four numbers in pixels, x before y; RequestError for anything else.
+
+    What is spelled in the model's own tokens stays as it is.
+    """
+    if region is None or isinstance(region, str):
+        return region
+    values = region.box_xyxy if isinstance(region, Region) else region
+    try:
+        if isinstance(values, str | bytes | dict | set) or any(
+            isinstance(value, str | bytes | bool) for value in values
+        ):
+            raise TypeError("not numbers")
+        x1, y1, x2, y2 = (float(value) for value in values)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise RequestError(
+            f"A region is four numbers x1, y1, x2, y2 in pixels, and {shown(values)} was received; "
+            "give left, top, right, bottom."
+        ) from error
+    return Region((x1, y1, x2, y2))
+
+
 MAX_PROMPT_CHARS: Final = 4000
 
-
 _LOCATION: Final = r"<loc_([0-9]{1,6})>"
-
-
 _ANY_LOCATION: Final = re.compile(_LOCATION)
-
-
 _REGION_TEXT: Final = re.compile(_LOCATION * 4)
-
 
 # "<and>" separates the phrases of a caption, so it is the one added token a text may hold.
 _FORBIDDEN_TOKEN: Final = re.compile(
@@ -108,19 +124,28 @@ _FORBIDDEN_TOKEN: Final = re.compile(
 )
 
 
-def prompt_sentence(task: Task, text: str | None, region: Region | None, size_wh: SizeWh) -> str:
+def prompt_sentence(
+    task: Task, text: str | None, region: Region | str | None, size_wh: SizeWh
+) -> str:
     """The sentence the network was trained with for this task, without ``<s>`` and ``</s>``.
 
-    ``region`` is in pixels of the original image, whose size is ``size_wh``; a region task also
-    takes ``text`` spelled ``<loc_x1><loc_y1><loc_x2><loc_y2>``. Empty text counts as none.
+    ``region`` is in pixels of the original image, whose size is ``size_wh``, or spelled
+    ``<loc_x1><loc_y1><loc_x2><loc_y2>``; so may be the ``text`` of a region task instead. Empty
+    text counts as none.
 
     Raises RequestError if the task's input is missing, unwanted or not usable.
     """
+    if isinstance(region, str):
+        if task.takes is not TaskInput.REGION:
+            raise _unwanted_region(task)
+        if text:
+            raise _unwanted_text(task, shown(text))
+        text, region = region, None
     text = _clean_text(text)
     if task.takes is TaskInput.REGION:
         return task.sentence.replace("{input}", _region_input(task, text, region, size_wh))
     if region is not None:
-        raise RequestError(f"{task.token} takes no region, and one was received; leave it out.")
+        raise _unwanted_region(task)
     if task.takes is TaskInput.NONE:
         if text:
             raise RequestError(
@@ -180,11 +205,19 @@ def _region_input(task: Task, text: str, region: Region | None, size_wh: SizeWh)
     if region is None:
         return _spell_bins(_bins_of_text(task, text))
     if text:
-        raise RequestError(
-            f"{task.token} takes a region and no text, and {_short(text)} was received besides; "
-            "leave the text out."
-        )
+        raise _unwanted_text(task, _short(text))
     return _spell_bins(region_bins(clip_region(region.box_xyxy, size_wh), size_wh))
+
+
+def _unwanted_region(task: Task) -> RequestError:
+    return RequestError(f"{task.token} takes no region, and one was received; leave it out.")
+
+
+def _unwanted_text(task: Task, shown_text: str) -> RequestError:
+    return RequestError(
+        f"{task.token} takes a region and no text, and {shown_text} was received besides; "
+        "leave the text out."
+    )
 
 
 def _bins_of_text(task: Task, text: str) -> tuple[int, ...]:

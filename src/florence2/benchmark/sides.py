@@ -23,8 +23,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from florence2.api import Florence2
+from florence2.api import Ask, Florence2
 from florence2.benchmark.plan import TASK, Case, case_images, case_texts
+from florence2.engine.answering import answer_all
 from florence2.errors import FlorenceError
 from florence2.images import open_image
 from florence2.records import GenerationSettings
@@ -109,18 +110,14 @@ class OurSide:
         """
         images = case_images(case, round_index)
         settings = GenerationSettings(num_beams=case.beams, max_new_tokens=case.tokens)
-        task, texts = find_task(TASK), case_texts(case)
+        texts = case_texts(case)
         self.engine.cache.clear()
         self._spent = dict.fromkeys(self._spent, 0.0)
         began = time.perf_counter()
         encoded = [_value(one) for one in self.engine.encode([open_image(one) for one in images])]
-        prompts = [
-            self.engine.prepare(task, image, text, None, settings)
-            for image in encoded
-            for text in texts
-        ]
+        asks = [Ask(image, TASK, text, **asdict(settings)) for image in encoded for text in texts]
         prepared = time.perf_counter()
-        results = [_value(one) for one in self.engine.answer(prompts)]
+        results = [_value(one) for one in answer_all(self.engine, asks)]
         settle(self.device)
         answered = time.perf_counter()
         vision_s, prompt_s = self._spent["vision"], self._spent["prompt"]

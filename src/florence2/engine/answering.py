@@ -1,116 +1,105 @@
-"""Answers many asks: images are encoded once, prompts of all of them share the batch's rows."""
+"""Asks to results: images are encoded once, prompts of all asks share the rows of a batch."""
 
 from __future__ import annotations
 
+import logging
+import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Final
 
-from florence2.engine.ask import AnyImage, Ask
-from florence2.engine.cascade import Outcome, Progress
-from florence2.engine.engine import Coming, Engine, Prompt
-from florence2.engine.feature_cache import EncodedImage
-from florence2.engine.prefetch import AnySource
+from florence2.engine.ask import Ask, Cascade, Outcome, Prompt
+from florence2.engine.engine import Caller, Encoded, Engine
 from florence2.errors import FlorenceError, RequestError, as_value
-from florence2.images import identity
-from florence2.records import Failure, GenerationSettings
-from florence2.stopping import BetweenPasses, Stop
+from florence2.generation.decode import DecodeLoop, Session, Started
+from florence2.records import Answer, GenerationSettings, Timings
+from florence2.runtimes.memory import out_of_memory
 
-__all__ = ["AskRun", "Outcome", "answer_all", "encode_all", "identity"]
+logger = logging.getLogger(__name__)
 
-
-Settle = Callable[[int, Outcome], None]
-"""Takes the outcome of an ask by its number."""
-
-
-More = Callable[[int], Sequence[Ask]]
-"""Gives up to so many further asks."""
+_JOIN_SHARE: Final = 4
+"""On a GPU prompts join a running batch once a fourth of its rows is free, so several at once."""
 
 
-def answer_all(
-    engine: Engine, asks: Sequence[Ask], between_passes: BetweenPasses | None = None
-) -> list[Outcome]:
-    """One result or error per ask, in order; one ask's error does not touch the others.
+def answer_all(engine: Engine, asks: Sequence[Ask]) -> list[Outcome]:
+    """One result or error per ask, in order; one ask's error does not touch the others."""
+    caller = _List(asks)
+    answer(engine, caller)
+    return [caller.outcomes[number] for number in range(len(asks))]
 
-    ``between_passes`` is called before every pass of the network, and before every image that is
-    opened or scaled; it may call this function.
+
+def answer(engine: Engine, caller: Caller[Any]) -> None:
+    """Answers what the caller asks until nothing more comes and everything is settled.
+
+    A row of the batch whose answer is complete is given to the next prompt with the same search
+    settings.
     """
-    outcomes: dict[int, Outcome] = {}
-    AskRun(engine, outcomes.__setitem__, between_passes).run(asks)
-    return [outcomes[number] for number in range(len(asks))]
+    prompts = PromptQueue(engine, caller)
+    while (settings := prompts.next_settings()) is not None:
+        with engine.in_use():
+            PromptSearch(engine, prompts, caller, settings).run()
 
 
-class AskRun:
-    """One run over asks, and over those that come while it lasts.
+class _List(Caller[int]):
+    """One who has a list of asks, and waits for all of them."""
 
-    ``settle`` has each outcome as soon as it is known, by the ask's number in the order in which
-    they came. ``more`` is asked for further ones when rows of the batch are free and nothing else
-    waits for them; ``coming`` says whose images may be opened ahead of that.
-    """
+    def __init__(self, asks: Sequence[Ask]) -> None:
+        self._asks = asks
+        self.outcomes: dict[int, Outcome] = {}
 
-    def __init__(
-        self,
-        engine: Engine,
-        settle: Settle,
-        between_passes: BetweenPasses | None = None,
-        more: More | None = None,
-        coming: Coming | None = None,
-    ) -> None:
+    def next_asks(self, room: int) -> Sequence[tuple[int, Ask]]:
+        asks, self._asks = self._asks, ()
+        return list(enumerate(asks))
+
+    def settle(self, key: int, outcome: Outcome) -> None:
+        self.outcomes[key] = outcome
+
+
+class PromptQueue:
+    """The prompts of a caller's asks: images are encoded as asks come, outcomes handed back."""
+
+    def __init__(self, engine: Engine, caller: Caller[Any]) -> None:
         self._engine = engine
-        self._settle = settle
-        self._between_passes = between_passes
-        self._more = more
-        self._coming = coming
-        self._num_asks = 0
+        self._caller = caller
         self._ready: deque[Prompt] = deque()
-        self._owners: dict[Prompt, tuple[int, Progress]] = {}
-
-    def run(self, asks: Sequence[Ask] = ()) -> None:
-        """Returns once these and all that ``more`` gives are settled."""
-        self._add(asks)
-        self._engine.answer_feed(self, self._between_passes)
 
     def next_settings(self) -> GenerationSettings | None:
-        """Those of the prompt that waits longest."""
-        while not self._ready and self._add_more(self._engine.prompt_batch):
+        """Those of the prompt that waits longest; None when no more come."""
+        while not self._ready and self._add_asks(self._engine.prompt_batch):
             pass
         return self._ready[0].settings if self._ready else None
 
     def take(self, room: int, settings: GenerationSettings) -> list[Prompt]:
         """The next prompts with these settings, and further asks' if no other prompt waits."""
         taken = self._take_ready(room, settings)
-        while len(taken) < room and not self._ready and self._add_more(room - len(taken)):
+        while len(taken) < room and not self._ready and self._add_asks(room - len(taken)):
             taken += self._take_ready(room - len(taken), settings)
         return taken
 
     def settle(self, prompt: Prompt, outcome: Outcome) -> None:
         """A prompt's outcome, with which its ask's next step may begin."""
-        number, progress = self._owners.pop(prompt)
-        if progress.settle(prompt, outcome):
-            self._go_on(number, progress)
+        if prompt.cascade.settle(prompt, outcome):
+            self._go_on(prompt.cascade)
 
-    def _add_more(self, room: int) -> bool:
-        asks = () if self._more is None else self._more(room)
-        self._add(asks)
+    def _add_asks(self, room: int) -> bool:
+        asks = self._caller.next_asks(room)
+        # A list may hold anything: what is no Ask has no image to encode.
+        known = [ask for _, ask in asks if isinstance(ask, Ask)]
+        images, stops = [ask.image for ask in known], [ask.stop for ask in known]
+        encoded = iter(self._engine.encode(images, stops, self._caller))
+        begun: list[Cascade] = []
+        for key, ask in asks:
+            found = self._begun(key, ask, next(encoded)) if isinstance(ask, Ask) else _no_ask(ask)
+            if isinstance(found, Cascade):
+                begun.append(found)
+            else:
+                self._caller.settle(key, found)
+        for cascade in begun:
+            self._go_on(cascade)
         return bool(asks)
 
-    def _add(self, asks: Sequence[Ask]) -> None:
-        first, self._num_asks = self._num_asks, self._num_asks + len(asks)
-        # A list may hold anything: what is no Ask has no image to encode.
-        known = [ask for ask in asks if isinstance(ask, Ask)]
-        images, stops = [ask.image for ask in known], [ask.stop for ask in known]
-        encoded = iter(encode_all(self._engine, images, stops, self._between_passes, self._coming))
-        begun: list[tuple[int, Progress]] = []
-        for number, ask in enumerate(asks, start=first):
-            found = self._begun(ask, next(encoded)) if isinstance(ask, Ask) else _no_ask(ask)
-            if isinstance(found, Progress):
-                begun.append((number, found))
-            else:
-                self._settle(number, found)
-        for number, progress in begun:
-            self._go_on(number, progress)
-
-    def _begun(self, ask: Ask, image: EncodedImage | FlorenceError) -> Progress | FlorenceError:
+    def _begun(self, key: object, ask: Ask, image: Encoded) -> Cascade | FlorenceError:
         # Before the image's own error: an image that several asks gave up has only one's reason.
         reason = None if ask.stop is None else ask.stop()
         if reason is not None:
@@ -118,16 +107,15 @@ class AskRun:
         if isinstance(image, FlorenceError):
             return image
         try:
-            return Progress(self._engine, ask, image)
+            self._engine.check_image(image)
+            return Cascade(key, ask, image, self._engine.checkpoint)
         except FlorenceError as error:
             return as_value(error)
 
-    def _go_on(self, number: int, progress: Progress) -> None:
-        prompts = progress.next_prompts()
-        self._ready += prompts
-        self._owners |= dict.fromkeys(prompts, (number, progress))
-        if progress.outcome is not None:
-            self._settle(number, progress.outcome)
+    def _go_on(self, cascade: Cascade) -> None:
+        self._ready += cascade.next_prompts()
+        if cascade.outcome is not None:
+            self._caller.settle(cascade.key, cascade.outcome)
 
     def _take_ready(self, room: int, settings: GenerationSettings) -> list[Prompt]:
         taken: list[Prompt] = []
@@ -139,40 +127,211 @@ class AskRun:
         return taken
 
 
-def encode_all(
-    engine: Engine,
-    images: Sequence[AnyImage],
-    stops: Sequence[Stop | None] | None = None,
-    between_passes: BetweenPasses | None = None,
-    coming: Coming | None = None,
-) -> list[EncodedImage | FlorenceError]:
-    """The encoded images in order; the same path, object or content is encoded once.
+class PromptSearch:
+    """Answers prompts of like settings until no more come, as the source of a decode loop.
 
-    ``stops`` has one Stop per image; an image given up has the reason in its place.
+    Running out of memory starts over, with half as many prompts at a time, what was under way;
+    one that does not fit alone fails alone. The engine's limit is lowered to what fitted then,
+    unless there was one that did not fit alone: the others may have been short of its memory only.
+    A search between two passes of another one lowers nothing: it was short of that one's memory.
+    What the caller or a ``Stop`` raises comes through, lack of memory included.
     """
-    settled: dict[int, EncodedImage | FlorenceError] = {}
-    to_encode: dict[int, tuple[AnySource, Stop | None]] = {}
-    for place, (image, stop) in enumerate(zip(images, stops or [None] * len(images), strict=True)):
-        if isinstance(image, EncodedImage):
-            settled[place] = replace(image, vision_s=0.0)
-        elif isinstance(image, Failure):
-            settled[place] = _as_error(image)
+
+    def __init__(
+        self,
+        engine: Engine,
+        prompts: PromptQueue,
+        caller: Caller[Any],
+        settings: GenerationSettings,
+    ) -> None:
+        self._engine = engine
+        self._prompts = prompts
+        self._caller = caller
+        self._settings = settings
+        self._limit = engine.prompt_limit
+        self._is_within = self._limit.num_searches > 0
+        self._room = self._limit.now
+        # Prompts with a row, each with the seconds of its encoding and when its search began.
+        self._in_hand: dict[Prompt, tuple[float, float]] = {}
+        self._again: list[Prompt] = []
+        self._is_retry = False
+        self._has_misfit = False
+        # No room beside those in hand: how many fitted, if it turns out to be their number.
+        self._is_crowded = False
+        self._num_fitting: int | None = None
+        self._is_full = False
+        self._num_settled = 0
+        self._callers_error: Exception | None = None
+
+    def run(self) -> None:
+        """Returns once every prompt taken is settled."""
+        self._limit.num_searches += 1
+        try:
+            while not self._runs_to_its_end():
+                # Outside any handler: a traceback would keep the failed batch's tensors alive.
+                self._engine.runtime.free_memory()
+                self._start_over()
+        finally:
+            self._limit.num_searches -= 1
+        if self._is_retry and not self._has_misfit:
+            self._lower(self._room)
+
+    def given_up(self) -> Mapping[Prompt, FlorenceError]:
+        """The prompts in hand that nobody waits for any longer."""
+        with self._callers_code():
+            self._caller.before_pass()
+            reasons = {prompt: prompt.given_up() for prompt in self._in_hand}
+        return {prompt: reason for prompt, reason in reasons.items() if reason is not None}
+
+    def start(self, room: int) -> Started[Prompt] | None:
+        """A session with the next prompts."""
+        self._is_crowded = self._is_crowded and bool(self._in_hand)
+        prompts = [] if self._is_crowded else self._next(min(room, self._pass_size()))
+        if not prompts:
+            return None
+        began = time.perf_counter()
+        limits = [prompt.max_new_tokens for prompt in prompts]
+        session = self._session_of(prompts, max(limits))
+        if session is None:
+            # Beside those in hand there is no room: once they are done there may be.
+            self._engine.runtime.free_memory()
+            self._again = prompts + self._again
+            self._is_crowded = True
+            together = len(self._in_hand) + len(prompts)
+            self._num_fitting = max(len(self._in_hand), self._limit.smaller(together))
+            return None
+        if self._num_fitting is not None:
+            # By themselves they fit, so it was their number.
+            self._lower(self._num_fitting)
+            self._num_fitting = None
+        now = time.perf_counter()
+        self._in_hand |= dict.fromkeys(prompts, (now - began, now))
+        self._is_full = self._is_full or len(self._in_hand) >= self._room
+        return Started(prompts, session, limits)
+
+    def settle(self, item: Prompt, answer: Answer | FlorenceError) -> None:
+        """Hands on the result of a prompt in hand."""
+        prompt_s, began = self._in_hand.pop(item)
+        outcome: Outcome
+        if isinstance(answer, FlorenceError):
+            outcome = answer
         else:
-            to_encode[place] = (image, stop)
-    encoded = engine.encode(
-        [image for image, _ in to_encode.values()],
-        [stop for _, stop in to_encode.values()],
-        between_passes,
-        coming,
-    )
-    settled |= zip(to_encode, encoded, strict=True)
-    return [settled[place] for place in range(len(images))]
+            self._note_fit()
+            decode_s = time.perf_counter() - began
+            outcome = item.result(answer, Timings(item.image.vision_s, prompt_s, decode_s))
+        with self._callers_code():
+            self._prompts.settle(item, outcome)
 
+    def _runs_to_its_end(self) -> bool:
+        engine, runtime = self._engine, self._engine.runtime
+        loop = DecodeLoop(
+            self,
+            self._settings,
+            runtime.space(self._settings, engine.nearby),
+            max_rows=self._room,
+            least_room=self._least_room(),
+            nearby=engine.nearby,
+        )
+        try:
+            loop.run()
+        except (RuntimeError, MemoryError) as error:
+            is_ours = error is not self._callers_error and bool(self._in_hand)
+            if not is_ours or not runtime.is_out_of_memory(error):
+                raise
+            logger.warning(
+                "%d prompt(s) did not fit into the memory of %s", len(self._in_hand), runtime.device
+            )
+            return False
+        return True
 
-def _as_error(failure: Failure) -> FlorenceError:
-    reason = FlorenceError(failure.message)
-    reason.code = failure.code
-    return reason
+    def _start_over(self) -> None:
+        self._num_fitting = None
+        if len(self._in_hand) == 1:
+            [alone] = self._in_hand
+            self._has_misfit = True
+            self.settle(alone, out_of_memory(self._engine.runtime.device))
+            return
+        self._again = [*self._in_hand, *self._again]
+        self._room = self._limit.smaller(len(self._in_hand))
+        self._is_retry = True
+        self._in_hand.clear()
+
+    def _lower(self, size: int) -> None:
+        if not self._is_within:
+            self._limit.lower(size)
+
+    def _least_room(self) -> int:
+        """Free rows that are worth a pass of the tower and the encoder beside a running batch."""
+        several = max(1, self._room // _JOIN_SHARE)
+        # A CPU gains from company only as far as a batch of images is faster than one by one.
+        is_gpu = not self._engine.runtime.device.startswith("cpu")
+        return several if is_gpu else max(1, min(several, self._engine.image_batch // 2))
+
+    def _pass_size(self) -> int:
+        """Prompts that may be encoded at a time, however many rows are free."""
+        if self._caller.is_awaited:
+            self._limit.catch_up()
+        return self._limit.pass_size(is_awaited=self._caller.is_awaited)
+
+    def _session_of(self, prompts: list[Prompt], max_new_tokens: int) -> Session | None:
+        """The prompts encoded; None where there is no room for them beside those in hand."""
+        runtime, is_alone = self._engine.runtime, not self._in_hand
+        if is_alone:
+            self._in_hand |= dict.fromkeys(prompts, (0.0, 0.0))
+        try:
+            start = runtime.mark()
+            session = runtime.start(
+                [prompt.image.features for prompt in prompts],
+                [prompt.prompt_ids for prompt in prompts],
+                self._settings.num_beams,
+                max_new_tokens,
+            )
+            self._limit.begun(len(prompts), start, runtime.mark())
+            return session
+        except (RuntimeError, MemoryError) as error:
+            if is_alone or not runtime.is_out_of_memory(error):
+                raise
+        return None
+
+    def _next(self, room: int) -> list[Prompt]:
+        """Up to ``room`` prompts that somebody waits for; those met on the way are settled."""
+        prompts: list[Prompt] = []
+        while missing := room - len(prompts):
+            if self._again:
+                taken, self._again = self._again[:missing], self._again[missing:]
+            elif self._is_retry or self._room != self._limit.now:
+                # The next search begins with the limit as it is then.
+                break
+            else:
+                with self._callers_code():
+                    taken = self._prompts.take(missing, self._settings)
+            if not taken:
+                break
+            with self._callers_code():
+                for prompt in taken:
+                    reason = prompt.given_up()
+                    if reason is None:
+                        prompts.append(prompt)
+                    else:
+                        self._prompts.settle(prompt, reason)
+        return prompts
+
+    def _note_fit(self) -> None:
+        """As many answers as there are rows, once all of these were in use, are a batch."""
+        if self._is_full and not self._is_retry:
+            self._num_settled += 1
+            if self._num_settled >= self._room:
+                self._limit.fitted(self._room)
+                self._num_settled, self._is_full = 0, False
+
+    @contextmanager
+    def _callers_code(self) -> Iterator[None]:
+        """Within it the caller's code runs, whose errors are not the device's."""
+        try:
+            yield
+        except Exception as error:
+            self._callers_error = error
+            raise
 
 
 def _no_ask(value: object) -> FlorenceError:

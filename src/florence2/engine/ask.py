@@ -1,25 +1,55 @@
-"""One question in the caller's own words, before it is validated."""
+"""From a question to prompts for the network, and from their answers to one result.
+
+The steps of a cascade ask about what was found before: one that takes text gets the text before
+it, one that takes a region is asked once for every box before it. A caption has no boxes, so before
+a region step its phrases are grounded first.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Final
 
 import numpy as np
 
+from florence2.checkpoint.checkpoint import Checkpoint
 from florence2.engine.feature_cache import EncodedImage
-from florence2.errors import RequestError, shown, unknown_name
+from florence2.errors import FlorenceError, RequestError, as_value, shown
 from florence2.generation.settings import check_settings
 from florence2.images import ImageSource, LoadedImage
 from florence2.pixels import PreparedImage
-from florence2.records import Failure, GenerationSettings, Region
+from florence2.postprocess import parse
+from florence2.prompts import as_region, check_prompt_length, prompt_sentence, region_on_image
+from florence2.records import (
+    Answer,
+    Box,
+    BoxXyxy,
+    Failure,
+    GenerationSettings,
+    Object,
+    Polygon,
+    Quad,
+    Region,
+    Result,
+    Text,
+    Timings,
+)
 from florence2.stopping import Stop
-from florence2.tasks import Task, TaskInput
+from florence2.tasks import OutputKind, Task, TaskInput, parse_steps, passthrough_task
 
 AnyImage = ImageSource | LoadedImage | PreparedImage | EncodedImage | Failure
-
-
 AnyRegion = Region | Sequence[float] | str
+Located = Box | Quad | Polygon
+Outcome = Result | FlorenceError
+
+_SEARCH_SETTINGS: Final = (
+    "num_beams",
+    "max_new_tokens",
+    "length_penalty",
+    "early_stopping",
+    "no_repeat_ngram_size",
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,75 +78,261 @@ class Ask:
 
     def settings(self, defaults: GenerationSettings) -> GenerationSettings:
         """The checkpoint's search settings with this ask's own put over them."""
-        names = (
-            "num_beams",
-            "max_new_tokens",
-            "length_penalty",
-            "early_stopping",
-            "no_repeat_ngram_size",
-        )
         given = {
             name: value.item() if isinstance(value, np.generic) else value
-            for name in names
+            for name in _SEARCH_SETTINGS
             if (value := getattr(self, name)) is not None
         }
         settings = replace(defaults, **given)
         check_settings(settings)
         return settings
 
-    def check_task(self) -> None:
-        """RequestError for a task that is not even text."""
+    def steps(self) -> tuple[Task, ...]:
+        """The task, or those of the cascade; RequestError for what is none."""
         if not isinstance(self.task, str):
             raise RequestError(
                 f"A task is a name such as <CAPTION>, and {shown(self.task)} was received; "
                 "name one."
             )
+        return (passthrough_task(self.task),) if self.is_custom else parse_steps(self.task)
 
 
-def input_of(ask: Ask, task: Task) -> tuple[str | None, Region | None]:
-    """The text and the region to give to ``task``; a region spelled in tokens is a text."""
-    if not isinstance(ask.region, str):
-        return ask.text, as_region(ask.region)
-    if task.takes is not TaskInput.REGION:
-        raise RequestError(f"{task.token} takes no region, and one was received; leave it out.")
-    if ask.text:
-        raise RequestError(
-            f"{task.token} takes a region and no text, and {shown(ask.text)} was received besides; "
-            "leave the text out."
-        )
-    return ask.region, None
-
-
-def as_region(region: Region | Sequence[float] | None) -> Region | None:
-    """A region from four numbers in pixels, x before y; RequestError for anything else."""
-    if region is None:
-        return None
-    values = region.box_xyxy if isinstance(region, Region) else region
-    try:
-        if isinstance(values, str | bytes | dict | set) or any(
-            isinstance(value, str | bytes | bool) for value in values
-        ):
-            raise TypeError("not numbers")
-        x1, y1, x2, y2 = (float(value) for value in values)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise RequestError(
-            f"A region is four numbers x1, y1, x2, y2 in pixels, and {shown(values)} was received; "
-            "give left, top, right, bottom."
-        ) from error
-    return Region((x1, y1, x2, y2))
-
-
-def check_choice(kind: str, received: object, known: Iterable[str]) -> None:
-    """RequestError for a value that is not one of the ``known`` names."""
-    names = list(known)
-    if not isinstance(received, str) or received not in names:
-        raise RequestError(
-            unknown_name(kind, received if isinstance(received, str) else shown(received), names)
-        )
-
-
-def name_of(image: AnyImage | None) -> str | None:
-    """The path of an image given by path, or of the one that a Failure is about."""
+def failure_of(error: FlorenceError, image: object) -> Failure:
+    """An error in the place of a result; it names an ``image`` that was given by path."""
+    name: str | None = None
     if isinstance(image, Failure):
-        return image.image
-    return str(image) if isinstance(image, str) or hasattr(image, "__fspath__") else None
+        name = image.image
+    elif isinstance(image, str) or hasattr(image, "__fspath__"):
+        name = str(image)
+    return Failure(error.code, str(error), name)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prompt:
+    """One validated prompt about a cascade's image, ready to be decoded.
+
+    ``place`` is its number among the prompts of its step.
+    """
+
+    cascade: Cascade
+    place: int
+    task: Task
+    prompt_ids: tuple[int, ...]
+    settings: GenerationSettings
+    max_new_tokens: int
+
+    @property
+    def image(self) -> EncodedImage:
+        """What it is about."""
+        return self.cascade.image
+
+    def given_up(self) -> FlorenceError | None:
+        """Why nobody waits for the answer any longer."""
+        stop = self.cascade.ask.stop
+        return None if stop is None else stop()
+
+    def result(self, answer: Answer, timings_s: Timings) -> Result:
+        """What an answer says about the image."""
+        vocabulary, size_wh = self.cascade.checkpoint.vocabulary, self.image.size_wh
+        pieces = vocabulary.pieces(answer.token_ids, answer.log_probs, answer.near_log_probs)
+        parsed = parse(pieces, self.task, size_wh)
+        notes = parsed.notes
+        if answer.truncated:
+            notes = (*notes, f"the answer was cut at {self.max_new_tokens} tokens")
+        return Result(
+            task=self.task.token,
+            size_wh=size_wh,
+            objects=parsed.objects,
+            text=parsed.text,
+            answer=vocabulary.answer_text(answer.token_ids),
+            token_ids=answer.token_ids,
+            truncated=answer.truncated,
+            notes=notes,
+            log_probs=answer.log_probs,
+            near_log_probs=answer.near_log_probs,
+            timings_s=timings_s,
+        )
+
+
+class Cascade:
+    """One ask on its way, of one step or more: a step's prompts need the results before it.
+
+    ``key`` is the caller's name for the ask. ``outcome`` is None as long as something is open.
+    Raises RequestError at once for an ask that names no task or setting there is.
+    """
+
+    def __init__(self, key: object, ask: Ask, image: EncodedImage, checkpoint: Checkpoint) -> None:
+        self.key = key
+        self.ask = ask
+        self.image = image
+        self.checkpoint = checkpoint
+        self.outcome: Outcome | None = None
+        self._steps = ask.steps()
+        self._settings = ask.settings(checkpoint.generation)
+        self._num_done = 0
+        self._regions: list[FoundRegion] = []
+        self._found: Result | None = None
+        # By the prompts' places; prompts that were held here would keep themselves alive.
+        self._outcomes: dict[int, Outcome] = {}
+        self._num_prompts = 0
+
+    def next_prompts(self) -> list[Prompt]:
+        """The prompts of the next step that has any; none once there is an outcome."""
+        while self.outcome is None:
+            try:
+                prompts = list(self._prompts_of_step())
+            except FlorenceError as error:
+                self.outcome = as_value(error)
+                return []
+            if prompts:
+                self._num_prompts = len(prompts)
+                return prompts
+            self._finish_step([])
+        return []
+
+    def settle(self, prompt: Prompt, outcome: Outcome) -> bool:
+        """Notes a prompt's outcome; whether the step it belongs to is over with it."""
+        self._outcomes[prompt.place] = outcome
+        if len(self._outcomes) < self._num_prompts:
+            return False
+        outcomes, self._outcomes = self._outcomes, {}
+        self._finish_step([outcomes[place] for place in range(self._num_prompts)])
+        return True
+
+    def _prompts_of_step(self) -> Iterator[Prompt]:
+        task, before = self._steps[self._num_done], self._found
+        if before is None:
+            # What a cascade's first step does not take is refused, never ignored.
+            yield self._prompt(0, self.ask.text, as_region(self.ask.region))
+        elif task.takes is TaskInput.REGION:
+            self._regions = regions_of(before)
+            asked = [one.region for one in self._regions if one.region is not None]
+            for place, region in enumerate(asked):
+                yield self._prompt(place, None, region)
+        elif before.text:
+            yield self._prompt(0, before.text, None)
+
+    def _prompt(self, place: int, text: str | None, region: Region | str | None) -> Prompt:
+        task, checkpoint = self._steps[self._num_done], self.checkpoint
+        ids = checkpoint.vocabulary.encode_prompt(
+            prompt_sentence(task, text, region, self.image.size_wh)
+        )
+        # Rows of the position table: the longest input, and the longest answer.
+        most = checkpoint.config.text.max_position_embeddings
+        check_prompt_length(len(ids), most - self.image.features.shape[0])
+        asked = self._settings.max_new_tokens
+        if asked is not None and asked > most:
+            raise RequestError(
+                f"max_new_tokens can be at most {most} for {checkpoint.name}, "
+                f"and {asked} was received; ask for fewer."
+            )
+        limit = asked or min(task.max_new_tokens, most)
+        # Every prompt has a limit of its own, so those of different limits can share a batch.
+        shared = replace(self._settings, max_new_tokens=None)
+        return Prompt(self, place, task, tuple(ids), shared, limit)
+
+    def _finish_step(self, outcomes: Sequence[Outcome]) -> None:
+        error = next((one for one in outcomes if isinstance(one, FlorenceError)), None)
+        if error is not None:
+            self.outcome = error
+            return
+        answers = [one for one in outcomes if isinstance(one, Result)]
+        self._found = self._joined(answers)
+        self._num_done += 1
+        if self._num_done == len(self._steps):
+            self.outcome = self._found
+
+    def _joined(self, answers: Sequence[Result]) -> Result:
+        before, task = self._found, self._steps[self._num_done]
+        if before is None:
+            return answers[0]
+        name = "+".join(step.token for step in self._steps[: self._num_done + 1])
+        if task.takes is TaskInput.REGION:
+            return join_region_answers(task, name, before, self._regions, answers)
+        if answers:
+            return join_text_answer(name, before, answers[0])
+        # The step before found no text, so there is nothing to look for.
+        return replace(before, task=name, objects=(), steps=(before,))
+
+
+@dataclass(frozen=True, slots=True)
+class FoundRegion:
+    """A located object of the step before; ``region`` is None where it is under a pixel."""
+
+    located: Located
+    region: Region | None
+
+
+def regions_of(result: Result) -> list[FoundRegion]:
+    """Every located object of ``result`` with the region to ask about; polygons as their boxes."""
+    return [
+        FoundRegion(located, region_on_image(_box_of(located), result.size_wh))
+        for located in result.objects
+        if not isinstance(located, Text)
+    ]
+
+
+def _box_of(located: Located) -> BoxXyxy:
+    """The box around an object; without an area where it has no points."""
+    if isinstance(located, Box):
+        return located.box_xyxy
+    if isinstance(located, Quad):
+        points: tuple[float, ...] = located.quad_xy
+    else:
+        points = tuple(value for ring in located.rings_xy for value in ring)
+    if not points:
+        return (0.0, 0.0, 0.0, 0.0)
+    xs, ys = points[0::2], points[1::2]
+    return (min(xs), min(ys), max(xs), max(ys))
+
+
+def join_region_answers(
+    task: Task, name: str, before: Result, regions: Sequence[FoundRegion], answers: Sequence[Result]
+) -> Result:
+    """One result of the region step ``task``; ``answers`` has one for every region in ``regions``.
+
+    A text answer becomes the label of the box that was found before, which stays with its score
+    even if the answer is empty. A polygon has its own score and the label that its region had.
+    """
+    objects: list[Object] = []
+    notes: list[str] = []
+    left = iter(answers)
+    for place, one in enumerate(regions, start=1):
+        found = one.located
+        answer = None if one.region is None else next(left)
+        if answer is None:
+            notes.append(
+                f"object {place} ({found.label!r}) is under a pixel and was not asked about"
+            )
+        if task.output is OutputKind.TEXT:
+            label = (answer.text if answer is not None else None) or ""
+            objects.append(Box(_box_of(found), label, found.score))
+        elif answer is not None:
+            objects += [
+                replace(polygon, label=found.label)
+                for polygon in answer.objects
+                if isinstance(polygon, Polygon)
+            ]
+    return replace(
+        before,
+        task=name,
+        objects=tuple(objects),
+        answer="\n".join(answer.answer for answer in answers),
+        token_ids=tuple(token for answer in answers for token in answer.token_ids),
+        truncated=before.truncated or any(answer.truncated for answer in answers),
+        notes=(*before.notes, *notes, *(note for answer in answers for note in answer.notes)),
+        steps=(*(before.steps or (before,)), *answers),
+    )
+
+
+def join_text_answer(name: str, before: Result, answer: Result) -> Result:
+    """One result of a text step: the objects of ``answer``, the text of ``before``."""
+    return replace(
+        answer,
+        task=name,
+        text=before.text,
+        truncated=before.truncated or answer.truncated,
+        notes=before.notes + answer.notes,
+        timings_s=before.timings_s,
+        steps=(*(before.steps or (before,)), answer),
+    )

@@ -1,19 +1,20 @@
-"""Encode once, ask many: images to features through a cache, prompts to answers in batches."""
+"""One checkpoint on one device: images to features through a cache, and who may use it when."""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Final, Protocol, TypeVar
+from dataclasses import replace
+from itertools import islice
+from typing import Any, Final, Generic, TypeVar
 
 import numpy as np
 
 from florence2.checkpoint.checkpoint import Checkpoint
-from florence2.engine.ask import AnyImage
+from florence2.engine.ask import AnyImage, Ask, Outcome
 from florence2.engine.feature_cache import EncodedImage, FeatureCache
 from florence2.engine.prefetch import AnySource, Preparer
 from florence2.errors import (
@@ -24,472 +25,49 @@ from florence2.errors import (
     RequestError,
 )
 from florence2.generation.beam_search import Nearby
-from florence2.generation.decode import DecodeLoop, Session, Started
-from florence2.generation.settings import check_settings
 from florence2.images import identity
 from florence2.pixels import PreparedImage
-from florence2.postprocess import NEAR_BINS, parse
-from florence2.prompts import check_prompt_length, prompt_sentence
-from florence2.records import Answer, GenerationSettings, Region, Result, Timings
+from florence2.postprocess import NEAR_BINS
+from florence2.records import Failure
 from florence2.runtimes.base import Runtime
-from florence2.runtimes.memory import BatchLimit, out_of_memory, run_halving
-from florence2.stopping import BetweenPasses, Stop, stop_of_all, watch_over
-from florence2.tasks import Task
-
-__all__ = ["Engine", "Prompt"]
+from florence2.runtimes.memory import BatchLimit, run_halving
+from florence2.stopping import Stop
 
 logger = logging.getLogger(__name__)
 
-
-Item = TypeVar("Item", bound=Hashable)
-Done = TypeVar("Done")
-
-
-def run_in_chunks(
-    stops: Mapping[Item, Stop | None],
-    size: Callable[[], int],
-    run: Callable[[Sequence[Item]], Sequence[Done]],
-    between_passes: BetweenPasses | None,
-) -> dict[Item, Done | FlorenceError]:
-    """What ``run`` gives for each item, or why the item was given up.
-
-    ``stops`` has every item in order, with its Stop; both it and ``between_passes`` are called
-    before every chunk, and ``size`` says how large that is.
-    """
-    done: dict[Item, Done | FlorenceError] = {}
-    left = list(stops)
-    while left:
-        given_up = watch_over([stops[item] for item in left], between_passes)()
-        done |= {left[place]: reason for place, reason in given_up.items()}
-        left = [item for item in left if item not in done]
-        most = size()
-        chunk, left = left[:most], left[most:]
-        if chunk:
-            done |= zip(chunk, run(chunk), strict=True)
-    return done
-
-
 Encoded = EncodedImage | FlorenceError
-
-Coming = Callable[[], Sequence[AnyImage]]
-"""Says which images the calls after this one will bring, as far as is known."""
+Key = TypeVar("Key")
 
 
-def encode_images(
-    engine: Engine,
-    images: Sequence[AnySource],
-    stops: Sequence[Stop | None],
-    between_passes: BetweenPasses | None,
-    coming: Coming | None,
-) -> list[Encoded]:
-    """See ``Engine.encode``."""
-    keys = [identity(image) for image in images]
-    waiting: dict[object, list[Stop | None]] = {}
-    for key, stop in zip(keys, stops, strict=True):
-        waiting.setdefault(key, []).append(stop)
-    chunks = _Chunks(engine, dict(zip(keys, images, strict=True)), between_passes, coming)
-    try:
-        found = run_in_chunks(
-            {key: stop_of_all(listed) for key, listed in waiting.items()},
-            lambda: engine.image_limit.pass_size(is_awaited=between_passes is not None),
-            chunks.encode,
-            between_passes,
-        )
-    finally:
-        engine.preparer.ahead((), chunks)
-    return [found[key] for key in keys]
+class Caller(Generic[Key]):
+    """Who asks the engine, as its passes see it: this one has no asks and waits for nothing else.
 
-
-class _Chunks:
-    """One call's images; what it found stays found, also if the cache has no room for it."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        sources: dict[object, AnySource],
-        between_passes: BetweenPasses | None,
-        coming: Coming | None,
-    ) -> None:
-        self._engine = engine
-        self._sources = sources
-        self._coming = coming
-        self._between_passes = between_passes
-        self._found: dict[str, EncodedImage] = {}
-        self._left = dict(sources)
-
-    def encode(self, keys: Sequence[object]) -> list[Encoded]:
-        """The images of these keys: those not known yet in one pass of the tower."""
-        outcomes: dict[object, str | FlorenceError] = {}
-        missing: dict[str, PreparedImage] = {}
-        # A list of this call's own: a click in between says what else comes, without these.
-        self._engine.preparer.ahead(self._left.values(), self)
-        for key in keys:
-            outcomes[key] = self._look_up(self._sources[key], missing)
-            self._left.pop(key, None)
-            if self._between_passes is not None:
-                self._between_passes()
-        # What comes next is opened and scaled by other threads while the tower runs.
-        coming = () if self._coming is None else self._coming()
-        self._engine.preparer.ahead(self._left.values(), self)
-        self._engine.preparer.ahead(coming)
-        known = self._found | (self._run_tower(missing) if missing else {})
-        return [
-            outcome if isinstance(outcome, FlorenceError) else known[outcome]
-            for outcome in outcomes.values()
-        ]
-
-    def _look_up(self, source: AnySource, missing: dict[str, PreparedImage]) -> str | FlorenceError:
-        """The image's key, whose features are found or will be; or why it cannot be opened."""
-        preparer = self._engine.preparer
-        known = preparer.known_hash(source)
-        if known is not None and self._is_found(key := self._engine.image_key(known)):
-            return key
-        try:
-            prepared = preparer.take(source)
-        except MemoryError:
-            return OutOfMemoryError(
-                "An image is opened in this computer's memory, and this one does not fit beside "
-                "what is there; make it smaller, or send fewer at a time."
-            )
-        if isinstance(prepared, FlorenceError):
-            return prepared
-        key = self._engine.image_key(prepared.content_hash)
-        if not self._is_found(key):
-            missing[key] = prepared
-        return key
-
-    def _is_found(self, key: str) -> bool:
-        if key not in self._found:
-            cached = self._engine.cache.get(key)
-            if cached is None:
-                return False
-            self._found[key] = cached
-        return True
-
-    def _run_tower(self, missing: dict[str, PreparedImage]) -> dict[str, Encoded]:
-        """What comes of these images; one that does not fit into memory alone has an error."""
-        engine, limit = self._engine, self._engine.image_limit
-        encoded: list[Encoded] = []
-        left = list(missing.items())
-        while left:
-            with engine.in_use():
-                if self._is_awaited:
-                    # Here, as until now the images of this pass were made ready beside it.
-                    limit.catch_up()
-                size = limit.pass_size(is_awaited=self._is_awaited)
-                part, left = left[:size], left[size:]
-                encoded += run_halving(part, self._pass, engine.runtime, limit)
-            if left and self._between_passes is not None:
-                self._between_passes()
-        return dict(zip(missing, encoded, strict=True))
-
-    @property
-    def _is_awaited(self) -> bool:
-        """Whether someone may wait for the end of a pass: who is then answered between two."""
-        return self._between_passes is not None
-
-    def _pass(self, part: Sequence[tuple[str, PreparedImage]]) -> list[EncodedImage]:
-        """One pass of the tower. Nothing that a caller gave is called in it."""
-        runtime, table = self._engine.runtime, self._engine.checkpoint.image_processor.lookup_table
-        images = np.stack([image.scaled for _, image in part])
-        began, start = time.perf_counter(), runtime.mark()
-        features = runtime.encode_bytes(images, table)
-        spent = time.perf_counter() - began
-        self._engine.image_limit.begun(len(part), start, runtime.mark())
-        encoded: list[EncodedImage] = []
-        for (key, image), row in zip(part, features, strict=True):
-            # A row of a batch keeps the whole batch alive; the cache counts one image's bytes.
-            own = row.clone() if len(part) > 1 else row
-            kept = EncodedImage(own, image.size_wh, key)
-            self._engine.cache.put(kept)
-            self._found[key] = replace(kept, vision_s=spent)
-            encoded.append(self._found[key])
-        return encoded
-
-
-_COMPANY: Final = 4
-"""On a GPU prompts join a running batch once a fourth of its rows is free, so several at once."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Prompt:
-    """One validated prompt for one encoded image, ready to be decoded."""
-
-    task: Task
-    image: EncodedImage
-    prompt_ids: tuple[int, ...]
-    settings: GenerationSettings
-    max_new_tokens: int
-    stop: Stop | None = None
-
-
-class PromptFeed(Protocol):
-    """Where the engine takes prompts from, and where their results go."""
-
-    def next_settings(self) -> GenerationSettings | None:
-        """The search settings of the prompts whose turn it is; None when there are no more."""
-
-    def take(self, room: int, settings: GenerationSettings) -> Sequence[Prompt]:
-        """Up to ``room`` prompts with these settings; none when others' turn has come."""
-
-    def settle(self, prompt: Prompt, outcome: Result | FlorenceError) -> None:
-        """Takes a prompt's result, or why it has none. Called once for every prompt taken."""
-
-
-class PromptSearch:
-    """Answers a feed's prompts of one kind of settings until it gives no more of them.
-
-    Running out of memory starts over, with half as many prompts at a time, what was under way;
-    one that does not fit alone fails alone. The engine's limit is lowered to what fitted then,
-    unless there was one that did not fit alone: the others may have been short of its memory only.
-    A search between two passes of another one lowers nothing: it was short of that one's memory.
-    What the feed, a ``Stop`` or ``between_passes`` raises comes through, lack of memory included.
+    Called on the thread that uses the engine; what is raised comes through.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        feed: PromptFeed,
-        settings: GenerationSettings,
-        between_passes: BetweenPasses | None,
-    ) -> None:
-        check_settings(settings)
-        self._engine = engine
-        self._feed = feed
-        self._settings = settings
-        self._between_passes = between_passes
-        self._limit = engine.prompt_limit
-        self._is_within = self._limit.num_searches > 0
-        self._room = self._limit.now
-        self._is_retry = False
-        self._has_misfit = False
-        self._num_settled = 0
-        self._is_full = False
-        self._held: int | None = None
-        self._callers_error: Exception | None = None
-        self._in_hand: dict[Prompt, tuple[float, float]] = {}
-        self._again: list[Prompt] = []
-        self._is_crowded = False
+    is_awaited = False
+    """Whether others wait for the end of a pass; each is kept short then, see ``BatchLimit``."""
 
-    def run(self) -> None:
-        """Returns once every prompt taken is settled."""
-        self._limit.num_searches += 1
-        try:
-            while not self._runs_to_its_end():
-                # Outside any handler: a traceback would keep the failed batch's tensors alive.
-                self._engine.runtime.free_memory()
-                self._start_over()
-        finally:
-            self._limit.num_searches -= 1
-        if self._is_retry and not self._has_misfit:
-            self._lower(self._room)
+    def before_pass(self) -> None:
+        """Called before every pass of the network, and for every image to open and scale.
 
-    def _runs_to_its_end(self) -> bool:
-        runtime = self._engine.runtime
-        loop = DecodeLoop(
-            self,
-            self._settings,
-            runtime.space(self._settings, self._engine.nearby),
-            max_rows=self._room,
-            least_room=self._least_room(),
-            nearby=self._engine.nearby,
-        )
-        try:
-            loop.run()
-        except (RuntimeError, MemoryError) as error:
-            is_ours = error is not self._callers_error and bool(self._in_hand)
-            if not is_ours or not runtime.is_out_of_memory(error):
-                raise
-            logger.warning(
-                "%d prompt(s) did not fit into the memory of %s", len(self._in_hand), runtime.device
-            )
-            return False
-        return True
+        It may have the engine answer something else, which has a session of its own.
+        """
 
-    def _lower(self, size: int) -> None:
-        if not self._is_within:
-            self._limit.lower(size)
+    def coming_images(self) -> Sequence[AnyImage]:
+        """The images that later calls will bring, as far as is known."""
+        return ()
 
-    @contextmanager
-    def _callers(self) -> Iterator[None]:
-        """Within it the callers' code runs, whose errors are not the device's."""
-        try:
-            yield
-        except Exception as error:
-            self._callers_error = error
-            raise
+    def next_asks(self, room: int) -> Sequence[tuple[Key, Ask]]:
+        """About ``room`` further asks, each with a name for it; none if there are none now."""
+        return ()
 
-    def _least_room(self) -> int:
-        """Free rows that are worth a pass of the tower and the encoder beside a running batch."""
-        company = max(1, self._room // _COMPANY)
-        # A CPU gains from company only as far as a batch of images is faster than one by one.
-        is_gpu = not self._engine.runtime.device.startswith("cpu")
-        return company if is_gpu else max(1, min(company, self._engine.image_batch // 2))
-
-    def _start_over(self) -> None:
-        self._held = None
-        if len(self._in_hand) == 1:
-            [alone] = self._in_hand
-            self._has_misfit = True
-            self.settle(alone, out_of_memory(self._engine.runtime.device))
-            return
-        self._again = [*self._in_hand, *self._again]
-        self._room = self._limit.smaller(len(self._in_hand))
-        self._is_retry = True
-        self._in_hand.clear()
-
-    def given_up(self) -> Mapping[Prompt, FlorenceError]:
-        """The prompts in hand that nobody waits for any longer."""
-        with self._callers():
-            if self._between_passes is not None:
-                self._between_passes()
-            reasons = {prompt: _reason(prompt) for prompt in self._in_hand}
-        return {prompt: reason for prompt, reason in reasons.items() if reason is not None}
-
-    def start(self, room: int) -> Started[Prompt] | None:
-        """A session with the next prompts of the feed."""
-        self._is_crowded = self._is_crowded and bool(self._in_hand)
-        prompts = [] if self._is_crowded else self._next(min(room, self._pass_size()))
-        if not prompts:
-            return None
-        began = time.perf_counter()
-        limits = [prompt.max_new_tokens for prompt in prompts]
-        session = self._session_of(prompts, max(limits))
-        if session is None:
-            # Beside those in hand there is no room: once they are done there may be.
-            self._engine.runtime.free_memory()
-            self._again = prompts + self._again
-            self._is_crowded = True
-            together = len(self._in_hand) + len(prompts)
-            self._held = max(len(self._in_hand), self._limit.smaller(together))
-            return None
-        if self._held is not None:
-            # By themselves they fit, so it was their number.
-            self._lower(self._held)
-            self._held = None
-        now = time.perf_counter()
-        self._in_hand |= dict.fromkeys(prompts, (now - began, now))
-        self._is_full = self._is_full or len(self._in_hand) >= self._room
-        return Started(prompts, session, limits)
-
-    def _pass_size(self) -> int:
-        """Prompts that may be encoded at a time, however many rows are free."""
-        is_awaited = self._between_passes is not None
-        if is_awaited:
-            self._limit.catch_up()
-        return self._limit.pass_size(is_awaited=is_awaited)
-
-    def _session_of(self, prompts: list[Prompt], max_new_tokens: int) -> Session | None:
-        runtime, is_alone = self._engine.runtime, not self._in_hand
-        if is_alone:
-            self._in_hand |= dict.fromkeys(prompts, (0.0, 0.0))
-        try:
-            start = runtime.mark()
-            session = runtime.start(
-                [prompt.image.features for prompt in prompts],
-                [prompt.prompt_ids for prompt in prompts],
-                self._settings.num_beams,
-                max_new_tokens,
-            )
-            self._limit.begun(len(prompts), start, runtime.mark())
-            return session
-        except (RuntimeError, MemoryError) as error:
-            if is_alone or not runtime.is_out_of_memory(error):
-                raise
-        return None
-
-    def settle(self, item: Prompt, answer: Answer | FlorenceError) -> None:
-        """Hands on the result of a prompt in hand."""
-        prompt_s, began = self._in_hand.pop(item)
-        if isinstance(answer, FlorenceError):
-            with self._callers():
-                self._feed.settle(item, answer)
-            return
-        self._note_fit()
-        timings = Timings(
-            vision=item.image.vision_s, prompt=prompt_s, decode=time.perf_counter() - began
-        )
-        with self._callers():
-            self._feed.settle(item, replace(self._engine.result(item, answer), timings_s=timings))
-
-    def _note_fit(self) -> None:
-        """As many answers as there are rows, once all of these were in use, are a batch."""
-        if self._is_full and not self._is_retry:
-            self._num_settled += 1
-            if self._num_settled >= self._room:
-                self._limit.fitted(self._room)
-                self._num_settled, self._is_full = 0, False
-
-    def _next(self, room: int) -> list[Prompt]:
-        prompts: list[Prompt] = []
-        while len(prompts) < room:
-            missing = room - len(prompts)
-            if self._again:
-                taken, self._again = self._again[:missing], self._again[missing:]
-            elif self._is_retry or self._room != self._limit.now:
-                # The next search begins with the limit as it is then.
-                break
-            else:
-                with self._callers():
-                    taken = list(self._feed.take(missing, self._settings))
-            if not taken:
-                break
-            prompts += self._wanted(taken)
-        return prompts
-
-    def _wanted(self, taken: list[Prompt]) -> list[Prompt]:
-        """Those of ``taken`` that somebody waits for; the others are settled."""
-        wanted: list[Prompt] = []
-        with self._callers():
-            for prompt in taken:
-                reason = _reason(prompt)
-                if reason is None:
-                    wanted.append(prompt)
-                else:
-                    self._feed.settle(prompt, reason)
-        return wanted
-
-
-def _reason(prompt: Prompt) -> FlorenceError | None:
-    return None if prompt.stop is None else prompt.stop()
-
-
-class PromptList:
-    """A feed of prompts that are all there from the start, those of like settings together."""
-
-    def __init__(self, prompts: Sequence[Prompt]) -> None:
-        self._prompts = prompts
-        self._waiting: dict[GenerationSettings, list[Prompt]] = {}
-        self._outcomes: dict[Prompt, Result | FlorenceError] = {}
-        for prompt in prompts:
-            self._waiting.setdefault(prompt.settings, []).append(prompt)
-
-    def next_settings(self) -> GenerationSettings | None:
-        """In the order of their first prompts."""
-        return next(iter(self._waiting), None)
-
-    def take(self, room: int, settings: GenerationSettings) -> list[Prompt]:
-        """The next prompts of these settings, in order."""
-        waiting = self._waiting.pop(settings, [])
-        if waiting[room:]:
-            self._waiting = {settings: waiting[room:], **self._waiting}
-        return waiting[:room]
-
-    def settle(self, prompt: Prompt, outcome: Result | FlorenceError) -> None:
-        """Notes a result."""
-        self._outcomes[prompt] = outcome
-
-    def outcomes(self) -> list[Result | FlorenceError]:
-        """One per prompt, in order."""
-        return [self._outcomes[prompt] for prompt in self._prompts]
+    def settle(self, key: Key, outcome: Outcome) -> None:
+        """Takes the outcome of an ask, once for every one."""
 
 
 class Engine:
     """One checkpoint on one runtime. Calls from several threads wait for each other.
-
-    ``between_passes`` of ``encode`` and ``answer`` is called before every pass of the network and
-    every image to scale, on the calling thread, and may call the same methods: an answer in
-    between has a session of its own. Whatever it raises comes through.
 
     An error after which the device answers nothing more is a DeviceLostError, then and for every
     later call.
@@ -544,30 +122,143 @@ class Engine:
         """Whether the device failed for good, so that nothing is answered any more."""
         return self._loss is not None
 
-    @property
-    def max_positions(self) -> int:
-        """Rows of the text network's position table: the longest input and the longest answer."""
-        return self.checkpoint.config.text.max_position_embeddings
-
     def encode(
         self,
-        images: Sequence[AnySource],
+        images: Sequence[AnyImage],
         stops: Sequence[Stop | None] | None = None,
-        between_passes: BetweenPasses | None = None,
-        coming: Coming | None = None,
-    ) -> list[EncodedImage | FlorenceError]:
+        caller: Caller[Any] | None = None,
+    ) -> list[Encoded]:
         """The images' visual tokens, in order; each content is run through the tower once.
 
-        The next images, and then those that are ``coming``, are opened and scaled while the tower
+        The next images, and then those that come later, are opened and scaled while the tower
         runs. ``stops`` has one Stop per image; an image given up, or that cannot be opened, has
         the reason in its place.
         """
-        listed = [None] * len(images) if stops is None else stops
-        return encode_images(self, images, listed, between_passes, coming)
+        encoded: dict[int, Encoded] = {}
+        places: dict[object, list[int]] = {}
+        sources: dict[object, AnySource] = {}
+        for place, image in enumerate(images):
+            if isinstance(image, EncodedImage):
+                encoded[place] = replace(image, vision_s=0.0)
+            elif isinstance(image, Failure):
+                encoded[place] = _as_error(image)
+            else:
+                places.setdefault(identity(image), []).append(place)
+                sources.setdefault(identity(image), image)
+        waiting = [None] * len(images) if stops is None else stops
+        shared = {key: [waiting[place] for place in listed] for key, listed in places.items()}
+        if sources:
+            for key, found in self._encode_sources(sources, shared, caller or Caller()).items():
+                encoded |= dict.fromkeys(places[key], found)
+        return [encoded[place] for place in range(len(images))]
 
-    def image_key(self, content_hash: str) -> str:
-        """The name under which an image's features are cached."""
-        return f"{self._key_prefix}:{content_hash}"
+    def _encode_sources(
+        self,
+        left: dict[object, AnySource],
+        stops: Mapping[object, Sequence[Stop | None]],
+        caller: Caller[Any],
+    ) -> dict[object, Encoded]:
+        """What comes of each source, in passes of the tower."""
+        done: dict[object, Encoded] = {}
+        # By content: what this call found stays found, also if the cache has no room for it.
+        found: dict[str, EncodedImage] = {}
+        # The list of those to prepare is this call's own: a click in between says what else comes.
+        owner = object()
+        try:
+            while left:
+                caller.before_pass()
+                for key in list(left):
+                    if (reason := _reason(stops[key])) is not None:
+                        done[key] = reason
+                        del left[key]
+                size = self.image_limit.pass_size(is_awaited=caller.is_awaited)
+                part = list(islice(left, size))
+                if not part:
+                    break
+                self.preparer.ahead(left.values(), owner)
+                looked_up: dict[object, PreparedImage | Encoded] = {}
+                for key in part:
+                    looked_up[key] = self._look_up(left[key], found)
+                    del left[key]
+                    caller.before_pass()
+                coming = caller.coming_images()
+                self.preparer.ahead(left.values(), owner)
+                self.preparer.ahead(coming)
+                missing = {
+                    one.content_hash: one
+                    for one in looked_up.values()
+                    if isinstance(one, PreparedImage)
+                }
+                encoded = self._encode_prepared(list(missing.values()), caller)
+                by_content = dict(zip(missing, encoded, strict=True))
+                found |= {
+                    content: one
+                    for content, one in by_content.items()
+                    if isinstance(one, EncodedImage)
+                }
+                done |= {
+                    key: by_content[one.content_hash] if isinstance(one, PreparedImage) else one
+                    for key, one in looked_up.items()
+                }
+        finally:
+            self.preparer.ahead((), owner)
+        return done
+
+    def _look_up(
+        self, source: AnySource, found: dict[str, EncodedImage]
+    ) -> PreparedImage | Encoded:
+        """The features of an image if they are known, else the image ready for the tower."""
+        content = self.preparer.known_hash(source)
+        if content is not None and (known := self._known(content, found)) is not None:
+            return known
+        try:
+            prepared = self.preparer.take(source)
+        except MemoryError:
+            return OutOfMemoryError(
+                "An image is opened in this computer's memory, and this one does not fit beside "
+                "what is there; make it smaller, or send fewer at a time."
+            )
+        if isinstance(prepared, FlorenceError):
+            return prepared
+        return self._known(prepared.content_hash, found) or prepared
+
+    def _known(self, content: str, found: dict[str, EncodedImage]) -> EncodedImage | None:
+        known = found.get(content) or self.cache.get(f"{self._key_prefix}:{content}")
+        if known is not None:
+            found[content] = known
+        return known
+
+    def _encode_prepared(self, left: Sequence[PreparedImage], caller: Caller[Any]) -> list[Encoded]:
+        """What comes of these images; one that does not fit into memory alone has an error."""
+        encoded: list[Encoded] = []
+        limit = self.image_limit
+        while left:
+            with self.in_use():
+                if caller.is_awaited:
+                    # Here, as until now the images of this pass were made ready beside the last.
+                    limit.catch_up()
+                size = limit.pass_size(is_awaited=caller.is_awaited)
+                part, left = left[:size], left[size:]
+                encoded += run_halving(part, self._run_tower, self.runtime, limit)
+            if left:
+                caller.before_pass()
+        return encoded
+
+    def _run_tower(self, part: Sequence[PreparedImage]) -> list[EncodedImage]:
+        """One pass of the tower. Nothing that a caller gave is called in it."""
+        table = self.checkpoint.image_processor.lookup_table
+        began, start = time.perf_counter(), self.runtime.mark()
+        features = self.runtime.encode_bytes(np.stack([image.scaled for image in part]), table)
+        spent = time.perf_counter() - began
+        self.image_limit.begun(len(part), start, self.runtime.mark())
+        encoded: list[EncodedImage] = []
+        for image, row in zip(part, features, strict=True):
+            # A row of a batch keeps the whole batch alive; the cache counts one image's bytes.
+            own = row.clone() if len(part) > 1 else row
+            kept = EncodedImage(own, image.size_wh, f"{self._key_prefix}:{image.content_hash}")
+            self.cache.put(kept)
+            encoded.append(replace(kept, vision_s=spent))
+        return encoded
 
     def check_image(self, image: EncodedImage) -> None:
         """RequestError for features of another checkpoint or device, which mean nothing here."""
@@ -577,70 +268,6 @@ class Engine:
                 f"one is not of {self.checkpoint.name} on {self.runtime.device}; encode the image "
                 "again."
             )
-
-    def prepare(
-        self,
-        task: Task,
-        image: EncodedImage,
-        text: str | None,
-        region: Region | None,
-        settings: GenerationSettings,
-        stop: Stop | None = None,
-    ) -> Prompt:
-        """Validates one request against the task table; RequestError says what is wrong."""
-        sentence = prompt_sentence(task, text, region, image.size_wh)
-        ids = tuple(self.checkpoint.vocabulary.encode_prompt(sentence))
-        check_prompt_length(len(ids), self.max_positions - image.features.shape[0])
-        asked = settings.max_new_tokens
-        if asked is not None and asked > self.max_positions:
-            raise RequestError(
-                f"max_new_tokens can be at most {self.max_positions} for {self.checkpoint.name}, "
-                f"and {asked} was received; ask for fewer."
-            )
-        limit = asked or min(task.max_new_tokens, self.max_positions)
-        # Every prompt has a limit of its own, so those of different limits can share a batch.
-        return Prompt(task, image, ids, replace(settings, max_new_tokens=None), limit, stop)
-
-    def answer(
-        self, prompts: Sequence[Prompt], between_passes: BetweenPasses | None = None
-    ) -> list[Result | FlorenceError]:
-        """One result per prompt, in order. Prompts with the same search settings share batches.
-
-        A prompt given up by its own ``stop`` leaves its batch and has the reason in its place.
-        """
-        listed = PromptList(prompts)
-        self.answer_feed(listed, between_passes)
-        return listed.outcomes()
-
-    def answer_feed(self, feed: PromptFeed, between_passes: BetweenPasses | None = None) -> None:
-        """Answers the prompts of ``feed`` until it has no more; each is settled once known.
-
-        A row of the batch whose answer is complete is given to the feed's next prompt.
-        """
-        while (settings := feed.next_settings()) is not None:
-            with self.in_use():
-                PromptSearch(self, feed, settings, between_passes).run()
-
-    def result(self, prompt: Prompt, answer: Answer) -> Result:
-        """What an answer says about the prompt's image."""
-        vocabulary = self.checkpoint.vocabulary
-        pieces = vocabulary.pieces(answer.token_ids, answer.log_probs, answer.near_log_probs)
-        parsed = parse(pieces, prompt.task, prompt.image.size_wh)
-        notes = parsed.notes
-        if answer.truncated:
-            notes = (*notes, f"the answer was cut at {prompt.max_new_tokens} tokens")
-        return Result(
-            task=prompt.task.token,
-            size_wh=prompt.image.size_wh,
-            objects=parsed.objects,
-            text=parsed.text,
-            answer=vocabulary.answer_text(answer.token_ids),
-            token_ids=answer.token_ids,
-            truncated=answer.truncated,
-            notes=notes,
-            log_probs=answer.log_probs,
-            near_log_probs=answer.near_log_probs,
-        )
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -726,3 +353,21 @@ def _loss(device: str, error: RuntimeError) -> str:
         f"The device {device} failed and answers nothing more to this program ({reason[:200]}); "
         "send the request again once the model is loaded again, or restart the program."
     )
+
+
+def _as_error(failure: Failure) -> FlorenceError:
+    reason = FlorenceError(failure.message)
+    reason.code = failure.code
+    return reason
+
+
+def _reason(stops: Sequence[Stop | None]) -> FlorenceError | None:
+    """Why something that several share is given up: once each of them has given it up."""
+    if None in stops:
+        return None
+    reason: FlorenceError | None = None
+    for stop in stops:
+        reason = None if stop is None else stop()
+        if reason is None:
+            return None
+    return reason

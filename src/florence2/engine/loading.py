@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from florence2.checkpoint.checkpoint import Checkpoint, load_weights
-from florence2.engine.engine import Engine, Prompt
+from florence2.engine.answering import answer, answer_all
+from florence2.engine.ask import Ask, Outcome
+from florence2.engine.engine import Caller, Engine
 from florence2.engine.feature_cache import EncodedImage
 from florence2.errors import CheckpointError, FlorenceError, PrecisionError
 from florence2.generation.beam_search import NotFiniteError
 from florence2.images import open_image
 from florence2.network.florence import Florence2Network
-from florence2.records import GenerationSettings, Result
 from florence2.runtimes.base import Pixels
 from florence2.runtimes.cuda_graphs import GraphRunner
 from florence2.runtimes.device import PRECISIONS, choose_precision, computing
@@ -34,7 +35,6 @@ from florence2.runtimes.memory import (
     prompt_batch,
 )
 from florence2.runtimes.torch import TorchRuntime, upload
-from florence2.tasks import find_task
 
 logger = logging.getLogger(__name__)
 
@@ -111,9 +111,7 @@ def self_test(engine: Engine) -> float:
     encoded = _encoded(engine, probe_picture())
     if not bool(torch.isfinite(encoded.features).all()):
         raise _not_finite(engine, "its visual features are not finite numbers")
-    settings = replace(engine.checkpoint.generation, num_beams=1, max_new_tokens=8)
-    prompt = engine.prepare(find_task("<CAPTION>"), encoded, None, None, settings)
-    result = engine.answer([prompt])[0]
+    [result] = answer_all(engine, [Ask(encoded, "<CAPTION>", num_beams=1, max_new_tokens=8)])
     if isinstance(result, NotFiniteError):
         raise _not_finite(engine, "its answer to <CAPTION> is not made of finite numbers")
     if isinstance(result, FlorenceError):
@@ -150,13 +148,17 @@ def _answers(engine: Engine) -> list[tuple[int, ...] | str]:
     pictures = [_encoded(engine, picture) for picture in (probe_picture(), 255 - probe_picture())]
     found: list[tuple[int, ...] | str] = []
     for beams in _BEAMS:
-        settings = replace(engine.checkpoint.generation, num_beams=beams, max_new_tokens=_TOKENS)
-        feed = _JoiningFeed(
-            _prompts(engine, _TASKS, pictures, settings),
-            _prompts(engine, _TASKS, pictures[::-1], settings),
+        first, later = (
+            [
+                Ask(image, task, num_beams=beams, max_new_tokens=_TOKENS)
+                for task, image in zip(_TASKS, images, strict=True)
+            ]
+            for images in (pictures, pictures[::-1])
         )
-        engine.answer_feed(feed, feed.count_pass)
-        found += feed.answers()
+        caller = _JoiningCaller(first, later)
+        answer(engine, caller)
+        outcomes = [caller.outcomes[number] for number in range(len(first) + len(later))]
+        found += [str(one) if isinstance(one, FlorenceError) else one.token_ids for one in outcomes]
     return found
 
 
@@ -167,50 +169,29 @@ def _encoded(engine: Engine, picture: np.ndarray[Any, np.dtype[np.uint8]]) -> En
     return encoded
 
 
-def _prompts(
-    engine: Engine,
-    tasks: Sequence[str],
-    images: Sequence[EncodedImage],
-    settings: GenerationSettings,
-) -> list[Prompt]:
-    return [
-        engine.prepare(find_task(task), image, None, None, settings)
-        for task, image in zip(tasks, images, strict=True)
-    ]
+class _JoiningCaller(Caller[int]):
+    """Asks of like settings, of which some come when the others have made a few passes."""
 
+    is_awaited = True
 
-class _JoiningFeed:
-    """Prompts of like settings, of which some come when the others have made a few passes."""
-
-    def __init__(self, first: Sequence[Prompt], later: Sequence[Prompt]) -> None:
-        self._prompts = [*first, *later]
-        self._waiting = [list(first), list(later)]
+    def __init__(self, first: Sequence[Ask], later: Sequence[Ask]) -> None:
+        self._waiting = [list(enumerate(first)), list(enumerate(later, start=len(first)))]
+        self._num_first = len(first)
         self._num_passes = 0
-        self._outcomes: dict[Prompt, Result | FlorenceError] = {}
+        self.outcomes: dict[int, Outcome] = {}
 
-    def count_pass(self) -> None:
+    def before_pass(self) -> None:
         self._num_passes += 1
 
-    def next_settings(self) -> GenerationSettings | None:
-        return self._prompts[0].settings if self._waiting else None
-
-    def take(self, room: int, settings: GenerationSettings) -> Sequence[Prompt]:
-        is_early = len(self._waiting) == 1 and self._num_passes < _JOIN_AFTER
-        if not self._waiting or is_early:
+    def next_asks(self, room: int) -> list[tuple[int, Ask]]:
+        are_others_done = len(self.outcomes) == self._num_first
+        is_early = self._num_passes < _JOIN_AFTER and not are_others_done
+        if not self._waiting or (len(self._waiting) == 1 and is_early):
             return []
-        taken, left = self._waiting[0][:room], self._waiting[0][room:]
-        self._waiting = [left, *self._waiting[1:]] if left else self._waiting[1:]
-        return taken
+        return self._waiting.pop(0)
 
-    def settle(self, prompt: Prompt, outcome: Result | FlorenceError) -> None:
-        self._outcomes[prompt] = outcome
-
-    def answers(self) -> list[tuple[int, ...] | str]:
-        outcomes = [self._outcomes[prompt] for prompt in self._prompts]
-        return [
-            str(outcome) if isinstance(outcome, FlorenceError) else outcome.token_ids
-            for outcome in outcomes
-        ]
+    def settle(self, key: int, outcome: Outcome) -> None:
+        self.outcomes[key] = outcome
 
 
 def probe_picture() -> np.ndarray[Any, np.dtype[np.uint8]]:

@@ -5,47 +5,30 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Final, TypeVar
+from typing import TypeVar
 
-from florence2.engine.answering import AskRun, More, Outcome, Settle, identity
-from florence2.engine.ask import AnyImage, Ask
-from florence2.engine.engine import Coming, Engine
-from florence2.engine.tickets import Piece, Priority, Ticket, TicketQueue
+from florence2.engine.answering import answer
+from florence2.engine.ask import AnyImage, Ask, Outcome
+from florence2.engine.engine import Caller, Engine
+from florence2.engine.work_queue import Action, Priority, QueuedAsk, Request, WorkQueue
 from florence2.errors import (
-    DeadlineError,
     FlorenceError,
-    GenerationCancelledError,
     InternalError,
     OutOfMemoryError,
-    QueueFullError,
     StoppedError,
     as_value,
     stopped,
 )
+from florence2.images import identity
 from florence2.records import Failure, Result
 
-__all__ = [
-    "BatchReport",
-    "DeadlineError",
-    "GenerationCancelledError",
-    "InternalError",
-    "Observer",
-    "Priority",
-    "QueueFullError",
-    "Scheduler",
-    "StoppedError",
-]
+__all__ = ["BatchReport", "Observer", "Priority", "Scheduler"]
 
 logger = logging.getLogger(__name__)
 
-RETRY_AFTER_S: Final = (1.0, 60.0)
-FIRST_RETRY_AFTER_S: Final = 5.0
-"""What a full queue says before any batch has shown how fast answers come."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +38,7 @@ class BatchReport:
     ``prompts`` counts the asks answered, ``together`` those that shared the batch with them,
     themselves included, ``images`` the different images among them, ``requests`` whose asks they
     were, ``failures`` the asks without a result, ``queue_depth`` the asks that wait now,
-    ``tokens`` those of the answers. ``seconds`` is the time since the run's report before,
+    ``tokens`` those of the answers. ``seconds`` is the time since the batch's report before,
     without that of clicks answered in between; ``waited_s`` is the longest time from an ask's
     arrival to its turn.
     """
@@ -75,189 +58,133 @@ class BatchReport:
 Observer = Callable[[BatchReport], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Answered:
-    """A piece with its outcome; its turn came ``waited_s`` after its request."""
+class Batch(Caller[QueuedAsk]):
+    """Asks that are answered together, and those that join them; a click's runs within a bulk one.
 
-    piece: Piece
-    outcome: Outcome
-    waited_s: float
-
-
-def report_of(
-    answered: Sequence[Answered],
-    priority: Priority,
-    seconds: float,
-    queue_depth: int,
-    together: int,
-) -> BatchReport:
-    """The report of what was answered in ``seconds``."""
-    results = [one.outcome for one in answered if isinstance(one.outcome, Result)]
-    return BatchReport(
-        priority=priority,
-        prompts=len(answered),
-        images=len({identity(getattr(one.piece.ask, "image", None)) for one in answered}),
-        queue_depth=queue_depth,
-        tokens=sum(len(step.token_ids) for one in results for step in one.steps or (one,)),
-        seconds=seconds,
-        waited_s=max((one.waited_s for one in answered), default=0.0),
-        requests=len({one.piece.ticket for one in answered}),
-        failures=len(answered) - len(results),
-        together=together,
-    )
-
-
-class Pace:
-    """Asks per second, recent batches counting most."""
-
-    def __init__(self) -> None:
-        self._asks_per_s: float | None = None
-
-    def note(self, report: BatchReport) -> None:
-        """Takes one more batch into account."""
-        if report.seconds > 0 and report.prompts:
-            rate = report.prompts / report.seconds
-            before = rate if self._asks_per_s is None else self._asks_per_s
-            self._asks_per_s = (3 * before + rate) / 4
-
-    def seconds_for(self, num_asks: int) -> float:
-        """About how long so many asks take, from 1 s to 60 s."""
-        if self._asks_per_s is None:
-            return FIRST_RETRY_AFTER_S
-        low, high = RETRY_AFTER_S
-        return min(high, max(low, num_asks / self._asks_per_s))
-
-
-class Reports:
-    """Hands every report on to the observer, and learns the pace from it."""
-
-    def __init__(self, observer: Observer | None) -> None:
-        self.pace = Pace()
-        self._observer = observer
-
-    def note(self, report: BatchReport) -> None:
-        """Takes one more batch into account; an observer that fails is only logged."""
-        self.pace.note(report)
-        if self._observer is None:
-            return
-        try:
-            self._observer(report)
-        except Exception:
-            logger.exception("The observer of batches failed")
-
-
-Deliver = Callable[[Priority, Sequence[Answered], float, int], None]
-"""Takes what was answered since the pass before, the seconds since then, the asks in hand then."""
-
-MorePieces = Callable[[Priority, int, int], list[Piece]]
-"""Gives up to so many further pieces of a priority, when so many are in hand."""
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """Whose turn it was, and how many requests began together."""
-
-    priority: Priority
-    requests: int
-
-
-class Run:
-    """Answers pieces; delivers what is known before every pass, and at the end.
-
-    It holds no piece that is delivered, because a run may last as long as requests come. An error
-    that is nobody's fault in particular is that of the asks in hand only if each of them meets it
-    alone too.
+    Delivers what is known before every pass, and at the end. It holds nothing that is delivered,
+    because a batch may go on for as long as requests come. An error that is nobody's fault in
+    particular is that of the asks in hand only if each of them meets it alone too.
     """
+
+    is_awaited = True
 
     def __init__(
         self,
         engine: Engine,
-        pieces: list[Piece],
-        deliver: Deliver,
-        coming: Coming,
-        between_passes: Callable[[], None] | None = None,
-        more: MorePieces | None = None,
+        queue: WorkQueue,
+        observer: Observer | None,
+        asks: list[QueuedAsk],
+        *,
+        is_within_bulk: bool = False,
     ) -> None:
         self._engine = engine
-        self._deliver = deliver
-        self._between_passes = between_passes
-        self._more = more
-        self._coming = coming
-        self._priority = pieces[0].ticket.priority
-        self._first = pieces
-        self._count = 0
-        self._open: dict[int, tuple[Piece, float]] = {}
-        self._answered: list[Answered] = []
-        self._mark = time.monotonic()
+        self._queue = queue
+        self._observer = observer
+        self._priority = asks[0].request.priority
+        self._first = asks
+        self._is_within_bulk = is_within_bulk
+        # Those that come during a batch within wait for a pass of the bulk one, so that it gets on.
+        self._is_open_to_others = not is_within_bulk
+        # Asks in hand, each with the seconds it waited for its turn.
+        self._in_hand: dict[QueuedAsk, float] = {}
+        self._settled: list[tuple[QueuedAsk, Outcome, float]] = []
+        self._reported = time.monotonic()
 
-    def answer(self) -> None:
-        """Returns once every piece is delivered."""
+    def run(self) -> None:
+        """Returns once every ask is delivered."""
         try:
-            self._run_of(self._settle, self._join).run()
+            answer(self._engine, self)
         except FlorenceError as error:
-            self._settle_open(as_value(error))
+            for queued in list(self._in_hand):
+                self.settle(queued, as_value(error))
         except Exception:
-            logger.exception("A batch of %d prompts failed", len(self._open))
-            self._answer_one_by_one()
-        self._flush()
+            logger.exception("A batch of %d prompts failed", len(self._in_hand))
+            self._run_one_by_one()
+        self._deliver()
 
-    def _answer_one_by_one(self) -> None:
-        if len(self._open) == 1:
-            self._settle_open(InternalError())
-        for number, (piece, _) in list(self._open.items()):
+    def _run_one_by_one(self) -> None:
+        self._is_open_to_others = False
+        is_alone = len(self._in_hand) == 1
+        for queued in list(self._in_hand):
+            self._first = [queued]
             try:
-                self._run_of(partial(self._settle_alone, number), None).run([piece.ask])
+                if is_alone:
+                    self.settle(queued, InternalError())
+                else:
+                    answer(self._engine, self)
             except FlorenceError as error:
-                self._settle(number, as_value(error))
+                self.settle(queued, as_value(error))
             except Exception:
                 logger.exception("A prompt failed alone")
-                self._settle(number, InternalError())
+                self.settle(queued, InternalError())
 
-    def _run_of(self, settle: Settle, more: More | None) -> AskRun:
-        return AskRun(self._engine, settle, self._before_pass, more, self._coming)
-
-    def _join(self, room: int) -> list[Ask]:
-        pieces, self._first = self._first, []
-        if not pieces and self._more is not None:
-            pieces = self._more(self._priority, room, len(self._open))
+    def next_asks(self, room: int) -> list[tuple[QueuedAsk, Ask]]:
+        """Those that the batch began with, then others that wait."""
+        asks, self._first = self._first, []
+        if not asks and self._is_open_to_others:
+            asks = self._queue.joining(self._priority, room, len(self._in_hand))
         now = time.monotonic()
-        for number, piece in enumerate(pieces, start=self._count):
-            self._open[number] = piece, now - piece.ticket.arrived
-        self._count += len(pieces)
-        return [piece.ask for piece in pieces]
+        for queued in asks:
+            self._in_hand.setdefault(queued, now - queued.request.arrived)
+        return [(queued, queued.ask) for queued in asks]
 
-    def _settle(self, number: int, outcome: Outcome) -> None:
-        piece, waited_s = self._open.pop(number)
-        self._answered.append(Answered(piece, outcome, waited_s))
+    def settle(self, key: QueuedAsk, outcome: Outcome) -> None:
+        """Keeps the outcome for the next delivery."""
+        self._settled.append((key, outcome, self._in_hand.pop(key)))
 
-    def _settle_alone(self, number: int, _: int, outcome: Outcome) -> None:
-        self._settle(number, outcome)
+    def coming_images(self) -> list[AnyImage]:
+        """Those of the asks that wait."""
+        return self._queue.coming_images()
 
-    def _settle_open(self, error: FlorenceError) -> None:
-        for number in list(self._open):
-            self._settle(number, error)
-
-    def _before_pass(self) -> None:
-        self._flush()
-        if self._between_passes is not None:
+    def before_pass(self) -> None:
+        """Delivers; within a bulk batch it answers the clicks that came meanwhile."""
+        self._deliver()
+        if self._priority is Priority.BULK and (clicks := self._queue.clicks()):
             began = time.monotonic()
-            self._between_passes()
-            self._mark += time.monotonic() - began
+            Batch(self._engine, self._queue, self._observer, clicks, is_within_bulk=True).run()
+            self._reported += time.monotonic() - began
 
-    def _flush(self) -> None:
-        answered, self._answered = self._answered, []
-        if answered:
-            now = time.monotonic()
-            seconds, self._mark = now - self._mark, now
-            together = len(answered) + len(self._open)
-            self._deliver(self._priority, answered, seconds, together)
+    def _deliver(self) -> None:
+        settled, self._settled = self._settled, []
+        if not settled:
+            return
+        now = time.monotonic()
+        seconds, self._reported = now - self._reported, now
+        together = len(settled) + len(self._in_hand)
+        if self._is_within_bulk:
+            # What had no room beside the bulk batch is asked again right after it.
+            self._queue.postpone(
+                queued for queued, outcome, _ in settled if isinstance(outcome, OutOfMemoryError)
+            )
+            settled = [one for one in settled if not isinstance(one[1], OutOfMemoryError)]
+        if settled:
+            self._report(settled, seconds, together)
+            self._queue.settle((queued, outcome) for queued, outcome, _ in settled)
 
-
-GATHER_S: Final = 0.003
-"""How long a batch waits for as many requests as the last one had, if that had several."""
-
-
-T = TypeVar("T")
+    def _report(
+        self, settled: Sequence[tuple[QueuedAsk, Outcome, float]], seconds: float, together: int
+    ) -> None:
+        """Tells the observer; one that fails is only logged."""
+        self._queue.note_pace(len(settled), seconds)
+        if self._observer is None:
+            return
+        results = [outcome for _, outcome, _ in settled if isinstance(outcome, Result)]
+        report = BatchReport(
+            priority=self._priority,
+            prompts=len(settled),
+            images=len({identity(getattr(one.ask, "image", None)) for one, _, _ in settled}),
+            queue_depth=self._queue.num_waiting,
+            tokens=sum(len(step.token_ids) for one in results for step in one.steps or (one,)),
+            seconds=seconds,
+            waited_s=max(waited_s for _, _, waited_s in settled),
+            requests=len({queued.request for queued, _, _ in settled}),
+            failures=len(settled) - len(results),
+            together=together,
+        )
+        try:
+            self._observer(report)
+        except Exception:
+            logger.exception("The observer of batches failed")
 
 
 class Scheduler:
@@ -279,30 +206,21 @@ class Scheduler:
         on_lost: Callable[[], None] | None = None,
     ) -> None:
         self._engine = engine
+        self._observer = observer
         self._on_lost = on_lost
-        self._max_batch = max_batch or engine.prompt_batch
-        self._max_queued = max_queued
-        self._reports = Reports(observer)
-        self._news = threading.Condition()
-        self._queues = {priority: TicketQueue() for priority in Priority}
-        self._postponed: list[Piece] = []
-        self._actions: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
-        self._open: set[Ticket] = set()
-        self._is_closed = False
-        self._last: Turn | None = None
+        self._queue = WorkQueue(max_batch or engine.prompt_batch, max_queued)
         self._thread = threading.Thread(target=self._work, name="florence2-model", daemon=True)
         self._thread.start()
 
     @property
     def queue_depth(self) -> int:
         """Asks that wait for their batch."""
-        with self._news:
-            return sum(self._depth(priority) for priority in Priority)
+        return self._queue.num_waiting
 
     @property
     def is_closed(self) -> bool:
         """Whether nothing is answered any more."""
-        return self._is_closed
+        return self._queue.is_closed
 
     def run(
         self,
@@ -321,18 +239,22 @@ class Scheduler:
         """
         if threading.current_thread() is self._thread:
             raise RuntimeError("The model's thread cannot wait for itself; use the engine there.")
-        ticket = Ticket(asks, priority, self._max_batch, deadline_s, should_stop)
-        self._admit(ticket)
+        request = Request(asks, priority, self._queue.max_batch, deadline_s, should_stop)
+        self._queue.add(request)
+        reason: FlorenceError | None = None
         try:
-            reason = ticket.wait()
-            if reason is not None:
-                self._give_up(ticket, reason)
+            # While the model is busy with others; whoever is first at an image prepares it.
+            self._engine.preparer.also_ahead(self._queue.coming_images())
+            reason = request.wait()
         finally:
-            self._forget(ticket)
-        if isinstance(ticket.reason, StoppedError):
-            # Not the reason itself, whose traceback would hold the ticket that holds the reason.
+            # Also when the caller was interrupted: what nobody waits for is not begun.
+            self._queue.remove(request, reason or stopped())
+            if request.reason is not None:
+                self._engine.preparer.ahead(self._queue.coming_images())
+        if isinstance(request.reason, StoppedError):
+            # Not the reason itself, whose traceback would hold the request that holds the reason.
             raise stopped()
-        return ticket.results()
+        return request.results()
 
     def call(self, action: Callable[[], T]) -> T:
         """Runs ``action`` on the model's thread after the batch in hand, ahead of all that waits.
@@ -341,180 +263,37 @@ class Scheduler:
         """
         if threading.current_thread() is self._thread:
             return action()
-        future: Future[T] = Future()
-        with self._news:
-            self._check_open()
-            self._actions.append((action, future))
-            self._news.notify()
-        return future.result()
+        waiting = Action(action)
+        self._queue.add_action(waiting)
+        return waiting.done.result()
 
     def close(self) -> None:
         """Answers nothing more: whoever waits gets StoppedError, the batch in hand is given up.
 
         Returns once the pass in hand is over, so that the engine may be closed next.
         """
-        self._stop()
+        self._queue.close()
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
-    def _admit(self, ticket: Ticket) -> None:
-        with self._news:
-            self._check_open()
-            if not ticket.asks:
-                return
-            # By priority: someone at the screen is not refused because a run fills the queue.
-            depth = self._depth(ticket.priority)
-            if depth >= self._max_queued:
-                raise QueueFullError(
-                    f"At most {self._max_queued} prompts may wait for an answer, and {depth} do; "
-                    "send the request again later.",
-                    self._reports.pace.seconds_for(depth),
-                )
-            self._open.add(ticket)
-            self._queues[ticket.priority].add(ticket)
-            self._news.notify()
-        # While the model is busy with others; whoever is first at an image prepares it.
-        self._engine.preparer.also_ahead(self._coming())
-
-    def _depth(self, priority: Priority) -> int:
-        postponed = sum(piece.ticket.priority is priority for piece in self._postponed)
-        return self._queues[priority].num_asks + postponed
-
-    def _check_open(self) -> None:
-        if self._is_closed:
-            raise stopped()
-
-    def _give_up(self, ticket: Ticket, reason: FlorenceError) -> None:
-        with self._news:
-            if ticket.is_done:
-                return
-            ticket.give_up(reason)
-            self._queues[ticket.priority].discard(ticket)
-            self._postponed = [piece for piece in self._postponed if piece.ticket != ticket]
-        # What was begun of its images is of no use to anybody else.
-        self._engine.preparer.ahead(self._coming())
-
-    def _forget(self, ticket: Ticket) -> None:
-        """Leaves nothing of a ticket behind, also when its caller was interrupted."""
-        self._give_up(ticket, stopped())
-        with self._news:
-            self._open.discard(ticket)
-
-    def _stop(self) -> None:
-        with self._news:
-            self._is_closed = True
-            for ticket in list(self._open):
-                self._give_up(ticket, stopped())
-            while self._actions:
-                self._actions.popleft()[1].set_exception(stopped())
-            self._news.notify()
-
     def _work(self) -> None:
         try:
-            while not self._is_closed:
+            while not self._queue.is_closed:
                 self._work_once()
                 self._tell_if_lost()
         finally:
             # Whatever ends this thread, nobody is left waiting for it.
-            self._stop()
+            self._queue.close()
 
     def _work_once(self) -> None:
         """By itself: in the loop its variables would hold a request's images till the next one."""
-        action, pieces = self._next()
-        if action is not None:
-            _act(*action)
-        elif pieces:
-            self._answer(pieces)
+        work = self._queue.next_work()
+        if isinstance(work, Action):
+            work.run()
+        elif work:
+            Batch(self._engine, self._queue, self._observer, work).run()
 
     def _tell_if_lost(self) -> None:
         if self._on_lost is not None and self._engine.is_lost:
             tell, self._on_lost = self._on_lost, None
             tell()
-
-    def _next(self) -> tuple[tuple[Callable[[], Any], Future[Any]] | None, list[Piece]]:
-        """Waits for something to do: an action, or else a batch."""
-        with self._news:
-            self._news.wait_for(lambda: self._is_closed or self._actions or self.queue_depth)
-            if self._last is not None and self._last.requests > 1:
-                self._news.wait_for(self._is_company_here, GATHER_S)
-            if self._is_closed:
-                return None, []
-            return (self._actions.popleft(), []) if self._actions else (None, self._pick())
-
-    def _is_company_here(self) -> bool:
-        tickets = sum(len(queue) for queue in self._queues.values())
-        is_enough = self._last is None or tickets >= self._last.requests
-        return self._is_closed or bool(self._actions) or bool(self._postponed) or is_enough
-
-    def _pick(self) -> list[Piece]:
-        if self._postponed:
-            postponed, self._postponed = self._postponed, []
-            return postponed
-        # After a click comes a bulk batch, in which clicks go on being answered: both get on.
-        is_bulk_due = self._last is not None and self._last.priority is Priority.INTERACTIVE
-        for priority in sorted(Priority, reverse=is_bulk_due):
-            if pieces := self._queues[priority].pick(self._max_batch):
-                return pieces
-        return []
-
-    def _more(self, priority: Priority, room: int, num_open: int) -> list[Piece]:
-        """Asks that join a run while rows of its batch are free; none when others' turn is due."""
-        with self._news:
-            is_due = bool(self._is_closed or self._actions or self._postponed)
-            if priority is Priority.INTERACTIVE:
-                is_due = is_due or len(self._queues[Priority.BULK]) > 0
-            room = min(room, self._max_batch - num_open)
-            return [] if is_due or room < 1 else self._queues[priority].pick(room)
-
-    def _coming(self) -> list[AnyImage]:
-        with self._news:
-            return [
-                image
-                for priority in Priority
-                for image in self._queues[priority].images_ahead(self._max_batch)
-            ]
-
-    def _between_passes(self) -> None:
-        """Answers the clicks that came during a bulk batch, before its next pass."""
-        with self._news:
-            pieces = self._queues[Priority.INTERACTIVE].pick(self._max_batch)
-        if pieces:
-            # Those that come meanwhile wait for a pass of the bulk batch, so that it gets on.
-            Run(self._engine, pieces, self._deliver_nested, self._coming).answer()
-
-    def _answer(self, pieces: list[Piece]) -> None:
-        self._last = Turn(pieces[0].ticket.priority, len({piece.ticket for piece in pieces}))
-        is_bulk = self._last.priority is Priority.BULK
-        between_passes = self._between_passes if is_bulk else None
-        deliver, more = self._deliver, self._more
-        Run(self._engine, pieces, deliver, self._coming, between_passes, more).answer()
-
-    def _deliver(
-        self, priority: Priority, answered: Sequence[Answered], seconds: float, together: int
-    ) -> None:
-        report = report_of(answered, priority, seconds, self.queue_depth, together)
-        self._reports.note(report)
-        with self._news:
-            for one in answered:
-                one.piece.ticket.settle(one.piece.place, one.outcome)
-
-    def _deliver_nested(
-        self, priority: Priority, answered: Sequence[Answered], seconds: float, together: int
-    ) -> None:
-        """As ``_deliver``; what had no room beside a bulk batch is asked again right after it."""
-        kept = [one for one in answered if not isinstance(one.outcome, OutOfMemoryError)]
-        with self._news:
-            self._postponed += [
-                one.piece
-                for one in answered
-                if isinstance(one.outcome, OutOfMemoryError) and not one.piece.ticket.is_done
-            ]
-        if kept:
-            self._deliver(priority, kept, seconds, together)
-
-
-def _act(action: Callable[[], Any], future: Future[Any]) -> None:
-    try:
-        future.set_result(action())
-    except BaseException as error:  # noqa: BLE001 - it is raised where the caller waits
-        future.set_exception(error)

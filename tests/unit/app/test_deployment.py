@@ -7,8 +7,7 @@ import threading
 import pytest
 
 from florence2.engine.ask import Ask
-from florence2.engine.scheduler import StoppedError
-from florence2.errors import CheckpointError
+from florence2.errors import CheckpointError, StoppedError
 from serve.model_service import Deployment, ModelChoice
 
 PATIENCE_S = 20.0

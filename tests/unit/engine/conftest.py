@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine_tools import CountingRuntime
 from torch import nn
 
 from florence2 import Florence2
+from florence2.engine.engine import Engine
 from florence2.network.florence import Florence2Network
 from florence2.tokenizer import Vocabulary
 from florence2.tokens import location_token
@@ -41,6 +43,24 @@ def checkpoint_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def model(checkpoint_folder):
     return Florence2.load(checkpoint_folder, device="cpu")
+
+
+@pytest.fixture
+def runtime(model):
+    return CountingRuntime(model.engine.runtime)
+
+
+@pytest.fixture
+def engine(request, model, runtime):
+    """The engine of ``model`` on a runtime that is counted; the module says its batches."""
+    images, prompts = getattr(request.module, "BATCHES", (2, 8))
+    return Engine(
+        model.engine.checkpoint,
+        runtime,
+        image_batch=images,
+        prompt_batch=prompts,
+        cache_bytes=2**22,
+    )
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 
 from florence2 import Ask, Result
+from florence2.engine.answering import answer
+from florence2.engine.engine import Caller
 from florence2.tasks import TASKS, TaskInput
 from florence2_demo.drawing import draw_scene
 from florence2_demo.scene import make_scene
@@ -38,6 +40,31 @@ def assert_close(one: Result, other: Result) -> None:
     for mine, its in zip(one.objects, other.objects, strict=True):
         assert mine.score == pytest.approx(its.score, abs=1e-4)
         assert replace(mine, score=0.0) == replace(its, score=0.0)
+
+
+class Busy(Caller):
+    """One who has something done before every pass, and others who wait for its end."""
+
+    is_awaited = True
+
+    def __init__(self, before_pass, asks=()):
+        self.before_pass = before_pass
+        self._asks = list(asks)
+        self.outcomes = {}
+
+    def next_asks(self, room):
+        asks, self._asks = self._asks, []
+        return list(enumerate(asks))
+
+    def settle(self, key, outcome):
+        self.outcomes[key] = outcome
+
+
+def answer_between(engine, asks, before_pass):
+    """The outcomes of asks, in order; ``before_pass`` is called before every pass."""
+    caller = Busy(before_pass, asks)
+    answer(engine, caller)
+    return [caller.outcomes[number] for number in range(len(asks))]
 
 
 class CountingRuntime:
@@ -70,12 +97,12 @@ class CountingRuntime:
     def is_lost(self, error):
         return self.lost is not None
 
-    def _check_device(self):
+    def check_device(self):
         if self.lost is not None:
             raise RuntimeError(self.lost)
 
     def encode_bytes(self, images, table):
-        self._check_device()
+        self.check_device()
         self.images_tried.append(len(images))
         if self.images_fail_above is not None and len(images) > self.images_fail_above:
             raise torch.OutOfMemoryError("no memory left")
@@ -85,7 +112,7 @@ class CountingRuntime:
         return self._runtime.encode_bytes(images, table)
 
     def start(self, features, prompt_ids, num_beams, max_new_tokens):
-        self._check_device()
+        self.check_device()
         self.tried.append(len(features))
         is_short = self.fail_above is not None and len(features) > self.fail_above
         if is_short or any(len(ids) == self.misfit for ids in prompt_ids):

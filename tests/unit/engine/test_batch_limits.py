@@ -6,28 +6,19 @@ import weakref
 
 import pytest
 import torch
-from engine_tools import CountingRuntime, ask, assert_close, picture
+from engine_tools import Busy, answer_between, ask, assert_close, picture
 
 from florence2 import Ask, Failure, Florence2, Result
-from florence2.engine.answering import answer_all, encode_all
+from florence2.engine.answering import answer_all
 from florence2.engine.engine import Engine
 from florence2.engine.feature_cache import EncodedImage
 from florence2.pixels import ImageProcessor
+from florence2.prompts import prompt_sentence
 from florence2.records import Region
 from florence2.runtimes.memory import MOST_PATIENCE, PATIENCE, BatchLimit
 from florence2.tasks import find_task
 
-
-@pytest.fixture
-def runtime(model):
-    return CountingRuntime(model.engine.runtime)
-
-
-@pytest.fixture
-def engine(model, runtime):
-    return Engine(
-        model.engine.checkpoint, runtime, image_batch=8, prompt_batch=8, cache_bytes=2**22
-    )
+BATCHES = 8, 8
 
 
 def captions(count: int) -> list[Ask]:
@@ -119,10 +110,8 @@ def test_when_memory_is_free_again_the_configured_batch_is_reached_again(engine,
 def test_a_prompt_that_does_not_fit_alone_costs_the_others_nothing(engine, runtime):
     region = (20.0, 30.0, 150.0, 170.0)
     odd = Ask(picture(8), "<REGION_TO_CATEGORY>", region=region, max_new_tokens=2)
-    image = engine.encode([picture(8)])[0]
-    settings = engine.checkpoint.generation
-    prompt = engine.prepare(find_task(odd.task), image, None, Region(region), settings)
-    runtime.misfit = len(prompt.prompt_ids)
+    sentence = prompt_sentence(find_task(odd.task), None, Region(region), picture(8).size)
+    runtime.misfit = len(engine.checkpoint.vocabulary.encode_prompt(sentence))
     outcomes = answer_all(engine, [*captions(3), odd, *captions(12)])
     assert [getattr(outcome, "code", None) for outcome in outcomes] == [
         *[None] * 3,
@@ -170,7 +159,7 @@ def test_clicks_that_did_not_fit_beside_a_batch_in_hand_lower_nothing(engine, ru
             runtime.fail_above = None
 
     runtime.batches.clear()
-    outcomes = answer_all(engine, captions(8), click)
+    outcomes = answer_between(engine, captions(8), click)
     assert [type(outcome) for outcome in (*outcomes, *clicked)] == [Result] * 13
     assert runtime.tried == [8, 5, 2, 2, 1]
     assert engine.prompt_limit.now == 8
@@ -187,7 +176,7 @@ def test_a_batch_that_nothing_of_fits_fails_one_by_one(engine, runtime):
 def test_images_that_did_not_fit_are_not_tried_in_that_number_again(engine, runtime):
     runtime.images_fail_above = 2
     for first in (0, 10):
-        encoded = encode_all(engine, [picture(first + seed) for seed in range(9)])
+        encoded = engine.encode([picture(first + seed) for seed in range(9)])
         assert all(isinstance(one, EncodedImage) for one in encoded)
     assert runtime.images_tried == [8, 4, 2, 2, 4, 2, 2, 1, 2, 2, 2, 2, 1]
 
@@ -232,13 +221,13 @@ def test_a_pass_that_someone_may_wait_for_is_as_long_as_was_said(engine, runtime
     """The first pass has nothing to go by; at load the self-test is it."""
     runtime.item_s = item_s
     images = [picture(seed) for seed in range(16)]
-    encode_all(engine, images, between_passes=lambda: None)
+    engine.encode(images, caller=Busy(lambda: None))
     assert runtime.image_batches == passes
 
 
 def test_where_nobody_waits_only_memory_counts(engine, runtime):
     runtime.item_s = 3.0
-    encode_all(engine, [picture(seed) for seed in range(16)])
+    engine.encode([picture(seed) for seed in range(16)])
     answer_all(engine, captions(16))
     assert runtime.image_batches == [8, 8]
     assert runtime.batches == [8, 8]
@@ -247,11 +236,11 @@ def test_where_nobody_waits_only_memory_counts(engine, runtime):
 def test_prompts_are_encoded_in_passes_of_that_length_too_and_searched_together(engine, runtime):
     image = engine.encode([picture(8)])[0]
     asks = [Ask(image, "<CAPTION>", max_new_tokens=9)] * 8
-    answer_all(engine, asks, lambda: None)
+    answer_between(engine, asks, lambda: None)
     runtime.item_s = 0.1
     runtime.batches.clear()
     counts: list[int] = []
-    outcomes = answer_all(engine, asks * 2, lambda: counts.append(len(runtime.batches)))
+    outcomes = answer_between(engine, asks * 2, lambda: counts.append(len(runtime.batches)))
     assert all(isinstance(outcome, Result) for outcome in outcomes)
     assert runtime.batches[0] == 8
     assert set(runtime.batches[1:]) == {2}
@@ -264,7 +253,7 @@ def test_a_device_that_became_faster_gets_larger_passes_again(engine, runtime):
     seeds = iter(range(40))
 
     def encode(count):
-        encode_all(engine, [picture(next(seeds)) for _ in range(count)], between_passes=bool)
+        engine.encode([picture(next(seeds)) for _ in range(count)], caller=Busy(bool))
 
     encode(9)
     runtime.item_s = 0.001

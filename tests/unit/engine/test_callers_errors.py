@@ -6,12 +6,10 @@ import threading
 
 import pytest
 import torch
-from engine_tools import CountingRuntime, picture
+from engine_tools import Busy, picture
 
 from florence2 import Ask, Result
-from florence2.engine.answering import answer_all, encode_all
-from florence2.engine.engine import Engine, PromptList
-from florence2.tasks import find_task
+from florence2.engine.answering import answer, answer_all
 
 ERRORS = {
     "no memory in Python": MemoryError("the caller's"),
@@ -21,16 +19,7 @@ ERRORS = {
 }
 
 
-@pytest.fixture
-def runtime(model):
-    return CountingRuntime(model.engine.runtime)
-
-
-@pytest.fixture
-def engine(model, runtime):
-    return Engine(
-        model.engine.checkpoint, runtime, image_batch=1, prompt_batch=2, cache_bytes=2**22
-    )
+BATCHES = 1, 2
 
 
 @pytest.fixture(params=ERRORS.values(), ids=ERRORS)
@@ -38,33 +27,29 @@ def error(request):
     return request.param
 
 
-class FaultyFeed(PromptList):
-    """A feed that fails at one of its methods, at one of its calls."""
+class Faulty(Busy):
+    """A caller that brings asks a few at a time, and fails in one of its methods at one call."""
 
-    def __init__(self, prompts, where: str, at_call: int, error: Exception):
-        super().__init__(prompts)
-        self.where, self.calls_left, self.error = where, at_call, error
+    def __init__(self, where, at_call, error, asks=()):
+        super().__init__(lambda: None, asks)
+        self.calls = []
+        faulty = getattr(self, where)
 
-    def _called(self, where):
-        if where == self.where:
-            self.calls_left -= 1
-            if not self.calls_left:
-                raise self.error
+        def call(*arguments):
+            self.calls.append(where)
+            if len(self.calls) == at_call:
+                raise error
+            return faulty(*arguments)
 
-    def take(self, room, settings):
-        self._called("take")
-        return super().take(room, settings)
+        setattr(self, where, call)
 
-    def settle(self, prompt, outcome):
-        self._called("settle")
-        super().settle(prompt, outcome)
+    def next_asks(self, room):
+        taken, self._asks = self._asks[:room], self._asks[room:]
+        return [(object(), ask) for ask in taken]
 
 
-def prompts(engine, count):
-    [image] = engine.encode([picture(1)])
-    settings = engine.checkpoint.generation
-    task = find_task("<CAPTION>")
-    return [engine.prepare(task, image, None, None, settings) for _ in range(count)]
+def captions(count):
+    return [Ask(picture(1), "<CAPTION>") for _ in range(count)]
 
 
 def assert_free(engine):
@@ -77,57 +62,37 @@ def assert_free(engine):
     assert isinstance(outcomes[0], Result)
 
 
-@pytest.mark.parametrize("where", ["take", "settle"])
-@pytest.mark.parametrize("at_call", [1, 2], ids=["first", "with prompts in hand"])
-def test_what_a_feed_raises_comes_through(engine, error, where, at_call):
-    feed = FaultyFeed(prompts(engine, 3), where, at_call, error)
+FAULTS = {
+    # name: (method, at which call, batches of prompts: 2 of 3 asks are in hand at first)
+    "the first asks": ("next_asks", 1),
+    "asks beside prompts in hand": ("next_asks", 2),
+    "the first outcome": ("settle", 1),
+    "an outcome beside prompts in hand": ("settle", 2),
+    "before a pass with nothing in hand": ("before_pass", 1),
+    "before a pass with prompts in hand": ("before_pass", 5),
+    "the images that come next": ("coming_images", 1),
+}
+
+
+@pytest.mark.parametrize(("where", "at_call"), FAULTS.values(), ids=FAULTS)
+def test_what_a_caller_raises_comes_through(engine, error, where, at_call):
+    caller = Faulty(where, at_call, error, captions(3))
     with pytest.raises(type(error)) as caught:
-        engine.answer_feed(feed)
+        answer(engine, caller)
     assert caught.value is error
+    assert len(caller.calls) == at_call
     assert engine.prompt_limit.now == 2
     assert_free(engine)
 
 
-@pytest.mark.parametrize("at_call", [1, 4], ids=["with nothing in hand", "with prompts in hand"])
-def test_what_is_raised_between_passes_of_prompts_comes_through(engine, error, at_call):
-    calls: list[None] = []
-
-    def between_passes():
-        calls.append(None)
-        if len(calls) == at_call:
-            raise error
-
-    with pytest.raises(type(error)) as caught:
-        engine.answer(prompts(engine, 3), between_passes)
-    assert caught.value is error
-    assert len(calls) == at_call
-    assert_free(engine)
-
-
 @pytest.mark.parametrize("at_call", range(1, 5))
-def test_what_is_raised_between_passes_of_images_comes_through(engine, runtime, error, at_call):
-    calls: list[None] = []
-
-    def between_passes():
-        calls.append(None)
-        if len(calls) == at_call:
-            raise error
-
+def test_what_is_raised_between_passes_of_images_comes_through(engine, error, at_call):
+    caller = Faulty("before_pass", at_call, error)
     with pytest.raises(type(error)) as caught:
-        encode_all(engine, [picture(1), picture(2)], between_passes=between_passes)
+        engine.encode([picture(1), picture(2)], caller=caller)
     assert caught.value is error
-    assert len(calls) == at_call
+    assert len(caller.calls) == at_call
     assert engine.image_limit.now == 1
-    assert_free(engine)
-
-
-def test_what_says_which_images_come_next_may_fail_too(engine, error):
-    def coming():
-        raise error
-
-    with pytest.raises(type(error)) as caught:
-        encode_all(engine, [picture(1)], coming=coming)
-    assert caught.value is error
     assert_free(engine)
 
 
@@ -154,9 +119,8 @@ def test_no_memory_of_the_device_with_nothing_in_hand_comes_through(engine, runt
     def short(loop):
         raise torch.OutOfMemoryError("no memory left")
 
-    asked = prompts(engine, 1)
     with monkeypatch.context() as patched:
         patched.setattr(DecodeLoop, "run", short)
         with pytest.raises(torch.OutOfMemoryError):
-            engine.answer(asked)
+            answer_all(engine, captions(1))
     assert_free(engine)

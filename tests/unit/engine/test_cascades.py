@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from florence2 import Failure
-from florence2.engine.cascade import join_region_answers, regions_of
+from florence2.engine.ask import join_region_answers, regions_of
 from florence2.errors import RequestError
 from florence2.records import Box, Polygon, Quad, Region, Result, Text
 from florence2.tasks import find_task

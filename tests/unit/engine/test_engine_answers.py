@@ -10,21 +10,16 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
-from engine_tools import REGION, CountingRuntime, ask, assert_close, essence, picture
+from engine_tools import REGION, ask, assert_close, essence, picture
 
 from florence2 import Ask, Failure, Florence2, FlorenceError, Result
-from florence2.engine.engine import Engine
 from florence2.engine.feature_cache import EncodedImage
 from florence2.errors import CheckpointError, DeviceError, ImageError, RequestError
 from florence2.tasks import TASKS
 
 
 @pytest.fixture
-def counting(model):
-    runtime = CountingRuntime(model.engine.runtime)
-    engine = Engine(
-        model.engine.checkpoint, runtime, image_batch=2, prompt_batch=8, cache_bytes=2**22
-    )
+def counting(engine, runtime):
     return Florence2(engine), runtime
 
 

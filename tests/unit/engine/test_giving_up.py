@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from engine_tools import CountingRuntime, ask, assert_close, picture
+from engine_tools import CountingRuntime, answer_between, ask, assert_close, picture
 
 from florence2 import Ask, Failure, Result
 from florence2.engine.answering import answer_all
+from florence2.engine.ask import Prompt
 from florence2.engine.engine import Engine
 from florence2.errors import FlorenceError, GenerationCancelledError, RequestError
 
@@ -17,16 +18,7 @@ def gone() -> FlorenceError:
     return GenerationCancelledError("Nobody waits.")
 
 
-@pytest.fixture
-def runtime(model):
-    return CountingRuntime(model.engine.runtime)
-
-
-@pytest.fixture
-def engine(model, runtime):
-    return Engine(
-        model.engine.checkpoint, runtime, image_batch=1, prompt_batch=2, cache_bytes=2**22
-    )
+BATCHES = 1, 2
 
 
 def test_an_ask_given_up_is_not_even_encoded(engine, runtime):
@@ -90,13 +82,13 @@ def test_a_cascade_is_given_up_between_its_steps(demo, monkeypatch):
     assert len(complete.steps) > 1
     runtime.batches.clear()
     finished: list[int] = []
-    result = engine.result
+    result = Prompt.result
 
     def answered(*arguments):
         finished.append(1)
         return result(*arguments)
 
-    monkeypatch.setattr(engine, "result", answered)
+    monkeypatch.setattr(Prompt, "result", answered)
     asked = replace(whole, stop=lambda: gone() if finished else None)
     [error] = answer_all(engine, [asked])
     assert isinstance(error, GenerationCancelledError)
@@ -113,7 +105,7 @@ def test_what_is_asked_between_two_passes_changes_nothing(model, engine):
             found.append(None)
             found[-1] = answer_all(engine, inner)
 
-    answers = answer_all(engine, outer, between_passes)
+    answers = answer_between(engine, outer, between_passes)
     expected = model.run_many([*outer, *inner])
     for answer, alone in zip(answers, expected[:2], strict=True):
         assert_close(answer, alone)
@@ -128,4 +120,4 @@ def test_what_is_raised_between_two_passes_comes_through(engine):
         raise TimeoutError("too late")
 
     with pytest.raises(TimeoutError, match="too late"):
-        answer_all(engine, [ask(picture(1), "<CAPTION>")], between_passes)
+        answer_between(engine, [ask(picture(1), "<CAPTION>")], between_passes)

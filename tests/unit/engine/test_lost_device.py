@@ -6,10 +6,9 @@ import logging
 
 import pytest
 import torch
-from engine_tools import CountingRuntime, picture
+from engine_tools import picture
 
 from florence2 import Ask, Florence2
-from florence2.engine.engine import Engine
 from florence2.errors import DeviceLostError
 from florence2.runtimes.torch import TorchRuntime
 
@@ -19,16 +18,7 @@ ASSERT = (
 )
 
 
-@pytest.fixture
-def runtime(model):
-    return CountingRuntime(model.engine.runtime)
-
-
-@pytest.fixture
-def engine(model, runtime):
-    return Engine(
-        model.engine.checkpoint, runtime, image_batch=2, prompt_batch=4, cache_bytes=2**22
-    )
+BATCHES = 2, 4
 
 
 def fails_in(engine, work) -> DeviceLostError:
@@ -56,7 +46,7 @@ def lose_while_freeing_memory(engine):
 
     def free_memory():
         runtime.lost = ASSERT
-        runtime._check_device()
+        runtime.check_device()
 
     runtime.free_memory = free_memory
     Florence2(engine).run("<CAPTION>", image)
@@ -64,7 +54,7 @@ def lose_while_freeing_memory(engine):
 
 def lose_while_parking(engine):
     engine.runtime.lost = ASSERT
-    engine.runtime.park = engine.runtime._check_device
+    engine.runtime.park = engine.runtime.check_device
     engine.park()
 
 
@@ -116,7 +106,7 @@ def test_no_answer_of_a_list_is_lost_silently(engine, runtime):
 
 def test_closing_an_engine_whose_device_failed_raises_nothing(engine, runtime, caplog):
     fails_in(engine, lose_while_encoding)
-    runtime.close = runtime._check_device
+    runtime.close = runtime.check_device
     with caplog.at_level(logging.WARNING):
         engine.close()
     assert "could not be freed" in caplog.text

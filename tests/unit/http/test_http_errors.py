@@ -4,8 +4,7 @@ import pytest
 from fastapi import FastAPI, Form, HTTPException, UploadFile
 from fastapi.testclient import TestClient
 
-from florence2.engine.scheduler import QueueFullError
-from florence2.errors import FlorenceError, ImageError, RequestError
+from florence2.errors import FlorenceError, ImageError, QueueFullError, RequestError
 from florence2.records import Failure
 from serve.http.errors import (
     NotDeployedError,

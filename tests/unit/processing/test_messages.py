@@ -8,7 +8,7 @@ import pytest
 
 from florence2.checkpoint.hub import megabytes
 from florence2.engine.ask import Ask
-from florence2.engine.tickets import Priority, Ticket
+from florence2.engine.work_queue import Priority, Request
 from florence2.errors import shown_s
 
 DURATIONS = {
@@ -43,10 +43,10 @@ def test_no_duration_has_more_digits_than_anybody_reads(seconds):
 
 @pytest.mark.parametrize("deadline_s", [0.000976885, 0.0, -1.0, -0.5e-9])
 def test_a_deadline_that_has_passed_is_said_in_words(deadline_s):
-    ticket = Ticket([Ask("a.png", "<CAPTION>")], Priority.BULK, 1, deadline_s)
+    request = Request([Ask("a.png", "<CAPTION>")], Priority.BULK, 1, deadline_s)
     reason = None
     while reason is None:
-        reason = ticket.wait()
+        reason = request.wait()
     assert reason.code == "deadline"
     assert re.search(r": less than 1 ms from when it was asked for;", str(reason))
 

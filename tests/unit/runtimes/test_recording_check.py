@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,12 +11,13 @@ from taping import TapingRecorder
 
 from florence2.checkpoint.checkpoint import load_weights, open_checkpoint
 from florence2.engine import loading as self_test
+from florence2.engine.answering import answer_all
+from florence2.engine.ask import Ask
 from florence2.engine.engine import Engine
 from florence2.engine.loading import check_recordings
 from florence2.images import open_image
 from florence2.runtimes.cuda_graphs import GraphRunner
 from florence2.runtimes.torch import TorchRuntime
-from florence2.tasks import find_task
 
 
 class Wrong(TapingRecorder):
@@ -88,6 +88,5 @@ def test_a_wrong_or_failing_recording_ends_recording_and_not_the_engine(
 def answer(engine):
     picture = np.random.default_rng(3).integers(0, 255, (40, 50, 3), dtype=np.uint8)
     [encoded] = engine.encode([open_image(picture)])
-    settings = replace(engine.checkpoint.generation, max_new_tokens=64)
-    prompt = engine.prepare(find_task("<OD>"), encoded, None, None, settings)
-    return engine.answer([prompt])[0].token_ids
+    [result] = answer_all(engine, [Ask(encoded, "<OD>", max_new_tokens=64)])
+    return result.token_ids

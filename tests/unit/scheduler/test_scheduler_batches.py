@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from scheduler_tools import PATIENCE_S, assert_same, captions, held, picture, wait_until
 
-import florence2.engine.scheduler
+import florence2.engine.work_queue
 from florence2 import Ask, Failure, Result
-from florence2.engine.answering import identity
 from florence2.engine.scheduler import Priority
 from florence2.pixels import ImageProcessor
 from florence2.tasks import TASKS, TaskInput
@@ -56,64 +54,6 @@ def test_a_large_request_is_cut_into_pieces_and_comes_back_in_order(model, start
         assert_same(answer, alone)
 
 
-def noted_picks(scheduler, priority, name_of) -> list[object]:
-    """The names of the asks of this priority, in the order in which they are begun."""
-    names: list[object] = []
-    queue = scheduler._queues[priority]
-    pick = queue.pick
-
-    def noting(limit):
-        pieces = pick(limit)
-        names.extend(name_of(piece.ask) for piece in pieces)
-        return pieces
-
-    queue.pick = noting
-    return names
-
-
-def test_the_asks_about_one_image_are_begun_together(start):
-    asks = [
-        Ask(picture(seed), task, max_new_tokens=4)
-        for task in ("<OD>", "<CAPTION>")
-        for seed in range(4)
-    ]
-    scheduler = start(max_batch=4)
-    seeds = {identity(picture(seed)): seed for seed in range(4)}
-    picked = noted_picks(scheduler, Priority.INTERACTIVE, lambda ask: seeds[identity(ask.image)])
-    scheduler.run(asks)
-    assert picked == [0, 0, 1, 1, 2, 2, 3, 3]
-
-
-def test_two_bulk_requests_take_turns_image_by_image(start):
-    scheduler = start(max_batch=2)
-    seeds = {identity(picture(seed)): seed for seed in range(8)}
-    picked = noted_picks(scheduler, Priority.BULK, lambda ask: seeds[identity(ask.image)])
-    with ThreadPoolExecutor() as threads, held(scheduler):
-        threads.submit(scheduler.run, captions(0, 1, 2), priority=Priority.BULK)
-        wait_until(lambda: scheduler.queue_depth == 3)
-        threads.submit(scheduler.run, captions(5, 6, 7), priority=Priority.BULK)
-        wait_until(lambda: scheduler.queue_depth == 6)
-    assert picked == [0, 5, 1, 6, 2, 7]
-
-
-def test_the_rest_of_an_image_comes_next(start):
-    scheduler = start(max_batch=4)
-    picked = noted_picks(scheduler, Priority.INTERACTIVE, lambda ask: ask.text)
-
-    def asks(name):
-        return [
-            Ask(picture(3), "<OPEN_VOCABULARY_DETECTION>", f"{name} {number}", max_new_tokens=3)
-            for number in range(3)
-        ] + [Ask(picture(4), "<OPEN_VOCABULARY_DETECTION>", name, max_new_tokens=3)]
-
-    with ThreadPoolExecutor() as threads, held(scheduler):
-        threads.submit(scheduler.run, asks("a"))
-        wait_until(lambda: scheduler.queue_depth == 4)
-        threads.submit(scheduler.run, asks("b"))
-        wait_until(lambda: scheduler.queue_depth == 8)
-    assert picked == ["a 0", "a 1", "a 2", "b 0", "b 1", "b 2", "a", "b"]
-
-
 def test_a_request_joins_the_batch_in_hand_and_may_be_answered_first(
     model, scheduler, runtime, send
 ):
@@ -144,7 +84,7 @@ def test_what_is_answered_does_not_wait_for_the_rest_of_its_batch(scheduler, run
 
 
 def test_after_a_shared_batch_a_request_waits_for_company(scheduler, send, reports, monkeypatch):
-    monkeypatch.setattr(florence2.engine.scheduler, "GATHER_S", PATIENCE_S)
+    monkeypatch.setattr(florence2.engine.work_queue, "GATHER_S", PATIENCE_S)
     for _ in range(2):
         first = send(captions(1))
         if not reports:
@@ -162,7 +102,7 @@ def test_after_a_shared_batch_a_request_waits_for_company(scheduler, send, repor
 
 
 def test_after_a_request_that_was_alone_nothing_is_waited_for(scheduler, monkeypatch, reports):
-    monkeypatch.setattr(florence2.engine.scheduler, "GATHER_S", threading.TIMEOUT_MAX)
+    monkeypatch.setattr(florence2.engine.work_queue, "GATHER_S", threading.TIMEOUT_MAX)
     for _ in range(3):
         scheduler.run(captions(1))
     assert [report.requests for report in reports] == [1, 1, 1]

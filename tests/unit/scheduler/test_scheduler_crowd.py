@@ -11,7 +11,8 @@ import pytest
 from scheduler_tools import PATIENCE_S, picture, wait_until
 
 from florence2 import Ask, Failure, Result
-from florence2.engine.scheduler import Priority, QueueFullError, StoppedError
+from florence2.engine.scheduler import Priority
+from florence2.errors import QueueFullError, StoppedError
 
 NUM_CALLERS = 64
 TASKS = ["<CAPTION>", "<OD>", "<OCR>", "<CAPTION>+<CAPTION_TO_PHRASE_GROUNDING>", "<NO_TASK>"]
@@ -87,7 +88,6 @@ def test_everyone_in_a_crowd_gets_the_own_answers_or_the_right_error(
         wrong = [one.result(PATIENCE_S) for one in crowd]
     assert [one for one in wrong if one is not None] == []
     assert scheduler.queue_depth == 0
-    assert not scheduler._open
     scheduler.close()
     left = set(threading.enumerate()) - threads_before
     # The engine's helpers that open images stay as long as the engine does.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+import weakref
 
 import pytest
 from scheduler_tools import PATIENCE_S, captions, held, picture, wait_until
 
 from florence2 import Ask, Failure, Result
 from florence2.engine.scheduler import Priority
+from florence2.images import open_image
 from florence2.pixels import ImageProcessor
 
 ASSERT = "CUDA error: device-side assert triggered"
@@ -71,10 +73,8 @@ def test_a_lack_of_memory_of_the_program_is_a_fault_and_not_a_loop(scheduler, ru
     def short():
         raise MemoryError("no room in the program")
 
-    scheduler._between_passes = short
-    failures = scheduler.run(captions(1, 2), priority=Priority.BULK)
+    failures = scheduler.run(captions(1, 2, stop=short), priority=Priority.BULK)
     assert [failure.code for failure in failures] == ["internal_error"] * 2
-    del scheduler._between_passes
     assert isinstance(scheduler.run(captions(1), priority=Priority.BULK)[0], Result)
 
 
@@ -132,9 +132,12 @@ def test_a_click_waits_for_one_short_pass_on_a_slow_device(scheduler, runtime, s
 
 def test_an_image_of_a_request_given_up_before_its_turn_is_let_go_of(scheduler, engine, send):
     is_cancelled = threading.Event()
+    image = open_image(picture(1))
+    gone = weakref.ref(image)
     with held(scheduler):
-        cancelled = send(captions(1, 2), should_stop=is_cancelled.is_set)
-        wait_until(lambda: len(engine.preparer._listed) == 2)
+        cancelled = send([Ask(image, "<CAPTION>")], should_stop=is_cancelled.is_set)
+        wait_until(lambda: engine.preparer.known_hash(gone()) is not None)
         is_cancelled.set()
         cancelled.result(PATIENCE_S)
-        assert engine.preparer._listed == {}
+        del image
+        wait_until(lambda: gone() is None)

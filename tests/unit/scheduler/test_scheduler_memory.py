@@ -67,7 +67,7 @@ def test_what_closing_stops_is_let_go_of_too(model):
     scheduler = Scheduler(engine)
     image = open_image(picture(1))
     gone = weakref.ref(image)
-    runtime.before_pass = lambda: len(runtime.passes) == 4 and scheduler._stop()
+    runtime.before_pass = lambda: len(runtime.passes) == 4 and scheduler.close()
     with pytest.raises(Exception, match="No checkpoint is deployed"):
         scheduler.run([Ask(image, "<CAPTION>")], priority=Priority.BULK)
     scheduler.close()

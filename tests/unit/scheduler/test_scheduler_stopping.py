@@ -9,8 +9,8 @@ import pytest
 from scheduler_tools import PATIENCE_S, assert_same, captions, held, wait_until
 
 from florence2 import Result
-from florence2.engine.scheduler import Priority, QueueFullError, StoppedError
-from florence2.errors import RequestError
+from florence2.engine.scheduler import Priority
+from florence2.errors import QueueFullError, RequestError, StoppedError
 
 
 def test_a_request_cancelled_while_it_waits_is_answered_at_once(scheduler, send, runtime):
@@ -172,43 +172,6 @@ def test_closing_stops_those_who_wait_and_the_batch_in_hand(start, runtime):
         scheduler.run(captions(1))
     with pytest.raises(StoppedError):
         scheduler.call(lambda: None)
-
-
-def test_an_action_that_waits_is_stopped_too(scheduler):
-    stopped: list[str] = []
-
-    def act():
-        with pytest.raises(StoppedError):
-            scheduler.call(lambda: stopped.append("it ran"))
-        stopped.append("stopped")
-
-    with held(scheduler):
-        thread = threading.Thread(target=act)
-        thread.start()
-        wait_until(lambda: len(scheduler._actions) == 1)
-        closing = threading.Thread(target=scheduler.close)
-        closing.start()
-        thread.join()
-    closing.join()
-    assert stopped == ["stopped"]
-
-
-def test_an_action_runs_before_everything_that_waits(scheduler, send):
-    threads = []
-    seen: list[int] = []
-    with held(scheduler):
-        waiting = send(captions(1))
-        wait_until(lambda: scheduler.queue_depth == 1)
-        threads.append(
-            threading.Thread(
-                target=scheduler.call, args=(lambda: seen.append(scheduler.queue_depth),)
-            )
-        )
-        threads[0].start()
-        wait_until(lambda: len(scheduler._actions) == 1)
-    threads[0].join()
-    waiting.result(PATIENCE_S)
-    assert seen == [1]
 
 
 def test_an_action_gives_its_value_and_its_error_and_may_call_again(scheduler):

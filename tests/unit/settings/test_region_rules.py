@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from florence2.engine.ask import as_region
 from florence2.errors import RequestError
 from florence2.images import open_image
-from florence2.prompts import prompt_sentence
+from florence2.prompts import as_region, prompt_sentence
 from florence2.records import Box, Result
 from florence2.tasks import find_task
 from serve.labeling.plan import make_plan
@@ -101,7 +100,7 @@ def test_an_sdk_rectangle_of_one_row_is_a_region():
 
 
 def test_a_cascade_passes_over_what_is_under_a_pixel():
-    from florence2.engine.cascade import regions_of
+    from florence2.engine.ask import regions_of
 
     objects = (Box((3.0, 3.0, 3.4, 40.0), "a line", 0.9), Box((3.0, 3.0, 9.0, 40.0), "a bar", 0.9))
     asked = regions_of(Result("<OD>", SIZE_WH, objects, None, "", (), False))
