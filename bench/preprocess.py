@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from florence2.engine.prefetch import PreparedImage, Preparer
+from florence2.engine.encoding import PreparedImage, Preparer
 from florence2.images import open_image
 from florence2.pixels import ImageProcessor
 

@@ -12,8 +12,7 @@ from typing import Final, Protocol, TypeVar
 
 from florence2.budget import WAIT_S, Budget, Hold, open_pixels
 from florence2.engine.ask import AnyImage, Ask
-from florence2.engine.feature_cache import EncodedImage
-from florence2.engine.prefetch import Preparer
+from florence2.engine.encoding import EncodedImage, Preparer
 from florence2.engine.scheduler import Priority
 from florence2.errors import (
     DeadlineError,

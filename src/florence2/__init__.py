@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from florence2.api import Florence2
     from florence2.engine.ask import Ask
-    from florence2.engine.feature_cache import EncodedImage
+    from florence2.engine.encoding import EncodedImage
     from florence2.errors import FlorenceError
     from florence2.records import Failure, Region, Result
 
@@ -15,7 +15,7 @@ __all__ = ["Ask", "EncodedImage", "Failure", "Florence2", "FlorenceError", "Regi
 
 _HOMES = {
     "Ask": "florence2.engine.ask",
-    "EncodedImage": "florence2.engine.feature_cache",
+    "EncodedImage": "florence2.engine.encoding",
     "Failure": "florence2.records",
     "Florence2": "florence2.api",
     "FlorenceError": "florence2.errors",

@@ -10,11 +10,10 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 from florence2.engine.ask import Ask, Cascade, Outcome, Prompt
-from florence2.engine.engine import Caller, Encoded, Engine
+from florence2.engine.engine import Caller, Encoded, Engine, out_of_memory
 from florence2.errors import FlorenceError, RequestError, as_value
 from florence2.generation.decode import DecodeLoop, Session, Started
 from florence2.records import Answer, GenerationSettings, Timings
-from florence2.runtimes.memory import out_of_memory
 
 logger = logging.getLogger(__name__)
 

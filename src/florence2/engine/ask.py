@@ -14,11 +14,10 @@ from typing import Final
 import numpy as np
 
 from florence2.checkpoint.checkpoint import Checkpoint
-from florence2.engine.feature_cache import EncodedImage
+from florence2.engine.encoding import AnyImage as AnyImage
+from florence2.engine.encoding import EncodedImage
 from florence2.errors import FlorenceError, RequestError, as_value, shown
 from florence2.generation.settings import check_settings
-from florence2.images import ImageSource, LoadedImage
-from florence2.pixels import PreparedImage
 from florence2.postprocess import parse
 from florence2.prompts import as_region, check_prompt_length, prompt_sentence, region_on_image
 from florence2.records import (
@@ -38,7 +37,6 @@ from florence2.records import (
 from florence2.stopping import Stop
 from florence2.tasks import OutputKind, Task, TaskInput, parse_steps, passthrough_task
 
-AnyImage = ImageSource | LoadedImage | PreparedImage | EncodedImage | Failure
 AnyRegion = Region | Sequence[float] | str
 Located = Box | Quad | Polygon
 Outcome = Result | FlorenceError

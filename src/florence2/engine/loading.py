@@ -17,8 +17,8 @@ from torch.func import functional_call
 from florence2.checkpoint.checkpoint import Checkpoint, load_weights
 from florence2.engine.answering import answer, answer_all
 from florence2.engine.ask import Ask, Outcome
+from florence2.engine.encoding import EncodedImage
 from florence2.engine.engine import Caller, Engine
-from florence2.engine.feature_cache import EncodedImage
 from florence2.errors import CheckpointError, FlorenceError, PrecisionError
 from florence2.generation.beam_search import NotFiniteError
 from florence2.images import open_image

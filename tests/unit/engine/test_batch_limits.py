@@ -10,12 +10,11 @@ from engine_tools import Busy, answer_between, ask, assert_close, picture
 
 from florence2 import Ask, Failure, Florence2, Result
 from florence2.engine.answering import answer_all
-from florence2.engine.engine import Engine
-from florence2.engine.feature_cache import EncodedImage
+from florence2.engine.encoding import EncodedImage
+from florence2.engine.engine import MOST_PATIENCE, PATIENCE, BatchLimit, Engine
 from florence2.pixels import ImageProcessor
 from florence2.prompts import prompt_sentence
 from florence2.records import Region
-from florence2.runtimes.memory import MOST_PATIENCE, PATIENCE, BatchLimit
 from florence2.tasks import find_task
 
 BATCHES = 8, 8

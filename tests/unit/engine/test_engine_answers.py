@@ -13,7 +13,7 @@ import torch
 from engine_tools import REGION, ask, assert_close, essence, picture
 
 from florence2 import Ask, Failure, Florence2, FlorenceError, Result
-from florence2.engine.feature_cache import EncodedImage
+from florence2.engine.encoding import EncodedImage
 from florence2.errors import CheckpointError, DeviceError, ImageError, RequestError
 from florence2.tasks import TASKS
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from florence2.engine.feature_cache import EncodedImage, FeatureCache
+from florence2.engine.encoding import EncodedImage, FeatureCache
 
 
 def encoded(key: str, num_bytes: int) -> EncodedImage:

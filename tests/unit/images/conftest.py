@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from preparing_tools import PATIENCE_S, Gate, Watched, picture
 
-from florence2.engine.prefetch import Preparer
+from florence2.engine.encoding import Preparer
 
 
 @pytest.fixture

@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 from preparing_tools import SIZE_WH
 
-import florence2.engine.prefetch
+import florence2.engine.encoding
 from florence2 import images
 from florence2.budget import Budget
-from florence2.engine.prefetch import PreparedImage
+from florence2.engine.encoding import PreparedImage
 from florence2.errors import ImageError, NoRoomError
 from florence2.images import ImagePart, check_header, open_image
 
@@ -183,7 +183,7 @@ def test_a_part_is_cut_when_it_is_looked_at_and_goes_with_the_whole(budget):
 
 
 def test_an_image_prepared_by_the_engine_holds_only_while_it_is_scaled(make, monkeypatch, budget):
-    monkeypatch.setattr(florence2.engine.prefetch, "open_pixels", lambda: budget)
+    monkeypatch.setattr(florence2.engine.encoding, "open_pixels", lambda: budget)
     preparer = make()
     for source in (png(), png((50, 20)), png()[:-30], png((9_000, 1))):
         preparer.take(source)

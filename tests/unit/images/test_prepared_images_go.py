@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from preparing_tools import PATIENCE_S, SIZE_WH, picture, take, take_ahead, take_also
 
-from florence2.engine.prefetch import PreparedImage
+from florence2.engine.encoding import PreparedImage
 from florence2.images import LoadedImage
 from florence2.pixels import ImageProcessor
 

@@ -21,7 +21,7 @@ from preparing_tools import (
     take_also,
 )
 
-from florence2.engine.prefetch import Preparer
+from florence2.engine.encoding import Preparer
 from florence2.errors import ImageError
 from florence2.images import identity
 from florence2.pixels import ImageProcessor
