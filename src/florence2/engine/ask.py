@@ -81,6 +81,8 @@ class Ask:
             for name in _SEARCH_SETTINGS
             if (value := getattr(self, name)) is not None
         }
+        if not given:
+            return defaults
         settings = replace(defaults, **given)
         check_settings(settings)
         return settings
