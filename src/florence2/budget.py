@@ -81,8 +81,6 @@ _BYTES_PER_PIXEL: Final = 8
 
 # The rest is for weights, activations, and what other programs need.
 _SHARE_OF_MEMORY: Final = 4
-
-
 _LOOK_AFTER_S: Final = 0.1
 
 

@@ -192,8 +192,6 @@ def _check_follows(before: Task, task: Task) -> None:
 
 
 _GROUNDING: Final = "<CAPTION_TO_PHRASE_GROUNDING>"
-
-
 _FIRST_OUTPUTS: Final = {
     TaskInput.TEXT: (OutputKind.TEXT,),
     TaskInput.REGION: (

@@ -19,8 +19,7 @@ from florence2.engine.answering import answer, answer_all
 from florence2.engine.ask import Ask, Outcome
 from florence2.engine.encoding import EncodedImage
 from florence2.engine.engine import Caller, Engine
-from florence2.errors import CheckpointError, FlorenceError, PrecisionError
-from florence2.generation.beam_search import NotFiniteError
+from florence2.errors import CheckpointError, FlorenceError, NotFiniteError, PrecisionError
 from florence2.images import open_image
 from florence2.network.florence import Florence2Network
 from florence2.runtimes.base import Pixels
@@ -90,14 +89,8 @@ _ROUNDS: Final = 3
 
 
 _TOKENS: Final = 24
-
-
 _JOIN_AFTER: Final = 3
-
-
 _BEAMS: Final = (1, 3)
-
-
 _TASKS: Final = ("<CAPTION>", "<OD>")
 
 
