@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_tools import CountingRuntime
+from engine_tools import CountingRuntime, engine_on
 from torch import nn
 
 from florence2 import Florence2
-from florence2.engine.engine import Engine
 from florence2.network.florence import Florence2Network
 from florence2.tokenizer import Vocabulary
 from florence2.tokens import location_token
@@ -52,15 +51,8 @@ def runtime(model):
 
 @pytest.fixture
 def engine(request, model, runtime):
-    """The engine of ``model`` on a runtime that is counted; the module says its batches."""
-    images, prompts = getattr(request.module, "BATCHES", (2, 8))
-    return Engine(
-        model.engine.checkpoint,
-        runtime,
-        image_batch=images,
-        prompt_batch=prompts,
-        cache_bytes=2**22,
-    )
+    """The engine of ``model`` on a runtime that counts; a module may say its BATCHES."""
+    return engine_on(model, runtime, *getattr(request.module, "BATCHES", ()))
 
 
 @pytest.fixture(scope="session")

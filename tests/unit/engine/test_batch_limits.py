@@ -6,12 +6,21 @@ import weakref
 
 import pytest
 import torch
-from engine_tools import Busy, answer_between, ask, assert_close, picture
+from engine_tools import (
+    Busy,
+    answer_between,
+    ask,
+    assert_close,
+    captions,
+    codes,
+    engine_on,
+    picture,
+)
 
-from florence2 import Ask, Failure, Florence2, Result
+from florence2 import Ask, Failure, Florence2
 from florence2.engine.answering import answer_all
 from florence2.engine.encoding import EncodedImage
-from florence2.engine.engine import MOST_PATIENCE, PATIENCE, BatchLimit, Engine
+from florence2.engine.engine import MOST_PATIENCE, PATIENCE, BatchLimit
 from florence2.pixels import ImageProcessor
 from florence2.prompts import prompt_sentence
 from florence2.records import Region
@@ -20,8 +29,8 @@ from florence2.tasks import find_task
 BATCHES = 8, 8
 
 
-def captions(count: int) -> list[Ask]:
-    return [Ask(picture(8), "<CAPTION>", max_new_tokens=2)] * count
+def short(count: int) -> list[Ask]:
+    return captions(8, max_new_tokens=2) * count
 
 
 def fit(limit: BatchLimit, batches: int) -> int:
@@ -31,35 +40,37 @@ def fit(limit: BatchLimit, batches: int) -> int:
     return limit.now
 
 
+def lowered(most: int, now: int) -> BatchLimit:
+    limit = BatchLimit(most)
+    limit.lower(now)
+    return limit
+
+
 def test_a_limit_is_the_configured_batch_until_memory_is_short():
     limit = BatchLimit(32)
     assert fit(limit, 3 * PATIENCE) == 32
-    limit.lower(limit.smaller(32))
-    assert limit.now == 16
+    for expected in (16, 8, 4, 2, 1):
+        limit.lower(limit.smaller(limit.now))
+        assert limit.now == expected
+    assert limit.smaller(1) == 1
 
 
 def test_a_lowered_limit_is_raised_by_a_step_up_to_the_configured_batch():
-    limit = BatchLimit(32)
-    limit.lower(4)
+    limit = lowered(32, 4)
     assert fit(limit, PATIENCE - 1) == 4
-    assert [fit(limit, 1), *(fit(limit, PATIENCE) for _ in range(8))] == [
-        *range(8, 33, 4),
-        32,
-        32,
-    ]
+    steps = [fit(limit, 1), *(fit(limit, PATIENCE) for _ in range(8))]
+    assert steps == [*range(8, 33, 4), 32, 32]
 
 
 def test_a_batch_below_the_limit_says_nothing_about_it():
-    limit = BatchLimit(8)
-    limit.lower(4)
+    limit = lowered(8, 4)
     for _ in range(3 * PATIENCE):
         limit.fitted(3)
     assert limit.now == 4
 
 
 def test_a_step_that_is_too_large_is_taken_back_and_the_next_comes_later():
-    limit = BatchLimit(8)
-    limit.lower(4)
+    limit = lowered(8, 4)
     waits: list[int] = []
     for _ in range(6):
         waits.append(0)
@@ -72,60 +83,37 @@ def test_a_step_that_is_too_large_is_taken_back_and_the_next_comes_later():
 
 
 def test_a_step_that_fits_makes_the_limit_patient_as_at_first():
-    limit = BatchLimit(8)
-    limit.lower(4)
+    limit = lowered(8, 4)
     fit(limit, PATIENCE)
     limit.lower(4)
     assert fit(limit, 2 * PATIENCE) == 5
     assert fit(limit, PATIENCE) == 6
 
 
-def test_memory_that_goes_further_down_halves_again():
-    limit = BatchLimit(32)
-    for expected in (16, 8, 4, 2, 1):
-        limit.lower(limit.smaller(limit.now))
-        assert limit.now == expected
-    assert limit.smaller(1) == 1
-
-
 def test_prompts_that_did_not_fit_are_not_tried_in_that_number_again(engine, runtime):
     runtime.fail_above = 4
     for _ in range(2):
-        outcomes = answer_all(engine, captions(16))
-        assert all(isinstance(outcome, Result) for outcome in outcomes)
+        assert not any(codes(answer_all(engine, short(16))))
     assert runtime.tried == [8] + [4] * 8
 
 
 def test_when_memory_is_free_again_the_configured_batch_is_reached_again(engine, runtime):
     runtime.fail_above = 4
-    answer_all(engine, captions(8))
-    runtime.fail_above = None
-    answer_all(engine, captions(PATIENCE * (4 + 5 + 6 + 7 + 8)))
-    assert runtime.tried[-1] == 8
-    assert max(runtime.tried) == 8
+    answer_all(engine, short(8))
+    runtime.fail_above = 8
+    answer_all(engine, short(PATIENCE * (4 + 5 + 6 + 7 + 8)))
+    assert runtime.tried[-1] == max(runtime.tried) == 8
     assert [size for size in range(4, 9) if size in runtime.tried[3:]] == [4, 5, 6, 7, 8]
 
 
 def test_a_prompt_that_does_not_fit_alone_costs_the_others_nothing(engine, runtime):
-    region = (20.0, 30.0, 150.0, 170.0)
-    odd = Ask(picture(8), "<REGION_TO_CATEGORY>", region=region, max_new_tokens=2)
-    sentence = prompt_sentence(find_task(odd.task), None, Region(region), picture(8).size)
+    odd = ask(picture(8), "<REGION_TO_CATEGORY>")
+    sentence = prompt_sentence(find_task(odd.task), None, Region(odd.region), picture(8).size)
     runtime.misfit = len(engine.checkpoint.vocabulary.encode_prompt(sentence))
-    outcomes = answer_all(engine, [*captions(3), odd, *captions(12)])
-    assert [getattr(outcome, "code", None) for outcome in outcomes] == [
-        *[None] * 3,
-        "out_of_memory",
-        *[None] * 12,
-    ]
+    outcomes = answer_all(engine, [*short(3), odd, *short(12)])
+    assert codes(outcomes) == [*[None] * 3, "out_of_memory", *[None] * 12]
     assert engine.prompt_limit.now == 8
     assert runtime.tried[0] == runtime.tried[-1] == 8
-
-
-def long_and_short(engine) -> list[Ask]:
-    """The short ones end at once, so that others join beside the long one."""
-    image = engine.encode([picture(8)])[0]
-    limits = [24, *[2] * 7, *[3] * 8]
-    return [Ask(image, "<CAPTION>", max_new_tokens=limit) for limit in limits]
 
 
 @pytest.mark.parametrize("most_beside", [4, 1])
@@ -133,7 +121,7 @@ def test_prompts_that_did_not_fit_beside_others_lower_the_limit(engine, runtime,
     start = runtime.start
     sessions: list[object] = []
 
-    def short(features, *arguments):
+    def crowded(features, *arguments):
         sessions[:] = [one for one in sessions if one() is not None]
         if sessions and len(features) > most_beside:
             raise torch.OutOfMemoryError("no memory left")
@@ -141,9 +129,11 @@ def test_prompts_that_did_not_fit_beside_others_lower_the_limit(engine, runtime,
         sessions.append(weakref.ref(session))
         return session
 
-    runtime.start = short
-    outcomes = answer_all(engine, long_and_short(engine))
-    assert all(isinstance(outcome, Result) for outcome in outcomes)
+    runtime.start = crowded
+    # The short ones end at once, so that others join beside the long one.
+    limits = [24, *[2] * 7, *[3] * 8]
+    asks = [Ask(picture(8), "<CAPTION>", max_new_tokens=limit) for limit in limits]
+    assert not any(codes(answer_all(engine, asks)))
     assert engine.prompt_limit.now == 4
 
 
@@ -154,22 +144,20 @@ def test_clicks_that_did_not_fit_beside_a_batch_in_hand_lower_nothing(engine, ru
         if not clicked and runtime.batches:
             clicked.append(None)
             runtime.fail_above = 2
-            clicked[:] = answer_all(engine, captions(5))
-            runtime.fail_above = None
+            clicked[:] = answer_all(engine, short(5))
+            runtime.fail_above = 8
 
-    runtime.batches.clear()
-    outcomes = answer_between(engine, captions(8), click)
-    assert [type(outcome) for outcome in (*outcomes, *clicked)] == [Result] * 13
+    outcomes = answer_between(engine, short(8), click)
+    assert codes([*outcomes, *clicked]) == [None] * 13
     assert runtime.tried == [8, 5, 2, 2, 1]
     assert engine.prompt_limit.now == 8
 
 
 def test_a_batch_that_nothing_of_fits_fails_one_by_one(engine, runtime):
     runtime.fail_above = 0
-    outcomes = answer_all(engine, captions(4))
-    assert [outcome.code for outcome in outcomes] == ["out_of_memory"] * 4
-    runtime.fail_above = None
-    assert isinstance(answer_all(engine, captions(1))[0], Result)
+    assert codes(answer_all(engine, short(4))) == ["out_of_memory"] * 4
+    runtime.fail_above = 8
+    assert codes(answer_all(engine, short(1))) == [None]
 
 
 def test_images_that_did_not_fit_are_not_tried_in_that_number_again(engine, runtime):
@@ -181,34 +169,33 @@ def test_images_that_did_not_fit_are_not_tried_in_that_number_again(engine, runt
 
 
 def test_an_image_that_does_not_fit_alone_fails_alone(model, runtime):
-    engine = Engine(
-        model.engine.checkpoint, runtime, image_batch=2, prompt_batch=2, cache_bytes=2**20
-    )
+    counted = Florence2(engine_on(model, runtime, 2, 2))
     runtime.images_fail_above = 0
-    failures = Florence2(engine).run_many([ask(picture(seed), "<CAPTION>") for seed in range(3)])
-    assert [failure.code for failure in failures] == ["out_of_memory"] * 3
+    failures = counted.run_many([ask(picture(seed), "<CAPTION>") for seed in range(3)])
+    assert codes(failures) == ["out_of_memory"] * 3
     assert isinstance(failures[0], Failure)
-    runtime.images_fail_above = None
+    runtime.images_fail_above = 2
     expected = model.run("<CAPTION>", picture(1), max_new_tokens=4)
-    assert_close(Florence2(engine).run("<CAPTION>", picture(1), max_new_tokens=4), expected)
+    assert_close(counted.run("<CAPTION>", picture(1), max_new_tokens=4), expected)
 
 
 def test_an_image_for_which_the_computer_has_no_memory_fails_alone(engine, monkeypatch):
     resize = ImageProcessor.resize
 
-    def short(self, image, helpers=None):
+    def without_memory(self, image, helpers=None):
         if image.width == 33:
             raise MemoryError
         return resize(self, image, helpers)
 
-    monkeypatch.setattr(ImageProcessor, "resize", short)
+    monkeypatch.setattr(ImageProcessor, "resize", without_memory)
     large = picture(1).resize((33, 40))
-    outcomes = answer_all(engine, [*captions(1), Ask(large, "<CAPTION>"), *captions(1)])
-    assert [getattr(outcome, "code", None) for outcome in outcomes] == [None, "out_of_memory", None]
+    outcomes = answer_all(engine, [*short(1), Ask(large, "<CAPTION>"), *short(1)])
+    assert codes(outcomes) == [None, "out_of_memory", None]
     assert engine.image_limit.now == 8
 
 
 PASSES = {
+    # The first pass has nothing to go by; at load the self-test is it.
     "a slow device": (0.1, [8, 2, 2, 2, 2]),
     "one image is the least": (3.0, [8] + [1] * 8),
     "a fast device": (0.001, [8, 8]),
@@ -217,30 +204,27 @@ PASSES = {
 
 @pytest.mark.parametrize(("item_s", "passes"), PASSES.values(), ids=PASSES)
 def test_a_pass_that_someone_may_wait_for_is_as_long_as_was_said(engine, runtime, item_s, passes):
-    """The first pass has nothing to go by; at load the self-test is it."""
     runtime.item_s = item_s
-    images = [picture(seed) for seed in range(16)]
-    engine.encode(images, caller=Busy(lambda: None))
+    engine.encode([picture(seed) for seed in range(16)], caller=Busy())
     assert runtime.image_batches == passes
 
 
 def test_where_nobody_waits_only_memory_counts(engine, runtime):
     runtime.item_s = 3.0
     engine.encode([picture(seed) for seed in range(16)])
-    answer_all(engine, captions(16))
-    assert runtime.image_batches == [8, 8]
-    assert runtime.batches == [8, 8]
+    answer_all(engine, short(16))
+    assert runtime.image_batches == runtime.batches == [8, 8]
 
 
 def test_prompts_are_encoded_in_passes_of_that_length_too_and_searched_together(engine, runtime):
     image = engine.encode([picture(8)])[0]
     asks = [Ask(image, "<CAPTION>", max_new_tokens=9)] * 8
     answer_between(engine, asks, lambda: None)
-    runtime.item_s = 0.1
     runtime.batches.clear()
+    runtime.item_s = 0.1
     counts: list[int] = []
     outcomes = answer_between(engine, asks * 2, lambda: counts.append(len(runtime.batches)))
-    assert all(isinstance(outcome, Result) for outcome in outcomes)
+    assert not any(codes(outcomes))
     assert runtime.batches[0] == 8
     assert set(runtime.batches[1:]) == {2}
     # Between any two of them whoever waits has a turn.
@@ -249,13 +233,8 @@ def test_prompts_are_encoded_in_passes_of_that_length_too_and_searched_together(
 
 def test_a_device_that_became_faster_gets_larger_passes_again(engine, runtime):
     runtime.item_s = 3.0
-    seeds = iter(range(40))
-
-    def encode(count):
-        engine.encode([picture(next(seeds)) for _ in range(count)], caller=Busy(bool))
-
-    encode(9)
+    engine.encode([picture(seed) for seed in range(9)], caller=Busy())
     runtime.item_s = 0.001
-    encode(9)
+    engine.encode([picture(seed) for seed in range(9, 18)], caller=Busy())
     # What is made ready beside a pass is as much as was known before it.
     assert runtime.image_batches == [8, 1, 1, 1, 7]

@@ -6,10 +6,11 @@ import threading
 
 import pytest
 import torch
-from engine_tools import Busy, picture
+from engine_tools import Busy, captions, picture
 
-from florence2 import Ask, Result
+from florence2 import Result
 from florence2.engine.answering import answer, answer_all
+from florence2.generation.decode import DecodeLoop
 
 ERRORS = {
     "no memory in Python": MemoryError("the caller's"),
@@ -31,7 +32,7 @@ class Faulty(Busy):
     """A caller that brings asks a few at a time, and fails in one of its methods at one call."""
 
     def __init__(self, where, at_call, error, asks=()):
-        super().__init__(lambda: None, asks)
+        super().__init__(asks=asks)
         self.calls = []
         faulty = getattr(self, where)
 
@@ -48,22 +49,8 @@ class Faulty(Busy):
         return [(object(), ask) for ask in taken]
 
 
-def captions(count):
-    return [Ask(picture(1), "<CAPTION>") for _ in range(count)]
-
-
-def assert_free(engine):
-    """Another thread gets an answer: nobody holds the engine."""
-    outcomes: list[object] = []
-    asks = [Ask(picture(1), "<CAPTION>", max_new_tokens=3)]
-    thread = threading.Thread(target=lambda: outcomes.extend(answer_all(engine, asks)))
-    thread.start()
-    thread.join(30)
-    assert isinstance(outcomes[0], Result)
-
-
 FAULTS = {
-    # name: (method, at which call, batches of prompts: 2 of 3 asks are in hand at first)
+    # name: (method, at which call; 2 of 3 asks are in hand at first)
     "the first asks": ("next_asks", 1),
     "asks beside prompts in hand": ("next_asks", 2),
     "the first outcome": ("settle", 1),
@@ -74,26 +61,33 @@ FAULTS = {
 }
 
 
+def assert_comes_through(engine, error, work):
+    """The error itself is raised, no limit is lowered for it, and nobody holds the engine."""
+    with pytest.raises(type(error)) as caught:
+        work()
+    assert caught.value is error
+    assert (engine.image_limit.now, engine.prompt_limit.now) == BATCHES
+    outcomes: list[object] = []
+    asks = captions(1, max_new_tokens=3)
+    thread = threading.Thread(target=lambda: outcomes.extend(answer_all(engine, asks)))
+    thread.start()
+    thread.join(30)
+    assert isinstance(outcomes[0], Result)
+
+
 @pytest.mark.parametrize(("where", "at_call"), FAULTS.values(), ids=FAULTS)
 def test_what_a_caller_raises_comes_through(engine, error, where, at_call):
-    caller = Faulty(where, at_call, error, captions(3))
-    with pytest.raises(type(error)) as caught:
-        answer(engine, caller)
-    assert caught.value is error
+    caller = Faulty(where, at_call, error, captions(1, 1, 1))
+    assert_comes_through(engine, error, lambda: answer(engine, caller))
     assert len(caller.calls) == at_call
-    assert engine.prompt_limit.now == 2
-    assert_free(engine)
 
 
 @pytest.mark.parametrize("at_call", range(1, 5))
 def test_what_is_raised_between_passes_of_images_comes_through(engine, error, at_call):
     caller = Faulty("before_pass", at_call, error)
-    with pytest.raises(type(error)) as caught:
-        engine.encode([picture(1), picture(2)], caller=caller)
-    assert caught.value is error
+    images = [picture(1), picture(2)]
+    assert_comes_through(engine, error, lambda: engine.encode(images, caller=caller))
     assert len(caller.calls) == at_call
-    assert engine.image_limit.now == 1
-    assert_free(engine)
 
 
 @pytest.mark.parametrize("at_call", [1, 2, 4], ids=["image", "prompt", "with prompts in hand"])
@@ -105,22 +99,17 @@ def test_what_a_stop_raises_comes_through(engine, error, at_call):
         if len(calls) == at_call:
             raise error
 
-    asks = [Ask(picture(1), "<CAPTION>", max_new_tokens=6, stop=stop)]
-    with pytest.raises(type(error)) as caught:
-        answer_all(engine, asks)
-    assert caught.value is error
-    assert_free(engine)
+    asks = captions(1, max_new_tokens=6, stop=stop)
+    assert_comes_through(engine, error, lambda: answer_all(engine, asks))
 
 
-def test_no_memory_of_the_device_with_nothing_in_hand_comes_through(engine, runtime, monkeypatch):
+def test_no_memory_of_the_device_with_nothing_in_hand_comes_through(engine, monkeypatch):
     """Nobody is there whose batch could be made smaller."""
-    from florence2.generation.decode import DecodeLoop
+    error = torch.OutOfMemoryError("no memory left")
 
-    def short(loop):
-        raise torch.OutOfMemoryError("no memory left")
+    def without_memory(loop):
+        monkeypatch.undo()
+        raise error
 
-    with monkeypatch.context() as patched:
-        patched.setattr(DecodeLoop, "run", short)
-        with pytest.raises(torch.OutOfMemoryError):
-            answer_all(engine, captions(1))
-    assert_free(engine)
+    monkeypatch.setattr(DecodeLoop, "run", without_memory)
+    assert_comes_through(engine, error, lambda: answer_all(engine, captions(1)))

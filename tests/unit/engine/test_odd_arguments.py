@@ -4,62 +4,92 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from engine_tools import REGION, captions, codes, picture
 
-from florence2 import Ask, Failure, Florence2, FlorenceError, Result
+from florence2 import Ask, Florence2, FlorenceError, Result
 from florence2.errors import CheckpointError, DeviceError, RequestError
 from florence2.records import Region
-from florence2_demo.drawing import draw_scene
-from florence2_demo.scene import make_scene
 
 CATEGORY = "<REGION_TO_CATEGORY>"
 
 
-@pytest.fixture(scope="module")
-def picture():
-    return draw_scene(make_scene(21))
-
+DETECT = "<OPEN_VOCABULARY_DETECTION>"
+SPELLED = "<loc_1>" * 4
 
 ODD_ASKS = {
-    "a word among the numbers": {"task": CATEGORY, "region": (1, 2, "x", 4)},
-    "numbers as words": {"task": CATEGORY, "region": Region(("1", "2", "3", "4"))},
-    "one number": {"task": CATEGORY, "region": 5},
-    "a number too large": {"task": CATEGORY, "region": (1, 2, 10**400, 4)},
-    "no task": {"task": None},
-    "a task of another kind": {"task": 7},
-    "a custom task of another kind": {"task": None, "is_custom": True},
-    "beams as a fraction": {"task": "<CAPTION>", "num_beams": np.float32(1.5)},
-    "beams as a list": {"task": "<CAPTION>", "num_beams": [1]},
-    "stopping as an array": {"task": "<CAPTION>", "early_stopping": np.array(["a", "b"])},
-    "a huge penalty": {"task": "<CAPTION>", "length_penalty": 10**400},
-    "text as a number": {"task": "<OPEN_VOCABULARY_DETECTION>", "text": 5},
-    "a spelled region for a caption": {"task": "<CAPTION>", "region": "<loc_1>" * 4},
-    "a spelled region and a text": {"task": CATEGORY, "region": "<loc_1>" * 4, "text": "a"},
+    # name: (the ask, what is said)
+    "an unknown task": ({"task": "<ODD>"}, "Did you mean '<OD>'"),
+    "no task": ({"task": None}, "A task is a name"),
+    "a task of another kind": ({"task": 7}, "A task is a name"),
+    "a custom task of another kind": ({"task": None, "is_custom": True}, "A task is a name"),
+    "text missing": ({"task": DETECT}, "needs a text"),
+    "text unwanted": ({"task": "<CAPTION>", "text": "a car"}, "takes no text"),
+    "text as a number": ({"task": DETECT, "text": 5}, "must be a string"),
+    "a very long prompt": ({"task": DETECT, "text": "car " * 2500}, "at most"),
+    "another task's token": ({"task": DETECT, "text": "a <OD> car"}, "<OD>"),
+    "a cascade of two captions": ({"task": "<CAPTION>+<OCR>"}, "takes neither"),
+    "a text that the first step does not take": (
+        {"task": "<CAPTION>+<CAPTION_TO_PHRASE_GROUNDING>", "text": "a zebra"},
+        "<CAPTION> takes no text, and 'a zebra' was received",
+    ),
+    "a region that the first step does not take": (
+        {"task": "<CAPTION>+<CAPTION_TO_PHRASE_GROUNDING>", "region": (1, 2, 30, 40)},
+        "<CAPTION> takes no region",
+    ),
+    "a region after a region": (
+        {"task": f"{CATEGORY}+<REGION_TO_OCR>", "region": REGION},
+        "does not give",
+    ),
+    "region missing": ({"task": CATEGORY}, "needs a region"),
+    "a region outside": ({"task": CATEGORY, "region": (500, 500, 600, 600)}, "lie on the image"),
+    "a region of three": ({"task": CATEGORY, "region": (1, 2, 3)}, "four numbers"),
+    "a region of one": ({"task": CATEGORY, "region": 5}, "four numbers"),
+    "a word among the numbers": ({"task": CATEGORY, "region": (1, 2, "x", 4)}, "four numbers"),
+    "numbers as words": (
+        {"task": CATEGORY, "region": Region(("1", "2", "3", "4"))},
+        "four numbers",
+    ),
+    "a number too large": ({"task": CATEGORY, "region": (1, 2, 10**400, 4)}, "four numbers"),
+    "a region in words": ({"task": CATEGORY, "region": "1, 2, 3, 4"}, "such as <loc_10>"),
+    "a spelled region for a caption": ({"task": "<CAPTION>", "region": SPELLED}, "no region"),
+    "a spelled region and a text": (
+        {"task": CATEGORY, "region": SPELLED, "text": "a"},
+        "takes a region and no text, and 'a' was received besides",
+    ),
+    "no beams": ({"task": "<CAPTION>", "num_beams": 0}, "num_beams"),
+    "beams as a fraction": ({"task": "<CAPTION>", "num_beams": np.float32(1.5)}, "num_beams"),
+    "beams as a list": ({"task": "<CAPTION>", "num_beams": [1]}, "num_beams"),
+    "too many tokens": ({"task": "<CAPTION>", "max_new_tokens": 5000}, "at most 512"),
+    "stopping as an array": (
+        {"task": "<CAPTION>", "early_stopping": np.array(["a", "b"])},
+        "early_stopping",
+    ),
+    "a huge penalty": ({"task": "<CAPTION>", "length_penalty": 10**400}, "length_penalty"),
 }
 
 
-@pytest.mark.parametrize("name", ODD_ASKS)
-def test_one_odd_ask_fails_in_a_sentence_and_the_others_are_answered(model, picture, name):
-    good = Ask(picture, "<CAPTION>", max_new_tokens=3)
-    first, odd, last = model.run_many([good, Ask(picture, **ODD_ASKS[name]), good])
-    assert isinstance(first, Result)
-    assert isinstance(last, Result)
-    assert isinstance(odd, Failure)
-    assert odd.code == "bad_request"
-    assert "\n" not in odd.message
-    with pytest.raises(RequestError):
-        model.run(image=picture, **ODD_ASKS[name])
+@pytest.mark.parametrize(("odd", "said"), ODD_ASKS.values(), ids=ODD_ASKS)
+def test_one_odd_ask_fails_in_a_sentence_and_the_others_are_answered(model, odd, said):
+    [good] = captions(21, max_new_tokens=3)
+    first, failure, last = model.run_many([good, Ask(picture(21), **odd), good])
+    assert codes([first, failure, last]) == [None, "bad_request", None]
+    assert said in failure.message
+    assert "\n" not in failure.message
+    with pytest.raises(RequestError) as caught:
+        model.run(image=picture(21), **odd)
+    assert str(caught.value) == failure.message
 
 
-def test_what_is_no_ask_fails_alone(model, picture):
-    odd, good = model.run_many([None, Ask(picture, "<CAPTION>", max_new_tokens=3)])
+def test_what_is_no_ask_fails_alone(model):
+    odd, good = model.run_many([None, Ask(picture(21), "<CAPTION>", max_new_tokens=3)])
     assert odd.message.startswith("A question is an Ask, and NoneType was received")
     assert isinstance(good, Result)
     with pytest.raises(RequestError, match="takes a list of Ask"):
-        model.run_many(Ask(picture, "<CAPTION>"))
+        model.run_many(Ask(picture(21), "<CAPTION>"))
 
 
-def test_asks_may_come_from_a_generator(model, picture):
-    results = model.run_many(Ask(picture, "<CAPTION>", max_new_tokens=3) for _ in range(2))
+def test_asks_may_come_from_a_generator(model):
+    results = model.run_many(Ask(picture(21), "<CAPTION>", max_new_tokens=3) for _ in range(2))
     assert [type(result) for result in results] == [Result, Result]
 
 
@@ -75,20 +105,27 @@ def test_asks_may_come_from_a_generator(model, picture):
         ("ocr_image_region", {"region": 5}),
     ],
 )
-def test_an_odd_argument_of_a_method_is_refused_in_a_sentence(model, picture, method, keywords):
+def test_an_odd_argument_of_a_method_is_refused_in_a_sentence(model, method, keywords):
     with pytest.raises(RequestError) as caught:
-        getattr(model, method)(picture, **keywords)
+        getattr(model, method)(picture(21), **keywords)
     assert "\n" not in str(caught.value)
 
 
-def test_a_custom_prompt_needs_a_token(model, picture):
-    with pytest.raises(RequestError, match="A task is a name"):
-        model.run_custom(None, picture)
+DEVICES = {
+    "a device": ({"device": "gpu"}, "Unknown device 'gpu'"),
+    "a device's number": ({"device": "cuda:x"}, "Unknown device"),
+    "no device": ({"device": None}, "Unknown device"),
+    "a runtime": ({"runtime": "onnx"}, "Unknown runtime 'onnx'"),
+    "no runtime": ({"runtime": None}, "Unknown runtime"),
+    "a precision": ({"device": "cpu", "precision": "int4"}, "Unknown precision"),
+    "a precision as a number": ({"precision": 16}, "Unknown precision"),
+    "a precision of another device": ({"device": "cpu", "precision": "fp16"}, "is for GPUs"),
+}
 
 
-@pytest.mark.parametrize("keywords", [{"device": None}, {"runtime": None}, {"precision": 16}])
-def test_a_device_of_another_kind_is_refused_in_a_sentence(checkpoint_folder, keywords):
-    with pytest.raises(DeviceError, match="Unknown"):
+@pytest.mark.parametrize(("keywords", "said"), DEVICES.values(), ids=DEVICES)
+def test_a_device_that_is_not_there_gets_one_sentence(checkpoint_folder, keywords, said):
+    with pytest.raises(DeviceError, match=said):
         Florence2.load(checkpoint_folder, **keywords)
 
 
@@ -98,10 +135,10 @@ def test_a_checkpoint_needs_a_name(name):
         Florence2.load(name, device="cpu")
 
 
-def test_numbers_of_numpy_are_numbers(model, picture):
+def test_numbers_of_numpy_are_numbers(model):
     plain = model.run(
         CATEGORY,
-        picture,
+        picture(21),
         region=(20, 30, 150, 170),
         num_beams=2,
         max_new_tokens=4,
@@ -109,7 +146,7 @@ def test_numbers_of_numpy_are_numbers(model, picture):
     )
     numpy = model.run(
         CATEGORY,
-        picture,
+        picture(21),
         region=np.array([20, 30, 150, 170], np.float32),
         num_beams=np.int64(2),
         max_new_tokens=np.int32(4),
@@ -118,18 +155,19 @@ def test_numbers_of_numpy_are_numbers(model, picture):
     assert plain.token_ids == numpy.token_ids
 
 
-def test_a_region_may_be_spelled_in_the_models_own_tokens(model, picture):
+def test_a_region_may_be_spelled_in_the_models_own_tokens(model):
     spelled = "<loc_100><loc_150><loc_700><loc_800>"
-    by_text = model.run(CATEGORY, picture, spelled, max_new_tokens=4)
-    assert model.run(CATEGORY, picture, region=spelled, max_new_tokens=4).objects == by_text.objects
-    by_method = model.classify_image_region(picture, spelled, max_new_tokens=4)
+    by_text = model.run(CATEGORY, picture(21), spelled, max_new_tokens=4)
+    assert (
+        model.run(CATEGORY, picture(21), region=spelled, max_new_tokens=4).objects
+        == by_text.objects
+    )
+    by_method = model.classify_image_region(picture(21), spelled, max_new_tokens=4)
     assert by_method.token_ids == by_text.token_ids
-    with pytest.raises(RequestError, match="such as <loc_10>"):
-        model.run(CATEGORY, picture, region="1, 2, 3, 4")
 
 
-def test_a_failure_given_back_as_an_image_keeps_its_reason(model, picture):
-    encoded = model.encode([picture, "nowhere.jpg"])
+def test_a_failure_given_back_as_an_image_keeps_its_reason(model):
+    encoded = model.encode([picture(21), "nowhere.jpg"])
     good, failure = model.run("<CAPTION>", encoded, max_new_tokens=3)
     assert isinstance(good, Result)
     assert failure == encoded[1]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 import pytest
-from scheduler_tools import WatchedRuntime
+from engine_tools import engine_on
+from scheduler_tools import Sender, WatchedRuntime
 
 from florence2 import Florence2
-from florence2.engine.engine import Engine
 from florence2.engine.scheduler import BatchReport, Scheduler
 
 
@@ -25,9 +24,7 @@ def runtime(model):
 
 @pytest.fixture
 def engine(model, runtime):
-    return Engine(
-        model.engine.checkpoint, runtime, image_batch=2, prompt_batch=8, cache_bytes=2**24
-    )
+    return engine_on(model, runtime)
 
 
 @pytest.fixture
@@ -57,13 +54,13 @@ def scheduler(start):
 
 @pytest.fixture
 def send_to():
-    """``send_to(scheduler, asks, ...)`` runs a request on a thread of its own: its future."""
+    """``send_to(scheduler)`` sends requests to it, each on a thread of its own."""
     with ThreadPoolExecutor(max_workers=64) as threads:
-        yield lambda scheduler, asks, **how: threads.submit(scheduler.run, asks, **how)
+        yield lambda scheduler: Sender(scheduler, threads)
 
 
 @pytest.fixture
 def send(scheduler, send_to):
-    """``send_to`` the scheduler of the test."""
-    yield partial(send_to, scheduler)
+    """Sends requests to the scheduler of the test."""
+    yield send_to(scheduler)
     scheduler.close()

@@ -1,34 +1,21 @@
-"""What the scheduler's tests share: pictures, a runtime that tells of its passes, waiting."""
+"""What the scheduler's tests share: a runtime that tells of its passes, waiting, a held model."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from concurrent.futures import Future, ThreadPoolExecutor
 
-import pytest
 import torch
-from PIL import Image
+from engine_tools import CountingRuntime
 
-from florence2 import Ask, Failure, Result
+from florence2 import Failure, Result
 from florence2.engine.scheduler import Scheduler
-from florence2_demo.drawing import draw_scene
-from florence2_demo.scene import make_scene
 
 PATIENCE_S = 60.0
 """Long enough for any machine; a test that waits so long has failed."""
-
-
-@functools.cache
-def picture(seed: int) -> Image.Image:
-    return draw_scene(make_scene(seed))
-
-
-def captions(*seeds: int, **options: object) -> list[Ask]:
-    return [Ask(picture(seed), "<CAPTION>", **options) for seed in seeds]
 
 
 def wait_until(is_so: Callable[[], bool]) -> None:
@@ -57,66 +44,74 @@ def held(scheduler: Scheduler) -> Iterator[None]:
         thread.join()
 
 
-def assert_same(one: Result | Failure, other: Result | Failure) -> None:
-    """Equal but for the rounding of scores, which depends on the batch's shape."""
-    assert isinstance(one, Result)
-    assert isinstance(other, Result)
-    assert (one.task, one.token_ids, one.text) == (other.task, other.token_ids, other.text)
-    for mine, its in zip(one.objects, other.objects, strict=True):
-        assert mine.score == pytest.approx(its.score, abs=1e-4)
-        assert replace(mine, score=0.0) == replace(its, score=0.0)
+class Sender:
+    """Sends requests to a scheduler, each on a thread of its own: the future of its answers."""
+
+    def __init__(self, scheduler: Scheduler, threads: ThreadPoolExecutor):
+        self._scheduler, self._threads = scheduler, threads
+
+    def __call__(self, asks, **how) -> Answers:
+        return Answers(self._threads.submit(self._scheduler.run, asks, **how))
+
+    def queued(self, asks, **how) -> Answers:
+        """As a call, once they wait; for when the model is held, or by its own thread."""
+        num_waiting = self._scheduler.queue_depth + len(asks)
+        answers = self(asks, **how)
+        wait_until(lambda: self._scheduler.queue_depth >= num_waiting)
+        return answers
 
 
-class Timeless:
-    """A mark of a device whose passes take ``pass_s``, however fast this machine is."""
+class Answers:
+    """What a request that was sent comes to."""
 
-    def __init__(self, pass_s: float = 0.0):
-        self._pass_s = pass_s
+    def __init__(self, future: Future):
+        self._future = future
+        self.done = future.done
 
-    def seconds_since(self, earlier):
-        return self._pass_s
+    def get(self) -> list[Result | Failure]:
+        return self._future.result(PATIENCE_S)
 
 
-class WatchedRuntime:
-    """The real runtime; ``passes`` names every pass, and ``before_pass`` is called ahead of it.
+def at_pass(runtime: WatchedRuntime, number: int, act: Callable[[], object]) -> list[object]:
+    """Acts once, when the pass of that number is about to begin; what came of it."""
+    acted: list[object] = []
+
+    def before_pass() -> None:
+        if len(runtime.passes) == number and not acted:
+            acted.append(None)
+            acted[0] = act()
+
+    runtime.before_pass = before_pass
+    return acted
+
+
+class WatchedRuntime(CountingRuntime):
+    """``passes`` names every pass, and ``before_pass`` is called ahead of it.
 
     A pass is "images", or the number of its decoding session, counted from 1 in each test.
     """
 
     def __init__(self, runtime):
-        self._runtime = runtime
+        super().__init__(runtime)
         self.passes: list[str | int] = []
         self.before_pass: Callable[[], None] = lambda: None
-        self.num_sessions = 0
         self.open_sessions = 0
         self.has_room_for = 100
-        self.pass_s = 0.0
-        self.lost: str | None = None
-
-    def __getattr__(self, name):
-        return getattr(self._runtime, name)
-
-    def mark(self):
-        return Timeless(self.pass_s)
-
-    def is_lost(self, error):
-        return self.lost is not None
 
     def note(self, name: str | int) -> None:
         self.before_pass()
-        if self.lost is not None:
-            raise RuntimeError(self.lost)
+        self.check_device()
         self.passes.append(name)
 
     def encode_bytes(self, images, table):
         self.note("images")
-        return self._runtime.encode_bytes(images, table)
+        return super().encode_bytes(images, table)
 
-    def start(self, features, *arguments):
+    def start(self, *arguments):
         if self.open_sessions >= self.has_room_for:
             raise torch.OutOfMemoryError("no memory left")
-        self.num_sessions += 1
-        return WatchedSession(self._runtime.start(features, *arguments), self, self.num_sessions)
+        session = super().start(*arguments)
+        return WatchedSession(session, self, len(self.batches))
 
 
 class WatchedSession:

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from scheduler_tools import PATIENCE_S, picture, wait_until
+from engine_tools import picture
+from scheduler_tools import PATIENCE_S, wait_until
 
 from florence2 import Ask, Failure, Result
 from florence2.engine.scheduler import Priority

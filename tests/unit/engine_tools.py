@@ -1,16 +1,17 @@
-"""What the engine's tests share: pictures, questions, comparison, a counting runtime."""
+"""What tests of the engine and of the scheduler share: pictures, questions, callers, a runtime."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
 
-from florence2 import Ask, Result
+from florence2 import Ask, Failure, Result
 from florence2.engine.answering import answer
-from florence2.engine.engine import Caller
+from florence2.engine.engine import Caller, Engine
 from florence2.tasks import TASKS, TaskInput
 from florence2_demo.drawing import draw_scene
 from florence2_demo.scene import make_scene
@@ -18,6 +19,7 @@ from florence2_demo.scene import make_scene
 REGION = (20.0, 30.0, 150.0, 170.0)
 
 
+@functools.cache
 def picture(seed: int) -> Image.Image:
     return draw_scene(make_scene(seed))
 
@@ -29,17 +31,33 @@ def ask(image: object, task: str, **search: object) -> Ask:
     return Ask(image, task, text, region, **({"max_new_tokens": 16} | search))
 
 
+def captions(*seeds: int, **options: object) -> list[Ask]:
+    return [Ask(picture(seed), "<CAPTION>", **options) for seed in seeds]
+
+
+def codes(outcomes) -> list[str | None]:
+    """The code of each failure or error, None for a result."""
+    return [getattr(outcome, "code", None) for outcome in outcomes]
+
+
 def essence(result: Result) -> tuple[object, ...]:
     return (result.task, result.token_ids, result.objects, result.text, result.truncated)
 
 
-def assert_close(one: Result, other: Result) -> None:
+def assert_close(one: Result | Failure, other: Result | Failure) -> None:
     """Equal but for the rounding of scores, which depends on the batch's shape."""
-    assert one.token_ids == other.token_ids
-    assert (one.task, one.text, one.size_wh) == (other.task, other.text, other.size_wh)
+    assert isinstance(one, Result)
+    assert isinstance(other, Result)
+    assert (one.task, one.token_ids, one.text) == (other.task, other.token_ids, other.text)
+    assert one.size_wh == other.size_wh
     for mine, its in zip(one.objects, other.objects, strict=True):
         assert mine.score == pytest.approx(its.score, abs=1e-4)
         assert replace(mine, score=0.0) == replace(its, score=0.0)
+
+
+def assert_all_close(some, others) -> None:
+    for one, other in zip(some, others, strict=True):
+        assert_close(one, other)
 
 
 class Busy(Caller):
@@ -47,7 +65,7 @@ class Busy(Caller):
 
     is_awaited = True
 
-    def __init__(self, before_pass, asks=()):
+    def __init__(self, before_pass=lambda: None, asks=()):
         self.before_pass = before_pass
         self._asks = list(asks)
         self.outcomes = {}
@@ -67,6 +85,17 @@ def answer_between(engine, asks, before_pass):
     return [caller.outcomes[number] for number in range(len(asks))]
 
 
+def engine_on(model, runtime, images=2, prompts=8, cache_bytes=2**24) -> Engine:
+    """An engine of a loaded checkpoint, on another runtime."""
+    return Engine(
+        model.engine.checkpoint,
+        runtime,
+        image_batch=images,
+        prompt_batch=prompts,
+        cache_bytes=cache_bytes,
+    )
+
+
 class CountingRuntime:
     """The real runtime, counting images through the tower and prompts through the decoder.
 
@@ -76,23 +105,25 @@ class CountingRuntime:
 
     def __init__(self, runtime):
         self._runtime = runtime
-        self.num_images = 0
-        self.batches: list[int] = []
-        self.fail_above: int | None = None
-        self.tried: list[int] = []
-        self.image_batches: list[int] = []
         self.images_tried: list[int] = []
+        self.image_batches: list[int] = []
+        self.images_fail_above = self.fail_above = 1000
+        self.tried: list[int] = []
+        self.batches: list[int] = []
         self.misfit: int | None = None
-        self.images_fail_above: int | None = None
         self.item_s = 0.0
-        self.items_run = 0
         self.lost: str | None = None
 
     def __getattr__(self, name):
         return getattr(self._runtime, name)
 
+    @property
+    def num_images(self):
+        return sum(self.image_batches)
+
     def mark(self):
-        return _Mark(self)
+        items = self.num_images + sum(self.batches)
+        return Mark(items * self.item_s)
 
     def is_lost(self, error):
         return self.lost is not None
@@ -104,29 +135,25 @@ class CountingRuntime:
     def encode_bytes(self, images, table):
         self.check_device()
         self.images_tried.append(len(images))
-        if self.images_fail_above is not None and len(images) > self.images_fail_above:
+        if len(images) > self.images_fail_above:
             raise torch.OutOfMemoryError("no memory left")
         self.image_batches.append(len(images))
-        self.num_images += len(images)
-        self.items_run += len(images)
         return self._runtime.encode_bytes(images, table)
 
     def start(self, features, prompt_ids, num_beams, max_new_tokens):
         self.check_device()
         self.tried.append(len(features))
-        is_short = self.fail_above is not None and len(features) > self.fail_above
-        if is_short or any(len(ids) == self.misfit for ids in prompt_ids):
+        if len(features) > self.fail_above or self.misfit in map(len, prompt_ids):
             raise torch.OutOfMemoryError("no memory left")
         self.batches.append(len(features))
-        self.items_run += len(features)
         return self._runtime.start(features, prompt_ids, num_beams, max_new_tokens)
 
 
-class _Mark:
-    """A device's clock that stands still but for ``item_s`` per item of a pass."""
+class Mark:
+    """A moment of a device's clock, which stands still but for its passes."""
 
-    def __init__(self, runtime: CountingRuntime):
-        self._at_s = runtime.items_run * runtime.item_s
+    def __init__(self, at_s: float):
+        self._at_s = at_s
 
     def seconds_since(self, earlier):
         return self._at_s - earlier._at_s
