@@ -11,7 +11,7 @@ from PIL import Image
 
 from florence2 import Ask, Failure, Result
 from florence2.engine.answering import answer
-from florence2.engine.engine import Caller, Engine
+from florence2.engine.engine import Asker, Engine
 from florence2.tasks import TASKS, TaskInput
 from florence2_demo.drawing import draw_scene
 from florence2_demo.scene import make_scene
@@ -60,7 +60,7 @@ def assert_all_close(some, others) -> None:
         assert_close(one, other)
 
 
-class Busy(Caller):
+class Busy(Asker):
     """One who has something done before every pass, and others who wait for its end."""
 
     is_awaited = True
@@ -80,9 +80,9 @@ class Busy(Caller):
 
 def answer_between(engine, asks, before_pass):
     """The outcomes of asks, in order; ``before_pass`` is called before every pass."""
-    caller = Busy(before_pass, asks)
-    answer(engine, caller)
-    return [caller.outcomes[number] for number in range(len(asks))]
+    asker = Busy(before_pass, asks)
+    answer(engine, asker)
+    return [asker.outcomes[number] for number in range(len(asks))]
 
 
 def engine_on(model, runtime, images=2, prompts=8, cache_bytes=2**24) -> Engine:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 from florence2.engine.ask import Ask, Cascade, Outcome, Prompt
-from florence2.engine.engine import Caller, Encoded, Engine, out_of_memory
+from florence2.engine.engine import Asker, Encoded, Engine, out_of_memory
 from florence2.errors import FlorenceError, RequestError, as_value
 from florence2.generation.decode import DecodeLoop, Session, Started
 from florence2.records import Answer, GenerationSettings, Timings
@@ -23,24 +23,24 @@ _JOIN_SHARE: Final = 4
 
 def answer_all(engine: Engine, asks: Sequence[Ask]) -> list[Outcome]:
     """One result or error per ask, in order; one ask's error does not touch the others."""
-    caller = _List(asks)
-    answer(engine, caller)
-    return [caller.outcomes[number] for number in range(len(asks))]
+    asker = _List(asks)
+    answer(engine, asker)
+    return [asker.outcomes[number] for number in range(len(asks))]
 
 
-def answer(engine: Engine, caller: Caller[Any]) -> None:
-    """Answers what the caller asks until nothing more comes and everything is settled.
+def answer(engine: Engine, asker: Asker[Any]) -> None:
+    """Answers what the asker asks until nothing more comes and everything is settled.
 
     A row of the batch whose answer is complete is given to the next prompt with the same search
     settings.
     """
-    prompts = PromptQueue(engine, caller)
+    prompts = PromptQueue(engine, asker)
     while (settings := prompts.next_settings()) is not None:
         with engine.in_use():
-            PromptSearch(engine, prompts, caller, settings).run()
+            PromptSearch(engine, prompts, asker, settings).run()
 
 
-class _List(Caller[int]):
+class _List(Asker[int]):
     """One who has a list of asks, and waits for all of them."""
 
     def __init__(self, asks: Sequence[Ask]) -> None:
@@ -56,11 +56,11 @@ class _List(Caller[int]):
 
 
 class PromptQueue:
-    """The prompts of a caller's asks: images are encoded as asks come, outcomes handed back."""
+    """The prompts of what an asker asks: images are encoded as asks come, outcomes handed back."""
 
-    def __init__(self, engine: Engine, caller: Caller[Any]) -> None:
+    def __init__(self, engine: Engine, asker: Asker[Any]) -> None:
         self._engine = engine
-        self._caller = caller
+        self._asker = asker
         self._ready: deque[Prompt] = deque()
 
     def next_settings(self) -> GenerationSettings | None:
@@ -82,18 +82,18 @@ class PromptQueue:
             self._go_on(prompt.cascade)
 
     def _add_asks(self, room: int) -> bool:
-        asks = self._caller.next_asks(room)
+        asks = self._asker.next_asks(room)
         # A list may hold anything: what is no Ask has no image to encode.
         known = [ask for _, ask in asks if isinstance(ask, Ask)]
         images, stops = [ask.image for ask in known], [ask.stop for ask in known]
-        encoded = iter(self._engine.encode(images, stops, self._caller))
+        encoded = iter(self._engine.encode(images, stops, self._asker))
         begun: list[Cascade] = []
         for key, ask in asks:
             found = self._begun(key, ask, next(encoded)) if isinstance(ask, Ask) else _no_ask(ask)
             if isinstance(found, Cascade):
                 begun.append(found)
             else:
-                self._caller.settle(key, found)
+                self._asker.settle(key, found)
         for cascade in begun:
             self._go_on(cascade)
         return bool(asks)
@@ -114,7 +114,7 @@ class PromptQueue:
     def _go_on(self, cascade: Cascade) -> None:
         self._ready += cascade.next_prompts()
         if cascade.outcome is not None:
-            self._caller.settle(cascade.key, cascade.outcome)
+            self._asker.settle(cascade.key, cascade.outcome)
 
     def _take_ready(self, room: int, settings: GenerationSettings) -> list[Prompt]:
         taken: list[Prompt] = []
@@ -133,19 +133,19 @@ class PromptSearch:
     one that does not fit alone fails alone. The engine's limit is lowered to what fitted then,
     unless there was one that did not fit alone: the others may have been short of its memory only.
     A search between two passes of another one lowers nothing: it was short of that one's memory.
-    What the caller or a ``Stop`` raises comes through, lack of memory included.
+    What the asker or a ``Stop`` raises comes through, lack of memory included.
     """
 
     def __init__(
         self,
         engine: Engine,
         prompts: PromptQueue,
-        caller: Caller[Any],
+        asker: Asker[Any],
         settings: GenerationSettings,
     ) -> None:
         self._engine = engine
         self._prompts = prompts
-        self._caller = caller
+        self._asker = asker
         self._settings = settings
         self._limit = engine.prompt_limit
         self._is_within = self._limit.num_searches > 0
@@ -160,7 +160,7 @@ class PromptSearch:
         self._num_fitting: int | None = None
         self._is_full = False
         self._num_settled = 0
-        self._callers_error: Exception | None = None
+        self._askers_error: Exception | None = None
 
     def run(self) -> None:
         """Returns once every prompt taken is settled."""
@@ -177,8 +177,8 @@ class PromptSearch:
 
     def given_up(self) -> Mapping[Prompt, FlorenceError]:
         """The prompts in hand that nobody waits for any longer."""
-        with self._callers_code():
-            self._caller.before_pass()
+        with self._askers_code():
+            self._asker.before_pass()
             reasons = {prompt: prompt.given_up() for prompt in self._in_hand}
         return {prompt: reason for prompt, reason in reasons.items() if reason is not None}
 
@@ -218,7 +218,7 @@ class PromptSearch:
             self._note_fit()
             decode_s = time.perf_counter() - began
             outcome = item.result(answer, Timings(item.image.vision_s, prompt_s, decode_s))
-        with self._callers_code():
+        with self._askers_code():
             self._prompts.settle(item, outcome)
 
     def _runs_to_its_end(self) -> bool:
@@ -234,7 +234,7 @@ class PromptSearch:
         try:
             loop.run()
         except (RuntimeError, MemoryError) as error:
-            is_ours = error is not self._callers_error and bool(self._in_hand)
+            is_ours = error is not self._askers_error and bool(self._in_hand)
             if not is_ours or not runtime.is_out_of_memory(error):
                 raise
             logger.warning(
@@ -268,9 +268,9 @@ class PromptSearch:
 
     def _pass_size(self) -> int:
         """Prompts that may be encoded at a time, however many rows are free."""
-        if self._caller.is_awaited:
+        if self._asker.is_awaited:
             self._limit.catch_up()
-        return self._limit.pass_size(is_awaited=self._caller.is_awaited)
+        return self._limit.pass_size(is_awaited=self._asker.is_awaited)
 
     def _session_of(self, prompts: list[Prompt], max_new_tokens: int) -> Session | None:
         """The prompts encoded; None where there is no room for them beside those in hand."""
@@ -302,11 +302,11 @@ class PromptSearch:
                 # The next search begins with the limit as it is then.
                 break
             else:
-                with self._callers_code():
+                with self._askers_code():
                     taken = self._prompts.take(missing, self._settings)
             if not taken:
                 break
-            with self._callers_code():
+            with self._askers_code():
                 for prompt in taken:
                     reason = prompt.given_up()
                     if reason is None:
@@ -324,12 +324,12 @@ class PromptSearch:
                 self._num_settled, self._is_full = 0, False
 
     @contextmanager
-    def _callers_code(self) -> Iterator[None]:
-        """Within it the caller's code runs, whose errors are not the device's."""
+    def _askers_code(self) -> Iterator[None]:
+        """Within it the asker's code runs, whose errors are not the device's."""
         try:
             yield
         except Exception as error:
-            self._callers_error = error
+            self._askers_error = error
             raise
 
 

@@ -157,7 +157,7 @@ class Prompt:
 class Cascade:
     """One ask on its way, of one step or more: a step's prompts need the results before it.
 
-    ``key`` is the caller's name for the ask. ``outcome`` is None as long as something is open.
+    ``key`` is the asker's name for it. ``outcome`` is None as long as something is open.
     Raises RequestError at once for an ask that names no task or setting there is.
     """
 

@@ -47,7 +47,7 @@ Encoded = EncodedImage | FlorenceError
 Key = TypeVar("Key")
 
 
-class Caller(Generic[Key]):
+class Asker(Generic[Key]):
     """Who asks the engine, as its passes see it: this one has no asks and waits for nothing else.
 
     Called on the thread that uses the engine; what is raised comes through.
@@ -221,7 +221,7 @@ class Engine:
         self,
         images: Sequence[AnyImage],
         stops: Sequence[Stop | None] | None = None,
-        caller: Caller[Any] | None = None,
+        asker: Asker[Any] | None = None,
     ) -> list[Encoded]:
         """The images' visual tokens, in order; each content is run through the tower once.
 
@@ -243,7 +243,7 @@ class Engine:
         waiting = [None] * len(images) if stops is None else stops
         shared = {key: [waiting[place] for place in listed] for key, listed in places.items()}
         if sources:
-            for key, found in self._encode_sources(sources, shared, caller or Caller()).items():
+            for key, found in self._encode_sources(sources, shared, asker or Asker()).items():
                 encoded |= dict.fromkeys(places[key], found)
         return [encoded[place] for place in range(len(images))]
 
@@ -251,7 +251,7 @@ class Engine:
         self,
         left: dict[object, AnySource],
         stops: Mapping[object, Sequence[Stop | None]],
-        caller: Caller[Any],
+        asker: Asker[Any],
     ) -> dict[object, Encoded]:
         """What comes of each source, in passes of the tower."""
         done: dict[object, Encoded] = {}
@@ -261,12 +261,12 @@ class Engine:
         owner = object()
         try:
             while left:
-                caller.before_pass()
+                asker.before_pass()
                 for key in list(left):
                     if (reason := _reason(stops[key])) is not None:
                         done[key] = reason
                         del left[key]
-                size = self.image_limit.pass_size(is_awaited=caller.is_awaited)
+                size = self.image_limit.pass_size(is_awaited=asker.is_awaited)
                 part = list(islice(left, size))
                 if not part:
                     break
@@ -275,8 +275,8 @@ class Engine:
                 for key in part:
                     looked_up[key] = self._look_up(left[key], found)
                     del left[key]
-                    caller.before_pass()
-                coming = caller.coming_images()
+                    asker.before_pass()
+                coming = asker.coming_images()
                 self.preparer.ahead(left.values(), owner)
                 self.preparer.ahead(coming)
                 missing = {
@@ -284,7 +284,7 @@ class Engine:
                     for one in looked_up.values()
                     if isinstance(one, PreparedImage)
                 }
-                encoded = self._encode_prepared(list(missing.values()), caller)
+                encoded = self._encode_prepared(list(missing.values()), asker)
                 by_content = dict(zip(missing, encoded, strict=True))
                 found |= {
                     content: one
@@ -323,20 +323,20 @@ class Engine:
             found[content] = known
         return known
 
-    def _encode_prepared(self, left: Sequence[PreparedImage], caller: Caller[Any]) -> list[Encoded]:
+    def _encode_prepared(self, left: Sequence[PreparedImage], asker: Asker[Any]) -> list[Encoded]:
         """What comes of these images; one that does not fit into memory alone has an error."""
         encoded: list[Encoded] = []
         limit = self.image_limit
         while left:
             with self.in_use():
-                if caller.is_awaited:
+                if asker.is_awaited:
                     # Here, as until now the images of this pass were made ready beside the last.
                     limit.catch_up()
-                size = limit.pass_size(is_awaited=caller.is_awaited)
+                size = limit.pass_size(is_awaited=asker.is_awaited)
                 part, left = left[:size], left[size:]
                 encoded += self._encode_in_parts(part)
             if left:
-                caller.before_pass()
+                asker.before_pass()
         return encoded
 
     def _encode_in_parts(self, images: Sequence[PreparedImage]) -> Sequence[Encoded]:
@@ -363,7 +363,7 @@ class Engine:
         return [one for part in parts for one in self._encode_in_parts(part)]
 
     def _run_tower(self, part: Sequence[PreparedImage]) -> list[EncodedImage]:
-        """One pass of the tower. Nothing that a caller gave is called in it."""
+        """One pass of the tower. Nothing that an asker gave is called in it."""
         table = self.checkpoint.image_processor.lookup_table
         began, start = time.perf_counter(), self.runtime.mark()
         features = self.runtime.encode_bytes(np.stack([image.scaled for image in part]), table)
@@ -389,7 +389,7 @@ class Engine:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Holds the engine for one caller, its weights on the device.
+        """Holds the engine for one asker, its weights on the device.
 
         DeviceLostError if the device failed for good, before or meanwhile.
         """

@@ -18,7 +18,7 @@ from florence2.checkpoint.checkpoint import Checkpoint, load_weights
 from florence2.engine.answering import answer, answer_all
 from florence2.engine.ask import Ask, Outcome
 from florence2.engine.encoding import EncodedImage
-from florence2.engine.engine import Caller, Engine
+from florence2.engine.engine import Asker, Engine
 from florence2.errors import CheckpointError, FlorenceError, NotFiniteError, PrecisionError
 from florence2.images import open_image
 from florence2.network.florence import Florence2Network
@@ -148,9 +148,9 @@ def _answers(engine: Engine) -> list[tuple[int, ...] | str]:
             ]
             for images in (pictures, pictures[::-1])
         )
-        caller = _JoiningCaller(first, later)
-        answer(engine, caller)
-        outcomes = [caller.outcomes[number] for number in range(len(first) + len(later))]
+        asker = _JoiningAsker(first, later)
+        answer(engine, asker)
+        outcomes = [asker.outcomes[number] for number in range(len(first) + len(later))]
         found += [str(one) if isinstance(one, FlorenceError) else one.token_ids for one in outcomes]
     return found
 
@@ -162,7 +162,7 @@ def _encoded(engine: Engine, picture: np.ndarray[Any, np.dtype[np.uint8]]) -> En
     return encoded
 
 
-class _JoiningCaller(Caller[int]):
+class _JoiningAsker(Asker[int]):
     """Asks of like settings, of which some come when the others have made a few passes."""
 
     is_awaited = True

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from florence2.engine.answering import answer
 from florence2.engine.ask import AnyImage, Ask, Outcome
-from florence2.engine.engine import Caller, Engine
+from florence2.engine.engine import Asker, Engine
 from florence2.engine.work_queue import Action, Priority, QueuedAsk, Request, WorkQueue
 from florence2.errors import (
     FlorenceError,
@@ -58,7 +58,7 @@ class BatchReport:
 Observer = Callable[[BatchReport], None]
 
 
-class Batch(Caller[QueuedAsk]):
+class AskBatch(Asker[QueuedAsk]):
     """Asks that are answered together, and those that join them; a click's runs within a bulk one.
 
     Delivers what is known before every pass, and at the end. It holds nothing that is delivered,
@@ -141,7 +141,7 @@ class Batch(Caller[QueuedAsk]):
         self._deliver()
         if self._priority is Priority.BULK and (clicks := self._queue.clicks()):
             began = time.monotonic()
-            Batch(self._engine, self._queue, self._observer, clicks, is_within_bulk=True).run()
+            AskBatch(self._engine, self._queue, self._observer, clicks, is_within_bulk=True).run()
             self._reported += time.monotonic() - began
 
     def _deliver(self) -> None:
@@ -291,7 +291,7 @@ class Scheduler:
         if isinstance(work, Action):
             work.run()
         elif work:
-            Batch(self._engine, self._queue, self._observer, work).run()
+            AskBatch(self._engine, self._queue, self._observer, work).run()
 
     def _tell_if_lost(self) -> None:
         if self._on_lost is not None and self._engine.is_lost:

@@ -205,7 +205,7 @@ PASSES = {
 @pytest.mark.parametrize(("item_s", "passes"), PASSES.values(), ids=PASSES)
 def test_a_pass_that_someone_may_wait_for_is_as_long_as_was_said(engine, runtime, item_s, passes):
     runtime.item_s = item_s
-    engine.encode([picture(seed) for seed in range(16)], caller=Busy())
+    engine.encode([picture(seed) for seed in range(16)], asker=Busy())
     assert runtime.image_batches == passes
 
 
@@ -233,8 +233,8 @@ def test_prompts_are_encoded_in_passes_of_that_length_too_and_searched_together(
 
 def test_a_device_that_became_faster_gets_larger_passes_again(engine, runtime):
     runtime.item_s = 3.0
-    engine.encode([picture(seed) for seed in range(9)], caller=Busy())
+    engine.encode([picture(seed) for seed in range(9)], asker=Busy())
     runtime.item_s = 0.001
-    engine.encode([picture(seed) for seed in range(9, 18)], caller=Busy())
+    engine.encode([picture(seed) for seed in range(9, 18)], asker=Busy())
     # What is made ready beside a pass is as much as was known before it.
     assert runtime.image_batches == [8, 1, 1, 1, 7]

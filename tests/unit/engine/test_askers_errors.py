@@ -1,4 +1,4 @@
-"""What the code of a caller raises is the caller's, also where a device could have raised it."""
+"""What the code of an asker raises is the asker's, also where a device could have raised it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from florence2.engine.answering import answer, answer_all
 from florence2.generation.decode import DecodeLoop
 
 ERRORS = {
-    "no memory in Python": MemoryError("the caller's"),
-    "no memory of the caller's own GPU work": torch.OutOfMemoryError("the caller's"),
-    "as a driver says it": RuntimeError("CUDA error: out of memory, the caller's"),
-    "anything else": KeyError("the caller's"),
+    "no memory in Python": MemoryError("the asker's"),
+    "no memory of the asker's own GPU work": torch.OutOfMemoryError("the asker's"),
+    "as a driver says it": RuntimeError("CUDA error: out of memory, the asker's"),
+    "anything else": KeyError("the asker's"),
 }
 
 
@@ -29,7 +29,7 @@ def error(request):
 
 
 class Faulty(Busy):
-    """A caller that brings asks a few at a time, and fails in one of its methods at one call."""
+    """An asker that brings asks a few at a time, and fails in one of its methods at one call."""
 
     def __init__(self, where, at_call, error, asks=()):
         super().__init__(asks=asks)
@@ -77,17 +77,17 @@ def assert_comes_through(engine, error, work):
 
 @pytest.mark.parametrize(("where", "at_call"), FAULTS.values(), ids=FAULTS)
 def test_what_a_caller_raises_comes_through(engine, error, where, at_call):
-    caller = Faulty(where, at_call, error, captions(1, 1, 1))
-    assert_comes_through(engine, error, lambda: answer(engine, caller))
-    assert len(caller.calls) == at_call
+    asker = Faulty(where, at_call, error, captions(1, 1, 1))
+    assert_comes_through(engine, error, lambda: answer(engine, asker))
+    assert len(asker.calls) == at_call
 
 
 @pytest.mark.parametrize("at_call", range(1, 5))
 def test_what_is_raised_between_passes_of_images_comes_through(engine, error, at_call):
-    caller = Faulty("before_pass", at_call, error)
+    asker = Faulty("before_pass", at_call, error)
     images = [picture(1), picture(2)]
-    assert_comes_through(engine, error, lambda: engine.encode(images, caller=caller))
-    assert len(caller.calls) == at_call
+    assert_comes_through(engine, error, lambda: engine.encode(images, asker=asker))
+    assert len(asker.calls) == at_call
 
 
 @pytest.mark.parametrize("at_call", [1, 2, 4], ids=["image", "prompt", "with prompts in hand"])
