@@ -1,5 +1,8 @@
 """``Florence2``: a checkpoint's abilities as methods, on an image or a list of images."""
 
+# A Result for an image and a list for a list; keywords are the fields of Ask, checked there.
+# ruff: noqa: ANN401
+
 from __future__ import annotations
 
 import logging
@@ -115,7 +118,7 @@ class Florence2:
         """
         self.engine.close()
 
-    def encode(self, image: Images) -> Any:  # noqa: ANN401 - as run
+    def encode(self, image: Images) -> Any:
         """Runs the vision tower once; give the result to any method in the image's place."""
         if isinstance(image, list | tuple):
             encoded = self.engine.encode(image)
@@ -131,8 +134,8 @@ class Florence2:
         image: Images,
         text: str | None = None,
         region: AnyRegion | None = None,
-        **search: Any,  # noqa: ANN401 - the fields of Ask, checked there
-    ) -> Any:  # noqa: ANN401 - a Result, or a list for a list
+        **search: Any,
+    ) -> Any:
         """Any of the 15 task prompts, by token or name, or a cascade of them joined by ``+``."""
         if isinstance(image, list | tuple):
             return self.run_many([Ask(one, task, text, region, **search) for one in image])
@@ -141,13 +144,7 @@ class Florence2:
             raise outcome
         return outcome
 
-    def run_custom(
-        self,
-        token: str,
-        image: Images,
-        text: str | None = None,
-        **search: Any,  # noqa: ANN401
-    ) -> Any:  # noqa: ANN401
+    def run_custom(self, token: str, image: Images, text: str | None = None, **search: Any) -> Any:
         """A prompt that a fine-tune was taught, such as ``<DocVQA>`` with a question as text.
 
         The token and the text go to the checkpoint as they are; the answer comes back as text.
@@ -169,11 +166,8 @@ class Florence2:
         ]
 
     def caption_image(
-        self,
-        image: Images,
-        granularity: Granularity = "normal",
-        **search: Any,  # noqa: ANN401
-    ) -> Any:  # noqa: ANN401
+        self, image: Images, granularity: Granularity = "normal", **search: Any
+    ) -> Any:
         """A sentence, a few sentences, or a paragraph about the image."""
         _check_choice("granularity", granularity, GRANULARITIES)
         return self.run(GRANULARITIES[granularity], image, **search)
@@ -183,8 +177,8 @@ class Florence2:
         image: Images,
         classes: Sequence[str] | None = None,
         labels_mode: LabelsMode = "classes",
-        **search: Any,  # noqa: ANN401
-    ) -> Any:  # noqa: ANN401
+        **search: Any,
+    ) -> Any:
         """Boxes of everything, or of ``classes``; ``captions`` describes instead of naming."""
         _check_choice("labels_mode", labels_mode, ("classes", "captions"))
         if classes is not None:
@@ -198,49 +192,39 @@ class Florence2:
         task = "<OD>" if labels_mode == "classes" else "<DENSE_REGION_CAPTION>"
         return self.run(task, image, **search)
 
-    def ground_phrase(self, image: Images, phrase: str, **search: Any) -> Any:  # noqa: ANN401
+    def ground_phrase(self, image: Images, phrase: str, **search: Any) -> Any:
         """Boxes for the things a text names."""
         return self.run("<CAPTION_TO_PHRASE_GROUNDING>", image, phrase, **search)
 
-    def segment_phrase(self, image: Images, phrase: str, **search: Any) -> Any:  # noqa: ANN401
+    def segment_phrase(self, image: Images, phrase: str, **search: Any) -> Any:
         """The polygon of what a phrase refers to."""
         return self.run("<REFERRING_EXPRESSION_SEGMENTATION>", image, phrase, **search)
 
-    def ocr_image(self, image: Images, **search: Any) -> Any:  # noqa: ANN401
+    def ocr_image(self, image: Images, **search: Any) -> Any:
         """All text in the image as one string."""
         return self.run("<OCR>", image, **search)
 
-    def parse_document(self, image: Images, **search: Any) -> Any:  # noqa: ANN401
+    def parse_document(self, image: Images, **search: Any) -> Any:
         """Each line of text with its quad."""
         return self.run("<OCR_WITH_REGION>", image, **search)
 
-    def segment_region(self, image: Images, region: AnyRegion, **search: Any) -> Any:  # noqa: ANN401
+    def segment_region(self, image: Images, region: AnyRegion, **search: Any) -> Any:
         """The polygon of the object in a region."""
         return self.run("<REGION_TO_SEGMENTATION>", image, region=region, **search)
 
-    def classify_image_region(
-        self,
-        image: Images,
-        region: AnyRegion,
-        **search: Any,  # noqa: ANN401
-    ) -> Any:  # noqa: ANN401
+    def classify_image_region(self, image: Images, region: AnyRegion, **search: Any) -> Any:
         """A region's category."""
         return self.run("<REGION_TO_CATEGORY>", image, region=region, **search)
 
-    def caption_image_region(
-        self,
-        image: Images,
-        region: AnyRegion,
-        **search: Any,  # noqa: ANN401
-    ) -> Any:  # noqa: ANN401
+    def caption_image_region(self, image: Images, region: AnyRegion, **search: Any) -> Any:
         """A region's description."""
         return self.run("<REGION_TO_DESCRIPTION>", image, region=region, **search)
 
-    def ocr_image_region(self, image: Images, region: AnyRegion, **search: Any) -> Any:  # noqa: ANN401
+    def ocr_image_region(self, image: Images, region: AnyRegion, **search: Any) -> Any:
         """The text in a region."""
         return self.run("<REGION_TO_OCR>", image, region=region, **search)
 
-    def propose_regions(self, image: Images, **search: Any) -> Any:  # noqa: ANN401
+    def propose_regions(self, image: Images, **search: Any) -> Any:
         """Boxes of whatever is there, without labels."""
         return self.run("<REGION_PROPOSAL>", image, **search)
 
@@ -264,5 +248,5 @@ def _check_choice(kind: str, received: object, known: Iterable[str]) -> None:
         )
 
 
-def _valued(value: Any, image: AnyImage | None) -> Any:  # noqa: ANN401
+def _valued(value: Any, image: AnyImage | None) -> Any:
     return failure_of(value, image) if isinstance(value, FlorenceError) else value

@@ -13,8 +13,6 @@ from florence2.errors import RequestError
 from florence2.tasks import OutputKind, TaskInput, find_task
 
 BoxXyxy = tuple[float, float, float, float]
-
-
 SizeWh = tuple[int, int]
 
 

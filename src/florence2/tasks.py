@@ -68,7 +68,6 @@ class Task:
 
 _NONE, _TEXT, _REGION = TaskInput.NONE, TaskInput.TEXT, TaskInput.REGION
 
-
 # fmt: off
 TASKS: Final[tuple[Task, ...]] = (
     Task("<CAPTION>", "caption", "What does the image describe?",
@@ -113,11 +112,20 @@ TASKS: Final[tuple[Task, ...]] = (
 )
 # fmt: on
 
-
 _BY_NAME: Final = {task.token.lower(): task for task in TASKS} | {task.name: task for task in TASKS}
-
-
 _CUSTOM_TOKEN: Final = re.compile(r"<[A-Za-z][A-Za-z0-9_ -]{0,63}>")
+_GROUNDING: Final = "<CAPTION_TO_PHRASE_GROUNDING>"
+# What the step before may give.
+_FIRST_OUTPUTS: Final = {
+    TaskInput.TEXT: (OutputKind.TEXT,),
+    TaskInput.REGION: (
+        OutputKind.LABELED_BOXES,
+        OutputKind.BOXES,
+        OutputKind.GROUNDING,
+        OutputKind.BOXES_OR_POLYGONS,
+        OutputKind.OCR,
+    ),
+}
 
 
 def find_task(name: str) -> Task:
@@ -189,16 +197,3 @@ def _check_follows(before: Task, task: Task) -> None:
             f"{task.token} takes {task.takes.value}, which {before.token} does not give; "
             "begin the cascade with a caption, a detection or a proposal task."
         )
-
-
-_GROUNDING: Final = "<CAPTION_TO_PHRASE_GROUNDING>"
-_FIRST_OUTPUTS: Final = {
-    TaskInput.TEXT: (OutputKind.TEXT,),
-    TaskInput.REGION: (
-        OutputKind.LABELED_BOXES,
-        OutputKind.BOXES,
-        OutputKind.GROUNDING,
-        OutputKind.BOXES_OR_POLYGONS,
-        OutputKind.OCR,
-    ),
-}

@@ -126,7 +126,7 @@ class Preparer:
         self._processor = processor
         self._max_ahead = max_ahead
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="florence2-images")
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._jobs: dict[object, _Job] = {}
         self._listed: dict[object, _Job] = {}
         # By whose list it is: what each of them waits for still.
@@ -163,12 +163,17 @@ class Preparer:
         """The prepared image or why there is none; made here and now if nobody has begun."""
         if isinstance(image, PreparedImage):
             return self._checked(image)
+        key = identity(image)
         with self._lock:
-            job = self._listed.pop(identity(image), None)
+            job = self._listed.pop(key, None)
             if job is None:
-                job = self._jobs.get(identity(image)) or self._new_job(image)
+                job = self._jobs.get(key) or self._new_job(image)
                 job.num_takers += 1
-        return self._take(job)
+        try:
+            return job.errand.result()
+        finally:
+            with self._lock:
+                self._leave(job)
 
     def prepare(self, image: LoadedImage) -> PreparedImage:
         """An open image made ready here and now; its pixels are needed no longer.
@@ -184,7 +189,7 @@ class Preparer:
         Who has its features need not take it again.
         """
         with self._lock:
-            return self._known_hash(image)
+            return self._hashes.get(image) if isinstance(image, LoadedImage) else None
 
     def close(self) -> None:
         """Prepares nothing ahead any more; what is begun is finished, and may still be taken."""
@@ -198,42 +203,19 @@ class Preparer:
 
     def _list(self, wanted: Mapping[object, Unprepared]) -> None:
         for key, image in wanted.items():
-            if key in self._listed or self._known_hash(image) is not None:
+            if key in self._listed or self.known_hash(image) is not None:
                 continue
-            if not (key in self._jobs or self._has_room()):
-                break
-            self._listed[key] = self._claim(image)
-
-    def _known_hash(self, image: object) -> str | None:
-        return self._hashes.get(image) if isinstance(image, LoadedImage) else None
-
-    def _has_room(self) -> bool:
-        return not self._is_closed and len(self._jobs) < self._max_ahead
-
-    def _claim(self, image: Unprepared) -> _Job:
-        """The job in hand with one taker more, or a new one, which is begun if there is room."""
-        key = identity(image)
-        job = self._jobs.get(key)
-        if job is None:
-            job = self._new_job(image)
-            if self._has_room():
-                self._jobs[key] = job
+            job = self._jobs.get(key)
+            if job is None:
+                if self._is_closed or len(self._jobs) >= self._max_ahead:
+                    break
+                job = self._jobs[key] = self._new_job(image)
                 self._pool.submit(job.errand.run)
-        job.num_takers += 1
-        return job
+            job.num_takers += 1
+            self._listed[key] = job
 
     def _new_job(self, image: Unprepared) -> _Job:
         return _Job(image, Errand(partial(self._prepare, image)))
-
-    def _take(self, job: _Job) -> Prepared:
-        try:
-            return job.errand.result()
-        finally:
-            self._release(job)
-
-    def _release(self, job: _Job) -> None:
-        with self._lock:
-            self._leave(job)
 
     def _leave(self, job: _Job) -> None:
         job.num_takers -= 1
