@@ -127,10 +127,10 @@ class WatchedSession:
     def __del__(self):
         self._runtime.open_sessions -= 1
 
-    def prefill(self, prefix_ids):
+    def prefill(self, *arguments):
         self._runtime.note(self._number)
-        return self._session.prefill(prefix_ids)
+        return self._session.prefill(*arguments)
 
-    def step(self, token_ids):
+    def step(self, *arguments):
         self._runtime.note(self._number)
-        return self._session.step(token_ids)
+        return self._session.step(*arguments)
