@@ -6,7 +6,6 @@ from dataclasses import replace
 
 from engine_tools import picture
 
-from florence2 import Failure
 from florence2.engine.ask import join_region_answers, regions_of
 from florence2.records import Box, Polygon, Quad, Region, Result, Text
 from florence2.tasks import find_task
@@ -53,14 +52,15 @@ def test_a_polygon_has_the_label_of_its_region_and_its_own_score():
     assert joined.objects == (replace(outline, label="car"),)
 
 
-def test_a_detection_cascade_has_as_many_boxes_as_the_detection(demo):
+def test_a_cascade_asks_about_every_detected_box_and_keeps_its_score(demo):
     image = picture(14)
     joined = demo.run("<OD>+<REGION_TO_DESCRIPTION>", image, max_new_tokens=24)
-    assert not isinstance(joined, Failure)
-    before = joined.steps[0].objects
-    assert before
-    assert [found.box_xyxy for found in joined.objects] == [found.box_xyxy for found in before]
-    assert [found.score for found in joined.objects] == [found.score for found in before]
+    detection, *described = joined.steps
+    assert len(described) == len(detection.objects) > 0
+    for found, box, step in zip(joined.objects, detection.objects, described, strict=True):
+        assert (found.box_xyxy, found.score) == (box.box_xyxy, box.score)
+        alone = demo.run("<REGION_TO_DESCRIPTION>", image, region=box.box_xyxy, max_new_tokens=24)
+        assert alone.token_ids == step.token_ids
 
 
 def test_an_outline_without_points_has_no_region():

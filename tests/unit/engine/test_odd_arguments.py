@@ -11,8 +11,6 @@ from florence2.errors import CheckpointError, DeviceError, RequestError
 from florence2.records import Region
 
 CATEGORY = "<REGION_TO_CATEGORY>"
-
-
 DETECT = "<OPEN_VOCABULARY_DETECTION>"
 SPELLED = "<loc_1>" * 4
 
@@ -80,17 +78,13 @@ def test_one_odd_ask_fails_in_a_sentence_and_the_others_are_answered(model, odd,
     assert str(caught.value) == failure.message
 
 
-def test_what_is_no_ask_fails_alone(model):
-    odd, good = model.run_many([None, Ask(picture(21), "<CAPTION>", max_new_tokens=3)])
+def test_what_is_no_ask_fails_alone_and_asks_may_come_from_a_generator(model):
+    [ask] = captions(21, max_new_tokens=3)
+    odd, good = model.run_many(one for one in (None, ask))
     assert odd.message.startswith("A question is an Ask, and NoneType was received")
     assert isinstance(good, Result)
     with pytest.raises(RequestError, match="takes a list of Ask"):
-        model.run_many(Ask(picture(21), "<CAPTION>"))
-
-
-def test_asks_may_come_from_a_generator(model):
-    results = model.run_many(Ask(picture(21), "<CAPTION>", max_new_tokens=3) for _ in range(2))
-    assert [type(result) for result in results] == [Result, Result]
+        model.run_many(ask)
 
 
 @pytest.mark.parametrize(
@@ -136,34 +130,21 @@ def test_a_checkpoint_needs_a_name(name):
 
 
 def test_numbers_of_numpy_are_numbers(model):
-    plain = model.run(
-        CATEGORY,
-        picture(21),
-        region=(20, 30, 150, 170),
-        num_beams=2,
-        max_new_tokens=4,
-        length_penalty=0.5,
-    )
-    numpy = model.run(
-        CATEGORY,
-        picture(21),
-        region=np.array([20, 30, 150, 170], np.float32),
-        num_beams=np.int64(2),
-        max_new_tokens=np.int32(4),
-        length_penalty=np.float32(0.5),
-    )
-    assert plain.token_ids == numpy.token_ids
+    plain = {"num_beams": 2, "max_new_tokens": 4, "length_penalty": 0.5}
+    numpy = {name: np.asarray(value)[()] for name, value in plain.items()}
+    assert all(isinstance(value, np.generic) for value in numpy.values())
+    by_plain = model.run(CATEGORY, picture(21), region=REGION, **plain)
+    by_numpy = model.run(CATEGORY, picture(21), region=np.array(REGION, np.float32), **numpy)
+    assert by_plain.token_ids == by_numpy.token_ids
 
 
 def test_a_region_may_be_spelled_in_the_models_own_tokens(model):
     spelled = "<loc_100><loc_150><loc_700><loc_800>"
     by_text = model.run(CATEGORY, picture(21), spelled, max_new_tokens=4)
-    assert (
-        model.run(CATEGORY, picture(21), region=spelled, max_new_tokens=4).objects
-        == by_text.objects
-    )
+    by_region = model.run(CATEGORY, picture(21), region=spelled, max_new_tokens=4)
     by_method = model.classify_image_region(picture(21), spelled, max_new_tokens=4)
-    assert by_method.token_ids == by_text.token_ids
+    assert by_text.objects == by_region.objects
+    assert by_text.token_ids == by_method.token_ids
 
 
 def test_a_failure_given_back_as_an_image_keeps_its_reason(model):
