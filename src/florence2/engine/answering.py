@@ -212,13 +212,13 @@ class PromptSearch:
         """Hands on the result of a prompt in hand."""
         prompt_s, began = self._in_hand.pop(item)
         outcome: Outcome
-        if isinstance(answer, FlorenceError):
-            outcome = answer
-        else:
-            self._note_fit()
-            decode_s = time.perf_counter() - began
-            outcome = item.result(answer, Timings(item.image.vision_s, prompt_s, decode_s))
         with self._askers_code():
+            if isinstance(answer, FlorenceError):
+                outcome = answer
+            else:
+                self._note_fit()
+                decode_s = time.perf_counter() - began
+                outcome = item.result(answer, Timings(item.image.vision_s, prompt_s, decode_s))
             self._prompts.settle(item, outcome)
 
     def _runs_to_its_end(self) -> bool:
@@ -325,7 +325,7 @@ class PromptSearch:
 
     @contextmanager
     def _askers_code(self) -> Iterator[None]:
-        """Within it the asker's code runs, whose errors are not the device's."""
+        """Within it errors are not the device's, such as those of the asker's own code."""
         try:
             yield
         except Exception as error:
