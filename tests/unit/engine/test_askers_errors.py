@@ -10,6 +10,7 @@ from engine_tools import Busy, captions, picture
 
 from florence2 import Result
 from florence2.engine.answering import answer, answer_all
+from florence2.engine.ask import Prompt
 from florence2.generation.decode import DecodeLoop
 
 ERRORS = {
@@ -103,13 +104,18 @@ def test_what_a_stop_raises_comes_through(engine, error, at_call):
     assert_comes_through(engine, error, lambda: answer_all(engine, asks))
 
 
-def test_no_memory_of_the_device_with_nothing_in_hand_comes_through(engine, monkeypatch):
-    """Nobody is there whose batch could be made smaller."""
-    error = torch.OutOfMemoryError("no memory left")
+NOT_THE_BATCHES = {
+    # Nobody is there whose batch could be made smaller.
+    "a loop with nothing in hand": (DecodeLoop, "run"),
+    "an answer that is made a result of": (Prompt, "result"),
+}
 
-    def without_memory(loop):
+
+@pytest.mark.parametrize(("owner", "method"), NOT_THE_BATCHES.values(), ids=NOT_THE_BATCHES)
+def test_what_no_smaller_batch_would_help_comes_through(engine, error, monkeypatch, owner, method):
+    def fails(*_):
         monkeypatch.undo()
         raise error
 
-    monkeypatch.setattr(DecodeLoop, "run", without_memory)
-    assert_comes_through(engine, error, lambda: answer_all(engine, captions(1)))
+    monkeypatch.setattr(owner, method, fails)
+    assert_comes_through(engine, error, lambda: answer_all(engine, captions(1, 1, 1)))
