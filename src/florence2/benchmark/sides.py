@@ -30,7 +30,7 @@ from florence2.errors import FlorenceError
 from florence2.images import open_image
 from florence2.records import GenerationSettings
 from florence2.runtimes.device import PRECISIONS
-from florence2.tasks import BANNED_PHRASES, OutputKind, find_task
+from florence2.tasks import BANNED_PHRASES, OutputKind
 from florence2.tokens import BOS, BOS_ID, DECODER_START_ID, EOS, EOS_ID, PAD_ID
 
 OURS: Final = "ours"
