@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 from florence2.engine.scheduler import Priority
 from florence2.errors import RequestError
 from florence2.images import open_image
 from florence2.records import Failure
+from serve.answering import Answering
 from serve.cli.console import complain, say
 from serve.labeling.previews import draw_preview
-from serve.predict.predictor import Call, Predicted
+from serve.predict.predictor import Call
 from serve.sdk import sly
-from serve.settings import Settings, parse_settings
+from serve.settings import parse_settings
 
 _BATCH: Final = 16
 
 
-class Answers(Protocol):
-    """The app's door to its model."""
-
-    def answer(
-        self, images: Sequence[Path], settings: Settings, call: Call
-    ) -> list[Predicted | Failure]: ...
-
-
-def predict_path(app: Answers, arguments: argparse.Namespace) -> int:
+def predict_path(answering: Answering, arguments: argparse.Namespace) -> int:
     """Writes ``OUTPUT/[folder/]image.json`` for every image; 1 when some failed.
 
     The SDK's own sends a whole folder as one batch, which one damaged image ends. Raises
@@ -45,7 +38,7 @@ def predict_path(app: Answers, arguments: argparse.Namespace) -> int:
     for start in range(0, len(images), _BATCH):
         batch = images[start : start + _BATCH]
         for path, outcome in zip(
-            batch, app.answer(batch, settings, Call(Priority.BULK)), strict=True
+            batch, answering.answer(batch, settings, Call(Priority.BULK)), strict=True
         ):
             if isinstance(outcome, Failure):
                 failed += 1

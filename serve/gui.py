@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Final
 
 from florence2.checkpoint.hub import ProgressUpdate
@@ -14,7 +13,6 @@ from serve.sdk import sly  # noqa: F401  (the SDK's modules are imported after t
 
 # isort: split
 from supervisely.app.widgets import Checkbox, Field, Text, Widget
-from supervisely.nn.inference import gui as sdk_gui
 from supervisely.nn.inference.gui.serving_gui_template import ServingGUITemplate
 
 logger = logging.getLogger(__name__)
@@ -31,10 +29,10 @@ class Florence2Gui(ServingGUITemplate):  # type: ignore[misc]
     def _initialize_extra_widgets(self) -> list[Widget]:
         self.pretrained_models_table.set_by_model_name(DEFAULT_MODEL)
         self._refresh = Checkbox("Refresh weights from the hub", widget_id="refresh_weights")
-        self._device_warning = Text("", "warning", widget_id="device_warning")
-        self._device_warning.hide()
+        self.device_warning = Text("", "warning", widget_id="device_warning")
+        self.device_warning.hide()
         refresh = Field(self._refresh, title="Weights", description=_REFRESH_HELP)
-        return [refresh, self._device_warning]
+        return [refresh, self.device_warning]
 
     is_starting = False
     """Whether the app starts and nobody has pressed anything yet."""
@@ -65,11 +63,11 @@ class Florence2Gui(ServingGUITemplate):  # type: ignore[misc]
 
     def show_device_warning(self, text: str | None) -> None:
         """Shows that a model runs where it should not; nothing where there is no such thing."""
-        self._device_warning.text = text or ""
+        self.device_warning.text = text or ""
         if text:
-            self._device_warning.show()
+            self.device_warning.show()
         else:
-            self._device_warning.hide()
+            self.device_warning.hide()
 
     def shows_download(self, name: str) -> Callable[[ProgressUpdate], None]:
         """Moves the page's progress bar as a download goes on."""
@@ -98,15 +96,15 @@ class Florence2Gui(ServingGUITemplate):  # type: ignore[misc]
         widget.show()
 
 
-@contextmanager
-def florence_gui() -> Iterator[None]:
-    """Makes the SDK build our page for the app that is constructed inside.
+def log_download(name: str) -> Callable[[ProgressUpdate], None]:
+    """Every tenth of a download as a line of the log, where there is no page."""
+    reported = -1
 
-    Its constructor looks the class up in its module and has no other place to name one.
-    """
-    before = sdk_gui.ServingGUITemplate
-    sdk_gui.ServingGUITemplate = Florence2Gui
-    try:
-        yield
-    finally:
-        sdk_gui.ServingGUITemplate = before
+    def report(update: ProgressUpdate) -> None:
+        nonlocal reported
+        tenth = 10 * update.done_bytes // max(update.total_bytes, 1)
+        if tenth > reported:
+            reported = tenth
+            logger.info("%s: %d %% of %d bytes", name, 10 * tenth, update.total_bytes)
+
+    return report

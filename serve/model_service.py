@@ -1,4 +1,4 @@
-"""Which checkpoint answers now: chosen, loaded, switched, put to sleep, stopped."""
+"""Which checkpoint answers now: chosen, loaded, switched, put to sleep, loaded again, stopped."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 from florence2.api import Florence2
 from florence2.engine.scheduler import Observer, Scheduler
 from florence2.errors import RequestError, StoppedError, unknown_name
+from florence2.runtimes.device import missing_gpu
 from serve.predict.annotations import TAG_METAS
 from serve.predict.naming import FIXED_SHAPES, class_color, clean_class_name
 from serve.sdk import sly
@@ -240,6 +241,7 @@ def _meta_of(learnt: Iterable[sly.ObjClass]) -> sly.ProjectMeta:
 
 
 MAX_QUEUED: Final = 4096
+IDLE_S: Final = 3600.0
 RELOADING: Final = (
     "The device failed, and the model is being loaded again; send the request again when "
     "/is_ready says so."
@@ -252,12 +254,16 @@ NOT_DEPLOYED: Final = (
 
 @dataclass(frozen=True, slots=True)
 class ModelChoice:
-    """A checkpoint's name, id or folder, and how it is to run."""
+    """A checkpoint's name, id or folder, and how it is to run.
+
+    ``is_cpu_asked_for``: nobody is to be warned that it runs on the CPU.
+    """
 
     name: str
     device: str = "auto"
     precision: str = "auto"
     runtime: str = "auto"
+    is_cpu_asked_for: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -277,6 +283,8 @@ class Deployment:
 
     A model whose device failed for good is loaded again, once. If that fails, or its device fails
     a second time, ``on_hopeless`` is called with a sentence: nothing but a new process helps.
+
+    After an hour without a ``touch`` its weights leave the device.
     """
 
     def __init__(
@@ -288,6 +296,8 @@ class Deployment:
         load: Callable[[ModelChoice], Florence2] | None = None,
         on_hopeless: Callable[[str], None] | None = None,
     ) -> None:
+        self.device_warning: str | None = None
+        """That the model is slow for want of a GPU that could be there."""
         self._observer = observer
         self._on_hopeless = on_hopeless
         self._has_reloaded = False
@@ -297,6 +307,7 @@ class Deployment:
         self._load = load or _load
         self._current: Deployed | None = None
         self._is_frozen = False
+        self._idle = IdleTimer(self._freeze_idle)
         self._lock = threading.RLock()
 
     @property
@@ -322,6 +333,12 @@ class Deployment:
         """Whether the weights are away from the device until the next request."""
         return self._is_frozen
 
+    @property
+    def device_bytes(self) -> float:
+        """Memory that the model takes on its device; 0 without a model."""
+        current = self._current
+        return 0.0 if current is None else float(current.model.engine.memory_bytes)
+
     def switch(self, choice: ModelChoice) -> Deployed:
         """Frees the model before and loads ``choice``; what fails leaves the one before running.
 
@@ -329,7 +346,7 @@ class Deployment:
         """
         with self._lock:
             before = self._current
-            self.stop()
+            self._free()
             self._has_reloaded = False
             try:
                 self._current = self._started(choice)
@@ -337,26 +354,34 @@ class Deployment:
                 if before is not None:
                     self._bring_back(before.choice)
                 raise
+            self.device_warning = _warning_of(self._current)
             return self._current
 
     def stop(self) -> None:
         """Ends the model and frees its memory; nothing happens when there is none."""
         with self._lock:
-            before, self._current, self._is_frozen = self._current, None, False
-            self._why_none = NOT_DEPLOYED
-            if before is not None:
-                before.scheduler.close()
-                before.model.close()
+            self._idle.cancel()
+            self.device_warning = None
+            self._free()
 
-    def freeze(self) -> bool:
-        """Moves the weights from the device into memory; False where they are there already."""
+    def touch(self) -> None:
+        """The model is in use; begin to wait again until it is idle."""
+        self._idle.touch(IDLE_S)
+
+    def freeze(self) -> str:
+        """Moves the weights from the device to memory; what was done, in a sentence.
+
+        Raises StoppedError when no model is deployed.
+        """
         with self._lock:
-            current = self._current
-            if current is None or current.model.device == "cpu":
-                return False
+            current = self.current
+            if self._is_frozen:
+                return "The model is in memory already; the next request brings it back."
+            if current.model.device == "cpu":
+                return f"The model runs on {current.model.device}, so there is no device to free."
             current.scheduler.call(current.model.engine.park)
             self._is_frozen = True
-            return True
+        return "The model was moved to memory; the next request brings it back."
 
     def wake(self) -> None:
         """Moves the weights of a frozen model back to its device."""
@@ -367,6 +392,37 @@ class Deployment:
             if self._is_frozen and current is not None:
                 current.scheduler.call(current.model.engine.resume)
             self._is_frozen = False
+
+    def reload(self) -> None:
+        """Loads the model again whose device failed, unless another was chosen meanwhile."""
+        with self._lock:
+            lost = self._current
+            if lost is None or not lost.model.engine.is_lost:
+                return
+            logger.error("%s: its device failed; requests in hand failed with it", lost.choice.name)
+            self._free()
+            self._why_none = RELOADING
+            hopeless = (
+                f"The device of {lost.choice.name} failed and the model cannot be loaded again in "
+                "this process; start it anew."
+            )
+            if not self._has_reloaded:
+                self._has_reloaded = True
+                self._bring_back(lost.choice)
+            if self._current is not None:
+                logger.warning("%s was loaded again and answers", lost.choice.name)
+                return
+            self._why_none = hopeless
+        logger.error("%s", hopeless)
+        if self._on_hopeless is not None:
+            self._on_hopeless(hopeless)
+
+    def _free(self) -> None:
+        before, self._current, self._is_frozen = self._current, None, False
+        self._why_none = NOT_DEPLOYED
+        if before is not None:
+            before.scheduler.close()
+            before.model.close()
 
     def _started(self, choice: ModelChoice) -> Deployed:
         # Every thread that computes gets workers of its own from OpenMP, and with more workers
@@ -385,31 +441,7 @@ class Deployment:
 
     def _on_lost(self) -> None:
         """On the model's thread, which has to end before its model can be freed."""
-        threading.Thread(target=self._reload, name="reload", daemon=True).start()
-
-    def _reload(self) -> None:
-        """Loads the model again whose device failed, unless another was chosen meanwhile."""
-        with self._lock:
-            lost = self._current
-            if lost is None or not lost.model.engine.is_lost:
-                return
-            logger.error("%s: its device failed; requests in hand failed with it", lost.choice.name)
-            self.stop()
-            self._why_none = RELOADING
-            hopeless = (
-                f"The device of {lost.choice.name} failed and the model cannot be loaded again in "
-                "this process; start it anew."
-            )
-            if not self._has_reloaded:
-                self._has_reloaded = True
-                self._bring_back(lost.choice)
-            if self._current is not None:
-                logger.warning("%s was loaded again and answers", lost.choice.name)
-                return
-            self._why_none = hopeless
-        logger.error("%s", hopeless)
-        if self._on_hopeless is not None:
-            self._on_hopeless(hopeless)
+        threading.Thread(target=self.reload, name="reload", daemon=True).start()
 
     def _bring_back(self, choice: ModelChoice) -> None:
         try:
@@ -418,6 +450,22 @@ class Deployment:
         except Exception:
             logger.exception("%s could not be loaded again", choice.name)
 
+    def _freeze_idle(self) -> None:
+        if self.is_deployed:
+            logger.info(self.freeze())
+
 
 def _load(choice: ModelChoice) -> Florence2:
     return Florence2.load(choice.name, choice.device, choice.runtime, precision=choice.precision)
+
+
+def _warning_of(deployed: Deployed) -> str | None:
+    model = deployed.model
+    if model.device != "cpu" or deployed.choice.is_cpu_asked_for or not (why := missing_gpu()):
+        return None
+    warning = (
+        f"{model.name} runs on the CPU. {why} The image of the self-test, with a caption of a "
+        f"few words, took {model.engine.self_test_s:.2g} s."
+    )
+    logger.warning(warning)
+    return warning

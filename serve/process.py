@@ -9,8 +9,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Final, NoReturn, TypeVar
 
 from florence2.errors import FlorenceError
@@ -31,7 +30,7 @@ _CHOSEN_BY_USER: Final = "OMP_WAIT_POLICY"
 _CHOSEN_COUNT: Final = "OMP_NUM_THREADS"
 _SMALL_D_MODEL: Final = 512
 
-_LOADAVG: Final = "/proc/loadavg"
+LOADAVG: Final = "/proc/loadavg"
 _LOOKS: Final = 5
 _BETWEEN_LOOKS_S: Final = 0.01
 
@@ -68,7 +67,7 @@ def is_machine_busy() -> bool:
 def _others_running() -> int:
     """Threads of the whole machine that run or want to, but this one."""
     try:
-        with open(_LOADAVG, encoding="ascii") as file:
+        with open(LOADAVG, encoding="ascii") as file:
             return int(file.read().split()[3].split("/")[0]) - 1
     except (OSError, ValueError, IndexError):
         return 0
@@ -88,7 +87,7 @@ def start_or_end(make: Callable[[], Made]) -> Made:
 
     Also ends a process whose server does not come up afterwards, and one that threads hold back.
     """
-    server = _ServerErrors()
+    server = ServerErrors()
     threading.Thread(target=_see_to_the_end, args=(server,), name="ending", daemon=True).start()
     try:
         made = make()
@@ -107,7 +106,7 @@ def start_or_end(make: Callable[[], Made]) -> Made:
     return made
 
 
-class _ServerErrors(logging.Handler):
+class ServerErrors(logging.Handler):
     """What uvicorn says when it gives up before it has served: a port that is taken, above all."""
 
     def __init__(self) -> None:
@@ -120,7 +119,7 @@ class _ServerErrors(logging.Handler):
             self.text = record.getMessage()
 
 
-def _see_to_the_end(server: _ServerErrors) -> None:
+def _see_to_the_end(server: ServerErrors) -> None:
     """Waits for the main thread, then for those the SDK leaves behind, but not for ever."""
     threading.main_thread().join()
     if server.text is not None:
@@ -151,31 +150,3 @@ def log_like_the_sdk() -> None:
         own.handlers = list(sly.logger.handlers)
         own.setLevel(sly.logger.level)
         own.propagate = False
-
-
-@contextmanager
-def optional_autostart() -> Iterator[None]:
-    """Inside, a platform that does not say whether to deploy by itself does not end the start.
-
-    The SDK asks for it while it mounts its routes, and takes an error for the end.
-    """
-    from supervisely.app.fastapi import subapp
-
-    ask = subapp.set_autostart_flag_from_state
-
-    def asked(default: str | None = None) -> None:
-        try:
-            ask(default)
-        except Exception as error:  # noqa: BLE001 - the SDK and its transport raise what they like
-            logger.warning(
-                "The platform did not say whether to deploy a model by itself (%s: %s); choose one "
-                "on the page and press Serve.",
-                type(error).__name__,
-                error,
-            )
-
-    subapp.set_autostart_flag_from_state = asked
-    try:
-        yield
-    finally:
-        subapp.set_autostart_flag_from_state = ask

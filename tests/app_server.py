@@ -61,7 +61,7 @@ class AppServer:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log_path = folder / "app.log"
-        self._command = command(self.port)
+        self.command = command(self.port)
         own = {"SLY_APP_DATA_DIR": str(folder), "FLORENCE_PORT": str(self.port)}
         self.environment = {**_clean_env(), **own, **env}
         self._folder = folder
@@ -75,7 +75,7 @@ class AppServer:
         """Returns when the path answers 200; raises with the log when the app ends before that."""
         with self.log_path.open("wb") as log:
             self._process = subprocess.Popen(
-                self._command,
+                self.command,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=self.environment,

@@ -83,13 +83,13 @@ def serve(
         # The SDK writes a line of JSON for every step, which is for the platform's log.
         sly.logger.setLevel("WARNING")
         choose_device(device)
-        from serve.http.origins import Callers, Servers
+        from serve.http.guard import Callers
+        from serve.http.json_bodies import Servers
 
         callers = Callers.from_environment(host, allow_host or ())
         servers = Servers.from_environment(allow_server or ())
         fetch(model)
-        from serve.app import Florence2App
-        from serve.local_server import LocalServer
+        from serve.app import Florence2App, LocalServer
 
         _set_budgets(open_megapixels, held_mib)
         app = Florence2App(
@@ -112,7 +112,7 @@ def serve(
 
 def _set_budgets(open_megapixels: int | None, held_mib: int | None) -> None:
     from florence2.budget import open_pixels
-    from serve.http.bodies import MIB, held_bytes
+    from serve.limits import MIB, held_bytes
 
     if open_megapixels is not None:
         open_pixels().capacity = open_megapixels * 10**6

@@ -9,8 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
 from serve.http.errors import STATUS_BY_CODE, UNEXPECTED
-from serve.http.guard import OTHER
-from serve.http.routes import ROUTE_BY_PATH
+from serve.http.routes import OTHER, ROUTE_BY_PATH
 
 if TYPE_CHECKING:
     from florence2.budget import Budget

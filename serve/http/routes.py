@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
-from starlette.types import Scope
 
-
-class Body(Enum):
+class Takes(Enum):
     """What a route reads from the body of a request."""
 
     OPTIONAL = "nothing, or a JSON object"
@@ -37,14 +35,14 @@ class Route:
     """
 
     path: str
-    body: Body = Body.OPTIONAL
+    takes: Takes = Takes.OPTIONAL
     request_id: RequestId = RequestId.NONE
     has_picture: bool = False
     waits: bool = False
 
 
 def _about_a_request(path: str, request_id: RequestId = RequestId.KNOWN) -> Route:
-    return Route(path, Body.STATE, request_id)
+    return Route(path, Takes.STATE, request_id)
 
 
 ROUTES: Final[tuple[Route, ...]] = (
@@ -57,7 +55,7 @@ ROUTES: Final[tuple[Route, ...]] = (
     Route("/tasks"),
     Route("/metrics"),
     Route("/get_prompt_instructions"),
-    Route("/visual_question_answering", Body.STATE, has_picture=True, waits=True),
+    Route("/visual_question_answering", Takes.STATE, has_picture=True, waits=True),
     Route("/get_session_info"),
     Route("/get_tracking_settings"),
     Route("/get_custom_inference_settings"),
@@ -70,25 +68,25 @@ ROUTES: Final[tuple[Route, ...]] = (
     Route("/list_pretrained_model_infos"),
     Route("/is_deployed"),
     Route("/freeze_model", waits=True),
-    Route("/deploy_from_api", Body.STATE, waits=True),
-    Route("/run_speedtest", Body.STATE, waits=True),
-    Route("/tag_objects", Body.STATE, waits=True),
-    Route("/tag_objects_async", Body.STATE),
-    Route("/smart_cache", Body.STATE, waits=True),
-    Route("/smart_cache_files", Body.FORM, waits=True),
-    Route("/inference_image", Body.FORM, waits=True),
-    Route("/inference_batch", Body.FORM, waits=True),
-    Route("/inference_batch_async", Body.FORM, waits=True),
-    Route("/inference_video_async", Body.FORM, waits=True),
-    Route("/inference_image_id", Body.STATE, waits=True),
-    Route("/inference_image_id_async", Body.STATE),
-    Route("/inference_image_url", Body.STATE, waits=True),
-    Route("/inference_batch_ids", Body.STATE, waits=True),
-    Route("/inference_batch_ids_async", Body.STATE),
-    Route("/inference_video_id", Body.STATE, waits=True),
-    Route("/inference_video_id_async", Body.STATE),
-    Route("/inference_project_id_async", Body.STATE),
-    Route("/tracking_by_detection", Body.STATE),
+    Route("/deploy_from_api", Takes.STATE, waits=True),
+    Route("/run_speedtest", Takes.STATE, waits=True),
+    Route("/tag_objects", Takes.STATE, waits=True),
+    Route("/tag_objects_async", Takes.STATE),
+    Route("/smart_cache", Takes.STATE, waits=True),
+    Route("/smart_cache_files", Takes.FORM, waits=True),
+    Route("/inference_image", Takes.FORM, waits=True),
+    Route("/inference_batch", Takes.FORM, waits=True),
+    Route("/inference_batch_async", Takes.FORM, waits=True),
+    Route("/inference_video_async", Takes.FORM, waits=True),
+    Route("/inference_image_id", Takes.STATE, waits=True),
+    Route("/inference_image_id_async", Takes.STATE),
+    Route("/inference_image_url", Takes.STATE, waits=True),
+    Route("/inference_batch_ids", Takes.STATE, waits=True),
+    Route("/inference_batch_ids_async", Takes.STATE),
+    Route("/inference_video_id", Takes.STATE, waits=True),
+    Route("/inference_video_id_async", Takes.STATE),
+    Route("/inference_project_id_async", Takes.STATE),
+    Route("/tracking_by_detection", Takes.STATE),
     _about_a_request("/get_inference_progress"),
     _about_a_request("/get_inference_status"),
     _about_a_request("/get_inference_result"),
@@ -101,26 +99,12 @@ ROUTES: Final[tuple[Route, ...]] = (
 
 ROUTE_BY_PATH: Final = {route.path: route for route in ROUTES}
 
+# What everything that is not in the table is counted as.
+OTHER: Final = "other"
+
 # Opens a port of a debugger in the container; a deployed app has no use for it.
 NEVER_SERVED: Final = frozenset({"/debug"})
 
 # On the platform its page asks the first for the token, and its agent stops the app by the
 # second, both behind the platform's own log-in. Without the platform nothing asks who calls.
 NOT_SERVED_LOCALLY: Final = frozenset({"/sly/session-info", "/sly/shutdown", "/shutdown"})
-
-
-def path_of(scope: Scope, path_prefix: str = "") -> str:
-    """The path as the table has it: without the server's root and the SDK's path prefix."""
-    path: str = scope["path"]
-    for prefix in (scope.get("root_path", ""), path_prefix):
-        if prefix and path.startswith(prefix + "/"):
-            path = path[len(prefix) :]
-    return path
-
-
-def is_api_path(path: str) -> bool:
-    """Whether the path has exactly one segment, as every route of the SDK's API and ours has.
-
-    A widget's route has the widget's id before the name of the event.
-    """
-    return path.strip("/") != "" and "/" not in path.strip("/")

@@ -13,8 +13,8 @@ from typing import Final
 import httpx2
 
 from florence2.errors import RequestError, shown_s
-from serve.http.bodies import MAX_IMAGE_BYTES, kind_of, readable_size
-from serve.http.errors import TooLargeError
+from serve.http.errors import TooLargeError, kind_of
+from serve.limits import MAX_IMAGE_BYTES, readable_size
 
 Resolve = Callable[[str, int], Sequence[str]]
 

@@ -9,7 +9,7 @@ from typing import Final
 from florence2.engine.ask import AnyImage, Ask
 from florence2.errors import RequestError
 from florence2.records import Failure, Region, Result
-from serve.http.bodies import held_bytes
+from serve.limits import held_bytes
 from serve.platform.failures import FailedImageError
 from serve.platform.images import download_images, resolve
 from serve.platform.request_state import Source

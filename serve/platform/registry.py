@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import uuid
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Final, TypeAlias
@@ -17,6 +18,7 @@ AWAITED: Final = "awaited"
 FORGET_AFTER_S: Final = 60
 MAX_SCHEDULED: Final = 1000
 _RETRY_AFTER_S: Final = 5.0
+_LOOK_AFTER_S: Final = 0.1
 
 
 class RequestsManager(Manager):  # type: ignore[misc]
@@ -33,6 +35,18 @@ class RequestsManager(Manager):  # type: ignore[misc]
     def create(self, inference_request_uuid: str | None = None) -> InferenceRequest:
         """A new request; the SDK names it after the time, which two may share and all can guess."""
         return super().create(inference_request_uuid or uuid.uuid4().hex)
+
+    def knows(self, inference_request_uuid: str) -> bool:
+        """Whether there is such a request; does not block."""
+        return inference_request_uuid in self._inference_requests
+
+    def wait_until_finished(self, limit_s: float) -> None:
+        """Returns once all requests are over, or after ``limit_s``."""
+        end_s = time.monotonic() + limit_s
+        while time.monotonic() < end_s and not all(
+            request.is_finished() for request in list(self._inference_requests.values())
+        ):
+            time.sleep(_LOOK_AFTER_S)
 
     def schedule_task(self, func: Any, *args: Any, **kwargs: Any) -> tuple[InferenceRequest, Any]:  # noqa: ANN401
         """Work behind an answer; the SDK's line for it has no end. QueueFullError."""

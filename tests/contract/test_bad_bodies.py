@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from contract_calls import App, assert_refused, refused_now_or_later
 
-from serve.http.routes import ROUTES, Body
+from serve.http.routes import ROUTES, Takes
 
 # What the platform's documents list, written down here and not taken from the app.
 STATE_PATHS = (
@@ -56,7 +56,7 @@ pytestmark = pytest.mark.usefixtures("next_request_works")
 def test_the_lists_here_leave_out_no_route_that_takes_a_state():
     known = {*STATE_PATHS, *REQUEST_PATHS, "clear_inference_request"}
     own = {"tag_objects", "tag_objects_async"}
-    assert {route.path[1:] for route in ROUTES if route.body is Body.STATE} <= known | own
+    assert {route.path[1:] for route in ROUTES if route.takes is Takes.STATE} <= known | own
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import requests
 from app_server import SDK_ENVIRONMENT, AppServer, page_command
 from platform_double import TASK_ID, TOKEN, PlatformDouble
 
-from serve.process import _ServerErrors
+from serve.process import ServerErrors
 
 OPTIONAL = [
     "tasks.info",
@@ -64,7 +64,7 @@ def ended(folder: Path, env: dict[str, str], command=page_command) -> tuple[int,
     """The exit status, the log, and the message of its last line, of a start that does not last."""
     app = AppServer(folder, env, command)
     ran = subprocess.run(
-        app._command,
+        app.command,
         env=app.environment,
         cwd=folder,
         stdout=subprocess.PIPE,
@@ -142,7 +142,7 @@ def test_a_port_that_is_taken_ends_the_process_with_a_sentence(own_platform, tmp
 
 
 def test_an_error_about_a_request_is_no_failed_start():
-    server = _ServerErrors()
+    server = ServerErrors()
     for message in ("ASGI callable returned without sending handshake.", "Exception in ASGI app"):
         server.emit(logging.makeLogRecord({"msg": message, "levelno": logging.ERROR}))
     assert server.text is None

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from starlette.testclient import TestClient
 
 from florence2 import Florence2
+from serve.app import Florence2App, LocalServer
 from serve.http.metrics import Metrics
 from serve.model_service import Deployment, ModelChoice
 from serve.predict.predictor import Predictor
@@ -15,6 +17,7 @@ from serve.sdk import sly  # noqa: F401  (the SDK's modules are imported after t
 # isort: split
 from supervisely.app.singleton import Singleton
 
+HERE = "http://127.0.0.1:8000"
 IMAGES = Path(__file__).parents[3] / "demo" / "images"
 
 
@@ -56,6 +59,34 @@ def fresh_sdk(monkeypatch, tmp_path):
     monkeypatch.setenv("SLY_APP_DATA_DIR", str(tmp_path / "data"))
     for name in ("SERVER_ADDRESS", "API_TOKEN", "TASK_ID"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def serve_locally(fresh_sdk, monkeypatch):
+    """Makes local apps whose server is a test client's; each is stopped at the end."""
+    monkeypatch.setattr("uvicorn.Server.run", lambda *_, **options: None)
+    made = []
+
+    def serve(device="cpu", **local) -> Florence2App:
+        app = Florence2App(local=LocalServer("demo", device, **local))
+        made.append(app)
+        app.serve()
+        return app
+
+    yield serve
+    for app in made:
+        app.shutdown_model()
+
+
+@pytest.fixture
+def app(serve_locally) -> Florence2App:
+    return serve_locally(allow_deploy=("someone/nothing-here",))
+
+
+@pytest.fixture
+def client(app):
+    with TestClient(app.app, HERE, raise_server_exceptions=False) as client:
+        yield client
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ if "autostart" in sys.argv:
 from starlette.testclient import TestClient
 
 from florence2.errors import FlorenceError
-from serve import deployable
+from serve import model_service
 from serve.app import Florence2App
 from serve.model_service import named_model, params_for
 from serve.sdk import sly  # noqa: F401  (the SDK's modules are imported after this door)
@@ -43,7 +43,7 @@ CALLERS = {
 }
 GPU_IS_MISSING = "A GPU can be expected here."
 seen: dict[str, object] = {}
-deployable.missing_gpu = lambda: GPU_IS_MISSING
+model_service.missing_gpu = lambda: GPU_IS_MISSING
 app = Florence2App(use_gui=True, use_serving_gui_template=True)
 
 
@@ -89,7 +89,7 @@ def answers_before_and_after_deploying() -> None:
 
 def shown_warning() -> str | None:
     """The sentence on the page about the device, if one is to be seen."""
-    widget = app.gui._device_warning
+    widget = app.gui.device_warning
     return None if widget.is_hidden() else widget.text
 
 

@@ -97,7 +97,8 @@ def test_a_stopped_model_is_freed_once(models, diary):
 
 def test_an_idle_model_moves_to_memory_and_back_on_the_models_thread(models, diary):
     models.switch(ModelChoice("base", "cuda:0"))
-    assert models.freeze()
+    assert "moved to memory" in models.freeze()
+    assert "in memory already" in models.freeze()
     assert models.is_frozen
     models.wake()
     models.wake()
@@ -109,7 +110,7 @@ def test_an_idle_model_moves_to_memory_and_back_on_the_models_thread(models, dia
 
 def test_a_model_in_memory_has_nowhere_to_go(models, diary):
     models.switch(ModelChoice("base", "cpu"))
-    assert not models.freeze()
+    assert "no device to free" in models.freeze()
     assert not models.is_frozen
     assert diary == ["load base"]
 
@@ -145,9 +146,11 @@ class Failing:
     def __init__(self, diary: list[str]) -> None:
         self.diary, self.is_over, self.sentences = diary, threading.Event(), list[str]()
         self.can_load = True
+        self.before_load = lambda: None
         self.deployment = Deployment(load=self._load, on_hopeless=self._give_up)
 
     def _load(self, choice: ModelChoice) -> Model:
+        self.before_load()
         if not self.can_load:
             self.diary.append(f"load {choice.name} in vain")
             raise RuntimeError("CUDA error: device-side assert triggered")
@@ -202,15 +205,13 @@ def test_a_model_that_cannot_be_loaded_again_is_the_end_and_requests_are_told_so
 
 def test_while_the_model_is_loaded_again_requests_are_told_so(failing):
     told: list[str] = []
-    load = failing._load
 
-    def asked_meanwhile(choice: ModelChoice) -> Model:
+    def asked_meanwhile() -> None:
         with pytest.raises(StoppedError) as caught:
             _ = failing.deployment.current
         told.append(str(caught.value))
-        return load(choice)
 
-    failing.deployment._load = asked_meanwhile
+    failing.before_load = asked_meanwhile
     failing.fail()
     assert "loaded again" in told[0]
 
@@ -225,6 +226,6 @@ def test_another_model_may_fail_and_be_loaded_again_too(failing, diary):
 
 def test_a_model_that_was_exchanged_meanwhile_is_left_alone(failing, diary):
     failing.deployment.switch(ModelChoice("large"))
-    failing.deployment._reload()
+    failing.deployment.reload()
     assert diary == ["load base", "free base", "load large"]
     assert failing.deployment.current.choice.name == "large"

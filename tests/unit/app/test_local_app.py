@@ -18,29 +18,13 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
+from florence2 import Florence2
 from florence2.budget import Budget
-from florence2.errors import NoRoomError, QueueFullError, RequestError
-from serve.app import Florence2App
-from serve.http.bodies import MIB
-from serve.local_server import LocalServer
+from florence2.errors import CheckpointError, NoRoomError, QueueFullError, RequestError
+from serve.http.handlers import Services
+from serve.limits import MIB
 
 HERE = "http://127.0.0.1:8000"
-
-
-@pytest.fixture
-def app(fresh_sdk, monkeypatch):
-    monkeypatch.setattr(Florence2App, "_run_server", lambda self: None)
-    local = LocalServer("demo", "cpu", allow_deploy=("someone/nothing-here",))
-    served = Florence2App(local=local)
-    served.serve()
-    yield served
-    served.shutdown_model()
-
-
-@pytest.fixture
-def client(app):
-    with TestClient(app.app, HERE, raise_server_exceptions=False) as client:
-        yield client
 
 
 @pytest.fixture
@@ -176,21 +160,24 @@ def test_a_timeout_is_a_number_of_seconds(client, bike, seconds):
 
 
 @pytest.mark.parametrize(
-    ("path", "work", "state"),
+    ("path", "part", "work", "state"),
     [
-        ("/tag_objects", "tag_objects", {"image_ids": [1]}),
-        ("/inference_video_id", "_inference_video_id", {"videoId": 1}),
-        ("/inference_batch_ids", "_inference_image_ids", {"batch_ids": [1]}),
+        ("/tag_objects", "answering", "run_tag_objects", {"image_ids": [1]}),
+        ("/inference_video_id", "sdk", "label_video_id", {"videoId": 1}),
+        ("/inference_batch_ids", "answering", "run_image_ids", {"batch_ids": [1]}),
     ],
 )
-def test_a_run_that_is_waited_for_ends_when_its_client_leaves(app, monkeypatch, path, work, state):
+def test_a_run_that_is_waited_for_ends_when_its_client_leaves(
+    app, monkeypatch, path, part, work, state
+):
     ended = []
 
     def until_stopped(api, state, inference_request):
-        ended.append(inference_request._stopped.wait(20))
+        wait_until(inference_request.is_stopped)
+        ended.append(state)
 
-    monkeypatch.setattr(app, work, until_stopped)
-    monkeypatch.setattr(app, "api_from_request", lambda request: None)
+    monkeypatch.setattr(getattr(app, part), work, until_stopped)
+    monkeypatch.setattr(Services, "api_of", lambda self, request: None)
     headers = [(b"content-type", b"application/json"), (b"host", b"localhost")]
     scope = {"type": "http", "method": "POST", "path": path, "headers": headers}
     scope |= {"query_string": b"", "root_path": "", "http_version": "1.1", "scheme": "http"}
@@ -204,29 +191,35 @@ def test_a_run_that_is_waited_for_ends_when_its_client_leaves(app, monkeypatch, 
         """Nobody is there."""
 
     asyncio.run(app.app(scope, receive, send))
-    assert ended == [True]
+    assert ended == [state]
 
 
 @pytest.mark.parametrize(
-    "name", ["demo", "Florence-2-base", "florence-2-BASE", "someone/nothing-here"]
+    "name",
+    [
+        *("demo", "Florence-2-base", "florence-2-BASE", "someone/nothing-here"),
+        *("someone/else", "/models/mine"),
+    ],
 )
 def test_what_may_be_deployed_is_the_published_the_first_and_the_allowed(app, monkeypatch, name):
     asked = []
-    monkeypatch.setattr(app, "_load_model_headless", lambda **params: asked.append(params))
-    monkeypatch.setattr(app, "_download_model_files", lambda params: params["model_files"])
-    app.deploy_from_state({"model_name": name, "deploy_params": {"device": "cpu"}})
-    assert asked[0]["model_info"]["meta"]["model_name"].lower() == name.lower()
+
+    def switch(choice):
+        asked.append(choice.name)
+        raise CheckpointError("It was asked for.")
+
+    monkeypatch.setattr(app.deployment, "switch", switch)
+    monkeypatch.setattr("serve.app.resolve", lambda name, **options: None)
     monkeypatch.setenv("FLORENCE_ALLOW_DEPLOY", "someone/else /models/mine")
-    for allowed in ("someone/else", "/models/mine"):
-        app.deploy_from_state({"model_name": allowed, "deploy_params": {"device": "cpu"}})
+    with pytest.raises(CheckpointError):
+        app.sdk.deploy({"model_name": name, "deploy_params": {"device": "cpu"}})
+    assert [one.lower() for one in asked] == [name.lower()]
     with pytest.raises(RequestError, match="--allow-deploy"):
-        app.deploy_from_state({"model_name": "someone/other"})
+        app.sdk.deploy({"model_name": "someone/other"})
 
 
-def test_a_full_queue_says_when_to_come_back(fresh_sdk, monkeypatch, bike):
-    monkeypatch.setattr(Florence2App, "_run_server", lambda self: None)
-    app = Florence2App(local=LocalServer("demo", "cpu", max_queued=1))
-    app.serve()
+def test_a_full_queue_says_when_to_come_back(serve_locally, bike):
+    app = serve_locally(max_queued=1)
     held, go_on = threading.Event(), threading.Event()
     scheduler = app.deployment.current.scheduler
     threading.Thread(target=scheduler.call, args=(lambda: (held.set(), go_on.wait()),)).start()
@@ -241,7 +234,6 @@ def test_a_full_queue_says_when_to_come_back(fresh_sdk, monkeypatch, bike):
         go_on.set()
         waiting.join(30)
         assert ask(client, bike).status_code == 200
-    app.shutdown_model()
     assert full.status_code == 503
     assert 1 <= int(full.headers["Retry-After"]) <= 60
     assert full.json()["code"] == "queue_full"
@@ -325,13 +317,11 @@ def test_the_sdks_python_interface_works_too(app, image_path):
     ids=["chosen here", "asked for", "no GPU to be expected"],
 )
 def test_a_cpu_where_a_gpu_could_be_is_said_in_log_and_route(
-    fresh_sdk, monkeypatch, caplog, device, why, is_warned
+    serve_locally, monkeypatch, caplog, device, why, is_warned
 ):
-    monkeypatch.setattr(Florence2App, "_run_server", lambda self: None)
-    monkeypatch.setattr("serve.deployable.missing_gpu", lambda: why)
+    monkeypatch.setattr("serve.model_service.missing_gpu", lambda: why)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    app = Florence2App(local=LocalServer("demo", device))
-    app.serve()
+    app = serve_locally(device)
     with TestClient(app.app, base_url=HERE) as client:
         info = client.post("/get_session_info", json={}).json()
     took_s = app.deployment.current.model.engine.self_test_s
@@ -342,7 +332,7 @@ def test_a_cpu_where_a_gpu_could_be_is_said_in_log_and_route(
     assert (expected in caplog.text) == is_warned
     if is_warned:
         assert f"took {took_s:.2g} s" in info["device_warning"]
-    assert app.device_warning is None
+    assert app.deployment.device_warning is None
 
 
 def fail_device(app) -> None:
@@ -367,20 +357,20 @@ def test_a_device_that_fails_is_shown_and_the_model_loaded_again_once(
 ):
     ended: list[tuple[str, int]] = []
     is_ended, may_load, loading = threading.Event(), threading.Event(), threading.Event()
-    load = app.deployment._load
+    load = Florence2.load
 
     def end(sentence, status):
         ended.append((sentence, status))
         is_ended.set()
 
-    def held_load(choice):
+    def held_load(*choice, **options):
         loading.set()
         assert may_load.wait(60)
-        return load(choice)
+        return load(*choice, **options)
 
-    monkeypatch.setattr("serve.deployable.end_process", end)
-    monkeypatch.setattr("serve.deployable._LAST_ANSWERS_S", 0.0)
-    monkeypatch.setattr(app.deployment, "_load", held_load)
+    monkeypatch.setattr("serve.app.end_process", end)
+    monkeypatch.setattr("serve.app.LAST_ANSWERS_S", 0.0)
+    monkeypatch.setattr(Florence2, "load", held_load)
     assert is_ready(client)
     fail_device(app)
     answer = ask(client, bike)
@@ -392,8 +382,7 @@ def test_a_device_that_fails_is_shown_and_the_model_loaded_again_once(
     assert (meanwhile.status_code, meanwhile.json()["code"]) == (503, "not_deployed")
     assert "Retry-After" in meanwhile.headers
     may_load.set()
-    with app.deployment._lock:
-        """The reload is over."""
+    wait_until(lambda: app.deployment.is_ready)
     assert is_ready(client)
     assert ask(client, bike).status_code == 200
     assert ended == []
@@ -408,27 +397,26 @@ def test_a_device_that_fails_is_shown_and_the_model_loaded_again_once(
 
 
 def test_an_app_inside_of_a_program_leaves_the_program_alone(app, monkeypatch):
-    monkeypatch.setattr("serve.deployable.end_process", lambda *_: pytest.fail("it ended"))
+    monkeypatch.setattr("serve.app.end_process", lambda *_: pytest.fail("it ended"))
     app._is_quick_deploy = True
-    app._end_when_answered("Start it anew.")
+    app.end_when_answered("Start it anew.")
 
 
 def test_a_process_that_ends_waits_for_its_runs(app, monkeypatch):
     """Their reports name the images that failed with the device."""
-    monkeypatch.setattr("serve.deployable._LAST_ANSWERS_S", 0.0)
-    run = app.inference_requests_manager.create()
+    monkeypatch.setattr("serve.app.LAST_ANSWERS_S", 0.0)
+    run = app.runs.create()
     was_finished: list[bool] = []
     looked = threading.Event()
+    is_finished = run.is_finished
 
-    def is_finished():
+    def looks():
         looked.set()
-        return run._finished
+        return is_finished()
 
-    run.is_finished = is_finished
-    monkeypatch.setattr(
-        "serve.deployable.end_process", lambda *_: was_finished.append(run._finished)
-    )
-    ending = threading.Thread(target=app._end_when_answered, args=("Start it anew.",))
+    run.is_finished = looks
+    monkeypatch.setattr("serve.app.end_process", lambda *_: was_finished.append(is_finished()))
+    ending = threading.Thread(target=app.end_when_answered, args=("Start it anew.",))
     ending.start()
     assert looked.wait(60)
     run.on_inference_end()
@@ -451,8 +439,8 @@ def room(monkeypatch):
     budget = Budget(64 * MIB, "bytes of images")
     for module in (
         "serve.app",
+        "serve.http.guard",
         "serve.http.handlers",
-        "serve.deployable",
         "serve.answering",
     ):
         monkeypatch.setattr(f"{module}.held_bytes", lambda: budget)
@@ -482,7 +470,7 @@ def test_uploads_that_were_taken_on_wait_until_there_is_room(client, app, bike, 
     assert (refused.status_code, refused.json()["code"]) == (503, code)
     refusals.append(full)
     uuid = ask(client, bike, "/inference_batch_async").json()["inference_request_uuid"]
-    run = app.inference_requests_manager.get(uuid)
+    run = app.runs.get(uuid)
     wait_until(run.is_finished)
     assert run.exception is None
     assert [classes_in(entry) for entry in run.pop_pending_results()] == [
@@ -491,15 +479,15 @@ def test_uploads_that_were_taken_on_wait_until_there_is_room(client, app, bike, 
 
 
 LATER = {
-    "a batch": ("/inference_batch_async", "_inference_images", 2),
-    "a video": ("/inference_video_async", "_inference_video", 1),
+    "a batch": ("/inference_batch_async", "answering", "run_uploads", 2),
+    "a video": ("/inference_video_async", "sdk", "label_video", 1),
 }
 
 
-@pytest.mark.parametrize(("route", "work", "num_files"), LATER.values(), ids=LATER)
+@pytest.mark.parametrize(("route", "part", "work", "num_files"), LATER.values(), ids=LATER)
 @pytest.mark.parametrize("fails", [False, True], ids=["done", "failed"])
 def test_what_is_sent_for_later_is_held_until_it_is_done(
-    room, client, app, monkeypatch, route, work, num_files, fails
+    room, client, app, monkeypatch, route, part, work, num_files, fails
 ):
     go_on, begun = threading.Event(), threading.Event()
     paths = []
@@ -511,7 +499,7 @@ def test_what_is_sent_for_later_is_held_until_it_is_done(
         if fails:
             raise ValueError("no such frame")
 
-    monkeypatch.setattr(app, work, slow)
+    monkeypatch.setattr(getattr(app, part), work, slow)
     files = [("files", ("../../a.mp4", b"a" * MIB))] * num_files
     assert client.post(route, files=files).status_code == 200
     assert begun.wait(20)
@@ -520,7 +508,7 @@ def test_what_is_sent_for_later_is_held_until_it_is_done(
     assert float(shown[1]) == room.held
     go_on.set()
     wait_until(lambda: room.held == 0)
-    if work == "_inference_video":
+    if part == "sdk":
         assert not Path(paths[0]).parent.exists()
 
 
@@ -528,7 +516,7 @@ def test_a_video_goes_to_a_file_in_pieces_and_is_refused_above_the_limit(
     room, client, app, monkeypatch, tmp_path
 ):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr("serve.sdk_routes._MAX_VIDEO_BYTES", 3 * MIB)
+    monkeypatch.setattr("serve.http.sdk_routes.MAX_VIDEO_BYTES", 3 * MIB)
     refused = client.post(
         "/inference_video_async", files=[("files", ("a.mp4", b"a" * (3 * MIB + 1)))]
     )
@@ -538,7 +526,7 @@ def test_a_video_goes_to_a_file_in_pieces_and_is_refused_above_the_limit(
 
 
 def test_an_upload_without_room_gets_503_and_the_others_go_on(room, client, bike, monkeypatch):
-    client.app._uploads.wait_s = 0.05
+    client.app.uploads.wait_s = 0.05
     with room.hold(64 * MIB):
         refused = client.post("/inference_image", files=[("files", ("a.png", b"a" * 3 * MIB))])
         assert (refused.status_code, refused.json()["code"]) == (503, "no_room")

@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 
 import serve
-from serve.app import Florence2App
-from serve.local_server import LocalServer
 
 STEPS = Path(__file__).with_name("page_steps.py")
 ROOT = Path(__file__).parents[3]
@@ -125,12 +123,10 @@ def test_an_automatic_start_that_fails_leaves_the_page(tmp_path):
     assert seen["after"] == [200, 200]
 
 
-def test_refreshing_is_asked_of_the_checkpoint(fresh_sdk, monkeypatch):
+def test_refreshing_is_asked_of_the_checkpoint(app, monkeypatch):
     asked: list[dict] = []
-    monkeypatch.setattr(Florence2App, "_run_server", lambda self: None)
-    app = Florence2App(local=LocalServer("demo", "cpu"))
     monkeypatch.setattr(
-        "serve.deployable.resolve", lambda name, **options: asked.append({"name": name, **options})
+        "serve.app.resolve", lambda name, **options: asked.append({"name": name, **options})
     )
 
     class Page:
@@ -142,7 +138,6 @@ def test_refreshing_is_asked_of_the_checkpoint(fresh_sdk, monkeypatch):
     app._download_pretrained_model({"checkpoint": "Florence-2-base"})
     app._gui = None
     app._download_pretrained_model({"checkpoint": "Florence-2-base"})
-    app.shutdown_model()
     assert [(one["name"], one["refresh"]) for one in asked] == [
         ("Florence-2-base", True),
         ("Florence-2-base", False),

@@ -15,14 +15,19 @@ from florence2.errors import NoRoomError, RequestError
 from florence2.records import Box, Failure, Result
 from serve.http.metrics import Metrics
 from serve.model_service import Deployment, ModelChoice
-from serve.predict.annotations import annotation_from_answers
-from serve.predict.predictor import Call, Predicted, Predictor, _answered, _job, rules_of
+from serve.predict.predictor import Call, Predicted, Predictor
 from serve.settings import parse_settings
 
 
 @pytest.fixture
 def bike(image_path):
     return image_path("scene_bike.png")
+
+
+@pytest.fixture
+def scheduler(deployment):
+    """What the predictor asks."""
+    return deployment.current.scheduler
 
 
 def classes_of(predicted: Predicted | Failure) -> list[str]:
@@ -145,23 +150,20 @@ def test_small_tiles_leave_no_fragments_in_what_was_seen_whole(
         pytest.param({"classes": ["truck"]}, ["truck"], id="not wanted"),
     ],
 )
-def test_a_fragment_goes_only_for_a_whole_object_that_becomes_a_label(demo_model, settings, labels):
+def test_a_fragment_goes_only_for_a_whole_object_that_becomes_a_label(
+    predictor, scheduler, monkeypatch, settings, labels
+):
     size = (180, 100)
-    room = Budget(10**6, "pixels").hold
 
     def seen(*boxes: Box) -> Result:
         return Result("<OD>", size, boxes, None, "", (), False)
 
-    tiling = {"tiling": {"width": 100, "height": 100, "overlap": 20}, **settings}
-    preparer = demo_model.engine.preparer
-    job = _job(Image.new("RGB", size), parse_settings(tiling), preparer, room)
     whole = seen(Box((5.0, 5.0, 170.0, 95.0), "car", 0.2))
     left = seen(Box((60.0, 25.0, 99.0, 60.0), "truck", 0.9))
-    [question] = job.questions
-    rules = rules_of(job.settings)
-    answered = _answered(job, question, rules, [whole, left, seen()])
-    annotation = annotation_from_answers([answered], rules, size)
-    assert [label.obj_class.name for label in annotation.labels] == labels
+    monkeypatch.setattr(scheduler, "run", lambda asks, **options: [whole, left, seen()])
+    tiling = {"tiling": {"width": 100, "height": 100, "overlap": 20}, **settings}
+    [predicted] = predictor.predict([Image.new("RGB", size)], parse_settings(tiling))
+    assert classes_of(predicted) == labels
 
 
 def test_a_caption_becomes_a_tag_of_the_image(predictor, bike):
@@ -189,15 +191,21 @@ def test_who_stops_waiting_gets_a_failure_that_says_so(predictor, bike):
     assert failed.code == "cancelled"
 
 
-def test_large_images_are_answered_in_parts(predictor, bike, monkeypatch):
-    side = predictor._deployment.current.model.engine.checkpoint.image_processor.size_wh[0]
-    monkeypatch.setattr("serve.predict.predictor.MAX_OPEN_PIXELS", side * side * 2)
+def input_pixels(deployment) -> int:
+    """Of an image as the network takes it."""
+    return deployment.current.model.engine.checkpoint.image_processor.size_wh[0] ** 2
+
+
+def test_large_images_are_answered_in_parts(deployment, predictor, scheduler, bike, monkeypatch):
+    monkeypatch.setattr("serve.predict.predictor.MAX_OPEN_PIXELS", input_pixels(deployment) * 2)
     asked: list[int] = []
-    run = predictor._run
-    predictor._run = lambda deployed, asks, *rest: (
-        asked.append(len(asks)),
-        run(deployed, asks, *rest),
-    )[1]
+    run = scheduler.run
+
+    def counted(asks, **options):
+        asked.append(len(asks))
+        return run(asks, **options)
+
+    monkeypatch.setattr(scheduler, "run", counted)
     predicted = predictor.predict([bike, b"junk", bike, bike], parse_settings({}))
     assert asked == [2, 1]
     assert [type(one) for one in predicted] == [Predicted, Failure, Predicted, Predicted]
@@ -264,15 +272,21 @@ def test_images_of_many_requests_share_one_budget(deployment, asked, capacity):
     assert (budget.held, budget.num_waiting) == (0, 0)
 
 
-def test_of_an_image_that_waits_for_the_model_only_what_it_needs_is_held(deployment):
+def test_of_an_image_that_waits_for_the_model_only_what_it_needs_is_held(
+    deployment, scheduler, monkeypatch
+):
     budget = Recorded(10 * PIXELS)
     seen = []
     predictor = Predictor(deployment, Metrics(), budget)
-    run = predictor._run
-    predictor._run = lambda *rest: (seen.append(budget.held), run(*rest))[1]
+    run = scheduler.run
+
+    def looked_at(asks, **options):
+        seen.append(budget.held)
+        return run(asks, **options)
+
+    monkeypatch.setattr(scheduler, "run", looked_at)
     predictor.predict([blank(2_000, 1_000)] * 2, parse_settings({"max_new_tokens": 3}))
-    side = deployment.current.model.engine.checkpoint.image_processor.size_wh[0]
-    assert seen == [2 * side * side]
+    assert seen == [2 * input_pixels(deployment)]
 
 
 def busy():
@@ -323,10 +337,13 @@ def test_an_image_that_fails_holds_nothing(deployment, image, asked, code):
     assert (failed.code, budget.held) == (code, 0)
 
 
-def test_a_model_that_goes_leaves_nothing_held(deployment):
+def test_a_model_that_fails_leaves_nothing_held(deployment, scheduler, monkeypatch):
     budget = Recorded(10**6)
-    predictor = Predictor(deployment, Metrics(), budget)
-    predictor._run = lambda *rest: deployment.current.scheduler.run(*rest)  # not its arguments
+
+    def fails(asks, **options):
+        raise TypeError("nobody foresaw this")
+
+    monkeypatch.setattr(scheduler, "run", fails)
     with pytest.raises(TypeError):
-        predictor.predict([blank(90, 90)], parse_settings({}))
+        Predictor(deployment, Metrics(), budget).predict([blank(90, 90)], parse_settings({}))
     assert budget.held == 0

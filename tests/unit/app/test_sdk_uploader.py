@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from serve.answering import AnsweringApp  # noqa: F401  (puts it in its place)
-from serve.sdk_uploader import PromptUploader
+from serve.app import Florence2App  # noqa: F401  (puts it in its place)
+from serve.sdk_overrides import PromptUploader
 
 # isort: split
 from supervisely.nn.inference import inference as sdk_inference

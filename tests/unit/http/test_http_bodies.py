@@ -6,9 +6,9 @@ import pytest
 from asgi_requests import Inner, ask, parts, scope_of
 
 from florence2.errors import FlorenceError
-from serve.http.bodies import MAX_IMAGE_BYTES, MIB, Limits, readable_size
-from serve.http.guard import Guard
-from serve.http.origins import Servers
+from serve.http.guard import Guard, Limits
+from serve.http.json_bodies import Servers
+from serve.limits import MAX_IMAGE_BYTES, MIB, readable_size
 
 SMALL = Limits(json_bytes=100, encoded_bytes=200, multipart_bytes=300)
 JSON = [("content-type", "application/json")]

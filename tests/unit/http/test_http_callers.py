@@ -7,10 +7,9 @@ import pytest
 from asgi_requests import Inner, ask, parts, scope_of
 
 from florence2.errors import RequestError
-from serve.http import origins as callers_module
-from serve.http.bodies import Limits
-from serve.http.guard import Guard
-from serve.http.origins import Callers, Servers, entries_of
+from serve.http import guard as callers_module
+from serve.http.guard import Callers, Guard, Limits
+from serve.http.json_bodies import Servers, entries_of
 
 STATE = b'{"state": {}}'
 JSON = ("content-type", "application/json")

@@ -1,20 +1,16 @@
 """What failures look like to a client, through a real FastAPI app."""
 
+import json
+
 import pytest
 from fastapi import FastAPI, Form, HTTPException, UploadFile
 from fastapi.testclient import TestClient
 
 from florence2.errors import FlorenceError, ImageError, QueueFullError, RequestError
 from florence2.records import Failure
-from serve.http.errors import (
-    NotDeployedError,
-    NotFoundError,
-    TooLargeError,
-    error_body,
-    error_response,
-    install_error_handlers,
-    status_of,
-)
+from serve.http.errors import TooLargeError, answer_to, kind_of
+from serve.http.guard import install_error_handlers
+from serve.platform.failures import FailedImageError, NotFoundError
 
 SDK_NOT_DEPLOYED = (
     "The model has not yet been deployed. Please select the appropriate model in the UI and "
@@ -42,30 +38,28 @@ STATUSES = {
 
 @pytest.mark.parametrize(("code", "status"), STATUSES.items(), ids=STATUSES)
 def test_a_code_has_its_status(code, status):
-    assert status_of(code) == status
+    assert answer_to(FailedImageError(Failure(code, "No.")), "/").status_code == status
 
 
 def test_the_body_has_the_keys_of_the_sdk_and_the_code():
     expected = {"detail": "No.", "success": False, "message": "No.", "code": "bad_image"}
-    assert error_body(ImageError("No.")) == expected
-    assert error_body(Failure("bad_image", "No.", "cat.png")) == expected
+    for error in (ImageError("No."), FailedImageError(Failure("bad_image", "No.", "cat.png"))):
+        assert json.loads(answer_to(error, "/").body) == expected
 
 
 WAITS = {
     "a queue that knows how long": (QueueFullError("Full.", 2.4), "3"),
-    "no model yet": (NotDeployedError("Not yet."), "5"),
-    "a failure of one image": (Failure("queue_full", "Full."), "5"),
+    "no model yet": (RuntimeError(SDK_NOT_DEPLOYED), "5"),
+    "a failure of one image": (FailedImageError(Failure("queue_full", "Full.")), "5"),
+    "a request": (RequestError("No."), None),
+    "a file": (TooLargeError("No."), None),
+    "a name": (NotFoundError("No."), None),
 }
 
 
 @pytest.mark.parametrize(("error", "wait"), WAITS.values(), ids=WAITS)
-def test_a_503_says_when_to_come_back(error, wait):
-    assert error_response(error).headers["retry-after"] == wait
-
-
-@pytest.mark.parametrize("error", [RequestError("No."), TooLargeError("No."), NotFoundError("No.")])
-def test_what_waiting_does_not_cure_says_nothing_about_when(error):
-    assert "retry-after" not in error_response(error).headers
+def test_only_a_503_says_when_to_come_back(error, wait):
+    assert answer_to(error, "/").headers.get("retry-after") == wait
 
 
 def raising(error):
@@ -185,3 +179,18 @@ def test_a_form_that_lacks_something_is_400_and_says_what(client, data, files, w
     assert response.json()["code"] == "bad_request"
     assert words in response.json()["message"]
     assert response.json()["message"].count(". ") == 0
+
+
+KINDS = {
+    "an object": {},
+    "a list": [1],
+    "text": "a",
+    "true or false": False,
+    "nothing": None,
+    "a number": 0,
+}
+
+
+@pytest.mark.parametrize(("words", "value"), KINDS.items(), ids=KINDS)
+def test_every_json_value_has_a_kind(words, value):
+    assert kind_of(value) == words

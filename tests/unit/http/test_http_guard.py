@@ -7,10 +7,9 @@ import pytest
 from asgi_requests import Inner, ask, parts, scope_of
 
 from florence2.errors import RequestError
-from serve.http.bodies import Limits
-from serve.http.guard import Guard
-from serve.http.origins import Callers, Servers
-from serve.http.routes import ROUTES, Body, RequestId
+from serve.http.guard import Callers, Guard, Limits
+from serve.http.json_bodies import Servers
+from serve.http.routes import ROUTES, RequestId, Takes
 
 SMALL = Limits(json_bytes=1000, encoded_bytes=2000, multipart_bytes=3000)
 JSON = [("content-type", "application/json")]
@@ -117,7 +116,7 @@ def test_a_wrong_content_type_is_400(path, headers):
 @pytest.mark.parametrize("route", ROUTES, ids=lambda route: route.path)
 def test_every_route_takes_the_body_its_row_says(route):
     inner = Inner()
-    if route.body is Body.FORM:
+    if route.takes is Takes.FORM:
         status, _ = post(inner, route.path, b"--x--", FORM)
     else:
         state = {"inference_request_uuid": "known"}
@@ -126,7 +125,7 @@ def test_every_route_takes_the_body_its_row_says(route):
 
 
 @pytest.mark.parametrize(
-    "route", [r for r in ROUTES if r.body is Body.OPTIONAL], ids=lambda route: route.path
+    "route", [r for r in ROUTES if r.takes is Takes.OPTIONAL], ids=lambda route: route.path
 )
 def test_a_route_that_reads_nothing_takes_a_json_request_without_a_body(route):
     # ModelAPI and health checks send the header with nothing behind it.

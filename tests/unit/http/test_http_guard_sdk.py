@@ -8,10 +8,8 @@ from fastapi import FastAPI, Request, UploadFile
 from fastapi.testclient import TestClient
 
 from florence2.errors import RequestError
-from serve.http.bodies import Limits
-from serve.http.errors import install_error_handlers
-from serve.http.guard import Guard
-from serve.http.origins import Callers, Servers
+from serve.http.guard import Callers, Guard, Limits, install_error_handlers
+from serve.http.json_bodies import Servers
 from serve.sdk import sly
 
 LIMITS = Limits(json_bytes=10_000, encoded_bytes=20_000, multipart_bytes=30_000)

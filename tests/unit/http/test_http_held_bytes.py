@@ -9,9 +9,9 @@ import pytest
 from asgi_requests import scope_of
 
 from florence2.budget import Budget
-from serve.http.bodies import MIB, Limits, Uploads, keep_body
-from serve.http.guard import Guard
-from serve.http.origins import Servers
+from serve.http.guard import Guard, Limits, Uploads, keep_body
+from serve.http.json_bodies import Servers
+from serve.limits import MIB
 
 FORM = [("content-type", "multipart/form-data; boundary=x")]
 JSON = [("content-type", "application/json")]
@@ -192,7 +192,7 @@ def test_what_breaks_on_a_refused_body_does_not_hide_the_503():
                 raise ValueError("cannot parse") from error
 
         guard = Guard(
-            breaks, Limits(), lambda uuid: True, None, Servers(), uploads=desk.guard._uploads
+            breaks, Limits(), lambda uuid: True, None, Servers(), uploads=desk.guard.uploads
         )
         client = Client(guard)
         client.send(PIECE, PIECE, PIECE, is_last=True)

@@ -6,10 +6,9 @@ import pytest
 from asgi_requests import Inner, ask, parts, scope_of
 
 from florence2.errors import RequestError
-from serve.http.bodies import Limits
 from serve.http.errors import ForbiddenError
-from serve.http.guard import Guard
-from serve.http.origins import Servers
+from serve.http.guard import Guard, Limits
+from serve.http.json_bodies import Servers
 
 OWN = "https://app.example.org"
 OTHER = "http://10.0.0.5:8080"

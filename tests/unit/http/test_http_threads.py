@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import anyio.to_thread
@@ -10,10 +11,11 @@ from asgi_requests import ask, parts, scope_of
 from fastapi import BackgroundTasks, FastAPI, Request
 from fastapi.testclient import TestClient
 
-from serve.http import waiting as threads
-from serve.http.errors import install_error_handlers
+from florence2.errors import QueueFullError
+from serve.http.guard import Guard, Limits, install_error_handlers
+from serve.http.handlers import Waiting, use_own_threads
+from serve.http.json_bodies import Servers
 from serve.http.routes import ROUTES
-from serve.http.waiting import BusyError, NoticesLeaving, Waiting, run_registered, use_own_threads
 from serve.platform.registry import RequestsManager
 
 SHARED = 40
@@ -99,11 +101,10 @@ def test_more_slow_calls_than_threads_leave_the_other_routes_answering(server, h
     assert calls == [(200, b'{"waited":true}')] * (SHARED + 1)
 
 
-def test_one_call_too_many_is_told_when_to_come_back(held, monkeypatch):
-    monkeypatch.setattr(threads, "_MAX_PLAIN", 2)
+def test_one_call_too_many_is_told_when_to_come_back(held):
     server = FastAPI()
     install_error_handlers(server)
-    use_own_threads(server)
+    use_own_threads(server, size=2)
     server.post("/freeze_model")(held.wait)
     server.post("/deploy_from_api")(lambda: {"other": True})
     with TestClient(server) as client, ThreadPoolExecutor(2) as others:
@@ -140,7 +141,7 @@ def test_what_was_told_that_there_is_room_waits_for_its_turn():
         first = asyncio.create_task(waiting.run_accepted(gate.wait, 20))
         second = asyncio.create_task(waiting.run_accepted(done.append, "second"))
         await asyncio.sleep(0)
-        with pytest.raises(BusyError):
+        with pytest.raises(QueueFullError):
             waiting.check_room()
         gate.set()
         await asyncio.gather(first, second)
@@ -149,32 +150,44 @@ def test_what_was_told_that_there_is_room_waits_for_its_turn():
     assert asyncio.run(work()) == ["second"]
 
 
+class Runs:
+    """What a route that waits for a run needs: a platform and the SDK's registry."""
+
+    def __init__(self):
+        self.runs = RequestsManager(ThreadPoolExecutor(1))
+
+    api_of = staticmethod(lambda request: None)
+
+
 def test_a_full_place_starts_nothing_that_would_have_to_be_cleared():
-    manager = RequestsManager(ThreadPoolExecutor(1))
+    created = []
+    services = Runs()
+    services.runs.create = created.append
 
     async def work():
-        with pytest.raises(BusyError):
-            await run_registered(Request(scope_of("/")), manager, lambda asked: None, Waiting(0))
+        with pytest.raises(QueueFullError):
+            await Waiting(0).run_registered(Request(scope_of("/")), services, print, {})
 
     asyncio.run(work())
-    assert manager._inference_requests == {}
+    assert created == []
 
 
 def test_work_in_the_registry_is_stopped_when_its_client_leaves():
-    manager, stopped = RequestsManager(ThreadPoolExecutor(1)), []
+    stopped = []
+
+    def work(api, state, inference_request):
+        while not inference_request.is_stopped():
+            time.sleep(0.01)
+        stopped.append(state)
 
     async def route(scope, receive, send):
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        await run_registered(
-            Request(scope),
-            manager,
-            lambda asked: stopped.append(asked._stopped.wait(20)),
-            Waiting(),
-        )
+        while (await receive())["type"] == "http.request":
+            state = {"a": 1}
+            await Waiting().run_registered(Request(scope), Runs(), work, state)
 
-    ask(NoticesLeaving(route), scope_of("/tag_objects"), parts(b"{}"))
-    assert stopped == [True]
+    guard = Guard(route, Limits(), lambda uuid: True, None, Servers())
+    ask(guard, scope_of("/tag_objects", JSON), parts(b'{"state": {}}'))
+    assert stopped == [{"a": 1}]
 
 
 def test_who_waits_for_the_registry_takes_no_thread_of_the_background():

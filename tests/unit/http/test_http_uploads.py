@@ -1,21 +1,26 @@
-"""Files and settings of forms, through a real form parser."""
+"""Files and settings of forms, through a real form parser, and pictures as base64."""
 
+import base64
 import json
 
 import pytest
 from fastapi import Depends, FastAPI, UploadFile
 from fastapi.testclient import TestClient
+from hypothesis import given
+from hypothesis import strategies as st
 
 from florence2.errors import RequestError
-from serve.http.bodies import MAX_FILES
-from serve.http.errors import install_error_handlers
-from serve.http.uploads import (
+from serve.http.errors import TooLargeError
+from serve.http.guard import install_error_handlers
+from serve.http.handlers import (
     check_fields,
     clean_name,
+    decode_image,
     parse_state,
     read_one_upload,
     read_uploads,
 )
+from serve.limits import MAX_FILES
 
 
 @pytest.fixture
@@ -25,7 +30,7 @@ def client():
 
     @server.post("/many")
     def many(files: list[UploadFile]):
-        return [[upload.name, upload.data.decode()] for upload in read_uploads(files)]
+        return [data.decode() for data in read_uploads(files)]
 
     @server.post("/small")
     def small(files: list[UploadFile]):
@@ -33,11 +38,11 @@ def client():
 
     @server.post("/one")
     def one(files: list[UploadFile]):
-        return read_one_upload(files).name
+        return read_one_upload(files).decode()
 
     @server.post("/checked", dependencies=[Depends(check_fields)])
     def checked(files: list[UploadFile]):
-        return read_uploads(files)[0].data.decode()
+        return read_uploads(files)[0].decode()
 
     return TestClient(server)
 
@@ -49,12 +54,12 @@ def send(client, path, files):
 def test_files_come_back_in_order_though_all_have_the_same_name(client):
     # The SDK's own client names them all image_0.png.
     response = send(client, "/many", [("image_0.png", b"a"), ("image_0.png", b"b")])
-    assert response.json() == [["image_0.png", "a"], ["image_0.png", "b"]]
+    assert response.json() == ["a", "b"]
 
 
 def test_as_many_files_as_the_limit_are_all_answered(client):
     response = send(client, "/many", [("a", str(i).encode()) for i in range(MAX_FILES)])
-    assert [int(data) for _, data in response.json()] == list(range(MAX_FILES))
+    assert [int(data) for data in response.json()] == list(range(MAX_FILES))
 
 
 def test_one_more_is_400(client):
@@ -81,7 +86,7 @@ def test_a_file_above_its_limit_is_413_and_named(client):
 
 
 def test_an_upload_of_one_takes_exactly_one(client):
-    assert send(client, "/one", [("a.png", b"x")]).json() == "a.png"
+    assert send(client, "/one", [("a.png", b"x")]).json() == "x"
     response = send(client, "/one", [("a.png", b"x")] * 2)
     assert response.status_code == 400
     assert "2 were received" in response.json()["message"]
@@ -158,3 +163,53 @@ BAD_STATES = {
 def test_a_state_that_is_no_object_is_refused(state, settings, field):
     with pytest.raises(RequestError, match=f"field {field} must be a JSON object"):
         parse_state(state, settings)
+
+
+@given(data=st.binary(min_size=1), prefix=st.sampled_from(["", "data:image/png;base64,"]))
+def test_what_was_encoded_comes_back(data, prefix):
+    assert decode_image(prefix + base64.b64encode(data).decode()) == data
+
+
+ENCODED = base64.b64encode(b"12345").decode()  # MTIzNDU=
+
+TOLERATED = {
+    "line breaks": "MTIz\r\nNDU=\n",
+    "no padding": "MTIzNDU",
+    "a data URL with parameters": "data:image/png;name=a;base64," + ENCODED,
+    "a data URL in capitals": "DATA:;BASE64," + ENCODED,
+}
+
+
+@pytest.mark.parametrize("encoded", TOLERATED.values(), ids=TOLERATED)
+def test_small_deviations_are_tolerated(encoded):
+    assert decode_image(encoded) == b"12345"
+
+
+JUNK = {
+    "nothing": "",
+    "only padding": "====",
+    "only a prefix": "data:image/png;base64,",
+    "missing": None,
+    "a number": 5,
+    "bytes": b"MTIz",
+    "a list": ["MTIz"],
+    "other characters": "MT!zNDU=",
+    "other scripts": "картинка",
+    "a character too many": "MTIzN",
+    "an address": "https://example.com/cat.png",
+    "a data URL that is not base64": "data:image/svg+xml,<svg/>",
+}
+
+
+@pytest.mark.parametrize("encoded", JUNK.values(), ids=JUNK)
+def test_junk_is_refused_in_one_sentence(encoded):
+    with pytest.raises(RequestError) as refused:
+        decode_image(encoded)
+    assert str(refused.value).endswith(".")
+    assert len(str(refused.value)) < 200
+
+
+def test_the_limit_counts_decoded_bytes():
+    assert decode_image(ENCODED, max_bytes=5) == b"12345"
+    with pytest.raises(TooLargeError, match="at most 4 bytes, and 5 bytes were received"):
+        decode_image(ENCODED, max_bytes=4)

@@ -9,7 +9,7 @@ import pytest
 
 from florence2.errors import RequestError
 from serve.http.errors import TooLargeError
-from serve.http.url_fetch import UrlLimits, fetch_image
+from serve.http.url_fetch import UrlLimits, fetch_image, is_public
 
 LOCAL = UrlLimits(allow_private=True, total_s=10)
 PICTURE = b"\x89PNG not looked at here"
@@ -112,6 +112,16 @@ PRIVATE = {
     "for documents": "192.0.2.1",
     "not an address": "somewhere",
     "with a zone": "fe80::1%eth0",
+    "metadata of a cloud": "192.0.0.192",
+    "metadata in version 6": "::ffff:169.254.169.254",
+    "metadata by version 6": "fd00:ec2::254",
+    "a relay": "192.88.99.1",
+    "site-local": "fec0::1",
+    "documentation in version 6": "3fff::1",
+    "a translation of one's own": "64:ff9b:1::7f00:1",
+    "IPv4 as it was once written": "::127.0.0.1",
+    "IPv4 translated": "::ffff:0:127.0.0.1",
+    "Teredo": "2001:0:7f00:1::",
 }
 
 
@@ -125,6 +135,13 @@ def test_an_address_that_is_not_public_is_refused_unvisited(web, address):
 def test_one_private_address_among_public_ones_refuses_the_host(web):
     with pytest.raises(RequestError, match="public addresses only"):
         fetch_image(url_of(web), UrlLimits(), Names(images=["8.8.8.8", "127.0.0.1"]))
+
+
+@pytest.mark.parametrize(
+    "address", ["8.8.8.8", "2606:4700::1", "::ffff:8.8.8.8", "64:ff9b::808:808"]
+)
+def test_a_public_address_is_public(address):
+    assert is_public(address)
 
 
 SPELLINGS = [

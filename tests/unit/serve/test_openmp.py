@@ -55,7 +55,7 @@ def test_a_machine_is_busy_while_others_keep_half_of_it_running(
     def next_look(_=0.0):
         file.write_text(f"0.00 0.01 0.05 {left.pop(0)}/512 4711\n")
 
-    monkeypatch.setattr(openmp, "_LOADAVG", str(file))
+    monkeypatch.setattr(openmp, "LOADAVG", str(file))
     monkeypatch.setattr(openmp.time, "sleep", next_look)
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
     next_look()
@@ -67,7 +67,7 @@ def test_a_system_that_does_not_tell_counts_as_quiet(monkeypatch, tmp_path, text
     file = tmp_path / "loadavg"
     if text is not None:
         file.write_text(text)
-    monkeypatch.setattr(openmp, "_LOADAVG", str(file))
+    monkeypatch.setattr(openmp, "LOADAVG", str(file))
     assert not is_machine_busy()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from types import SimpleNamespace
 
 import pytest
 from fastapi import FastAPI
@@ -10,8 +11,8 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from florence2.errors import RequestError
-from serve.http.errors import install_error_handlers
-from serve.sdk_routes import _cacheable, register_sdk_routes
+from serve.http.guard import install_error_handlers
+from serve.http.sdk_routes import cacheable, register_sdk_routes
 
 
 def png(size_wh=(2, 2)):
@@ -31,11 +32,11 @@ CACHEABLE = {
 
 @pytest.mark.parametrize("state", CACHEABLE.values(), ids=CACHEABLE)
 def test_what_the_sdk_sends_for_the_cache_passes_unchanged(state):
-    assert _cacheable(state) == state
+    assert cacheable(state) == state
 
 
 def test_an_empty_key_is_as_one_that_is_left_out():
-    assert _cacheable({"image_ids": None, "video_id": 4}) == {"video_id": 4}
+    assert cacheable({"image_ids": None, "video_id": 4}) == {"video_id": 4}
 
 
 REFUSED = {
@@ -59,7 +60,7 @@ REFUSED = {
 @pytest.mark.parametrize(("state", "words"), REFUSED.values(), ids=REFUSED)
 def test_what_the_cache_would_fail_on_is_refused(state, words):
     with pytest.raises(RequestError, match=words):
-        _cacheable(state)
+        cacheable(state)
 
 
 class FailingCache:
@@ -67,14 +68,11 @@ class FailingCache:
         raise TypeError("the SDK failed")
 
 
-class App:
-    cache = FailingCache()
-
-
 def test_a_cache_that_fails_after_the_answer_is_logged_and_costs_no_connection(caplog):
     server = FastAPI()
     install_error_handlers(server)
-    register_sdk_routes(server, App())
+    services = SimpleNamespace(sdk=SimpleNamespace(cache=FailingCache()))
+    register_sdk_routes(server, services)
     client = TestClient(server)
     response = client.post(
         "/smart_cache_files",

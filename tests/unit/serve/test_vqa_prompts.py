@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from florence2.errors import RequestError
-from serve.http.handlers import task_and_text
+from serve.answering import task_and_text
 
 PROMPTS = {
     "a token": ("<OD>", ("<OD>", None)),

@@ -7,25 +7,17 @@ from types import SimpleNamespace
 
 import yaml
 
-from serve.app import Florence2App
+from serve.answering import merged_settings
 from serve.sdk import sly
 from serve.settings.generated import YAML_FILE
 
 DEFAULTS = yaml.safe_load(YAML_FILE.read_text(encoding="utf-8"))
 
 
-def _app():
-    """What the merge reads of the app; no model is loaded."""
-    made = object.__new__(Florence2App)
-    made._default_settings = DEFAULTS
-    made._sliding_window_mode = "none"
-    return made
-
-
 def merged(settings, **state):
     """What reaches the model when a client's request has ``settings``."""
     request = {"settings": copy.deepcopy(settings), **state}
-    return _app()._get_inference_settings(request)
+    return merged_settings(request, DEFAULTS, "none")
 
 
 def session():

@@ -1,0 +1,98 @@
+"""THE list of what the app changes in the SDK is complete, and was gone through for this SDK."""
+
+from __future__ import annotations
+
+import ast
+import re
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from serve.app import Florence2App
+from serve.gui import Florence2Gui
+from serve.platform.registry import RequestsManager
+from serve.sdk_overrides import OVERRIDES, SDK_VERSION
+
+ROOT = Path(__file__).parents[3]
+SOURCES = {path: ast.parse(path.read_text("utf-8")) for path in (ROOT / "serve").rglob("*.py")}
+LISTED = {name.rsplit(".", 1)[1] for override in OVERRIDES for name in override.names.split()}
+SUBCLASSES = (Florence2App, Florence2Gui, RequestsManager)
+# Every class has them; they are not the SDK's behaviour.
+PLAIN = {"__init__", "__module__", "__doc__", "__annotations__"}
+# What the SDK asks every app to say about itself.
+DECLARED = {"FRAMEWORK_NAME", "MODELS", "APP_OPTIONS", "INFERENCE_SETTINGS"}
+
+
+def test_the_list_was_gone_through_for_this_version_of_the_sdk():
+    pinned = re.search(r"^supervisely==(\S+)$", (ROOT / "requirements.txt").read_text(), re.M)
+    assert {pinned[1], version("supervisely")} == {SDK_VERSION}, (
+        "The version of supervisely has changed. Go through OVERRIDES in serve/sdk_overrides.py: "
+        "look at each entry in the new version, take out what it no longer gets wrong, and then "
+        "change SDK_VERSION there."
+    )
+
+
+@pytest.mark.parametrize("override", OVERRIDES, ids=lambda override: override.names.split()[0])
+def test_every_entry_says_why_and_until_when_and_has_a_test(override):
+    assert override.shields_from.endswith(".")
+    assert override.until
+    path, name = override.test.split("::")
+    tests = {
+        node.name
+        for node in ast.walk(ast.parse((ROOT / path).read_text("utf-8")))
+        if isinstance(node, ast.FunctionDef)
+    }
+    assert name in tests
+
+
+@pytest.mark.parametrize("kind", SUBCLASSES, ids=lambda kind: kind.__name__)
+def test_every_method_that_overrides_one_of_the_sdk_is_listed(kind):
+    sdks = {name for base in kind.__mro__[1:-1] for name in vars(base)}
+    assert (vars(kind).keys() & sdks) - PLAIN - DECLARED - LISTED == set()
+
+
+def test_every_private_name_of_the_sdk_that_is_used_is_listed():
+    used = set()
+    for path, tree in SOURCES.items():
+        ours = {
+            getattr(node, "name", None) or getattr(node, "attr", None) or getattr(node, "id", None)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+            or (isinstance(node, ast.Attribute | ast.Name) and isinstance(node.ctx, ast.Store))
+        }
+        read = {
+            node.attr
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute)
+            and re.fullmatch(r"_[a-z]\w*", node.attr)
+            and node.attr not in ours
+        }
+        used |= {f"{path.relative_to(ROOT)}: {name}" for name in read - LISTED - PYTHONS}
+    assert used == set()
+
+
+# Private names of Python that are used: the frames of a stack, and an end without a clean-up.
+PYTHONS = {"_getframe", "_exit"}
+
+
+def test_everything_that_is_put_into_a_module_of_the_sdk_is_listed():
+    put = set()
+    for path, tree in SOURCES.items():
+        modules = {
+            alias.asname or alias.name
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom)
+            and (node.module or "").split(".")[0] in ("supervisely", "PIL")
+            for alias in node.names
+        }
+        put |= {
+            f"{path.relative_to(ROOT)}: {node.attr}"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute)
+            and isinstance(node.ctx, ast.Store)
+            and isinstance(node.value, ast.Name)
+            and node.value.id in modules
+            and node.attr not in LISTED
+        }
+    assert put == set()
