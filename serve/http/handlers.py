@@ -106,16 +106,11 @@ def _images(server: FastAPI, services: Services) -> None:
     answering = services.answering
 
     @server.post("/inference_image", dependencies=[Depends(check_fields)])
-    async def inference_image(
-        request: Request,
-        files: Files = NO_FILES,
-        settings: FormText = "{}",
-        state: FormText = "{}",
-    ) -> dict[str, Any]:
-        image = read_one_upload(files)
-        asked = parse_state(state, settings)
+    async def inference_image(request: Request, form: SentForm) -> dict[str, Any]:
+        image = read_one_upload(form.files)
+        state = form.state()
         entries = await waiting.run_wanted(
-            request, lambda is_gone: answering.answer_uploads([image], asked, is_gone)
+            request, lambda is_gone: answering.answer_uploads([image], state, is_gone)
         )
         return entries[0]
 
@@ -138,32 +133,22 @@ def _batches(server: FastAPI, services: Services) -> None:
     answering = services.answering
 
     @server.post("/inference_batch", dependencies=[Depends(check_fields)])
-    async def inference_batch(
-        request: Request,
-        files: Files = NO_FILES,
-        settings: FormText = "{}",
-        state: FormText = "{}",
-    ) -> list[dict[str, Any]]:
-        asked = parse_state(state, settings)
+    async def inference_batch(request: Request, form: SentForm) -> list[dict[str, Any]]:
+        state = form.state()
 
         def answer(is_gone: Callable[[], bool]) -> list[dict[str, Any]]:
             # Up to half a gigabyte from a temporary file: no work for the thread of all requests.
-            return answering.answer_uploads(read_uploads(files), asked, is_gone)
+            return answering.answer_uploads(read_uploads(form.files), state, is_gone)
 
         return await waiting.run_wanted(request, answer)
 
     @server.post("/inference_batch_async", dependencies=[Depends(check_fields)])
-    def inference_batch_async(
-        request: Request,
-        files: Files = NO_FILES,
-        settings: FormText = "{}",
-        state: FormText = "{}",
-    ) -> dict[str, str]:
-        asked = parse_state(state, settings)
-        images = read_uploads(files)
-        answering.settings_of(asked)
+    def inference_batch_async(request: Request, form: SentForm) -> dict[str, str]:
+        state = form.state()
+        images = read_uploads(form.files)
+        answering.settings_of(state)
         return services.schedule(
-            answering.run_uploads, images, asked, hold=keep_body(request.scope)
+            answering.run_uploads, images, state, hold=keep_body(request.scope)
         )
 
 
@@ -310,10 +295,29 @@ def instructions() -> str:
 
 # What forms hold
 
-Files = Annotated[Sequence[UploadFile], File()]
-FormText = Annotated[str, Form()]
-# A form without files gets our sentence, not the framework's.
-NO_FILES: Final[tuple[UploadFile, ...]] = ()
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """A form's files and its two text fields. Without files it gets our sentence."""
+
+    files: Sequence[UploadFile]
+    settings_text: str
+    state_text: str
+
+    def state(self) -> dict[str, Any]:
+        """See ``parse_state``."""
+        return parse_state(self.state_text, self.settings_text)
+
+
+async def _sent(
+    files: Annotated[Sequence[UploadFile], File()] = (),
+    settings: Annotated[str, Form()] = "{}",
+    state: Annotated[str, Form()] = "{}",
+) -> Sent:
+    return Sent(files, settings, state)
+
+
+SentForm = Annotated[Sent, Depends(_sent)]
 
 _LONGEST_NAME: Final = 100
 _PART_BYTES: Final = 2**20

@@ -15,13 +15,10 @@ from florence2.budget import open_pixels
 from florence2.errors import RequestError
 from serve.http.guard import keep_body
 from serve.http.handlers import (
-    NO_FILES,
-    Files,
-    FormText,
+    SentForm,
     Services,
     Waiting,
     check_pictures,
-    parse_state,
     save_one_upload,
 )
 from serve.limits import MIB
@@ -60,22 +57,17 @@ def _videos(server: FastAPI, services: Services) -> None:
         return services.schedule(sdk.label_video_id, services.api_of(request), state)
 
     @server.post("/inference_video_async")
-    def inference_video_async(
-        request: Request,
-        files: Files = NO_FILES,
-        settings: FormText = "{}",
-        state: FormText = "{}",
-    ) -> dict[str, str]:
+    def inference_video_async(request: Request, form: SentForm) -> dict[str, str]:
         """The SDK writes the file where its name says."""
-        asked = parse_state(state, settings)
-        services.answering.settings_of(asked)
+        state = form.state()
+        services.answering.settings_of(state)
         folder = tempfile.TemporaryDirectory(prefix="video-")
         try:
-            path = save_one_upload(files, Path(folder.name), "video", MAX_VIDEO_BYTES)
+            path = save_one_upload(form.files, Path(folder.name), "video", MAX_VIDEO_BYTES)
 
             def infer(inference_request: InferenceRequest) -> None:
                 with folder:
-                    sdk.label_video(str(path), asked, inference_request)
+                    sdk.label_video(str(path), state, inference_request)
 
             return services.schedule(infer, hold=keep_body(request.scope))
         except BaseException:
@@ -125,23 +117,18 @@ def _caching(server: FastAPI, services: Services) -> None:
         return {"message": "Cache task started."}
 
     @server.post("/smart_cache_files")
-    def smart_cache_files(
-        tasks: BackgroundTasks,
-        files: Files = NO_FILES,
-        settings: FormText = "{}",
-        state: FormText = "{}",
-    ) -> dict[str, str]:
-        asked = cacheable(parse_state(state, settings))
-        if not files:
+    def smart_cache_files(tasks: BackgroundTasks, form: SentForm) -> dict[str, str]:
+        state = cacheable(form.state())
+        if not form.files:
             raise RequestError("The form must have at least one file in 'files'; add it.")
         caching.check_room()
-        is_video = asked.keys() & _CACHED.keys() == {"video_id"}
-        pixels = 0 if is_video else check_pictures(files)
+        is_video = state.keys() & _CACHED.keys() == {"video_id"}
+        pixels = 0 if is_video else check_pictures(form.files)
 
         def keep() -> None:
             """The SDK decodes one picture after the other."""
             with open_pixels().hold(pixels, is_bulk=True, wait_s=QUEUE_LIMIT_S):
-                services.sdk.cache.cache_files_task(files=files, state=asked)
+                services.sdk.cache.cache_files_task(files=form.files, state=state)
 
         tasks.add_task(_logged, caching, keep)
         return {"message": "Cache task started."}
