@@ -39,10 +39,10 @@ SINGLE: Final = "core modules with a single importer"
 LIMITS: Final = {
     RUN_FILES: (29, 20),
     RUN_CHANGES: (700, 400),
-    POST_FILES: (28, 12),
-    CIRCLES: (1, 0),
+    POST_FILES: (15, 12),
+    CIRCLES: (0, 0),
     SINGLE: (10, 8),
-    "lines of the app": (14_400, 7_500),
+    "lines of the app": (13_500, 7_500),
     "lines of the engine core": (12_700, 7_500),
     # 32,100 before the page was tested in a browser.
     "lines of the tests": (32_500, 18_000),
