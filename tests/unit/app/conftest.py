@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -59,6 +62,26 @@ def fresh_sdk(monkeypatch, tmp_path):
     monkeypatch.setenv("SLY_APP_DATA_DIR", str(tmp_path / "data"))
     for name in ("SERVER_ADDRESS", "API_TOKEN", "TASK_ID"):
         monkeypatch.delenv(name, raising=False)
+
+
+@contextmanager
+def held(scheduler) -> Iterator[None]:
+    """Inside, the model's thread is busy and answers nothing."""
+    begun, go_on = threading.Event(), threading.Event()
+    work = threading.Thread(target=scheduler.call, args=(lambda: (begun.set(), go_on.wait()),))
+    work.start()
+    begun.wait()
+    try:
+        yield
+    finally:
+        go_on.set()
+        work.join(20)
+
+
+@pytest.fixture
+def busy_model():
+    """Keeps the thread of a scheduler busy; see ``held``."""
+    return held
 
 
 @pytest.fixture

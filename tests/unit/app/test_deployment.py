@@ -115,11 +115,8 @@ def test_a_model_in_memory_has_nowhere_to_go(models, diary):
     assert diary == ["load base"]
 
 
-def test_requests_that_wait_are_refused_when_the_model_goes(deployment, image_path):
-    held, go_on = threading.Event(), threading.Event()
+def test_requests_that_wait_are_refused_when_the_model_goes(deployment, busy_model, image_path):
     scheduler = deployment.current.scheduler
-    threading.Thread(target=scheduler.call, args=(lambda: (held.set(), go_on.wait()),)).start()
-    held.wait()
     refused: list[Exception] = []
 
     def wait_in_the_queue() -> None:
@@ -129,12 +126,12 @@ def test_requests_that_wait_are_refused_when_the_model_goes(deployment, image_pa
             refused.append(error)
 
     waiting = threading.Thread(target=wait_in_the_queue)
-    waiting.start()
-    while scheduler.queue_depth == 0:
-        pass
     stopping = threading.Thread(target=deployment.stop)
-    stopping.start()
-    go_on.set()
+    with busy_model(scheduler):
+        waiting.start()
+        while scheduler.queue_depth == 0:
+            pass
+        stopping.start()
     for thread in (waiting, stopping):
         thread.join(20)
     assert len(refused) == 1

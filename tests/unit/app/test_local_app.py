@@ -218,20 +218,17 @@ def test_what_may_be_deployed_is_the_published_the_first_and_the_allowed(app, mo
         app.sdk.deploy({"model_name": "someone/other"})
 
 
-def test_a_full_queue_says_when_to_come_back(serve_locally, bike):
+def test_a_full_queue_says_when_to_come_back(serve_locally, busy_model, bike):
     app = serve_locally(max_queued=1)
-    held, go_on = threading.Event(), threading.Event()
     scheduler = app.deployment.current.scheduler
-    threading.Thread(target=scheduler.call, args=(lambda: (held.set(), go_on.wait()),)).start()
-    held.wait()
     answers = []
     with TestClient(app.app, HERE, raise_server_exceptions=False) as client:
         waiting = threading.Thread(target=lambda: answers.append(ask(client, bike)))
-        waiting.start()
-        while scheduler.queue_depth == 0:
-            pass
-        full = ask(client, bike)
-        go_on.set()
+        with busy_model(scheduler):
+            waiting.start()
+            while scheduler.queue_depth == 0:
+                pass
+            full = ask(client, bike)
         waiting.join(30)
         assert ask(client, bike).status_code == 200
     assert full.status_code == 503
@@ -240,14 +237,10 @@ def test_a_full_queue_says_when_to_come_back(serve_locally, bike):
     assert [answer.status_code for answer in answers] == [200]
 
 
-def test_an_answer_that_is_not_there_in_time_is_given_up(client, app, bike):
-    held, go_on = threading.Event(), threading.Event()
-    scheduler = app.deployment.current.scheduler
-    threading.Thread(target=scheduler.call, args=(lambda: (held.set(), go_on.wait()),)).start()
-    held.wait()
+def test_an_answer_that_is_not_there_in_time_is_given_up(client, app, busy_model, bike):
     form = {"state": json.dumps({"timeout_s": 0.2})}
-    late = client.post("/inference_image", files={"files": ("a.png", bike)}, data=form)
-    go_on.set()
+    with busy_model(app.deployment.current.scheduler):
+        late = client.post("/inference_image", files={"files": ("a.png", bike)}, data=form)
     assert late.status_code == 504
     assert ask(client, bike).status_code == 200
 
