@@ -113,7 +113,8 @@ OVERRIDES: Final[tuple[Override, ...]] = (
     ),
     # The server
     Override(
-        "Inference._run_server Inference._run_server_in_thread Inference._uvicorn_server",
+        "Inference._run_server Inference._run_server_in_thread Inference._uvicorn_server "
+        "Inference._server_thread",
         "A server of one machine that listens on every address of it, always on port 8000.",
         _CONTRACT + "test_sdk_shields.py::test_the_app_listens_on_this_machine_only",
         "the SDK takes a host, a port and a socket",

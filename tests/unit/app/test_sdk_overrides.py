@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 from importlib.metadata import version
 from pathlib import Path
@@ -50,6 +51,15 @@ def test_every_entry_says_why_and_until_when_and_has_a_test(override):
 def test_every_method_that_overrides_one_of_the_sdk_is_listed(kind):
     sdks = {name for base in kind.__mro__[1:-1] for name in vars(base)}
     assert (vars(kind).keys() & sdks) - PLAIN - DECLARED - LISTED == set()
+
+
+@pytest.mark.parametrize("kind", SUBCLASSES, ids=lambda kind: kind.__name__)
+def test_every_private_attribute_that_is_shared_with_the_sdk_is_listed(kind):
+    private = r"\.(_[a-z]\w*)"
+    sources = map(inspect.getsource, kind.__mro__[1:-1])
+    sdks = {name for source in sources for name in re.findall(f"self{private}", source)}
+    ours = set(re.findall(private, inspect.getsource(inspect.getmodule(kind))))
+    assert (ours & sdks) - LISTED == set()
 
 
 def test_every_private_name_of_the_sdk_that_is_used_is_listed():
