@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from serve.cli.loading import fingerprint, load_model
+from serve.cli.loading import fingerprint, one_model
+from serve.labeling.settings import label_settings
+from serve.settings import Settings
 
 if TYPE_CHECKING:
-    from serve.labeling.plan import Plan
-    from serve.labeling.run import Model
-
+    from serve.predict.predictor import Predictor
 
 DEFAULT_MODEL: Final = "Florence-2-large"
 
@@ -21,6 +20,12 @@ _PROMPT_HELP: Final = (
     'What to look for: "red car. dog" or "red car; dog" asks for two things; '
     '"red car, dog" is one phrase.'
 )
+
+
+def _says(key: str) -> str:
+    """What the settings file says about a key."""
+    return Settings.model_fields[key].description or ""
+
 
 Images = Annotated[Path, typer.Argument(help="A folder of images, or one image.")]
 Out = Annotated[
@@ -45,6 +50,24 @@ ModelName = Annotated[str, typer.Option(help="A name of `florence2 models`, hub 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Runtime = Annotated[str, typer.Option(help="auto or torch.")]
 Precision = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")]
+SettingsFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--settings",
+        metavar="FILE.yaml",
+        help="Settings as the annotation tools take them; an option here takes the place of its "
+        "key there.",
+    ),
+]
+ClassThresholds = Annotated[
+    list[str] | None,
+    typer.Option("--class-threshold", metavar="NAME=0.6", help=_says("class_thresholds")),
+]
+Nms = Annotated[str | None, typer.Option(metavar="0.7|off", help=_says("nms_threshold"))]
+GeometryName = Annotated[str | None, typer.Option(metavar="polygon|bitmap", help=_says("geometry"))]
+TilingWindows = Annotated[
+    str | None, typer.Option("--tiling", metavar="SIZE|MAPPING|off", help=_says("tiling"))
+]
 Threshold = Annotated[float, typer.Option(help="Drop objects with a lower confidence.")]
 Batch = Annotated[int, typer.Option(min=1, max=256, help="Images per step.")]
 Beams = Annotated[int | None, typer.Option(min=1, help="Beams of the search.")]
@@ -82,7 +105,12 @@ def label(
     device: Device = "auto",
     runtime: Runtime = "auto",
     precision: Precision = "auto",
+    settings_file: SettingsFile = None,
     threshold: Threshold = 0.0,
+    class_threshold: ClassThresholds = None,
+    nms: Nms = None,
+    geometry: GeometryName = None,
+    tiling: TilingWindows = None,
     batch: Batch = 8,
     num_beams: Beams = None,
     max_new_tokens: Tokens = None,
@@ -97,8 +125,21 @@ def label(
     overwrite: Overwrite = False,
 ) -> None:
     """Label a folder of images into a Supervisely project on disk; stop and go on at will."""
-    plan = _plan(task, prompt, class_, region, threshold, model, num_beams, max_new_tokens)
-    from serve.labeling.run import Job, label_folder
+    settings = label_settings(
+        file=settings_file,
+        task=task,
+        prompt=prompt,
+        classes=class_ or (),
+        region=region,
+        threshold=threshold if _is_given(context, "threshold") or not settings_file else None,
+        class_thresholds=class_threshold or (),
+        nms=nms,
+        geometry=geometry,
+        tiling=tiling,
+        num_beams=num_beams,
+        max_new_tokens=max_new_tokens,
+    )
+    from serve.labeling.run import Job, ModelSource, label_folder
 
     job = Job(
         images=images,
@@ -115,40 +156,22 @@ def label(
         overwrite=overwrite,
         arguments=tuple(context.obj or ()),
     )
-    load = _loader(model, device, runtime, precision)
-    raise typer.Exit(label_folder(plan, job, load, lambda: fingerprint(model)).exit_code)
-
-
-def _plan(
-    task: str | None,
-    prompt: str | None,
-    classes: list[str] | None,
-    region: str | None,
-    threshold: float,
-    model: str,
-    num_beams: int | None,
-    max_new_tokens: int | None,
-) -> Plan:
-    from serve.labeling.plan import make_plan
-
-    return make_plan(
-        task=task,
-        prompt=prompt,
-        classes=classes or (),
-        region=region,
-        threshold=threshold,
-        model=model,
-        num_beams=num_beams,
-        max_new_tokens=max_new_tokens,
+    source = ModelSource(
+        model,
+        load=lambda: _predictor(model, device, runtime, precision),
+        fingerprint=lambda: fingerprint(model),
     )
+    raise typer.Exit(label_folder(settings, job, source).exit_code)
 
 
-def _loader(
-    name: str, device: str, runtime: str, precision: str
-) -> Callable[[], tuple[Model, Callable[..., Any]]]:
-    def load() -> tuple[Model, Callable[..., Any]]:
-        from florence2.engine.ask import Ask
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
 
-        return load_model(name, device, runtime, precision), Ask
 
-    return load
+def _predictor(name: str, device: str, runtime: str, precision: str) -> Predictor:
+    """The same way to labels as the server's, with one model that stays."""
+    from serve.predict.predictor import Predictor
+
+    # No reader of these labels was told of classes before.
+    return Predictor(one_model(name, device, runtime, precision), fixed_shapes={})

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,11 +19,12 @@ from serve.process import leave_cores_to_others
 if TYPE_CHECKING:
     from florence2.api import Florence2
     from florence2.checkpoint.hub import ProgressCallback, ProgressUpdate
+    from serve.model_service import Deployed
 
 
 _WHOLE_BYTES: Final = 64 * 2**20
-_PIECES: Final = 64
-_PIECE_BYTES: Final = 2**20
+_BLOCKS: Final = 64
+_BLOCK_BYTES: Final = 2**20
 # A command sees each image once; features kept for a second look would only take memory.
 _CACHE_BYTES: Final = 0
 
@@ -28,7 +32,7 @@ _CACHE_BYTES: Final = 0
 def fingerprint(name: str) -> str | None:
     """What tells two checkpoints of one name apart; None while it is not on this machine.
 
-    The commit it came from, else a hash of its weights: of all of a small file, of 64 pieces
+    The commit it came from, else a hash of its weights: of all of a small file, of 64 blocks
     spread over a large one.
     """
     from florence2.checkpoint.catalog import resolve
@@ -52,12 +56,12 @@ def _hash(path: Path) -> str:
     digest = hashlib.blake2b(str(size).encode(), digest_size=16)
     with path.open("rb") as file:
         if size <= _WHOLE_BYTES:
-            while piece := file.read(_PIECE_BYTES):
-                digest.update(piece)
+            while block := file.read(_BLOCK_BYTES):
+                digest.update(block)
         else:
-            for number in range(_PIECES):
-                file.seek(number * (size - _PIECE_BYTES) // (_PIECES - 1))
-                digest.update(file.read(_PIECE_BYTES))
+            for number in range(_BLOCKS):
+                file.seek(number * (size - _BLOCK_BYTES) // (_BLOCKS - 1))
+                digest.update(file.read(_BLOCK_BYTES))
     return digest.hexdigest()
 
 
@@ -75,6 +79,41 @@ def load_model(name: str, device: str, runtime: str, precision: str = "auto") ->
         model = Florence2.load(name, **chosen, progress=progress)
     leave_cores_to_others(model.engine.checkpoint.config.text.d_model)
     return model
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OneModel:
+    """A model that stays what it is: no other one is deployed, and it never sleeps."""
+
+    current: Deployed
+
+    def wake(self) -> None:
+        """It is awake."""
+
+
+def one_model(name: str, device: str, runtime: str, precision: str) -> OneModel:
+    """The model behind a scheduler of its own.
+
+    Every thread that computes gets workers of its own from OpenMP, and with more workers than
+    cores each operation waits for some to wake: so the thread that loads ends, and its workers
+    with it. It is left behind by who presses Ctrl-C.
+    """
+    from florence2.engine.scheduler import Scheduler
+    from serve.model_service import Deployed, ModelChoice
+
+    loading: Future[Florence2] = Future()
+
+    def load() -> None:
+        try:
+            loading.set_result(load_model(name, device, runtime, precision))
+        except BaseException as error:  # noqa: BLE001 - it is raised where the model is waited for
+            loading.set_exception(error)
+
+    threading.Thread(target=load, name="load", daemon=True).start()
+    model = loading.result()
+    return OneModel(
+        Deployed(ModelChoice(name, device, precision, runtime), model, Scheduler(model.engine))
+    )
 
 
 def fetch(name: str) -> None:

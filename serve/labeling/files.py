@@ -17,7 +17,7 @@ from florence2.errors import FlorenceError, ImageError
 
 LOCK_NAME: Final = ".lock"
 _PART_NAME: Final = ".part"
-_PIECE_BYTES: Final = 1 << 20
+_BLOCK_BYTES: Final = 1 << 20
 _SYNC_THREADS: Final = 8
 # Network file systems that keep no folder in memory say so by one of these.
 _NO_FOLDER_SYNC: Final = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES)
@@ -47,8 +47,8 @@ def hash_of(path: Path) -> str:
     """32 hex digits that are equal for equal content."""
     digest = _new_hash()
     with path.open("rb") as file:
-        while piece := file.read(_PIECE_BYTES):
-            digest.update(piece)
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
     return digest.hexdigest()
 
 
@@ -120,9 +120,9 @@ class Workspace:
     def _copy(self, source: Path) -> str:
         digest = _new_hash()
         with source.open("rb") as read, self._part.open("wb") as part:
-            while piece := read.read(_PIECE_BYTES):
-                digest.update(piece)
-                part.write(piece)
+            while block := read.read(_BLOCK_BYTES):
+                digest.update(block)
+                part.write(block)
         return digest.hexdigest()
 
     def _linked(self, source: Path) -> bool:

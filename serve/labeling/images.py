@@ -9,11 +9,11 @@ import re
 import stat
 import warnings
 from collections import Counter, deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol, TypeVar
 
 from florence2.budget import Budget, Hold
 from florence2.errors import ImageError, NoRoomError
@@ -53,13 +53,13 @@ class LeftOut:
 class Findings:
     """What a walk came by beside images.
 
-    ``files`` were not labeled and perhaps should have been; ``kinds`` counts those that no project
-    can hold, by suffix. ``unreadable`` folders could not be looked into, those ``passed_over`` did
+    ``files`` were not labeled and perhaps should have been; ``suffixes`` counts those that no
+    project can hold. ``unreadable`` folders could not be looked into, those ``passed_over`` did
     not have to be, and ``subfolders`` counts those of a walk that is not recursive.
     """
 
     files: list[LeftOut] = field(default_factory=list)
-    kinds: Counter[str] = field(default_factory=Counter)
+    suffixes: Counter[str] = field(default_factory=Counter)
     unreadable: list[LeftOut] = field(default_factory=list)
     passed_over: list[LeftOut] = field(default_factory=list)
     subfolders: int = 0
@@ -72,8 +72,8 @@ class Findings:
     def file(self, path: str, code: str, message: str) -> None:
         self.files.append(LeftOut(path, code, message))
 
-    def kind(self, path: str, suffix: str) -> None:
-        self.kinds[suffix or "no suffix"] += 1
+    def unsupported(self, path: str, suffix: str) -> None:
+        self.suffixes[suffix or "no suffix"] += 1
         self.file(
             path,
             "unsupported_kind",
@@ -201,7 +201,7 @@ class _Walk:
         if is_image(entry.name):
             yield key, Path(entry.path)
         elif not _is_sidecar(entry.name):
-            self._findings.kind(key, os.path.splitext(entry.name)[1].lower())
+            self._findings.unsupported(key, os.path.splitext(entry.name)[1].lower())
 
     def _no_file(self, entry: os.DirEntry[str], key: str) -> None:
         if is_image(entry.name):
@@ -250,6 +250,8 @@ _JOIN: Final = "__"
 _MAX_NAME_BYTES: Final = 200
 # 64 megapixels are 192 MB as RGB.
 MAX_PIXELS_IN_FLIGHT: Final = 64_000_000
+# Batches that are being written give their room up; a slow disk may take its time.
+_WAIT_FOR_ROOM_S: Final = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,15 +276,6 @@ class Loaded:
     problem: ImageError | None = None
     stamp: Stamp | None = None
     is_first_of_many: bool = False
-
-    @property
-    def pixels(self) -> int:
-        return math.prod(self.picture.size_wh) if self.picture is not None else 0
-
-    def close(self) -> None:
-        """Gives the pixels up, so that others have room."""
-        if self.picture is not None:
-            self.picture.close()
 
 
 def find_images(
@@ -321,17 +314,32 @@ def project_name(key: str, *, recursive: bool) -> str:
     return f"{short}-{digest}{extension}"
 
 
+class Held(Protocol):
+    """What was made of a file, and how much memory it takes."""
+
+    @property
+    def held_pixels(self) -> int: ...
+
+
+Item = TypeVar("Item", bound=Held)
+
+
 def read_ahead(
-    files: Iterable[ImageFile], *, threads: int, ahead: int, budget: Budget
-) -> Generator[Loaded | None]:
-    """The files in order with their pixels, and None where those taken before must be closed.
+    files: Iterable[ImageFile],
+    make_ready: Callable[[Loaded], Item],
+    *,
+    threads: int,
+    ahead: int,
+    budget: Budget,
+) -> Generator[Item | None]:
+    """What ``make_ready`` makes of each opened file, in order, on the thread that read it.
 
     Of those not yet taken, at most ``ahead`` and about 64 megapixels are in memory at once, or a
     single larger one. All that are not closed share ``budget``: None says that the next one has no
-    room in it beside those that were taken.
+    room in it beside those that were taken, and that these must be used.
     """
     with ThreadPoolExecutor(threads, thread_name_prefix="read") as pool:
-        waiting: deque[tuple[Future[Loaded], Hold]] = deque()
+        waiting: deque[tuple[Future[Item], Hold]] = deque()
         try:
             for file in files:
                 size = _pixels_in_header(file.path)
@@ -341,8 +349,8 @@ def read_ahead(
                     yield waiting.popleft()[0].result()
                 if hold is None:
                     yield None
-                    hold = budget.hold(size)
-                waiting.append((pool.submit(_load, file, hold), hold))
+                    hold = budget.hold(size, wait_s=_WAIT_FOR_ROOM_S)
+                waiting.append((pool.submit(_ready, file, make_ready, hold), hold))
             while waiting:
                 yield waiting.popleft()[0].result()
         finally:
@@ -351,7 +359,14 @@ def read_ahead(
                 hold.release()
 
 
-def _in_flight(waiting: Iterable[tuple[Future[Loaded], Hold]], size: int) -> bool:
+def _ready(file: ImageFile, make_ready: Callable[[Loaded], Item], hold: Hold) -> Item:
+    item = make_ready(_load(file, hold))
+    if hold.amount:
+        hold.resize(item.held_pixels)
+    return item
+
+
+def _in_flight(waiting: Iterable[tuple[Future[Item], Hold]], size: int) -> bool:
     return sum(hold.amount for _, hold in waiting) + size > MAX_PIXELS_IN_FLIGHT
 
 

@@ -40,7 +40,7 @@ def project_folder(root: Path) -> Path:
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class StoredImage:
     """The hash of an image that was written, and the size and hash of its labels."""
 
     hash: str
@@ -122,7 +122,7 @@ class GrowingProject:
 
     def add(
         self, file: ImageFile, annotation: sly.Annotation, stamp: Stamp, before: Source | None
-    ) -> Written:
+    ) -> StoredImage:
         """Writes an image and its labels; ``before`` is what the journal knows of earlier ones.
 
         Raises ImageError when the image file is not any more what was labeled, which ``stamp``
@@ -141,7 +141,7 @@ class GrowingProject:
             path.unlink(missing_ok=True)
             self.image_path(file.name).unlink(missing_ok=True)
             raise
-        return Written(found, len(text.encode("utf-8")), hash_of_text(text))
+        return StoredImage(found, len(text.encode("utf-8")), hash_of_text(text))
 
     def sync(self) -> None:
         """Returns once all that was added is on the disk."""

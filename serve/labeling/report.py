@@ -24,7 +24,7 @@ _SHOWN_NOTES: Final = 50
 _FORMULA: Final = frozenset("=+-@＝＋－＠")
 _CONTROLS: Final = frozenset("\t\r\n")
 _PASSED_OVER: Final = " \t\r\n\v\f\0\ufeff\u00a0\"'"
-_SHOWN_KINDS: Final = 8
+_SHOWN_SUFFIXES: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +64,8 @@ class Report:
             "gone": self.gone,
             "changed": list(self.changed),
             "first_page_only": list(totals.first_of_many),
-            "unsupported_files": self.findings.kinds.total(),
-            "unsupported_kinds": dict(self.findings.kinds.most_common()),
+            "unsupported_files": self.findings.suffixes.total(),
+            "unsupported_kinds": dict(self.findings.suffixes.most_common()),
             "unreadable_folders": [one.path for one in self.findings.unreadable],
             "folders_passed_over": {one.path: one.message for one in self.findings.passed_over},
             "subfolders_left_out": self.findings.subfolders,
@@ -142,10 +142,10 @@ def _left_out_lines(report: Report, root: Path) -> list[str]:
             f"{len(several)} files have several pages or frames, of which only the first was "
             f"labeled: {_named(several)}"
         )
-    if findings.kinds:
+    if findings.suffixes:
         lines.append(
-            f"{findings.kinds.total()} files are of kinds that a project cannot hold "
-            f"({kinds_in_words(findings.kinds)}), all of them in {root / FAILED_NAME}; convert "
+            f"{findings.suffixes.total()} files are of kinds that a project cannot hold "
+            f"({count_suffixes(findings.suffixes)}), all of them in {root / FAILED_NAME}; convert "
             "images to JPEG or PNG."
         )
     others = [one for one in findings.files if one.code != "unsupported_kind"]
@@ -171,10 +171,10 @@ def _first_of(lines: list[str], where: Path) -> list[str]:
     return [*lines[:_SHOWN_FAILURES], f"  ... and {more} more, see {where}"] if more > 0 else lines
 
 
-def kinds_in_words(kinds: Counter[str]) -> str:
+def count_suffixes(suffixes: Counter[str]) -> str:
     """The commonest suffixes with their numbers."""
-    shown = [f"{count} {kind}" for kind, count in kinds.most_common(_SHOWN_KINDS)]
-    return ", ".join(shown if len(kinds) <= len(shown) else [*shown, "..."])
+    shown = [f"{count} {suffix}" for suffix, count in suffixes.most_common(_SHOWN_SUFFIXES)]
+    return ", ".join(shown if len(suffixes) <= len(shown) else [*shown, "..."])
 
 
 def _named(images: Sequence[str]) -> str:

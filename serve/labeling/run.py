@@ -1,24 +1,18 @@
-"""One ``florence2 label``: from a plan and two folders to a project and a report."""
+"""One ``florence2 label``: from settings and two folders to a project and a report."""
 
 from __future__ import annotations
 
-import re
 import shlex
 import shutil
-import time
 import traceback
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
-from florence2.budget import open_pixels
-from florence2.errors import FlorenceError, ImageError, RequestError
-from florence2.images import LoadedImage
-from florence2.prompts import clip_region
-from florence2.records import Failure, Polygon, Quad, Region, Result, SizeWh
-from florence2.tasks import OutputKind, find_task
+from florence2.errors import FlorenceError, RequestError
+from florence2.tasks import OutputKind
 from serve.cli.console import complain, say
 from serve.labeling.exports import (
     COCO_DIR,
@@ -29,20 +23,10 @@ from serve.labeling.exports import (
     export_yolo,
 )
 from serve.labeling.files import OutputError, Workspace, hash_of, opened_workspace, stamp_of
-from serve.labeling.images import (
-    EXTENSIONS,
-    MAX_PIXELS_IN_FLIGHT,
-    Findings,
-    ImageFile,
-    Loaded,
-    find_images,
-    is_image,
-    read_ahead,
-)
+from serve.labeling.images import EXTENSIONS, Findings, ImageFile, find_images, is_image
 from serve.labeling.journal import (
     JOURNAL_NAME,
     OUTPUT_MARKER,
-    Entry,
     Journal,
     check_unused,
     is_begun,
@@ -50,18 +34,20 @@ from serve.labeling.journal import (
     output_around,
     read_settings,
 )
-from serve.labeling.plan import Plan, Prompt
-from serve.labeling.previews import PREVIEWS_DIR, draw_missing_previews, draw_preview, preview_path
+from serve.labeling.pipeline import Labeling, label_images
+from serve.labeling.previews import PREVIEWS_DIR, draw_missing_previews
 from serve.labeling.progress import StopSwitch, progress_bar, stop_on_signals
 from serve.labeling.project import DATASET, GrowingProject
-from serve.labeling.report import Report, RunCounts, kinds_in_words, report_lines, write_report
-from serve.predict.annotations import Answered, LabelRules, annotation_from_answers
-from serve.predict.geometry import drawable_rings, rings_of
+from serve.labeling.report import Report, RunCounts, count_suffixes, report_lines, write_report
+from serve.labeling.settings import journal_settings
+from serve.predict.naming import possible_titles
+from serve.predict.predictor import Predictor, rules_of
 from serve.sdk import sly
+from serve.settings import Settings
 
 
 @contextmanager
-def set_aside(workspace: Workspace) -> Iterator[None]:
+def earlier_labels_moved(workspace: Workspace) -> Iterator[None]:
     """Moves an earlier run's files to a folder beside this one; the journal goes last.
 
     They come back when the new run labels nothing and ends with an error.
@@ -100,211 +86,6 @@ def _move_all(source: Path, target: Path) -> None:
         (source / name).rename(target / name)
 
 
-_READERS: Final = 3
-_AHEAD: Final = 2
-_NOTE_COUNT: Final = re.compile(r": \d+$")
-_NO_AREA: Final = "outlines without area, left out"
-# Failures that every image would have in the same way.
-_HOPELESS: Final = ("bad_request", "bad_checkpoint", "bad_device")
-
-
-class Model(Protocol):
-    """The part of ``florence2.Florence2`` that labeling uses."""
-
-    def run_many(self, requests: Sequence[Any]) -> Sequence[Result | Failure]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Tools:
-    """What a run works with, and whom it tells."""
-
-    model: Model
-    ask: Callable[..., Any]
-    project: GrowingProject
-    journal: Journal
-    on_images: Callable[[int], None]
-    should_stop: Callable[[], bool]
-    counts: RunCounts
-    previews: Path | None = None
-
-
-def label_images(files: Iterable[ImageFile], plan: Plan, tools: Tools, *, batch: int) -> None:
-    """Labels ``files`` in order and journals each batch before the next one begins.
-
-    Raises RequestError, with nothing journaled, when not one image could be asked as planned.
-    """
-    started = time.perf_counter()
-    rules = LabelRules(dict(plan.classes), plan.threshold, fixed_shapes={})
-    loaded = read_ahead(files, threads=_READERS, ahead=batch + _AHEAD, budget=open_pixels())
-    try:
-        with closing(loaded), closing(_batches(loaded, batch)) as groups:
-            for group in groups:
-                entries = _label_batch(group, plan, rules, tools)
-                tools.project.sync()
-                tools.journal.append(entries)
-                tools.counts.images += len(entries)
-                tools.on_images(len(entries))
-                if tools.should_stop():
-                    tools.counts.interrupted = True
-                    break
-    finally:
-        tools.counts.seconds = time.perf_counter() - started
-
-
-def _batches(loaded: Iterator[Loaded | None], size: int) -> Generator[list[Loaded]]:
-    """At most ``size`` images, and fewer when they are large.
-
-    Neither the list nor the pictures in it are held once the next one is asked for.
-    """
-    group: list[Loaded] = []
-    try:
-        for item in loaded:
-            if item is not None:
-                group.append(item)
-            pixels = sum(one.pixels for one in group)
-            if group and (item is None or len(group) == size or pixels >= MAX_PIXELS_IN_FLIGHT):
-                yield group
-                _close(group)
-        if group:
-            yield group
-    finally:
-        _close(group)
-
-
-def _close(group: list[Loaded]) -> None:
-    for item in group:
-        item.close()
-    group.clear()
-
-
-def _label_batch(group: list[Loaded], plan: Plan, rules: LabelRules, tools: Tools) -> list[Entry]:
-    entries: list[Entry] = []
-    readable: list[tuple[Loaded, LoadedImage]] = []
-    for item in group:
-        if item.picture is None:
-            entries.append(_unreadable(item))
-        elif problem := _misses(plan.region, item.picture):
-            entries.append(_failed(item.file, problem.code, str(problem)))
-        else:
-            readable.append((item, item.picture))
-    answers = _ask(readable, plan, tools)
-    _check_any_hope(answers, plan, len(readable), tools.journal)
-    for number, (item, picture) in enumerate(readable):
-        own = answers[number * len(plan.prompts) : (number + 1) * len(plan.prompts)]
-        entries.append(_settle(item, picture, own, plan, rules, tools))
-    return entries
-
-
-def _ask(
-    readable: list[tuple[Loaded, LoadedImage]], plan: Plan, tools: Tools
-) -> Sequence[Result | Failure]:
-    asks = [
-        tools.ask(
-            picture,
-            plan.task,
-            text=prompt.text,
-            region=plan.region,
-            num_beams=plan.num_beams,
-            max_new_tokens=plan.max_new_tokens,
-        )
-        for _, picture in readable
-        for prompt in plan.prompts
-    ]
-    return tools.model.run_many(asks) if asks else []
-
-
-def _check_any_hope(
-    answers: Sequence[Result | Failure], plan: Plan, images: int, journal: Journal
-) -> None:
-    """Raises RequestError when the first answers show that every image will fail alike."""
-    if journal.totals.images or not answers:
-        return
-    failures = [answer for answer in answers if isinstance(answer, Failure)]
-    if len(failures) < len(answers) or any(one.code not in _HOPELESS for one in failures):
-        return
-    # A later step of a cascade may fail for what this one image showed.
-    if images > 1 or "+" not in plan.task or failures[0].code != RequestError.code:
-        raise RequestError(failures[0].message)
-
-
-def _misses(region: Region | None, picture: LoadedImage) -> RequestError | None:
-    """Why the region is not on this image; on another one it may well be."""
-    if region is not None:
-        try:
-            clip_region(region.box_xyxy, picture.size_wh)
-        except RequestError as problem:
-            return problem
-    return None
-
-
-def _unreadable(item: Loaded) -> Entry:
-    problem = item.problem or FlorenceError("The image could not be read.")
-    return _failed(item.file, problem.code, str(problem))
-
-
-def _settle(
-    item: Loaded,
-    picture: LoadedImage,
-    answers: Sequence[Result | Failure],
-    plan: Plan,
-    rules: LabelRules,
-    tools: Tools,
-) -> Entry:
-    """One failed prompt fails the image: half its labels would pass for all of them."""
-    file = item.file
-    results: list[Result] = []
-    for answer in answers:
-        if isinstance(answer, Failure):
-            return _failed(file, answer.code, answer.message)
-        results.append(answer)
-    answered = [
-        _answered(result, prompt, plan)
-        for result, prompt in zip(results, plan.prompts, strict=True)
-    ]
-    annotation = annotation_from_answers(answered, rules, picture.size_wh)
-    try:
-        stamp = item.stamp or stamp_of(file.path)
-        written = tools.project.add(file, annotation, stamp, tools.journal.source_of(file.key))
-    except ImageError as problem:
-        return _failed(file, problem.code, str(problem))
-    if tools.previews is not None:
-        draw_preview(picture.image, annotation, preview_path(tools.previews, file.name))
-    objects = len(annotation.labels)
-    return Entry(
-        image=file.key,
-        name=file.name,
-        state="labeled" if objects or len(annotation.img_tags) else "empty",
-        objects=objects,
-        truncated=sum(result.truncated for result in results),
-        notes=_notes(results, picture.size_wh),
-        is_first_of_many=item.is_first_of_many,
-        size_bytes=stamp.size_bytes,
-        mtime_ns=stamp.mtime_ns,
-        hash=written.hash,
-        labels_bytes=written.labels_bytes,
-        labels_hash=written.labels_hash,
-    )
-
-
-def _notes(results: Sequence[Result], size_wh: SizeWh) -> tuple[str, ...]:
-    """Each kind of note once, without its count ("dropped boxes: 3")."""
-    notes = [_NOTE_COUNT.sub("", note) for result in results for note in result.notes]
-    outlines = (
-        shape for result in results for shape in result.objects if isinstance(shape, Polygon | Quad)
-    )
-    if any(len(drawable_rings(shape, size_wh)) < len(rings_of(shape)) for shape in outlines):
-        notes.append(_NO_AREA)
-    return tuple(dict.fromkeys(notes))
-
-
-def _answered(result: Result, prompt: Prompt, plan: Plan) -> Answered:
-    return Answered(result, prompt.class_name, prompt.text, plan.region)
-
-
-def _failed(file: ImageFile, code: str, message: str) -> Entry:
-    return Entry(file.key, file.name, "failed", code=code, message=message[:500])
-
-
 _SHOWN_LOST: Final = 5
 _SHAPES: Final = {
     OutputKind.GROUNDING: sly.Rectangle,
@@ -338,17 +119,24 @@ class Job:
         return shlex.join(["florence2", *kept, *extra])
 
 
-# Gives a loaded model and the class of its requests; called only when there is work.
-Loader = Callable[[], tuple[Model, Callable[..., Any]]]
-# What tells two checkpoints of one name apart, or None while it is not on this machine.
-Fingerprint = Callable[[], str | None]
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """A checkpoint by its name; it is loaded only when there is work.
+
+    ``fingerprint`` is what tells two checkpoints of one name apart, or None while it is not on
+    this machine.
+    """
+
+    name: str
+    load: Callable[[], Predictor]
+    fingerprint: Callable[[], str | None] = lambda: None
 
 
 @dataclass(frozen=True, slots=True)
-class _Desk:
+class _OpenRun:
     """What is open while a run goes on."""
 
-    plan: Plan
+    settings: Settings
     job: Job
     project: GrowingProject
     journal: Journal
@@ -392,9 +180,7 @@ class _Desk:
             return True
 
 
-def label_folder(
-    plan: Plan, job: Job, load: Loader, fingerprint: Fingerprint = lambda: None
-) -> Report:
+def label_folder(settings: Settings, job: Job, model: ModelSource) -> Report:
     """Labels what is left to label and returns the report, which is also in the folder.
 
     Raises FlorenceError when the run cannot begin; what was labeled before stays as it is.
@@ -403,40 +189,40 @@ def label_folder(
     with stop_on_signals() as stop, opened_workspace(job.out) as workspace:
         is_new = job.overwrite or not is_begun(workspace.root)
         if is_new and not job.retry_failed:
-            load = _loaded_now(workspace, load, is_kept_away=job.overwrite)
-        settings = _settings(plan, job, fingerprint())
+            model = _loaded_now(workspace, model, is_kept_away=job.overwrite)
         if not job.overwrite:
-            return _run(plan, job, load, stop, workspace, settings)
-        with set_aside(workspace):
-            return _run(plan, job, load, stop, workspace, settings)
+            return _run(settings, job, model, stop, workspace)
+        with earlier_labels_moved(workspace):
+            return _run(settings, job, model, stop, workspace)
 
 
-def _loaded_now(workspace: Workspace, load: Loader, *, is_kept_away: bool) -> Loader:
+def _loaded_now(workspace: Workspace, model: ModelSource, *, is_kept_away: bool) -> ModelSource:
     """The model before anything in the folder changes: what does not load, changes nothing."""
     if not (workspace.root / JOURNAL_NAME).exists():
         check_unused(workspace.root)
     elif not is_kept_away:
         read_settings(workspace.root / JOURNAL_NAME)
-    loaded = load()
-    return lambda: loaded
+    predictor = model.load()
+    return replace(model, load=lambda: predictor)
 
 
 def _run(
-    plan: Plan,
-    job: Job,
-    load: Loader,
-    stop: StopSwitch,
-    workspace: Workspace,
-    settings: dict[str, Any],
+    settings: Settings, job: Job, model: ModelSource, stop: StopSwitch, workspace: Workspace
 ) -> Report:
+    noted = {
+        "images": str(job.images.resolve()),
+        "recursive": job.recursive,
+        **journal_settings(settings, model.name),
+        "checkpoint": model.fingerprint(),
+    }
     project = GrowingProject(workspace, link=job.link)
-    with closing(open_journal(workspace, settings, project.is_kept)) as journal:
+    with closing(open_journal(workspace, noted, project.is_kept)) as journal:
         _say_lost(journal.lost)
-        desk = _Desk(plan, job, project, journal)
-        counts, error = _work(desk, load, stop)
+        run = _OpenRun(settings, job, project, journal)
+        counts, error = _work(run, model, stop)
         if journal.renewed:
             journal.recount()
-        report = _report(desk, counts, settings, error)
+        report = _report(run, counts, noted, error)
     for line in report_lines(report, job.out):
         say(line)
     _write_report(report, workspace)
@@ -466,11 +252,6 @@ def _write_report(report: Report, workspace: Workspace) -> None:
             f"The labels are safe, and the report could not be written into "
             f"{str(workspace.root)!r} ({error.strerror or error}); make room and run it again."
         ) from error
-
-
-def _settings(plan: Plan, job: Job, checkpoint: str | None) -> dict[str, Any]:
-    where = {"images": str(job.images.resolve()), "recursive": job.recursive}
-    return where | plan.settings() | {"checkpoint": checkpoint}
 
 
 def _all_images(job: Job, findings: Findings | None = None) -> Iterator[ImageFile]:
@@ -506,7 +287,7 @@ def _check_input(job: Job) -> None:
         raise RequestError(f"{shown!r} cannot be read ({error.strerror}).") from error
     if not has_image:
         hint = "; add --recursive to look into its subfolders" if findings.subfolders else ""
-        others = f", but {kinds_in_words(findings.kinds)}" if findings.kinds else ""
+        others = f", but {count_suffixes(findings.suffixes)}" if findings.suffixes else ""
         raise RequestError(
             f"A folder to label holds images ({', '.join(EXTENSIONS)}) "
             f"and {shown!r} holds none{others}{hint}."
@@ -525,37 +306,43 @@ def _check_is_no_output(images: Path) -> None:
         )
 
 
-def _work(desk: _Desk, load: Loader, stop: StopSwitch) -> tuple[RunCounts, str | None]:
+def _work(run: _OpenRun, model: ModelSource, stop: StopSwitch) -> tuple[RunCounts, str | None]:
     """Runs until done, stopped, or stuck; the second value says in a sentence what it stuck on."""
-    total = desk.survey()
+    total = run.survey()
     if not total:
         return RunCounts(), None
     counts = RunCounts()
     try:
-        model, ask = load()
-        _prepare(desk)
+        predictor = model.load()
+        _prepare(run)
         with progress_bar(total) as advance:
-            previews = desk.job.out / PREVIEWS_DIR if desk.job.draw else None
-            tools = Tools(
-                model, ask, desk.project, desk.journal, advance, stop, counts, previews=previews
+            labeling = Labeling(
+                predictor,
+                run.settings,
+                run.project,
+                run.journal,
+                advance,
+                stop,
+                counts,
+                previews=run.job.out / PREVIEWS_DIR if run.job.draw else None,
             )
             with stop.after_batch():
-                label_images(desk.pending(), desk.plan, tools, batch=desk.job.batch)
+                label_images(run.pending(), labeling, batch=run.job.batch)
     except KeyboardInterrupt:
         counts.interrupted = True
     except OSError as error:
-        problem = OutputError(f"Writing into {str(desk.job.out)!r} failed ({error.strerror}).")
-        return counts, _unless_first(desk, problem)
+        problem = OutputError(f"Writing into {str(run.job.out)!r} failed ({error.strerror}).")
+        return counts, _unless_first(run, problem)
     except FlorenceError as error:
-        return counts, _unless_first(desk, error)
+        return counts, _unless_first(run, error)
     # Whatever the model or a library raises, what is labeled gets its report.
     except Exception as error:  # noqa: BLE001
-        return counts, _unless_first(desk, error)
+        return counts, _unless_first(run, error)
     return counts, None
 
 
-def _unless_first(desk: _Desk, error: Exception) -> str:
-    if not desk.journal.totals.images:
+def _unless_first(run: _OpenRun, error: Exception) -> str:
+    if not run.journal.totals.images:
         raise error
     if isinstance(error, FlorenceError):
         return str(error)
@@ -564,17 +351,30 @@ def _unless_first(desk: _Desk, error: Exception) -> str:
     return f"Something unexpected happened ({type(error).__name__}: {error}; {where})."
 
 
-def _prepare(desk: _Desk) -> None:
-    desk.project.create()
-    if desk.job.draw:
-        (desk.job.out / PREVIEWS_DIR).mkdir(exist_ok=True)
-    shape = _SHAPES.get(find_task(desk.plan.task.rsplit("+", 1)[-1]).output)
+def _prepare(run: _OpenRun) -> None:
+    run.project.create()
+    if run.job.draw:
+        (run.job.out / PREVIEWS_DIR).mkdir(exist_ok=True)
+    shape = _SHAPES.get(run.settings.steps[-1].output)
+    if shape is sly.Polygon and run.settings.geometry == "bitmap":
+        shape = sly.Bitmap
     if shape is not None:
-        desk.project.declare(desk.plan.class_names, shape)
+        run.project.declare(_class_titles(run.settings), shape)
 
 
-def _report(desk: _Desk, counts: RunCounts, settings: dict[str, Any], error: str | None) -> Report:
-    job, journal = desk.job, desk.journal
+def _class_titles(settings: Settings) -> tuple[str, ...]:
+    """The user's classes in the order in which they were named, as labels will have them."""
+    asked = dict.fromkeys(settings.classes_by_phrase.values())
+    wanted = rules_of(settings).wants
+    return tuple(
+        possible_titles(name, "rectangle", settings.class_suffix)[0]
+        for name in asked
+        if wanted(name, "rectangle")
+    )
+
+
+def _report(run: _OpenRun, counts: RunCounts, noted: dict[str, Any], error: str | None) -> Report:
+    job, journal = run.job, run.journal
     findings = Findings()
     known = pending = 0
     for file in _all_images(job, findings):
@@ -585,13 +385,13 @@ def _report(desk: _Desk, counts: RunCounts, settings: dict[str, Any], error: str
         run=counts,
         pending=pending,
         gone=journal.totals.images - known,
-        changed=sorted(desk.changed - journal.renewed),
+        changed=sorted(run.changed - journal.renewed),
         not_renewed=tuple(journal.not_renewed.values()),
         findings=findings,
         relabel_command=job.command("--relabel-changed"),
         retry_command=job.command("--retry-failed"),
         resume_command=job.command(),
-        settings=settings,
+        settings=noted,
         error=error,
     )
 

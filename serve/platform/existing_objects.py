@@ -27,7 +27,6 @@ from serve.platform.failures import (
 from serve.platform.images import Target, download_images, each_or_failure, resolve
 from serve.platform.pipeline import (
     Batch,
-    Settler,
     fetch_ahead,
     split_batches,
 )
@@ -41,6 +40,7 @@ from serve.predict.geometry import box_xyxy_from_rectangle_tlbr
 from serve.predict.naming import clean_text
 from serve.predict.predictor import Call
 from serve.sdk import sly
+from serve.settler import Settler
 
 _ATTEMPTS: Final = 3
 # By project: what a label has is read and written by one run at a time.

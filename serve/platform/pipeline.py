@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
-from typing import Final, Generic, TypeVar
+from typing import Final, TypeVar
 
 from florence2.budget import Budget, Hold
 from florence2.errors import GenerationCancelledError, NoRoomError
@@ -17,10 +16,8 @@ MAX_BYTES_AHEAD: Final = 256_000_000
 # Three bytes each once they are opened.
 MAX_BATCH_PIXELS: Final = 100_000_000
 BATCHES_AHEAD: Final = 3
-BATCHES_BEHIND: Final = 2
 
 Batch = tuple[Target, ...]
-Item = TypeVar("Item")
 Fetched = TypeVar("Fetched")
 
 
@@ -104,46 +101,3 @@ def fetch_ahead(
 
 def _num_bytes(batch: Batch) -> int:
     return sum(target.size_bytes for target in batch)
-
-
-class Settler(Generic[Item]):
-    """One thread that settles items in order while the caller makes the next one.
-
-    ``put`` waits while two items are unsettled, and raises what settling an earlier one raised;
-    the end of the context waits for all of them and raises likewise. An item after a raise is not
-    settled.
-    """
-
-    def __init__(self, settle: Callable[[Item], None], max_waiting: int = BATCHES_BEHIND) -> None:
-        self._settle = settle
-        self._max_waiting = max_waiting
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="upload")
-        self._waiting: deque[Future[None]] = deque()
-        self._is_broken = False
-
-    def __enter__(self) -> Settler[Item]:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        try:
-            while self._waiting:
-                self._waiting.popleft().result()
-        finally:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-
-    def put(self, item: Item) -> None:
-        while len(self._waiting) >= self._max_waiting:
-            self._waiting.popleft().result()
-        self._waiting.append(self._pool.submit(self._settle_next, item))
-
-    def _settle_next(self, item: Item) -> None:
-        if self._is_broken:
-            return
-        self._is_broken = True
-        self._settle(item)
-        self._is_broken = False

@@ -15,7 +15,6 @@ from serve.platform.failures import FailedImageError, failure_json, failure_of
 from serve.platform.images import download_images, resolve
 from serve.platform.pipeline import (
     Batch,
-    Settler,
     fetch_ahead,
     split_batches,
 )
@@ -27,6 +26,7 @@ from serve.platform.upload import Labeled, Uploading, entry_of
 from serve.predict.full_queue import FULL_CODES, when_queue_has_room
 from serve.predict.predictor import Call, Predicted
 from serve.sdk import sly
+from serve.settler import Settler
 from serve.settings import Settings
 
 Outcome = Predicted | Failure

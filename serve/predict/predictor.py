@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Final, Protocol, TypeVar
+from typing import Literal, Protocol
 
-from florence2.budget import WAIT_S, Budget, Hold, open_pixels
+from florence2.budget import Budget, open_pixels
 from florence2.engine.ask import AnyImage, Ask
 from florence2.engine.encoding import EncodedImage, Preparer
 from florence2.engine.scheduler import Priority
 from florence2.errors import (
-    DeadlineError,
     FlorenceError,
-    GenerationCancelledError,
     NoRoomError,
     QueueFullError,
     RequestError,
@@ -27,12 +25,13 @@ from florence2.images import LoadedImage, Room, identity, open_image
 from florence2.pixels import PreparedImage
 from florence2.records import Failure, Region, Result, Timings
 from florence2.tasks import TaskInput, parse_steps
-from serve.http.metrics import Outcome, Stage
-from serve.model_service import Deployed, Deployment
+from serve.model_service import Deployed
 from serve.platform.reference import resolve_reference
 from serve.predict.annotations import Answered, LabelRules, annotation_from_answers, wanted_in
-from serve.predict.full_queue import QUEUE_LIMIT_S, when_queue_has_room
+from serve.predict.full_queue import when_queue_has_room
 from serve.predict.geometry import Located
+from serve.predict.naming import FIXED_SHAPES
+from serve.predict.room import Patience, in_parts
 from serve.predict.tiling import TileResult, View, can_tile, merge_tiles, moved, views_of
 from serve.sdk import sly
 from serve.settings import Settings
@@ -61,7 +60,7 @@ def questions_of(settings: Settings) -> tuple[Question, ...]:
     )
 
 
-def rules_of(settings: Settings) -> LabelRules:
+def rules_of(settings: Settings, fixed_shapes: Mapping[str, str] = FIXED_SHAPES) -> LabelRules:
     """The labels' rules that the settings ask for."""
     return LabelRules(
         classes=settings.classes_by_phrase,
@@ -75,102 +74,8 @@ def rules_of(settings: Settings) -> LabelRules:
         nms_threshold=settings.nms_threshold,
         containment_threshold=settings.containment_threshold,
         across_classes=settings.nms_across_classes,
+        fixed_shapes=fixed_shapes,
     )
-
-
-# Three bytes each; a batch of a few large images is answered in parts.
-MAX_OPEN_PIXELS: Final = 100_000_000
-
-
-class Opened(Protocol):
-    """Something that holds pixels until it is closed."""
-
-    @property
-    def num_pixels(self) -> int: ...
-
-    def close(self) -> None: ...
-
-
-Source = TypeVar("Source")
-Item = TypeVar("Item", bound=Opened)
-
-
-@dataclass(frozen=True, slots=True)
-class Patience:
-    """Who waits for room: bulk work or not, until when, and whether still."""
-
-    is_bulk: bool
-    ends_s: float | None = None
-    should_stop: Callable[[], bool] | None = None
-
-    @property
-    def left_s(self) -> float | None:
-        """Seconds that are left, None for as long as it takes."""
-        return None if self.ends_s is None else max(0.0, self.ends_s - time.monotonic())
-
-    def reason(self) -> FlorenceError | None:
-        """Why nobody waits any longer."""
-        if self.should_stop is not None and self.should_stop():
-            return GenerationCancelledError(
-                "The request was cancelled; send it again if it is needed."
-            )
-        if self.left_s == 0.0:
-            return DeadlineError(
-                "An answer was wanted sooner than there was room to open the image; allow more "
-                "time or ask for less at once."
-            )
-        return None
-
-    def room(self, budget: Budget, wait_s: float) -> Callable[[int], Hold]:
-        """Waits for so many pixels; NoRoomError after ``wait_s``, or the ``reason``."""
-
-        def hold(pixels: int) -> Hold:
-            return budget.hold(pixels, is_bulk=self.is_bulk, wait_s=wait_s, stop=self.reason)
-
-        return hold
-
-
-def in_parts(
-    sources: Iterable[Source], open_one: Callable[[Source, float], Item]
-) -> Generator[list[Item]]:
-    """The sources opened, in order and in parts; a part is closed when the next one is asked for.
-
-    ``open_one`` may wait for so many seconds. Raises its NoRoomError only with nothing in hand: the
-    first part is refused soon, so that the caller may come back, a later one when the queue of the
-    model would be given up too. Close it, or what the last part holds stays held.
-    """
-    part: list[Item] = []
-    wait_s = WAIT_S
-    try:
-        for source in sources:
-            try:
-                item = open_one(source, 0.0 if _pixels(part) else wait_s)
-            except NoRoomError:
-                if not _pixels(part):
-                    raise
-                yield part
-                _close(part)
-                wait_s = QUEUE_LIMIT_S
-                item = open_one(source, wait_s)
-            part.append(item)
-            if _pixels(part) >= MAX_OPEN_PIXELS:
-                yield part
-                _close(part)
-                wait_s = QUEUE_LIMIT_S
-        if part:
-            yield part
-    finally:
-        _close(part)
-
-
-def _pixels(part: list[Item]) -> int:
-    return sum(item.num_pixels for item in part)
-
-
-def _close(part: list[Item]) -> None:
-    for item in part:
-        item.close()
-    part.clear()
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,27 +99,54 @@ class Call:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Predicted:
-    """One image's annotation. ``timings_s`` are those of the batches it was part of."""
+    """One image's annotation. ``timings_s`` are those of the batches it was part of.
+
+    ``results`` has one for each question, in pixels of the image, merged from its tiles.
+    """
 
     annotation: sly.Annotation
     notes: tuple[str, ...] = ()
     timings_s: Timings = field(default_factory=Timings)
+    results: tuple[Result, ...] = ()
+
+
+class Models(Protocol):
+    """Where the model is that answers now."""
+
+    @property
+    def current(self) -> Deployed: ...
+
+    def wake(self) -> None: ...
 
 
 class Watcher(Protocol):
-    """Who counts what happened; the app's metrics."""
+    """Who counts what happened."""
 
-    def count_image(self, outcome: Outcome, code: str | None = None) -> None: ...
+    def count_image(
+        self, outcome: Literal["labeled", "empty", "failed"], code: str | None = None
+    ) -> None: ...
 
-    def stage(self, name: Stage, seconds: float) -> None: ...
+    def stage(
+        self, name: Literal["queue", "vision", "prompt", "decode", "postprocess"], seconds: float
+    ) -> None: ...
+
+
+class Unwatched:
+    """Nobody counts."""
+
+    def count_image(self, outcome: str, code: str | None = None) -> None:
+        """Not counted."""
+
+    def stage(self, name: str, seconds: float) -> None:
+        """Not measured."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Job:
-    """One image with everything that is asked about it.
+class OpenImage:
+    """An open image with everything that is asked about it.
 
     ``pictures``, one for each of ``views``, are what is looked at. Of an image that is looked at
-    in one piece that piece is prepared, and nothing else of it is held.
+    in one view, the view is prepared, and nothing else of it is held.
     """
 
     picture: LoadedImage
@@ -222,9 +154,10 @@ class _Job:
     pictures: tuple[LoadedImage | PreparedImage, ...]
     questions: tuple[Question, ...]
     settings: Settings
-    is_ours: bool
+    is_ours: bool = True
 
     def asks(self) -> Iterator[Ask]:
+        """What the model is asked: every question about every view."""
         for question in self.questions:
             for picture in self.pictures:
                 yield Ask(
@@ -238,22 +171,25 @@ class _Job:
 
     @property
     def num_asks(self) -> int:
+        """How many ``asks`` there are."""
         return len(self.questions) * len(self.views)
 
     @property
     def num_pixels(self) -> int:
+        """The pixels that are held."""
         first = self.pictures[0]
         if isinstance(first, PreparedImage):
             return first.num_pixels
         return math.prod(self.picture.size_wh)
 
     def close(self) -> None:
+        """Gives up what is held of an image that was opened here."""
         if self.is_ours:
             self.picture.close()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _NoJob:
+class _FailedImage:
     """An image that cannot be asked about."""
 
     failure: Failure
@@ -264,7 +200,7 @@ class _NoJob:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Ready:
+class _AskedImage:
     """An image of asks as the model takes it, and the places of those asks."""
 
     image: AnyImage
@@ -281,14 +217,23 @@ class _Ready:
 
 
 class Predictor:
-    """Answers requests about images with whatever model is deployed."""
+    """Answers requests about images with whatever model is deployed.
+
+    ``fixed_shapes`` are the classes whose shape the readers of the annotations know already.
+    """
 
     def __init__(
-        self, deployment: Deployment, watcher: Watcher, budget: Budget | None = None
+        self,
+        models: Models,
+        watcher: Watcher | None = None,
+        budget: Budget | None = None,
+        *,
+        fixed_shapes: Mapping[str, str] = FIXED_SHAPES,
     ) -> None:
-        self._deployment = deployment
-        self._watcher = watcher
+        self._models = models
+        self._watcher = watcher or Unwatched()
         self._budget = budget or open_pixels()
+        self._fixed_shapes = fixed_shapes
 
     def ask(self, asks: Sequence[Ask], call: Call = Call()) -> list[Result | Failure]:
         """The deployed model's answers, in order.
@@ -297,18 +242,18 @@ class Predictor:
         room, which those may hold who wait for the model. Raises QueueFullError, NoRoomError or
         StoppedError.
         """
-        deployed = self._deployment.current
+        deployed = self._models.current
         patience = call.patience()
         places: dict[object, list[int]] = {}
         for place, ask in enumerate(asks):
             places.setdefault(identity(ask.image), []).append(place)
         answers: dict[int, Result | Failure] = {}
 
-        def ready(of_image: list[int], wait_s: float) -> _Ready:
+        def opened(of_image: list[int], wait_s: float) -> _AskedImage:
             room = patience.room(self._budget, wait_s)
-            return _ready(asks[of_image[0]].image, of_image, deployed.model.engine.preparer, room)
+            return _asked(asks[of_image[0]].image, of_image, deployed.model.engine.preparer, room)
 
-        with closing(in_parts(places.values(), ready)) as parts:
+        with closing(in_parts(places.values(), opened)) as parts:
             for number, part in enumerate(parts):
                 order = [place for one in part for place in one.places]
                 images = [one.image for one in part for _ in one.places]
@@ -324,7 +269,7 @@ class Predictor:
     def _run(
         self, deployed: Deployed, asks: Sequence[Ask], call: Call, patience: Patience
     ) -> list[Result | Failure]:
-        self._deployment.wake()
+        self._models.wake()
         return deployed.scheduler.run(
             asks,
             priority=call.priority,
@@ -346,35 +291,50 @@ class Predictor:
             settings = resolve_reference(
                 settings, call.api, lambda asks: self.ask(asks, call), images[0] if images else None
             )
-        deployed = self._deployment.current
+        deployed = self._models.current
         # Tiles hold the whole image until the model has seen the last of them.
         patience = call.patience(is_bulk=settings.tiling is not None)
 
-        def open_one(image: AnyImage, wait_s: float) -> _Job | _NoJob:
+        def open_one(image: AnyImage, wait_s: float) -> OpenImage | _FailedImage:
             room = patience.room(self._budget, wait_s)
-            return _job(image, settings, deployed.model.engine.preparer, room)
+            return _opened(image, settings, deployed.model.engine.preparer, room)
 
         predicted: list[Predicted | Failure] = []
         with closing(in_parts(images, open_one)) as parts:
-            for number, jobs in enumerate(parts):
-                asks = [ask for job in jobs if isinstance(job, _Job) for ask in job.asks()]
+            for number, part in enumerate(parts):
+                asks = [ask for one in part if isinstance(one, OpenImage) for ask in one.asks()]
                 run = partial(self._run, deployed, asks, call, patience)
                 # What was answered already is not asked again because the queue is full now.
-                answers = run() if number == 0 else when_queue_has_room(run, call.has_to_stop)
-                predicted += self._all_settled(jobs, answers)
-        for one in predicted:
-            self._count(one)
+                answers = iter(run() if number == 0 else when_queue_has_room(run, call.has_to_stop))
+                predicted += [
+                    one.failure
+                    if isinstance(one, _FailedImage)
+                    else self.predicted(one, [next(answers) for _ in range(one.num_asks)])
+                    for one in part
+                ]
+        for outcome in predicted:
+            self._count(outcome)
         return predicted
 
-    def _all_settled(
-        self, jobs: Sequence[_Job | _NoJob], answers: Sequence[Result | Failure]
-    ) -> list[Predicted | Failure]:
-        rest = iter(answers)
+    def open(self, picture: LoadedImage, settings: Settings) -> OpenImage:
+        """An image made ready for ``answer``, on the calling thread, ahead of the model.
+
+        It is closed but for what the model needs. Raises FlorenceError where the settings do not
+        fit this image; it is closed then too.
+        """
+        try:
+            return _ready(picture, settings, self._models.current.model.engine.preparer)
+        except BaseException:
+            picture.close()
+            raise
+
+    def answer(self, images: Sequence[OpenImage], call: Call) -> list[Predicted | Failure]:
+        """As ``predict``, of images that were opened before; closing them is left to the caller."""
+        asks = [ask for image in images for ask in image.asks()]
+        answers = iter(self._run(self._models.current, asks, call, call.patience()))
         return [
-            job.failure
-            if isinstance(job, _NoJob)
-            else self._settled(job, [next(rest) for _ in range(job.num_asks)])
-            for job in jobs
+            self.predicted(image, [next(answers) for _ in range(image.num_asks)])
+            for image in images
         ]
 
     def _count(self, one: Predicted | Failure) -> None:
@@ -396,73 +356,81 @@ class Predictor:
             self._watcher.count_image("failed", error.code)
             return Failure(error.code, str(error))
 
-    def _settled(self, job: _Job, answers: Sequence[Result | Failure]) -> Predicted | Failure:
-        """One failed answer fails the image: half its labels would pass for all of them."""
+    def predicted(
+        self, image: OpenImage, answers: Sequence[Result | Failure]
+    ) -> Predicted | Failure:
+        """The annotation of an image from the answers to all its asks.
+
+        One failed answer fails the image: half its labels would pass for all of them.
+        """
         results: list[Result] = []
         for answer in answers:
             if isinstance(answer, Failure):
                 return replace(answer, image=None)
             results.append(answer)
         began = time.perf_counter()
-        per_view = len(job.views)
-        rules = rules_of(job.settings)
+        per_view = len(image.views)
+        rules = rules_of(image.settings, self._fixed_shapes)
         answered = [
-            _answered(job, question, rules, results[place * per_view : (place + 1) * per_view])
-            for place, question in enumerate(job.questions)
+            _answered(image, question, rules, results[place * per_view : (place + 1) * per_view])
+            for place, question in enumerate(image.questions)
         ]
-        annotation = annotation_from_answers(answered, rules, job.picture.size_wh)
+        annotation = annotation_from_answers(answered, rules, image.picture.size_wh)
         timings_s = _slowest(results)
         self._watcher.stage("postprocess", time.perf_counter() - began)
         self._watcher.stage("vision", timings_s.vision)
         self._watcher.stage("prompt", timings_s.prompt)
         self._watcher.stage("decode", timings_s.decode)
         notes = tuple(dict.fromkeys(note for result in results for note in result.notes))
-        return Predicted(annotation, notes, timings_s)
+        return Predicted(annotation, notes, timings_s, tuple(one.result for one in answered))
 
 
-def _ready(image: AnyImage, places: Sequence[int], preparer: Preparer, room: Room) -> _Ready:
+def _asked(image: AnyImage, places: Sequence[int], preparer: Preparer, room: Room) -> _AskedImage:
     """An image as the model takes it; why it cannot be opened is a Failure in its place."""
     if isinstance(image, EncodedImage | PreparedImage | LoadedImage | Failure):
-        return _Ready(image, places)
+        return _AskedImage(image, places)
     try:
         opened = open_image(image, room=room)
     except NoRoomError:
         raise
     except FlorenceError as error:
-        return _Ready(Failure(error.code, str(error)), places)
+        return _AskedImage(Failure(error.code, str(error)), places)
     try:
         prepared = preparer.prepare(opened)
     except BaseException:
         opened.close()
         raise
     opened.close(kept_pixels=prepared.num_pixels)
-    return _Ready(prepared, places, opened)
+    return _AskedImage(prepared, places, opened)
 
 
-def _job(image: AnyImage, settings: Settings, preparer: Preparer, room: Room) -> _Job | _NoJob:
+def _opened(
+    image: AnyImage, settings: Settings, preparer: Preparer, room: Room
+) -> OpenImage | _FailedImage:
     try:
         if isinstance(image, Failure):
-            return _NoJob(image)
+            return _FailedImage(image)
         if isinstance(image, EncodedImage | PreparedImage):
             raise RequestError("A prediction needs the image itself, and its features were given.")
         picture = open_image(image, room=room)
     except NoRoomError:
         raise
     except FlorenceError as error:
-        return _NoJob(Failure(error.code, str(error)))
+        return _FailedImage(Failure(error.code, str(error)))
     is_ours = picture is not image
     try:
-        return _job_of(picture, settings, preparer, is_ours=is_ours)
+        return _ready(picture, settings, preparer, is_ours=is_ours)
     except BaseException as error:
         if is_ours:
             picture.close()
         if not isinstance(error, FlorenceError):
             raise
-        return _NoJob(Failure(error.code, str(error)))
+        return _FailedImage(Failure(error.code, str(error)))
 
 
-def _job_of(picture: LoadedImage, settings: Settings, preparer: Preparer, *, is_ours: bool) -> _Job:
-    questions = questions_of(settings)
+def _ready(
+    picture: LoadedImage, settings: Settings, preparer: Preparer, *, is_ours: bool = True
+) -> OpenImage:
     asks_regions = parse_steps(settings.task_prompt)[0].takes is TaskInput.REGION
     views = views_of(
         picture,
@@ -474,16 +442,16 @@ def _job_of(picture: LoadedImage, settings: Settings, preparer: Preparer, *, is_
         prepared = preparer.prepare(views[0].picture)
         picture.close(kept_pixels=prepared.num_pixels)
         pictures = (prepared,)
-    return _Job(picture, views, pictures, questions, settings, is_ours)
+    return OpenImage(picture, views, pictures, questions_of(settings), settings, is_ours)
 
 
 def _answered(
-    job: _Job, question: Question, rules: LabelRules, results: Sequence[Result]
+    image: OpenImage, question: Question, rules: LabelRules, results: Sequence[Result]
 ) -> Answered:
-    size_wh = job.picture.size_wh
+    size_wh = image.picture.size_wh
     placed = [
         moved(result, view.offset_xy, size_wh)
-        for result, view in zip(results, job.views, strict=True)
+        for result, view in zip(results, image.views, strict=True)
     ]
     answered = Answered(placed[0], question.class_name, question.text, question.region)
     if len(placed) == 1:
@@ -494,7 +462,7 @@ def _answered(
         return bool(wanted_in(replace(answered, result=alone), rules, size_wh))
 
     tiles = [
-        TileResult(result, view.box_xyxy) for result, view in zip(placed, job.views, strict=True)
+        TileResult(result, view.box_xyxy) for result, view in zip(placed, image.views, strict=True)
     ]
     return replace(answered, result=merge_tiles(tiles, is_shown))
 

@@ -1,0 +1,307 @@
+"""Images through the model and into the project: reading, asking, drawing and writing overlap.
+
+A few threads open images and make them ready for the model, a batch ahead of it. The calling
+thread asks the model, batch by batch. Behind it a thread writes one batch after the other, while
+others draw its previews; a batch is journaled once its files are on the disk.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from PIL import Image
+
+from florence2.budget import open_pixels
+from florence2.engine.scheduler import Priority
+from florence2.errors import DeviceLostError, FlorenceError, ImageError, RequestError
+from florence2.images import LoadedImage
+from florence2.prompts import clip_region
+from florence2.records import Failure, Polygon, Quad, Result, SizeWh
+from serve.behind import Behind
+from serve.labeling.files import Stamp, stamp_of
+from serve.labeling.images import MAX_PIXELS_IN_FLIGHT, ImageFile, Loaded, read_ahead
+from serve.labeling.journal import Entry, Journal
+from serve.labeling.previews import draw_preview, preview_path, shrunk
+from serve.labeling.project import GrowingProject
+from serve.labeling.report import RunCounts
+from serve.predict.geometry import drawable_rings, rings_of
+from serve.predict.predictor import Call, OpenImage, Predicted, Predictor
+from serve.settings import Settings
+
+_READERS: Final = max(3, min(8, (os.cpu_count() or 1) // 2))
+_DRAWERS: Final = 2
+_AHEAD: Final = 2
+_NOTE_COUNT: Final = re.compile(r": \d+$")
+_NO_AREA: Final = "outlines without area, left out"
+# Failures that every image would have in the same way.
+_HOPELESS: Final = ("bad_request", "bad_checkpoint", "bad_device")
+
+
+@dataclass(frozen=True, slots=True)
+class Labeling:
+    """What a run works with, and whom it tells. Previews are drawn into ``previews``, if any."""
+
+    predictor: Predictor
+    settings: Settings
+    project: GrowingProject
+    journal: Journal
+    on_images: Callable[[int], None]
+    should_stop: Callable[[], bool]
+    counts: RunCounts
+    previews: Path | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _InHand:
+    """An image between its file and its labels.
+
+    ``image`` is what the model looks at, ``problem`` why it cannot be asked. ``preview`` is the
+    picture to draw labels on.
+    """
+
+    file: ImageFile
+    size_wh: SizeWh = (0, 0)
+    problem: FlorenceError | None = None
+    stamp: Stamp | None = None
+    is_first_of_many: bool = False
+    picture: LoadedImage | None = None
+    image: OpenImage | None = None
+    preview: Image.Image | None = None
+
+    @property
+    def held_pixels(self) -> int:
+        """What is in memory of it."""
+        seen = self.image.num_pixels if self.image is not None else 0
+        return (seen or self.num_pixels) + self._preview_pixels
+
+    @property
+    def num_pixels(self) -> int:
+        """Those of the picture; 0 for one that could not be opened."""
+        return math.prod(self.size_wh)
+
+    @property
+    def _preview_pixels(self) -> int:
+        return math.prod(self.preview.size) if self.preview is not None else 0
+
+    def was_answered(self) -> None:
+        """Gives up what the model looked at."""
+        self.image = None
+        if self.picture is not None:
+            self.picture.close(self._preview_pixels)
+
+    def close(self) -> None:
+        """Gives up everything, so that others have room."""
+        self.preview = self.image = None
+        if self.picture is not None:
+            self.picture.close()
+
+
+def label_images(files: Iterable[ImageFile], run: Labeling, *, batch: int) -> None:
+    """Labels ``files`` in order, batch by batch; an image counts once its files are on the disk.
+
+    Raises RequestError, with nothing journaled, when not one image could be asked as planned.
+    """
+    started = time.perf_counter()
+    is_first = not run.journal.totals.images
+    in_hand = read_ahead(
+        files,
+        lambda loaded: _made_ready(loaded, run),
+        threads=_READERS,
+        ahead=batch + _AHEAD,
+        budget=open_pixels(),
+    )
+    with ThreadPoolExecutor(_DRAWERS, thread_name_prefix="draw") as drawers:
+        writer = Behind[_Answered](lambda one: _settle(one, run, drawers), thread_name="write")
+        try:
+            with closing(in_hand), closing(_batches(in_hand, batch)) as batches:
+                for group in batches:
+                    answered = _ask(group, run, is_first=is_first)
+                    is_first = False
+                    writer.put(answered)
+                    if run.should_stop():
+                        run.counts.interrupted = True
+                        break
+        finally:
+            try:
+                writer.finish()
+            finally:
+                run.counts.seconds = time.perf_counter() - started
+
+
+def _made_ready(loaded: Loaded, run: Labeling) -> _InHand:
+    """An opened image as the model takes it, on the thread that read it."""
+    if loaded.picture is None:
+        problem = loaded.problem or FlorenceError("The image could not be read.")
+        return _InHand(loaded.file, problem=problem)
+    picture = loaded.picture
+    one = _InHand(
+        loaded.file, picture.size_wh, None, loaded.stamp, loaded.is_first_of_many, picture
+    )
+    try:
+        for region in run.settings.regions:
+            # On another image it may well be.
+            clip_region(region, picture.size_wh)
+        if run.previews is not None:
+            one.preview = shrunk(picture.image)
+        if run.settings.reference is None:
+            one.image = run.predictor.open(picture, run.settings)
+    except FlorenceError as problem:
+        one.problem = problem
+        one.close()
+    return one
+
+
+def _batches(in_hand: Iterator[_InHand | None], size: int) -> Generator[list[_InHand]]:
+    """At most ``size`` images, and fewer when they are large. Who takes a batch closes it."""
+    group: list[_InHand] = []
+    try:
+        for one in in_hand:
+            if one is not None:
+                group.append(one)
+            pixels = sum(one.num_pixels for one in group)
+            if group and (one is None or len(group) == size or pixels >= MAX_PIXELS_IN_FLIGHT):
+                full, group = group, []
+                yield full
+        if group:
+            full, group = group, []
+            yield full
+    finally:
+        for one in group:
+            one.close()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Answered:
+    """A batch: what failed before the model saw it, and the rest with its answers."""
+
+    failed: Sequence[_InHand]
+    answered: Sequence[tuple[_InHand, Predicted | Failure]]
+
+
+def _ask(group: Sequence[_InHand], run: Labeling, *, is_first: bool) -> _Answered:
+    readable = [one for one in group if one.problem is None]
+    try:
+        outcomes = _outcomes(readable, run) if readable else []
+        if is_first:
+            _check_any_hope(outcomes, run.settings)
+        for outcome in outcomes:
+            if isinstance(outcome, Failure) and outcome.code == DeviceLostError.code:
+                raise DeviceLostError(outcome.message)
+    except BaseException:
+        for one in group:
+            one.close()
+        raise
+    for one in readable:
+        one.was_answered()
+    failed = [one for one in group if one.problem is not None]
+    return _Answered(failed, list(zip(readable, outcomes, strict=True)))
+
+
+def _outcomes(readable: Sequence[_InHand], run: Labeling) -> list[Predicted | Failure]:
+    call = Call(Priority.BULK)
+    if run.settings.reference is None:
+        return run.predictor.answer([one.image for one in readable if one.image is not None], call)
+    outcomes: list[Predicted | Failure] = []
+    for picture in [one.picture for one in readable if one.picture is not None]:
+        # What an image is asked shows only when the reference on it was looked at.
+        try:
+            outcomes += run.predictor.predict([picture], run.settings, call)
+        except FlorenceError as error:
+            outcomes.append(Failure(error.code, str(error)))
+    return outcomes
+
+
+def _check_any_hope(outcomes: Sequence[Predicted | Failure], settings: Settings) -> None:
+    """Raises RequestError when the first answers show that every image will fail alike."""
+    failures = [one for one in outcomes if isinstance(one, Failure)]
+    if (
+        not outcomes
+        or len(failures) < len(outcomes)
+        or any(one.code not in _HOPELESS for one in failures)
+    ):
+        return
+    # A later step of a cascade may fail for what this one image showed.
+    is_cascade = len(settings.steps) > 1
+    if len(outcomes) > 1 or not is_cascade or failures[0].code != RequestError.code:
+        raise RequestError(failures[0].message)
+
+
+def _settle(batch: _Answered, run: Labeling, drawers: ThreadPoolExecutor) -> None:
+    """Writes what became of a batch, on the thread of its own; then it counts."""
+    everything = [*batch.failed, *(one for one, _ in batch.answered)]
+    try:
+        drawn = [
+            drawers.submit(
+                draw_preview,
+                one.preview,
+                outcome.annotation,
+                preview_path(run.previews, one.file.name),
+            )
+            for one, outcome in batch.answered
+            if one.preview is not None
+            and run.previews is not None
+            and isinstance(outcome, Predicted)
+        ]
+        entries = [_failed(one.file, one.problem) for one in batch.failed if one.problem]
+        entries += [_entry(one, outcome, run) for one, outcome in batch.answered]
+        for preview in drawn:
+            preview.result()
+        run.project.sync()
+        run.journal.append(entries)
+    finally:
+        for one in everything:
+            one.close()
+    run.counts.images += len(entries)
+    run.on_images(len(entries))
+
+
+def _entry(one: _InHand, outcome: Predicted | Failure, run: Labeling) -> Entry:
+    file = one.file
+    if isinstance(outcome, Failure):
+        return _failed(file, outcome)
+    annotation = outcome.annotation
+    try:
+        stamp = one.stamp or stamp_of(file.path)
+        stored = run.project.add(file, annotation, stamp, run.journal.source_of(file.key))
+    except ImageError as problem:
+        return _failed(file, problem)
+    objects = len(annotation.labels)
+    return Entry(
+        image=file.key,
+        name=file.name,
+        state="labeled" if objects or len(annotation.img_tags) else "empty",
+        objects=objects,
+        truncated=sum(result.truncated for result in outcome.results),
+        notes=_notes(outcome.results, one.size_wh),
+        is_first_of_many=one.is_first_of_many,
+        size_bytes=stamp.size_bytes,
+        mtime_ns=stamp.mtime_ns,
+        hash=stored.hash,
+        labels_bytes=stored.labels_bytes,
+        labels_hash=stored.labels_hash,
+    )
+
+
+def _notes(results: Sequence[Result], size_wh: SizeWh) -> tuple[str, ...]:
+    """Each kind of note once, without its count ("dropped boxes: 3")."""
+    notes = [_NOTE_COUNT.sub("", note) for result in results for note in result.notes]
+    outlines = (
+        shape for result in results for shape in result.objects if isinstance(shape, Polygon | Quad)
+    )
+    if any(len(drawable_rings(shape, size_wh)) < len(rings_of(shape)) for shape in outlines):
+        notes.append(_NO_AREA)
+    return tuple(dict.fromkeys(notes))
+
+
+def _failed(file: ImageFile, problem: FlorenceError | Failure) -> Entry:
+    message = problem.message if isinstance(problem, Failure) else str(problem)
+    return Entry(file.key, file.name, "failed", code=problem.code, message=message[:500])

@@ -1,0 +1,223 @@
+"""The settings of a labeling run: a settings file, and the command line's own options over it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+from florence2.errors import RequestError, shown
+from florence2.prompts import check_region
+from florence2.tasks import Task, TaskInput, parse_steps
+from serve.predict.naming import clean_class_name
+from serve.settings import (
+    Settings,
+    join_classes,
+    parse_settings,
+    raw_settings,
+    split_phrases,
+)
+from serve.settings.schema import SPELLINGS
+
+DETECTION: Final = "<OD>"
+GROUNDING: Final = "<CAPTION_TO_PHRASE_GROUNDING>"
+
+
+def label_settings(
+    *,
+    file: Path | None = None,
+    task: str | None = None,
+    prompt: str | None = None,
+    classes: Sequence[str] = (),
+    region: str | None = None,
+    threshold: float | None = None,
+    class_thresholds: Sequence[str] = (),
+    nms: str | None = None,
+    geometry: str | None = None,
+    tiling: str | None = None,
+    num_beams: int | None = None,
+    max_new_tokens: int | None = None,
+) -> Settings:
+    """The settings that a command line asks for, before a model is loaded.
+
+    Each option takes the place of its key in ``file``. Raises RequestError for a prompt, class,
+    region or number that breaks a rule, and for settings that do not go together.
+    """
+    phrases = split_phrases(prompt) if prompt is not None else []
+    mapping = _mapping(classes)
+    if task is None and file is None:
+        task = GROUNDING if phrases or mapping else DETECTION
+    steps = parse_steps(task) if task is not None else ()
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise RequestError(
+            f"A threshold is between 0 and 1 and got {threshold}; write for example 0.3."
+        )
+    _check_search(num_beams, max_new_tokens)
+    if file is None:
+        _check_words(steps[0], phrases, mapping)
+        _check_has_region(steps[0], region)
+    own: dict[str, Any] = {
+        "task_prompt": "+".join(step.token for step in steps) if steps else None,
+        "text": prompt,
+        "mapping": mapping or None,
+        "regions": None if region is None else (_region_xyxy(region),),
+        "confidence_threshold": threshold,
+        "num_beams": num_beams,
+        "max_new_tokens": max_new_tokens,
+    }
+    own = {key: value for key, value in own.items() if value is not None}
+    others = {
+        "class_thresholds": dict(map(_class_threshold, class_thresholds)) or None,
+        "nms_threshold": nms,
+        "geometry": geometry,
+        "tiling": tiling,
+    }
+    others = {key: value for key, value in others.items() if value is not None}
+    if file is None:
+        # Checked above by the rules of the command line, which are older than those of requests.
+        return parse_settings(others).model_copy(update=own)
+    given = _read(file)
+    replaced = {name for key in (*own, *others) for name in SPELLINGS[key]}
+    raw = {key: value for key, value in given.items() if key not in replaced} | own | others
+    if phrases or mapping:
+        # What the command line looks for also takes the place of a reference.
+        raw["mode"] = "text_prompt"
+    # Only a request of one client has a suffix that it does not name.
+    raw.setdefault("class_suffix", None)
+    settings = parse_settings(raw)
+    if settings.reference is not None and settings.reference.image_id is not None:
+        raise RequestError(
+            f"Images of the platform are not looked at here, and {str(file)!r} has a "
+            "reference_image_id; leave it out, and reference_bbox is a box on every image."
+        )
+    return settings
+
+
+def _read(file: Path) -> Mapping[str, object]:
+    try:
+        given = yaml.safe_load(file.read_text("utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise RequestError(
+            f"A settings file is YAML such as `task_prompt: <OD>`, and {str(file)!r} cannot be "
+            f"read ({reason}); correct it or name another one."
+        ) from error
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise RequestError(
+            f"A settings file has a key and a value on each line, and {str(file)!r} has "
+            f"{shown(given)}; write for example `task_prompt: <OD>`."
+        )
+    return given
+
+
+def _mapping(classes: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """``dog=puppy,hound`` as {"dog": ("puppy", "hound")}; ``dog`` alone asks for "dog"."""
+    named: list[tuple[str, list[str]]] = []
+    for entry in classes:
+        name, _, listed = entry.partition("=")
+        name = clean_class_name(name) if name.strip() else ""
+        prompts = [" ".join(part.split()) for part in (listed or name).split(",") if part.strip()]
+        if not name or not prompts:
+            raise RequestError(
+                f"A class is written NAME or NAME=prompt,prompt and {entry!r} is neither; "
+                "write for example --class dog=puppy,hound."
+            )
+        named.append((name, prompts))
+    return join_classes(named)
+
+
+def _class_threshold(entry: str) -> tuple[str, str]:
+    name, _, threshold = entry.rpartition("=")
+    if not name.strip() or not threshold.strip():
+        raise RequestError(
+            f"A threshold of a class is written NAME=0.6 and {entry!r} is not; write for example "
+            "--class-threshold dog=0.6."
+        )
+    return name, threshold
+
+
+def _check_words(first: Task, phrases: Sequence[str], mapping: Mapping[str, Sequence[str]]) -> None:
+    if first.takes is not TaskInput.TEXT:
+        if phrases:
+            raise RequestError(
+                f"{first.token} takes no text and got the prompt {phrases[0][:60]!r}; "
+                f"leave out --prompt, or use --task {GROUNDING!r}."
+            )
+    elif not phrases and not mapping:
+        raise RequestError(
+            f"{first.token} needs to be told what to look for and got no text; "
+            'add for example --prompt "red car. dog".'
+        )
+
+
+def _check_has_region(first: Task, region: str | None) -> None:
+    if first.takes is not TaskInput.REGION:
+        if region is not None:
+            raise RequestError(
+                f"{first.token} takes no region and got {region!r}; leave out --region."
+            )
+    elif region is None:
+        raise RequestError(
+            f"{first.token} asks about one region of each image and got none; "
+            "add --region x1,y1,x2,y2 in pixels."
+        )
+
+
+def _region_xyxy(region: str) -> tuple[float, float, float, float]:
+    try:
+        x1, y1, x2, y2 = (float(part) for part in region.split(","))
+    except ValueError as error:
+        raise RequestError(
+            f"A region is x1,y1,x2,y2 in pixels with x1 < x2 and y1 < y2 and got {region!r}; "
+            "write for example --region 10,20,200,180."
+        ) from error
+    return check_region((x1, y1, x2, y2))
+
+
+def _check_search(num_beams: int | None, max_new_tokens: int | None) -> None:
+    """The engine's own rules, before a model is loaded; its module is slow to import."""
+    if num_beams is None and max_new_tokens is None:
+        return
+    from florence2.generation.settings import check_settings
+    from florence2.records import GenerationSettings
+
+    settings = GenerationSettings(max_new_tokens=max_new_tokens)
+    check_settings(settings if num_beams is None else replace(settings, num_beams=num_beams))
+
+
+_IN_THEIR_OWN_WORDS: Final = frozenset({
+    "task_prompt", "text", "mapping", "regions", "confidence_threshold", "num_beams",
+    "max_new_tokens",
+})  # fmt: skip
+
+
+def journal_settings(settings: Settings, model: str) -> dict[str, Any]:
+    """What decides what the labels are, in JSON's types, as journals keep and compare it.
+
+    What earlier versions did not have is there only where it is not the default: their folders
+    can be gone on with.
+    """
+    takes_text = settings.steps[0].takes is TaskInput.TEXT
+    prompts = settings.prompts if takes_text else ()
+    regions = [list(box) for box in settings.regions]
+    raw, default = raw_settings(settings), raw_settings(parse_settings({}))
+    others = {
+        key: value
+        for key, value in raw.items()
+        if key not in _IN_THEIR_OWN_WORDS and value != default.get(key)
+    }
+    return {
+        "task": settings.task_prompt,
+        "prompts": [prompt.text for prompt in prompts if prompt.text],
+        "classes": settings.classes_by_phrase,
+        "region": regions[0] if len(regions) == 1 else regions or None,
+        "threshold": settings.confidence_threshold,
+        "model": model,
+        "num_beams": settings.num_beams,
+        "max_new_tokens": settings.max_new_tokens,
+    } | others
