@@ -13,7 +13,7 @@ from florence2.images import open_image
 from florence2.records import Failure
 from serve.answering import Answering
 from serve.cli.console import complain, say
-from serve.labeling.previews import draw_preview
+from serve.labeling.previews import draw_preview, preview_pixels
 from serve.predict.predictor import Call
 from serve.sdk import sly
 from serve.settings import parse_settings
@@ -63,4 +63,5 @@ def _images(source: Path) -> Iterator[Path]:
 def _write(path: Path, annotation: sly.Annotation, target: Path, *, draw: bool) -> None:
     sly.json.dump_json_file(annotation.to_json(), str(target / f"{path.name}.json"))
     if draw:
-        draw_preview(open_image(path).image, annotation, target / f"{path.stem}.preview.jpg")
+        pixels = preview_pixels(open_image(path).image)
+        draw_preview(pixels, annotation, target / f"{path.stem}.preview.jpg")

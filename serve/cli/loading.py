@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from serve.model_service import Deployed
 
 
-_WHOLE_BYTES: Final = 64 * 2**20
+WHOLE_BYTES: Final = 64 * 2**20
 _BLOCKS: Final = 64
-_BLOCK_BYTES: Final = 2**20
+BLOCK_BYTES: Final = 2**20
 # A command sees each image once; features kept for a second look would only take memory.
 _CACHE_BYTES: Final = 0
 
@@ -45,23 +45,23 @@ def fingerprint(name: str) -> str | None:
     if found.revision is not None:
         return found.revision
     weights = [file for file in found.files if file.endswith((".safetensors", ".bin"))]
-    hashes = [_hash(found.folder / file) for file in weights]
+    hashes = [weights_hash(found.folder / file) for file in weights]
     if len(hashes) == 1:
         return hashes[0]
     return hashlib.blake2b("".join(hashes).encode(), digest_size=16).hexdigest()
 
 
-def _hash(path: Path) -> str:
+def weights_hash(path: Path) -> str:
     size = path.stat().st_size
     digest = hashlib.blake2b(str(size).encode(), digest_size=16)
     with path.open("rb") as file:
-        if size <= _WHOLE_BYTES:
-            while block := file.read(_BLOCK_BYTES):
+        if size <= WHOLE_BYTES:
+            while block := file.read(BLOCK_BYTES):
                 digest.update(block)
         else:
             for number in range(_BLOCKS):
-                file.seek(number * (size - _BLOCK_BYTES) // (_BLOCKS - 1))
-                digest.update(file.read(_BLOCK_BYTES))
+                file.seek(number * (size - BLOCK_BYTES) // (_BLOCKS - 1))
+                digest.update(file.read(BLOCK_BYTES))
     return digest.hexdigest()
 
 

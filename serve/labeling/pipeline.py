@@ -12,13 +12,14 @@ import os
 import re
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from PIL import Image
+import numpy as np
+from numpy.typing import NDArray
 
 from florence2.budget import open_pixels
 from florence2.engine.scheduler import Priority
@@ -30,11 +31,12 @@ from serve.behind import Behind
 from serve.labeling.files import Stamp, stamp_of
 from serve.labeling.images import MAX_PIXELS_IN_FLIGHT, ImageFile, Loaded, read_ahead
 from serve.labeling.journal import Entry, Journal
-from serve.labeling.previews import draw_preview, preview_path, shrunk
+from serve.labeling.previews import draw_preview, preview_path, preview_pixels
 from serve.labeling.project import GrowingProject
 from serve.labeling.report import RunCounts
 from serve.predict.geometry import drawable_rings, rings_of
 from serve.predict.predictor import Call, OpenImage, Predicted, Predictor
+from serve.sdk import sly
 from serve.settings import Settings
 
 _READERS: Final = max(3, min(8, (os.cpu_count() or 1) // 2))
@@ -75,7 +77,7 @@ class _InHand:
     is_first_of_many: bool = False
     picture: LoadedImage | None = None
     image: OpenImage | None = None
-    preview: Image.Image | None = None
+    preview: NDArray[np.uint8] | None = None
 
     @property
     def held_pixels(self) -> int:
@@ -90,7 +92,7 @@ class _InHand:
 
     @property
     def _preview_pixels(self) -> int:
-        return math.prod(self.preview.size) if self.preview is not None else 0
+        return math.prod(self.preview.shape[:2]) if self.preview is not None else 0
 
     def was_answered(self) -> None:
         """Gives up what the model looked at."""
@@ -120,7 +122,7 @@ def label_images(files: Iterable[ImageFile], run: Labeling, *, batch: int) -> No
         budget=open_pixels(),
     )
     with ThreadPoolExecutor(_DRAWERS, thread_name_prefix="draw") as drawers:
-        writer = Behind[_Answered](lambda one: _settle(one, run, drawers), thread_name="write")
+        writer = Behind[_Answered](lambda one: _settle(one, run, drawers), 1, "write")
         try:
             with closing(in_hand), closing(_batches(in_hand, batch)) as batches:
                 for group in batches:
@@ -151,7 +153,7 @@ def _made_ready(loaded: Loaded, run: Labeling) -> _InHand:
             # On another image it may well be.
             clip_region(region, picture.size_wh)
         if run.previews is not None:
-            one.preview = shrunk(picture.image)
+            one.preview = preview_pixels(picture.image)
         if run.settings.reference is None:
             one.image = run.predictor.open(picture, run.settings)
     except FlorenceError as problem:
@@ -239,22 +241,15 @@ def _settle(batch: _Answered, run: Labeling, drawers: ThreadPoolExecutor) -> Non
     """Writes what became of a batch, on the thread of its own; then it counts."""
     everything = [*batch.failed, *(one for one, _ in batch.answered)]
     try:
-        drawn = [
-            drawers.submit(
-                draw_preview,
-                one.preview,
-                outcome.annotation,
-                preview_path(run.previews, one.file.name),
-            )
-            for one, outcome in batch.answered
-            if one.preview is not None
-            and run.previews is not None
-            and isinstance(outcome, Predicted)
-        ]
         entries = [_failed(one.file, one.problem) for one in batch.failed if one.problem]
-        entries += [_entry(one, outcome, run) for one, outcome in batch.answered]
-        for preview in drawn:
-            preview.result()
+        drawings: list[Future[None]] = []
+        for one, outcome in batch.answered:
+            entries.append(_entry(one, outcome, run))
+            # After its annotation: an older preview is drawn again.
+            if entries[-1].state != "failed" and isinstance(outcome, Predicted):
+                drawings += _begin_drawing(one, outcome.annotation, run, drawers)
+        for drawing in drawings:
+            drawing.result()
         run.project.sync()
         run.journal.append(entries)
     finally:
@@ -262,6 +257,15 @@ def _settle(batch: _Answered, run: Labeling, drawers: ThreadPoolExecutor) -> Non
             one.close()
     run.counts.images += len(entries)
     run.on_images(len(entries))
+
+
+def _begin_drawing(
+    one: _InHand, annotation: sly.Annotation, run: Labeling, drawers: ThreadPoolExecutor
+) -> list[Future[None]]:
+    if run.previews is None or one.preview is None:
+        return []
+    path = preview_path(run.previews, one.file.name)
+    return [drawers.submit(draw_preview, one.preview, annotation, path)]
 
 
 def _entry(one: _InHand, outcome: Predicted | Failure, run: Labeling) -> Entry:

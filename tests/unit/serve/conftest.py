@@ -1,9 +1,8 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 from label_fakes import FakeModel, paint
@@ -26,17 +25,7 @@ def model() -> FakeModel:
 @pytest.fixture
 def label(monkeypatch, model, tmp_path):
     """Runs ``florence2 label`` with the fake model; returns exit code, folder and stderr reader."""
-    fake = ModuleType("florence2.api")
-    loads: list[tuple[str, str, str]] = []
-
-    class Florence2:
-        @staticmethod
-        def load(name, device="auto", runtime="auto", **_):
-            loads.append((name, device, runtime))
-            return model
-
-    fake.Florence2 = Florence2
-    monkeypatch.setitem(sys.modules, "florence2.api", fake)
+    loads = model.put_in(monkeypatch)
 
     def run(images: Path, *options: str, out: Path | None = None):
         from serve.cli.main import main

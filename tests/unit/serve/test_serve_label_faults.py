@@ -263,13 +263,11 @@ def test_a_request_no_image_can_answer_ends_the_run_before_it_begins(label, imag
 
 
 def test_a_model_that_does_not_load_leaves_the_folder_free(label, images, model, monkeypatch):
-    import serve.cli.label as command
-
     def refuse(*_):
         raise CheckpointError("Unknown checkpoint 'demmo'.")
 
     with monkeypatch.context() as patched:
-        patched.setattr(command, "load_model", refuse)
+        patched.setattr("serve.cli.loading.load_model", refuse)
         assert label(images, "--model", "demmo").code == 2
     assert label(images, "--model", "demo").code == 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from label_fakes import color_in, color_of, one_box, paint, read_project, result
@@ -209,20 +210,19 @@ def test_pictures_in_memory_are_bounded_by_their_pixels(tmp_path, monkeypatch):
 
     alive, most = 0, 0
 
-    def load(file, hold):
+    def note(loaded):
         nonlocal alive, most
         alive += 1
         most = max(most, alive)
-        return reading.Loaded(file, None)
+        return SimpleNamespace(held_pixels=10_000)
 
     files = [
         reading.ImageFile(paint(tmp_path / f"{n}.png", n, size=(100, 100)), str(n), str(n))
         for n in range(20)
     ]
-    monkeypatch.setattr(reading, "_load", load)
     monkeypatch.setattr(reading, "MAX_PIXELS_IN_FLIGHT", 30_000)
     budget = Budget(10**6, "pixels")
-    for _ in reading.read_ahead(files, threads=3, ahead=10, budget=budget):
+    for _ in reading.read_ahead(files, note, threads=3, ahead=10, budget=budget):
         alive -= 1
     assert most <= 4
 
@@ -240,7 +240,7 @@ def test_a_run_never_holds_more_pixels_than_fit_and_never_waits_for_itself(
     label, tmp_path, monkeypatch, journal_of, sizes
 ):
     budget = Budget(40_000, "pixels")
-    monkeypatch.setattr("serve.labeling.run.open_pixels", lambda: budget)
+    monkeypatch.setattr("serve.labeling.pipeline.open_pixels", lambda: budget)
     most = []
     change = budget._change
     budget._change = lambda amount: (change(amount), most.append(budget.held))
@@ -270,6 +270,12 @@ def test_files_that_cannot_be_read_after_all_hold_no_room(tmp_path, monkeypatch)
         reading.ImageFile(paint(tmp_path / f"{n}.png", n), f"{n}.png", f"{n}.png") for n in range(9)
     ]
     monkeypatch.setattr(reading, "stamp_of", gone)
-    read = list(reading.read_ahead(files, threads=2, ahead=2, budget=budget))
-    assert [one.problem is not None for one in read if one] == [True] * 9
+    problems = []
+
+    def note(loaded):
+        problems.append(loaded.problem)
+        return SimpleNamespace(held_pixels=0)
+
+    list(reading.read_ahead(files, note, threads=2, ahead=2, budget=budget))
+    assert [str(one) for one in problems] == ["The image cannot be read: Input/output error."] * 9
     assert budget.held == 0

@@ -64,14 +64,12 @@ def test_debug_adds_the_traceback(label, tmp_path, capsys):
 
 
 def test_overwrite_moves_nothing_when_the_model_does_not_load(label, images, monkeypatch, capsys):
-    import serve.cli.label as command
-
     def refuse(*_):
         raise DeviceError("There is no device cuda:9.")
 
     out = label(images).out
     before = files_below(out)
-    monkeypatch.setattr(command, "load_model", refuse)
+    monkeypatch.setattr("serve.cli.loading.load_model", refuse)
     assert label(images, "--overwrite").code == 2
     assert files_below(out) == before
     assert not out.with_name("out.old-1").exists()
@@ -144,14 +142,14 @@ def test_a_fingerprint_changes_with_the_weights(tmp_path, monkeypatch):
 
     file = tmp_path / "model.safetensors"
     file.write_bytes(bytes(5000))
-    first = loading._hash(file)
+    first = loading.weights_hash(file)
     file.write_bytes(bytes(4999) + b"x")
-    assert loading._hash(file) != first
-    monkeypatch.setattr(loading, "_WHOLE_BYTES", 100)
-    monkeypatch.setattr(loading, "_PIECE_BYTES", 10)
-    large = loading._hash(file)
+    assert loading.weights_hash(file) != first
+    monkeypatch.setattr(loading, "WHOLE_BYTES", 100)
+    monkeypatch.setattr(loading, "BLOCK_BYTES", 10)
+    large = loading.weights_hash(file)
     file.write_bytes(bytes(5000))
-    assert loading._hash(file) != large
+    assert loading.weights_hash(file) != large
 
 
 @pytest.mark.parametrize(
@@ -176,10 +174,10 @@ def test_a_fingerprint_is_of_whichever_files_hold_the_weights(tmp_path, monkeypa
 
 
 def test_precision_reaches_the_model(label, images, monkeypatch):
-    import serve.cli.label as command
+    import serve.cli.loading as loading
 
     seen = []
-    load = command.load_model
-    monkeypatch.setattr(command, "load_model", lambda *given: seen.append(given) or load(*given))
+    load = loading.load_model
+    monkeypatch.setattr(loading, "load_model", lambda *given: seen.append(given) or load(*given))
     label(images, "--precision", "fp32")
     assert seen == [("Florence-2-large", "auto", "auto", "fp32")]

@@ -11,7 +11,11 @@ from typing import Any
 
 from PIL import Image
 
+from florence2.api import Florence2
+from florence2.engine import scheduler
 from florence2.engine.ask import Ask
+from florence2.engine.prefetch import Preparer
+from florence2.pixels import ImageProcessor, PreparedImage
 from florence2.records import Box, Failure, Result
 from serve.sdk import sly
 
@@ -27,7 +31,11 @@ def paint(path: Path, number: int, size=(64, 48)) -> Path:
 
 
 def color_in(ask: Ask) -> tuple[int, int, int]:
-    return ask.image.image.getpixel((0, 0))
+    """The colour of an image of one, as the model is given it."""
+    image = ask.image
+    if isinstance(image, PreparedImage):
+        return tuple(image.scaled[0, 0].tolist())
+    return image.image.getpixel((0, 0))
 
 
 def result(
@@ -53,11 +61,28 @@ class FakeModel:
     asked: list[tuple[int, int, int]] = field(default_factory=list)
     asks: list[tuple[str, str | None]] = field(default_factory=list)
 
-    @property
-    def engine(self):
-        """What is asked of a model that was loaded: how wide its text network is."""
+    def __post_init__(self):
+        """What is asked of a model that was loaded: how wide its text network is, and pixels."""
         text = SimpleNamespace(d_model=1024)
-        return SimpleNamespace(checkpoint=SimpleNamespace(config=SimpleNamespace(text=text)))
+        self.engine = SimpleNamespace(
+            checkpoint=SimpleNamespace(config=SimpleNamespace(text=text)),
+            preparer=Preparer(ImageProcessor((8, 8)), threads=1),
+        )
+
+    def put_in(self, patch) -> list[tuple[str, str, str]]:
+        """In place of every model; names, devices and runtimes of what is loaded from now on."""
+        loads: list[tuple[str, str, str]] = []
+
+        def load(name, device="auto", runtime="auto", **_):
+            loads.append((name, device, runtime))
+            return self
+
+        def run(asks, **_):
+            return self.run_many(asks)
+
+        patch.setattr(Florence2, "load", staticmethod(load))
+        patch.setattr(scheduler, "Scheduler", lambda engine: SimpleNamespace(run=run))
+        return loads
 
     def run_many(self, requests: Sequence[Ask]) -> list[Result | Failure]:
         time.sleep(self.seconds)
