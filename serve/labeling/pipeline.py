@@ -27,7 +27,6 @@ from florence2.errors import DeviceLostError, FlorenceError, ImageError, Request
 from florence2.images import LoadedImage
 from florence2.prompts import clip_region
 from florence2.records import Failure, Polygon, Quad, Result, SizeWh
-from serve.behind import Behind
 from serve.labeling.files import Stamp, stamp_of
 from serve.labeling.images import MAX_PIXELS_IN_FLIGHT, ImageFile, Loaded, read_ahead
 from serve.labeling.journal import Entry, Journal
@@ -38,6 +37,7 @@ from serve.predict.geometry import drawable_rings, rings_of
 from serve.predict.predictor import Call, OpenImage, Predicted, Predictor
 from serve.sdk import sly
 from serve.settings import Settings
+from serve.settler import Settler
 
 _READERS: Final = max(3, min(8, (os.cpu_count() or 1) // 2))
 _DRAWERS: Final = 2
@@ -122,21 +122,22 @@ def label_images(files: Iterable[ImageFile], run: Labeling, *, batch: int) -> No
         budget=open_pixels(),
     )
     with ThreadPoolExecutor(_DRAWERS, thread_name_prefix="draw") as drawers:
-        writer = Behind[_Answered](lambda one: _settle(one, run, drawers), 1, "write")
         try:
-            with closing(in_hand), closing(_batches(in_hand, batch)) as batches:
+            with (
+                # Batches are written and drawn while the next one is with the model.
+                Settler[_Answered](lambda one: _settle(one, run, drawers), 1, "write") as settler,
+                closing(in_hand),
+                closing(_batches(in_hand, batch)) as batches,
+            ):
                 for group in batches:
                     answered = _ask(group, run, is_first=is_first)
                     is_first = False
-                    writer.put(answered)
+                    settler.put(answered)
                     if run.should_stop():
                         run.counts.interrupted = True
                         break
         finally:
-            try:
-                writer.finish()
-            finally:
-                run.counts.seconds = time.perf_counter() - started
+            run.counts.seconds = time.perf_counter() - started
 
 
 def _made_ready(loaded: Loaded, run: Labeling) -> _InHand:

@@ -26,8 +26,8 @@ from serve.platform.upload import Labeled, Uploading, entry_of
 from serve.predict.full_queue import FULL_CODES, when_queue_has_room
 from serve.predict.predictor import Call, Predicted
 from serve.sdk import sly
-from serve.settler import Settler
 from serve.settings import Settings
+from serve.settler import Settler
 
 Outcome = Predicted | Failure
 Settled = tuple[Batch, Sequence[Outcome]]
