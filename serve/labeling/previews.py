@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -110,12 +111,17 @@ def _tint(pixels: NDArray[np.uint8], labels: Sequence[sly.Label]) -> None:
 
 def _write_names(canvas: Image.Image, annotation: sly.Annotation) -> None:
     height = max(10, min(canvas.size) // 40)
-    pen = _Pen(ImageDraw.Draw(canvas), ImageFont.load_default(size=height))
+    pen = _Pen(ImageDraw.Draw(canvas), _font(height))
     for label in annotation.labels:
         corner = label.geometry.to_bbox()
         pen.write(corner.left, corner.top, _title(label), tuple(label.obj_class.color))
     for row, tag in enumerate(annotation.img_tags, start=1):
         pen.write(2, row * (height + 6), f"{tag.name}: {tag.value}"[:160], (0, 0, 0))
+
+
+@cache
+def _font(height: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size=height)
 
 
 def _title(label: sly.Label) -> str:
