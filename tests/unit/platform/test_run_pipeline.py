@@ -10,7 +10,8 @@ from florence2.budget import Budget
 from florence2.errors import NoRoomError
 from serve.platform import pipeline
 from serve.platform.images import Target
-from serve.platform.pipeline import Settler, fetch_ahead, split_batches
+from serve.platform.pipeline import fetch_ahead, split_batches
+from serve.settler import Settler
 
 
 def targets(*sizes, **changes):
