@@ -81,7 +81,9 @@ class FakeModel:
             return self.run_many(asks)
 
         patch.setattr(Florence2, "load", staticmethod(load))
-        patch.setattr(scheduler, "Scheduler", lambda engine: SimpleNamespace(run=run))
+        patch.setattr(
+            scheduler, "Scheduler", lambda engine: SimpleNamespace(run=run, close=lambda: None)
+        )
         return loads
 
     def run_many(self, requests: Sequence[Ask]) -> list[Result | Failure]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import threading
 from collections.abc import Iterator
@@ -111,9 +112,10 @@ def one_model(name: str, device: str, runtime: str, precision: str) -> OneModel:
 
     threading.Thread(target=load, name="load", daemon=True).start()
     model = loading.result()
-    return OneModel(
-        Deployed(ModelChoice(name, device, precision, runtime), model, Scheduler(model.engine))
-    )
+    scheduler = Scheduler(model.engine)
+    # A thread that computes must not meet the end of the interpreter.
+    atexit.register(scheduler.close)
+    return OneModel(Deployed(ModelChoice(name, device, precision, runtime), model, scheduler))
 
 
 def fetch(name: str) -> None:

@@ -193,9 +193,8 @@ class _Answered:
 def _ask(group: Sequence[_InHand], run: Labeling, *, is_first: bool) -> _Answered:
     readable = [one for one in group if one.problem is None]
     try:
-        outcomes = _outcomes(readable, run) if readable else []
-        if is_first:
-            _check_any_hope(outcomes, run.settings)
+        ask = _outcomes if run.settings.reference is None else _outcomes_by_reference
+        outcomes = ask(readable, run, is_first=is_first) if readable else []
         for outcome in outcomes:
             if isinstance(outcome, Failure) and outcome.code == DeviceLostError.code:
                 raise DeviceLostError(outcome.message)
@@ -209,32 +208,43 @@ def _ask(group: Sequence[_InHand], run: Labeling, *, is_first: bool) -> _Answere
     return _Answered(failed, list(zip(readable, outcomes, strict=True)))
 
 
-def _outcomes(readable: Sequence[_InHand], run: Labeling) -> list[Predicted | Failure]:
-    call = Call(Priority.BULK)
-    if run.settings.reference is None:
-        return run.predictor.answer([one.image for one in readable if one.image is not None], call)
+def _outcomes(
+    readable: Sequence[_InHand], run: Labeling, *, is_first: bool
+) -> list[Predicted | Failure]:
+    images = [one.image for one in readable if one.image is not None]
+    answers = run.predictor.answers(images, Call(Priority.BULK))
+    if is_first:
+        _check_any_hope([one for found in answers for one in found], len(images), run.settings)
+    return [
+        run.predictor.predicted(image, found) for image, found in zip(images, answers, strict=True)
+    ]
+
+
+def _outcomes_by_reference(
+    readable: Sequence[_InHand], run: Labeling, *, is_first: bool
+) -> list[Predicted | Failure]:
+    """What an image is asked shows only when the reference on it was looked at."""
     outcomes: list[Predicted | Failure] = []
     for picture in [one.picture for one in readable if one.picture is not None]:
-        # What an image is asked shows only when the reference on it was looked at.
         try:
-            outcomes += run.predictor.predict([picture], run.settings, call)
+            outcomes += run.predictor.predict([picture], run.settings, Call(Priority.BULK))
         except FlorenceError as error:
             outcomes.append(Failure(error.code, str(error)))
+    if is_first:
+        _check_any_hope(outcomes, len(outcomes), run.settings)
     return outcomes
 
 
-def _check_any_hope(outcomes: Sequence[Predicted | Failure], settings: Settings) -> None:
+def _check_any_hope(
+    answers: Sequence[Result | Predicted | Failure], num_images: int, settings: Settings
+) -> None:
     """Raises RequestError when the first answers show that every image will fail alike."""
-    failures = [one for one in outcomes if isinstance(one, Failure)]
-    if (
-        not outcomes
-        or len(failures) < len(outcomes)
-        or any(one.code not in _HOPELESS for one in failures)
-    ):
+    failures = [answer for answer in answers if isinstance(answer, Failure)]
+    if len(failures) < len(answers) or any(one.code not in _HOPELESS for one in failures):
         return
     # A later step of a cascade may fail for what this one image showed.
     is_cascade = len(settings.steps) > 1
-    if len(outcomes) > 1 or not is_cascade or failures[0].code != RequestError.code:
+    if num_images > 1 or not is_cascade or failures[0].code != RequestError.code:
         raise RequestError(failures[0].message)
 
 

@@ -317,7 +317,7 @@ class Predictor:
         return predicted
 
     def open(self, picture: LoadedImage, settings: Settings) -> OpenImage:
-        """An image made ready for ``answer``, on the calling thread, ahead of the model.
+        """An image made ready for ``answers``, on the calling thread, ahead of the model.
 
         It is closed but for what the model needs. Raises FlorenceError where the settings do not
         fit this image; it is closed then too.
@@ -328,14 +328,11 @@ class Predictor:
             picture.close()
             raise
 
-    def answer(self, images: Sequence[OpenImage], call: Call) -> list[Predicted | Failure]:
-        """As ``predict``, of images that were opened before; closing them is left to the caller."""
+    def answers(self, images: Sequence[OpenImage], call: Call) -> list[list[Result | Failure]]:
+        """The model's answers to all asks of each image; closing the images is the caller's."""
         asks = [ask for image in images for ask in image.asks()]
         answers = iter(self._run(self._models.current, asks, call, call.patience()))
-        return [
-            self.predicted(image, [next(answers) for _ in range(image.num_asks)])
-            for image in images
-        ]
+        return [[next(answers) for _ in range(image.num_asks)] for image in images]
 
     def _count(self, one: Predicted | Failure) -> None:
         if isinstance(one, Failure):

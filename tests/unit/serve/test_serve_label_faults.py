@@ -262,6 +262,18 @@ def test_a_request_no_image_can_answer_ends_the_run_before_it_begins(label, imag
     assert label(images, "--prompt", "cat").code == 0, "nothing was labeled, so nothing is refused"
 
 
+def test_a_prompt_that_no_image_can_answer_beside_one_that_each_can_fails_them_all(
+    label, images, model, report_of
+):
+    def answer(ask: Ask):
+        return Failure("bad_request", "Too long.") if ask.text == "dog" else one_box(ask)
+
+    model.answer = answer
+    done = label(images, "--prompt", "cat. dog")
+    assert done.code == 2
+    assert report_of(done.out)["failed_by_code"] == {"bad_request": 5}
+
+
 def test_a_model_that_does_not_load_leaves_the_folder_free(label, images, model, monkeypatch):
     def refuse(*_):
         raise CheckpointError("Unknown checkpoint 'demmo'.")
