@@ -10,7 +10,7 @@ from florence2.images import open_image
 from florence2.prompts import as_region, prompt_sentence
 from florence2.records import Box, Result
 from florence2.tasks import find_task
-from serve.labeling.plan import make_plan
+from serve.labeling.settings import label_settings
 from serve.predict.predictor import questions_of
 from serve.predict.tiling import views_of
 from serve.settings import parse_settings
@@ -25,8 +25,9 @@ def ask_engine(box):
 
 def ask_command(box):
     words = ",".join(str(value) for value in box)
-    plan = make_plan(task="region_category", region=words, model="demo")
-    return prompt_sentence(TASK, None, plan.region, SIZE_WH)
+    settings = label_settings(task="region_category", region=words)
+    [question] = questions_of(settings)
+    return prompt_sentence(TASK, None, question.region, SIZE_WH)
 
 
 def ask_server(**extra):
