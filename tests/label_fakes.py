@@ -14,7 +14,7 @@ from PIL import Image
 from florence2.api import Florence2
 from florence2.engine import scheduler
 from florence2.engine.ask import Ask
-from florence2.engine.prefetch import Preparer
+from florence2.engine.encoding import Preparer
 from florence2.pixels import ImageProcessor, PreparedImage
 from florence2.records import Box, Failure, Result
 from serve.sdk import sly
