@@ -49,7 +49,8 @@ def engine_s(model: OneModel, paths: list[Path]) -> float:
     preparer, scheduler = model.current.model.engine.preparer, model.current.scheduler
     began = time.perf_counter()
     for start in range(0, len(paths), BATCH):
-        preparer.ahead(paths[start + BATCH : start + 2 * BATCH], "the next batch")
+        # With those of this batch, because what is not named any more is given up.
+        preparer.ahead(paths[start : start + 2 * BATCH], "this batch and the next")
         asks = [Ask(path, TASK) for path in paths[start : start + BATCH]]
         if any(isinstance(one, Failure) for one in scheduler.run(asks, priority=Priority.BULK)):
             raise SystemExit("The engine failed on one of the images.")
