@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from florence2.benchmark.plan import SIZES, size_config
-from florence2.generation.decode import generate
+from florence2.generation.decode import DecodeBatch, generate
 from florence2.generation.kv_cache import DecoderSession
 from florence2.network.florence import Florence2Network
 from florence2.records import GenerationSettings
@@ -102,7 +102,7 @@ def _answerer(network: Florence2Network, beams: int) -> Callable[[int], None]:
 
     def answer(tokens: int) -> None:
         session = DecoderSession(network, states, mask, beams, tokens)
-        generate(session, 1, GenerationSettings(num_beams=beams), [tokens])
+        generate(session, DecodeBatch(GenerationSettings(num_beams=beams)), [tokens])
 
     return answer
 

@@ -168,8 +168,7 @@ def step_row(
     def answers(tokens: int) -> list[tuple[int, ...]]:
         session = runtime.start([features] * prompts, [ids] * prompts, BEAMS, tokens)
         settings = GenerationSettings(num_beams=BEAMS)
-        space = runtime.space(settings, None)
-        found = generate(session, prompts, settings, [tokens] * prompts, space=space)
+        found = generate(session, runtime.decode_batch(settings), [tokens] * prompts)
         return [one.token_ids if isinstance(one, Answer) else () for one in found]
 
     short, short_eager = _both_ways(runtime, lambda: answers(axes.tokens[0]))

@@ -27,12 +27,12 @@ Tokens = list[tuple[int, ...]]
 _rescored: Final = Florence2Network.next_logits
 
 
-def _plain(network: Florence2Network, rows: Tensor, _: int) -> Tensor:
-    return network.lm_head(rows).float()
+def _plain(network: Florence2Network, hidden: Tensor, _: int) -> Tensor:
+    return network.lm_head(hidden).float()
 
 
-def _float32(network: Florence2Network, rows: Tensor, _: int) -> Tensor:
-    return rows.float() @ network.lm_head.weight.float().t()
+def _float32(network: Florence2Network, hidden: Tensor, _: int) -> Tensor:
+    return hidden.float() @ network.lm_head.weight.float().t()
 
 
 HEADS: Final[dict[str, Head]] = {
@@ -66,8 +66,8 @@ def _answers(precision: str, asks: list[Ask], head: Head) -> tuple[Tokens, int, 
     """The tokens of every answer; how many rows had equal best logits, and of how many."""
     counted = [0, 0]
 
-    def counting(network: Florence2Network, rows: Tensor, num_exact: int) -> Tensor:
-        logits = head(network, rows, num_exact)
+    def counting(network: Florence2Network, hidden: Tensor, num_exact: int) -> Tensor:
+        logits = head(network, hidden, num_exact)
         best = logits.flatten(0, -2).topk(2).values
         counted[0] += int((best[:, 0] == best[:, 1]).sum())
         counted[1] += len(best)

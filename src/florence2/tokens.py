@@ -21,6 +21,8 @@ BOS_ID: Final = 0
 PAD_ID: Final = 1
 EOS_ID: Final = 2
 DECODER_START_ID: Final = EOS_ID
+ANSWER_PREFIX: Final = (DECODER_START_ID, BOS_ID)
+"""What every answer begins with: the second one is forced."""
 
 SEPARATOR: Final = "<sep>"
 POLYGON_START: Final = "<poly>"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from crowd import COUNT, Crowd, Place, mixed_limits, settings_of
+from crowd import MODES, Crowd, mixed_limits, settings_of
+from recording import Place, small_buckets
 from tiny_reference import SEEDS
 
 from florence2 import Ask, Florence2
-from florence2.runtimes import decode_graphs as decode_buffers
 from florence2.runtimes.cuda_graphs import CudaRecorder
+from florence2.runtimes.decode_graphs import RECORD_AT
 from florence2_demo.drawing import draw_scene
 from florence2_demo.scene import make_scene
 
@@ -17,16 +18,12 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-MODES = [(1, True), (3, True), (3, False), (4, "never")]
 TASKS = ("<OD>", "<CAPTION>", "<OCR>", "<REGION_PROPOSAL>", "<MORE_DETAILED_CAPTION>")
 
 
 @pytest.fixture
-def small_windows(monkeypatch):
-    """Sizes of which the tiny searches need many."""
-    monkeypatch.setattr(decode_buffers, "STEPS", (2, 4, 8, 16, 32))
-    monkeypatch.setattr(decode_buffers, "CROSS_LENGTHS", 8)
-    monkeypatch.setattr("florence2.runtimes.decode_graphs.FIRST_STEPS", 2)
+def small(monkeypatch):
+    small_buckets(monkeypatch, cross_lengths=8)
 
 
 def new_place(seed: int) -> Place:
@@ -37,7 +34,7 @@ def new_crowd(seed: int, settings) -> Crowd:
     return Crowd(seed, settings, mixed_limits(), device="cuda")
 
 
-@pytest.mark.usefixtures("small_windows")
+@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("ngram", [0, 3])
 @pytest.mark.parametrize(("beams", "early_stopping"), MODES)
 def test_whoever_comes_is_answered_as_the_reference_does(beams, early_stopping, ngram, caplog):
@@ -46,13 +43,13 @@ def test_whoever_comes_is_answered_as_the_reference_does(beams, early_stopping, 
         place = new_place(seed)
         for _ in range(3):
             crowd = new_crowd(seed, settings)
-            crowd.run(place.pool.space(settings, None))
-            assert crowd.differing() == []
+            crowd.run(place.batch(settings))
+            assert (crowd.failed(), crowd.differing()) == ([], [])
         assert place.graphs.num_graphs > 0
     assert "CUDA graphs are off" not in caplog.text
 
 
-@pytest.mark.usefixtures("small_windows")
+@pytest.mark.usefixtures("small")
 def test_other_searches_and_freed_memory_in_between_change_no_answer():
     settings = settings_of()
     place, outer = new_place(SEEDS[0]), new_crowd(SEEDS[0], settings)
@@ -62,26 +59,24 @@ def test_other_searches_and_freed_memory_in_between_change_no_answer():
         turn = next(turns)
         if turn % 7 == 3:
             inner.append(new_crowd(SEEDS[0], settings))
-            inner[-1].run(place.pool.space(settings, None))
+            inner[-1].run(place.batch(settings))
         if turn % 11 == 5:
             place.free_memory()
 
     outer.meanwhile = meanwhile
-    outer.run(place.pool.space(settings, None))
+    outer.run(place.batch(settings))
     assert len(inner) > 2
-    assert outer.differing() == []
-    assert [crowd.differing() for crowd in inner] == [[]] * len(inner)
+    assert [crowd.differing() for crowd in (outer, *inner)] == [[]] * (1 + len(inner))
 
 
 def test_a_recorded_step_does_not_wait_for_the_device():
     settings = settings_of()
     place, crowd = new_place(SEEDS[0]), new_crowd(SEEDS[0], settings)
-    for _ in range(2 * decode_buffers.RECORD_AT):
-        crowd.left, crowd.answers = list(range(COUNT)), {}
-        crowd.random.seed(1)
-        crowd.run(place.pool.space(settings, None))
-    space, num_steps = place.pool.space(settings, None), 0
-    advance = space.advance
+    for _ in range(2 * RECORD_AT):
+        crowd.begin(1)
+        crowd.run(place.batch(settings))
+    batch, num_steps = place.batch(settings), 0
+    advance = batch.advance
 
     def watched():
         nonlocal num_steps
@@ -92,10 +87,9 @@ def test_a_recorded_step_does_not_wait_for_the_device():
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    space.advance = watched
-    crowd.left, crowd.answers = list(range(COUNT)), {}
-    crowd.random.seed(1)
-    crowd.run(space)
+    batch.advance = watched
+    crowd.begin(1)
+    crowd.run(batch)
     assert crowd.differing() == []
     assert num_steps > 10
 

@@ -7,13 +7,12 @@ import pytest
 import torch
 
 from florence2 import Ask, Florence2
+from florence2.engine.batch_sizes import CudaMeter
 from florence2.engine.loading import TOLERANCE, error_against_fp32
-from florence2.generation.beam_search import PREFIX
 from florence2.network.config import base_config
 from florence2.network.florence import Florence2Network
 from florence2.pixels import ImageProcessor
 from florence2.runtimes.device import PRECISIONS
-from florence2.runtimes.memory import CudaMeter
 from florence2.runtimes.torch import TorchRuntime
 from florence2_demo.drawing import draw_scene
 from florence2_demo.scene import make_scene
@@ -145,10 +144,10 @@ def test_the_encoder_and_the_first_pass_are_recorded(network):
     for count in (1, 2, 3):
         with runtime.computing():
             session = runtime.start(features[:count], prompts[:count], 3, 20)
-            found = session.prefill(list(PREFIX))
+            found = session.prefill()
             with runtime.graphs.paused():
                 plain = runtime.start(features[:count], prompts[:count], 3, 20)
-                expected = plain.prefill(list(PREFIX))
+                expected = plain.prefill()
         assert error(found, expected) < ROUNDING["fp32"]
     assert runtime.graphs.is_enabled
 
@@ -159,7 +158,7 @@ def test_float32_products_are_exact_whatever_the_host_program_chose(network):
 
     def logits():
         with runtime.computing(), runtime.graphs.paused():
-            return runtime.start(features, [[0, 5, 6, 2]], 1, 20).prefill(list(PREFIX))
+            return runtime.start(features, [[0, 5, 6, 2]], 1, 20).prefill()
 
     expected = logits()
     torch.set_float32_matmul_precision("high")

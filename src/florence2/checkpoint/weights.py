@@ -22,7 +22,6 @@ from florence2.network.florence import Florence2Network, temporal_table
 
 __all__ = ["build_network", "read_weights"]
 
-
 Layout = Literal["native", "original"]
 
 SHARED: Final = "model.language_model.shared.weight"
@@ -188,16 +187,13 @@ DAMAGE: Final = (
     SafetensorError,
 )
 
-
 EMBEDDINGS: Final = (
     SHARED,
     "model.language_model.encoder.embed_tokens.weight",
     "model.language_model.decoder.embed_tokens.weight",
 )
 
-
 FRAMES: Final = "model.multi_modal_projector.visual_temporal_embed.pos_idx_to_embed"
-
 
 _NUMBER: Final = re.compile(r"\d+")
 

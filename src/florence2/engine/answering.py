@@ -12,7 +12,7 @@ from typing import Any, Final
 from florence2.engine.ask import Ask, Cascade, Outcome, Prompt
 from florence2.engine.engine import Asker, Encoded, Engine, out_of_memory
 from florence2.errors import FlorenceError, RequestError, as_value
-from florence2.generation.decode import DecodeLoop, Session, Started
+from florence2.generation.decode import DecodeLoop, EncodedItems, Session
 from florence2.records import Answer, GenerationSettings, Timings
 
 logger = logging.getLogger(__name__)
@@ -182,7 +182,7 @@ class PromptSearch:
             reasons = {prompt: prompt.given_up() for prompt in self._in_hand}
         return {prompt: reason for prompt, reason in reasons.items() if reason is not None}
 
-    def start(self, room: int) -> Started[Prompt] | None:
+    def start(self, room: int) -> EncodedItems[Prompt] | None:
         """A session with the next prompts."""
         self._is_crowded = self._is_crowded and bool(self._in_hand)
         prompts = [] if self._is_crowded else self._next(min(room, self._pass_size()))
@@ -206,7 +206,7 @@ class PromptSearch:
         now = time.perf_counter()
         self._in_hand |= dict.fromkeys(prompts, (now - began, now))
         self._is_full = self._is_full or len(self._in_hand) >= self._room
-        return Started(prompts, session, limits)
+        return EncodedItems(prompts, session, limits)
 
     def settle(self, item: Prompt, answer: Answer | FlorenceError) -> None:
         """Hands on the result of a prompt in hand."""
@@ -225,11 +225,9 @@ class PromptSearch:
         engine, runtime = self._engine, self._engine.runtime
         loop = DecodeLoop(
             self,
-            self._settings,
-            runtime.space(self._settings, engine.nearby),
+            runtime.decode_batch(self._settings, engine.location_probability),
             max_rows=self._room,
             least_room=self._least_room(),
-            nearby=engine.nearby,
         )
         try:
             loop.run()

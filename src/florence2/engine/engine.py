@@ -23,7 +23,7 @@ from florence2.errors import (
     OutOfMemoryError,
     RequestError,
 )
-from florence2.generation.beam_search import Nearby
+from florence2.generation.beam_search import LocationProbability
 from florence2.images import identity
 from florence2.pixels import PreparedImage
 from florence2.postprocess import NEAR_BINS
@@ -189,7 +189,9 @@ class Engine:
         self._is_parked = False
         self._is_closed = False
         self._loss: str | None = None
-        self.nearby: Final = Nearby(checkpoint.vocabulary.first_location_id, NEAR_BINS)
+        self.location_probability: Final = LocationProbability(
+            checkpoint.vocabulary.first_location_id, NEAR_BINS
+        )
         # Two folders may have one name, and features of one device mean nothing on another.
         where = f"{runtime.name} {runtime.device} {runtime.precision}"
         self._key_prefix = f"{checkpoint.folder}@{checkpoint.revision} {where}"

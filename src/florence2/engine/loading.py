@@ -17,15 +17,7 @@ from torch.func import functional_call
 from florence2.checkpoint.checkpoint import Checkpoint, load_weights
 from florence2.engine.answering import answer, answer_all
 from florence2.engine.ask import Ask, Outcome
-from florence2.engine.encoding import EncodedImage
-from florence2.engine.engine import Asker, Engine
-from florence2.errors import CheckpointError, FlorenceError, NotFiniteError, PrecisionError
-from florence2.images import open_image
-from florence2.network.florence import Florence2Network
-from florence2.runtimes.base import Pixels
-from florence2.runtimes.cuda_graphs import GraphRunner
-from florence2.runtimes.device import PRECISIONS, choose_precision, computing
-from florence2.runtimes.memory import (
+from florence2.engine.batch_sizes import (
     BatchSizes,
     CudaMeter,
     MemoryMeter,
@@ -33,7 +25,15 @@ from florence2.runtimes.memory import (
     measured_batches,
     prompt_batch,
 )
-from florence2.runtimes.torch import TorchRuntime, upload
+from florence2.engine.encoding import EncodedImage
+from florence2.engine.engine import Asker, Engine
+from florence2.errors import CheckpointError, FlorenceError, NotFiniteError, PrecisionError
+from florence2.images import open_image
+from florence2.network.florence import Florence2Network
+from florence2.runtimes.base import Pixels
+from florence2.runtimes.cuda_graphs import GraphRunner
+from florence2.runtimes.device import PRECISIONS, choose_precision
+from florence2.runtimes.torch import TorchRuntime, computing, upload
 
 logger = logging.getLogger(__name__)
 

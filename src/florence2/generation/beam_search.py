@@ -12,13 +12,10 @@ import torch
 from torch import Tensor
 
 from florence2.errors import NotFiniteError
-from florence2.generation.kv_cache import put_rows, row_numbers, to_device, widened
-from florence2.network.linear import top_candidates
+from florence2.generation.kv_cache import PREFIX_LENGTH, RowTensors, row_index, to_device
+from florence2.network.florence import top_candidates
 from florence2.records import Answer, GenerationSettings
-from florence2.tokens import BOS_ID, DECODER_START_ID, EOS_ID, NUM_LOCATION_BINS
-
-__all__ = ["BeamSearch", "NotFiniteError"]
-
+from florence2.tokens import ANSWER_PREFIX, BOS_ID, EOS_ID, NUM_LOCATION_BINS
 
 NEVER: Final = float("-inf")
 
@@ -35,9 +32,9 @@ def ban_repeated_ngrams(
     length = history.shape[1]
     if length < ngram_size:
         return
-    windows = history.unfold(1, ngram_size, 1)
-    repeats = (windows[..., :-1] == _suffix(history, ngram_size - 1, lengths)).all(dim=-1)
-    last = windows[..., -1]
+    ngrams = history.unfold(1, ngram_size, 1)
+    repeats = (ngrams[..., :-1] == _suffix(history, ngram_size - 1, lengths)).all(dim=-1)
+    last = ngrams[..., -1]
     if lengths is not None:
         repeats = repeats & (last >= 0)
     # What bans nothing adds 0, each to a column of its own: a GPU adds to one column in turn.
@@ -64,8 +61,8 @@ def ban_bos(log_probs: Tensor) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Nearby:
-    """Which token ids are locations, and how many bins away a location still is the same place.
+class LocationProbability:
+    """The probability of a location: that of its bin and of those up to ``radius_bins`` away.
 
     Neighbouring bins are a thousandth of the image apart, so a network that knows a place well
     spreads its probability over several of them; the chosen token's own share says little.
@@ -93,8 +90,8 @@ class Nearby:
         return torch.where(is_location, found.logsumexp(2).clamp(max=0.0), own)
 
 
-class HostCopies:
-    """Copies of some tensors of one device; the host goes on while they are made."""
+class HostCopy:
+    """A copy of some tensors of one device; the host goes on while it is made."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._event: torch.cuda.Event | None = None
@@ -111,40 +108,32 @@ class HostCopies:
         self._event.record(torch.cuda.current_stream(device))
 
     def wait(self) -> list[Tensor]:
-        """The copies, once they are there."""
+        """The copied tensors, once they are there."""
         if self._event is not None:
             self._event.synchronize()
         return self._copies
 
 
-class Readout:
-    """The best finished hypotheses of B rows, copied as the search stands when it is made."""
+class PendingAnswers:
+    """The best finished hypotheses of B rows, as the search stands, on their way to the host."""
 
     def __init__(
-        self,
-        best: tuple[Tensor, Tensor],
-        entries: tuple[Tensor, Tensor, Tensor],
-        limits: Sequence[int],
-        *,
-        has_nearby: bool,
+        self, tensors: Sequence[Tensor], limits: Sequence[int], *, has_location_probs: bool
     ) -> None:
-        """What ``BeamSearch`` has of these rows.
-
-        ``best`` are the score and the packed end of each, [B]; ``entries`` tokens, parents
-        [B, steps, beams] and log-probabilities [B, steps, beams, 2].
+        """``tensors``: score and packed end of each row, [B]; tokens and parents
+        [B, steps, beams], log-probabilities [B, steps, beams, 2].
         """
-        self._copies = HostCopies([*best, *entries])
+        self._copy = HostCopy(tensors)
         self._limits = limits
-        self._beams = entries[0].shape[2]
-        self._has_nearby = has_nearby
+        self._has_location_probs = has_location_probs
 
-    def answers(self) -> list[Answer | NotFiniteError]:
-        """One per row, in order; waits until they are copied."""
-        scores, ends, *entries = self._copies.wait()
+    def wait(self) -> list[Answer | NotFiniteError]:
+        """One per row, in order, or why it has none."""
+        scores, ends, *hypotheses = self._copy.wait()
         return [
             self._answer(limit, score, end, row)
             for limit, score, end, *row in zip(
-                self._limits, scores.tolist(), ends.tolist(), *entries, strict=True
+                self._limits, scores.tolist(), ends.tolist(), *hypotheses, strict=True
             )
         ]
 
@@ -158,11 +147,11 @@ class Readout:
                 "The network must return finite numbers, and it did not for this image and "
                 "prompt; use precision fp32, or another image."
             )
-        step, beam = divmod(end // 2, self._beams)
+        step, beam = divmod(end // 2, row[0].shape[1])
         ids, logs = _trace(row, step, beam)
         first = next((at for at, token in enumerate(ids) if token != BOS_ID), len(ids))
         own, near = zip(*logs[first:], strict=True) if logs[first:] else ((), ())
-        shown = near if self._has_nearby else ()
+        shown = near if self._has_location_probs else ()
         return Answer(tuple(ids[first:]), own, score, bool(end % 2), shown)
 
 
@@ -181,132 +170,11 @@ def _trace(row: list[Tensor], step: int, beam: int) -> tuple[list[int], list[lis
     return ids[::-1], logs[::-1]
 
 
-PREFIX: Final = (DECODER_START_ID, BOS_ID)
+_OUT: Final = -1.0e9
 
 _NOTHING: Final = -1
 
-
-class Hypotheses:
-    """The tokens of B rows with their parents: one entry per step and beam, never moved.
-
-    Entry t of a row belongs to that row's own step t: rows may have begun at different times.
-    ``with_history`` also keeps every beam's tokens in a line, which the n-gram ban reads.
-    """
-
-    def __init__(
-        self, num_rows: int, beams: int, capacity: int, device: torch.device, with_history: bool
-    ) -> None:
-        """``capacity`` counts steps."""
-        shape = (num_rows, capacity, beams)
-        self._tokens = torch.zeros(shape, dtype=torch.long, device=device)
-        self._parents = torch.zeros_like(self._tokens)
-        # For every token its own log-probability, and that of it and its neighbours.
-        self._log_probs = torch.zeros((*shape, 2), device=device)
-        self._history: Tensor | None = None
-        if with_history:
-            line = (num_rows, beams, len(PREFIX) + capacity)
-            self._history = torch.full(line, _NOTHING, dtype=torch.long, device=device)
-            for place, token in enumerate(PREFIX):
-                self._history[..., place] = token
-
-    @property
-    def capacity(self) -> int:
-        """Steps there is room for."""
-        return self._tokens.shape[1]
-
-    def history(self, rows_per_item: int, length: int) -> Tensor | None:
-        """The first ``length`` tokens of every line, the prefix included: [B * R, length].
-
-        What a line has not reached yet is -1.
-        """
-        if self._history is None:
-            return None
-        return self._history[:, :rows_per_item, :length].flatten(0, 1)
-
-    def add(self, steps: Tensor, tokens: Tensor, parents: Tensor, log_probs: Tensor) -> None:
-        """Enters ``tokens`` [B, beams] and what they continue as entry ``steps`` [B] of each row.
-
-        ``log_probs`` [B, beams, 2].
-        """
-        entry = steps.view(-1, 1, 1).expand(-1, 1, tokens.shape[1])
-        self._tokens.scatter_(1, entry, tokens.unsqueeze(1))
-        self._parents.scatter_(1, entry, parents.unsqueeze(1))
-        self._log_probs.scatter_(
-            1, entry.unsqueeze(3).expand(-1, -1, -1, 2), log_probs.unsqueeze(1)
-        )
-
-    def extend_history(self, steps: Tensor, tokens: Tensor, parents: Tensor, length: int) -> None:
-        """Brings the lines, so far at most ``length`` long, up to the beams just chosen."""
-        if self._history is None:
-            return
-        lines = self._history[:, :, :length]
-        lines.copy_(lines.gather(1, parents.unsqueeze(2).expand(lines.shape)))
-        place = (steps + len(PREFIX)).view(-1, 1, 1).expand(-1, tokens.shape[1], 1)
-        self._history.scatter_(2, place, tokens.unsqueeze(2))
-
-    def keep(self, rows: Tensor) -> None:
-        """Go on with these rows [B'] only, in this order."""
-        self._tokens = self._tokens[rows]
-        self._parents = self._parents[rows]
-        self._log_probs = self._log_probs[rows]
-        if self._history is not None:
-            self._history = self._history[rows]
-
-    def reserve(self, capacity: int) -> None:
-        """Makes room for so many steps."""
-        self._tokens = widened(self._tokens, 1, capacity, 0)
-        self._parents = widened(self._parents, 1, capacity, 0)
-        self._log_probs = widened(self._log_probs, 1, capacity, 0.0)
-        if self._history is not None:
-            self._history = widened(self._history, 2, len(PREFIX) + capacity, _NOTHING)
-
-    def put(self, rows: Tensor, other: Hypotheses, chosen: Tensor | None = None) -> None:
-        """Gives these rows [B'] to those of ``other``, which needs no more room.
-
-        To all of its rows, or to those ``chosen`` [B'].
-        """
-        put_rows(self._tokens, rows, other._tokens, 0, chosen)
-        put_rows(self._parents, rows, other._parents, 0, chosen)
-        put_rows(self._log_probs, rows, other._log_probs, 0.0, chosen)
-        if self._history is not None and other._history is not None:
-            put_rows(self._history, rows, other._history, _NOTHING, chosen)
-
-    def window(self, num_rows: int, steps: int) -> Hypotheses:
-        """The first rows and steps, in the same memory."""
-        part = copy.copy(self)
-        part._tokens = self._tokens[:num_rows, :steps]
-        part._parents = self._parents[:num_rows, :steps]
-        part._log_probs = self._log_probs[:num_rows, :steps]
-        if self._history is not None:
-            part._history = self._history[:num_rows, :, : len(PREFIX) + steps]
-        return part
-
-    @property
-    def state(self) -> list[Tensor]:
-        """What a step both reads and writes."""
-        return [] if self._history is None else [self._history]
-
-    def entries(self, rows: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens, parents and log-probabilities of the first ``steps`` entries of these rows."""
-        return (
-            self._tokens[rows, :steps],
-            self._parents[rows, :steps],
-            self._log_probs[rows, :steps],
-        )
-
-
-_OUT: Final = -1.0e9
-
-
-_STATE: Final = (
-    "_counts",
-    "_scores",
-    "_finished_scores",
-    "_finished",
-    "tokens",
-    "parents",
-    "is_open",
-)
+_HYPOTHESES: Final = ("said_tokens", "said_parents", "said_log_probs")
 
 
 class BeamSearch:
@@ -316,9 +184,13 @@ class BeamSearch:
     the closing ``</s>``. ``tokens`` and ``parents`` [B, beams] are what ``advance`` decided;
     ``is_open`` [B] tells which items can still change.
 
-    Rows may have begun at different times. A finished hypothesis is the number of its step and of
-    the beam that ended, so finishing copies nothing. With ``is_static`` no shape and no branch of
-    ``advance_on_device`` depends on how far the rows are, so it can be recorded and replayed.
+    Rows may have begun at different times. Hypotheses are tokens with their parents, an entry per
+    step of the row and beam, which never move: entry t of a row belongs to that row's own step t.
+    A finished one is the number of its step and of the beam that ended, so finishing copies
+    nothing. Only the n-gram ban has every beam's tokens in a line, ``history``.
+
+    With ``is_static`` no shape and no branch of ``advance_on_device`` depends on how far the rows
+    are, so it can be recorded and replayed.
     """
 
     def __init__(
@@ -326,35 +198,59 @@ class BeamSearch:
         limits: Sequence[int],
         settings: GenerationSettings,
         device: torch.device,
-        nearby: Nearby | None = None,
+        location_probability: LocationProbability | None = None,
         *,
         is_static: bool = False,
     ) -> None:
         """``limits`` has the most tokens of every row, ``<s>`` and ``</s>`` among them."""
         batch, beams = len(limits), settings.num_beams
         self._settings = settings
-        self._nearby = nearby
+        self._location_probability = location_probability
         self._beams = beams
         self._is_static = is_static
         self._limit_of = list(limits)
         self._count_of = [1] * batch
-        self._limits = to_device(self._limit_of, torch.long, device)
-        self._counts = torch.ones_like(self._limits)
         capacity = max(1, max(limits) - 1)
-        with_history = settings.no_repeat_ngram_size > 0
-        self._said = Hypotheses(batch, beams, capacity, device, with_history)
-        self._norms = self._length_norms(capacity)
-        self._scores = torch.zeros((batch, beams), device=device)
-        self._finished_scores = torch.full((batch, beams), _OUT, device=device)
-        self._finished = torch.full((batch, beams), -1, dtype=torch.long, device=device)
-        self.tokens = torch.full((batch, beams), BOS_ID, dtype=torch.long, device=device)
-        self.parents = torch.zeros((batch, beams), dtype=torch.long, device=device)
-        self.is_open = self._limits > 1
+        self._norms = self._length_norms(capacity, device)
+        self._rows = rows = RowTensors()
+        limit = to_device(self._limit_of, torch.long, device)
+        each = torch.zeros((batch, beams), device=device)
+        number = torch.zeros((batch, beams), dtype=torch.long, device=device)
+        rows.add("limits", limit)
+        rows.add("counts", torch.ones_like(limit))
+        rows.add("scores", each)
+        rows.add("finished_scores", torch.full_like(each, _OUT))
+        rows.add("finished", torch.full_like(number, -1))
+        rows.add("tokens", torch.full_like(number, BOS_ID))
+        rows.add("parents", number)
+        rows.add("is_open", limit > 1)
+        said = torch.zeros((batch, capacity, beams), dtype=torch.long, device=device)
+        rows.add("said_tokens", said, steps=1)
+        rows.add("said_parents", torch.zeros_like(said), steps=1)
+        # For every token its own log-probability, and that of it and its neighbours.
+        log_probs = torch.zeros((batch, capacity, beams, 2), device=device)
+        rows.add("said_log_probs", log_probs, steps=1)
+        if settings.no_repeat_ngram_size > 0:
+            shape = (batch, beams, PREFIX_LENGTH + capacity)
+            history = torch.full(shape, _NOTHING, dtype=torch.long, device=device)
+            for place, token in enumerate(ANSWER_PREFIX):
+                history[..., place] = token
+            rows.add("history", history, _NOTHING, history=2)
 
     @property
-    def capacity(self) -> int:
-        """Steps there is room for."""
-        return self._said.capacity
+    def tokens(self) -> Tensor:
+        """The tokens [B, beams] that were chosen last."""
+        return self._rows["tokens"]
+
+    @property
+    def parents(self) -> Tensor:
+        """The beams [B, beams] that the last tokens continue."""
+        return self._rows["parents"]
+
+    @property
+    def is_open(self) -> Tensor:
+        """Which rows [B] can still change."""
+        return self._rows["is_open"]
 
     def reached_limit(self, row: int) -> bool:
         """Whether this row has all the tokens it may have; known without asking the device."""
@@ -371,125 +267,122 @@ class BeamSearch:
 
     def advance_on_device(self, logits: Tensor) -> None:
         """What the device does of a step."""
-        batch, rows, _ = logits.shape
+        batch, rows, vocab = logits.shape
         log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
         # Bans steer the search, and do not change how probable a token is.
         allowed = log_probs.flatten(0, 1).clone()
-        history = self._said.history(rows, self._length())
-        if history is not None:
-            ban_repeated_ngrams(
-                allowed, history, self._settings.no_repeat_ngram_size, self._lengths(rows)
-            )
+        if "history" in self._rows:
+            history = self._rows["history"][:, :rows, : self._length()].flatten(0, 1)
+            ngram_size = self._settings.no_repeat_ngram_size
+            ban_repeated_ngrams(allowed, history, ngram_size, self._lengths(rows))
         else:
             ban_bos(allowed)
         values, ids = top_candidates(allowed, 2 * self._beams)
-        self._counts += 1
+        self._rows["counts"] += 1
         self._select(values.view(batch, rows, -1), ids.view(batch, rows, -1))
-        own = log_probs.flatten(1).gather(1, self.parents * log_probs.shape[2] + self.tokens)
-        near = own
-        if self._nearby is not None:
-            near = self._nearby.log_probs(log_probs, self.parents, self.tokens, own)
-        self._said.add(self._steps(), self.tokens, self.parents, torch.stack((own, near), dim=-1))
+        tokens, parents = self._rows["tokens"], self._rows["parents"]
+        own = near = log_probs.flatten(1).gather(1, parents * vocab + tokens)
+        if self._location_probability is not None:
+            near = self._location_probability.log_probs(log_probs, parents, tokens, own)
+        entry = self._steps().view(-1, 1, 1).expand(-1, 1, self._beams)
+        said = (tokens, parents, torch.stack((own, near), dim=-1))
+        for name, values in zip(_HYPOTHESES, said, strict=True):
+            index = entry if values.dim() == 2 else entry.unsqueeze(3).expand(-1, -1, -1, 2)
+            self._rows[name].scatter_(1, index, values.unsqueeze(1))
 
     def keep(self, rows: list[int]) -> None:
         """Go on with these rows of the batch only, in this order; a row may be named twice."""
-        kept = row_numbers(rows, self.tokens.device)
         self._limit_of = [self._limit_of[row] for row in rows]
         self._count_of = [self._count_of[row] for row in rows]
-        self._limits, self._counts = self._limits[kept], self._counts[kept]
-        self._said.keep(kept)
-        self._scores = self._scores[kept]
-        self._finished_scores = self._finished_scores[kept]
-        self._finished = self._finished[kept]
-        self.tokens, self.parents = self.tokens[kept], self.parents[kept]
-        self.is_open = self.is_open[kept]
+        self._rows.keep(row_index(rows, self.tokens.device))
 
     def put(self, rows: list[int], other: BeamSearch, chosen: list[int] | None = None) -> None:
         """Gives these rows to the items of ``other``, in order: same settings, any step.
 
         To all of them, or to those ``chosen``, which may be rows of this search itself.
         """
-        if other.capacity > self.capacity:
-            self._said.reserve(other.capacity)
-            self._norms = self._length_norms(other.capacity)
+        device = self.tokens.device
+        if other._capacity > self._capacity:
+            self._rows.enlarge(steps=other._capacity, history=PREFIX_LENGTH + other._capacity)
+            self._norms = self._length_norms(other._capacity, device)
         numbers = range(len(other._limit_of)) if chosen is None else chosen
         known = [(other._limit_of[number], other._count_of[number]) for number in numbers]
         for row, (limit, count) in zip(rows, known, strict=True):
             self._limit_of[row], self._count_of[row] = limit, count
-        device = self.tokens.device
-        into = row_numbers(rows, device)
-        picked = None if chosen is None else row_numbers(chosen, device)
-        self._said.put(into, other._said, picked)
-        for name in ("_limits", *_STATE):
-            put_rows(getattr(self, name), into, getattr(other, name), 0, picked)
+        picked = None if chosen is None else row_index(chosen, device)
+        self._rows.put(row_index(rows, device), other._rows, picked)
 
-    def window(self, num_rows: int, steps: int) -> BeamSearch:
+    def view(self, num_rows: int, steps: int) -> BeamSearch:
         """The first rows and steps, in the same memory; for the device's part of a step.
 
         The steps are those after the first one, which a row has made elsewhere. Rows that anybody
         waits for do not need more.
         """
         part = copy.copy(self)
-        for name in ("_limits", *_STATE):
-            setattr(part, name, getattr(self, name)[:num_rows])
-        part._said = self._said.window(num_rows, 1 + steps)
+        part._rows = self._rows.first(
+            rows=num_rows, steps=1 + steps, history=PREFIX_LENGTH + 1 + steps
+        )
         return part
 
     @property
     def state(self) -> list[Tensor]:
         """The tensors that ``advance_on_device`` both reads and writes."""
-        return [*(getattr(self, name) for name in _STATE), *self._said.state]
+        written = {"limits", *_HYPOTHESES}
+        return [tensor for name, tensor in self._rows.items() if name not in written]
 
-    def read(self, rows: Sequence[int]) -> Readout:
+    def read(self, rows: Sequence[int]) -> PendingAnswers:
         """The best finished hypothesis of each of these rows; later steps do not change it."""
-        chosen = row_numbers(list(rows), self.tokens.device)
+        chosen = row_index(rows, self.tokens.device)
         # No answer has more entries than its row has tokens.
         steps = max((self._count_of[row] for row in rows), default=0)
-        return Readout(
-            (self._finished_scores[chosen, 0], self._finished[chosen, 0]),
-            self._said.entries(chosen, steps),
+        best = [self._rows[name][chosen, 0] for name in ("finished_scores", "finished")]
+        said = [self._rows[name][chosen, :steps] for name in _HYPOTHESES]
+        return PendingAnswers(
+            [*best, *said],
             [self._limit_of[row] for row in rows],
-            has_nearby=self._nearby is not None,
+            has_location_probs=self._location_probability is not None,
         )
 
-    def answers(self, rows: Sequence[int]) -> list[Answer | NotFiniteError]:
-        """What ``read`` finds, at once: an answer of each of these rows, or why it has none."""
-        return self.read(rows).answers()
+    @property
+    def _capacity(self) -> int:
+        """Steps there is room for."""
+        return self._rows["said_tokens"].shape[1]
 
-    def _length_norms(self, capacity: int) -> Tensor:
+    def _length_norms(self, capacity: int, device: torch.device) -> Tensor:
         """What a score is divided by, for every count of tokens; as exact as the reference's."""
         penalty = self._settings.length_penalty
         norms = [max(count, 1) ** penalty for count in range(capacity + 2)]
-        return to_device(norms, torch.float32, self._limits.device)
+        return to_device(norms, torch.float32, device)
 
     def _steps(self) -> Tensor:
         """The number [B] of each row's step in hand; rows that nobody waits for may be beyond."""
-        return (self._counts - len(PREFIX)).clamp(max=self.capacity - 1)
+        return (self._rows["counts"] - PREFIX_LENGTH).clamp(max=self._capacity - 1)
 
     def _length(self) -> int:
         """The length of the longest history before the step in hand, or what there is room for."""
         if self._is_static:
-            return len(PREFIX) + self.capacity
-        return min(max(self._count_of), 1 + self.capacity)
+            return PREFIX_LENGTH + self._capacity
+        return min(max(self._count_of), 1 + self._capacity)
 
     def _lengths(self, rows: int) -> Tensor | None:
         """The length [B * R] of every history before the step in hand; None if all are equal."""
         if not self._is_static and len(set(self._count_of)) == 1:
             return None
-        return (self._counts + 1).repeat_interleave(rows)
+        return (self._rows["counts"] + 1).repeat_interleave(rows)
 
     def _norm(self, counts: Tensor) -> Tensor:
         return self._norms[counts.clamp(max=len(self._norms) - 1)].unsqueeze(1)
 
     def _select(self, values: Tensor, ids: Tensor) -> None:
         """Choose the next beams from each row's candidates: log-probs and ids, both [B, R, K]."""
+        state = self._rows
         batch, rows, count = ids.shape
         ending, cut = None, None
-        if self._is_static or any(map(self._is_last, range(batch))):
-            ending = (self._limits == self._counts).view(batch, 1)
+        if self._is_static or self._limit_is_reached():
+            ending = (state["limits"] == state["counts"]).view(batch, 1)
             cut = ending & (ids[..., 0] != EOS_ID)
             values, ids = _force_eos(values, ids, ending)
-        totals = (values + self._scores[:, :rows].unsqueeze(2)).view(batch, -1)
+        totals = (values + state["scores"][:, :rows].unsqueeze(2)).view(batch, -1)
         top, places = torch.topk(totals, count)
         beams = places // count
         tokens = ids.view(batch, -1).gather(1, places)
@@ -499,14 +392,20 @@ class BeamSearch:
         self._finish(top, ended, beams, cut)
 
         scores, kept = torch.topk(torch.where(ended, top + _OUT, top), self._beams)
-        self._scores.copy_(scores)
-        self.tokens.copy_(tokens.gather(1, kept))
-        self.parents.copy_(beams.gather(1, kept))
-        self._said.extend_history(self._steps(), self.tokens, self.parents, self._length())
+        state["scores"].copy_(scores)
+        state["tokens"].copy_(tokens.gather(1, kept))
+        state["parents"].copy_(beams.gather(1, kept))
+        if "history" in state:
+            lines = state["history"][:, :, : self._length()]
+            lines.copy_(lines.gather(1, state["parents"].unsqueeze(2).expand(lines.shape)))
+            place = (self._steps() + PREFIX_LENGTH).view(-1, 1, 1).expand(-1, self._beams, 1)
+            state["history"].scatter_(2, place, state["tokens"].unsqueeze(2))
         self._close(ending)
 
-    def _is_last(self, row: int) -> bool:
-        return self._limit_of[row] == self._count_of[row]
+    def _limit_is_reached(self) -> bool:
+        """Whether the step in hand is the last that some row may make."""
+        known = zip(self._limit_of, self._count_of, strict=True)
+        return any(limit == count for limit, count in known)
 
     def _finish(self, top: Tensor, ended: Tensor, beams: Tensor, cut: Tensor | None) -> None:
         """Let candidates that ended into the finished ones: all arguments [B, K], best first.
@@ -514,17 +413,17 @@ class BeamSearch:
         Only the first half may enter, and nothing may once the item is closed; ``cut`` [B, R] is
         set where the token limit ended a row that would have gone on.
         """
-        width = self._beams
-        enters = ended[:, :width] & self.is_open.unsqueeze(1)
-        scores = top[:, :width] / self._norm(self._counts)
+        state, width = self._rows, self._beams
+        enters = ended[:, :width] & state["is_open"].unsqueeze(1)
+        scores = top[:, :width] / self._norm(state["counts"])
         packed = (beams[:, :width] + self._steps().unsqueeze(1) * width) * 2
         if cut is not None:
             packed = packed + cut.gather(1, beams[:, :width])
-        merged = torch.cat((self._finished_scores, torch.where(enters, scores, _OUT)), dim=1)
-        packed = torch.cat((self._finished, torch.where(enters, packed, -1)), dim=1)
+        merged = torch.cat((state["finished_scores"], torch.where(enters, scores, _OUT)), dim=1)
+        packed = torch.cat((state["finished"], torch.where(enters, packed, -1)), dim=1)
         best, places = torch.topk(merged, width)
-        self._finished_scores.copy_(best)
-        self._finished.copy_(packed.gather(1, places))
+        state["finished_scores"].copy_(best)
+        state["finished"].copy_(packed.gather(1, places))
 
     def _close(self, ending: Tensor | None) -> None:
         """Close the items whose result is settled; a closed item stays closed.
@@ -533,17 +432,17 @@ class BeamSearch:
         or a single beam a full item is; otherwise once its best running beam can no longer beat
         the worst finished one, by the reference's estimate of the length it may still reach.
         """
-        settings = self._settings
-        settled = (self._finished >= 0).all(dim=1)
+        settings, state = self._settings, self._rows
+        settled = (state["finished"] >= 0).all(dim=1)
         if settings.early_stopping is not True and self._beams > 1:
-            reachable = self._counts
+            reachable = state["counts"]
             if settings.early_stopping == "never" and settings.length_penalty > 0:
-                reachable = self._limits
-            best = self._scores[:, 0] / self._norm(reachable).squeeze(1)
-            settled = settled & (best <= self._finished_scores.amin(dim=1))
+                reachable = state["limits"]
+            best = state["scores"][:, 0] / self._norm(reachable).squeeze(1)
+            settled = settled & (best <= state["finished_scores"].amin(dim=1))
         if ending is not None:
             settled = settled | ending.view(-1)
-        self.is_open &= ~settled
+        state["is_open"] &= ~settled
 
 
 def _force_eos(values: Tensor, ids: Tensor, ending: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,59 +1,89 @@
-"""Decoding with caches: several beams per item over one copy of what they share."""
+"""Decoding with a KV cache: several beams per item over one copy of what they share."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Final, cast
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from florence2.errors import RequestError
-from florence2.network.bart import DecoderLayer
+from florence2.network.bart import LayerCache
 from florence2.network.florence import Florence2Network
+from florence2.tokens import ANSWER_PREFIX
 
 
-def put_rows(
-    into: Tensor, rows: Tensor, source: Tensor, fill: float, chosen: Tensor | None = None
-) -> None:
-    """Sets ``into[rows]`` to ``source``, whose later dimensions may be smaller, and else ``fill``.
+class RowTensors(dict[str, Tensor]):
+    """Tensors by name that all have the rows of a batch as their first dimension.
 
-    In place. ``into`` [B, ...], ``rows`` [B'] row numbers, ``source`` [B', ...] or, with
-    ``chosen`` [B'], any number of rows of which these are taken; it may be ``into`` itself.
+    Others of their dimensions can have names too, and sizes that grow. What has not been written
+    yet is each tensor's ``fill``.
     """
-    if chosen is not None:
-        source = source.index_select(0, chosen)
-    part = into
-    for dim, size in enumerate(source.shape[1:], start=1):
-        if size < into.shape[dim]:
-            into.index_fill_(0, rows, fill)
-            part = part.narrow(dim, 0, size)
-    part.index_copy_(0, rows, source)
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._layout: dict[str, tuple[float, dict[str, int]]] = {}
 
-def widened(tensor: Tensor, dim: int, size: int, fill: float) -> Tensor:
-    """A copy with ``size`` entries along ``dim``, the new ones ``fill``; itself if it has them."""
-    shape = list(tensor.shape)
-    shape[dim] = max(size, shape[dim])
-    return enlarged(tensor, shape, fill)
+    def add(self, name: str, tensor: Tensor, fill: float = 0.0, **dims: int) -> None:
+        """One more tensor; ``dims`` are the names of dimensions and which ones they are."""
+        self[name] = tensor
+        self._layout[name] = fill, {"rows": 0, **dims}
 
+    def keep(self, rows: Tensor) -> None:
+        """Goes on with these rows [B'] only, in this order; a row may be named twice."""
+        for name, tensor in self.items():
+            self[name] = tensor[rows]
 
-def enlarged(tensor: Tensor, shape: Sequence[int], fill: float) -> Tensor:
-    """A copy of this ``shape``, nowhere smaller, ``fill`` in what is new; itself if it has it."""
-    if tuple(shape) == tensor.shape:
-        return tensor
-    large = tensor.new_full(list(shape), fill)
-    part = large
-    for dim, size in enumerate(tensor.shape):
-        part = part.narrow(dim, 0, size)
-    part.copy_(tensor)
-    return large
+    def put(self, rows: Tensor, source: RowTensors, chosen: Tensor | None = None) -> None:
+        """Gives these rows [B'] to those of ``source``, in place.
 
+        To all of them, or to those ``chosen`` [B']; it may be this one itself. Its tensors are
+        nowhere larger; what they are smaller by is filled.
+        """
+        for name, into in self.items():
+            part, fill = into, self._layout[name][0]
+            values = source[name] if chosen is None else source[name].index_select(0, chosen)
+            for dim, size in enumerate(values.shape[1:], start=1):
+                if size < into.shape[dim]:
+                    into.index_fill_(0, rows, fill)
+                    part = part.narrow(dim, 0, size)
+            part.index_copy_(0, rows, values)
 
-def row_numbers(rows: list[int], device: torch.device) -> Tensor:
-    """Row numbers as an index [B'] on ``device``."""
-    return to_device(rows, torch.long, device)
+    def enlarge(self, **sizes: int) -> None:
+        """Makes the named dimensions at least so large; tensors that grow move."""
+        for name, tensor in self.items():
+            fill, dims = self._layout[name]
+            shape = list(tensor.shape)
+            for dim_name, size in sizes.items():
+                if (dim := dims.get(dim_name)) is not None:
+                    shape[dim] = max(shape[dim], size)
+            if shape == list(tensor.shape):
+                continue
+            large = tensor.new_full(shape, fill)
+            part = large
+            for dim, size in enumerate(tensor.shape):
+                part = part.narrow(dim, 0, size)
+            part.copy_(tensor)
+            self[name] = large
+
+    def first(self, **sizes: int) -> RowTensors:
+        """The first of the named dimensions, in the same memory."""
+        view = RowTensors()
+        view._layout = self._layout
+        for name, tensor in self.items():
+            dims = self._layout[name][1]
+            for dim_name, size in sizes.items():
+                if (dim := dims.get(dim_name)) is not None and size < tensor.shape[dim]:
+                    tensor = tensor.narrow(dim, 0, size)
+            view[name] = tensor
+        return view
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the tensors take."""
+        return sum(tensor.nbytes for tensor in self.values())
 
 
 def to_device(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -64,98 +94,25 @@ def to_device(values: Sequence[float], dtype: torch.dtype, device: torch.device)
     return host.pin_memory().to(device, non_blocking=True)
 
 
-class KeyValues:
-    """``cross_*`` [B, h, S, d_h] of the encoded prompts, ``own_*`` [B, h, slots, d_h].
-
-    Slots that no beam sees must hold finite numbers all the same: weights of 0 do not make
-    infinity disappear from a sum.
-    """
-
-    def __init__(self, cross_key: Tensor, cross_value: Tensor) -> None:
-        """Starts without any slot of its own."""
-        self.cross_key = cross_key.contiguous()
-        self.cross_value = cross_value.contiguous()
-        self.own_key = cross_key[:, :, :0].contiguous()
-        self.own_value = self.own_key
-
-    def write(self, start: int, key: Tensor, value: Tensor) -> None:
-        """Keys and values [B, h, L, d_h] of all items into the slots from ``start`` on."""
-        end = start + key.shape[2]
-        self.own_key[:, :, start:end] = key
-        self.own_value[:, :, start:end] = value
-
-    def write_each(self, slots: Tensor, key: Tensor, value: Tensor) -> None:
-        """Keys and values [B, h, beams, d_h] into each item's own ``slots`` [B, beams]."""
-        places = slots[:, None, :, None].expand(key.shape)
-        self.own_key.scatter_(2, places, key)
-        self.own_value.scatter_(2, places, value)
-
-    def keep(self, items: Tensor) -> None:
-        """Goes on with these items [B'] only."""
-        self.cross_key = self.cross_key[items]
-        self.cross_value = self.cross_value[items]
-        self.own_key = self.own_key[items]
-        self.own_value = self.own_value[items]
-
-    def put(
-        self, items: Tensor, other: KeyValues, slots: int, chosen: Tensor | None = None
-    ) -> None:
-        """Gives the rows of ``items`` [B'] to those of ``other``, which has filled ``slots``.
-
-        To all of them, or to those ``chosen`` [B'].
-        """
-        put_rows(self.cross_key, items, other.cross_key, 0.0, chosen)
-        put_rows(self.cross_value, items, other.cross_value, 0.0, chosen)
-        put_rows(self.own_key, items, other.own_key[:, :, :slots], 0.0, chosen)
-        put_rows(self.own_value, items, other.own_value[:, :, :slots], 0.0, chosen)
-
-    def reserve(self, slots: int) -> None:
-        """Makes room for so many slots."""
-        self.own_key = widened(self.own_key, 2, slots, 0.0)
-        self.own_value = widened(self.own_value, 2, slots, 0.0)
-
-    def reserve_cross(self, length: int) -> None:
-        """Makes room for prompts so long."""
-        self.cross_key = widened(self.cross_key, 2, length, 0.0)
-        self.cross_value = widened(self.cross_value, 2, length, 0.0)
-
-    def enlarge(self, num_rows: int, slots: int, cross_length: int) -> None:
-        """Makes room for so many rows, slots and positions of prompts, nowhere fewer."""
-        _, heads, _, head_dim = self.cross_key.shape
-        cross, own = (num_rows, heads, cross_length, head_dim), (num_rows, heads, slots, head_dim)
-        self.cross_key = enlarged(self.cross_key, cross, 0.0)
-        self.cross_value = enlarged(self.cross_value, cross, 0.0)
-        self.own_key = enlarged(self.own_key, own, 0.0)
-        self.own_value = enlarged(self.own_value, own, 0.0)
-
-    def window(self, num_rows: int, slots: int, cross_length: int) -> KeyValues:
-        """The first rows, slots and positions, in the same memory."""
-        part = copy.copy(self)
-        part.cross_key = self.cross_key[:num_rows, :, :cross_length]
-        part.cross_value = self.cross_value[:num_rows, :, :cross_length]
-        part.own_key = self.own_key[:num_rows, :, :slots]
-        part.own_value = self.own_value[:num_rows, :, :slots]
-        return part
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory that these tensors take."""
-        tensors = (self.cross_key, self.cross_value, self.own_key, self.own_value)
-        return sum(tensor.nbytes for tensor in tensors)
+def row_index(rows: Sequence[int], device: torch.device) -> Tensor:
+    """Numbers of rows, or token ids, as an index [B'] on ``device``."""
+    return to_device(rows, torch.long, device)
 
 
 FIRST_STEPS: Final = 32
 
-
 # Kernels for masked attention on a GPU copy a mask whose rows do not start at multiples of this.
 ROW_ALIGNMENT: Final = 16
-
 
 EXACT_BEYOND: Final = 10
 """Logits computed exactly beside those a search takes: some may be banned, or change rank."""
 
-
 HIDDEN: Final = float("-inf")
+"""Added to the scores of what must not be seen."""
+
+PREFIX_LENGTH: Final = len(ANSWER_PREFIX)
+
+_CACHE: Final = LayerCache._fields
 
 
 class DecoderSession:
@@ -185,6 +142,41 @@ class DecoderSession:
 
         ``all_seen`` says whether the mask is True everywhere; to look waits for the device.
         """
+        with torch.inference_mode():
+            decoder = network.model.language_model.decoder
+            all_seen = bool(mask.all()) if all_seen is None else all_seen
+            cross_mask = None if all_seen else additive(mask, states.dtype)
+            caches = [
+                LayerCache(key.contiguous(), value.contiguous(), own, own)
+                for key, value in decoder.cross_keys_values(states)
+                for own in [key[:, :, :0].contiguous()]
+            ]
+        self._begin(network, caches, cross_mask, num_beams, max_new_tokens)
+
+    @classmethod
+    def after_prefill(
+        cls,
+        network: Florence2Network,
+        outputs: Sequence[Tensor],
+        num_beams: int,
+        max_new_tokens: int,
+    ) -> DecoderSession:
+        """A session of B items from what ``prefilled`` gave, which it takes over."""
+        session = cls.__new__(cls)
+        logits, cross_mask, *tensors = outputs
+        caches = [LayerCache(*tensors[at : at + 4]) for at in range(0, len(tensors), 4)]
+        session._begin(network, caches, cross_mask, num_beams, max_new_tokens)
+        session._prefix_logits = logits
+        return session
+
+    def _begin(
+        self,
+        network: Florence2Network,
+        caches: Sequence[LayerCache],
+        cross_mask: Tensor | None,
+        num_beams: int,
+        max_new_tokens: int,
+    ) -> None:
         self._network = network
         self._decoder = network.model.language_model.decoder
         if max_new_tokens > self._decoder.limit:
@@ -194,76 +186,72 @@ class DecoderSession:
             )
         self.num_beams = num_beams
         self.max_new_tokens = max_new_tokens
-        self._prefix_length = 0
-        self._steps_of = [0] * states.shape[0]
+        self._prefix_logits: Tensor | None = None
+        self._is_prefilled = False
+        num_items = caches[0].cross_key.shape[0]
+        # How many steps each item has made: on the host, and as rows["steps"] on the device.
+        self._steps_of = [0] * num_items
         with torch.inference_mode():
-            self._steps = torch.zeros(states.shape[0], dtype=torch.long, device=states.device)
-            self._layers = [
-                KeyValues(*layer.encoder_attn.project_key_value(states))
-                for layer in self._decoder_layers()
-            ]
-            all_seen = bool(mask.all()) if all_seen is None else all_seen
-            self._cross_mask = None if all_seen else _additive(mask, states.dtype)
-            self._own_mask = states.new_empty(states.shape[0], num_beams, 0)
+            self._rows = rows = RowTensors()
+            like = caches[0].cross_key
+            rows.add("steps", torch.zeros(num_items, dtype=torch.long, device=like.device))
+            rows.add("own_mask", like.new_empty(num_items, num_beams, 0), HIDDEN, slots=2)
+            if cross_mask is not None:
+                rows.add("cross_mask", cross_mask, HIDDEN, cross=3)
+            for number, cache in enumerate(caches):
+                for field, tensor in zip(_CACHE, cache, strict=True):
+                    dim = {"cross": 2} if field.startswith("cross") else {"slots": 2}
+                    rows.add(f"{field}.{number}", tensor, **dim)
+            self._num_layers = len(caches)
 
     @property
     def num_items(self) -> int:
         """B: the items not dropped yet."""
-        return self._own_mask.shape[0]
+        return len(self._steps_of)
 
     @property
     def length(self) -> int:
         """Tokens fed so far to the item that has most, the prefix included."""
-        return self._prefix_length + max(self._steps_of)
+        return PREFIX_LENGTH + max(self._steps_of)
 
     @property
     def cross_length(self) -> int:
         """S: positions of the longest encoded prompt."""
-        return self._layers[0].cross_key.shape[2]
+        return self._rows["cross_key.0"].shape[2]
 
     @property
-    def cross_mask(self) -> Tensor:
-        """Added to scores over the encoded prompts: [B, 1, 1, S]."""
-        return self._wide_cross_mask()
+    def num_bytes(self) -> int:
+        """Memory that the session takes."""
+        return self._rows.num_bytes
 
-    def layer_tensors(self) -> list[Tensor]:
-        """Of each layer: cross keys and values, own keys and values of the tokens fed so far."""
-        end = self._end()
-        return [
-            tensor
-            for layer in self._layers
-            for tensor in (
-                layer.cross_key,
-                layer.cross_value,
-                layer.own_key[:, :, :end],
-                layer.own_value[:, :, :end],
-            )
-        ]
-
-    @torch.inference_mode()
-    def prefill(self, prefix_ids: Sequence[int]) -> Tensor:
-        """Feeds the tokens that all answers begin with, once per item.
-
-        Gives the logits [B, V] after the last of them.
+    def prefilled(self) -> list[Tensor]:
+        """``prefill`` on the device: logits [B, V], the mask over the encoded prompts
+        [B, 1, 1, S], and of each layer the four tensors of its cache.
         """
-        if self._prefix_length or not prefix_ids:
-            raise RuntimeError("prefill takes at least one token, and only before any step.")
-        return self.prefill_on_device(row_numbers(list(prefix_ids), self._own_mask.device))
+        logits = self._prefill()
+        caches = self.caches(PREFIX_LENGTH)
+        return [logits, self._wide_cross_mask(), *(part for cache in caches for part in cache)]
 
     @torch.inference_mode()
-    def prefill_on_device(self, token_ids: Tensor) -> Tensor:
-        """As ``prefill`` for ids [P] that are on the device."""
-        self._prefix_length = end = len(token_ids)
-        self.reserve(0)
-        vectors = self._decoder.embed(token_ids).expand(self.num_items, -1, -1)
-        rows = self._decoder.add_positions(vectors)
-        for layer, cache in zip(self._decoder_layers(), self._layers, strict=True):
-            query, key, value = layer.self_attn.project(rows)
-            cache.write(0, key, value)
-            own = cache.own_key[:, :, :end], cache.own_value[:, :, :end]
-            mixed = layer.self_attn.attend(query, *own, is_causal=True)
-            rows = self._finish_layer(layer, cache, rows, mixed)
-        return self._network.next_logits(rows[:, -1], self._num_exact())
+    def prefill(self) -> Tensor:
+        """Feeds the tokens that all answers begin with: logits [B, V] after the last of them."""
+        if self._is_prefilled:
+            raise RuntimeError("prefill comes once, before any step.")
+        if self._prefix_logits is None:
+            return self._prefill()
+        logits, self._prefix_logits = self._prefix_logits, None
+        self._is_prefilled = True
+        self._reserve(0)
+        return logits
+
+    def _prefill(self) -> Tensor:
+        self._is_prefilled = True
+        self._reserve(0)
+        # Made on the device, as this is recorded on a GPU.
+        ids = torch.stack([self._rows["steps"].new_full((), token) for token in ANSWER_PREFIX])
+        caches = self.caches(PREFIX_LENGTH)
+        hidden = self._decoder.prefill(ids, caches, self._rows.get("cross_mask"))
+        return self._network.next_logits(hidden[:, -1], self._num_exact())
 
     def step(self, token_ids: Tensor) -> Tensor:
         """Feeds one token per beam, [B, beams] -> logits [B, beams, V]."""
@@ -273,36 +261,33 @@ class DecoderSession:
     @torch.inference_mode()
     def count_pass(self) -> None:
         """What the host notes of a step, and makes room for; ``step_on_device`` is the rest."""
-        if not self._prefix_length:
+        if not self._is_prefilled:
             raise RuntimeError("step continues a prefix; call prefill first.")
-        self._decoder.check_length(self.length + 1)
-        self.reserve(max(self._steps_of) + 1)
-        self._steps_of = [count + 1 for count in self._steps_of]
+        self._decoder.check_length(PREFIX_LENGTH + min(self._steps_of) + 1)
+        # Items that nobody waits for may be at the end of the position table, and stay there.
+        most = self._decoder.limit - PREFIX_LENGTH
+        steps_of = [min(count + 1, most) for count in self._steps_of]
+        self._reserve(max(steps_of))
+        self._steps_of = steps_of
 
     @torch.inference_mode()
     def step_on_device(self, token_ids: Tensor) -> Tensor:
         """What the device does of a step."""
-        end = self._end()
-        rows = self._decoder.embed(token_ids)
+        rows, end = self._rows, self._end()
+        slots = self._own_slots()
+        rows["own_mask"].scatter_(2, slots.unsqueeze(2), 0.0)
+        caches, cross_mask = self.caches(end), rows.get("cross_mask")
+        mask = rows["own_mask"][:, None, :, :end]
         if self._is_together():
-            rows = self._decoder.add_position(rows, self.length - 1)
+            place = slice(end - self.num_beams, end)
+            # A single beam sees all there is.
+            seen = None if self.num_beams == 1 else mask
+            hidden = self._decoder.step(token_ids, self.length - 1, caches, place, seen, cross_mask)
         else:
-            rows = self._decoder.add_position_each(rows, self._prefix_length + self._steps)
-        slots = self._slots()
-        self._own_mask.scatter_(2, slots.unsqueeze(2), 0.0)
-        sees_all = self.num_beams == 1 and self._is_together()
-        mask = None if sees_all else self._own_mask[:, None, :, :end]
-        for layer, cache in zip(self._decoder_layers(), self._layers, strict=True):
-            query, key, value = layer.self_attn.project(rows)
-            if self._is_together():
-                cache.write(end - self.num_beams, key, value)
-            else:
-                cache.write_each(slots, key, value)
-            own = cache.own_key[:, :, :end], cache.own_value[:, :, :end]
-            mixed = layer.self_attn.attend(query, *own, mask)
-            rows = self._finish_layer(layer, cache, rows, mixed)
-        self._steps += 1
-        return self._network.next_logits(rows, self._num_exact())
+            positions = PREFIX_LENGTH + rows["steps"]
+            hidden = self._decoder.step(token_ids, positions, caches, slots, mask, cross_mask)
+        rows["steps"] += 1
+        return self._network.next_logits(hidden, self._num_exact())
 
     @torch.inference_mode()
     def reorder(self, beam_indices: Tensor) -> None:
@@ -312,82 +297,78 @@ class DecoderSession:
         """
         if self.num_beams == 1 or not self._has_past():
             return
-        past = self._own_mask[:, :, : self._end()]
+        past = self._rows["own_mask"][:, :, : self._end()]
         past.copy_(past.gather(1, beam_indices[:, :, None].expand(past.shape)))
 
     @torch.inference_mode()
     def keep(self, items: list[int]) -> None:
         """Goes on with these items only, in this order; an item may be named twice."""
-        kept = row_numbers(items, self._own_mask.device)
         self._steps_of = [self._steps_of[item] for item in items]
-        self._steps = self._steps[kept]
-        for layer in self._layers:
-            layer.keep(kept)
-        self._own_mask = self._own_mask[kept]
-        if self._cross_mask is not None:
-            self._cross_mask = self._cross_mask[kept]
+        self._rows.keep(row_index(items, self._rows["steps"].device))
 
     @torch.inference_mode()
     def put(self, items: list[int], other: DecoderSession, chosen: list[int] | None = None) -> None:
         """Gives the places of these items to the items of ``other``, in order.
 
         To all of them, or to those ``chosen``, which may be items of this session itself.
-        ``other`` has the same prefix and as many beams, and may be at any step.
+        ``other`` has as many beams, and may be at any step.
         """
         numbers = range(other.num_items) if chosen is None else chosen
         steps_of = [other._steps_of[number] for number in numbers]
-        device = self._own_mask.device
-        into = row_numbers(items, device)
-        picked = None if chosen is None else row_numbers(chosen, device)
-        self._prefix_length = other._prefix_length
-        self.reserve(max(steps_of))
+        device = self._rows["steps"].device
+        self._reserve(max(steps_of))
         self._reserve_cross(other)
+        self._is_prefilled = True
         for item, count in zip(items, steps_of, strict=True):
             self._steps_of[item] = count
-        put_rows(self._steps, into, other._steps, 0, picked)
-        for mine, theirs in zip(self._layers, other._layers, strict=True):
-            mine.put(into, theirs, self._slots_for(steps_of), picked)
-        own = other._own_mask[:, :, : self._own_mask.shape[2]]
-        put_rows(self._own_mask, into, own, HIDDEN, picked)
-        if self._cross_mask is not None:
-            put_rows(self._cross_mask, into, other._wide_cross_mask(), HIDDEN, picked)
+        source = other._rows.first(slots=self._slots_for(steps_of))
+        if "cross_mask" in self._rows and "cross_mask" not in source:
+            source["cross_mask"] = other._wide_cross_mask()
+        picked = None if chosen is None else row_index(chosen, device)
+        self._rows.put(row_index(items, device), source, picked)
 
-    @torch.inference_mode()
-    def reserve(self, steps: int) -> None:
+    def _reserve(self, steps: int) -> None:
         """Makes room for so many steps, doubling, so that long limits cost nothing."""
-        slots = self._prefix_length + steps * self.num_beams
-        capacity = self._own_mask.shape[2]
+        slots = PREFIX_LENGTH + steps * self.num_beams
+        capacity = self._rows["own_mask"].shape[2]
         if slots <= capacity and capacity:
             return
-        most = self._prefix_length + self.max_new_tokens * self.num_beams
-        first = self._prefix_length + FIRST_STEPS * self.num_beams
+        most = PREFIX_LENGTH + self.max_new_tokens * self.num_beams
+        first = PREFIX_LENGTH + FIRST_STEPS * self.num_beams
         capacity = max(slots, min(most, max(first, 2 * capacity)))
-        capacity = aligned(capacity)
-        for layer in self._layers:
-            layer.reserve(capacity)
-        wide = widened(self._own_mask, 2, capacity, HIDDEN)
+        self._rows.enlarge(slots=aligned(capacity))
         # Not by assignment, which brings its number from the host: this is recorded on a GPU.
-        wide[:, :, : self._prefix_length].zero_()
-        self._own_mask = wide
+        self._rows["own_mask"][:, :, :PREFIX_LENGTH].zero_()
 
     def _reserve_cross(self, other: DecoderSession) -> None:
-        if self._cross_mask is None and (
-            other._cross_mask is not None or other.cross_length != self.cross_length
+        if "cross_mask" not in self._rows and (
+            "cross_mask" in other._rows or other.cross_length != self.cross_length
         ):
-            self._cross_mask = self._wide_cross_mask()
+            self._rows.add("cross_mask", self._wide_cross_mask(), HIDDEN, cross=3)
         if other.cross_length > self.cross_length:
-            for layer in self._layers:
-                layer.reserve_cross(other.cross_length)
-            if self._cross_mask is not None:
-                self._cross_mask = widened(self._cross_mask, 3, other.cross_length, HIDDEN)
+            self._rows.enlarge(cross=other.cross_length)
 
     def _wide_cross_mask(self) -> Tensor:
-        if self._cross_mask is not None:
-            return self._cross_mask
-        return self._own_mask.new_zeros(self.num_items, 1, 1, self.cross_length)
+        """Added to scores over the encoded prompts: [B, 1, 1, S]."""
+        if "cross_mask" in self._rows:
+            return self._rows["cross_mask"]
+        return self._rows["own_mask"].new_zeros(self.num_items, 1, 1, self.cross_length)
+
+    def caches(self, end: int | None = None) -> list[LayerCache]:
+        """The cache of each layer, of its own slots those up to ``end``, or all there are."""
+        rows = self._rows
+        return [
+            LayerCache(
+                rows[f"cross_key.{number}"],
+                rows[f"cross_value.{number}"],
+                rows[f"own_key.{number}"][:, :, :end],
+                rows[f"own_value.{number}"][:, :, :end],
+            )
+            for number in range(self._num_layers)
+        ]
 
     def _slots_for(self, steps_of: list[int]) -> int:
-        return self._prefix_length + max(steps_of) * self.num_beams
+        return PREFIX_LENGTH + max(steps_of) * self.num_beams
 
     def _num_exact(self) -> int:
         """Logits of each row that a search may have to tell apart."""
@@ -405,21 +386,12 @@ class DecoderSession:
         """Slots to look at, those of the step in hand included."""
         return self._slots_for(self._steps_of)
 
-    def _slots(self) -> Tensor:
+    def _own_slots(self) -> Tensor:
         """The slots [B, beams] of the step in hand; items nobody waits for may be beyond."""
-        beams = torch.arange(self.num_beams, device=self._steps.device)
-        slots = self._prefix_length + self._steps.unsqueeze(1) * self.num_beams + beams
-        return slots.clamp(max=self._own_mask.shape[2] - 1)
-
-    def _finish_layer(
-        self, layer: DecoderLayer, cache: KeyValues, rows: Tensor, mixed: Tensor
-    ) -> Tensor:
-        return layer.after_self_attention(
-            rows, mixed, cache.cross_key, cache.cross_value, self._cross_mask
-        )
-
-    def _decoder_layers(self) -> list[DecoderLayer]:
-        return [cast(DecoderLayer, layer) for layer in self._decoder.layers]
+        steps = self._rows["steps"]
+        beams = torch.arange(self.num_beams, device=steps.device)
+        slots = PREFIX_LENGTH + steps.unsqueeze(1) * self.num_beams + beams
+        return slots.clamp(max=self._end() - 1)
 
 
 def aligned(slots: int) -> int:
@@ -427,7 +399,7 @@ def aligned(slots: int) -> int:
     return -(-slots // ROW_ALIGNMENT) * ROW_ALIGNMENT
 
 
-def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """A bool mask [B, S] as an addend [B, 1, 1, S]: 0 where True, minus infinity elsewhere."""
     bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
     return bias.masked_fill_(~mask, HIDDEN)[:, None, None, :]
@@ -438,24 +410,19 @@ class StaticSession(DecoderSession):
 
     No shape and no branch of ``reorder`` and ``step_on_device`` depends on how far the rows are.
     Rows that hold no item take part in every step with finite numbers that mean nothing. It
-    starts without rows, and encodes nothing. ``window`` gives a part of it to run steps on, while
+    starts without rows, and encodes nothing. ``view`` gives a part of it to run steps on, while
     this session keeps count of its rows: ``count_pass`` and ``put`` are for the whole only.
     """
 
-    def __init__(self, network: Florence2Network, num_beams: int, prefix_length: int) -> None:
-        """For items that have been fed ``prefix_length`` tokens by their own sessions."""
-        decoder = network.model.language_model.decoder
+    def __init__(self, network: Florence2Network, num_beams: int) -> None:
+        """For items that have been fed the prefix by their own sessions."""
+        limit = network.model.language_model.decoder.limit
         with torch.inference_mode():
             states = network.lm_head.weight.new_zeros(0, 0, network.config.text.d_model)
             mask = torch.zeros(0, 0, dtype=torch.bool, device=network.device)
-        super().__init__(network, states, mask, num_beams, decoder.limit, all_seen=False)
-        self._prefix_length = prefix_length
+        super().__init__(network, states, mask, num_beams, limit, all_seen=False)
+        self._is_prefilled = True
         self._cross_of: list[int] = []
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory that its keys and values take."""
-        return sum(layer.num_bytes for layer in self._layers)
 
     def needs(self, rows: Sequence[int]) -> tuple[int, int]:
         """Steps that there must be room for when these rows make their next one, and positions
@@ -465,40 +432,33 @@ class StaticSession(DecoderSession):
 
     @torch.inference_mode()
     def enlarge(self, num_rows: int, steps: int, cross_length: int) -> None:
-        """Makes room for so many rows, steps and positions of a prompt, nowhere for fewer.
+        """Makes room for so many rows, steps and positions of a prompt.
 
-        Tensors move; windows made before are of no use afterwards.
+        Tensors move; views made before are of no use afterwards.
         """
-        slots = self._slots_of(steps)
-        for layer in self._layers:
-            layer.enlarge(num_rows, slots, cross_length)
-        self._steps = enlarged(self._steps, (num_rows,), 0)
-        self._own_mask = enlarged(self._own_mask, (num_rows, self.num_beams, slots), HIDDEN)
-        self._cross_mask = enlarged(self._wide_cross_mask(), (num_rows, 1, 1, cross_length), HIDDEN)
+        self._rows.enlarge(rows=num_rows, slots=self._slots_of(steps), cross=cross_length)
         # Every item sees these; and attention to nothing at all would give no number.
-        self._own_mask[:, :, : self._prefix_length] = 0.0
-        self._cross_mask[..., :1] = 0.0
+        self._rows["own_mask"][:, :, :PREFIX_LENGTH] = 0.0
+        self._rows["cross_mask"][..., :1] = 0.0
         missing = num_rows - len(self._steps_of)
         self._steps_of += [0] * missing
         self._cross_of += [1] * missing
 
-    def window(self, num_rows: int, steps: int, cross_length: int) -> StaticSession:
+    def view(self, num_rows: int, steps: int, cross_length: int) -> StaticSession:
         """The first rows, steps and positions, in the same memory.
 
         Its rows must not need more. Only for ``reorder`` and ``step_on_device``.
         """
-        slots = self._slots_of(steps)
         part = copy.copy(self)
-        part._layers = [layer.window(num_rows, slots, cross_length) for layer in self._layers]
-        part._steps = self._steps[:num_rows]
-        part._own_mask = self._own_mask[:num_rows, :, :slots]
-        part._cross_mask = self._wide_cross_mask()[:num_rows, :, :, :cross_length]
+        part._rows = self._rows.first(
+            rows=num_rows, slots=self._slots_of(steps), cross=cross_length
+        )
         return part
 
     @property
-    def state(self) -> list[torch.Tensor]:
+    def state(self) -> list[Tensor]:
         """The tensors that ``reorder`` and ``step_on_device`` both read and write."""
-        return [self._steps, self._own_mask]
+        return [self._rows["steps"], self._rows["own_mask"]]
 
     def count_pass(self) -> None:
         """What the host notes of a step."""
@@ -516,7 +476,7 @@ class StaticSession(DecoderSession):
             self._cross_of[item] = length
 
     def _slots_of(self, steps: int) -> int:
-        return aligned(self._prefix_length + steps * self.num_beams)
+        return aligned(PREFIX_LENGTH + steps * self.num_beams)
 
     def _is_together(self) -> bool:
         return False
@@ -525,4 +485,4 @@ class StaticSession(DecoderSession):
         return True
 
     def _end(self) -> int:
-        return self._own_mask.shape[2]
+        return self._rows["own_mask"].shape[2]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 from florence2.errors import RequestError, shown
@@ -12,7 +12,6 @@ from florence2.records import GenerationSettings
 from florence2.tokens import BOS_ID, DECODER_START_ID, EOS_ID
 
 MAX_BEAMS: Final = 32
-
 
 LENGTH_PENALTY_RANGE: Final = (-1.0, 10.0)
 
@@ -68,7 +67,6 @@ SETTING_RULES: Final = {
 }
 """The one table of limits: for requests and for a checkpoint's own files."""
 
-
 LIBRARY_DEFAULTS: Final = {
     "num_beams": 1,
     "early_stopping": False,
@@ -76,7 +74,6 @@ LIBRARY_DEFAULTS: Final = {
     "length_penalty": 1.0,
 }
 """What transformers means by a setting that a ``generation_config.json`` leaves out."""
-
 
 # What a checkpoint may ask for and this search has not, with the values that ask for nothing:
 # an answer is never shorter than the start token and <s>.
@@ -111,7 +108,6 @@ _NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
     "num_return_sequences": (1,),
     "prompt_lookup_num_tokens": (0,),
 }
-
 
 _OF_SAMPLING: Final = {
     "temperature": 1.0,
@@ -158,28 +154,3 @@ def check_vocabulary(vocab: int, beams: int) -> None:
             f"num_beams must be below half of the vocabulary of {vocab} tokens, not {beams}; "
             "use fewer beams."
         )
-
-
-def check_batch(
-    num_items: int,
-    settings: GenerationSettings | Sequence[GenerationSettings],
-    max_new_tokens: Sequence[int],
-) -> GenerationSettings:
-    """The settings that the whole batch shares, once everything about them is checked."""
-    each = [settings] * num_items if isinstance(settings, GenerationSettings) else list(settings)
-    if len(each) != num_items or len(max_new_tokens) != num_items:
-        raise RequestError(
-            f"A batch needs settings and a token limit for each of its {num_items} prompts, "
-            f"not {len(each)} and {len(max_new_tokens)}; pass one of each per prompt."
-        )
-    for one, limit in zip(each, max_new_tokens, strict=True):
-        if limit is None:
-            raise RequestError("A batch needs a token limit for each prompt; give a number.")
-        check_settings(replace(one, max_new_tokens=limit))
-    shared = {replace(one, max_new_tokens=None) for one in each}
-    if len(shared) > 1:
-        raise RequestError(
-            f"The prompts of one batch must share all settings but max_new_tokens, not "
-            f"{len(shared)} kinds; decode them in separate batches."
-        )
-    return shared.pop() if shared else GenerationSettings()

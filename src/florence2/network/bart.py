@@ -6,22 +6,98 @@ Source of the architecture: BART (arXiv 1910.13461) as published in Florence-2.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from florence2 import tokens
 from florence2.errors import RequestError
 from florence2.network.config import TextConfig
-from florence2.network.linear import Embedding, Linear, activation, attend, linear
 
-POSITION_OFFSET = 2
+POSITION_OFFSET: Final = 2
+
+# Up to so many queries the plain products are faster than the fused kernel on a CPU.
+FEW_QUERIES: Final = 4
+
+WeightKind = tuple[torch.dtype, torch.Size]
+"""Precision and shape of a weight, by which the form of its products is chosen."""
+
+TransposedCounts = tuple[bool, ...]
+"""Entry n: whether n rows are multiplied in the transposed form; more rows than entries are not."""
+
+
+def activation(name: str) -> Callable[[Tensor], Tensor]:
+    """The activation function of a checkpoint's config; see ``config.ACTIVATIONS``."""
+    if name == "gelu_pytorch_tanh":
+        return _tanh_gelu
+    return functional.relu if name == "relu" else functional.gelu
+
+
+def _tanh_gelu(values: Tensor) -> Tensor:
+    return functional.gelu(values, approximate="tanh")
+
+
+def transposed_product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``functional.linear`` of [N, C_in] and [C_out, C_in], which reads the weight once."""
+    if rows.shape[0] == 1:
+        out = (weight @ rows[0]).unsqueeze(0)
+    else:
+        # Contiguous: fused attention takes a many times slower path for queries that are not.
+        out = (weight @ rows.t()).t().contiguous()
+    return out if bias is None else out.add_(bias)
+
+
+def _product(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, transposed: TransposedCounts
+) -> Tensor:
+    """``functional.linear`` of [..., C_in] and [C_out, C_in], in the form chosen for the rows."""
+    # Always two dimensions: a view of one row of a larger tensor keeps that tensor's strides,
+    # with which oneDNN's reduced precision takes a path that is a hundred times slower.
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    count = rows.shape[0]
+    is_transposed = count < len(transposed) and transposed[count]
+    product = transposed_product if is_transposed else functional.linear
+    return product(rows, weight, bias).reshape(*hidden.shape[:-1], weight.shape[0])
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` that starts empty, and is also fast for the few rows of a decoder step.
+
+    Which form its products take is chosen by ``choose_form`` once the weights are where they are
+    used; until then, and once moved or cast, it is ``functional.linear``.
+    """
+
+    transposed: TransposedCounts = ()
+
+    def reset_parameters(self) -> None:
+        """Leaves the weights empty."""
+
+    def choose_form(self, forms: Mapping[WeightKind, TransposedCounts]) -> None:
+        """Takes the choice for this weight out of those made for all."""
+        self.transposed = forms.get((self.weight.dtype, self.weight.shape), ())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear:
+        self.transposed = ()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        """[..., C_in] -> [..., C_out]."""
+        return _product(input, self.weight, self.bias, self.transposed)
+
+
+class Embedding(nn.Embedding):
+    """``nn.Embedding`` that starts empty."""
+
+    def reset_parameters(self) -> None:
+        """Leaves the weights empty."""
 
 
 class Attention(nn.Module):
-    """The projections of multi-head attention; ``attend`` is the attention itself."""
+    """Multi-head attention: the projections, and the attention between what they give."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -31,6 +107,7 @@ class Attention(nn.Module):
         self.q_proj = Linear(dim, dim)
         self.out_proj = Linear(dim, dim)
         self._fused: tuple[Tensor, Tensor] | None = None
+        self._fused_transposed: TransposedCounts = ()
 
     @property
     def fused_weight(self) -> Tensor | None:
@@ -50,39 +127,43 @@ class Attention(nn.Module):
             part.weight.data, part.bias.data = rows, offset
         self._fused = weight, bias
 
+    def choose_form(self, forms: Mapping[WeightKind, TransposedCounts]) -> None:
+        """Takes the choice for the fused weight out of those made for all."""
+        if self._fused is not None:
+            weight = self._fused[0]
+            self._fused_transposed = forms.get((weight.dtype, weight.shape), ())
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Attention:
-        self._fused = None
+        self._fused, self._fused_transposed = None, ()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
-    def split(self, rows: Tensor) -> Tensor:
-        """[B, L, dim] -> [B, heads, L, dim / heads]."""
-        batch, length, dim = rows.shape
-        return rows.view(batch, length, self.heads, dim // self.heads).transpose(1, 2)
-
-    def project_query(self, rows: Tensor) -> Tensor:
+    def project_query(self, hidden: Tensor) -> Tensor:
         """[B, L, dim] -> queries [B, heads, L, head_dim]."""
-        return self.split(self.q_proj(rows))
+        return self._heads(self.q_proj(hidden), 1)[0]
 
-    def project_key_value(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def project_key_value(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """[B, L, dim] -> keys and values, each [B, heads, L, head_dim]."""
         if self._fused is None or torch.is_grad_enabled():
-            return self.split(self.k_proj(rows)), self.split(self.v_proj(rows))
-        weight, bias = (part[rows.shape[-1] :] for part in self._fused)
-        key, value = self._split_all(linear(rows, weight, bias), 2)
+            key, value = self.k_proj(hidden), self.v_proj(hidden)
+            return self._heads(key, 1)[0], self._heads(value, 1)[0]
+        weight, bias = (part[hidden.shape[-1] :] for part in self._fused)
+        key, value = self._heads(_product(hidden, weight, bias, ()), 2)
         return key, value
 
-    def project(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, L, dim] -> queries, keys and values, each [B, heads, L, head_dim]."""
         if self._fused is None or torch.is_grad_enabled():
-            return self.project_query(rows), *self.project_key_value(rows)
-        query, key, value = self._split_all(linear(rows, *self._fused), 3)
+            return self.project_query(hidden), *self.project_key_value(hidden)
+        fused = _product(hidden, *self._fused, self._fused_transposed)
+        query, key, value = self._heads(fused, 3)
         return query, key, value
 
-    def _split_all(self, rows: Tensor, count: int) -> tuple[Tensor, ...]:
-        batch, length, dim = rows.shape
-        head_dim = dim // (count * self.heads)
-        return rows.view(batch, length, count, self.heads, head_dim).permute(2, 0, 3, 1, 4).unbind()
+    def _heads(self, projected: Tensor, count: int) -> tuple[Tensor, ...]:
+        """[B, L, count * dim] -> ``count`` times [B, heads, L, head_dim]."""
+        batch, length, dim = projected.shape
+        split = projected.view(batch, length, count, self.heads, dim // (count * self.heads))
+        return split.permute(2, 0, 3, 1, 4).unbind()
 
     def attend(
         self,
@@ -92,8 +173,21 @@ class Attention(nn.Module):
         mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        """Projected heads -> [B, L, dim]; ``mask`` is True, or added zero, where one may look."""
-        mixed = attend(query, key, value, mask, is_causal)
+        """Queries [B, heads, L, head_dim] over [B, heads, S, head_dim] -> [B, L, dim].
+
+        ``mask`` broadcasts to [B, heads, L, S]: bool, True where one may look, or added to the
+        scores.
+        """
+        is_bool = mask is not None and mask.dtype == torch.bool
+        is_few = query.shape[2] <= FEW_QUERIES and not (is_causal or is_bool)
+        if is_few and query.device.type == "cpu" and query.dtype == torch.float32:
+            # In reduced precision the fused kernel keeps float32 scores.
+            scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+            mixed = (scores if mask is None else scores + mask).softmax(-1) @ value
+        else:
+            mixed = functional.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, is_causal=is_causal
+            )
         return cast(Tensor, self.out_proj(mixed.transpose(1, 2).flatten(2)))
 
 
@@ -111,13 +205,24 @@ class EncoderLayer(nn.Module):
 
     def forward(self, states: Tensor, mask: Tensor | None) -> Tensor:
         """[B, S, d] -> [B, S, d]."""
-        attention = self.self_attn
-        mixed = attention.attend(*attention.project(states), mask)
+        mixed = self.self_attn.attend(*self.self_attn.project(states), mask)
         states = self.self_attn_layer_norm(states + mixed)
-        return cast(
-            Tensor,
-            self.final_layer_norm(states + self.fc2(self.activation(self.fc1(states)))),
-        )
+        widened = self.activation(self.fc1(states))
+        return cast(Tensor, self.final_layer_norm(states + self.fc2(widened)))
+
+
+class LayerCache(NamedTuple):
+    """What a decoder layer attends to: keys and values of the encoded prompts, and its own.
+
+    ``cross_*`` [B, heads, S, head_dim], ``own_*`` [B, heads, slots, head_dim]. Slots that no beam
+    sees must hold finite numbers all the same: weights of 0 do not make infinity disappear from a
+    sum.
+    """
+
+    cross_key: Tensor
+    cross_value: Tensor
+    own_key: Tensor
+    own_value: Tensor
 
 
 class DecoderLayer(nn.Module):
@@ -135,26 +240,54 @@ class DecoderLayer(nn.Module):
         self.fc2 = Linear(config.decoder_ffn_dim, config.d_model)
         self.final_layer_norm = nn.LayerNorm(config.d_model)
 
-    def after_self_attention(
-        self,
-        rows: Tensor,
-        mixed: Tensor,
-        cross_key: Tensor,
-        cross_value: Tensor,
-        cross_mask: Tensor | None,
-    ) -> Tensor:
-        """The rest of the layer: ``rows`` its input, ``mixed`` its self-attention, [B, L, d]."""
-        rows = self.self_attn_layer_norm(rows + mixed)
-        query = self.encoder_attn.project_query(rows)
-        mixed = self.encoder_attn.attend(query, cross_key, cross_value, cross_mask)
-        rows = self.encoder_attn_layer_norm(rows + mixed)
-        return cast(Tensor, self.final_layer_norm(rows + self.fc2(self.activation(self.fc1(rows)))))
+    def forward(self, hidden: Tensor, states: Tensor, cross_mask: Tensor | None) -> Tensor:
+        """Teacher-forced: hidden [B, L, d] over states [B, S, d] -> [B, L, d]."""
+        query, key, value = self.self_attn.project(hidden)
+        cache = LayerCache(*self.encoder_attn.project_key_value(states), key, value)
+        return self._attend(hidden, query, cache, None, cross_mask, is_causal=True)
 
-    def forward(self, rows: Tensor, states: Tensor, cross_mask: Tensor | None) -> Tensor:
-        """Teacher-forced: rows [B, L, d] over states [B, S, d] -> [B, L, d]."""
-        mixed = self.self_attn.attend(*self.self_attn.project(rows), is_causal=True)
-        cross_key, cross_value = self.encoder_attn.project_key_value(states)
-        return self.after_self_attention(rows, mixed, cross_key, cross_value, cross_mask)
+    def step(
+        self,
+        hidden: Tensor,
+        cache: LayerCache,
+        slots: slice | Tensor,
+        mask: Tensor | None,
+        cross_mask: Tensor | None,
+        *,
+        is_causal: bool,
+    ) -> Tensor:
+        """Hidden [B, L, d] over the cache -> [B, L, d], their keys and values put into ``slots``.
+
+        A slice is the same for all items; a tensor [B, L] has each item's own.
+        """
+        query, key, value = self.self_attn.project(hidden)
+        if isinstance(slots, slice):
+            cache.own_key[:, :, slots] = key
+            cache.own_value[:, :, slots] = value
+        else:
+            places = slots[:, None, :, None].expand(key.shape)
+            cache.own_key.scatter_(2, places, key)
+            cache.own_value.scatter_(2, places, value)
+        return self._attend(hidden, query, cache, mask, cross_mask, is_causal=is_causal)
+
+    def _attend(
+        self,
+        hidden: Tensor,
+        query: Tensor,
+        cache: LayerCache,
+        mask: Tensor | None,
+        cross_mask: Tensor | None,
+        *,
+        is_causal: bool,
+    ) -> Tensor:
+        """The layer from its self-attention's queries on; ``hidden`` is its input."""
+        mixed = self.self_attn.attend(query, cache.own_key, cache.own_value, mask, is_causal)
+        hidden = self.self_attn_layer_norm(hidden + mixed)
+        query = self.encoder_attn.project_query(hidden)
+        mixed = self.encoder_attn.attend(query, cache.cross_key, cache.cross_value, cross_mask)
+        hidden = self.encoder_attn_layer_norm(hidden + mixed)
+        widened = self.activation(self.fc1(hidden))
+        return cast(Tensor, self.final_layer_norm(hidden + self.fc2(widened)))
 
 
 class Stack(nn.Module):
@@ -173,27 +306,12 @@ class Stack(nn.Module):
         vectors = self.embed_tokens(token_ids)
         return cast(Tensor, vectors if self.scale == 1.0 else vectors * self.scale)
 
-    def add_positions(self, vectors: Tensor, start: int = 0) -> Tensor:
-        """[B, L, d] at positions start ... start + L - 1 -> the first layer's input."""
-        end = start + vectors.shape[1]
+    def add_positions(self, vectors: Tensor) -> Tensor:
+        """[B, L, d] at positions 0 ... L - 1 -> the first layer's input."""
+        end = vectors.shape[1]
         self.check_length(end)
-        table = self.embed_positions.weight[start + POSITION_OFFSET : end + POSITION_OFFSET]
+        table = self.embed_positions.weight[POSITION_OFFSET : end + POSITION_OFFSET]
         return cast(Tensor, self.layernorm_embedding(vectors + table))
-
-    def add_position(self, vectors: Tensor, position: int) -> Tensor:
-        """[..., d], all at one position -> the first layer's input."""
-        self.check_length(position + 1)
-        row = self.embed_positions.weight[position + POSITION_OFFSET]
-        return cast(Tensor, self.layernorm_embedding(vectors + row))
-
-    def add_position_each(self, vectors: Tensor, positions: Tensor) -> Tensor:
-        """[B, L, d], each item's at its own of ``positions`` [B] -> the first layer's input.
-
-        Positions beyond the table take its last row: they belong to items nobody waits for.
-        """
-        places = (positions + POSITION_OFFSET).clamp(max=self.limit + POSITION_OFFSET - 1)
-        rows = self.embed_positions(places).unsqueeze(1)
-        return cast(Tensor, self.layernorm_embedding(vectors + rows))
 
     def check_length(self, length: int) -> None:
         """Raises when a sequence is longer than the position table."""
@@ -213,11 +331,11 @@ class Encoder(Stack):
 
     def forward(self, vectors: Tensor, mask: Tensor | None) -> Tensor:
         """Vectors [B, S, d], mask [B, S] True where filled -> states [B, S, d]."""
-        rows = self.add_positions(vectors)
+        states = self.add_positions(vectors)
         wide = None if mask is None else mask[:, None, None, :]
         for layer in self.layers:
-            rows = layer(rows, wide)
-        return rows
+            states = layer(states, wide)
+        return states
 
 
 class Decoder(Stack):
@@ -228,22 +346,68 @@ class Decoder(Stack):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
 
     def forward(self, token_ids: Tensor, states: Tensor, mask: Tensor | None) -> Tensor:
-        """Ids [B, L] over states [B, S, d] with mask [B, S] -> rows [B, L, d], all causal."""
-        rows = self.add_positions(self.embed(token_ids))
+        """Ids [B, L] over states [B, S, d] with mask [B, S] -> hidden [B, L, d], all causal."""
+        hidden = self.add_positions(self.embed(token_ids))
         wide = None if mask is None else mask[:, None, None, :]
         for layer in self.layers:
-            rows = layer(rows, states, wide)
-        return rows
+            hidden = layer(hidden, states, wide)
+        return hidden
 
-    def product_weights(self) -> list[Tensor]:
-        """Every matrix that a step multiplies its rows by."""
-        found: list[Tensor] = []
-        for module in self.modules():
-            if isinstance(module, Linear):
-                found.append(module.weight)
-            elif isinstance(module, Attention) and module.fused_weight is not None:
-                found.append(module.fused_weight)
-        return found
+    def cross_keys_values(self, states: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Of each layer, keys and values [B, heads, S, head_dim] of states [B, S, d]."""
+        layers = cast(Sequence[DecoderLayer], self.layers)
+        return [layer.encoder_attn.project_key_value(states) for layer in layers]
+
+    def prefill(
+        self, token_ids: Tensor, caches: Sequence[LayerCache], cross_mask: Tensor | None
+    ) -> Tensor:
+        """Ids [P] that every item begins with -> hidden [B, P, d].
+
+        ``caches`` have P slots, which are written.
+        """
+        num_items = caches[0].cross_key.shape[0]
+        vectors = self.embed(token_ids).expand(num_items, -1, -1)
+        hidden = self.add_positions(vectors)
+        slots = slice(0, len(token_ids))
+        return self._layers(hidden, caches, slots, None, cross_mask, is_causal=True)
+
+    def step(
+        self,
+        token_ids: Tensor,
+        position: int | Tensor,
+        caches: Sequence[LayerCache],
+        slots: slice | Tensor,
+        mask: Tensor | None,
+        cross_mask: Tensor | None,
+    ) -> Tensor:
+        """Ids [B, beams], one token of every beam -> hidden [B, beams, d].
+
+        ``position`` is that of all items, or [B] each item's own; of these, positions beyond the
+        table take its last row: they belong to items nobody waits for. ``mask`` is added to scores
+        over the slots, [B, 1, beams, slots]; ``slots`` as for ``DecoderLayer.step``.
+        """
+        if isinstance(position, Tensor):
+            places = (position + POSITION_OFFSET).clamp(max=self.limit + POSITION_OFFSET - 1)
+            offset = self.embed_positions(places).unsqueeze(1)
+        else:
+            offset = self.embed_positions.weight[position + POSITION_OFFSET]
+        hidden = self.layernorm_embedding(self.embed(token_ids) + offset)
+        return self._layers(hidden, caches, slots, mask, cross_mask, is_causal=False)
+
+    def _layers(
+        self,
+        hidden: Tensor,
+        caches: Sequence[LayerCache],
+        slots: slice | Tensor,
+        mask: Tensor | None,
+        cross_mask: Tensor | None,
+        *,
+        is_causal: bool,
+    ) -> Tensor:
+        layers = cast(Sequence[DecoderLayer], self.layers)
+        for layer, cache in zip(layers, caches, strict=True):
+            hidden = layer.step(hidden, cache, slots, mask, cross_mask, is_causal=is_causal)
+        return hidden
 
 
 class LanguageModel(nn.Module):

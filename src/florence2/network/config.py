@@ -89,25 +89,22 @@ def string(value: object) -> str:
     return value
 
 
-def integers(value: object) -> tuple[int, ...]:
-    """A list of counts."""
-    if not isinstance(value, (list, tuple)):
-        raise TypeError
-    return tuple(integer(item) for item in value)
+def several(read: Callable[[object], Value]) -> Callable[[object], tuple[Value, ...]]:
+    """A list of what ``read`` reads."""
+
+    def read_list(value: object) -> tuple[Value, ...]:
+        if not isinstance(value, (list, tuple)):
+            raise TypeError
+        return tuple(read(item) for item in value)
+
+    return read_list
 
 
-def flags(value: object) -> tuple[bool, ...]:
-    """A list of true or false."""
-    if not isinstance(value, (list, tuple)):
-        raise TypeError
-    return tuple(flag(item) for item in value)
-
+integers, flags = several(integer), several(flag)
 
 IMAGE_TOKEN_ID: Final = 51289
 
-
 ACTIVATIONS: Final = ("gelu", "relu", "gelu_pytorch_tanh")
-
 
 _POOLINGS: Final = ["spatial_avg_pool", "temporal_avg_pool"]
 

@@ -10,24 +10,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from florence2.network.bart import activation
 from florence2.network.config import VisionConfig
-from florence2.network.linear import BiasedLinear, Conv2d, activation
 
-Slab = tuple[slice, slice]
+Grid = tuple[int, int]
+"""Rows and columns of tokens."""
+
+Strip = tuple[slice, slice]
+"""Whole images of a batch, or contiguous rows of one of them: slices of images and of rows."""
 
 # Bytes of the widest layer's values, four times the channels, and tokens: a product of fewer
-# tokens takes longer each, because its weight is laid out anew. Whichever gives the larger slab.
-SLAB_BYTES: Final = 4 * 2**20
-SLAB_TOKENS: Final = 2048
-# Two threads share a slab of this size; more threads get larger slabs.
-SLAB_THREADS: Final = 2
+# tokens takes longer each, because its weight is laid out anew. Whichever gives the larger strip.
+STRIP_BYTES: Final = 4 * 2**20
+STRIP_TOKENS: Final = 2048
+# Two threads share a strip of this size; more threads get larger strips.
+STRIP_THREADS: Final = 2
 # Just below the largest block (32 MiB) that glibc takes a lesson from.
 LESSON_BYTES: Final = 2**25 - 2**16
 
 
 @functools.cache
 def keep_freed_memory() -> None:
-    """Has the C library keep a slab's memory for the next one.
+    """Has the C library keep a strip's memory for the next one.
 
     glibc gives memory back to the system, which clears it anew, when twice as much lies free as
     the largest block freed so far. One large block, of which nothing is touched, teaches it that.
@@ -35,19 +39,19 @@ def keep_freed_memory() -> None:
     torch.empty(LESSON_BYTES, dtype=torch.uint8)
 
 
-def runs_in_slabs(image: Tensor) -> bool:
-    """Whether blocks run in slabs: on a CPU, and where no gradients need the values between."""
+def runs_in_strips(image: Tensor) -> bool:
+    """Whether blocks run in strips: on a CPU, and where no gradients need the values between."""
     return image.device.type == "cpu" and not torch.is_grad_enabled()
 
 
-def slabs(image: Tensor, side: int = 1) -> Iterator[Slab]:
+def strips(image: Tensor, side: int = 1) -> Iterator[Strip]:
     """Slices of images and of their rows that together cover ``image`` [B, H, W, C].
 
-    A slab holds whole images, or rows of one image: a multiple of ``side`` except for the last.
+    A strip holds whole images, or rows of one image: a multiple of ``side`` except for the last.
     """
     batch, height, width, dim = image.shape
-    tokens = max(SLAB_BYTES // (4 * dim * image.element_size()), SLAB_TOKENS)
-    tokens *= max(torch.get_num_threads() // SLAB_THREADS, 1)
+    tokens = max(STRIP_BYTES // (4 * dim * image.element_size()), STRIP_TOKENS)
+    tokens *= max(torch.get_num_threads() // STRIP_THREADS, 1)
     images = max(tokens // (height * width), 1)
     units = -(-height // side)
     parts = -(-units // max(tokens // width // side, 1))
@@ -57,7 +61,53 @@ def slabs(image: Tensor, side: int = 1) -> Iterator[Slab]:
             yield slice(first, min(first + images, batch)), slice(row, min(row + rows, height))
 
 
-Grid = tuple[int, int]
+class Linear(nn.Linear):
+    """``nn.Linear`` that starts empty, for many rows.
+
+    In bf16 on a CPU oneDNN adds the bias itself, which spares ``functional.linear`` copies of it.
+    """
+
+    def reset_parameters(self) -> None:
+        """Leaves the weights empty."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        """[..., C_in] -> [..., C_out]."""
+        # Two dimensions: of more, those that are not contiguous are multiplied without the bias.
+        rows = input.reshape(-1, input.shape[-1])
+        is_bf16_of_cpu = input.dtype == torch.bfloat16 and input.device.type == "cpu"
+        if is_bf16_of_cpu and self.bias is not None and not torch.is_grad_enabled():
+            product = product_with_bias if has_product_with_bias() else functional.linear
+        else:
+            product = functional.linear
+        return product(rows, self.weight, self.bias).view(*input.shape[:-1], -1)
+
+
+@functools.cache
+def has_product_with_bias() -> bool:
+    """Whether this torch and CPU have the call, and it gives what ``functional.linear`` gives."""
+    numbers = torch.arange(24.0).to(torch.bfloat16)
+    rows, weight, bias = numbers[:12].view(6, 2), numbers[12:20].view(4, 2), numbers[20:]
+    try:
+        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return False
+        product = product_with_bias(rows, weight, bias)
+    except (AttributeError, RuntimeError, TypeError):
+        # A private call: another torch may lack it, or take other arguments.
+        return False
+    return torch.allclose(product, functional.linear(rows, weight, bias), rtol=0.02)
+
+
+def product_with_bias(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``functional.linear`` of [N, C_in] in bf16 on a CPU."""
+    call = torch.ops.mkldnn._linear_pointwise
+    return cast(Tensor, call(rows, weight, bias, "none", [], ""))
+
+
+class Conv2d(nn.Conv2d):
+    """``nn.Conv2d`` that starts empty."""
+
+    def reset_parameters(self) -> None:
+        """Leaves the weights empty."""
 
 
 class ConvEmbed(nn.Module):
@@ -95,12 +145,12 @@ class DepthwiseConv(Conv2d):
         """[B, H, W, C] -> [B, H, W, C]."""
         return image + self._mixed(image)
 
-    def residual_of(self, image: Tensor, slab: Slab) -> Tensor:
-        """The rows of a slab of ``residual(image)``, in memory of their own."""
-        rows = slab[1]
+    def residual_of(self, image: Tensor, strip: Strip) -> Tensor:
+        """The rows of a strip of ``residual(image)``, in memory of their own."""
+        rows = strip[1]
         first = max(rows.start - 1, 0)
-        mixed = self._mixed(image[slab[0], first : rows.stop + 1])
-        return mixed[:, rows.start - first : rows.stop - first].add_(image[slab])
+        mixed = self._mixed(image[strip[0], first : rows.stop + 1])
+        return mixed[:, rows.start - first : rows.stop - first].add_(image[strip])
 
     def _mixed(self, image: Tensor) -> Tensor:
         mixed: Tensor = self(image.permute(0, 3, 1, 2))
@@ -115,8 +165,8 @@ class WindowAttention(nn.Module):
         dim = config.embed_dim[stage]
         self.window = config.window_size
         self.heads = config.num_heads[stage]
-        self.qkv = BiasedLinear(dim, 3 * dim, bias=config.qkv_bias)
-        self.proj = BiasedLinear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim, bias=config.qkv_bias)
+        self.proj = Linear(dim, dim)
 
     def forward(self, image: Tensor) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]."""
@@ -144,8 +194,8 @@ class ChannelAttention(nn.Module):
         super().__init__()
         dim = config.embed_dim[stage]
         self.groups = config.num_groups[stage]
-        self.qkv = BiasedLinear(dim, 3 * dim, bias=config.qkv_bias)
-        self.proj = BiasedLinear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim, bias=config.qkv_bias)
+        self.proj = Linear(dim, dim)
 
     def forward(self, image: Tensor) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]."""
@@ -183,23 +233,25 @@ class FeedForward(nn.Module):
         dim = config.embed_dim[stage]
         hidden = int(dim * config.mlp_ratio)
         self.activation = activation(config.activation)
-        self.fc1 = BiasedLinear(dim, hidden)
-        self.fc2 = BiasedLinear(hidden, dim)
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[..., C] -> [..., C]."""
         return cast(Tensor, self.fc2(self.activation(self.fc1(tokens))))
 
 
-class SpatialBlock(nn.Module):
-    """Depthwise convolution, window attention, depthwise convolution, feed-forward."""
+class AttentionBlock(nn.Module):
+    """Depthwise convolution, attention, depthwise convolution, feed-forward."""
 
-    def __init__(self, config: VisionConfig, stage: int) -> None:
+    def __init__(self, config: VisionConfig, stage: int, name: str, attention: nn.Module) -> None:
+        """``name`` is what the checkpoints call the attention."""
         super().__init__()
         dim = config.embed_dim[stage]
+        self._name = name
         self.conv1 = DepthwiseConv(dim)
         self.norm1 = nn.LayerNorm(dim)
-        self.window_attn = WindowAttention(config, stage)
+        self.add_module(name, attention)
         self.conv2 = DepthwiseConv(dim)
         self.norm2 = nn.LayerNorm(dim)
         self.ffn = FeedForward(config, stage)
@@ -207,60 +259,59 @@ class SpatialBlock(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]."""
         image = self.conv1.residual(image)
-        image = image + self.window_attn(self.norm1(image))
+        image = image + getattr(self, self._name)(self.norm1(image))
         image = self.conv2.residual(image)
         return cast(Tensor, image + self.ffn(self.norm2(image)))
 
-    def run_in_slabs(self, image: Tensor, spare: Tensor) -> None:
+    def run_second_half_in_strips(self, spare: Tensor, image: Tensor) -> None:
+        """What follows the attention, from ``spare`` into ``image``."""
+        for strip in strips(image):
+            part = self.conv2.residual_of(spare, strip)
+            torch.add(part, self.ffn(self.norm2(part)), out=image[strip])
+
+
+class SpatialBlock(AttentionBlock):
+    """Attention inside windows."""
+
+    window_attn: WindowAttention
+
+    def __init__(self, config: VisionConfig, stage: int) -> None:
+        super().__init__(config, stage, "window_attn", WindowAttention(config, stage))
+
+    def run_in_strips(self, image: Tensor, spare: Tensor) -> None:
         """``forward`` written over its input; ``spare`` is memory like it. No gradients."""
-        for slab in slabs(image, self.window_attn.window):
-            part = self.conv1.residual_of(image, slab)
-            torch.add(part, self.window_attn(self.norm1(part)), out=spare[slab])
-        for slab in slabs(image):
-            part = self.conv2.residual_of(spare, slab)
-            torch.add(part, self.ffn(self.norm2(part)), out=image[slab])
+        for strip in strips(image, self.window_attn.window):
+            part = self.conv1.residual_of(image, strip)
+            torch.add(part, self.window_attn(self.norm1(part)), out=spare[strip])
+        self.run_second_half_in_strips(spare, image)
 
 
-class ChannelBlock(nn.Module):
-    """Depthwise convolution, channel attention, depthwise convolution, feed-forward."""
+class ChannelBlock(AttentionBlock):
+    """Attention between channels."""
+
+    channel_attn: ChannelAttention
 
     def __init__(self, config: VisionConfig, stage: int) -> None:
-        super().__init__()
-        dim = config.embed_dim[stage]
-        self.conv1 = DepthwiseConv(dim)
-        self.norm1 = nn.LayerNorm(dim)
-        self.channel_attn = ChannelAttention(config, stage)
-        self.conv2 = DepthwiseConv(dim)
-        self.norm2 = nn.LayerNorm(dim)
-        self.ffn = FeedForward(config, stage)
+        super().__init__(config, stage, "channel_attn", ChannelAttention(config, stage))
 
-    def forward(self, image: Tensor) -> Tensor:
-        """[B, H, W, C] -> [B, H, W, C]."""
-        image = self.conv1.residual(image)
-        image = image + self.channel_attn(self.norm1(image))
-        image = self.conv2.residual(image)
-        return cast(Tensor, image + self.ffn(self.norm2(image)))
-
-    def run_in_slabs(self, image: Tensor, spare: Tensor) -> None:
+    def run_in_strips(self, image: Tensor, spare: Tensor) -> None:
         """``forward`` written over its input; ``spare`` is memory like it. No gradients."""
         attention = self.channel_attn
         count = image.shape[1] * image.shape[2]
         scores = attention.no_scores(image)
         values = []
-        for slab in slabs(image):
-            part = self.conv1.residual_of(image, slab)
-            spare[slab] = part
+        for strip in strips(image):
+            part = self.conv1.residual_of(image, strip)
+            spare[strip] = part
             some, value = attention.scores(self.norm1(part), count)
-            scores[slab[0]] += some
-            # A copy, or the values would keep the queries and keys of all slabs.
+            scores[strip[0]] += some
+            # A copy, or the values would keep the queries and keys of all strips.
             values.append(value.contiguous())
-        for slab, value in zip(slabs(image), values, strict=True):
-            part = spare[slab]
-            part += attention.mix(value, scores[slab[0]].to(value.dtype)).view(part.shape)
+        for strip, value in zip(strips(image), values, strict=True):
+            part = spare[strip]
+            part += attention.mix(value, scores[strip[0]].to(value.dtype)).view(part.shape)
         del values
-        for slab in slabs(image):
-            part = self.conv2.residual_of(spare, slab)
-            torch.add(part, self.ffn(self.norm2(part)), out=image[slab])
+        self.run_second_half_in_strips(spare, image)
 
 
 class Block(nn.Module):
@@ -275,10 +326,10 @@ class Block(nn.Module):
         """[B, H, W, C] -> [B, H, W, C]."""
         return cast(Tensor, self.channel_block(self.spatial_block(image)))
 
-    def run_in_slabs(self, image: Tensor, spare: Tensor) -> None:
+    def run_in_strips(self, image: Tensor, spare: Tensor) -> None:
         """``forward`` written over its input; ``spare`` is memory like it. No gradients."""
-        self.spatial_block.run_in_slabs(image, spare)
-        self.channel_block.run_in_slabs(image, spare)
+        self.spatial_block.run_in_strips(image, spare)
+        self.channel_block.run_in_strips(image, spare)
 
 
 class VisionTower(nn.Module):
@@ -295,16 +346,16 @@ class VisionTower(nn.Module):
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Grid]:
         """Pixels [B, 3, H, W] -> tokens [B, N, C] in row order, and their grid (rows, columns)."""
-        if runs_in_slabs(pixels):
+        if runs_in_strips(pixels):
             keep_freed_memory()
         image = pixels.to(self.dtype).permute(0, 2, 3, 1)
         for embed, blocks in zip(self.convs, self.blocks, strict=True):
             image = embed(image)
-            if runs_in_slabs(image):
+            if runs_in_strips(image):
                 image = image.contiguous()
                 spare = torch.empty_like(image)
                 for block in cast(nn.ModuleList, blocks):
-                    cast(Block, block).run_in_slabs(image, spare)
+                    cast(Block, block).run_in_strips(image, spare)
                 del spare
             else:
                 for block in cast(nn.ModuleList, blocks):

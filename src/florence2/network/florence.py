@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import math
-from typing import cast
+from collections.abc import Mapping
+from typing import Final, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from florence2.errors import ImageError
-from florence2.network.bart import Attention, LanguageModel
+from florence2.network.bart import (
+    Attention,
+    Embedding,
+    LanguageModel,
+    Linear,
+    TransposedCounts,
+    WeightKind,
+)
 from florence2.network.config import NetworkConfig, VisionConfig
 from florence2.network.davit import Grid, VisionTower
-from florence2.network.linear import Embedding, Linear, choose_forms, top_candidates
+from florence2.network.linear import choose_forms
 
 
 class PositionEmbedding2D(nn.Module):
@@ -128,24 +136,24 @@ class Florence2Network(nn.Module):
 
     def decode(self, decoder_ids: Tensor, states: Tensor, mask: Tensor) -> Tensor:
         """Teacher-forced: ids [B, L] (from ``</s>`` on) -> logits [B, L, V] of the next ids."""
-        rows = self.model.language_model.decoder(decoder_ids, states, mask)
-        return cast(Tensor, self.lm_head(rows))
+        hidden = self.model.language_model.decoder(decoder_ids, states, mask)
+        return cast(Tensor, self.lm_head(hidden))
 
-    def next_logits(self, rows: Tensor, num_exact: int) -> Tensor:
-        """Decoder rows [..., d] -> logits [..., V] of the next ids, of which the best are float32.
+    def next_logits(self, hidden: Tensor, num_exact: int) -> Tensor:
+        """Decoder states [..., d] -> logits [..., V] of the next ids, the best of them float32.
 
         Reduced precision rounds every logit to 8 or 11 bits, and then the best of a row are often
         equal. So the ``num_exact`` best of each row are computed once more, in float32, from the
-        same rows and weights. Otherwise the logits are those of ``lm_head``.
+        same states and weights. Otherwise the logits are those of ``lm_head``.
         """
-        logits = cast(Tensor, self.lm_head(rows))
+        logits = cast(Tensor, self.lm_head(hidden))
         if logits.dtype not in (torch.bfloat16, torch.float16):
             return logits
         flat = logits.float().flatten(0, -2)
         ids = top_candidates(flat, min(num_exact, flat.shape[-1]))[1]
         weights = functional.embedding(ids, self.lm_head.weight).float()
         # Not a matrix product: its sums would depend on how many rows there are, and on TF32.
-        exact = (weights * rows.float().flatten(0, -2).unsqueeze(1)).sum(-1)
+        exact = (weights * hidden.float().flatten(0, -2).unsqueeze(1)).sum(-1)
         return flat.scatter_(1, ids, exact).view(logits.shape)
 
     @property
@@ -179,9 +187,22 @@ class Florence2Network(nn.Module):
                 module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             elif isinstance(module, Attention):
                 module.fuse()
-        decoder = self.model.language_model.decoder
-        choose_forms([*decoder.product_weights(), self.lm_head.weight])
+        weights = [
+            layer.fused_weight if isinstance(layer, Attention) else layer.weight
+            for layer in self._layers_of_step()
+        ]
+        self.take_forms(choose_forms([weight for weight in weights if weight is not None]))
         return self.eval().requires_grad_(False)
+
+    def take_forms(self, forms: Mapping[WeightKind, TransposedCounts]) -> None:
+        """Has every layer of a decoder step multiply few rows in the form chosen for its weight."""
+        for layer in self._layers_of_step():
+            layer.choose_form(forms)
+
+    def _layers_of_step(self) -> list[Attention | Linear]:
+        """Only a decoder step has few rows: what it multiplies by, in its order."""
+        modules = (*self.model.language_model.decoder.modules(), self.lm_head)
+        return [module for module in modules if isinstance(module, (Attention, Linear))]
 
     def reset_parameters(self, std: float = 0.02) -> None:
         """Random weights for training from scratch: normal, biases zero."""
@@ -213,3 +234,30 @@ def _of_its_own(value: Tensor) -> Tensor:
     """Contiguous, and no part of a larger tensor: what is stored must not share memory."""
     is_part = value.untyped_storage().nbytes() > value.numel() * value.element_size()
     return value.clone() if is_part else value.contiguous()
+
+
+BLOCK: Final = 128
+SMALL_VOCABULARY: Final = 4096
+"""Up to so many tokens a plain ``topk`` is as fast as looking for the best blocks first."""
+
+
+def top_candidates(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` best tokens of every row [rows, V], best first: values and ids [rows, count].
+
+    Finds the blocks that hold the best maxima first: the winners are all inside the ``count``
+    best blocks, so a large vocabulary is only read once, by a plain maximum.
+    """
+    rows, vocab = scores.shape
+    blocks = vocab // BLOCK
+    if vocab <= SMALL_VOCABULARY or blocks < count:
+        values, ids = torch.topk(scores, count)
+        return values, ids
+    device = scores.device
+    whole = blocks * BLOCK
+    maxima = scores[:, :whole].view(rows, blocks, BLOCK).amax(dim=2)
+    best_blocks = torch.topk(maxima, count, sorted=False)[1]
+    columns = best_blocks.unsqueeze(2) * BLOCK + torch.arange(BLOCK, device=device)
+    tail = torch.arange(whole, vocab, device=device).expand(rows, -1)
+    columns = torch.cat((columns.flatten(1), tail), dim=1)
+    values, places = torch.topk(scores.gather(1, columns), count)
+    return values, columns.gather(1, places)

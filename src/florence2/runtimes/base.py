@@ -10,12 +10,11 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from florence2.generation.beam_search import Nearby
-from florence2.generation.decode import Session, Space
+from florence2.generation.beam_search import LocationProbability
+from florence2.generation.decode import DecodeBatch, Session
 from florence2.records import GenerationSettings
 
 Pixels = npt.NDArray[np.float32]
-
 
 ImageBytes = npt.NDArray[np.uint8]
 
@@ -31,6 +30,13 @@ class Mark(Protocol):
 class Runtime(Protocol):
     """Runs the network on one device in one precision.
 
+    What another runtime has to write is ``encode_bytes`` and ``start``, whose session (``prefill``,
+    ``step``, ``reorder``, ``keep``, ``put``) runs the decoder between two choices of tokens; the
+    choices are the beam search's, on the device that the logits are on. Where calls return only
+    when the device is done, ``decode_batch`` is a plain ``DecodeBatch``, ``mark`` a ``HostMark`` of
+    the torch runtime, and ``computing`` a null context. What is left are questions of memory: which
+    errors mean that there is none, how much the weights take, and how to give it back.
+
     Several sessions may be open at a time, and images may be encoded between their steps.
     """
 
@@ -42,12 +48,9 @@ class Runtime(Protocol):
         """To be entered around passes: settings of the process that they need hold within it."""
         ...
 
-    def encode_images(self, pixels: Pixels) -> Tensor:
-        """Visual tokens [B, num_visual_tokens, d_model] of ``pixels`` [B, 3, H, W]."""
-        ...
-
     def encode_bytes(self, images_bhwc: ImageBytes, lookup_table: Pixels) -> Tensor:
-        """As ``encode_images`` for resized images [B, H, W, 3] that are not normalised yet.
+        """Visual tokens [B, num_visual_tokens, d_model] of images [B, H, W, 3] of the network's
+        size, not normalised yet.
 
         ``lookup_table`` [3, 256] is the value of each byte of each channel.
         """
@@ -63,8 +66,14 @@ class Runtime(Protocol):
         """A decoding session: one item per prompt, its image's visual tokens in ``features``."""
         ...
 
-    def space(self, settings: GenerationSettings, nearby: Nearby | None) -> Space:
+    def decode_batch(
+        self, settings: GenerationSettings, location_probability: LocationProbability | None = None
+    ) -> DecodeBatch:
         """Where one run of the decode loop with these settings searches its items."""
+        ...
+
+    def mark(self) -> Mark:
+        """Marks this moment in the device's work."""
         ...
 
     def is_out_of_memory(self, error: BaseException) -> bool:
@@ -73,10 +82,6 @@ class Runtime(Protocol):
 
     def is_lost(self, error: BaseException) -> bool:
         """Whether after ``error`` nothing can be run on this runtime's device any more."""
-        ...
-
-    def mark(self) -> Mark:
-        """Marks this moment in the device's work."""
         ...
 
     def free_memory(self) -> None:

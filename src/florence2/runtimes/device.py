@@ -1,12 +1,10 @@
-"""Which device and precision torch computes in, and its settings for the process meanwhile."""
+"""Which device and precision torch computes in, and why a GPU is missing."""
 
 from __future__ import annotations
 
 import os
 import re
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -17,18 +15,13 @@ from florence2.errors import DeviceError, unknown_name
 NAMES_NO_DEVICE: Final = frozenset({"", "-1", "none", "void", "nodevfiles"})
 """Values of the variables that give a process, or a container, no GPU."""
 
-
 _VARIABLES: Final = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES")
-
 
 _DRIVER: Final = Path("proc", "driver", "nvidia", "version")
 
-
 _DRIVER_VERSION: Final = re.compile(r"\b(\d{3,4}(?:\.\d+)+)\b")
 
-
 _TOO_OLD: Final = "driver on your system is too old"
-
 
 _FOUND: Final = re.compile(r"found version (\d+)")
 
@@ -121,97 +114,11 @@ _REASONS: Final[dict[str, Callable[[str], str]]] = {
     ),
 }
 
-Undo = Callable[[], None]
-
-
-class SharedSetting:
-    """A change that holds from the first of its users to the last one, in whatever thread."""
-
-    def __init__(self, change: Callable[[], Undo]) -> None:
-        self._change = change
-        self._lock = threading.Lock()
-        self._num_users = 0
-        self._undo: Undo | None = None
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Within it, the change holds."""
-        with self._lock:
-            if self._undo is None:
-                self._undo = self._change()
-            self._num_users += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._num_users -= 1
-                if not self._num_users:
-                    undo, self._undo = self._undo, None
-                    undo()
-
-
-def _compute_exactly() -> Undo:
-    """float32 in float32: TF32 has 10 bits of mantissa, and is torch's default for convolutions.
-
-    Read by the newer of torch's two ways to say it, as reading the older one raises where a program
-    used both; written by the older one where that is enough, as a program may read that.
-    """
-    products, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    parts = (products, cudnn.conv, cudnn.rnn)  # type: ignore[attr-defined]
-    before = [part.fp32_precision for part in parts]
-    said = _matmul_precision()
-    products.allow_tf32 = False
-    cudnn.allow_tf32 = False
-
-    def undo() -> None:
-        products.allow_tf32 = before[0] == "tf32"
-        cudnn.allow_tf32 = "tf32" in before[1:]
-        # "medium" speaks of the CPU too, and to read it raises where the GPU's part says otherwise.
-        if said is not None and said != _matmul_precision():
-            torch.set_float32_matmul_precision(said)
-        for part, value in zip(parts, before, strict=True):
-            if part.fp32_precision != value:
-                part.fp32_precision = value
-
-    return undo
-
-
-def _matmul_precision() -> str | None:
-    """What ``set_float32_matmul_precision`` was told; None where other ways contradict it."""
-    try:
-        return torch.get_float32_matmul_precision()
-    except RuntimeError:
-        return None
-
-
-def _attend_without_cudnn() -> Undo:
-    """cuDNN's attention comes first on new GPUs, and makes a plan for every new shape."""
-    before = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    return lambda: torch.backends.cuda.enable_cudnn_sdp(before)
-
-
-_EXACT = SharedSetting(_compute_exactly)
-_NO_CUDNN_ATTENTION = SharedSetting(_attend_without_cudnn)
-
-
-@contextmanager
-def computing(device_type: str, precision: str) -> Iterator[None]:
-    """Within it, passes on this type of device compute as this precision promises."""
-    with ExitStack() as settings:
-        if device_type == "cuda":
-            settings.enter_context(_NO_CUDNN_ATTENTION.held())
-            if precision == "fp32":
-                settings.enter_context(_EXACT.held())
-        yield
-
-
 PRECISIONS: Final = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
-
 
 BF16_FROM_D_MODEL: Final = 512
 """Below, a step is many small operations, which reduced precision makes slower, not faster."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Final
 
 import numpy as np
@@ -12,20 +13,101 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from florence2.generation.beam_search import Nearby
-from florence2.generation.decode import PlainSpace, Space
-from florence2.generation.kv_cache import DecoderSession, row_numbers
+from florence2.generation.beam_search import LocationProbability
+from florence2.generation.decode import DecodeBatch
+from florence2.generation.kv_cache import DecoderSession, row_index
 from florence2.network.florence import Florence2Network
 from florence2.pixels import look_up
 from florence2.records import GenerationSettings
 from florence2.runtimes.base import ImageBytes, Mark, Pixels
-from florence2.runtimes.cuda_graphs import GraphRunner, PromptGraphs, VisionGraphs, make_runner
-from florence2.runtimes.decode_graphs import DecodePool, most_idle_bytes
-from florence2.runtimes.device import (
-    PRECISIONS,
-    computing,
-)
+from florence2.runtimes.cuda_graphs import BucketedGraphs, GraphRunner, make_runner
+from florence2.runtimes.decode_graphs import RecordedBatchPool, most_idle_bytes
+from florence2.runtimes.device import PRECISIONS
 from florence2.tokens import PAD_ID
+
+Undo = Callable[[], None]
+
+
+class SharedSetting:
+    """A change that holds from the first of its users to the last one, in whatever thread."""
+
+    def __init__(self, change: Callable[[], Undo]) -> None:
+        self._change = change
+        self._lock = threading.Lock()
+        self._num_users = 0
+        self._undo: Undo | None = None
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Within it, the change holds."""
+        with self._lock:
+            if self._undo is None:
+                self._undo = self._change()
+            self._num_users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._num_users -= 1
+                if not self._num_users:
+                    undo, self._undo = self._undo, None
+                    undo()
+
+
+def _compute_exactly() -> Undo:
+    """float32 in float32: TF32 has 10 bits of mantissa, and is torch's default for convolutions.
+
+    Read by the newer of torch's two ways to say it, as reading the older one raises where a program
+    used both; written by the older one where that is enough, as a program may read that.
+    """
+    products, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    parts = (products, cudnn.conv, cudnn.rnn)  # type: ignore[attr-defined]
+    before = [part.fp32_precision for part in parts]
+    said = _matmul_precision()
+    products.allow_tf32 = False
+    cudnn.allow_tf32 = False
+
+    def undo() -> None:
+        products.allow_tf32 = before[0] == "tf32"
+        cudnn.allow_tf32 = "tf32" in before[1:]
+        # "medium" speaks of the CPU too, and to read it raises where the GPU's part says otherwise.
+        if said is not None and said != _matmul_precision():
+            torch.set_float32_matmul_precision(said)
+        for part, value in zip(parts, before, strict=True):
+            if part.fp32_precision != value:
+                part.fp32_precision = value
+
+    return undo
+
+
+def _matmul_precision() -> str | None:
+    """What ``set_float32_matmul_precision`` was told; None where other ways contradict it."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return None
+
+
+def _attend_without_cudnn() -> Undo:
+    """cuDNN's attention comes first on new GPUs, and makes a plan for every new shape."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    return lambda: torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+_EXACT = SharedSetting(_compute_exactly)
+_NO_CUDNN_ATTENTION = SharedSetting(_attend_without_cudnn)
+
+
+@contextmanager
+def computing(device_type: str, precision: str) -> Iterator[None]:
+    """Within it, passes on this type of device compute as this precision promises."""
+    with ExitStack() as settings:
+        if device_type == "cuda":
+            settings.enter_context(_NO_CUDNN_ATTENTION.held())
+            if precision == "fp32":
+                settings.enter_context(_EXACT.held())
+        yield
 
 
 def normalise(images_bhwc: Tensor, table: Tensor) -> Tensor:
@@ -63,6 +145,18 @@ def check_bytes(images_bhwc: npt.NDArray[np.uint8], table: npt.NDArray[np.float3
             f"A lookup table has the shape [3, 256], and {list(table.shape)} was received."
         )
 
+
+VISION_BUCKETS: Final = (1, 2, 3, 4, 6, 8, 12, 16)
+"""Batch sizes that are recorded: up to a half more work for a batch in between.
+
+Above, the device is busy for longer than the host needs to launch its work.
+"""
+
+PROMPT_BUCKETS: Final = (1, 2, 4, 8)
+"""Batch sizes that are recorded; larger ones keep the device busy for longer than launches take."""
+
+PROMPT_LENGTHS: Final = 32
+"""Encoded prompts, their image included, are padded to multiples, so that few shapes exist."""
 
 _OUT_OF_MEMORY: Final = (
     "DefaultCPUAllocator",
@@ -119,17 +213,26 @@ class TorchRuntime:
         self.precision = precision
         self.graphs = make_runner(device) if graphs is None else graphs
         self._device = device
-        self._vision = VisionGraphs(self.graphs)
         self.most_idle_bytes = most_idle_bytes(device)
         self.most_prompt_bytes = self.most_idle_bytes // 2
-        self._prompts = PromptGraphs(self.network, self.graphs, self.most_prompt_bytes)
-        self._decode = DecodePool(self.network, self.graphs, self.most_idle_bytes)
+        self.vision_graphs = BucketedGraphs("vision", self.graphs, VISION_BUCKETS)
+        self.prompt_graphs = BucketedGraphs(
+            "prompts", self.graphs, PROMPT_BUCKETS, self.most_prompt_bytes
+        )
+        self.batch_pool = RecordedBatchPool(self.network, self.graphs, self.most_idle_bytes)
         self._tables: dict[bytes, tuple[int, Tensor]] = {}
 
     @torch.inference_mode()
     def encode_images(self, pixels: Pixels) -> Tensor:
         """Visual tokens [B, num_visual_tokens, d_model] of ``pixels`` [B, 3, H, W]."""
-        return self._vision.run("pixels", upload(pixels, self._device), self._encode)
+        on_device = upload(pixels, self._device)
+        if self.graphs.is_enabled:
+            found = self.vision_graphs.run(
+                "pixels", [on_device], lambda given: [self.network.encode_images(given[0])]
+            )
+            if found is not None:
+                return found[0]
+        return self.network.encode_images(on_device)
 
     @torch.inference_mode()
     def encode_bytes(self, images_bhwc: ImageBytes, lookup_table: Pixels) -> Tensor:
@@ -148,14 +251,12 @@ class TorchRuntime:
         if content not in self._tables:
             self._tables[content] = len(self._tables), upload(lookup_table, self._device)
         number, table = self._tables[content]
-        return self._vision.run(
-            ("bytes", number),
-            upload(images_bhwc, self._device),
-            lambda received: self._encode(normalise(received, table)),
-        )
 
-    def _encode(self, pixels: Tensor) -> Tensor:
-        return self.network.encode_images(pixels)
+        def encode(given: Sequence[Tensor]) -> list[Tensor]:
+            return [self.network.encode_images(normalise(given[0], table))]
+
+        images = [upload(images_bhwc, self._device)]
+        return (self.vision_graphs.run(("bytes", number), images, encode) or encode(images))[0]
 
     def computing(self) -> AbstractContextManager[None]:
         """See ``Runtime``."""
@@ -169,27 +270,49 @@ class TorchRuntime:
         num_beams: int,
         max_new_tokens: int,
     ) -> DecoderSession:
-        """A decoding session; prompts of different lengths are padded and masked."""
+        """A decoding session; prompts of different lengths are padded and masked.
+
+        Where work is recorded, encoding a small batch of prompts and its prefill are one recording,
+        whose output is the session's own at once.
+        """
         visual = torch.stack(list(features))
         width = max(len(ids) for ids in prompt_ids)
         if self.graphs.is_enabled:
-            width = self._prompts.padded_width(visual.shape[1], width)
-        rows = [[*ids, *[PAD_ID] * (width - len(ids))] for ids in prompt_ids]
-        prompts = upload(np.array(rows, dtype=np.int64), self._device)
-        lengths = row_numbers([len(ids) for ids in prompt_ids], self._device)
+            width = self._padded_width(visual.shape[1], width)
+        padded = [[*ids, *[PAD_ID] * (width - len(ids))] for ids in prompt_ids]
+        prompts = upload(np.array(padded, dtype=np.int64), self._device)
+        lengths = row_index([len(ids) for ids in prompt_ids], self._device)
         mask = torch.arange(width, device=self._device) < lengths.unsqueeze(1)
-        recorded = self._prompts.start(visual, prompts, mask, num_beams, max_new_tokens)
-        if recorded is not None:
-            return recorded
-        states, states_mask = self.network.encode_prompts(visual, prompts, mask)
+        network = self.network
+        if self.graphs.is_enabled:
+
+            def encode(given: Sequence[Tensor]) -> list[Tensor]:
+                states, states_mask = network.encode_prompts(*given)
+                session = DecoderSession(network, states, states_mask, num_beams, 1, all_seen=False)
+                return session.prefilled()
+
+            found = self.prompt_graphs.run(num_beams, [visual, prompts, mask], encode)
+            if found is not None:
+                return DecoderSession.after_prefill(network, found, num_beams, max_new_tokens)
+        states, states_mask = network.encode_prompts(visual, prompts, mask)
         all_seen = all(len(ids) == width for ids in prompt_ids)
         return DecoderSession(
-            self.network, states, states_mask, num_beams, max_new_tokens, all_seen=all_seen
+            network, states, states_mask, num_beams, max_new_tokens, all_seen=all_seen
         )
 
-    def space(self, settings: GenerationSettings, nearby: Nearby | None) -> Space:
+    def _padded_width(self, num_visual: int, width: int) -> int:
+        """The width that prompts of ``width`` tokens are padded to, after ``num_visual`` others."""
+        limit = self.network.config.text.max_position_embeddings - num_visual
+        total = -(-(num_visual + width) // PROMPT_LENGTHS) * PROMPT_LENGTHS
+        return max(width, min(total - num_visual, limit))
+
+    def decode_batch(
+        self, settings: GenerationSettings, location_probability: LocationProbability | None = None
+    ) -> DecodeBatch:
         """Where one run of the decode loop searches its items."""
-        return self._decode.space(settings, nearby) if self.graphs.is_enabled else PlainSpace()
+        if self.graphs.is_enabled:
+            return self.batch_pool.take(settings, location_probability)
+        return DecodeBatch(settings, location_probability)
 
     def is_out_of_memory(self, error: BaseException) -> bool:
         """Whether torch or a library below it could not allocate; most say so only in words."""
@@ -230,9 +353,9 @@ class TorchRuntime:
 
     def _forget_recordings(self) -> None:
         self.graphs.clear()
-        self._vision.clear()
-        self._prompts.clear()
-        self._decode.clear()
+        self.vision_graphs.clear()
+        self.prompt_graphs.clear()
+        self.batch_pool.clear()
 
     @property
     def weight_bytes(self) -> int:

@@ -1,16 +1,17 @@
-"""Items that join a running batch are answered as if they were alone, whatever row they get."""
+"""The decode loop: items join and leave a running batch, and are answered as if alone."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Mapping
+import itertools
+from collections.abc import Callable, Iterable, Mapping
 
 import pytest
 import torch
+from crowd import COUNT, MODES, Crowd, expected_by_limit, mixed_limits, settings_of
 from tiny_reference import (
     SEEDS,
-    Expected,
-    Prompts,
+    NaiveSession,
+    answer_in_batches,
     differences,
     expected_answers,
     naive_session,
@@ -18,171 +19,352 @@ from tiny_reference import (
     random_prompts,
     tiny_model,
 )
+from torch import Tensor
 
 import florence2.generation.decode
-from florence2.errors import FlorenceError
-from florence2.generation.decode import DecodeLoop, OpenFlags, PlainSpace, Started
+from florence2.errors import FlorenceError, NotFiniteError, RequestError
+from florence2.generation.decode import DecodeBatch, DecodeLoop, EncodedItems, generate
 from florence2.records import Answer, GenerationSettings
 
-MODES = [(1, True), (3, True), (3, False), (4, "never")]
-COUNT = 30
-LIMITS = [1, 2, 3, 5, 9, 16, 24]
+
+def answers_of(session, settings: GenerationSettings, limits: list[int], **options):
+    return generate(session, DecodeBatch(settings), limits, **options)
 
 
-class Drip:
-    """A source whose items come a few at a time; each session holds what came together."""
-
-    def __init__(self, make, model, prompts: Prompts, beams: int, limits: list[int], seed: int):
-        self.make, self.model, self.prompts = make, model, prompts
-        self.beams, self.limits = beams, limits
-        self.random = random.Random(seed)
-        self.left = list(range(len(limits)))
-        self.answers: dict[int, Answer | FlorenceError] = {}
-        self.rooms: list[tuple[int, int]] = []
-        self.reasons: dict[int, FlorenceError] = {}
-
-    def given_up(self) -> Mapping[int, FlorenceError]:
-        return {item: why for item, why in self.reasons.items() if item not in self.answers}
-
-    def start(self, room: int) -> Started[int] | None:
-        waits = len(self.answers) + len(self.left) < len(self.limits)
-        if not self.left or (waits and self.random.random() < 0.4):
-            return None
-        count = min(self.random.randint(1, room), len(self.left))
-        items, self.left = self.left[:count], self.left[count:]
-        self.rooms.append((room, count))
-        limits = [self.limits[item] for item in items]
-        session = self.make(self.model, self.prompts.pick(items), self.beams, limits)
-        waited_for = [None if item in self.answers else item for item in items]
-        return Started(waited_for, session, limits)
-
-    def settle(self, item: int, answer: Answer | FlorenceError) -> None:
-        assert item not in self.answers
-        self.answers[item] = answer
-
-
-def expected_by_limit(model, prompts: Prompts, settings, limits: list[int]) -> list[Expected]:
-    tables = {limit: expected_answers(model, prompts, settings, limit) for limit in set(limits)}
-    return [tables[limit][item] for item, limit in enumerate(limits)]
+def naive(count: int, seed: int = SEEDS[0], kind: type[NaiveSession] = NaiveSession):
+    return kind(tiny_model(seed), random_prompts(seed, count))
 
 
 @pytest.mark.parametrize("ngram", [0, 3])
 @pytest.mark.parametrize(("beams", "early_stopping"), MODES)
-def test_whoever_joins_is_answered_as_the_reference_does(beams: int, early_stopping, ngram: int):
-    settings = GenerationSettings(
-        num_beams=beams, early_stopping=early_stopping, no_repeat_ngram_size=ngram
-    )
+def test_whoever_joins_is_answered_as_the_reference_does(beams, early_stopping, ngram):
+    settings = settings_of(beams, early_stopping, ngram)
     for seed in SEEDS:
-        model, prompts = tiny_model(seed), random_prompts(seed, COUNT)
-        limits = [LIMITS[item % len(LIMITS)] for item in range(COUNT)]
-        expected = expected_by_limit(model, prompts, settings, limits)
-        for make in (network_session, naive_session):
-            source = Drip(make, model, prompts, beams, limits, seed)
-            DecodeLoop(source, settings, PlainSpace(), max_rows=5).run()
-            found = [source.answers[item] for item in range(COUNT)]
-            assert differences(found, expected) == []
-            assert any(room < 5 for room, _ in source.rooms)
-            assert all(count <= room <= 5 for room, count in source.rooms)
+        # Rows that nobody waits for go on beyond the positions, which the reference has not.
+        short = [min(limit, 24) for limit in mixed_limits()]
+        for make, limits in ((network_session, mixed_limits()), (naive_session, short)):
+            crowd = Crowd(seed, settings, limits, session=make)
+            crowd.run(max_rows=5)
+            assert (crowd.failed(), crowd.differing()) == ([], [])
+            assert any(room < 5 for room, _ in crowd.rooms)
+            assert all(count <= room <= 5 for room, count in crowd.rooms)
 
 
 def test_few_free_rows_wait_for_company():
-    model, prompts = tiny_model(SEEDS[0]), random_prompts(SEEDS[0], COUNT)
-    limits = [LIMITS[item % len(LIMITS)] for item in range(COUNT)]
-    source = Drip(network_session, model, prompts, 3, limits, 1)
-    DecodeLoop(source, GenerationSettings(), PlainSpace(), max_rows=8, least_room=4).run()
-    assert len(source.answers) == COUNT
-    assert all(room >= 4 for room, _ in source.rooms)
-    assert (
-        differences(
-            [source.answers[item] for item in range(COUNT)],
-            expected_by_limit(model, prompts, GenerationSettings(), limits),
-        )
-        == []
-    )
+    crowd = Crowd(SEEDS[0], settings_of(), mixed_limits())
+    crowd.run(max_rows=8, least_room=4)
+    assert (crowd.failed(), crowd.differing()) == ([], [])
+    assert all(room >= 4 for room, _ in crowd.rooms)
 
 
-def test_the_place_of_what_is_given_up_is_taken_by_another():
-    model, prompts = tiny_model(SEEDS[1]), random_prompts(SEEDS[1], COUNT)
-    source = Drip(network_session, model, prompts, 3, [16] * COUNT, 3)
-    source.reasons = {item: FlorenceError(f"Nobody waits for {item}.") for item in (0, 7, 8, 21)}
-    DecodeLoop(source, GenerationSettings(), PlainSpace(), max_rows=4).run()
-    gone = [item for item in range(COUNT) if not isinstance(source.answers[item], Answer)]
-    assert gone == [0, 7, 8, 21]
-    expected = expected_by_limit(model, prompts, GenerationSettings(), [16] * COUNT)
-    stay = [item for item in range(COUNT) if item not in gone]
-    found = [source.answers[item] for item in stay]
-    assert differences(found, [expected[item] for item in stay]) == []
+@pytest.mark.parametrize("names_waiting", [False, True])
+def test_the_place_of_what_is_given_up_is_taken_by_another(names_waiting: bool):
+    crowd = Crowd(SEEDS[1], settings_of(), [16] * COUNT)
+    crowd.names_waiting = names_waiting
+    crowd.give_up(0, 7, 8, 21)
+    crowd.run(max_rows=4)
+    assert (crowd.failed(), crowd.differing()) == ([0, 7, 8, 21], [])
 
 
 def test_nan_stays_in_its_row_and_is_gone_with_it():
-    model, prompts = tiny_model(SEEDS[2]), random_prompts(SEEDS[2], 6)
-
-    def make(model, part: Prompts, beams: int, limits: list[int]):
-        session = network_session(model, part, beams, limits)
-        if not source.answers and len(source.left) == 5:
-            for layer in session._layers:
-                layer.cross_value = torch.full_like(layer.cross_value, float("nan"))
-        return session
-
-    source = Drip(make, model, prompts, 3, [6, 20, 9, 9, 9, 9], 0)
-    source.random.randint = lambda low, high: 1
-    DecodeLoop(source, GenerationSettings(), PlainSpace(), max_rows=2).run()
-    expected = expected_by_limit(model, prompts, GenerationSettings(), [6, 20, 9, 9, 9, 9])
-    assert not isinstance(source.answers[0], Answer)
-    found = [source.answers[item] for item in range(1, 6)]
-    assert differences(found, expected[1:]) == []
+    crowd = Crowd(SEEDS[2], settings_of(), [6, 20, 9, 9, 9, 9])
+    crowd.alter = lambda items, states: 0 in items and states[items.index(0)].fill_(torch.nan)
+    crowd.random.randint = lambda low, high: 1
+    crowd.run(max_rows=2)
+    assert (crowd.failed(), crowd.differing()) == ([0], [])
 
 
 @pytest.mark.parametrize("lag", [1, 2])
-def test_answers_that_arrive_late_are_handed_out_once(monkeypatch: pytest.MonkeyPatch, lag: int):
-    original = OpenFlags
-    monkeypatch.setattr(florence2.generation.decode, "OpenFlags", lambda **_: original(lag=lag))
+def test_answers_that_arrive_late_are_handed_out_once(lag: int):
     for seed in SEEDS:
-        model, prompts = tiny_model(seed), random_prompts(seed, COUNT)
-        limits = [LIMITS[item % len(LIMITS)] for item in range(COUNT)]
-        source = Drip(network_session, model, prompts, 3, limits, seed)
+        crowd = Crowd(seed, settings_of(), mixed_limits())
         passes = iter(range(10**6))
-        given_up = source.given_up
 
-        def name_some(source=source, passes=passes, given_up=given_up):
-            open_items = set(range(COUNT)) - {*source.answers, *source.left}
-            if next(passes) % 5 == 4 and open_items:
+        def give_some_up(crowd=crowd, passes=passes):
+            if next(passes) % 5 == 4 and crowd.in_hand:
                 # Among them are some whose answers are on their way already.
-                item = min(open_items)
-                source.reasons[item] = FlorenceError(f"Nobody waits for {item}.")
-            return given_up()
+                crowd.give_up(min(crowd.in_hand))
 
-        source.given_up = name_some
-        DecodeLoop(source, GenerationSettings(), PlainSpace(), max_rows=5).run()
-        assert sorted(source.answers) == list(range(COUNT))
-        stay = [item for item in range(COUNT) if item not in source.reasons]
-        expected = expected_by_limit(model, prompts, GenerationSettings(), limits)
-        found = [source.answers[item] for item in stay]
-        assert differences(found, [expected[item] for item in stay]) == []
-        assert 0 < len(source.reasons) < COUNT
+        crowd.meanwhile = give_some_up
+        crowd.run(max_rows=5, flags_lag=lag)
+        assert (crowd.failed(), crowd.differing()) == (sorted(crowd.reasons), [])
+        assert 0 < len(crowd.reasons) < COUNT
 
 
-def test_who_waits_for_an_answer_on_its_way_is_taken_in_after_it(monkeypatch: pytest.MonkeyPatch):
-    original = OpenFlags
-    monkeypatch.setattr(florence2.generation.decode, "OpenFlags", lambda **_: original(lag=1))
-    model, prompts = tiny_model(SEEDS[0]), random_prompts(SEEDS[0], 3)
-    source = Drip(network_session, model, prompts, 3, [5, 24, 9], 0)
-    loop = DecodeLoop(source, GenerationSettings(), PlainSpace(), max_rows=2)
-    start = source.start
+@pytest.mark.parametrize("at_pass", range(1, 8))
+def test_who_waits_for_an_answer_on_its_way_is_taken_in_after_it(at_pass: int):
+    """Two are searched, the first is soon done, and the other is given up about then."""
+    crowd = Crowd(SEEDS[0], settings_of(), [5, 24, 9])
+    passes = iter(range(10**6))
+    crowd.random.randint = lambda low, high: high
+    crowd.random.random = lambda: 0.0
+    crowd.meanwhile = lambda: next(passes) == at_pass and crowd.give_up(1)
+    crowd.run(max_rows=2, flags_lag=1)
+    assert (crowd.failed(), crowd.differing()) == ([1], [])
 
-    def start_alone(room: int):
-        in_hand = 3 - len(source.left) - len(source.answers)
-        source.random.randint = lambda low, high: high
-        return None if in_hand else start(room)
 
-    def give_up_the_other():
-        if loop._arriving:
-            source.reasons[1] = FlorenceError("Nobody waits for 1.")
-        return {item: why for item, why in source.reasons.items() if item not in source.answers}
+@pytest.mark.parametrize(("beams", "early_stopping"), [*MODES, (5, True)])
+def test_each_prompt_keeps_its_own_limit(beams: int, early_stopping):
+    settings = GenerationSettings(
+        num_beams=beams, early_stopping=early_stopping, length_penalty=1.5
+    )
+    limits = [1, 2, 3, 5, 8, 13, 21, 24]
+    for seed in SEEDS:
+        model, prompts = tiny_model(seed), random_prompts(seed, 24)
+        for start in range(0, 24, 8):
+            part = prompts.pick(list(range(start, start + 8)))
+            order = limits[start // 8 :] + limits[: start // 8]
+            # The table is of all prompts; only these eight are looked at.
+            expected = expected_by_limit(model, prompts, settings, order * 3)[start : start + 8]
+            for make in (network_session, naive_session):
+                found = answers_of(make(model, part, beams, order), settings, order)
+                assert differences(found, expected) == []
 
-    source.start, source.given_up = start_alone, give_up_the_other
-    loop.run()
-    assert [isinstance(source.answers[item], Answer) for item in range(3)] == [True, False, True]
-    expected = expected_by_limit(model, prompts, GenerationSettings(), [5, 24, 9])
-    found = [source.answers[item] for item in (0, 2)]
-    assert differences(found, [expected[0], expected[2]]) == []
+
+def test_prompt_lengths_mix_without_changing_answers():
+    model, prompts = tiny_model(SEEDS[0]), random_prompts(SEEDS[0], 32)
+    assert len(set(prompts.mask.sum(dim=1).tolist())) >= 5
+    alone, mixed = (answer_in_batches(model, prompts, settings_of(), 16, n) for n in (1, 32))
+    for one, other in zip(alone, mixed, strict=True):
+        assert (one.token_ids, one.truncated) == (other.token_ids, other.truncated)
+        assert one.beam_score == pytest.approx(other.beam_score, abs=1e-4)
+        assert one.log_probs == pytest.approx(other.log_probs, abs=1e-4)
+
+
+@pytest.mark.parametrize(("beams", "early_stopping"), [*MODES, (5, True)])
+@pytest.mark.parametrize("compact_at", [0.0, 0.75, 1.0])
+@pytest.mark.parametrize("lag", [0, 1, 3])
+def test_retirement_does_not_change_answers(
+    monkeypatch: pytest.MonkeyPatch, beams: int, early_stopping, compact_at: float, lag: int
+):
+    monkeypatch.setattr(florence2.generation.decode, "COMPACT_AT", compact_at)
+    settings = settings_of(beams, early_stopping)
+    model, prompts = tiny_model(SEEDS[1]), random_prompts(SEEDS[1], 24)
+    expected = expected_answers(model, prompts, settings, 16)
+    found = answer_in_batches(model, prompts, settings, 16, 12, flags_lag=lag)
+    assert differences(found, expected) == []
+
+
+def test_rows_are_dropped_by_the_stated_rule():
+    session = naive(40)
+    limits = [2 + item % 20 for item in range(40)]
+    answers_of(session, settings_of(), limits)
+    sizes = [size for _, size in session.calls]
+    assert sizes[0] == 40
+    assert sizes[-1] < 10
+    keeps = [at for at, (name, _) in enumerate(session.calls) if name == "keep"]
+    assert len(keeps) >= 5
+    assert all(sizes[at] <= 0.75 * sizes[at - 1] for at in keeps)
+    assert sum(name == "step" for name, _ in session.calls) <= max(limits) - 2
+
+
+def test_a_prompt_is_decoded_no_longer_than_needed():
+    model, prompts = tiny_model(SEEDS[0]), random_prompts(SEEDS[0], 30)
+    expected = expected_answers(model, prompts, settings_of(beams=1), 16)
+    for item in range(30):
+        session = NaiveSession(model, prompts.pick([item]))
+        answers_of(session, settings_of(beams=1), [16])
+        assert len(session.calls) == max(1, expected[item].length - 1)
+
+
+class LowSession(NaiveSession):
+    """Answers in a low precision, in one buffer that it overwrites with each call."""
+
+    dtype = torch.bfloat16
+    widen = False
+    buffer: Tensor
+
+    def prefill(self) -> Tensor:
+        return self._low(super().prefill())
+
+    def step(self, token_ids: Tensor) -> Tensor:
+        assert torch.equal(self.buffer, self.given)
+        self.buffer.fill_(float("nan"))
+        return self._low(super().step(token_ids))
+
+    def _low(self, logits: Tensor) -> Tensor:
+        low = logits.to(self.dtype)
+        self.buffer = low.float() if self.widen else low
+        self.given = self.buffer.clone()
+        return self.buffer
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_logits_are_widened_and_left_alone(dtype: torch.dtype):
+    answers = []
+    for widen in (False, True):
+        session = naive(12, SEEDS[2], LowSession)
+        session.dtype, session.widen = dtype, widen
+        answers.append(answers_of(session, settings_of(), [16] * 12))
+    assert answers[0] == answers[1]
+
+
+class StrictSession(NaiveSession):
+    """Checks what the loop gives it, of 6 items with 4 beams."""
+
+    reordered = False
+    num_items = 6
+
+    def prefill(self) -> Tensor:
+        logits = super().prefill()
+        assert logits.shape == (self.num_items, 120)
+        return logits
+
+    def reorder(self, beam_indices: Tensor) -> None:
+        assert beam_indices.dtype == torch.long
+        assert beam_indices.shape == (self.num_items, 4)
+        self.reordered = True
+        super().reorder(beam_indices)
+
+    def step(self, token_ids: Tensor) -> Tensor:
+        assert self.reordered
+        self.reordered = False
+        assert token_ids.dtype == torch.long
+        assert token_ids.shape == (self.num_items, 4)
+        return super().step(token_ids)
+
+    def keep(self, items: list[int]) -> None:
+        assert not self.reordered
+        assert items == sorted(set(items))
+        self.num_items = len(items)
+        super().keep(items)
+
+
+def test_what_a_session_may_rely_on():
+    session = naive(6, kind=StrictSession)
+    answers_of(session, settings_of(beams=4), [2, 2, 4, 9, 12, 16])
+    assert session.calls[1][0] == "keep"
+
+
+def test_no_items_need_no_network():
+    assert answers_of(None, settings_of(), []) == []
+
+
+def test_more_beams_than_the_vocabulary_has_candidates_are_refused():
+    with pytest.raises(RequestError, match="below half of the vocabulary of 120 tokens, not 60"):
+        answers_of(naive(1), settings_of(beams=60), [5])
+
+
+class Watched:
+    """The items of one session, all there from the start; ``watch`` names those to give up."""
+
+    def __init__(self, session, limits: list[int], watch: Callable[[], Mapping]):
+        self.session, self.limits, self.watch = session, limits, watch
+        self.has_started = False
+        self.answers: dict[int, Answer | FlorenceError] = {}
+
+    def given_up(self):
+        if len(self.answers) == len(self.limits):
+            return {}
+        return {item: why for item, why in self.watch().items() if item not in self.answers}
+
+    def start(self, room: int):
+        if self.has_started or len(self.answers) == len(self.limits):
+            return None
+        self.has_started = True
+        return EncodedItems(range(len(self.limits)), self.session, self.limits)
+
+    def settle(self, item, answer):
+        self.answers.setdefault(item, answer)
+
+
+def watched(session, settings: GenerationSettings, limits: list[int], watch):
+    source = Watched(session, limits, watch)
+    DecodeLoop(source, DecodeBatch(settings), max_rows=len(limits)).run()
+    return [source.answers[item] for item in range(len(limits))]
+
+
+def given_up_at(call: int, items: Iterable[int]):
+    """Names ``items`` at the given call, counted from 0, and at every later one."""
+    reasons = {item: FlorenceError(f"Nobody waits for {item}.") for item in items}
+    calls = itertools.count()
+    return lambda: reasons if next(calls) >= call else {}
+
+
+@pytest.mark.parametrize("compact_at", [0.0, 0.75, 1.0])
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("call", [1, 4])
+@pytest.mark.parametrize("gone", [(0,), (1, 2, 5, 6, 7), (7,)])
+def test_what_is_given_up_leaves_the_other_answers_as_they_are(
+    monkeypatch: pytest.MonkeyPatch, compact_at: float, beams: int, call: int, gone: tuple[int, ...]
+):
+    monkeypatch.setattr(florence2.generation.decode, "COMPACT_AT", compact_at)
+    settings, stay = settings_of(beams), [item for item in range(8) if item not in gone]
+    plain = answers_of(naive(8), settings, [16] * 8)
+    answers = watched(naive(8), settings, [16] * 8, given_up_at(call, gone))
+    given_up = [item for item in gone if not isinstance(answers[item], Answer)]
+    assert given_up
+    assert [str(answers[item]) for item in given_up] == [f"Nobody waits for {i}." for i in given_up]
+    # What was complete by then is no longer given up.
+    complete = [item for item in gone if item not in given_up]
+    assert [answers[item] for item in complete] == [plain[item] for item in complete]
+    assert [answers[i].token_ids for i in stay] == [plain[i].token_ids for i in stay]
+
+
+def test_rows_given_up_leave_the_batch():
+    session = naive(8)
+    watched(session, settings_of(), [16] * 8, given_up_at(1, range(6)))
+    assert session.calls[:2] == [("prefill", 8), ("keep", 2)]
+
+
+@pytest.mark.parametrize("passes", [0, 1, 4])
+def test_once_everything_is_given_up_there_is_no_further_pass(passes: int):
+    session = naive(8)
+    answers = watched(session, settings_of(), [16] * 8, given_up_at(passes, range(8)))
+    assert any(isinstance(answer, FlorenceError) for answer in answers)
+    assert sum(name != "keep" for name, _ in session.calls) == passes
+
+
+def test_an_answer_that_is_complete_is_not_given_up():
+    first, _ = watched(naive(2), settings_of(), [2, 16], given_up_at(3, [0]))
+    assert isinstance(first, Answer)
+
+
+def test_what_the_source_raises_comes_through():
+    def broken():
+        raise TimeoutError("too late")
+
+    with pytest.raises(TimeoutError, match="too late"):
+        watched(naive(2), settings_of(), [16] * 2, broken)
+
+
+def test_the_source_is_asked_before_every_pass():
+    session, asked = naive(8), []
+    found = watched(session, settings_of(), [16] * 8, lambda: asked.append(1) or {})
+    assert found == answers_of(naive(8), settings_of(), [16] * 8)
+    assert len(asked) == sum(name != "keep" for name, _ in session.calls)
+
+
+class BrokenSession(NaiveSession):
+    """The logits of these prompts are never numbers, as long as all are there."""
+
+    broken = slice(None)
+
+    def prefill(self) -> Tensor:
+        return self._spoil(super().prefill())
+
+    def step(self, token_ids: Tensor) -> Tensor:
+        return self._spoil(super().step(token_ids))
+
+    def _spoil(self, logits: Tensor) -> Tensor:
+        if len(logits) == 4:
+            logits[self.broken] = float("nan")
+        return logits
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_network_that_gives_nan_is_an_error_not_an_answer(beams: int):
+    answers = answers_of(naive(4, kind=BrokenSession), settings_of(beams), [16] * 4)
+    assert [type(answer) for answer in answers] == [NotFiniteError] * 4
+    assert "finite numbers" in str(answers[0])
+    assert ". " not in str(answers[0])
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_nan_for_one_prompt_leaves_the_other_answers_as_they_are(beams: int):
+    session = naive(4, kind=BrokenSession)
+    session.broken = slice(2, 3)
+    plain = answers_of(naive(4), settings_of(beams), [3] * 4)
+    broken = answers_of(session, settings_of(beams), [3] * 4)
+    assert isinstance(broken[2], NotFiniteError)
+    assert broken[:2] + broken[3:] == plain[:2] + plain[3:]

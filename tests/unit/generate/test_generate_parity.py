@@ -14,13 +14,13 @@ from tiny_reference import (
     expected_answers,
     naive_session,
     network_session,
+    our_network,
     random_prompts,
     tiny_model,
 )
 from transformers import Florence2ForConditionalGeneration
 
-import florence2.generation.beam_search
-from florence2.network import linear as products
+from florence2.network import florence
 from florence2.records import GenerationSettings
 
 LIMIT = 16
@@ -113,8 +113,8 @@ def test_tight_limits(limit: int, beams: int):
 
 
 def test_the_large_vocabulary_path(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(florence2.generation.beam_search, "_SMALL_VOCABULARY", 0)
-    monkeypatch.setattr(florence2.generation.beam_search, "_BLOCK", 7)
+    monkeypatch.setattr(florence, "SMALL_VOCABULARY", 0)
+    monkeypatch.setattr(florence, "BLOCK", 7)
     for seed, beams in itertools.product(SEEDS, (1, 3, 5)):
         model, prompts = setup(seed)
         settings = GenerationSettings(num_beams=beams)
@@ -122,16 +122,25 @@ def test_the_large_vocabulary_path(monkeypatch: pytest.MonkeyPatch):
         assert differences(answer_in_batches(model, prompts, settings, LIMIT, 50), expected) == []
 
 
+class OneForm(dict):
+    """The same choice for every weight."""
+
+    def __init__(self, is_transposed: bool):
+        self.counts = (is_transposed,) * 60
+
+    def get(self, *_: object) -> tuple[bool, ...]:
+        return self.counts
+
+
 @pytest.mark.parametrize("is_transposed", [False, True])
-def test_either_form_of_every_product_gives_the_reference_s_tokens(
-    is_transposed: bool, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(products, "_is_transposed", lambda *_: is_transposed)
+def test_either_form_of_every_product_gives_the_reference_s_tokens(is_transposed: bool):
     for seed, beams in zip(SEEDS, (1, 3, 5), strict=True):
         model, prompts = setup(seed)
+        our_network(model).take_forms(OneForm(is_transposed))
         prompts = prompts.pick(list(range(30)))
         settings = GenerationSettings(num_beams=beams)
         expected = expected_answers(model, prompts, settings, LIMIT)
         for batch in (1, 7):
             answers = answer_in_batches(model, prompts, settings, LIMIT, batch)
             assert differences(answers, expected) == []
+        our_network(model).prepare_for_inference()

@@ -18,7 +18,7 @@ from tiny_reference import (
 from torch import Tensor
 from transformers import Florence2ForConditionalGeneration
 
-from florence2.generation.decode import generate
+from florence2.generation.decode import DecodeBatch, generate
 from florence2.records import GenerationSettings
 from florence2.tokens import BOS_ID, DECODER_START_ID, EOS_ID
 
@@ -96,9 +96,8 @@ def test_beams_are_truncated_if_the_forced_end_was_not_the_first_choice():
 def test_a_limit_without_room_is_truncated_and_empty():
     model, prompts = tiny_model(SEEDS[0]), random_prompts(SEEDS[0], 3)
     for beams in (1, 3):
-        answers = generate(
-            NaiveSession(model, prompts), 3, GenerationSettings(num_beams=beams), [1, 1, 6]
-        )
+        batch = DecodeBatch(GenerationSettings(num_beams=beams))
+        answers = generate(NaiveSession(model, prompts), batch, [1, 1, 6])
         assert [answer.truncated for answer in answers[:2]] == [True, True]
         assert [answer.token_ids for answer in answers[:2]] == [(), ()]
         assert answers[2].token_ids
@@ -107,8 +106,8 @@ def test_a_limit_without_room_is_truncated_and_empty():
 class _RepeatsBos(NaiveSession):
     """Prefers ``<s>`` for the first steps, as the large checkpoints do."""
 
-    def prefill(self, prefix_ids: list[int]) -> Tensor:
-        return self._prefer(super().prefill(prefix_ids))
+    def prefill(self) -> Tensor:
+        return self._prefer(super().prefill())
 
     def step(self, token_ids: Tensor) -> Tensor:
         return self._prefer(super().step(token_ids))
@@ -124,7 +123,7 @@ class _RepeatsBos(NaiveSession):
 def test_leading_bos_tokens_are_stripped_with_their_log_probs(beams: int, ngram: int):
     session = _RepeatsBos(tiny_model(SEEDS[0]), random_prompts(SEEDS[0], 6))
     settings = GenerationSettings(num_beams=beams, no_repeat_ngram_size=ngram)
-    for answer in generate(session, 6, settings, [12] * 6):
+    for answer in generate(session, DecodeBatch(settings), [12] * 6):
         assert len(answer.token_ids) == len(answer.log_probs) > 0
         assert answer.token_ids[0] != BOS_ID
         assert EOS_ID not in answer.token_ids

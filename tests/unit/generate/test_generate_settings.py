@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from florence2.errors import RequestError
-from florence2.generation.decode import generate
 from florence2.generation.settings import check_settings
 from florence2.records import GenerationSettings
 
@@ -62,20 +61,3 @@ def test_other_settings_are_refused_in_one_plain_sentence(name: str, value: Any)
     assert text.startswith(f"{name} must be ")
     assert f"not {value!r};" in text
     assert text.endswith(".")
-
-
-def test_a_batch_shares_its_settings_except_the_limit():
-    with pytest.raises(RequestError, match="must share all settings"):
-        generate(None, 2, [GenerationSettings(), GenerationSettings(num_beams=1)], [5, 5])
-
-
-def test_counts_must_agree():
-    with pytest.raises(RequestError, match="each of its 2 prompts"):
-        generate(None, 2, GenerationSettings(), [5])
-    with pytest.raises(RequestError, match="each of its 2 prompts"):
-        generate(None, 2, [GenerationSettings()], [5, 5])
-
-
-def test_each_limit_is_checked():
-    with pytest.raises(RequestError, match=r"max_new_tokens must be .* not 0;"):
-        generate(None, 2, GenerationSettings(), [5, 0])

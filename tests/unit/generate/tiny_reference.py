@@ -13,12 +13,12 @@ from transformers import Florence2Config, Florence2ForConditionalGeneration
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutput
 
-from florence2.generation.decode import Session, generate
+from florence2.generation.decode import DecodeBatch, Session, generate
 from florence2.generation.kv_cache import DecoderSession
 from florence2.network.config import NetworkConfig
 from florence2.network.florence import Florence2Network
 from florence2.records import Answer, GenerationSettings
-from florence2.tokens import BOS_ID, DECODER_START_ID, EOS_ID, PAD_ID
+from florence2.tokens import ANSWER_PREFIX, BOS_ID, DECODER_START_ID, EOS_ID, PAD_ID
 
 SEEDS = (0, 3, 5)
 VOCAB = 120
@@ -180,9 +180,9 @@ class NaiveSession:
         self._history: list[Tensor] = []
         self.calls: list[tuple[str, int]] = []
 
-    def prefill(self, prefix_ids: list[int]) -> Tensor:
+    def prefill(self) -> Tensor:
         self.calls.append(("prefill", len(self._prompts)))
-        self._history = [torch.tensor([prefix_ids]) for _ in self._prompts]
+        self._history = [torch.tensor([ANSWER_PREFIX]) for _ in self._prompts]
         return self._logits()[:, 0]
 
     def reorder(self, beam_indices: Tensor) -> None:
@@ -230,17 +230,17 @@ class NaiveSession:
 
 
 def naive_session(
-    model: Florence2ForConditionalGeneration, prompts: Prompts, *_: object
+    model: Florence2ForConditionalGeneration, prompts: Prompts, *_: object, **options: object
 ) -> NaiveSession:
     return NaiveSession(model, prompts)
 
 
 @functools.cache
-def our_network(model: Florence2ForConditionalGeneration) -> Florence2Network:
+def our_network(model: Florence2ForConditionalGeneration, device: str = "cpu") -> Florence2Network:
     """Our network with the reference's weights."""
     network = Florence2Network(NetworkConfig.from_dict(model.config.to_dict()))
     network.load_state_dict(model.state_dict())
-    return network.prepare_for_inference()
+    return network.to(device).prepare_for_inference()
 
 
 def network_session(
@@ -248,10 +248,10 @@ def network_session(
     prompts: Prompts,
     num_beams: int,
     limits: Sequence[int],
+    device: str = "cpu",
 ) -> DecoderSession:
-    return DecoderSession(
-        our_network(model), prompts.states, prompts.mask.bool(), num_beams, max(limits)
-    )
+    states, mask = prompts.states.to(device), prompts.mask.bool().to(device)
+    return DecoderSession(our_network(model, device), states, mask, num_beams, max(limits))
 
 
 def differences(answers: Sequence[Answer], expected: Sequence[Expected]) -> list[int]:
@@ -270,16 +270,14 @@ def answer_in_batches(
     settings: GenerationSettings,
     max_new_tokens: int,
     batch: int,
-    session: Callable[..., Session] | None = None,
+    session: Callable[..., Session] = network_session,
+    flags_lag: int | None = None,
 ) -> list[Answer]:
     """Our answers to all prompts, ``batch`` of them at a time, by default with our network."""
-    session = session or network_session
     answers: list[Answer] = []
     for start in range(0, len(prompts.states), batch):
         part = prompts.pick(list(range(start, min(start + batch, len(prompts.states)))))
-        count = len(part.states)
-        limits = [max_new_tokens] * count
-        answers += generate(
-            session(model, part, settings.num_beams, limits), count, settings, limits
-        )
+        limits = [max_new_tokens] * len(part.states)
+        made = session(model, part, settings.num_beams, limits)
+        answers += generate(made, DecodeBatch(settings), limits, flags_lag=flags_lag)
     return answers

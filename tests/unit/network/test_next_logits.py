@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import florence2.generation.beam_search
+from florence2.network import florence
 from florence2.network.config import tiny_config
-from florence2.network.florence import Florence2Network
+from florence2.network.florence import Florence2Network, top_candidates
 
 NUM_EXACT = 16
 REDUCED = [torch.bfloat16, torch.float16]
@@ -33,8 +33,8 @@ def exact_logits(network: Florence2Network, rows: Tensor) -> Tensor:
 
 @pytest.fixture(params=[0, 10**6], ids=["large vocabulary", "small vocabulary"])
 def vocabulary(request, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(florence2.generation.beam_search, "_SMALL_VOCABULARY", request.param)
-    monkeypatch.setattr(florence2.generation.beam_search, "_BLOCK", 4)
+    monkeypatch.setattr(florence, "SMALL_VOCABULARY", request.param)
+    monkeypatch.setattr(florence, "BLOCK", 4)
 
 
 @pytest.mark.parametrize("dtype", REDUCED)
@@ -93,3 +93,16 @@ def test_what_is_not_finite_stays_so(dtype: torch.dtype) -> None:
         is_nan = network.next_logits(rows, NUM_EXACT).isnan()
     assert bool(is_nan[0, 1].all())
     assert int(is_nan.sum()) == is_nan.shape[-1]
+
+
+@pytest.mark.parametrize("vocab", [50, 4096, 4097, 5120, 51289, 51328])
+@pytest.mark.parametrize("count", [2, 6, 40])
+def test_top_candidates_equals_topk(vocab: int, count: int):
+    generator = torch.Generator().manual_seed(vocab + count)
+    log_probs = torch.randn((4, vocab), generator=generator)
+    log_probs[1, -count:] = 10 + torch.arange(count).float()
+    log_probs[2, : vocab - count // 2] = float("-inf")
+    values, ids = top_candidates(log_probs, count)
+    assert torch.equal(values, torch.topk(log_probs, count).values)
+    assert torch.equal(log_probs.gather(1, ids), values)
+    assert all(len(set(row)) == count for row in ids.tolist())

@@ -22,8 +22,9 @@ from torch import Tensor
 from florence2.errors import RequestError
 from florence2.generation.kv_cache import DecoderSession
 from florence2.network.config import NetworkConfig, base_config, large_config, tiny_config
+from florence2.tokens import ANSWER_PREFIX
 
-PREFIX = [2, 0]
+PREFIX = list(ANSWER_PREFIX)
 
 
 class Replay:
@@ -85,7 +86,7 @@ class Replay:
 def check_search(
     replay: Replay, steps: int, limit: float, error: Callable[..., float] = relative_error
 ) -> None:
-    logits = replay.session.prefill(PREFIX)
+    logits = replay.session.prefill()
     assert error(logits, replay.expected()[:, 0]) < limit
     for step in range(steps):
         logits = replay.step(reorder=step > 0)
@@ -112,7 +113,7 @@ def test_equal_prompts_and_a_cache_that_grows() -> None:
 
 def test_dropped_items_leave_the_others_alone() -> None:
     replay = Replay(tiny_config(), 3, [6, 9, 5, 7], torch.float32)
-    replay.session.prefill(PREFIX)
+    replay.session.prefill()
     for step, kept in enumerate([None, [0, 2, 3], None, [2, 0], [0], None]):
         if kept is not None:
             replay.keep(kept)
@@ -120,19 +121,11 @@ def test_dropped_items_leave_the_others_alone() -> None:
         assert relative_error(replay.step(reorder=step > 0), replay.expected()) < 1e-5
 
 
-def test_long_prefix() -> None:
-    replay = Replay(tiny_config(), 2, [6], torch.float32)
-    prefix = [2, 0, 17, 30, 4]
-    replay.histories = [[list(prefix), list(prefix)]]
-    assert relative_error(replay.session.prefill(prefix), replay.expected()[:, 0]) < 1e-5
-    assert relative_error(replay.step(reorder=False), replay.expected()) < 1e-5
-
-
 def test_random_choices_of_order_and_items() -> None:
     for seed in range(10):
         replay = Replay(tiny_config(), 4, [5, 8, 6], torch.float32)
         torch.manual_seed(seed)
-        replay.session.prefill(PREFIX)
+        replay.session.prefill()
         for step in range(12):
             logits = replay.step(reorder=bool(torch.rand(()) < 0.7) and step > 0)
             if step == 6:
@@ -146,20 +139,14 @@ def test_published_sizes(config: NetworkConfig) -> None:
     check_search(Replay(config, 3, [8, 12], torch.float32), steps=4, limit=1e-5)
 
 
-def test_cross_attention_is_kept_once_per_item() -> None:
-    replay = Replay(tiny_config(), 5, [6, 9], torch.float32)
-    replay.session.prefill(PREFIX)
+def test_the_cache_holds_cross_attention_once_per_item_and_few_steps_of_a_long_limit() -> None:
+    replay = Replay(tiny_config(max_positions=1024), 5, [6, 9], torch.float32, 1024)
+    replay.session.prefill()
     replay.step(reorder=False)
-    for layer in replay.session._layers:
-        assert layer.cross_key.shape[0] == layer.cross_value.shape[0] == 2
-
-
-def test_a_long_limit_allocates_little() -> None:
-    replay = Replay(tiny_config(max_positions=1024), 3, [6], torch.float32)
-    states = replay.states
-    session = DecoderSession(replay.network, states, replay.mask, 3, 1024)
-    session.prefill(PREFIX)
-    assert session._layers[0].own_key.shape[2] <= 128
+    for cross_key, cross_value, own_key, own_value in replay.session.caches():
+        assert cross_key.shape == cross_value.shape == (2, 4, replay.mask.shape[1], 8)
+        assert own_key.shape == own_value.shape
+        assert own_key.shape[2] <= 256
 
 
 def test_the_position_table_is_never_overrun() -> None:
@@ -167,7 +154,7 @@ def test_the_position_table_is_never_overrun() -> None:
     with pytest.raises(RequestError, match="max_new_tokens may be at most 32"):
         DecoderSession(replay.network, replay.states, replay.mask, 2, 33)
     session = DecoderSession(replay.network, replay.states, replay.mask, 2, 32)
-    session.prefill(PREFIX)
+    session.prefill()
     for _ in range(30):
         session.step(torch.full((1, 2), 7))
     with pytest.raises(RequestError, match="at most 32 tokens, got 33"):
@@ -178,6 +165,6 @@ def test_calls_out_of_order_are_refused() -> None:
     replay = Replay(tiny_config(), 2, [6], torch.float32)
     with pytest.raises(RuntimeError, match="prefill first"):
         replay.session.step(torch.zeros(1, 2, dtype=torch.long))
-    replay.session.prefill(PREFIX)
+    replay.session.prefill()
     with pytest.raises(RuntimeError, match="before any step"):
-        replay.session.prefill(PREFIX)
+        replay.session.prefill()

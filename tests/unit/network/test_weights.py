@@ -41,42 +41,51 @@ def assert_same(first: State, second: State) -> None:
         assert torch.equal(value, second[name]), name
 
 
-def write_safetensors(folder: Path, state: State) -> None:
-    save_file(state, folder / "model.safetensors")
-
-
-def write_bin(folder: Path, state: State) -> None:
-    torch.save(state, folder / "pytorch_model.bin")
-
-
-def write_old_bin(folder: Path, state: State) -> None:
-    torch.save(state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
-
-
-def write_shards(folder: Path, state: State) -> None:
+def write_shards(folder: Path, state: State, variant: str = "") -> None:
     names = sorted(state)
-    places = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(names)}
+    shard = f"model{variant}-0000{{}}-of-00002.safetensors"
+    places = {name: shard.format(1 + i % 2) for i, name in enumerate(names)}
     for file in set(places.values()):
         save_file({name: state[name] for name in names if places[name] == file}, folder / file)
     index = {"metadata": {}, "weight_map": places}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / f"model.safetensors.index{variant}.json").write_text(json.dumps(index))
 
 
-WRITERS = [write_safetensors, write_bin, write_old_bin, write_shards]
+def write_old_bin(folder: Path, state: State) -> None:
+    path = folder / "pytorch_model.bin"
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+
+
+WRITERS: dict[str, Callable[[Path, State], None]] = {
+    "safetensors": lambda folder, state: save_file(state, folder / "model.safetensors"),
+    "pickled": lambda folder, state: torch.save(state, folder / "pytorch_model.bin"),
+    "pickled by an old torch": write_old_bin,
+    "shards": write_shards,
+}
+VARIANTS: dict[str, Callable[[Path, State], None]] = {
+    "safetensors": lambda folder, state: save_file(state, folder / "model.fp16.safetensors"),
+    "pickled": lambda folder, state: torch.save(state, folder / "pytorch_model.bf16.bin"),
+    "shards": lambda folder, state: write_shards(folder, state, ".fp16"),
+}
+
+
+def in_layout(native: State, layout: str) -> State:
+    return dict(native) if layout == "native" else original_state(native, CONFIG)
 
 
 @pytest.mark.parametrize("layout", ["native", "original"])
-@pytest.mark.parametrize("write", WRITERS)
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
 def test_written_and_read(
     tmp_path: Path, native: State, write: Callable[[Path, State], None], layout: str
 ) -> None:
-    state = native if layout == "native" else original_state(native, CONFIG)
+    state = in_layout(native, layout)
     assert detect_layout(state) == layout
     write(tmp_path, state)
     read = read_weights(tmp_path)
     assert_same(read, state)
     network = build_network(CONFIG, read)
     assert network.is_tied
+    assert network.notes == ()
     assert_same(network.native_state(), native)
 
 
@@ -92,13 +101,6 @@ def test_the_full_state_of_the_reference_is_native() -> None:
     assert_same(built.state_dict(), network.state_dict())
 
 
-def test_logits_bias_must_be_zero(native: State) -> None:
-    state = original_state(native, CONFIG)
-    state["language_model.final_logits_bias"][0, 3] = 0.5
-    with pytest.raises(CheckpointError, match="final_logits_bias must be all zero"):
-        build_network(CONFIG, state)
-
-
 @pytest.mark.parametrize(
     "kept", [SHARED, ENCODER_COPY, ENCODER_COPY.replace("encoder", "decoder"), "lm_head.weight"]
 )
@@ -111,24 +113,16 @@ def test_any_one_of_the_tied_names_is_enough(native: State, kept: str) -> None:
 
 def test_a_head_of_its_own_stays_untied(native: State) -> None:
     native["lm_head.weight"] = native[SHARED] + 1
-    network = build_network(CONFIG, native)
-    assert not network.is_tied
-    assert_same(network.native_state(), native)
-
-
-def test_untie_and_tie() -> None:
-    network = random_network(CONFIG)
-    network.untie()
-    assert not network.is_tied
-    assert "lm_head.weight" in network.native_state()
+    wrapped = {f"module.{name}": value for name, value in native.items()}
+    for state in (native, wrapped):
+        network = build_network(CONFIG, state)
+        assert not network.is_tied
+        assert_same(network.native_state(), native)
     network.tie()
     assert network.is_tied
-
-
-def test_separate_input_embeddings_are_refused(native: State) -> None:
-    native[ENCODER_COPY] = native[SHARED] + 1
-    with pytest.raises(CheckpointError, match=r"encoder\.embed_tokens\.weight must equal"):
-        build_network(CONFIG, native)
+    network.untie()
+    assert "lm_head.weight" in network.native_state()
+    assert not network.is_tied
 
 
 @pytest.mark.parametrize("rows", [100, 121, 200])
@@ -171,24 +165,12 @@ UNUSED = [
 
 @pytest.mark.parametrize(("layout", "name"), UNUSED)
 def test_what_no_network_uses_is_left_out_and_noted(native: State, layout: str, name: str) -> None:
-    state = dict(native) if layout == "native" else original_state(native, CONFIG)
+    state = in_layout(native, layout)
     state[name] = torch.ones(1, 3, dtype=torch.int64 if "ids" in name else torch.float32)
     network = build_network(CONFIG, state)
     [note] = network.notes
     assert name.rsplit(".", 2)[-1] in note
     assert_same(network.native_state(), native)
-
-
-def test_nothing_unused_is_nothing_noted(native: State) -> None:
-    for state in (native, original_state(native, CONFIG)):
-        assert build_network(CONFIG, state).notes == ()
-
-
-def test_more_layers_than_the_config_has_are_not_left_out_in_silence(native: State) -> None:
-    name = "model.language_model.decoder.layers.7.fc1.weight"
-    native[name] = torch.zeros(3)
-    with pytest.raises(CheckpointError, match=r"layers\.7\.fc1\.weight, more layers than config"):
-        build_network(CONFIG, native)
 
 
 def test_the_table_of_frames_is_computed_where_it_is_absent(native: State) -> None:
@@ -222,7 +204,7 @@ WRAPPINGS = {
 @pytest.mark.parametrize("wrapping", WRAPPINGS)
 def test_what_wrappers_put_around_names_is_taken_off(native: State, wrapping: str) -> None:
     layout, wrap = WRAPPINGS[wrapping]
-    state = native if layout == "native" else original_state(native, CONFIG)
+    state = in_layout(native, layout)
     state = {wrap(name): value for name, value in state.items()}
     assert detect_layout(state) == layout
     network = build_network(CONFIG, state)
@@ -230,69 +212,74 @@ def test_what_wrappers_put_around_names_is_taken_off(native: State, wrapping: st
     assert_same(network.native_state(), native)
 
 
-def test_a_head_without_a_prefix_beside_wrapped_names_is_kept(native: State) -> None:
-    state = {f"module.{name}": value for name, value in native.items()}
-    state["module.lm_head.weight"] = native[SHARED] + 1
-    network = build_network(CONFIG, state)
-    assert torch.equal(network.lm_head.weight, native[SHARED] + 1)
+FC1 = "model.language_model.decoder.layers.1.fc1.weight"
+FC1_OF_ORIGINAL = "language_model.model.decoder.layers.1.fc1"
+LOGITS_BIAS = "language_model.final_logits_bias"
+QUANTISED = ["SCB", "weight_format", "weight.absmax", "weight.quant_state.bitsandbytes__nf4"]
+QUANTISED += ["qweight", "scales", "weight._data", "weight_scale", "scale_weight"]
+ADAPTER = ["lora_A.default.weight", "lora_B.weight", "base_layer.weight"]
+ADAPTER += ["modules_to_save.default.weight"]
+REFUSED: dict[str, tuple[str, Callable[[State], State], str]] = {
+    # name: (layout, what is put into a state, message)
+    "a bias on the logits": (
+        "original",
+        lambda state: {LOGITS_BIAS: state[LOGITS_BIAS] + 0.5},
+        "final_logits_bias must be all zero",
+    ),
+    "input embeddings of their own": (
+        "native",
+        lambda state: {ENCODER_COPY: state[SHARED] + 1},
+        r"encoder\.embed_tokens\.weight must equal",
+    ),
+    "more layers than the config has": (
+        "native",
+        lambda state: {FC1.replace("layers.1", "layers.7"): torch.zeros(3)},
+        r"layers\.7\.fc1\.weight, more layers than config",
+    ),
+    "a misshaped weight": (
+        "native",
+        lambda state: {FC1: state[FC1][:-1]},
+        r"decoder\.layers\.1\.fc1\.weight must have .*128",
+    ),
+    "two values of one weight": (
+        "native",
+        lambda state: {f"module.{FC1}": state[FC1] + 1},
+        "twice, the second time as module",
+    ),
+    "integers": ("native", lambda state: {FC1: state[FC1].to(torch.int8)}, "are quantised"),
+    **{
+        f"{layout} with {end}": (
+            layout,
+            lambda state, name=f"{module}.{end}": {name: torch.ones(1)},
+            "weights are quantised",
+        )
+        for layout, module in {"native": FC1[:-7], "original": FC1_OF_ORIGINAL}.items()
+        for end in QUANTISED
+    },
+    **{
+        f"{wrapper}{end}": (
+            "original",
+            lambda state, name=f"{wrapper}{FC1_OF_ORIGINAL}.{end}": {name: torch.ones(2, 2)},
+            "an adapter that is not merged",
+        )
+        for wrapper in ("", "base_model.model.")
+        for end in ADAPTER
+    },
+}
 
 
-def test_one_weight_under_two_names_must_be_one(native: State) -> None:
-    name = "model.language_model.decoder.layers.1.fc1.weight"
-    same = native | {f"module.{name}": native[name].clone()}
+@pytest.mark.parametrize(("layout", "change", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_is_no_plain_checkpoint_is_refused(
+    native: State, layout: str, change: Callable[[State], State], message: str
+) -> None:
+    state = in_layout(native, layout)
+    with pytest.raises(CheckpointError, match=message):
+        build_network(CONFIG, state | change(state))
+
+
+def test_one_weight_under_two_names_may_be_one(native: State) -> None:
+    same = native | {f"module.{FC1}": native[FC1].clone()}
     assert_same(build_network(CONFIG, same).native_state(), native)
-    with pytest.raises(CheckpointError, match="twice, the second time as module"):
-        build_network(CONFIG, native | {f"module.{name}": native[name] + 1})
-
-
-def test_a_misshaped_weight_is_named(native: State) -> None:
-    name = "model.language_model.decoder.layers.1.fc1.weight"
-    native[name] = native[name][:-1]
-    with pytest.raises(CheckpointError, match=r"decoder\.layers\.1\.fc1\.weight must have .*128"):
-        build_network(CONFIG, native)
-
-
-@pytest.mark.parametrize(
-    "beside",
-    [
-        "SCB",
-        "weight_format",
-        "weight.absmax",
-        "weight.quant_state.bitsandbytes__nf4",
-        "qweight",
-        "scales",
-        "weight._data",
-        "weight_scale",
-        "scale_weight",
-        None,
-    ],
-)
-@pytest.mark.parametrize("layout", ["native", "original"])
-def test_quantised_weights_are_called_so(native: State, layout: str, beside: str | None) -> None:
-    state = native if layout == "native" else original_state(native, CONFIG)
-    [name] = [name for name in state if name.endswith("decoder.layers.1.fc1.weight")]
-    state[name] = state[name].to(torch.int8)
-    if beside is not None:
-        state[f"{name.removesuffix('.weight')}.{beside}"] = torch.ones(1)
-    with pytest.raises(CheckpointError, match="weights are quantised"):
-        build_network(CONFIG, state)
-
-
-@pytest.mark.parametrize(
-    "part",
-    [
-        "lora_A.default.weight",
-        "lora_B.weight",
-        "base_layer.weight",
-        "modules_to_save.default.weight",
-    ],
-)
-@pytest.mark.parametrize("wrapper", ["", "base_model.model."])
-def test_an_adapter_that_is_not_merged_is_called_so(native: State, part: str, wrapper: str) -> None:
-    state = original_state(native, CONFIG)
-    state[f"{wrapper}language_model.model.decoder.layers.1.fc2.{part}"] = torch.ones(2, 2)
-    with pytest.raises(CheckpointError, match="an adapter that is not merged"):
-        build_network(CONFIG, state)
 
 
 @pytest.mark.parametrize(
@@ -304,36 +291,8 @@ def test_other_layouts_are_refused(names: list[str]) -> None:
         detect_layout(names)
 
 
-def write_variant(folder: Path, state: State) -> None:
-    save_file(state, folder / "model.fp16.safetensors")
-
-
-def write_pickled_variant(folder: Path, state: State) -> None:
-    torch.save(state, folder / "pytorch_model.bf16.bin")
-
-
-def write_variant_shards(folder: Path, state: State) -> None:
-    write_shards(folder, state)
-    index = folder / "model.safetensors.index.json"
-    text = index.read_text().replace("model-0000", "model.fp16-0000")
-    (folder / "model.safetensors.index.fp16.json").write_text(text)
-    index.unlink()
-    for path in folder.glob("model-*"):
-        path.rename(folder / path.name.replace("model-", "model.fp16-"))
-
-
-@pytest.mark.parametrize("write", [write_variant, write_pickled_variant, write_variant_shards])
-def test_weights_with_a_variant_in_their_names(
-    tmp_path: Path, native: State, write: Callable[[Path, State], None]
-) -> None:
-    write(tmp_path, native)
-    assert_same(read_weights(tmp_path), native)
-    write_bin(tmp_path, {"plain": torch.zeros(1)})
-    assert list(read_weights(tmp_path)) == ["plain"]
-
-
 @pytest.mark.parametrize("cut", [0, 5, 30, 2000, -1])
-@pytest.mark.parametrize("write", [write_safetensors, write_bin, write_old_bin])
+@pytest.mark.parametrize("write", [*WRITERS.values()][:3], ids=[*WRITERS][:3])
 def test_a_cut_file(
     tmp_path: Path, native: State, write: Callable[[Path, State], None], cut: int
 ) -> None:
@@ -357,36 +316,41 @@ def test_a_file_with_code_is_not_executed(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("write", VARIANTS.values(), ids=VARIANTS)
+def test_weights_with_a_variant_in_their_names(
+    tmp_path: Path, native: State, write: Callable[[Path, State], None]
+) -> None:
+    write(tmp_path, native)
+    assert_same(read_weights(tmp_path), native)
+    WRITERS["pickled"](tmp_path, {"plain": torch.zeros(1)})
+    assert list(read_weights(tmp_path)) == ["plain"]
+
+
+INDEX = "model.safetensors.index.json"
+FOLDERS: dict[str, tuple[str, str, str]] = {
+    # name: (file, what is in it, message)
+    "no weights": ("readme.txt", "", r"must hold weights such as model\.safetensors"),
+    "an index cut": (INDEX, "{", "is cut or damaged"),
+    "an index of another form": (INDEX, "[]", "is cut or damaged"),
+    "a file elsewhere": (INDEX, '{"weight_map": {"a": "../b.safetensors"}}', "of its own folder"),
+    "a missing shard": (
+        INDEX,
+        '{"weight_map": {"a": "two.safetensors"}}',
+        r"two\.safetensors is named by its index but does not exist",
+    ),
+    "an absent weight": (INDEX, '{"weight_map": {"absent": "one.safetensors"}}', "names absent"),
+}
+
+
+@pytest.mark.parametrize(("name", "text", "message"), FOLDERS.values(), ids=FOLDERS)
+def test_an_incomplete_folder(tmp_path: Path, name: str, text: str, message: str) -> None:
+    save_file({"present": torch.zeros(1)}, tmp_path / "one.safetensors")
+    (tmp_path / name).write_text(text)
+    with pytest.raises(CheckpointError, match=message):
+        read_weights(tmp_path)
+
+
 def test_a_file_with_other_values(tmp_path: Path) -> None:
     torch.save({"weight": [1, 2]}, tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="must hold named tensors only"):
-        read_weights(tmp_path)
-
-
-def test_an_empty_folder(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"must hold weights such as model\.safetensors"):
-        read_weights(tmp_path)
-
-
-def test_a_missing_shard(tmp_path: Path, native: State) -> None:
-    write_shards(tmp_path, native)
-    (tmp_path / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"model-00002-of-00002\.safetensors is named by"):
-        read_weights(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("index", "message"),
-    [
-        ("{", "is cut or damaged"),
-        ("[]", "is cut or damaged"),
-        ('{"weight_map": {"a": "../b.safetensors"}}', "files of its own folder"),
-        ('{"weight_map": {"a": "model.safetensors"}}', "does not exist"),
-        ('{"weight_map": {"absent": "one.safetensors"}}', "names absent"),
-    ],
-)
-def test_a_bad_index(tmp_path: Path, index: str, message: str) -> None:
-    save_file({"present": torch.zeros(1)}, tmp_path / "one.safetensors")
-    (tmp_path / "model.safetensors.index.json").write_text(index)
-    with pytest.raises(CheckpointError, match=message):
         read_weights(tmp_path)

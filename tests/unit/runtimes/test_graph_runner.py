@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from replaying import ReplayingRecorder
+from recorders import ReplayingRecorder
 
 from florence2.runtimes import cuda_graphs as graphs
 from florence2.runtimes.cuda_graphs import WARM_UPS, GraphRunner, make_runner
@@ -39,7 +39,7 @@ def test_a_recording_is_made_once_and_replayed():
     runner, work = GraphRunner(recorder), Counting()
     for _ in range(3):
         runner.run("count", work, [work.counter])
-    assert recorder.events == ["aside", "record", "replay", "replay", "replay"]
+    assert recorder.events == ["warm up", "record", "replay", "replay", "replay"]
     assert work.num_calls == WARM_UPS + 3
     assert runner.num_graphs == 1
 
@@ -50,17 +50,12 @@ def test_a_cpu_records_nothing():
     assert (runner.is_enabled, runner.num_graphs, work.num_calls) == (False, 0, 1)
 
 
-def test_without_the_state_the_warm_up_shows():
-    runner, work = GraphRunner(ReplayingRecorder()), Counting()
-    runner.run("count", work)
-    assert work.counter.tolist() == [WARM_UPS + 1] * 3
-
-
-def test_a_known_key_replays_the_first_tensors():
+def test_a_recording_knows_the_tensors_of_its_first_call_and_puts_back_its_state_only():
     runner, first, second = GraphRunner(ReplayingRecorder()), Counting(), Counting()
-    runner.run("count", first, [first.counter])
-    runner.run("count", second, [second.counter])
-    assert first.counter.tolist() == [2] * 3
+    runner.run("without state", first)
+    assert first.counter.tolist() == [WARM_UPS + 1] * 3
+    runner.run("without state", second)
+    assert first.counter.tolist() == [WARM_UPS + 2] * 3
     assert second.num_calls == 0
 
 
@@ -70,11 +65,11 @@ def test_the_least_recently_used_recording_goes_first():
     for name in "abac":
         runner.run(name, works[name], [works[name].counter])
     assert recorder.num_alive == runner.num_graphs == 2
-    assert recorder.events[-5:] == ["aside", "settle", "reset", "record", "replay"]
+    assert recorder.events[-5:] == ["warm up", "synchronize", "reset", "record", "replay"]
     recorder.events.clear()
     for name in "acb":
         runner.run(name, works[name], [works[name].counter])
-    assert recorder.events[:3] == ["replay", "replay", "aside"]
+    assert recorder.events[:3] == ["replay", "replay", "warm up"]
     assert [works[name].counter[0].item() for name in "abc"] == [3, 2, 2]
 
 
@@ -98,16 +93,6 @@ def test_the_first_failed_recording_is_the_last_one(caplog):
     assert recorder.num_alive == runner.num_graphs == 0
     assert not runner.is_enabled
     assert [works[name].counter[0].item() for name in "ac"] == [2, 1]
-
-
-def test_plainly_it_goes_the_ways_of_recorded_work_and_records_nothing():
-    recorder = ReplayingRecorder()
-    runner, work = GraphRunner(recorder), Counting()
-    with runner.plainly():
-        runner.run("count", work, [work.counter])
-        assert runner.is_enabled
-    assert recorder.events == []
-    assert work.counter.tolist() == [1] * 3
 
 
 @pytest.mark.parametrize(
@@ -135,16 +120,26 @@ def test_an_error_of_the_work_comes_through_with_the_state_put_back():
     assert work.counter.tolist() == [1] * 3
 
 
-def test_paused_it_just_runs_and_keeps_what_it_has():
+def test_paused_or_plainly_it_just_runs_and_keeps_what_it_has():
     recorder = ReplayingRecorder()
     runner, work = GraphRunner(recorder), Counting()
     runner.run("count", work, [work.counter])
-    with runner.paused():
-        assert not runner.is_enabled
-        runner.run("count", work, [work.counter])
+    for within, is_enabled in ((runner.paused, False), (runner.plainly, True)):
+        with within():
+            # Plainly it goes the ways of recorded work.
+            assert runner.is_enabled is is_enabled
+            runner.run("count", work, [work.counter])
+        assert runner.is_enabled
     runner.run("count", work, [work.counter])
-    assert recorder.events == ["aside", "record", "replay", "replay"]
-    assert work.counter.tolist() == [3] * 3
+    assert recorder.events == ["warm up", "record", "replay", "replay"]
+    assert work.counter.tolist() == [4] * 3
+
+
+def test_recording_that_ended_while_paused_stays_ended():
+    runner = GraphRunner(ReplayingRecorder())
+    with runner.paused():
+        runner.give_up("a test")
+    assert not runner.is_enabled
 
 
 def test_cleared_it_waits_for_the_device_and_records_anew():
@@ -152,7 +147,7 @@ def test_cleared_it_waits_for_the_device_and_records_anew():
     runner, first, second = GraphRunner(recorder), Counting(), Counting()
     runner.run("count", first, [first.counter])
     runner.clear()
-    assert recorder.events[-2:] == ["settle", "reset"]
+    assert recorder.events[-2:] == ["synchronize", "reset"]
     assert recorder.num_alive == runner.num_graphs == 0
     runner.run("count", second, [second.counter])
     assert (first.counter[0], second.counter[0]) == (1, 1)
@@ -165,7 +160,7 @@ def test_forgotten_recordings_are_made_anew_and_the_others_stay():
         runner.run(name, works[name], [works[name].counter])
     recorder.events.clear()
     runner.forget(["b", "never recorded"])
-    assert recorder.events == ["settle", "reset"]
+    assert recorder.events == ["synchronize", "reset"]
     assert recorder.num_alive == runner.num_graphs == 2
     for name in "abc":
         runner.run(name, works[name], [works[name].counter])

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from taping import TapingRecorder
 
 from florence2 import Florence2
 from florence2.checkpoint.checkpoint import load_weights, open_checkpoint
 from florence2.engine import loading
-from florence2.runtimes import memory as batch_sizes
-from florence2.runtimes.cuda_graphs import VISION_BUCKETS as BUCKETS
-from florence2.runtimes.cuda_graphs import GraphRunner
-from florence2.runtimes.memory import (
+from florence2.engine.batch_sizes import (
     MOST_IMAGES,
     MOST_PROMPTS,
     BatchSizes,
@@ -21,6 +17,8 @@ from florence2.runtimes.memory import (
     measure_cost,
     measured_batches,
 )
+from florence2.runtimes.cuda_graphs import GraphRunner
+from florence2.runtimes.torch import VISION_BUCKETS as BUCKETS
 from florence2.runtimes.torch import TorchRuntime
 
 MIB = 2**20
@@ -82,13 +80,22 @@ def test_the_cost_is_the_line_through_two_peaks(line, expected):
     assert (found, len(prepared)) == (expected, 2)
 
 
-def test_what_is_recorded_and_kept_idle_is_not_free(sane_folder):
-    checkpoint = open_checkpoint(sane_folder)
-    recorder = TapingRecorder()
-    runtime = TorchRuntime(
-        load_weights(checkpoint, torch.float32), torch.device("cpu"), "fp32", GraphRunner(recorder)
-    )
-    runtime.most_idle_bytes, runtime.most_prompt_bytes = 150 * MIB, 50 * MIB
+@pytest.fixture(scope="module")
+def checkpoint(sane_folder):
+    return open_checkpoint(sane_folder)
+
+
+@pytest.fixture
+def recorded(checkpoint, recorder):
+    """A runtime that records as on a GPU, and keeps no memory for what is idle."""
+    network = load_weights(checkpoint, torch.float32)
+    runtime = TorchRuntime(network, torch.device("cpu"), "fp32", GraphRunner(recorder))
+    runtime.most_idle_bytes = runtime.most_prompt_bytes = 0
+    return runtime
+
+
+def test_what_is_recorded_and_kept_idle_is_not_free(checkpoint, recorded, recorder):
+    recorded.most_idle_bytes, recorded.most_prompt_bytes = 150 * MIB, 50 * MIB
     alive = []
 
     class Meter(FakeMeter):
@@ -101,126 +108,90 @@ def test_what_is_recorded_and_kept_idle_is_not_free(sane_folder):
             work()
             return 10 * MIB
 
-    assert measured_batches(checkpoint, runtime, Meter(), reserved_bytes=790 * MIB) == (
-        BatchSizes(images=1, prompts=1)
-    )
+    found = measured_batches(checkpoint, recorded, Meter(), reserved_bytes=790 * MIB)
+    assert found == BatchSizes(images=1, prompts=1)
     # Recorded at the largest size that fits, and then what is free is asked again.
     assert alive == [0, 1]
-    [key] = runtime.graphs._held
+    [key] = recorded.graphs.keys
     assert key[:3:2] == ("vision", 1)
 
 
 @pytest.mark.parametrize(
-    ("each_mib", "free_mib", "images", "recorded"),
-    [(20, 1000, 17, BUCKETS[-1]), (50, 1000, 7, 6), (200, 1000, 1, 1), (400, 1000, 1, 1)],
+    ("each_mib", "images", "bucket"), [(20, 17, BUCKETS[-1]), (50, 7, 6), (200, 1, 1), (400, 1, 1)]
 )
 def test_no_pass_is_recorded_that_is_larger_than_what_fits(
-    sane_folder, each_mib, free_mib, images, recorded
+    checkpoint, recorded, monkeypatch, each_mib, images, bucket
 ):
-    checkpoint = open_checkpoint(sane_folder)
-    runtime = TorchRuntime(
-        load_weights(checkpoint, torch.float32),
-        torch.device("cpu"),
-        "fp32",
-        GraphRunner(TapingRecorder()),
-    )
-    runtime.most_idle_bytes = runtime.most_prompt_bytes = 0
-    sizes = []
-    encode = runtime.encode_bytes
+    counts, encode = [], recorded.encode_bytes
 
     class Meter(FakeMeter):
-        def free_bytes(self):
-            return free_mib * MIB
-
         def peak_bytes(self, work):
-            sizes.clear()
+            counts.clear()
             work()
-            return len(sizes[-1]) * each_mib * MIB if sizes else 0
+            return counts[-1] * each_mib * MIB if counts else 0
 
     def encode_bytes(batch, table):
-        sizes.append(batch)
+        counts.append(len(batch))
         return encode(batch, table)
 
-    runtime.encode_bytes = encode_bytes
-    assert measured_batches(checkpoint, runtime, Meter()).images == images
-    [key] = runtime.graphs._held
-    assert key[:3:2] == ("vision", recorded)
+    monkeypatch.setattr(recorded, "encode_bytes", encode_bytes)
+    assert measured_batches(checkpoint, recorded, Meter(1000 * MIB)).images == images
+    [key] = recorded.graphs.keys
+    assert key[:3:2] == ("vision", bucket)
 
 
-def test_prompts_fill_the_rows_they_are_rounded_up_to(sane_folder, monkeypatch):
-    checkpoint = open_checkpoint(sane_folder)
-    runtime = TorchRuntime(
-        load_weights(checkpoint, torch.float32),
-        torch.device("cpu"),
-        "fp32",
-        GraphRunner(TapingRecorder()),
-    )
-    runtime.most_idle_bytes = runtime.most_prompt_bytes = 0
-    monkeypatch.setattr(batch_sizes, "_longest_answer_bytes", lambda *_: 12 * MIB)
-    meter = FakeMeter(1000 * MIB)
+def test_prompts_fill_the_rows_they_are_rounded_up_to(checkpoint, recorded):
+    # 450 MiB over what the longest answer takes are 37 prompts, which would take the rows of 48.
+    meter = FakeMeter(int(37.5 * LONGEST_ANSWER / 0.45))
     meter.peak_bytes = lambda work: 0 * (work() is None)
-    # 450 MiB / 12 MiB are 37 prompts, which would take the rows of 48.
-    assert measured_batches(checkpoint, runtime, meter).prompts == 32
+    assert measured_batches(checkpoint, recorded, meter).prompts == 32
 
 
 @pytest.fixture
-def model(sane_folder):
-    return Florence2.load(sane_folder, device="cpu")
+def engine(sane_folder):
+    return Florence2.load(sane_folder, device="cpu").engine
 
 
-def measured(model, monkeypatch, meter, no_memory_above=100, reserved_bytes=0):
-    """The batches of a model whose passes tell the meter what they were."""
-    runtime = model.engine.runtime
-    encode, start = runtime.encode_images, runtime.start
+# Keys and values, 3 layers, 192 wide, 512 positions at most, 3 beams, 4 bytes.
+LONGEST_ANSWER = 2 * 3 * 192 * 512 * 3 * 4
+PROMPT = 9 * MIB - LONGEST_ANSWER + MIB
+MEASURED = {
+    # name: (free MiB, image, prompt as (fixed, each), most that fit, reserved MiB), batches
+    # 350 MiB for images: (350 - 50) / 20; 450 MiB for prompts: (450 - 30) / 10.
+    "by real passes": (1000, (50 * MIB, 20 * MIB), (30 * MIB, PROMPT), 100, 0, (15, 42)),
+    # 400 MiB: 140 / 20 and 180 / 10.
+    "what is reserved is left alone": (1000, (0, 20 * MIB), (0, PROMPT), 100, 600, (7, 18)),
+    "a large device": (10**6, (0, MIB), (0, MIB), 100, 0, (MOST_IMAGES, MOST_PROMPTS)),
+    "no room for the larger batch": (1000, (0, 10 * MIB), (0, MIB), 1, 0, (35, 1)),
+}
+
+
+@pytest.mark.parametrize(
+    ("free_mib", "image", "prompt", "most", "reserved_mib", "batches"),
+    MEASURED.values(),
+    ids=MEASURED,
+)
+def test_both_batches_follow_from_what_passes_take(
+    engine, monkeypatch, free_mib, image, prompt, most, reserved_mib, batches
+):
+    meter = FakeMeter(free_mib * MIB, image, prompt)
+    runtime, encode, start = engine.runtime, engine.runtime.encode_images, engine.runtime.start
 
     def encode_images(pixels):
         meter.saw("image", len(pixels))
         return encode(pixels)
 
     def started(features, *rest):
-        if len(features) > no_memory_above:
+        if len(features) > most:
             raise torch.OutOfMemoryError("no memory left")
         meter.saw("prompt", len(features))
         return start(features, *rest)
 
     monkeypatch.setattr(runtime, "encode_images", encode_images)
     monkeypatch.setattr(runtime, "start", started)
-    monkeypatch.setattr(batch_sizes, "_longest_answer_bytes", lambda *_: MIB)
-    return measured_batches(model.engine.checkpoint, runtime, meter, reserved_bytes)
-
-
-def test_both_batches_follow_from_real_passes(model, monkeypatch):
-    meter = FakeMeter(1000 * MIB, image=(50 * MIB, 20 * MIB), prompt=(30 * MIB, 9 * MIB))
-    sizes = measured(model, monkeypatch, meter)
-    assert meter.counts == {"image": [1, 4], "prompt": [1, 4]}
-    # 350 MiB for images: (350 - 50) / 20; 450 MiB for prompts: (450 - 30) / (9 + 1).
-    assert (sizes.images, sizes.prompts) == (15, 42)
-
-
-def test_what_is_reserved_is_left_alone(model, monkeypatch):
-    meter = FakeMeter(1000 * MIB, image=(0, 20 * MIB), prompt=(0, 9 * MIB))
-    sizes = measured(model, monkeypatch, meter, reserved_bytes=600 * MIB)
-    # 400 MiB: 140 / 20 and 180 / (9 + 1).
-    assert (sizes.images, sizes.prompts) == (7, 18)
-
-
-def test_a_large_device_is_filled_up_to_the_bounds_only(model, monkeypatch):
-    meter = FakeMeter(10**6 * MIB, image=(0, MIB), prompt=(0, MIB))
-    sizes = measured(model, monkeypatch, meter)
-    assert (sizes.images, sizes.prompts) == (MOST_IMAGES, MOST_PROMPTS)
-
-
-def test_a_device_that_does_not_hold_the_larger_batch_takes_one(model, monkeypatch):
-    meter = FakeMeter(1000 * MIB, image=(0, 10 * MIB), prompt=(0, MIB))
-    sizes = measured(model, monkeypatch, meter, no_memory_above=1)
-    assert (sizes.images, sizes.prompts) == (35, 1)
-
-
-def test_the_longest_answer_is_counted_by_its_keys_and_values(model):
-    # Keys and values, 3 layers, 192 wide, 512 positions at most, 3 beams, 4 bytes.
-    assert batch_sizes._longest_answer_bytes(model.engine.checkpoint, model.engine.runtime) == (
-        2 * 3 * 192 * 512 * 3 * 4
-    )
+    sizes = measured_batches(engine.checkpoint, runtime, meter, reserved_mib * MIB)
+    assert (sizes.images, sizes.prompts) == batches
+    assert meter.counts == {"image": [1, 4], "prompt": [1, 4] if most > 1 else [1]}
 
 
 def test_on_a_cpu_nothing_is_measured(sane_folder, monkeypatch):

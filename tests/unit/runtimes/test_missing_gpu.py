@@ -9,6 +9,7 @@ import torch
 
 from florence2.runtimes.device import missing_gpu
 
+VERSION, WSL = "proc/driver/nvidia/version", "usr/lib/wsl/lib/libcuda.so.1"
 DRIVER = (
     "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun May 12 19:39:15 UTC 2024\n"
     "GCC version:  gcc version 12.2.0\n"
@@ -54,45 +55,47 @@ def plant(root: Path, name: str, text: str = "") -> None:
     (root / name).write_text(text, encoding="utf-8")
 
 
-FILES = {
-    "a driver with its version": ("proc/driver/nvidia/version", DRIVER, "driver 535.183.01 is lo"),
-    "a driver of unknown form": ("proc/driver/nvidia/version", "?", "an NVIDIA driver is loaded"),
-    "a device without the file": ("dev/nvidia0", "", "there is /dev/nvidia0"),
-    "Windows' Linux": ("usr/lib/wsl/lib/libcuda.so.1", "", "/usr/lib/wsl/lib/libcuda.so.1"),
+SIGNS = {
+    # name: (file, its text, variables), the sign; None where nothing tells of a GPU
+    "a driver with its version": (VERSION, DRIVER, {}, "NVIDIA driver 535.183.01 is loaded"),
+    "a driver of unknown form": (VERSION, "?", {}, "an NVIDIA driver is loaded"),
+    "a device without the file": ("dev/nvidia0", "", {}, "there is /dev/nvidia0"),
+    "Windows' Linux": (WSL, "", {}, f"there is /{WSL}"),
+    "all of a container": (
+        None,
+        "",
+        {"NVIDIA_VISIBLE_DEVICES": "all"},
+        "NVIDIA_VISIBLE_DEVICES=all",
+    ),
+    "one by name": (None, "", {"NVIDIA_VISIBLE_DEVICES": "GPU-1"}, "NVIDIA_VISIBLE_DEVICES=GPU-1"),
+    "two by number": (None, "", {"CUDA_VISIBLE_DEVICES": "0,1"}, "CUDA_VISIBLE_DEVICES=0,1"),
+    "void": (None, "", {"NVIDIA_VISIBLE_DEVICES": "void"}, None),
+    "none": (None, "", {"NVIDIA_VISIBLE_DEVICES": "none"}, None),
+    "empty": (None, "", {"NVIDIA_VISIBLE_DEVICES": ""}, None),
+    "no device": (None, "", {"CUDA_VISIBLE_DEVICES": "-1"}, None),
+    "no device first": (None, "", {"CUDA_VISIBLE_DEVICES": "-1,0"}, None),
+    "nothing at all": (None, "", {}, None),
 }
 
 
-@pytest.mark.parametrize(("file", "text", "sign"), FILES.values(), ids=FILES.keys())
-def test_files_of_a_driver_let_expect_a_gpu(says, tmp_path, file, text, sign):
-    plant(tmp_path, file, text)
-    assert sign in missing_gpu(tmp_path)
-    assert "NVIDIA_DRIVER_CAPABILITIES" in missing_gpu(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "is_expected"),
-    [
-        ("NVIDIA_VISIBLE_DEVICES", "all", True),
-        ("NVIDIA_VISIBLE_DEVICES", "GPU-1f3", True),
-        ("NVIDIA_VISIBLE_DEVICES", "void", False),
-        ("NVIDIA_VISIBLE_DEVICES", "none", False),
-        ("NVIDIA_VISIBLE_DEVICES", "", False),
-        ("CUDA_VISIBLE_DEVICES", "0,1", True),
-        ("CUDA_VISIBLE_DEVICES", "-1", False),
-        ("CUDA_VISIBLE_DEVICES", "-1,0", False),
-    ],
-)
-def test_variables_that_name_devices_let_expect_a_gpu(
-    says, tmp_path, monkeypatch, name, value, is_expected
+@pytest.mark.parametrize(("file", "text", "variables", "sign"), SIGNS.values(), ids=SIGNS)
+def test_files_and_variables_let_expect_a_gpu(
+    says, tmp_path, monkeypatch, file, text, variables, sign
 ):
-    monkeypatch.setenv(name, value)
+    if file is not None:
+        plant(tmp_path, file, text)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
     found = missing_gpu(tmp_path)
-    assert (found is not None) == is_expected
-    if is_expected:
-        assert f"({name}={value})" in found
+    if sign is None:
+        assert found is None
+    else:
+        assert f"({sign})" in found
+        assert "NVIDIA_DRIVER_CAPABILITIES" in found
 
 
 REASONS = {
+    # name: (what torch says, the reason)
     "a driver too old": (TOO_OLD, "it knows CUDA 12.2 and would have to know CUDA 13.0; update"),
     "no driver in the container": (NO_DRIVER, "libcuda.so.1"),
     "no device": (NO_GPU, "the driver shows no device"),
@@ -100,9 +103,9 @@ REASONS = {
 }
 
 
-@pytest.mark.parametrize(("text", "reason"), REASONS.values(), ids=REASONS.keys())
+@pytest.mark.parametrize(("text", "reason"), REASONS.values(), ids=REASONS)
 def test_what_torch_says_is_the_reason_in_one_sentence(says, tmp_path, text, reason):
-    plant(tmp_path, "proc/driver/nvidia/version", DRIVER)
+    plant(tmp_path, VERSION, DRIVER)
     says(text)
     found = missing_gpu(tmp_path)
     assert reason in found
@@ -130,11 +133,7 @@ def test_a_gpu_that_a_variable_hides_is_hidden_by_it(says, tmp_path, monkeypatch
     assert "CUDA_VISIBLE_DEVICES='' hides it" in missing_gpu(tmp_path)
 
 
-def test_a_machine_without_any_sign_is_told_nothing(says, tmp_path):
-    assert missing_gpu(tmp_path) is None
-
-
 def test_a_gpu_that_torch_sees_is_not_missing(says, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    plant(tmp_path, "proc/driver/nvidia/version", DRIVER)
+    plant(tmp_path, VERSION, DRIVER)
     assert missing_gpu(tmp_path) is None

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from florence2.runtimes.device import computing
+from florence2.runtimes.torch import computing
 
 PRODUCTS, CUDNN = torch.backends.cuda.matmul, torch.backends.cudnn
 

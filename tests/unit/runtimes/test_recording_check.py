@@ -7,7 +7,7 @@ import logging
 import numpy as np
 import pytest
 import torch
-from taping import TapingRecorder
+from recorders import TapingRecorder
 
 from florence2.checkpoint.checkpoint import load_weights, open_checkpoint
 from florence2.engine import loading as self_test
@@ -66,7 +66,7 @@ def test_right_recordings_stay_and_are_used(sane_folder, caplog):
     engine = engine_with(sane_folder, recorder)
     check_recordings(engine, engine.runtime.graphs)
     assert engine.runtime.graphs.is_enabled
-    kinds = {key[0] for key in engine.runtime.graphs._held}
+    kinds = {key[0] for key in engine.runtime.graphs.keys}
     assert kinds == {"vision", "prompts", "decode"}
     assert "replay" in recorder.events
     assert caplog.messages == []

@@ -1,18 +1,60 @@
-"""A recorder without a GPU that replays as one does: operations on addresses, no Python."""
+"""Recorders without a GPU."""
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import torch
-from replaying import ReplayingRecorder
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+
+class ReplayingRecorder:
+    """Records the work itself, which is done again at each replay.
+
+    Counts what a GPU would see; ``refuse`` makes recording fail as an unsupported call does."""
+
+    def __init__(self, refuse: bool = False):
+        self.refuse = refuse
+        self.events: list[str] = []
+        self.num_alive = 0
+
+    @contextmanager
+    def stream(self):
+        self.events.append("warm up")
+        yield
+
+    def record(self, work):
+        self.events.append("record")
+        if self.refuse:
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+        self.num_alive += 1
+        return _Replayed(self, work)
+
+    def synchronize(self):
+        self.events.append("synchronize")
+
+
+class _Replayed:
+    def __init__(self, recorder, work):
+        self._recorder = recorder
+        self._work = work
+
+    def replay(self):
+        self._recorder.events.append("replay")
+        self._work()
+
+    def reset(self):
+        self._recorder.events.append("reset")
+        self._recorder.num_alive -= 1
+
 
 # What would wait for a GPU, or bring numbers from the host to it.
 NOT_RECORDABLE = {"item", "_local_scalar_dense", "is_nonzero", "nonzero", "equal", "lift_fresh"}
 
 
 class TapingRecorder(ReplayingRecorder):
-    """Replays the operations of the recorded run on that run's tensors."""
+    """Replays as a GPU does: the operations of the recorded run on its tensors, no Python."""
 
     def record(self, work):
         tape = _Tape()

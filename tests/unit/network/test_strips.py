@@ -1,4 +1,4 @@
-"""A tower that runs in slabs gives the values of one that takes whole images."""
+"""A tower that runs in strips gives the values of one that takes whole images."""
 
 from __future__ import annotations
 
@@ -6,31 +6,31 @@ import pytest
 import torch
 from reference import IMAGE_SIZES_HW, TINY, random_network, reference_of, rms_error
 
-from florence2.network import davit as slabs
-from florence2.network.davit import runs_in_slabs
+from florence2.network import davit
+from florence2.network.davit import runs_in_strips
 
 FLOAT32_ERROR = 2e-6
-# Slabs round elsewhere; each of the two is this far from the values in float32.
+# Strips round elsewhere; each of the two is this far from the values in float32.
 BFLOAT16_ERROR = 2e-2
 
-# Tokens of a slab: one row, a few rows, a few images.
-SLAB_TOKENS = [1, 40, 700]
+# Tokens of a strip: one row, a few rows, a few images.
+STRIP_TOKENS = [1, 40, 700]
 
 
-def limit_slabs(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
-    monkeypatch.setattr(slabs, "SLAB_BYTES", 0)
-    monkeypatch.setattr(slabs, "SLAB_TOKENS", tokens)
-    monkeypatch.setattr(slabs, "SLAB_THREADS", 2**20)
+def limit_strips(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    monkeypatch.setattr(davit, "STRIP_BYTES", 0)
+    monkeypatch.setattr(davit, "STRIP_TOKENS", tokens)
+    monkeypatch.setattr(davit, "STRIP_THREADS", 2**20)
 
 
-@pytest.mark.parametrize("tokens", SLAB_TOKENS)
+@pytest.mark.parametrize("tokens", STRIP_TOKENS)
 @pytest.mark.parametrize("size_hw", IMAGE_SIZES_HW)
 @pytest.mark.parametrize("name", TINY)
-def test_slabs_give_the_values_of_whole_images(
+def test_strips_give_the_values_of_whole_images(
     monkeypatch: pytest.MonkeyPatch, name: str, size_hw: tuple[int, int], tokens: int
 ) -> None:
     tower = random_network(TINY[name]).model.vision_tower
-    limit_slabs(monkeypatch, tokens)
+    limit_strips(monkeypatch, tokens)
     torch.manual_seed(1)
     pixels = torch.randn(3, 3, *size_hw)
     with torch.enable_grad():
@@ -43,13 +43,13 @@ def test_slabs_give_the_values_of_whole_images(
     assert rms_error(alone, expected) < FLOAT32_ERROR
 
 
-@pytest.mark.parametrize("tokens", SLAB_TOKENS)
-def test_slabs_in_bfloat16_are_as_near_to_float32(
+@pytest.mark.parametrize("tokens", STRIP_TOKENS)
+def test_strips_in_bfloat16_are_as_near_to_float32(
     monkeypatch: pytest.MonkeyPatch, tokens: int
 ) -> None:
     network = random_network(TINY["published strides"]).to(torch.bfloat16)
     reference = reference_of(network).float().model.vision_tower
-    limit_slabs(monkeypatch, tokens)
+    limit_strips(monkeypatch, tokens)
     torch.manual_seed(1)
     pixels = torch.randn(2, 3, 80, 112).to(torch.bfloat16)
     with torch.inference_mode():
@@ -59,13 +59,13 @@ def test_slabs_in_bfloat16_are_as_near_to_float32(
 
 
 def test_scores_of_half_precision_do_not_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
-    limit_slabs(monkeypatch, 100)
+    limit_strips(monkeypatch, 100)
     attention = random_network(TINY["two stages"]).model.vision_tower.blocks[0][0]
     attention = attention.channel_block.half()
     attention.norm1.weight.fill_(60.0)
     image = torch.randn(1, 40, 40, 16).half()
     with torch.inference_mode():
-        attention.run_in_slabs(image, torch.empty_like(image))
+        attention.run_in_strips(image, torch.empty_like(image))
     assert image.isfinite().all()
 
 
@@ -78,17 +78,17 @@ def test_pixels_are_left_as_they_are() -> None:
     assert torch.equal(pixels, before)
 
 
-def test_blocks_run_in_slabs_only_without_gradients() -> None:
+def test_blocks_run_in_strips_only_without_gradients() -> None:
     image = torch.zeros(1, 2, 2, 4)
-    assert not runs_in_slabs(image)
-    assert not runs_in_slabs(image.to("meta"))
+    assert not runs_in_strips(image)
+    assert not runs_in_strips(image.to("meta"))
     with torch.no_grad():
-        assert runs_in_slabs(image)
-        assert not runs_in_slabs(image.to("meta"))
+        assert runs_in_strips(image)
+        assert not runs_in_strips(image.to("meta"))
 
 
-# (batch, height, width), tokens of a slab, multiple of rows -> rows of the first image's slabs,
-# images of the first slab.
+# (batch, height, width), tokens of a strip, multiple of rows -> rows of the first image's strips,
+# images of the first strip.
 CUTS = {
     "several whole images": ((5, 4, 4), 40, 1, [4], 2),
     "one whole image": ((2, 4, 4), 16, 1, [4], 1),
@@ -110,19 +110,19 @@ def test_cuts(
     rows: list[int],
     images: int,
 ) -> None:
-    limit_slabs(monkeypatch, tokens)
+    limit_strips(monkeypatch, tokens)
     image = torch.zeros(*shape, 8)
-    cuts = list(slabs.slabs(image, side))
-    for slab in cuts:
-        image[slab] += 1
+    cuts = list(davit.strips(image, side))
+    for strip in cuts:
+        image[strip] += 1
     assert (image == 1).all()
     assert [len(range(48)[row]) for number, row in cuts if number.start == 0] == rows
     assert cuts[0][0] == slice(0, images)
 
 
-def test_slabs_grow_with_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_strips_grow_with_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     image = torch.zeros(1, 192, 192, 256)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    few = len(list(slabs.slabs(image)))
+    few = len(list(davit.strips(image)))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
-    assert few > 4 * len(list(slabs.slabs(image)))
+    assert few > 4 * len(list(davit.strips(image)))

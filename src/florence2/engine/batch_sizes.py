@@ -14,9 +14,8 @@ from torch import Tensor
 
 from florence2.checkpoint.checkpoint import Checkpoint
 from florence2.generation.decode import generate
-from florence2.runtimes.cuda_graphs import VISION_BUCKETS
 from florence2.runtimes.decode_graphs import ROWS
-from florence2.runtimes.torch import TorchRuntime
+from florence2.runtimes.torch import VISION_BUCKETS, TorchRuntime
 from florence2.tasks import TASKS
 from florence2.tokens import BOS_ID, EOS_ID
 
@@ -185,8 +184,7 @@ def measured_batches(
         def decode(count: int) -> None:
             ids = [BOS_ID, *[EOS_ID] * (_PROMPT_TOKENS - 1)]
             session = runtime.start([features] * count, [ids] * count, _BEAMS, _MEASURED_TOKENS)
-            space = runtime.space(settings, None)
-            generate(session, count, settings, [_MEASURED_TOKENS] * count, space=space)
+            generate(session, runtime.decode_batch(settings), [_MEASURED_TOKENS] * count)
 
         prompt = _cost(runtime, meter, decode)
         # Batches above the recorded sizes are what fills the memory, and those are not recorded.
