@@ -20,10 +20,10 @@ from serve.platform.existing_objects import tag_existing_objects
 from serve.platform.failures import FailedImageError
 from serve.platform.project_run import run_image_ids, run_project
 from serve.platform.registry import InferenceRequest
-from serve.platform.request_state import Deadline, batch_size_of
+from serve.platform.request_state import batch_size_of
 from serve.platform.run import RunServices
 from serve.predict.full_queue import when_queue_has_room
-from serve.predict.predictor import Call, Predicted, Predictor
+from serve.predict.predictor import Call, Deadline, Predicted, Predictor
 from serve.sdk import sly
 from serve.sdk_overrides import SdkMethods
 from serve.settings import (

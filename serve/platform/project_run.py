@@ -20,11 +20,11 @@ from serve.platform.pipeline import (
 )
 from serve.platform.reference import resolve_reference
 from serve.platform.registry import AWAITED, InferenceRequest
-from serve.platform.request_state import Deadline, Destination, Source, State, batch_size_of
+from serve.platform.request_state import Destination, Source, State, batch_size_of
 from serve.platform.run import Ledger, RunServices
 from serve.platform.upload import Labeled, Uploading, entry_of
 from serve.predict.full_queue import FULL_CODES, when_queue_has_room
-from serve.predict.predictor import Call, Predicted
+from serve.predict.predictor import Call, Deadline, Predicted
 from serve.sdk import sly
 from serve.settings import Settings
 from serve.settler import Settler

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -19,7 +17,6 @@ UPLOAD_MODES: Final[tuple[UploadMode, ...]] = ("append", "iou_merge", "replace",
 IMAGE_ID_KEYS: Final = ("batch_ids", "image_ids", "images_ids", "imageIds", "image_id", "imageId")
 PROJECT_ID_KEYS: Final = ("projectId", "project_id")
 DATASET_ID_KEYS: Final = ("dataset_ids", "datasetIds")
-_TIMEOUT: Final = "timeout_s"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,35 +88,6 @@ class Destination:
                 f"model_prediction_suffix is text, and {shown(suffix)} was received; leave it out."
             )
         return cls(mode, project_id, iou, suffix or None)
-
-
-@dataclass(frozen=True, slots=True)
-class Deadline:
-    """A moment of the monotonic clock until which a client waits; None: as long as it takes."""
-
-    at_s: float | None = None
-
-    @classmethod
-    def of(cls, state: State) -> Deadline:
-        """The deadline that ``timeout_s`` asks for, counted from now; RequestError."""
-        seconds = state.get(_TIMEOUT)
-        if seconds is None:
-            return cls()
-        if (
-            isinstance(seconds, int | float)
-            and not isinstance(seconds, bool)
-            and 0 < seconds < math.inf
-        ):
-            return cls(time.monotonic() + seconds)
-        raise RequestError(
-            f"{_TIMEOUT} is a number of seconds above 0, and {str(seconds)[:60]!r} was received; "
-            "correct it or leave it out."
-        )
-
-    @property
-    def left_s(self) -> float | None:
-        """Seconds until then, 0 when it has passed."""
-        return None if self.at_s is None else max(0.0, self.at_s - time.monotonic())
 
 
 def batch_size_of(state: State, default: int) -> int:

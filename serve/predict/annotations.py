@@ -10,10 +10,11 @@ from typing import Final, Literal
 from florence2.engine.ask import regions_of
 from florence2.records import Box, Polygon, Quad, Region, Result, SizeWh, Text
 from florence2.tasks import TaskInput, find_task
-from serve.predict.dedupe import Find, distinct
 from serve.predict.geometry import (
+    Find,
     Located,
     area_share,
+    distinct,
     drawable_rings,
     is_finite,
     mask_of_rings,
@@ -69,7 +70,7 @@ class LabelRules:
     the threshold of its class (``class_thresholds``, else ``threshold``), when ``whitelist`` lacks
     its class, or when its box covers more than ``max_box_area`` of the image. Names are compared
     cleaned, in any case, without ``class_suffix``; a whitelist may have them with it too.
-    ``nms_threshold`` and ``containment_threshold``: see ``serve.predict.dedupe``; None is off.
+    ``nms_threshold`` and ``containment_threshold``: see ``serve.predict.geometry``; None is off.
     ``fixed_shapes`` are the classes whose shape the readers of the annotation already know.
     """
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal, Protocol
+from typing import Any, Final, Literal, Protocol, TypeVar
 
-from florence2.budget import Budget, open_pixels
+from florence2.budget import WAIT_S, Budget, Hold, open_pixels
 from florence2.engine.ask import AnyImage, Ask
 from florence2.engine.encoding import EncodedImage, Preparer
 from florence2.engine.scheduler import Priority
 from florence2.errors import (
+    DeadlineError,
     FlorenceError,
+    GenerationCancelledError,
     NoRoomError,
     QueueFullError,
     RequestError,
@@ -28,13 +30,136 @@ from florence2.tasks import TaskInput, parse_steps
 from serve.model_service import Deployed
 from serve.platform.reference import resolve_reference
 from serve.predict.annotations import Answered, LabelRules, annotation_from_answers, wanted_in
-from serve.predict.full_queue import when_queue_has_room
+from serve.predict.full_queue import QUEUE_LIMIT_S, when_queue_has_room
 from serve.predict.geometry import Located
 from serve.predict.naming import FIXED_SHAPES
-from serve.predict.room import Patience, in_parts
 from serve.predict.tiling import TileResult, View, can_tile, merge_tiles, moved, views_of
 from serve.sdk import sly
 from serve.settings import Settings
+
+# Three bytes each; a batch of a few large images is answered in parts.
+MAX_OPEN_PIXELS: Final = 100_000_000
+_TIMEOUT: Final = "timeout_s"
+
+
+class Opened(Protocol):
+    """Something that holds pixels until it is closed."""
+
+    @property
+    def num_pixels(self) -> int: ...
+
+    def close(self) -> None: ...
+
+
+Source = TypeVar("Source")
+Item = TypeVar("Item", bound=Opened)
+
+
+@dataclass(frozen=True, slots=True)
+class Deadline:
+    """A moment of the monotonic clock until which a client waits; None: as long as it takes."""
+
+    at_s: float | None = None
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> Deadline:
+        """The deadline that ``timeout_s`` asks for, counted from now; RequestError."""
+        seconds = state.get(_TIMEOUT)
+        if seconds is None:
+            return cls()
+        if (
+            isinstance(seconds, int | float)
+            and not isinstance(seconds, bool)
+            and 0 < seconds < math.inf
+        ):
+            return cls(time.monotonic() + seconds)
+        raise RequestError(
+            f"{_TIMEOUT} is a number of seconds above 0, and {str(seconds)[:60]!r} was received; "
+            "correct it or leave it out."
+        )
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds until then, 0 when it has passed."""
+        return None if self.at_s is None else max(0.0, self.at_s - time.monotonic())
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """Who waits for room: bulk work or not, until when, and whether still."""
+
+    is_bulk: bool
+    ends_s: float | None = None
+    should_stop: Callable[[], bool] | None = None
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds that are left, None for as long as it takes."""
+        return None if self.ends_s is None else max(0.0, self.ends_s - time.monotonic())
+
+    def reason(self) -> FlorenceError | None:
+        """Why nobody waits any longer."""
+        if self.should_stop is not None and self.should_stop():
+            return GenerationCancelledError(
+                "The request was cancelled; send it again if it is needed."
+            )
+        if self.left_s == 0.0:
+            return DeadlineError(
+                "An answer was wanted sooner than there was room to open the image; allow more "
+                "time or ask for less at once."
+            )
+        return None
+
+    def room(self, budget: Budget, wait_s: float) -> Callable[[int], Hold]:
+        """Waits for so many pixels; NoRoomError after ``wait_s``, or the ``reason``."""
+
+        def hold(pixels: int) -> Hold:
+            return budget.hold(pixels, is_bulk=self.is_bulk, wait_s=wait_s, stop=self.reason)
+
+        return hold
+
+
+def in_parts(
+    sources: Iterable[Source], open_one: Callable[[Source, float], Item]
+) -> Generator[list[Item]]:
+    """The sources opened, in order and in parts; a part is closed when the next one is asked for.
+
+    ``open_one`` may wait for so many seconds. Raises its NoRoomError only with nothing in hand: the
+    first part is refused soon, so that the caller may come back, a later one when the queue of the
+    model would be given up too. Close it, or what the last part holds stays held.
+    """
+    part: list[Item] = []
+    wait_s = WAIT_S
+    try:
+        for source in sources:
+            try:
+                item = open_one(source, 0.0 if _pixels(part) else wait_s)
+            except NoRoomError:
+                if not _pixels(part):
+                    raise
+                yield part
+                _close(part)
+                wait_s = QUEUE_LIMIT_S
+                item = open_one(source, wait_s)
+            part.append(item)
+            if _pixels(part) >= MAX_OPEN_PIXELS:
+                yield part
+                _close(part)
+                wait_s = QUEUE_LIMIT_S
+        if part:
+            yield part
+    finally:
+        _close(part)
+
+
+def _pixels(part: list[Item]) -> int:
+    return sum(item.num_pixels for item in part)
+
+
+def _close(part: list[Item]) -> None:
+    for item in part:
+        item.close()
+    part.clear()
 
 
 @dataclass(frozen=True, slots=True)

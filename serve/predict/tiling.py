@@ -28,8 +28,15 @@ from florence2.records import (
 )
 from florence2.tasks import OutputKind, TaskInput, parse_steps
 from serve.predict.annotations import Answered
-from serve.predict.dedupe import areas_of, known_score, numbered, same_boxes, shared_areas
-from serve.predict.geometry import Located, outer_box
+from serve.predict.geometry import (
+    Located,
+    areas_of,
+    known_score,
+    numbered,
+    outer_box,
+    same_boxes,
+    shared_areas,
+)
 from serve.settings import Tiling
 
 __all__ = ["MAX_TILES", "BoxXyxyInt", "TileResult", "can_tile", "merge_tiles", "plan_tiles"]

@@ -1,7 +1,6 @@
 """What a request may say: typed, checked, and written out as the settings file."""
 
 from serve.settings.errors import shown
-from serve.settings.phrases import Prompt, classes_of, join_classes, prompts_of, split_phrases
 from serve.settings.schema import (
     BOX_SUFFIX,
     Reference,
@@ -11,7 +10,14 @@ from serve.settings.schema import (
     parse_settings,
     raw_settings,
 )
-from serve.settings.values import Tiling
+from serve.settings.values import (
+    Prompt,
+    Tiling,
+    classes_of,
+    join_classes,
+    prompts_of,
+    split_phrases,
+)
 
 __all__ = [
     "BOX_SUFFIX",

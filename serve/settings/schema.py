@@ -33,17 +33,22 @@ from florence2.tasks import Task, TaskInput, parse_steps
 from serve.predict.naming import FIXED_SHAPES, OBJECT_CLASS
 from serve.settings import values
 from serve.settings.errors import hint, refused, sentence, shown
-from serve.settings.phrases import (
+from serve.settings.values import (
     NOTHING,
     ClassName,
+    Flag,
     Prompt,
     PromptsByClass,
+    Share,
+    ShareOrOff,
     TextOrList,
+    Tiling,
     classes_of,
     prompts_of,
     split_phrases,
+    whole,
+    word,
 )
-from serve.settings.values import Flag, Share, ShareOrOff, Tiling, whole, word
 
 DETECTION: Final = "<OD>"
 GROUNDING: Final = "<CAPTION_TO_PHRASE_GROUNDING>"

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.predict.dedupe import Find, distinct, known_score
+from serve.predict.geometry import Find, distinct, known_score
 
 WIDE, NEAR = (0.0, 0.0, 100.0, 100.0), (0.0, 0.0, 100.0, 80.0)
 INNER, APART = (10.0, 10.0, 30.0, 30.0), (200.0, 200.0, 240.0, 240.0)

@@ -197,7 +197,7 @@ def input_pixels(deployment) -> int:
 
 
 def test_large_images_are_answered_in_parts(deployment, predictor, scheduler, bike, monkeypatch):
-    monkeypatch.setattr("serve.predict.room.MAX_OPEN_PIXELS", input_pixels(deployment) * 2)
+    monkeypatch.setattr("serve.predict.predictor.MAX_OPEN_PIXELS", input_pixels(deployment) * 2)
     asked: list[int] = []
     run = scheduler.run
 
@@ -296,7 +296,7 @@ def busy():
 
 
 def test_an_image_without_room_is_refused_for_now_and_not_failed(deployment, monkeypatch):
-    monkeypatch.setattr("serve.predict.room.WAIT_S", 0.01)
+    monkeypatch.setattr("serve.predict.predictor.WAIT_S", 0.01)
     predictor = Predictor(deployment, Metrics(), busy())
     with pytest.raises(NoRoomError):
         predictor.predict([blank(90, 90)], parse_settings({}))
