@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from florence2.errors import CheckpointError
-from florence2.stand_ins import stand_in_at
+from florence2.placeholders import HEAD_BYTES, Placeholder, find_placeholder
 
 _log = logging.getLogger(__name__)
 
@@ -254,9 +254,14 @@ def _check_links(folder: Path, present: Iterable[str]) -> None:
         )
 
 
+def _placeholder_at(path: Path) -> Placeholder | None:
+    with path.open("rb") as stream:
+        return find_placeholder(stream.read(HEAD_BYTES))
+
+
 def _check_is_itself(path: Path) -> None:
     """CheckpointError for a file that only stands in for the one it is named as."""
-    found = stand_in_at(path)
+    found = _placeholder_at(path)
     if found is not None:
         raise CheckpointError(
             f"The checkpoint file {path} ({path.stat().st_size} bytes) {found.is_what}; "
@@ -323,7 +328,7 @@ def fault_of(path: Path, record: FileRecord, with_hash: bool) -> str | None:
     except FileNotFoundError:
         return "is missing"
     if size != record.size:
-        found = stand_in_at(path)
+        found = _placeholder_at(path)
         what = f" and {found.is_what}" if found else ""
         return f"has {size} bytes instead of {record.size}{what}"
     if with_hash and not _hash_agrees(path, record):
