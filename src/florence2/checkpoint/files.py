@@ -18,28 +18,14 @@ from florence2.placeholders import HEAD_BYTES, Placeholder, find_placeholder
 
 _log = logging.getLogger(__name__)
 
-
 MANIFEST_NAME: Final = "florence2-manifest.json"
-
-
 CONFIG: Final = "config.json"
-
-
 ADAPTER_CONFIG: Final = "adapter_config.json"
-
-
 SAFETENSORS: Final = "model.safetensors"
-
-
 PICKLED: Final = "pytorch_model.bin"
-
-
 MERGING: Final = "docs/checkpoints.md, Merging an adapter"
 
-
 _TOKENIZERS: Final = (("tokenizer.json",), ("vocab.json", "merges.txt"))
-
-
 _SMALL_FILES: Final = (
     CONFIG,
     "generation_config.json",
@@ -54,10 +40,7 @@ _SMALL_FILES: Final = (
     # Only for the note that it is not applied: beside full weights it is a trace of their making.
     ADAPTER_CONFIG,
 )
-
-
 _ADAPTER_WEIGHTS: Final = ("adapter_model.safetensors", "adapter_model.bin")
-
 
 # The order in which weights are looked for: a format's one file, then its index with parts.
 _WEIGHTS: Final = tuple(
@@ -68,17 +51,10 @@ _WEIGHTS: Final = tuple(
         rf"{stem}\.{ending}\.index(?:\.(?P<variant>\w+))?\.json",
     )
 )
-
-
 _VARIANTS: Final = (None, "fp32", "fp16", "bf16")
 
-
 _MANIFEST_FORMAT: Final = 1
-
-
 _READ_BYTES: Final = 4 * 1024 * 1024
-
-
 _MAX_HEADER_BYTES: Final = 100 * 1024 * 1024
 
 
@@ -338,19 +314,17 @@ def fault_of(path: Path, record: FileRecord, with_hash: bool) -> str | None:
 
 def _hash_agrees(path: Path, record: FileRecord) -> bool:
     if record.sha256 is not None:
-        return hash_file(path, "sha256") == record.sha256.lower()
-    # The hub names small files by git's blob hash, which is SHA-1 over a header and the content.
-    header = f"blob {record.size}\0".encode()
-    return record.git_sha1 is not None and hash_file(path, "sha1", header) == record.git_sha1
-
-
-def hash_file(path: Path, algorithm: str, prefix: bytes = b"") -> str:
-    """The lower-case hexadecimal hash of a file's bytes after ``prefix``."""
-    digest = hashlib.new(algorithm, prefix, usedforsecurity=False)
+        digest, published = hashlib.sha256(), record.sha256.lower()
+    elif record.git_sha1 is not None:
+        # The hub names small files by git's blob hash: SHA-1 over a header and the content.
+        header = f"blob {record.size}\0".encode()
+        digest, published = hashlib.sha1(header, usedforsecurity=False), record.git_sha1
+    else:
+        return False
     with path.open("rb") as stream:
         while block := stream.read(_READ_BYTES):
             digest.update(block)
-    return digest.hexdigest()
+    return digest.hexdigest() == published
 
 
 def first_fault(folder: Path, manifest: Manifest, with_hash: bool) -> tuple[str, str] | None:

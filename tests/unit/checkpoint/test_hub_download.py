@@ -12,7 +12,6 @@ from hub_files import REPOSITORY, files, folder_of, weights
 from huggingface_hub import hf_hub_download
 
 from florence2.checkpoint import catalog as resolve_module
-from florence2.checkpoint import hub as hub_module
 from florence2.checkpoint.catalog import KnownCheckpoint, resolve
 from florence2.checkpoint.hub import ProgressUpdate
 from florence2.errors import CheckpointError
@@ -219,10 +218,14 @@ def test_no_room(hub, cache, monkeypatch):
 
 
 def test_disk_full_while_writing(hub, cache, monkeypatch):
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+    open_file = Path.open
 
-    monkeypatch.setattr(hub_module, "_receive", full)
+    def full(path: Path, *options: object, **named: object) -> object:
+        if path.suffix == ".part" and "b" in str(options):
+            raise OSError(28, "No space left on device")
+        return open_file(path, *options, **named)
+
+    monkeypatch.setattr(Path, "open", full)
     assert "disk" in failure(cache_dir=cache)
 
 
