@@ -101,7 +101,7 @@ CACHE_VARIABLE: Final = "FLORENCE2_CACHE"
 DEMO_VARIABLE: Final = "FLORENCE2_DEMO"
 
 _PACKAGE: Final = Path(__file__).resolve().parents[1]
-_PROJECT_ROOT: Final = _PACKAGE.parents[1]
+PROJECT_ROOT: Final = _PACKAGE.parents[1]
 _DEMO_FOLDER: Final = Path("demo", "checkpoint")
 _DEMO_IN_WHEEL: Final = "demo_checkpoint"
 
@@ -194,12 +194,12 @@ def _demo_folder() -> Path:
     named = os.environ.get(DEMO_VARIABLE)
     if named:
         return _expanded(named)
-    here = (_PACKAGE / _DEMO_IN_WHEEL, _PROJECT_ROOT / _DEMO_FOLDER, Path.cwd() / _DEMO_FOLDER)
+    here = (_PACKAGE / _DEMO_IN_WHEEL, PROJECT_ROOT / _DEMO_FOLDER, Path.cwd() / _DEMO_FOLDER)
     for folder in here:
         if folder.is_dir():
             return folder
     raise CheckpointError(
-        f"The demo checkpoint is not in {_PROJECT_ROOT / _DEMO_FOLDER}; copy the folder "
+        f"The demo checkpoint is not in {PROJECT_ROOT / _DEMO_FOLDER}; copy the folder "
         f"{_DEMO_FOLDER} of the project's repository there, or name its place in {DEMO_VARIABLE}."
     )
 
