@@ -134,9 +134,7 @@ class Prompt:
     def result(self, answer: Answer, timings_s: Timings) -> Result:
         """What an answer says about the image."""
         vocabulary, size_wh = self.cascade.checkpoint.vocabulary, self.image.size_wh
-        tokens = vocabulary.answer_tokens(
-            answer.token_ids, answer.log_probs, answer.near_log_probs
-        )
+        tokens = vocabulary.answer_tokens(answer.token_ids, answer.log_probs, answer.near_log_probs)
         parsed = parse(tokens, self.task, size_wh)
         notes = parsed.notes
         if answer.truncated:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import os
 import random
+import sys
 import threading
+import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -107,26 +109,30 @@ def test_every_source_of_one_picture_has_one_hash_and_other_pictures_others(make
     assert len({preparer.take(source).content_hash for source in others}) == 3
 
 
+def is_waiting(thread):
+    """Whether a thread has come as far as waiting for another one."""
+    frame = sys._current_frames().get(thread.ident)
+    return frame is not None and frame.f_code is threading.Condition.wait.__code__
+
+
 @pytest.mark.parametrize("is_file", [False, True])
-def test_an_image_is_prepared_once_for_all_who_wait_for_it(make, processor, monkeypatch, is_file):
-    gate, asked = processor.hold_up(30), threading.Semaphore(0)
+def test_an_image_is_prepared_once_for_all_who_wait_for_it(make, processor, is_file):
+    gate, results = processor.hold_up(30), []
     preparer, image = make(), picture(30)
     one, same = (image, image) if not is_file else (file_of(image), bytes(file_of(image)))
     preparer.ahead([one])
     assert gate.begun.wait(PATIENCE_S)
-
-    def counted(source):
-        asked.release()
-        return identity(source)
-
-    monkeypatch.setattr(encoding, "identity", counted)
-    with ThreadPoolExecutor(2) as pool:
-        takers = [pool.submit(preparer.take, source) for source in (one, same)]
-        # Once by who takes it off the list; twice by the other, who then has the lock until it is
-        # known as a taker.
-        assert all(asked.acquire(timeout=PATIENCE_S) for _ in range(3))
-        gate.opened.set()
-        results = [taker.result(PATIENCE_S) for taker in takers]
+    takers = [
+        threading.Thread(target=lambda source=source: results.append(preparer.take(source)))
+        for source in (one, same)
+    ]
+    for taker in takers:
+        taker.start()
+    while not all(map(is_waiting, takers)):
+        time.sleep(0.001)
+    gate.opened.set()
+    for taker in takers:
+        taker.join(PATIENCE_S)
     assert results[0] is results[1]
     assert processor.widths == [30]
 
