@@ -76,6 +76,10 @@ class Faults:
     no_hashes: bool = False
     not_json: bool = False
 
+    def cut(self, file: str, after: int, times: int = 1) -> None:
+        """The connection breaks after so many bytes of a file."""
+        self.cut_after[file], self.cuts_left[file] = after, times
+
 
 @dataclass(frozen=True)
 class Served:
@@ -150,12 +154,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _listing(self, path: str) -> None:
         repository, _, revision = path.partition("/revision/")
-        found = self.standin.repositories.get(repository)
+        found = self._found(repository, revision or "main")
         if found is None:
-            self._error(404, "RepoNotFound")
-            return
-        if revision and revision not in (*found.branches, found.commit):
-            self._error(404, "RevisionNotFound")
             return
         listing = found.listing(repository)
         if self.standin.faults.no_hashes:
@@ -166,30 +166,34 @@ class _Handler(BaseHTTPRequestHandler):
             body = json.dumps(listing).encode()
         self._send(200, body, {"Content-Type": "application/json"})
 
+    def _found(self, repository: str, revision: str) -> Repository | None:
+        """The repository at a revision that it has; None once the answer says that it has not."""
+        found = self.standin.repositories.get(repository)
+        if found is not None and revision in (*found.branches, found.commit):
+            return found
+        self._error(404, "RepoNotFound" if found is None else "RevisionNotFound")
+        return None
+
     def _file(self, path: str, with_body: bool) -> None:
         repository, _, rest = path.lstrip("/").partition("/resolve/")
         revision, _, file = rest.partition("/")
-        found = self.standin.repositories.get(repository)
-        if found is None or file not in found.files:
-            self._error(404, "RepoNotFound" if found is None else "EntryNotFound")
+        found = self._found(repository, revision)
+        if found is None:
             return
-        if revision not in (*found.branches, found.commit):
-            self._error(404, "RevisionNotFound")
+        if file not in found.files:
+            self._error(404, "EntryNotFound")
             return
-        if file in self.standin.faults.file_status:
-            self._error(self.standin.faults.file_status[file], None)
-            return
-        is_elsewhere = self.headers.get("Host", "").startswith("localhost")
-        if (
-            self.standin.faults.large_elsewhere
-            and not is_elsewhere
-            and len(found.files[file]) >= LARGE_BYTES
-        ):
-            elsewhere = self.standin.endpoint.replace("127.0.0.1", "localhost")
-            self._send(302, b"", {"Location": elsewhere + path})
+        faults = self.standin.faults
+        if file in faults.file_status:
+            self._error(faults.file_status[file], None)
             return
         content = found.files[file]
         large = len(content) >= LARGE_BYTES
+        is_elsewhere = self.headers.get("Host", "").startswith("localhost")
+        if faults.large_elsewhere and large and not is_elsewhere:
+            elsewhere = self.standin.endpoint.replace("127.0.0.1", "localhost")
+            self._send(302, b"", {"Location": elsewhere + path})
+            return
         etag = hashlib.sha256(content).hexdigest() if large else git_sha1(content)
         headers = {"X-Repo-Commit": found.commit, "ETag": f'"{etag}"', "Accept-Ranges": "bytes"}
         if large:

@@ -12,7 +12,6 @@ import io
 import re
 import struct
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Any, Final
 
@@ -24,50 +23,29 @@ Values = np.ndarray[Any, np.dtype[Any]]
 
 _FULL_BITS: Final = 16
 
-
 # Measured: up to 18 and 13 bytes a pixel, against 8.
 _FACTOR_OF_DEEP_COLOURS: Final = 3
-
-
 _FACTOR_OF_WIDE_VALUES: Final = 2
-
 
 # Their decoders have copies of their own: up to 16 bytes a pixel.
 _FACTORS_OF_FORMATS: Final = {"WEBP": 2, "JPEG2000": 2, "AVIF": 2}
 
-
 # 8 bits are stretched to 16 by doubling the byte, or by a zero byte below it.
 _STRETCHES: Final = (257, 256)
 
-
 _COLOURS: Final = ("RGB", "RGBA")
-
 
 # Pillow's names of how the values of colours lie in a file: (R|G|B|A|X)...;16 and their byte order.
 _PLAIN_COLOURS: Final = re.compile(r"[RGBAX]{1,4};16[BLN]")
-
-
 _OTHER_ORDER: Final = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
-
-
 _SWAPPED: Final = {"LA;16B": "RGBA"}
 
-
 _BITS_PER_SAMPLE: Final = 258
-
-
 _PHOTOMETRIC: Final = 262
-
-
 _MAX_SAMPLE_VALUE: Final = 281
-
-
 _WHITE_IS_ZERO: Final = 0
 
-
 _PNG_BIT_DEPTH_AT: Final = 24
-
-
 _PNG_CHUNKS_AT: Final = 8
 
 
@@ -118,7 +96,10 @@ def to_8_bits(values: Values, depth: Depth) -> Values:
 def full_colours(picture: Image.Image, depth: Depth) -> Values | None:
     """The whole values ``[height, width, 3]`` of a decoded picture where its upper bytes are not
     all that counts; None where they are, or are all that can be had."""
-    if depth.content is None or _largest_colour(picture) > 0x7F:
+    if depth.content is None:
+        return None
+    extremes: Any = picture.getextrema()
+    if max(int(high) for _, high in extremes[:3]) > 0x7F:
         return None
     lower = _lower_bytes(depth.content)
     if lower is None:
@@ -144,7 +125,7 @@ def memory_factor(picture: Image.Image) -> int:
 
 def _is_deep(picture: Image.Image) -> bool:
     if isinstance(picture, TiffImagePlugin.TiffImageFile):
-        return max(_numbers(picture.tag_v2.get(_BITS_PER_SAMPLE)), default=0) > 8
+        return _largest_of(picture, _BITS_PER_SAMPLE) > 8
     tiles = picture.tile if isinstance(picture, ImageFile.ImageFile) else []
     return any(";16" in _rawmode(tile) for tile in tiles if tile.args)
 
@@ -167,10 +148,11 @@ def _lower_bytes(content: bytes) -> Values | None:
 def _of_lower_bytes(tile: Any) -> Any:  # noqa: ANN401 - Pillow's own, which has no public type
     """The tile with its bytes the other way round, so that Pillow keeps the lower ones."""
     rawmode = _rawmode(tile)
-    swapped = _SWAPPED.get(rawmode) or (
-        rawmode[:-1] + _OTHER_ORDER[rawmode[-1]] if _PLAIN_COLOURS.fullmatch(rawmode) else None
-    )
-    return None if swapped is None else _in_rawmode(tile, swapped)
+    if rawmode in _SWAPPED:
+        return _in_rawmode(tile, _SWAPPED[rawmode])
+    if _PLAIN_COLOURS.fullmatch(rawmode):
+        return _in_rawmode(tile, rawmode[:-1] + _OTHER_ORDER[rawmode[-1]])
+    return None
 
 
 def _in_rawmode(tile: Any, rawmode: str) -> Any:  # noqa: ANN401
@@ -190,7 +172,8 @@ def _bits_in_use(values: Values, largest: int, depth: Depth) -> int:
         if depth.may_be_scaled and _is_scaled(values, needed, depth.bits):
             return _FULL_BITS
         return max(depth.bits, needed)
-    return _FULL_BITS if needed > 8 and _is_stretched(values) else needed
+    is_stretched = needed > 8 and any(_divides(factor, values) for factor in _STRETCHES)
+    return _FULL_BITS if is_stretched else needed
 
 
 def _is_scaled(values: Values, needed: int, bits: int) -> bool:
@@ -199,13 +182,9 @@ def _is_scaled(values: Values, needed: int, bits: int) -> bool:
     return needed > bits or not any((row & below).any() for row in values)
 
 
-def _is_stretched(values: Values) -> bool:
-    return any(not any((row % factor).any() for row in values) for factor in _STRETCHES)
-
-
-def _largest_colour(picture: Image.Image) -> int:
-    extremes: Any = picture.getextrema()
-    return max(int(high) for _, high in extremes[:3])
+def _divides(factor: int, values: Values) -> bool:
+    # Row by row: the first one mostly tells, and no copy of all is needed.
+    return not any((row % factor).any() for row in values)
 
 
 def _of_png(picture: ImageFile.ImageFile) -> Depth:
@@ -219,8 +198,7 @@ def _of_png(picture: ImageFile.ImageFile) -> Depth:
         if file.read(1) != bytes((_FULL_BITS,)):
             return Depth()
         bits = _significant_bits(file)
-        file.seek(0)
-        content = file.read() if picture.mode in _COLOURS else None
+        content = _whole(file) if picture.mode in _COLOURS else None
         return Depth(bits, may_be_scaled=True, content=content)
     finally:
         file.seek(before)
@@ -228,35 +206,28 @@ def _of_png(picture: ImageFile.ImageFile) -> Depth:
 
 def _significant_bits(file: IO[bytes]) -> int | None:
     """The largest of a PNG's sBIT chunk that is not about transparency."""
-    for kind, length in _png_chunks(file):
-        if kind == b"sBIT" and 1 <= length <= 4:
-            found = file.read(length)
-            bits = max(found[: 1 if length < 3 else 3], default=0)
-            return bits if 8 <= bits <= _FULL_BITS else None
-        if kind == b"IDAT":
-            break
-    return None
-
-
-def _png_chunks(file: IO[bytes]) -> Iterator[tuple[bytes, int]]:
-    """The kinds and lengths of a PNG's chunks; the file stands at the content of each."""
     start = _PNG_CHUNKS_AT
     while True:
         file.seek(start)
         head = file.read(8)
         if len(head) < 8:
-            return
+            return None
         length, kind = struct.unpack(">I4s", head)
-        yield kind, length
+        if kind == b"IDAT":
+            return None
+        if kind == b"sBIT" and 1 <= length <= 4:
+            found = file.read(length)
+            bits = max(found[: 1 if length < 3 else 3], default=0)
+            return bits if 8 <= bits <= _FULL_BITS else None
         start += length + 12
 
 
 def _of_tiff(picture: TiffImagePlugin.TiffImageFile) -> Depth:
     tags = picture.tag_v2
-    stored = max(_numbers(tags.get(_BITS_PER_SAMPLE)), default=0)
+    stored = _largest_of(picture, _BITS_PER_SAMPLE)
     if not 8 < stored <= _FULL_BITS:
         return Depth()
-    largest = max(_numbers(tags.get(_MAX_SAMPLE_VALUE)), default=0)
+    largest = _largest_of(picture, _MAX_SAMPLE_VALUE)
     # The largest number that fits is what this tag has where nobody set it.
     named = max(largest.bit_length(), 8) if 0 < largest < 0xFFFF else None
     # Of a picture that its caller has decoded the file is closed.
@@ -272,7 +243,7 @@ def _of_tiff(picture: TiffImagePlugin.TiffImageFile) -> Depth:
 def _mend_planes(picture: TiffImagePlugin.TiffImageFile) -> None:
     """Pillow takes the values of uncompressed planes of 16 bits for twice as many of 8 bits."""
     tags = picture.tag_v2
-    if max(_numbers(tags.get(_BITS_PER_SAMPLE)), default=0) == _FULL_BITS:
+    if _largest_of(picture, _BITS_PER_SAMPLE) == _FULL_BITS:
         order = "L" if tags.prefix == b"II" else "B"
         picture.tile = [
             _in_rawmode(tile, f"{_rawmode(tile)};16{order}")
@@ -282,9 +253,10 @@ def _mend_planes(picture: TiffImagePlugin.TiffImageFile) -> None:
         ]
 
 
-def _numbers(value: object) -> list[int]:
+def _largest_of(picture: TiffImagePlugin.TiffImageFile, tag: int) -> int:
+    value = picture.tag_v2.get(tag)
     listed = value if isinstance(value, tuple) else (value,)
-    return [one for one in listed if isinstance(one, int)]
+    return max((one for one in listed if isinstance(one, int)), default=0)
 
 
 def _whole(file: IO[bytes]) -> bytes:

@@ -19,21 +19,17 @@ from PIL import Image, ImageFile, _imaging
 from florence2.bit_depth import Depth, full_colours, memory_factor, read_depth, to_8_bits
 from florence2.budget import Hold
 from florence2.errors import ImageError
+from florence2.placeholders import HEAD_BYTES, find_placeholder
 from florence2.records import SizeWh
-from florence2.stand_ins import stand_in
 
 MAX_PIXELS: Final = 200_000_000
-
 
 Room = Callable[[int], Hold]
 """Holds so many pixels of a budget, once there is room for them."""
 
-
 ImageSource = str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | np.ndarray
 
-
 _ORIENTATION_TAG: Final = 0x0112
-
 
 _TURNS: Final = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -45,19 +41,13 @@ _TURNS: Final = {
     8: Image.Transpose.ROTATE_90,
 }
 
-
 _URL_PATTERN: Final = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]+://|data:)")
-
 
 # Pillow takes memory in blocks of 16 MB, which glibc keeps for the thread that gave them back: each
 # thread that once opened a large image would hold on to all of it. Blocks over 32 MB go back to the
 # system at once.
-_BLOCK_BYTES: Final = 64 * 2**20
-
-
 if "PILLOW_BLOCK_SIZE" not in os.environ:
-    _imaging.set_block_size(_BLOCK_BYTES)
-
+    _imaging.set_block_size(64 * 2**20)
 
 # What Pillow's decoders raise on damaged data, found by feeding them random bytes.
 _DAMAGE: Final = (
@@ -165,7 +155,7 @@ def open_image(
     if isinstance(source, LoadedImage):
         return source
     if isinstance(source, Image.Image):
-        return _held(source, "the image", max_pixels, room, is_ours=False)
+        return _from_picture(source, "the image", max_pixels, room, is_ours=False)
     if isinstance(source, np.ndarray):
         return _from_array(source, max_pixels, room)
     if isinstance(source, (bytes, bytearray, memoryview)):
@@ -218,31 +208,28 @@ def _from_path(path: str, max_pixels: int, room: Room | None) -> LoadedImage:
             f"Images are not downloaded, and the address {path[:100]!r} was received; "
             "save the image and give its path."
         )
+    # Without the middle of one that is too long to be a path.
+    name = repr(path if len(path) <= 1000 else f"{path[:150]}...{path[-150:]}")
     try:
         with open(path, "rb") as file:
-            return _from_file(file, _shown(path), max_pixels, room)
+            return _from_file(file, name, max_pixels, room)
     except FileNotFoundError as error:
-        raise ImageError(f"There is no image {_shown(path)}; check the path.") from error
+        raise ImageError(f"There is no image {name}; check the path.") from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise ImageError(f"The image {_shown(path)} cannot be read: {reason}.") from error
-
-
-def _shown(path: str) -> str:
-    """A path in a message, without the middle of one that is too long to be one."""
-    return repr(path if len(path) <= 1000 else f"{path[:150]}...{path[-150:]}")
+        raise ImageError(f"The image {name} cannot be read: {reason}.") from error
 
 
 def _from_file(file: BinaryIO, name: str, max_pixels: int, room: Room | None) -> LoadedImage:
     with _opened(file, name) as picture:
-        return _held(picture, name, max_pixels, room, is_ours=True)
+        return _from_picture(picture, name, max_pixels, room, is_ours=True)
 
 
 def _opened(file: BinaryIO, name: str) -> Image.Image:
-    head = file.read(1024)
+    head = file.read(HEAD_BYTES)
     if not head:
         raise ImageError(f"An image file must have content, and {name} is empty; send it again.")
-    found = stand_in(head)
+    found = find_placeholder(head)
     if found is not None:
         raise ImageError(
             f"An image must be in a known format such as JPEG or PNG, and {name} {found.is_what}; "
@@ -259,35 +246,35 @@ def _opened(file: BinaryIO, name: str) -> Image.Image:
         ) from error
 
 
-def _held(
+def _from_picture(
     picture: Image.Image, name: str, max_pixels: int, room: Room | None, *, is_ours: bool
 ) -> LoadedImage:
-    """As ``_from_picture``, once there is room for the pixels that the header promises."""
     _check_size(picture.size, name, max_pixels)
-    if room is None:
-        return _from_picture(picture, name, max_pixels, is_ours=is_ours)
-    hold = room(math.prod(picture.size) * _memory_factor(picture))
     try:
-        image = _from_picture(picture, name, max_pixels, is_ours=is_ours).image
-        hold.resize(math.prod(image.size))
-    except BaseException:
-        hold.release()
-        raise
-    return LoadedImage(image, hold)
-
-
-def _memory_factor(picture: Image.Image) -> int:
-    try:
-        return memory_factor(picture)
+        factor = memory_factor(picture)
     except _DAMAGE:
         # Whether it can be opened all the same shows when it is.
-        return 1
+        factor = 1
+    with _held(math.prod(picture.size) * factor, room) as hold:
+        rgb = _decoded(picture, name, max_pixels, is_ours=is_ours)
+        if hold is not None:
+            hold.resize(math.prod(rgb.size))
+        return LoadedImage(rgb, hold)
 
 
-def _from_picture(
-    picture: Image.Image, name: str, max_pixels: int, *, is_ours: bool
-) -> LoadedImage:
-    _check_size(picture.size, name, max_pixels)
+@contextmanager
+def _held(num_pixels: int, room: Room | None) -> Iterator[Hold | None]:
+    """What holds these pixels, to be kept; released where they cannot be had."""
+    hold = None if room is None else room(num_pixels)
+    try:
+        yield hold
+    except BaseException:
+        if hold is not None:
+            hold.release()
+        raise
+
+
+def _decoded(picture: Image.Image, name: str, max_pixels: int, *, is_ours: bool) -> Image.Image:
     try:
         with _strict_decoding():
             depth = read_depth(picture)
@@ -298,7 +285,12 @@ def _from_picture(
         ) from error
     # A decoder may learn the true size only from the data itself.
     _check_size(picture.size, name, max_pixels)
-    turn = _TURNS.get(_orientation(picture))
+    try:
+        orientation = picture.getexif().get(_ORIENTATION_TAG)
+    except _DAMAGE:
+        # Damaged metadata is no reason to refuse pixels that are whole.
+        orientation = None
+    turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
     try:
         with _strict_decoding():
             rgb = _to_rgb(picture, depth, is_ours=is_ours)
@@ -307,7 +299,7 @@ def _from_picture(
             f"The colours of an image must be convertible to RGB, and {name} has mode "
             f"{picture.mode!r}; convert it to 8-bit RGB."
         ) from error
-    return LoadedImage(rgb if turn is None else rgb.transpose(turn))
+    return rgb if turn is None else rgb.transpose(turn)
 
 
 def _from_array(array: np.ndarray[Any, Any], max_pixels: int, room: Room | None) -> LoadedImage:
@@ -323,13 +315,8 @@ def _from_array(array: np.ndarray[Any, Any], max_pixels: int, room: Room | None)
         )
     height, width, _ = array.shape
     _check_size((width, height), "the image array", max_pixels)
-    hold = None if room is None else room(width * height)
-    try:
+    with _held(width * height, room) as hold:
         return LoadedImage(Image.fromarray(np.array(array, order="C", copy=True)), hold)
-    except BaseException:
-        if hold is not None:
-            hold.release()
-        raise
 
 
 def _check_size(size_wh: SizeWh, name: str, max_pixels: int) -> None:
@@ -344,15 +331,6 @@ def _check_size(size_wh: SizeWh, name: str, max_pixels: int) -> None:
             f"An image can have at most {max_pixels / 1e6:g} million pixels, and {name} is "
             f"{width}x{height}; make it smaller or cut it into parts."
         )
-
-
-def _orientation(picture: Image.Image) -> int:
-    try:
-        value = picture.getexif().get(_ORIENTATION_TAG, 1)
-    except _DAMAGE:
-        # Damaged metadata is no reason to refuse pixels that are whole.
-        return 1
-    return value if isinstance(value, int) else 1
 
 
 def _to_rgb(picture: Image.Image, depth: Depth, *, is_ours: bool) -> Image.Image:
@@ -374,11 +352,7 @@ def _to_rgb(picture: Image.Image, depth: Depth, *, is_ours: bool) -> Image.Image
 
 
 _strict_lock: Final = threading.Lock()
-
-
 _strict_depth = 0
-
-
 _loose_settings: tuple[bool, int | None] = (False, None)
 
 

@@ -4,95 +4,37 @@ from __future__ import annotations
 
 import json
 import logging
-import threading
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Final, Generic, TypeVar, cast
+from typing import Any, Final
 
 import numpy as np
 from PIL import Image
 
-from florence2.errors import CheckpointError, as_value
+from florence2.errors import CheckpointError
 from florence2.opencv import cv2
 from florence2.records import SizeWh
 
 logger = logging.getLogger(__name__)
 
 
-T = TypeVar("T")
-
-_NONE: Final = object()
-
-
-class Errand(Generic[T]):
-    """The result of ``work``, which is called once, by the first thread that begins.
-
-    So nobody waits behind other errands: one that no helper has begun is done by the thread that
-    asks for the result. ``work`` and what it holds are released as soon as it is over.
-    """
-
-    __slots__ = ("_claim", "_error", "_is_over", "_value", "_work")
-
-    def __init__(self, work: Callable[[], T]) -> None:
-        self._work: Callable[[], T] | None = work
-        self._claim = threading.Lock()
-        self._is_over = threading.Event()
-        self._value: object = _NONE
-        self._error: BaseException | None = None
-
-    def run(self) -> None:
-        """Does the work here and now, unless somebody has begun it; raises nothing."""
-        if not self._claim.acquire(blocking=False):
-            return
-        work, self._work = self._work, None
-        try:
-            if work is not None:
-                self._value = work()
-        except BaseException as error:  # noqa: BLE001 - it is raised where the result is needed
-            self._error = as_value(error)
-        finally:
-            self._is_over.set()
-
-    def result(self) -> T:
-        """What ``work`` gave or raised; done on this thread if nobody has begun."""
-        self.run()
-        self._is_over.wait()
-        if self._error is not None:
-            raise self._error
-        if self._value is _NONE:
-            raise RuntimeError("An errand that was dropped has no result.")
-        return cast(T, self._value)
-
-    def drop(self) -> None:
-        """Nobody needs the result: what was not begun never is, and what is held is released."""
-        if self._claim.acquire(blocking=False):
-            self._work = None
-            self._is_over.set()
-        # An error that was raised has a traceback, whose frames hold this errand.
-        self._value, self._error = _NONE, None
-
-
 Pixels = np.ndarray[Any, np.dtype[np.float32]]
-
-
 Scaled = np.ndarray[Any, np.dtype[np.uint8]]
-
 
 SHARED_FROM_PIXELS: Final = 3_000_000
 """Scaling takes some 6 ms per million pixels; below this, sharing it would gain too little."""
 
 
 # More make the wait for the last one shorter, and cost more where they are joined.
-_PARTS: Final = 8
+_BANDS: Final = 8
 
-
-# OpenCV hands arrays of 2**18 pixels and more to threads of its own, which would take the cores
-# from the model's.
-_LOOKED_UP_AT_ONCE_PIXELS: Final = 2**18 - 1
+LUT_MAX_PIXELS: Final = 2**18 - 1
+"""OpenCV hands larger arrays to threads of its own, which would take the cores from the model's."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -115,48 +57,6 @@ class PreparedImage:
         return int(self.scaled.shape[0] * self.scaled.shape[1])
 
 
-def scale(
-    image: Image.Image, size_wh: SizeWh, resample: int, helpers: Executor | None = None
-) -> Scaled:
-    """An 8-bit RGB image at another size, by Pillow's filter: uint8 ``[height, width, 3]``.
-
-    A large image is scaled by this thread and, if one is free, one of ``helpers``, which meet
-    somewhere between its ends. The pixels are the same: Pillow scales each row by itself, rounds,
-    and then each column.
-    """
-    filter_ = Image.Resampling(resample)
-    width, height = image.size
-    if helpers is None or width * height < SHARED_FROM_PIXELS:
-        return np.asarray(image.resize(size_wh, filter_), dtype=np.uint8)
-    edges = [height * part // _PARTS for part in range(_PARTS + 1)]
-    parts = [
-        (top, Errand(partial(_narrowed, image, top, bottom, size_wh[0], filter_)))
-        for top, bottom in pairwise(edges)
-        if bottom > top
-    ]
-    try:
-        helpers.submit(_run, [part for _, part in reversed(parts)])
-    except RuntimeError:
-        logger.debug("The helpers were sent home: the work is all this thread's")
-    _run([part for _, part in parts])
-    narrow = Image.new("RGB", (size_wh[0], height))
-    for top, part in parts:
-        narrow.paste(part.result(), (0, top))
-    return np.asarray(narrow.resize(size_wh, filter_), dtype=np.uint8)
-
-
-def _narrowed(
-    image: Image.Image, top: int, bottom: int, width: int, filter_: Image.Resampling
-) -> Image.Image:
-    rows = image.crop((0, top, image.width, bottom))
-    return rows.resize((width, bottom - top), filter_)
-
-
-def _run(parts: Sequence[Errand[Image.Image]]) -> None:
-    for part in parts:
-        part.run()
-
-
 def look_up(scaled: Scaled, table: Pixels, out: Pixels | None = None) -> Pixels:
     """Each value of uint8 ``[H, W, 3]`` through its channel's row of ``table`` ``[3, 256]``.
 
@@ -170,20 +70,30 @@ def look_up(scaled: Scaled, table: Pixels, out: Pixels | None = None) -> Pixels:
             f"{out.dtype} {list(out.shape)} was given."
         )
     values = np.ascontiguousarray(table.T)[None]
-    step = max(1, _LOOKED_UP_AT_ONCE_PIXELS // max(1, scaled.shape[1]))
+    step = max(1, LUT_MAX_PIXELS // max(1, scaled.shape[1]))
     for top in range(0, len(scaled), step):
         # Written in place, because the part of ``out`` has the type and shape of the result.
         cv2.LUT(scaled[top : top + step], values, dst=out[top : top + step])
     return out
 
 
+def _narrow_band(
+    image: Image.Image, narrow: Image.Image, top: int, bottom: int, filter_: Image.Resampling
+) -> None:
+    rows = image.crop((0, top, image.width, bottom))
+    narrow.paste(rows.resize((narrow.width, bottom - top), filter_), (0, top))
+
+
+def _work_off(take: Callable[[], Callable[[], None]]) -> None:
+    while True:
+        try:
+            work = take()
+        except IndexError:
+            return
+        work()
+
+
 PROCESSOR_FILES: Final = ("preprocessor_config.json", "processor_config.json")
-
-
-_IMAGENET_MEAN: Final = (0.485, 0.456, 0.406)
-
-
-_IMAGENET_STD: Final = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -194,8 +104,8 @@ class ImageProcessor:
     """
 
     size_wh: SizeWh = (768, 768)
-    mean: tuple[float, float, float] = _IMAGENET_MEAN
-    std: tuple[float, float, float] = _IMAGENET_STD
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     resample: int = Image.Resampling.BICUBIC
     rescale: float = 1 / 255
 
@@ -210,11 +120,36 @@ class ImageProcessor:
         return cls() if path is None or settings is None else _from_settings(settings, path)
 
     def resize(self, image: Image.Image, helpers: Executor | None = None) -> Scaled:
-        """An 8-bit RGB image at the network's size: uint8 ``[height, width, 3]``.
+        """An 8-bit RGB image at the network's size, by Pillow's filter: uint8 ``[H, W, 3]``.
 
-        A large image is shared with one of ``helpers``; the pixels are the same.
+        A large image is scaled by this thread and, if one is free, one of ``helpers``, which meet
+        somewhere between its ends. The pixels are the same: Pillow scales each row by itself,
+        rounds, and then each column.
         """
-        return scale(image, self.size_wh, self.resample, helpers)
+        filter_ = Image.Resampling(self.resample)
+        width, height = image.size
+        if helpers is None or width * height < SHARED_FROM_PIXELS:
+            return np.asarray(image.resize(self.size_wh, filter_), dtype=np.uint8)
+        narrow = Image.new("RGB", (self.size_wh[0], height))
+        edges = [height * band // _BANDS for band in range(_BANDS + 1)]
+        bands = deque(
+            partial(_narrow_band, image, narrow, top, bottom, filter_)
+            for top, bottom in pairwise(edges)
+            if bottom > top
+        )
+        helper: Future[None] | None = None
+        try:
+            helper = helpers.submit(_work_off, bands.pop)
+        except RuntimeError:
+            logger.debug("The helpers were sent home: the work is all this thread's")
+        try:
+            _work_off(bands.popleft)
+        finally:
+            # A helper that never comes may be handed this for long, so it must hold no pixels.
+            bands.clear()
+            if helper is not None and not helper.cancel():
+                helper.result()
+        return np.asarray(narrow.resize(self.size_wh, filter_), dtype=np.uint8)
 
     @cached_property
     def lookup_table(self) -> Pixels:

@@ -1,27 +1,31 @@
-"""Generated pieces to objects with scores, for every output kind of the task table."""
+"""Generated tokens to objects with scores, for every output kind of the task table."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Final
 
 from florence2.errors import RequestError
-from florence2.records import Box, Object, Polygon, Quad, Result, SizeWh, Text, result_to_dict
+from florence2.records import Box, Object, Polygon, Quad, Result, SizeWh, Text
 from florence2.tasks import BANNED_PHRASES, OutputKind, Task, TaskInput, find_task
-from florence2.tokenizer import Piece, PieceKind, joined_text, pieces_from_text, strip_dropped
+from florence2.tokenizer import (
+    AnswerToken,
+    TokenKind,
+    joined_text,
+    strip_dropped,
+    tokens_from_text,
+)
 from florence2.tokens import NUM_LOCATION_BINS, POLYGON_END, POLYGON_START, SEPARATOR
-
-__all__ = ["Parsed", "parse", "parse_answer_text", "result_to_dict"]
-
 
 NEAR_BINS: Final = 20
 """A location within so many bins of the chosen one, 2 % of the image, is the same place."""
 
 
-def object_score(place: Sequence[Piece], label: Sequence[Piece]) -> float | None:
+def object_score(place: Sequence[AnswerToken], label: Sequence[AnswerToken]) -> float | None:
     """The score of a prediction, in [0, 1].
 
     ``score = g(place) * g(label)``, where ``g`` is the geometric mean of the probabilities of
@@ -46,13 +50,9 @@ def object_score(place: Sequence[Piece], label: Sequence[Piece]) -> float | None
     where a token is banned, not renormalised, and 0 for a forced token; see ``BeamSearch`` and
     ``Answer.beam_score``.
     """
-    factors = [
-        _geometric_mean(piece.near_log_prob for piece in place),
-        _geometric_mean(piece.log_prob for piece in label),
-    ]
-    return (
-        None if None in factors else math.prod(factor for factor in factors if factor is not None)
-    )
+    place_mean = _geometric_mean(token.near_log_prob for token in place)
+    label_mean = _geometric_mean(token.log_prob for token in label)
+    return None if place_mean is None or label_mean is None else place_mean * label_mean
 
 
 def _geometric_mean(values: Iterable[float | None]) -> float | None:
@@ -77,10 +77,9 @@ TOO_FEW_POINTS: Final = "outlines with fewer than 3 points, left out"
 CUT_OUTLINE: Final = "outlines cut off before their end, kept"
 STRAY_MARKERS: Final = "tokens without a meaning here, left out"
 
-OPEN_MARK: Final = POLYGON_START.encode()
-CLOSE_MARK: Final = POLYGON_END.encode()
-RING_MARK: Final = SEPARATOR.encode()
-_OUTLINE_MARKS: Final = frozenset((OPEN_MARK, CLOSE_MARK, RING_MARK))
+_OPEN: Final = POLYGON_START.encode()
+_CLOSE: Final = POLYGON_END.encode()
+_NEXT_RING: Final = SEPARATOR.encode()
 
 
 @dataclass(slots=True)
@@ -100,168 +99,160 @@ class Notes:
 
 
 @dataclass(slots=True)
-class Run:
-    """Text pieces, then the locations and outline marks up to the next text."""
+class Span:
+    """The tokens of a label, then the locations and outline markers up to the next label."""
 
-    text: list[Piece] = field(default_factory=list)
-    body: list[Piece] = field(default_factory=list)
+    label_tokens: list[AnswerToken] = field(default_factory=list)
+    place_tokens: list[AnswerToken] = field(default_factory=list)
 
     @property
     def label(self) -> str:
-        """The run's text without the white space around it."""
-        return joined_text(self.text).strip()
+        """The text without the white space around it."""
+        return joined_text(self.label_tokens).strip()
 
     @property
-    def locations(self) -> list[Piece]:
-        """The body without outline marks."""
-        return [piece for piece in self.body if piece.kind is PieceKind.LOCATION]
+    def num_locations(self) -> int:
+        """Of the place, which has outline markers too."""
+        return sum(token.kind is TokenKind.LOCATION for token in self.place_tokens)
 
     @property
     def has_outline(self) -> bool:
-        """Whether the body spells polygons rather than boxes."""
-        return any(piece.data == OPEN_MARK for piece in self.body)
+        """Whether the place is spelled as polygons rather than boxes."""
+        return any(token.data == _OPEN for token in self.place_tokens)
 
 
-def split_runs(pieces: Iterable[Piece], notes: Notes) -> list[Run]:
-    """The runs of an answer in order; a token that means nothing here ends a run."""
-    runs: list[Run] = []
-    current = Run()
-    for piece in pieces:
-        if piece.kind is PieceKind.LOCATION or piece.data in _OUTLINE_MARKS:
-            current.body.append(piece)
+def split_spans(tokens: Iterable[AnswerToken], notes: Notes) -> list[Span]:
+    """The spans of an answer in order; a token that means nothing here ends a span."""
+    spans = [Span()]
+    for token in tokens:
+        if token.kind is TokenKind.LOCATION or token.data in (_OPEN, _CLOSE, _NEXT_RING):
+            spans[-1].place_tokens.append(token)
             continue
-        if current.body or piece.kind is PieceKind.MARKER:
-            runs.append(current)
-            current = Run()
-        if piece.kind is PieceKind.TEXT:
-            current.text.append(piece)
+        if spans[-1].place_tokens or token.kind is TokenKind.MARKER:
+            spans.append(Span())
+        if token.kind is TokenKind.TEXT:
+            spans[-1].label_tokens.append(token)
         else:
             notes.add(STRAY_MARKERS)
-    runs.append(current)
-    return [run for run in runs if run.body or run.label]
+    return [span for span in spans if span.place_tokens or span.label]
 
 
-def groups_of(body: Sequence[Piece], group_size: int, notes: Notes) -> list[list[Piece]]:
-    """Locations in groups of ``group_size``; outline marks end a group, and are counted."""
-    groups: list[list[Piece]] = []
-    group: list[Piece] = []
-    for piece in body:
-        if piece.kind is not PieceKind.LOCATION:
+def location_groups(
+    place_tokens: Sequence[AnswerToken], group_size: int, notes: Notes
+) -> list[list[AnswerToken]]:
+    """Locations in groups of ``group_size``; outline markers end a group, and are counted."""
+    groups: list[list[AnswerToken]] = [[]]
+    for token in place_tokens:
+        if token.kind is TokenKind.LOCATION:
+            groups[-1].append(token)
+        else:
             notes.add(STRAY_MARKERS)
-            notes.add(LEFTOVER_LOCATIONS, len(group))
-            group = []
-            continue
-        group.append(piece)
-        if len(group) == group_size:
-            groups.append(group)
-            group = []
-    notes.add(LEFTOVER_LOCATIONS, len(group))
-    return groups
+        if token.kind is not TokenKind.LOCATION or len(groups[-1]) == group_size:
+            notes.add(LEFTOVER_LOCATIONS, len(groups[-1]) % group_size)
+            groups.append([])
+    notes.add(LEFTOVER_LOCATIONS, len(groups[-1]))
+    return [group for group in groups if len(group) == group_size]
 
 
-def coordinates(locations: Sequence[Piece], size_wh: SizeWh) -> list[float]:
+def _coordinates(locations: Sequence[AnswerToken], size_wh: SizeWh) -> list[float]:
     """x, y, x, y, ... in pixels: the middle of each bin, so always inside the image."""
     return [
-        ((piece.location_bin or 0) + 0.5) * size_wh[position % 2] / NUM_LOCATION_BINS
-        for position, piece in enumerate(locations)
+        ((token.location_bin or 0) + 0.5) * size_wh[position % 2] / NUM_LOCATION_BINS
+        for position, token in enumerate(locations)
     ]
 
 
-def boxes_of(run: Run, label: str, size_wh: SizeWh, notes: Notes) -> list[Box]:
+def _boxes(span: Span, label: str, size_wh: SizeWh, notes: Notes) -> Iterator[Box]:
     """One box per group of four locations, with x1 < x2 and y1 < y2."""
-    text = run.text if label else ()
-    boxes = []
-    for group in groups_of(run.body, 4, notes):
-        x1, y1, x2, y2 = coordinates(group, size_wh)
+    label_tokens = span.label_tokens if label else ()
+    for group in location_groups(span.place_tokens, 4, notes):
+        x1, y1, x2, y2 = _coordinates(group, size_wh)
         if x1 == x2 or y1 == y2:
             notes.add(NO_AREA)
             continue
         notes.add(SWAPPED, int(x1 > x2 or y1 > y2))
         box_xyxy = (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
-        boxes.append(Box(box_xyxy, label, object_score(group, text)))
-    return boxes
+        yield Box(box_xyxy, label, object_score(group, label_tokens))
 
 
-def quads_of(run: Run, label: str, size_wh: SizeWh, notes: Notes) -> list[Quad]:
+def _quads(span: Span, label: str, size_wh: SizeWh, notes: Notes) -> Iterator[Quad]:
     """One quad per group of eight locations; its corners stay in the order they were given."""
-    quads = []
-    for group in groups_of(run.body, 8, notes):
-        x1, y1, x2, y2, x3, y3, x4, y4 = coordinates(group, size_wh)
+    for group in location_groups(span.place_tokens, 8, notes):
+        x1, y1, x2, y2, x3, y3, x4, y4 = _coordinates(group, size_wh)
         if len({x1, x2, x3, x4}) == 1 or len({y1, y2, y3, y4}) == 1:
             notes.add(NO_AREA)
             continue
         corners = (x1, y1, x2, y2, x3, y3, x4, y4)
-        quads.append(Quad(corners, label, object_score(group, run.text)))
-    return quads
+        yield Quad(corners, label, object_score(group, span.label_tokens))
 
 
-@dataclass(slots=True)
-class _Outline:
-    """One object's rings of location pieces while they are being read."""
-
-    rings: list[list[Piece]] = field(default_factory=lambda: [[]])
-
-    def add(self, piece: Piece) -> None:
-        if piece.kind is PieceKind.LOCATION:
-            self.rings[-1].append(piece)
-        else:
-            self.rings.append([])
-
-
-def polygons_of(run: Run, label: str, size_wh: SizeWh, notes: Notes) -> list[Polygon]:
-    """One polygon per ``<poly>...</poly>``, or one for the whole run; ``<sep>`` parts its rings."""
-    outlines = _marked_outlines(run, notes) if run.has_outline else [_bare_outline(run, notes)]
-    polygons = []
-    for outline in outlines:
-        rings = [ring for ring in outline.rings if _is_ring(ring, notes)]
+def _polygons(span: Span, label: str, size_wh: SizeWh, notes: Notes) -> Iterator[Polygon]:
+    """One polygon per ``<poly>...</poly>`` or one for the whole span; ``<sep>`` parts its rings."""
+    label_tokens = span.label_tokens if label else ()
+    for outline in _outlines(span, notes):
+        rings = [ring[: len(ring) // 2 * 2] for ring in outline if _is_ring(ring, notes)]
         if rings:
-            used = [piece for ring in rings for piece in ring[: len(ring) // 2 * 2]]
-            score = object_score(used, run.text if label else ())
-            shapes = tuple(tuple(coordinates(r[: len(r) // 2 * 2], size_wh)) for r in rings)
-            polygons.append(Polygon(shapes, label, score))
-    return polygons
+            shapes = tuple(tuple(_coordinates(ring, size_wh)) for ring in rings)
+            yield Polygon(shapes, label, object_score([*chain(*rings)], label_tokens))
 
 
-def _bare_outline(run: Run, notes: Notes) -> _Outline:
-    outline = _Outline()
-    for piece in run.body:
-        outline.add(piece)
-        notes.add(STRAY_MARKERS, int(piece.data == CLOSE_MARK))
-    return outline
-
-
-def _marked_outlines(run: Run, notes: Notes) -> list[_Outline]:
-    outlines: list[_Outline] = []
-    inside = False
-    for piece in run.body:
-        if piece.data == OPEN_MARK:
-            notes.add(CUT_OUTLINE, int(inside))
-            outlines.append(_Outline())
-            inside = True
-        elif inside and piece.data == CLOSE_MARK:
-            inside = False
-        elif inside:
-            outlines[-1].add(piece)
+def _outlines(span: Span, notes: Notes) -> list[list[list[AnswerToken]]]:
+    """The rings of each object, as their tokens."""
+    is_marked = span.has_outline
+    is_inside = not is_marked
+    outlines: list[list[list[AnswerToken]]] = [] if is_marked else [[[]]]
+    for token in span.place_tokens:
+        is_location = token.kind is TokenKind.LOCATION
+        if token.data == _OPEN:
+            notes.add(CUT_OUTLINE, int(is_inside))
+            outlines.append([[]])
+            is_inside = True
+        elif is_inside and is_location:
+            outlines[-1][-1].append(token)
+        elif is_inside and token.data == _CLOSE and is_marked:
+            is_inside = False
+        elif is_inside:
+            notes.add(STRAY_MARKERS, int(token.data == _CLOSE))
+            outlines[-1].append([])
         else:
-            is_location = piece.kind is PieceKind.LOCATION
             notes.add(LEFTOVER_LOCATIONS if is_location else STRAY_MARKERS)
-    notes.add(CUT_OUTLINE, int(inside))
+    notes.add(CUT_OUTLINE, int(is_inside and is_marked))
     return outlines
 
 
-def _is_ring(ring: Sequence[Piece], notes: Notes) -> bool:
+def _is_ring(ring: Sequence[AnswerToken], notes: Notes) -> bool:
     if not ring:
         return False
-    bins = [piece.location_bin for piece in ring]
-    points = set(zip(bins[0::2], bins[1::2], strict=False))
-    if len(points) < 3:
+    bins = [token.location_bin for token in ring]
+    if len(set(zip(bins[0::2], bins[1::2], strict=False))) < 3:
         notes.add(TOO_FEW_POINTS)
         return False
     notes.add(LEFTOVER_LOCATIONS, len(ring) % 2)
     return True
 
 
-RunReader = Callable[[Run, SizeWh, Notes], Sequence[Object]]
+def _objects(span: Span, output: OutputKind, size_wh: SizeWh, notes: Notes) -> Iterable[Object]:
+    """What one span says; whatever does not make an object of this output leaves a note."""
+    label = span.label
+    is_polygon = output is OutputKind.POLYGONS or (
+        output is OutputKind.BOXES_OR_POLYGONS and span.has_outline
+    )
+    group_size = 8 if output is OutputKind.OCR else 4
+    if not span.place_tokens:
+        notes.add(UNPLACED_TEXT)
+        return ()
+    if output in (OutputKind.BOXES, OutputKind.POLYGONS):
+        notes.add(UNPLACED_TEXT, int(bool(label)))
+        label = ""
+    elif output is OutputKind.GROUNDING and label in BANNED_PHRASES:
+        notes.add(TOO_GENERAL)
+        return ()
+    elif not label:
+        notes.add(UNLABELED, 1 if is_polygon else max(span.num_locations // group_size, 1))
+        return ()
+    if is_polygon:
+        return _polygons(span, label, size_wh, notes)
+    return (_quads if output is OutputKind.OCR else _boxes)(span, label, size_wh, notes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,22 +264,36 @@ class Parsed:
     notes: tuple[str, ...]
 
 
-def parse(pieces: Iterable[Piece], task: Task, size_wh: SizeWh) -> Parsed:
-    """The objects or the text that an answer spells, for any sequence of pieces.
+def parse(tokens: Iterable[AnswerToken], task: Task, size_wh: SizeWh) -> Parsed:
+    """The objects or the text that an answer spells, for any sequence of tokens.
 
     ``size_wh`` is the original image's size; coordinates are floats in its pixels.
     """
     notes = Notes()
     if task.output is OutputKind.TEXT:
-        return _parse_text(list(pieces), task, notes)
-    read = _READERS[task.output]
-    objects: list[Object] = []
-    for run in split_runs(pieces, notes):
-        if run.body:
-            objects.extend(read(run, size_wh, notes))
-        else:
-            notes.add(UNPLACED_TEXT)
+        return _parse_text(list(tokens), task, notes)
+    objects = [
+        found
+        for span in split_spans(tokens, notes)
+        for found in _objects(span, task.output, size_wh, notes)
+    ]
     return Parsed(tuple(objects), None, notes.sentences())
+
+
+def _parse_text(tokens: list[AnswerToken], task: Task, notes: Notes) -> Parsed:
+    words = [token for token in tokens if token.kind is TokenKind.TEXT]
+    if task.takes is TaskInput.OPTIONAL_TEXT:
+        # What a fine-tune's own tokens mean is known to its author only.
+        words, text = tokens, joined_text(tokens).strip()
+    else:
+        spans = split_spans(tokens, notes)
+        text = " ".join(span.label for span in spans if span.label)
+        for span in spans:
+            # A region task repeats its region behind the words; other locations deserve a note.
+            repeats = 4 if task.takes is TaskInput.REGION else span.num_locations + 1
+            notes.add(LEFTOVER_LOCATIONS, span.num_locations % repeats)
+    objects = (Text(text, object_score((), words)),) if text else ()
+    return Parsed(objects, text, notes.sentences())
 
 
 def parse_answer_text(task: Task | str, text: str, size_wh: SizeWh) -> Result:
@@ -302,7 +307,7 @@ def parse_answer_text(task: Task | str, text: str, size_wh: SizeWh) -> Result:
             f"The size of an image is its width and height in pixels, and {size_wh} was received; "
             "give for example 640x480."
         )
-    parsed = parse(pieces_from_text(text), known, size_wh)
+    parsed = parse(tokens_from_text(text), known, size_wh)
     return Result(
         task=known.token,
         size_wh=size_wh,
@@ -313,73 +318,3 @@ def parse_answer_text(task: Task | str, text: str, size_wh: SizeWh) -> Result:
         truncated=False,
         notes=parsed.notes,
     )
-
-
-def _parse_text(pieces: list[Piece], task: Task, notes: Notes) -> Parsed:
-    words = [piece for piece in pieces if piece.kind is PieceKind.TEXT]
-    if task.takes is TaskInput.OPTIONAL_TEXT:
-        # What a fine-tune's own tokens mean is known to its author only.
-        words, text = pieces, joined_text(pieces).strip()
-    else:
-        runs = split_runs(pieces, notes)
-        text = " ".join(run.label for run in runs if run.label)
-        _note_locations(runs, task, notes)
-    objects = (Text(text, object_score((), words)),) if text else ()
-    return Parsed(objects, text, notes.sentences())
-
-
-def _note_locations(runs: Sequence[Run], task: Task, notes: Notes) -> None:
-    """A region task repeats its region behind the words; locations elsewhere deserve a note."""
-    for run in runs:
-        count = len(run.locations)
-        notes.add(LEFTOVER_LOCATIONS, count % 4 if task.takes is TaskInput.REGION else count)
-
-
-def _read_labeled_boxes(run: Run, size_wh: SizeWh, notes: Notes) -> Sequence[Object]:
-    if not run.label:
-        notes.add(UNLABELED, max(len(run.locations) // 4, 1))
-        return ()
-    return boxes_of(run, run.label, size_wh, notes)
-
-
-def _read_grounding(run: Run, size_wh: SizeWh, notes: Notes) -> Sequence[Object]:
-    if run.label in BANNED_PHRASES:
-        notes.add(TOO_GENERAL)
-        return ()
-    return _read_labeled_boxes(run, size_wh, notes)
-
-
-def _read_quads(run: Run, size_wh: SizeWh, notes: Notes) -> Sequence[Object]:
-    if not run.label:
-        notes.add(UNLABELED, max(len(run.locations) // 8, 1))
-        return ()
-    return quads_of(run, run.label, size_wh, notes)
-
-
-def _read_boxes(run: Run, size_wh: SizeWh, notes: Notes) -> Sequence[Object]:
-    notes.add(UNPLACED_TEXT, int(bool(run.label)))
-    return boxes_of(run, "", size_wh, notes)
-
-
-def _read_polygons(run: Run, size_wh: SizeWh, notes: Notes) -> Sequence[Object]:
-    notes.add(UNPLACED_TEXT, int(bool(run.label)))
-    return polygons_of(run, "", size_wh, notes)
-
-
-def _read_boxes_or_polygons(run: Run, size_wh: SizeWh, notes: Notes) -> Sequence[Object]:
-    if not run.has_outline:
-        return _read_labeled_boxes(run, size_wh, notes)
-    if not run.label:
-        notes.add(UNLABELED)
-        return ()
-    return polygons_of(run, run.label, size_wh, notes)
-
-
-_READERS: Final[dict[OutputKind, RunReader]] = {
-    OutputKind.LABELED_BOXES: _read_labeled_boxes,
-    OutputKind.GROUNDING: _read_grounding,
-    OutputKind.OCR: _read_quads,
-    OutputKind.BOXES: _read_boxes,
-    OutputKind.POLYGONS: _read_polygons,
-    OutputKind.BOXES_OR_POLYGONS: _read_boxes_or_polygons,
-}

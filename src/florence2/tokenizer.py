@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -36,14 +36,14 @@ MARKERS: Final = (
     IMAGE,
 )
 
-_DROPPED_PATTERN: Final = re.compile("|".join(re.escape(token) for token in DROPPED_TOKENS))
-_TOKEN_PATTERN: Final = re.compile(
-    r"<loc_(?P<bin>[0-9]{1,6})>|" + "|".join(re.escape(token) for token in MARKERS)
-)
+# No token has a character with a meaning in a pattern.
+_DROPPED_PATTERN: Final = re.compile("|".join(DROPPED_TOKENS))
+_TOKEN_PATTERN: Final = re.compile(r"<loc_(?P<bin>[0-9]{1,6})>|" + "|".join(MARKERS))
+_CONTROL_PATTERN: Final = re.compile("|".join((BOS, PAD, EOS, UNK, MASK, IMAGE)))
 
 
-class PieceKind(Enum):
-    """What a piece of an answer is."""
+class TokenKind(Enum):
+    """What a token of an answer is."""
 
     TEXT = "text"
     LOCATION = "location"
@@ -51,7 +51,7 @@ class PieceKind(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class AnswerToken:
     """One token of an answer, or one stretch of a raw string.
 
     ``data`` is what it spells in UTF-8, possibly part of a character. ``location_bin`` is 0 to
@@ -59,7 +59,7 @@ class Piece:
     ``near_log_prob`` that of the bin or one near it, the same as ``log_prob`` for the rest.
     """
 
-    kind: PieceKind
+    kind: TokenKind
     data: bytes
     location_bin: int | None = None
     log_prob: float | None = None
@@ -71,45 +71,33 @@ def strip_dropped(text: str) -> str:
     return _DROPPED_PATTERN.sub("", text)
 
 
-def pieces_from_text(text: str) -> tuple[Piece, ...]:
-    """Pieces of a raw generated string, without probabilities.
+def tokens_from_text(text: str) -> tuple[AnswerToken, ...]:
+    """The tokens of a raw generated string, without probabilities.
 
     ``<loc_1000>``, which some fine-tunes were trained on, counts as the last bin.
     """
-    pieces: list[Piece] = []
+    tokens: list[AnswerToken] = []
     text = strip_dropped(text)
     end = 0
     for match in _TOKEN_PATTERN.finditer(text):
-        pieces.extend(_text_piece(text[end : match.start()]))
-        spelled = match.group().encode()
+        tokens += _text_token(text[end : match.start()])
         if match["bin"] is None:
-            pieces.append(Piece(PieceKind.MARKER, spelled))
+            tokens.append(AnswerToken(TokenKind.MARKER, match.group().encode()))
         else:
             location_bin = min(int(match["bin"]), NUM_LOCATION_BINS - 1)
-            pieces.append(Piece(PieceKind.LOCATION, spelled, location_bin))
+            tokens.append(AnswerToken(TokenKind.LOCATION, match.group().encode(), location_bin))
         end = match.end()
-    pieces.extend(_text_piece(text[end:]))
-    return tuple(pieces)
+    tokens += _text_token(text[end:])
+    return tuple(tokens)
 
 
-def joined_text(pieces: Iterable[Piece]) -> str:
-    """What the pieces spell together; bytes that are no UTF-8 become U+FFFD."""
-    return b"".join(piece.data for piece in pieces).decode("utf-8", errors="replace")
+def _text_token(text: str) -> list[AnswerToken]:
+    return [AnswerToken(TokenKind.TEXT, text.encode(errors="replace"))] if text else []
 
 
-def _text_piece(text: str) -> tuple[Piece, ...]:
-    if not text:
-        return ()
-    return (Piece(PieceKind.TEXT, text.encode("utf-8", errors="replace")),)
-
-
-_FIXED_IDS: Final = {BOS: BOS_ID, PAD: PAD_ID, EOS: EOS_ID}
-
-
-_CONTROL_TOKENS: Final = (BOS, PAD, EOS, UNK, MASK, IMAGE)
-
-
-_CONTROL_PATTERN: Final = re.compile("|".join(re.escape(token) for token in _CONTROL_TOKENS))
+def joined_text(tokens: Iterable[AnswerToken]) -> str:
+    """What the tokens spell together; bytes that are no UTF-8 become U+FFFD."""
+    return b"".join(token.data for token in tokens).decode(errors="replace")
 
 
 class Vocabulary:
@@ -125,8 +113,7 @@ class Vocabulary:
         tokenizer.no_padding()
         _add_published_tokens(tokenizer)
         ids_by_token: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
-        _check_fixed_ids(ids_by_token, source)
-        _check_locations(ids_by_token, source)
+        _check_ids(ids_by_token, source)
         added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
         self._tokenizer = tokenizer
         self.size: int = max(ids_by_token.values()) + 1
@@ -188,31 +175,31 @@ class Vocabulary:
             raise ValueError(f"A location bin is 0 to {NUM_LOCATION_BINS - 1}, not {location_bin}.")
         return self.first_location_id + location_bin
 
-    def pieces(
+    def answer_tokens(
         self,
         token_ids: Sequence[int],
         log_probs: Sequence[float] | None = None,
         near_log_probs: Sequence[float] | None = None,
-    ) -> tuple[Piece, ...]:
-        """What the parser reads: one piece per token, without ``<s>``, ``</s>`` and ``<pad>``.
+    ) -> tuple[AnswerToken, ...]:
+        """What the parser reads: a token per id, without ``<s>``, ``</s>`` and ``<pad>``.
 
         ``log_probs`` has one natural logarithm per token id, or is None when unknown; so has
         ``near_log_probs``, which are ``log_probs`` when not given.
         """
-        near = near_log_probs or log_probs
-        for given in (log_probs, near):
-            if given is not None and len(given) != len(token_ids):
+        unknown = [None] * len(token_ids)
+        exact: Sequence[float | None] = unknown if log_probs is None else log_probs
+        near = near_log_probs or exact
+        for given in (exact, near):
+            if len(given) != len(token_ids):
                 raise ValueError(
                     f"One log-probability per token is needed: {len(token_ids)} token ids, "
                     f"{len(given)} log-probabilities."
                 )
         return tuple(
-            self._piece(
-                token_id,
-                None if log_probs is None else log_probs[position],
-                None if near is None else near[position],
+            AnswerToken(
+                self._kind(token_id), self.bytes_of(token_id), self.location_of(token_id), *p
             )
-            for position, token_id in enumerate(token_ids)
+            for token_id, *p in zip(token_ids, exact, near, strict=True)
             if token_id not in self._dropped_ids
         )
 
@@ -221,29 +208,19 @@ class Vocabulary:
         kept = (self.bytes_of(i) for i in token_ids if i not in self._dropped_ids)
         return b"".join(kept).decode("utf-8", errors="replace")
 
-    def _piece(self, token_id: int, log_prob: float | None, near_log_prob: float | None) -> Piece:
-        location_bin = self.location_of(token_id)
-        if location_bin is not None:
-            kind = PieceKind.LOCATION
-        else:
-            kind = PieceKind.MARKER if token_id in self._marker_ids else PieceKind.TEXT
-        return Piece(kind, self.bytes_of(token_id), location_bin, log_prob, near_log_prob)
+    def _kind(self, token_id: int) -> TokenKind:
+        if self.location_of(token_id) is not None:
+            return TokenKind.LOCATION
+        return TokenKind.MARKER if token_id in self._marker_ids else TokenKind.TEXT
 
 
-def _as_added(tokens: Iterable[str]) -> list[AddedToken]:
-    return [AddedToken(token, normalized=False, special=True) for token in tokens]
-
-
-def _check_fixed_ids(ids_by_token: dict[str, int], source: str) -> None:
-    for token, expected in _FIXED_IDS.items():
+def _check_ids(ids_by_token: dict[str, int], source: str) -> None:
+    for token, expected in {BOS: BOS_ID, PAD: PAD_ID, EOS: EOS_ID}.items():
         if ids_by_token.get(token) != expected:
             raise CheckpointError(
                 f"The tokenizer of {source} must give {token} the id {expected}, but gives "
                 f"{ids_by_token.get(token)}; this is not a Florence-2 tokenizer."
             )
-
-
-def _check_locations(ids_by_token: dict[str, int], source: str) -> None:
     first = ids_by_token[location_token(0)]
     for location_bin in range(NUM_LOCATION_BINS):
         token = location_token(location_bin)
@@ -256,25 +233,23 @@ def _check_locations(ids_by_token: dict[str, int], source: str) -> None:
 
 
 def _spell(ids_by_token: dict[str, int], added: set[str], size: int) -> tuple[bytes, ...]:
+    # The character that stands for each byte in a byte-level BPE vocabulary: bytes that are
+    # printable Latin-1 stand for themselves, the other 68 are numbered from U+0100.
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = (byte for byte in range(256) if byte not in printable)
+    byte_of_char = {chr(byte): byte for byte in printable}
+    byte_of_char |= {chr(0x100 + position): byte for position, byte in enumerate(others)}
     spelled = [b""] * size
-    byte_of_char = _byte_level_alphabet()
     for token, token_id in ids_by_token.items():
         if token not in added and all(char in byte_of_char for char in token):
             spelled[token_id] = bytes(byte_of_char[char] for char in token)
         else:
-            spelled[token_id] = token.encode("utf-8")
+            spelled[token_id] = token.encode()
     return tuple(spelled)
 
 
-def _byte_level_alphabet() -> dict[str, int]:
-    """The character that stands for each byte in a byte-level BPE vocabulary.
-
-    Bytes that are printable Latin-1 stand for themselves; the other 68 are numbered from U+0100.
-    """
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printable]
-    shifted = {chr(0x100 + position): byte for position, byte in enumerate(others)}
-    return {chr(byte): byte for byte in printable} | shifted
+def _damaged(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path} is cut or damaged; download it again.")
 
 
 def _read_text(path: Path) -> str:
@@ -286,10 +261,6 @@ def _read_text(path: Path) -> str:
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); download it again.") from error
-
-
-def _damaged(path: Path) -> CheckpointError:
-    return CheckpointError(f"{path} is cut or damaged; download it again.")
 
 
 def _read_json_object(path: Path) -> dict[str, Any]:
@@ -318,7 +289,14 @@ def _read_parts(folder: Path) -> Tokenizer:
             f"{folder} has neither tokenizer.json nor vocab.json; download the checkpoint again."
         )
     vocab = _read_json_object(vocab_path)
-    merges = _read_merges(merges_path)
+    merges: list[tuple[str, str]] = []
+    for line in _read_text(merges_path).split("\n"):
+        if not line.strip() or line.startswith("#version"):
+            continue
+        pair = line.rstrip("\r").split(" ")
+        if len(pair) != 2:
+            raise _damaged(merges_path)
+        merges.append((pair[0], pair[1]))
     try:
         tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     except Exception as error:
@@ -327,24 +305,21 @@ def _read_parts(folder: Path) -> Tokenizer:
         ) from error
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(_as_added(t for t in (BOS, PAD, EOS, UNK) if t in vocab))
+    tokenizer.add_special_tokens(
+        [_as_added(token) for token in (BOS, PAD, EOS, UNK) if token in vocab]
+    )
     if MASK in vocab:
-        tokenizer.add_special_tokens(
-            [AddedToken(MASK, lstrip=True, normalized=False, special=True)]
-        )
+        tokenizer.add_special_tokens([_as_added(MASK, lstrip=True)])
     return tokenizer
 
 
-def _read_merges(path: Path) -> list[tuple[str, str]]:
-    merges: list[tuple[str, str]] = []
-    for line in _read_text(path).split("\n"):
-        if not line.strip() or line.startswith("#version"):
-            continue
-        parts = line.rstrip("\r").split(" ")
-        if len(parts) != 2:
-            raise _damaged(path)
-        merges.append((parts[0], parts[1]))
-    return merges
+def _as_added(token: str, **flags: bool) -> AddedToken:
+    return AddedToken(token, **{"normalized": False, **flags}, special=True)
+
+
+def _add_published_tokens(tokenizer: Tokenizer) -> None:
+    missing = [token for token in ADDED_TOKENS if tokenizer.token_to_id(token) is None]
+    tokenizer.add_special_tokens([_as_added(token) for token in missing])
 
 
 def _add_extra_tokens(tokenizer: Tokenizer, folder: Path) -> None:
@@ -352,15 +327,35 @@ def _add_extra_tokens(tokenizer: Tokenizer, folder: Path) -> None:
 
     ``added_tokens.json`` has ids by token, ``tokenizer_config.json`` tokens by id.
     """
-    for path, extra in ((folder / name, read) for name, read in _EXTRA_TOKENS.items()):
+    for path, tokens_of in (
+        (folder / "added_tokens.json", _from_ids_by_token),
+        (folder / "tokenizer_config.json", _from_tokenizer_config),
+    ):
         if not path.is_file():
             continue
         try:
-            tokens = sorted(extra(_read_json_object(path)), key=lambda entry: entry[0])
+            tokens = sorted(tokens_of(_read_json_object(path)), key=lambda entry: entry[0])
         except (TypeError, ValueError, AttributeError, KeyError) as error:
             raise _damaged(path) from error
         for token_id, token in tokens:
             _add_with_id(tokenizer, token, token_id, path)
+
+
+def _from_ids_by_token(content: dict[str, Any]) -> list[tuple[int, AddedToken]]:
+    if not all(type(token_id) is int for token_id in content.values()):
+        raise TypeError
+    return [(token_id, _as_added(token)) for token, token_id in content.items()]
+
+
+def _from_tokenizer_config(config: dict[str, Any]) -> list[tuple[int, AddedToken]]:
+    flags = ("lstrip", "rstrip", "single_word", "normalized")
+    return [
+        (
+            int(token_id),
+            _as_added(entry["content"], **{name: entry.get(name, False) for name in flags}),
+        )
+        for token_id, entry in (config.get("added_tokens_decoder") or {}).items()
+    ]
 
 
 def _add_with_id(tokenizer: Tokenizer, token: AddedToken, token_id: int, path: Path) -> None:
@@ -375,40 +370,3 @@ def _add_with_id(tokenizer: Tokenizer, token: AddedToken, token_id: int, path: P
             f"{path} gives {token.content!r} the id {token_id}, but the tokenizer beside it gives "
             f"{given}; the files do not belong together."
         )
-
-
-def _add_published_tokens(tokenizer: Tokenizer) -> None:
-    missing = [token for token in ADDED_TOKENS if tokenizer.token_to_id(token) is None]
-    tokenizer.add_special_tokens(_as_added(missing))
-
-
-def _ids_by_token(content: dict[str, Any]) -> list[tuple[int, AddedToken]]:
-    """The entries of ``added_tokens.json``."""
-    if not all(type(token_id) is int for token_id in content.values()):
-        raise TypeError
-    return list(zip(content.values(), _as_added(content), strict=True))
-
-
-def _tokens_by_id(config: dict[str, Any]) -> list[tuple[int, AddedToken]]:
-    """The ``added_tokens_decoder`` of a ``tokenizer_config.json``, where it has one."""
-    entries = config.get("added_tokens_decoder") or {}
-    return [
-        (
-            int(token_id),
-            AddedToken(
-                entry["content"],
-                lstrip=entry.get("lstrip", False),
-                rstrip=entry.get("rstrip", False),
-                single_word=entry.get("single_word", False),
-                normalized=entry.get("normalized", False),
-                special=True,
-            ),
-        )
-        for token_id, entry in entries.items()
-    ]
-
-
-_EXTRA_TOKENS: Final[dict[str, Callable[[dict[str, Any]], list[tuple[int, AddedToken]]]]] = {
-    "added_tokens.json": _ids_by_token,
-    "tokenizer_config.json": _tokens_by_id,
-}

@@ -17,9 +17,9 @@ from florence2.evaluation.detection import (
     pooled,
     rankings,
 )
-from florence2.postprocess import Notes, groups_of, object_score, split_runs
+from florence2.postprocess import Notes, location_groups, object_score, split_spans
 from florence2.records import Result
-from florence2.tokenizer import Piece, Vocabulary
+from florence2.tokenizer import AnswerToken, Vocabulary
 
 LogProbs = Sequence[float]
 
@@ -64,8 +64,9 @@ class ScoreStudy:
 
     def add(self, seed: int, found: ImageBoxes, result: Result) -> None:
         """One answer to ``<OD>`` about the scene of a seed, and the boxes that were read in it."""
-        pieces = self.vocabulary.pieces(result.token_ids, result.log_probs, result.near_log_probs)
-        spelled = _spelled_boxes(pieces)
+        spelled = _spelled_boxes(
+            self.vocabulary.answer_tokens(result.token_ids, result.log_probs, result.near_log_probs)
+        )
         if len(spelled) != len(found.boxes):
             raise FlorenceError(
                 f"The answer about scene {seed} spells {len(spelled)} boxes and "
@@ -100,11 +101,11 @@ class ScoreStudy:
         return {name: None if np.isnan(v) else round(v, 4) for name, v in figures.items()}
 
 
-def _tokens(place: Sequence[Piece], label: Sequence[Piece]) -> BoxTokens:
+def _tokens(place: Sequence[AnswerToken], label: Sequence[AnswerToken]) -> BoxTokens:
     return BoxTokens(
-        [_known(piece.log_prob) for piece in place],
-        [_known(piece.near_log_prob) for piece in place],
-        [_known(piece.log_prob) for piece in label],
+        [_known(token.log_prob) for token in place],
+        [_known(token.near_log_prob) for token in place],
+        [_known(token.log_prob) for token in label],
     )
 
 
@@ -112,12 +113,14 @@ def _known(log_prob: float | None) -> float:
     return -math.inf if log_prob is None else log_prob
 
 
-def _spelled_boxes(pieces: Sequence[Piece]) -> list[tuple[list[Piece], list[Piece]]]:
+def _spelled_boxes(
+    tokens: Sequence[AnswerToken],
+) -> list[tuple[list[AnswerToken], list[AnswerToken]]]:
     """The tokens of each box and of its label, for the boxes that the parser keeps."""
     spelled = []
-    for run in split_runs(pieces, Notes()):
-        for group in groups_of(run.body, 4, Notes()) if run.label else ():
-            x1, y1, x2, y2 = (piece.location_bin for piece in group)
+    for span in split_spans(tokens, Notes()):
+        for group in location_groups(span.place_tokens, 4, Notes()) if span.label else ():
+            x1, y1, x2, y2 = (token.location_bin for token in group)
             if x1 != x2 and y1 != y2:
-                spelled.append((group, run.text))
+                spelled.append((group, span.label_tokens))
     return spelled

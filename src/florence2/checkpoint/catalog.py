@@ -8,7 +8,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
@@ -29,9 +29,9 @@ from florence2.checkpoint.files import (
 )
 from florence2.checkpoint.hub import (
     PLAN_NAME,
+    Download,
     ProgressCallback,
     cannot_write,
-    download,
     hub_endpoint,
     is_offline,
     list_checkpoint,
@@ -97,31 +97,16 @@ CHECKPOINT_NAMES: Final[tuple[str, ...]] = (*KNOWN_BY_NAME, DEMO)
 
 Verify = Literal["size", "full"]
 
-
 CACHE_VARIABLE: Final = "FLORENCE2_CACHE"
-
-
 DEMO_VARIABLE: Final = "FLORENCE2_DEMO"
 
-
-_DEMO_FOLDER: Final = Path("demo", "checkpoint")
-
-
 _PACKAGE: Final = Path(__file__).resolve().parents[1]
-
-
-_PROJECT_ROOT: Final = _PACKAGE.parents[1]
-
-
+PROJECT_ROOT: Final = _PACKAGE.parents[1]
+_DEMO_FOLDER: Final = Path("demo", "checkpoint")
 _DEMO_IN_WHEEL: Final = "demo_checkpoint"
 
-
 _REPOSITORY: Final = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
-
-
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
-
-
 _PINS: Final = "pins.json"
 
 
@@ -157,16 +142,23 @@ def resolve(
         return _from_folder(DEMO, _demo_folder(), verify, "demo")
     known = KNOWN_BY_NAME.get(text)
     if known is not None:
-        wanted = _Wanted(text, known.repository, known.revision, known, refresh)
-        return _from_hub(wanted, _as_cache(cache_dir), is_offline(offline), progress, verify)
-    folder = _expanded(text)
-    if _is_folder(folder):
+        repository, revision = known.repository, known.revision
+    elif _is_folder(folder := _expanded(text)):
         return _from_folder(text, folder, verify, "folder")
-    match = _REPOSITORY.fullmatch(text)
-    if isinstance(name, Path) or match is None or text.startswith(".") or ".." in text:
-        raise _no_such(text)
-    wanted = _Wanted(text, match[1], match[2] or constants.DEFAULT_REVISION, None, refresh)
-    return _from_hub(wanted, _as_cache(cache_dir), is_offline(offline), progress, verify)
+    else:
+        match = _REPOSITORY.fullmatch(text)
+        if isinstance(name, Path) or match is None or text.startswith(".") or ".." in text:
+            raise _no_such(text)
+        repository, revision = match[1], match[2] or constants.DEFAULT_REVISION
+    return _HubCheckpoint(
+        text,
+        repository,
+        revision,
+        known,
+        default_cache_dir() if cache_dir is None else _expanded(cache_dir),
+        verify,
+        may_have_moved=refresh and _COMMIT.fullmatch(revision) is None,
+    ).find(is_offline(offline), progress)
 
 
 def _expanded(path: str | Path) -> Path:
@@ -188,10 +180,6 @@ def _is_folder(path: Path) -> bool:
         return False
 
 
-def _as_cache(cache_dir: str | Path | None) -> Path:
-    return default_cache_dir() if cache_dir is None else _expanded(cache_dir)
-
-
 def _no_such(name: str) -> CheckpointError:
     name = name if len(name) <= 1000 else f"{name[:150]}...{name[-150:]}"
     if os.sep in name or "/" in name:
@@ -206,12 +194,12 @@ def _demo_folder() -> Path:
     named = os.environ.get(DEMO_VARIABLE)
     if named:
         return _expanded(named)
-    here = (_PACKAGE / _DEMO_IN_WHEEL, _PROJECT_ROOT / _DEMO_FOLDER, Path.cwd() / _DEMO_FOLDER)
+    here = (_PACKAGE / _DEMO_IN_WHEEL, PROJECT_ROOT / _DEMO_FOLDER, Path.cwd() / _DEMO_FOLDER)
     for folder in here:
         if folder.is_dir():
             return folder
     raise CheckpointError(
-        f"The demo checkpoint is not in {_PROJECT_ROOT / _DEMO_FOLDER}; copy the folder "
+        f"The demo checkpoint is not in {PROJECT_ROOT / _DEMO_FOLDER}; copy the folder "
         f"{_DEMO_FOLDER} of the project's repository there, or name its place in {DEMO_VARIABLE}."
     )
 
@@ -232,149 +220,132 @@ def _from_folder(name: str, folder: Path, verify: Verify, source: str) -> Checkp
 
 
 @dataclass(frozen=True, slots=True)
-class _Wanted:
+class _HubCheckpoint:
+    """A checkpoint of the hub: what of it is on this machine, and how to bring the rest.
+
+    ``known`` is its entry where it is one of the table; ``may_have_moved``: the hub is to say
+    again which commit ``revision`` stands for.
+    """
+
     name: str
     repository: str
     revision: str
     known: KnownCheckpoint | None
-    refresh: bool = False
+    cache: Path
+    verify: Verify
+    may_have_moved: bool
 
     @property
-    def may_have_moved(self) -> bool:
-        """Whether the hub is to say again which commit the revision stands for."""
-        return self.refresh and _COMMIT.fullmatch(self.revision) is None
+    def home(self) -> Path:
+        """The folder of all its commits."""
+        return self.cache / self.repository.replace("/", "--")
 
-    def home(self, cache: Path) -> Path:
-        return cache / self.repository.replace("/", "--")
+    def find(self, offline: bool, progress: ProgressCallback | None) -> CheckpointFiles:
+        """Its whole files, downloaded where they are not here; CheckpointError."""
+        found = self._complete()
+        if found is not None and (offline or not self.may_have_moved):
+            return found
+        if offline:
+            return self._without_hub("the hub is switched off (HF_HUB_OFFLINE)")
+        try:
+            return self._online(progress)
+        except HubUnreachableError as error:
+            _log.warning("%s", error)
+            if found is not None:
+                return found
+            return self._without_hub(f"the hub at {hub_endpoint()} cannot be reached", error)
 
-    def commit(self, cache: Path) -> str | None:
+    def _commit(self) -> str | None:
         """The commit that the revision stands for on this machine, or None."""
         if _COMMIT.fullmatch(self.revision):
             return self.revision
-        pins = self.home(cache) / _PINS
-        pinned = read_json(pins).get(self.revision) if pins.is_file() else None
+        pinned = self._pins().get(self.revision)
         return pinned if isinstance(pinned, str) and _COMMIT.fullmatch(pinned) else None
 
+    def _pins(self) -> dict[str, Any]:
+        path = self.home / _PINS
+        return read_json(path) if path.is_file() else {}
 
-def _from_hub(
-    wanted: _Wanted, cache: Path, offline: bool, progress: ProgressCallback | None, verify: Verify
-) -> CheckpointFiles:
-    found = _complete(wanted, cache, verify)
-    if found is not None and (offline or not wanted.may_have_moved):
-        return found
-    if offline:
-        return _without_hub(wanted, cache, "the hub is switched off (HF_HUB_OFFLINE)")
-    try:
-        return _online(wanted, cache, progress, verify)
-    except HubUnreachableError as error:
-        _log.warning("%s", error)
-        if found is not None:
-            return found
-        return _without_hub(wanted, cache, f"the hub at {hub_endpoint()} cannot be reached", error)
+    def _complete(self) -> CheckpointFiles | None:
+        commit = self._commit()
+        folder = self.home / (commit or "")
+        manifest = read_manifest(folder / MANIFEST_NAME) if commit else None
+        if manifest is None:
+            return None
+        fault = first_fault(folder, manifest, with_hash=self.verify == "full")
+        if fault is not None:
+            _log.warning("%s in %s %s", fault[0], folder, fault[1])
+            return None
+        return self._files(folder, manifest.revision)
 
+    def _files(self, folder: Path, commit: str | None, source: str = "hub") -> CheckpointFiles:
+        # Even where sizes and hashes agree with the source: it may hold a broken checkpoint itself.
+        return CheckpointFiles(self.name, folder, commit, check_folder(folder), source)
 
-def _complete(wanted: _Wanted, cache: Path, verify: Verify) -> CheckpointFiles | None:
-    commit = wanted.commit(cache)
-    folder = wanted.home(cache) / (commit or "")
-    manifest = read_manifest(folder / MANIFEST_NAME) if commit else None
-    if manifest is None:
-        return None
-    fault = first_fault(folder, manifest, with_hash=verify == "full")
-    if fault is not None:
-        _log.warning("%s in %s %s", fault[0], folder, fault[1])
-        return None
-    return _result(wanted, folder, manifest)
+    def _online(self, progress: ProgressCallback | None) -> CheckpointFiles:
+        home = self.home
+        try:
+            home.mkdir(parents=True, exist_ok=True)
+            with WeakFileLock(home / ".lock"):
+                # Another process may have brought it meanwhile.
+                found = None if self.may_have_moved else self._complete()
+                if found is not None:
+                    return found
+                pinned = None if self.may_have_moved else self._commit()
+                manifest = list_checkpoint(self.repository, pinned or self.revision)
+                self._check_published(manifest)
+                folder = home / manifest.revision
+                Download(manifest, folder, progress).run()
+                if self.revision != manifest.revision:
+                    pins = {**self._pins(), self.revision: manifest.revision}
+                    write_whole(home / _PINS, json.dumps(pins, indent=2) + "\n")
+        except OSError as error:
+            raise cannot_write(home, error) from error
+        return self._files(folder, manifest.revision)
 
+    def _check_published(self, manifest: Manifest) -> None:
+        offered = [record.sha256 for record in manifest.files if record.name == SAFETENSORS]
+        if self.known is not None and offered != [self.known.weights_sha256]:
+            raise CheckpointError(
+                f"The hub at {hub_endpoint()} offers other weights for {self.known.name} than the "
+                "published ones, so they are not used; name a trusted hub in HF_ENDPOINT."
+            )
 
-def _result(wanted: _Wanted, folder: Path, manifest: Manifest) -> CheckpointFiles:
-    # Sizes and hashes agree with the source, yet the source itself may hold a broken checkpoint.
-    names = check_folder(folder)
-    return CheckpointFiles(wanted.name, folder, manifest.revision, names, "hub")
-
-
-def _online(
-    wanted: _Wanted, cache: Path, progress: ProgressCallback | None, verify: Verify
-) -> CheckpointFiles:
-    home = wanted.home(cache)
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-        with WeakFileLock(home / ".lock"):
-            found = None if wanted.may_have_moved else _complete(wanted, cache, verify)
-            if found is not None:
-                return found
-            pinned = None if wanted.may_have_moved else wanted.commit(cache)
-            commit = pinned or wanted.revision
-            manifest = list_checkpoint(wanted.repository, commit)
-            _check_published(wanted.known, manifest)
-            folder = home / manifest.revision
-            download(manifest, folder, progress)
-            _pin(wanted, home, manifest.revision)
-    except OSError as error:
-        raise cannot_write(home, error) from error
-    return _result(wanted, folder, manifest)
-
-
-def _check_published(known: KnownCheckpoint | None, manifest: Manifest) -> None:
-    if known is None:
-        return
-    offered = [record for record in manifest.files if record.name == SAFETENSORS]
-    if not offered or offered[0].sha256 != known.weights_sha256:
+    def _without_hub(self, why: str, cause: HubUnreachableError | None = None) -> CheckpointFiles:
+        """What this machine holds, where no manifest says that it is complete: it must prove so."""
+        commit = self._commit()
+        folder = self.home / (commit or self.revision)
+        if folder.is_dir():
+            return self._placed_by_hand(folder, commit, why)
+        cached = try_to_load_from_cache(self.repository, CONFIG, revision=self.revision)
+        if isinstance(cached, str):
+            snapshot = Path(cached).parent
+            return self._placed_by_hand(snapshot, snapshot.name, why, "hub cache")
         raise CheckpointError(
-            f"The hub at {hub_endpoint()} offers other weights for {known.name} than the "
-            "published ones, so they are not used; name a trusted hub in HF_ENDPOINT."
-        )
+            f"{self.name} is not on this machine and {why}; connect once, or copy its files by "
+            f"hand into {folder}, or give a folder with them as the name."
+        ) from cause
 
-
-def _pin(wanted: _Wanted, home: Path, commit: str) -> None:
-    if wanted.revision == commit:
-        return
-    pins = read_json(home / _PINS) if (home / _PINS).is_file() else {}
-    write_whole(home / _PINS, json.dumps({**pins, wanted.revision: commit}, indent=2) + "\n")
-
-
-def _without_hub(
-    wanted: _Wanted, cache: Path, why: str, cause: HubUnreachableError | None = None
-) -> CheckpointFiles:
-    """What this machine holds, where no manifest says that it is complete: it must prove so."""
-    commit = wanted.commit(cache)
-    folder = wanted.home(cache) / (commit or wanted.revision)
-    if folder.is_dir():
-        return _placed_by_hand(wanted, folder, commit, why)
-    snapshot = _client_snapshot(wanted.repository, wanted.revision)
-    if snapshot is not None:
-        return _placed_by_hand(wanted, snapshot, snapshot.name, why, "hub cache")
-    raise CheckpointError(
-        f"{wanted.name} is not on this machine and {why}; connect once, or copy its files by "
-        f"hand into {folder}, or give a folder with them as the name."
-    ) from cause
-
-
-def _client_snapshot(repository: str, revision: str) -> Path | None:
-    cached = try_to_load_from_cache(repository, CONFIG, revision=revision)
-    return Path(cached).parent if isinstance(cached, str) else None
-
-
-def _placed_by_hand(
-    wanted: _Wanted, folder: Path, commit: str | None, why: str, source: str = "hub"
-) -> CheckpointFiles:
-    plan = read_manifest(folder / PLAN_NAME) or read_manifest(folder / MANIFEST_NAME)
-    fault = first_fault(folder, plan, with_hash=True) if plan else None
-    if fault is not None:
-        raise CheckpointError(
-            f"{wanted.name} is incomplete: {fault[0]} {fault[1]} in {folder}, and {why}; connect "
-            "to finish the download, or copy that file there by hand."
-        )
-    names = check_folder(folder)
-    if wanted.known is not None and plan is None:
-        _check_weights(wanted.known, folder)
-    return CheckpointFiles(wanted.name, folder, commit, names, source)
-
-
-def _check_weights(known: KnownCheckpoint, folder: Path) -> None:
-    record = FileRecord(SAFETENSORS, known.weights_bytes, sha256=known.weights_sha256)
-    fault = fault_of(folder / SAFETENSORS, record, with_hash=True)
-    if fault is not None:
-        raise CheckpointError(
-            f"{folder / SAFETENSORS} {fault}, so it is not the published {known.name}; copy it "
-            "again, or name the folder itself to use other weights."
-        )
+    def _placed_by_hand(
+        self, folder: Path, commit: str | None, why: str, source: str = "hub"
+    ) -> CheckpointFiles:
+        plan = read_manifest(folder / PLAN_NAME) or read_manifest(folder / MANIFEST_NAME)
+        fault = first_fault(folder, plan, with_hash=True) if plan else None
+        if fault is not None:
+            raise CheckpointError(
+                f"{self.name} is incomplete: {fault[0]} {fault[1]} in {folder}, and {why}; "
+                "connect to finish the download, or copy that file there by hand."
+            )
+        files = self._files(folder, commit, source)
+        if self.known is not None and plan is None:
+            weights = FileRecord(
+                SAFETENSORS, self.known.weights_bytes, sha256=self.known.weights_sha256
+            )
+            wrong = fault_of(folder / SAFETENSORS, weights, with_hash=True)
+            if wrong is not None:
+                raise CheckpointError(
+                    f"{folder / SAFETENSORS} {wrong}, so it is not the published "
+                    f"{self.known.name}; copy it again, or name the folder itself to use other "
+                    "weights."
+                )
+        return files

@@ -10,8 +10,8 @@ from typing import Any, Final
 import torch
 
 from florence2.checkpoint.catalog import Verify, resolve
-from florence2.checkpoint.files import ADAPTER_CONFIG, CONFIG, CheckpointFiles, read_json
-from florence2.checkpoint.hub import ProgressCallback, ProgressUpdate
+from florence2.checkpoint.files import ADAPTER_CONFIG, CONFIG, read_json
+from florence2.checkpoint.hub import ProgressCallback
 from florence2.checkpoint.weights import build_network, read_weights
 from florence2.errors import CheckpointError, shown
 from florence2.generation.settings import LIBRARY_DEFAULTS, SETTING_RULES, unheeded
@@ -21,19 +21,7 @@ from florence2.pixels import PROCESSOR_FILES, ImageProcessor, image_processor_fi
 from florence2.records import GenerationSettings
 from florence2.tokenizer import Vocabulary
 
-__all__ = [
-    "Checkpoint",
-    "CheckpointFiles",
-    "ProgressUpdate",
-    "generation_settings",
-    "load_weights",
-    "open_checkpoint",
-    "resolve",
-]
-
-
 _GENERATION_CONFIG: Final = "generation_config.json"
-
 
 # A length limit there is not taken over: each task has its own budget.
 _TAKEN_OVER: Final = ("num_beams", "early_stopping", "no_repeat_ngram_size", "length_penalty")
@@ -93,7 +81,7 @@ def _notes(
     notes = [
         f"{file} asks for {wanted}, which this search does not have; answers are searched for "
         "without."
-        for file, section in _said(config, generation_config)
+        for file, section in _search_sections(config, generation_config)
         if (wanted := unheeded(section))
     ]
     if (folder / ADAPTER_CONFIG).is_file():
@@ -155,7 +143,7 @@ def generation_settings(
     chosen: dict[str, Any] = {}
     if is_native and generation_config is not None:
         chosen |= LIBRARY_DEFAULTS
-    for file, section in reversed(_said(config, generation_config)):
+    for file, section in reversed(_search_sections(config, generation_config)):
         for key in _TAKEN_OVER:
             value = section.get(key)
             if value is None:
@@ -170,12 +158,12 @@ def generation_settings(
     return replace(GenerationSettings(), **chosen)
 
 
-def _said(
+def _search_sections(
     config: Mapping[str, Any], generation_config: Mapping[str, Any] | None
 ) -> list[tuple[str, Mapping[str, Any]]]:
     """Where a checkpoint says how to search, each with its file, the one that goes first first."""
-    said = [(_GENERATION_CONFIG, generation_config)] if generation_config else []
+    sections = [(_GENERATION_CONFIG, generation_config)] if generation_config else []
     text_config = config.get("text_config")
     if is_original_config(config) and isinstance(text_config, Mapping):
-        said.insert(0, (CONFIG, text_config))
-    return said
+        sections.insert(0, (CONFIG, text_config))
+    return sections

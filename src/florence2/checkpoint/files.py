@@ -14,32 +14,18 @@ from pathlib import Path
 from typing import Any, Final
 
 from florence2.errors import CheckpointError
-from florence2.stand_ins import stand_in_at
+from florence2.placeholders import HEAD_BYTES, Placeholder, find_placeholder
 
 _log = logging.getLogger(__name__)
 
-
 MANIFEST_NAME: Final = "florence2-manifest.json"
-
-
 CONFIG: Final = "config.json"
-
-
 ADAPTER_CONFIG: Final = "adapter_config.json"
-
-
 SAFETENSORS: Final = "model.safetensors"
-
-
 PICKLED: Final = "pytorch_model.bin"
-
-
 MERGING: Final = "docs/checkpoints.md, Merging an adapter"
 
-
 _TOKENIZERS: Final = (("tokenizer.json",), ("vocab.json", "merges.txt"))
-
-
 _SMALL_FILES: Final = (
     CONFIG,
     "generation_config.json",
@@ -54,10 +40,7 @@ _SMALL_FILES: Final = (
     # Only for the note that it is not applied: beside full weights it is a trace of their making.
     ADAPTER_CONFIG,
 )
-
-
 _ADAPTER_WEIGHTS: Final = ("adapter_model.safetensors", "adapter_model.bin")
-
 
 # The order in which weights are looked for: a format's one file, then its index with parts.
 _WEIGHTS: Final = tuple(
@@ -68,17 +51,10 @@ _WEIGHTS: Final = tuple(
         rf"{stem}\.{ending}\.index(?:\.(?P<variant>\w+))?\.json",
     )
 )
-
-
 _VARIANTS: Final = (None, "fp32", "fp16", "bf16")
 
-
 _MANIFEST_FORMAT: Final = 1
-
-
 _READ_BYTES: Final = 4 * 1024 * 1024
-
-
 _MAX_HEADER_BYTES: Final = 100 * 1024 * 1024
 
 
@@ -254,9 +230,14 @@ def _check_links(folder: Path, present: Iterable[str]) -> None:
         )
 
 
+def _placeholder_at(path: Path) -> Placeholder | None:
+    with path.open("rb") as stream:
+        return find_placeholder(stream.read(HEAD_BYTES))
+
+
 def _check_is_itself(path: Path) -> None:
     """CheckpointError for a file that only stands in for the one it is named as."""
-    found = stand_in_at(path)
+    found = _placeholder_at(path)
     if found is not None:
         raise CheckpointError(
             f"The checkpoint file {path} ({path.stat().st_size} bytes) {found.is_what}; "
@@ -323,7 +304,7 @@ def fault_of(path: Path, record: FileRecord, with_hash: bool) -> str | None:
     except FileNotFoundError:
         return "is missing"
     if size != record.size:
-        found = stand_in_at(path)
+        found = _placeholder_at(path)
         what = f" and {found.is_what}" if found else ""
         return f"has {size} bytes instead of {record.size}{what}"
     if with_hash and not _hash_agrees(path, record):
@@ -333,19 +314,17 @@ def fault_of(path: Path, record: FileRecord, with_hash: bool) -> str | None:
 
 def _hash_agrees(path: Path, record: FileRecord) -> bool:
     if record.sha256 is not None:
-        return hash_file(path, "sha256") == record.sha256.lower()
-    # The hub names small files by git's blob hash, which is SHA-1 over a header and the content.
-    header = f"blob {record.size}\0".encode()
-    return record.git_sha1 is not None and hash_file(path, "sha1", header) == record.git_sha1
-
-
-def hash_file(path: Path, algorithm: str, prefix: bytes = b"") -> str:
-    """The lower-case hexadecimal hash of a file's bytes after ``prefix``."""
-    digest = hashlib.new(algorithm, prefix, usedforsecurity=False)
+        digest, published = hashlib.sha256(), record.sha256.lower()
+    elif record.git_sha1 is not None:
+        # The hub names small files by git's blob hash: SHA-1 over a header and the content.
+        header = f"blob {record.size}\0".encode()
+        digest, published = hashlib.sha1(header, usedforsecurity=False), record.git_sha1
+    else:
+        return False
     with path.open("rb") as stream:
         while block := stream.read(_READ_BYTES):
             digest.update(block)
-    return digest.hexdigest()
+    return digest.hexdigest() == published
 
 
 def first_fault(folder: Path, manifest: Manifest, with_hash: bool) -> tuple[str, str] | None:

@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.hf_api import ModelInfo, RepoSibling
+from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import (  # type: ignore[attr-defined]
     build_hf_headers,
     hf_raise_for_status,
@@ -44,117 +44,20 @@ from florence2.errors import CheckpointError, HubUnreachableError
 _log = logging.getLogger(__name__)
 
 
-_FULL_DISK: Final = (errno.ENOSPC, errno.EDQUOT)
+PLAN_NAME: Final = f"{MANIFEST_NAME}.part"
+
+STALL_WAIT_S: Final = 1.0
+_MAX_STALLS: Final = 3
+_PASSING_STATUSES: Final = (408, 429, 500, 502, 503, 504)
+_BLOCK_BYTES: Final = 1024 * 1024
 _BYTES_PER_MB: Final = 1_000_000
+_FULL_DISK: Final = (errno.ENOSPC, errno.EDQUOT)
+_TRUE: Final = ("1", "on", "yes", "true")
 
 
 def megabytes(size: int) -> str:
     """A size in bytes as people read it: ``"3.4 MB"``, and ``"200 bytes"`` of a small one."""
     return f"{size / _BYTES_PER_MB:.1f} MB" if size >= _BYTES_PER_MB // 10 else f"{size} bytes"
-
-
-def unreachable(endpoint: str, repository: str, error: Exception) -> HubUnreachableError:
-    """No connection to the hub, or an answer that is not a hub's."""
-    _log.info("No usable answer from %s for %s: %r", endpoint, repository, error)
-    return HubUnreachableError(
-        f"The hub at {endpoint} cannot be reached for {repository}; check the connection, or the "
-        "address in HF_ENDPOINT."
-    )
-
-
-def refused(
-    error: HfHubHTTPError, endpoint: str, repository: str, revision: str
-) -> CheckpointError:
-    """The hub answered a request with an error status."""
-    status = error.response.status_code
-    _log.info("%s refused %s@%s: HTTP %s: %s", endpoint, repository, revision, status, error)
-    if status >= 500:
-        return HubUnreachableError(
-            f"The hub at {endpoint} answers {repository} with HTTP {status}, a fault of its own; "
-            "try again later."
-        )
-    return CheckpointError(_refusal(error, status, endpoint, repository, revision))
-
-
-def _refusal(
-    error: HfHubHTTPError, status: int, endpoint: str, repository: str, revision: str
-) -> str:
-    if isinstance(error, RevisionNotFoundError):
-        return (
-            f"{repository} has no revision {revision!r} at {endpoint}; name a branch, tag or "
-            "commit that it has."
-        )
-    if isinstance(error, GatedRepoError):
-        return (
-            f"{repository} at {endpoint} is gated (HTTP {status}); accept its terms on its page "
-            "and set HF_TOKEN to a token of that account."
-        )
-    if status in (401, 403):
-        return (
-            f"The hub at {endpoint} refuses access to {repository} (HTTP {status}), which is "
-            "private or does not exist; check the name, or set HF_TOKEN to a token that may read "
-            "it."
-        )
-    if isinstance(error, RepositoryNotFoundError) or status == 404:
-        return (
-            f"{repository} at revision {revision} is not found at {endpoint} (HTTP {status}); "
-            "check the name, or set HF_TOKEN if it is private."
-        )
-    return (
-        f"The hub at {endpoint} refuses {repository} with HTTP {status}; try again later, or "
-        "place the files by hand."
-    )
-
-
-def interrupted(file: str, repository: str, have: int, size: int) -> CheckpointError:
-    """The connection broke again and again while a file was being received."""
-    return CheckpointError(
-        f"The download of {file} from {repository} keeps breaking off at {megabytes(have)} of "
-        f"{megabytes(size)}; run the same command again, and it goes on from there."
-    )
-
-
-def no_room(folder: Path, needed: int, free: int) -> CheckpointError:
-    """Known before the transfer starts."""
-    return CheckpointError(
-        f"The download needs {megabytes(needed)} in {folder} and {megabytes(free)} are free; "
-        "make room, or name another cache folder."
-    )
-
-
-def cannot_write(folder: Path, error: OSError) -> CheckpointError:
-    """The machine's own fault: a full disk, a folder without the right to write."""
-    _log.info("Writing in %s: %r", folder, error)
-    if error.errno in _FULL_DISK:
-        return CheckpointError(
-            f"The disk of {folder} is full; make room and run the same command again, and the "
-            "download goes on where it stopped."
-        )
-    return CheckpointError(
-        f"The checkpoint cannot be stored in {folder} ({error.strerror or error}); make that "
-        "folder writable, or name another cache folder."
-    )
-
-
-PLAN_NAME: Final = f"{MANIFEST_NAME}.part"
-
-
-_CHUNK_BYTES: Final = 1024 * 1024
-
-
-_MAX_STALLS: Final = 3
-
-
-_STALL_WAIT_S: Final = 1.0
-
-
-_PASSING_STATUSES: Final = (408, 429, 500, 502, 503, 504)
-
-
-_RANGE_NOT_SATISFIABLE: Final = 416
-
-
-_TRUE: Final = ("1", "on", "yes", "true")
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,15 +99,21 @@ def list_checkpoint(repository: str, revision: str) -> Manifest:
             timeout=constants.HF_HUB_ETAG_TIMEOUT,
         )
     except HfHubHTTPError as error:
-        raise refused(error, endpoint, repository, revision) from error
-    except (httpx2.HTTPError, httpx2.InvalidURL, OfflineModeIsEnabled) as error:
-        raise unreachable(endpoint, repository, error) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise unreachable(endpoint, repository, error) from error
-    return _as_manifest(info, repository, revision, endpoint)
-
-
-def _as_manifest(info: ModelInfo, repository: str, revision: str, endpoint: str) -> Manifest:
+        raise _refused(error, repository, revision) from error
+    # The last three are what the client makes of an answer that is not a hub's.
+    except (
+        httpx2.HTTPError,
+        httpx2.InvalidURL,
+        OfflineModeIsEnabled,
+        ValueError,
+        KeyError,
+        TypeError,
+    ) as error:
+        _log.info("No usable answer from %s for %s: %r", endpoint, repository, error)
+        raise HubUnreachableError(
+            f"The hub at {endpoint} cannot be reached for {repository}; check the connection, or "
+            "the address in HF_ENDPOINT."
+        ) from error
     siblings = {sibling.rfilename: sibling for sibling in info.siblings or ()}
     names = choose_files(siblings, f"The repository {repository}@{revision}")
     records = tuple(_as_record(siblings[name]) for name in names)
@@ -224,152 +133,208 @@ def _as_record(sibling: RepoSibling) -> FileRecord:
     return FileRecord(sibling.rfilename, size, git_sha1=sibling.blob_id)
 
 
-def download(manifest: Manifest, folder: Path, progress: ProgressCallback | None = None) -> None:
-    """Makes ``folder`` hold the manifest's files, fetching only what is not there and whole.
+def _refused(error: HfHubHTTPError, repository: str, revision: str) -> CheckpointError:
+    """The hub answered a request with an error status."""
+    endpoint, status = hub_endpoint(), error.response.status_code
+    _log.info("%s refused %s@%s: HTTP %s: %s", endpoint, repository, revision, status, error)
+    if status >= 500:
+        return HubUnreachableError(
+            f"The hub at {endpoint} answers {repository} with HTTP {status}, a fault of its own; "
+            "try again later."
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return CheckpointError(
+            f"{repository} has no revision {revision!r} at {endpoint}; name a branch, tag or "
+            "commit that it has."
+        )
+    if isinstance(error, GatedRepoError):
+        return CheckpointError(
+            f"{repository} at {endpoint} is gated (HTTP {status}); accept its terms on its page "
+            "and set HF_TOKEN to a token of that account."
+        )
+    if status in (401, 403):
+        return CheckpointError(
+            f"The hub at {endpoint} refuses access to {repository} (HTTP {status}), which is "
+            "private or does not exist; check the name, or set HF_TOKEN to a token that may read "
+            "it."
+        )
+    if isinstance(error, RepositoryNotFoundError) or status == 404:
+        return CheckpointError(
+            f"{repository} at revision {revision} is not found at {endpoint} (HTTP {status}); "
+            "check the name, or set HF_TOKEN if it is private."
+        )
+    return CheckpointError(
+        f"The hub at {endpoint} refuses {repository} with HTTP {status}; try again later, or "
+        "place the files by hand."
+    )
 
-    The manifest appears last, so a folder with one is complete. ``progress`` is called with
-    growing counts that end at the total; what it raises ends the download, to be resumed later.
-    Raises CheckpointError: connection, refusal, full disk, a file that arrives damaged twice.
+
+def cannot_write(folder: Path, error: OSError) -> CheckpointError:
+    """The machine's own fault: a full disk, a folder without the right to write."""
+    _log.info("Writing in %s: %r", folder, error)
+    if error.errno in _FULL_DISK:
+        return CheckpointError(
+            f"The disk of {folder} is full; make room and run the same command again, and the "
+            "download goes on where it stopped."
+        )
+    return CheckpointError(
+        f"The checkpoint cannot be stored in {folder} ({error.strerror or error}); make that "
+        "folder writable, or name another cache folder."
+    )
+
+
+class Download:
+    """Makes ``folder`` hold a manifest's files, fetching only what is not there and whole.
+
+    ``progress`` is called with growing counts that end at the total, and never go back though a
+    damaged file is fetched again; what it raises ends the download, to be resumed later.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / MANIFEST_NAME).unlink(missing_ok=True)
-        manifest.write(folder / PLAN_NAME)
-        meter = _Meter(manifest, progress)
-        missing = [record for record in manifest.files if not _is_there(folder, record, meter)]
-        _check_room(folder, missing)
-        for record in missing:
-            _fetch_verified(manifest, record, folder, meter)
-        os.replace(folder / PLAN_NAME, folder / MANIFEST_NAME)
-    except OSError as error:
-        raise cannot_write(folder, error) from error
 
-
-class _Meter:
-    """Bytes over all files; never goes back, though a damaged file is fetched again."""
-
-    def __init__(self, manifest: Manifest, progress: ProgressCallback | None) -> None:
-        self._total = sum(record.size for record in manifest.files)
+    def __init__(
+        self, manifest: Manifest, folder: Path, progress: ProgressCallback | None = None
+    ) -> None:
+        self._manifest = manifest
+        self._folder = folder
         self._progress = progress
+        self._total_bytes = sum(record.size for record in manifest.files)
         self._done_by_file: dict[str, int] = {}
-        self._reported = -1
+        self._reported_bytes = -1
 
-    def set(self, file: str, done_bytes: int) -> None:
+    def run(self) -> None:
+        """Returns once all is there; the manifest appears last, so a folder with one is complete.
+
+        Raises CheckpointError: connection, refusal, full disk, a file that arrives damaged twice.
+        """
+        folder = self._folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / MANIFEST_NAME).unlink(missing_ok=True)
+            self._manifest.write(folder / PLAN_NAME)
+            missing = [record for record in self._manifest.files if not self._is_there(record)]
+            needed = sum(record.size - _size_of(self._part(record)) for record in missing)
+            free = shutil.disk_usage(folder).free
+            if needed > free:
+                raise CheckpointError(
+                    f"The download needs {megabytes(needed)} in {folder} and {megabytes(free)} "
+                    "are free; make room, or name another cache folder."
+                )
+            for record in missing:
+                self._fetch_verified(record)
+            os.replace(folder / PLAN_NAME, folder / MANIFEST_NAME)
+        except OSError as error:
+            raise cannot_write(folder, error) from error
+
+    def _part(self, record: FileRecord) -> Path:
+        return self._folder / f"{record.name}.part"
+
+    def _report(self, file: str, done_bytes: int) -> None:
         self._done_by_file[file] = done_bytes
-        done = min(sum(self._done_by_file.values()), self._total)
-        if self._progress is not None and done > self._reported:
-            self._reported = done
-            self._progress(ProgressUpdate(file, done, self._total))
+        done = min(sum(self._done_by_file.values()), self._total_bytes)
+        if self._progress is not None and done > self._reported_bytes:
+            self._reported_bytes = done
+            self._progress(ProgressUpdate(file, done, self._total_bytes))
 
+    def _is_there(self, record: FileRecord) -> bool:
+        if fault_of(self._folder / record.name, record, with_hash=True) is not None:
+            return False
+        self._report(record.name, record.size)
+        return True
 
-def _is_there(folder: Path, record: FileRecord, meter: _Meter) -> bool:
-    if fault_of(folder / record.name, record, with_hash=True) is not None:
-        return False
-    meter.set(record.name, record.size)
-    return True
+    def _fetch_verified(self, record: FileRecord) -> None:
+        part, repository = self._part(record), self._manifest.repository
+        fault: str | None = None
+        for attempt in range(2):
+            if attempt > 0 or not self._take_from_client_cache(record, part):
+                self._transfer(record, part)
+            fault = fault_of(part, record, with_hash=True)
+            if fault is None:
+                os.replace(part, self._folder / record.name)
+                self._report(record.name, record.size)
+                return
+            _log.warning("%s from %s %s; removed", record.name, repository, fault)
+            part.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"{record.name} of {repository} {fault} after two downloads from {hub_endpoint()}; "
+            "check the connection or proxy in between, or use another address in HF_ENDPOINT."
+        )
 
+    def _take_from_client_cache(self, record: FileRecord, part: Path) -> bool:
+        """Uses the file that another program had the client fetch; it is verified all the same."""
+        manifest = self._manifest
+        cached = try_to_load_from_cache(
+            manifest.repository, record.name, revision=manifest.revision
+        )
+        if not isinstance(cached, str) or _size_of(Path(cached)) != record.size:
+            return False
+        part.unlink(missing_ok=True)
+        try:
+            os.link(Path(cached).resolve(), part)
+        except OSError:
+            shutil.copyfile(cached, part)
+        return True
 
-def _check_room(folder: Path, missing: list[FileRecord]) -> None:
-    needed = sum(record.size - _size_of(_part(folder, record)) for record in missing)
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise no_room(folder, needed, free)
+    def _transfer(self, record: FileRecord, part: Path) -> None:
+        """Receives the rest of one file; breaks are survived as long as new bytes arrive."""
+        repository, revision = self._manifest.repository, self._manifest.revision
+        part.touch()
+        stalls = 0
+        while (have := _size_of(part)) != record.size:
+            try:
+                self._receive(record, part)
+            except HfHubHTTPError as error:
+                status = error.response.status_code
+                if status == httpx2.codes.RANGE_NOT_SATISFIABLE:
+                    part.unlink(missing_ok=True)
+                elif status not in _PASSING_STATUSES:
+                    raise _refused(error, repository, revision) from error
+            except (httpx2.HTTPError, OfflineModeIsEnabled) as error:
+                _log.warning("%s of %s broke off: %r", record.name, repository, error)
+            now = _size_of(part)
+            if now > record.size:
+                return
+            stalls = 0 if now > have else stalls + 1
+            if stalls == _MAX_STALLS:
+                raise CheckpointError(
+                    f"The download of {record.name} from {repository} keeps breaking off at "
+                    f"{megabytes(now)} of {megabytes(record.size)}; run the same command again, "
+                    "and it goes on from there."
+                )
+            if now != record.size:
+                time.sleep(STALL_WAIT_S)
 
-
-def _part(folder: Path, record: FileRecord) -> Path:
-    return folder / f"{record.name}.part"
+    def _receive(self, record: FileRecord, part: Path) -> None:
+        have = _size_of(part)
+        if have > record.size:
+            part.unlink()
+            have = 0
+        # Compressed transfer would make the byte counts of a resumed file meaningless.
+        headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
+        if have:
+            headers["Range"] = f"bytes={have}-"
+        url = hf_hub_url(
+            self._manifest.repository,
+            record.name,
+            revision=self._manifest.revision,
+            endpoint=hub_endpoint(),
+        )
+        with http_stream_backoff(
+            "GET",
+            url,
+            headers=headers,
+            timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+            retry_on_exceptions=(),
+            retry_on_status_codes=_PASSING_STATUSES,
+            max_retries=2,
+        ) as response:
+            hf_raise_for_status(response)
+            is_rest = have > 0 and response.status_code == httpx2.codes.PARTIAL_CONTENT
+            with part.open("ab" if is_rest else "wb") as stream:
+                for block in response.iter_bytes(_BLOCK_BYTES):
+                    stream.write(block)
+                    self._report(record.name, min(stream.tell(), record.size))
+                    if stream.tell() > record.size:
+                        break
 
 
 def _size_of(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
-
-
-def _fetch_verified(manifest: Manifest, record: FileRecord, folder: Path, meter: _Meter) -> None:
-    part = _part(folder, record)
-    fault: str | None = None
-    for attempt in range(2):
-        if attempt > 0 or not _take_from_client_cache(manifest, record, part):
-            _transfer(manifest, record, part, meter)
-        fault = fault_of(part, record, with_hash=True)
-        if fault is None:
-            os.replace(part, folder / record.name)
-            meter.set(record.name, record.size)
-            return
-        _log.warning("%s from %s %s; removed", record.name, manifest.repository, fault)
-        part.unlink(missing_ok=True)
-    raise CheckpointError(
-        f"{record.name} of {manifest.repository} {fault} after two downloads from "
-        f"{hub_endpoint()}; check the connection or proxy in between, or use another address in "
-        "HF_ENDPOINT."
-    )
-
-
-def _take_from_client_cache(manifest: Manifest, record: FileRecord, part: Path) -> bool:
-    """Uses the file that another program had the hub client fetch; it is verified all the same."""
-    cached = try_to_load_from_cache(manifest.repository, record.name, revision=manifest.revision)
-    if not isinstance(cached, str) or _size_of(Path(cached)) != record.size:
-        return False
-    part.unlink(missing_ok=True)
-    try:
-        os.link(Path(cached).resolve(), part)
-    except OSError:
-        shutil.copyfile(cached, part)
-    return True
-
-
-def _transfer(manifest: Manifest, record: FileRecord, part: Path, meter: _Meter) -> None:
-    """Receives the rest of one file; breaks are survived as long as new bytes arrive."""
-    part.touch()
-    stalls = 0
-    while (have := _size_of(part)) != record.size:
-        try:
-            _receive(manifest, record, part, meter)
-        except HfHubHTTPError as error:
-            status = error.response.status_code
-            if status == _RANGE_NOT_SATISFIABLE:
-                part.unlink(missing_ok=True)
-            elif status not in _PASSING_STATUSES:
-                raise refused(
-                    error, hub_endpoint(), manifest.repository, manifest.revision
-                ) from error
-        except (httpx2.HTTPError, OfflineModeIsEnabled) as error:
-            _log.warning("%s of %s broke off: %r", record.name, manifest.repository, error)
-        now = _size_of(part)
-        if now > record.size:
-            return
-        stalls = 0 if now > have else stalls + 1
-        if stalls == _MAX_STALLS:
-            raise interrupted(record.name, manifest.repository, now, record.size)
-        if now != record.size:
-            time.sleep(_STALL_WAIT_S)
-
-
-def _receive(manifest: Manifest, record: FileRecord, part: Path, meter: _Meter) -> None:
-    have = _size_of(part)
-    if have > record.size:
-        part.unlink()
-        have = 0
-    # Compressed transfer would make the byte counts of a resumed file meaningless.
-    headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
-    if have:
-        headers["Range"] = f"bytes={have}-"
-    url = hf_hub_url(
-        manifest.repository, record.name, revision=manifest.revision, endpoint=hub_endpoint()
-    )
-    with http_stream_backoff(
-        "GET",
-        url,
-        headers=headers,
-        timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
-        retry_on_exceptions=(),
-        retry_on_status_codes=_PASSING_STATUSES,
-        max_retries=2,
-    ) as response:
-        hf_raise_for_status(response)
-        is_rest = have > 0 and response.status_code == httpx2.codes.PARTIAL_CONTENT
-        with part.open("ab" if is_rest else "wb") as stream:
-            for chunk in response.iter_bytes(_CHUNK_BYTES):
-                stream.write(chunk)
-                meter.set(record.name, min(stream.tell(), record.size))
-                if stream.tell() > record.size:
-                    break

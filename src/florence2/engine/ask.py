@@ -134,8 +134,8 @@ class Prompt:
     def result(self, answer: Answer, timings_s: Timings) -> Result:
         """What an answer says about the image."""
         vocabulary, size_wh = self.cascade.checkpoint.vocabulary, self.image.size_wh
-        pieces = vocabulary.pieces(answer.token_ids, answer.log_probs, answer.near_log_probs)
-        parsed = parse(pieces, self.task, size_wh)
+        tokens = vocabulary.answer_tokens(answer.token_ids, answer.log_probs, answer.near_log_probs)
+        parsed = parse(tokens, self.task, size_wh)
         notes = parsed.notes
         if answer.truncated:
             notes = (*notes, f"the answer was cut at {self.max_new_tokens} tokens")

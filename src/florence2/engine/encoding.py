@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +22,7 @@ from torch import Tensor
 from florence2.budget import open_pixels
 from florence2.errors import FlorenceError, RequestError, as_value
 from florence2.images import ImageSource, LoadedImage, identity, open_image
-from florence2.pixels import Errand, ImageProcessor, PreparedImage, Scaled
+from florence2.pixels import ImageProcessor, PreparedImage, Scaled
 from florence2.records import Failure, SizeWh
 
 THREADS: Final = 2
@@ -98,17 +98,55 @@ class FeatureCache:
             self._num_bytes = 0
 
 
-@dataclass(slots=True, eq=False)
-class _Job:
-    """An image's errand, and how many will still take what comes of it.
+class _Prefetch:
+    """An image that is prepared by ``work``, which is called once, by the first thread that begins.
 
-    ``source`` is held as long as the job can be found by its identity, which another object could
-    have once this one is gone.
+    So nobody waits behind other images: one that no helper has begun is prepared by the thread
+    that takes it. ``source`` is held as long as this can be found by its identity, which another
+    object could have once that one is gone; ``num_takers`` will still take the result.
     """
 
-    source: Unprepared
-    errand: Errand[Prepared]
-    num_takers: int = 0
+    __slots__ = ("_claim", "_error", "_is_over", "_result", "_work", "num_takers", "source")
+
+    def __init__(self, source: Unprepared, work: Callable[[], Prepared]) -> None:
+        self.source: Unprepared | None = source
+        self.num_takers = 0
+        self._work: Callable[[], Prepared] | None = work
+        self._claim = threading.Lock()
+        self._is_over = threading.Event()
+        self._result: Prepared | None = None
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        """Does the work here and now, unless somebody has begun it; raises nothing."""
+        if not self._claim.acquire(blocking=False):
+            return
+        work, self._work = self._work, None
+        try:
+            if work is not None:
+                self._result = work()
+        except BaseException as error:  # noqa: BLE001 - it is raised where the image is taken
+            self._error = as_value(error)
+        finally:
+            self._is_over.set()
+
+    def result(self) -> Prepared:
+        """What ``work`` gave or raised; done on this thread if nobody has begun."""
+        self.run()
+        self._is_over.wait()
+        if self._error is not None:
+            raise self._error
+        if self._result is None:
+            raise RuntimeError("A prefetch that was dropped has no result.")
+        return self._result
+
+    def drop(self) -> None:
+        """Nobody needs the result: what was not begun never is, and what is held is released."""
+        if self._claim.acquire(blocking=False):
+            self._work = None
+            self._is_over.set()
+        # An error that was raised has a traceback, whose frames hold this prefetch.
+        self.source, self._result, self._error = None, None, None
 
 
 class Preparer:
@@ -127,8 +165,8 @@ class Preparer:
         self._max_ahead = max_ahead
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="florence2-images")
         self._lock = threading.RLock()
-        self._jobs: dict[object, _Job] = {}
-        self._listed: dict[object, _Job] = {}
+        self._prefetches: dict[object, _Prefetch] = {}
+        self._listed: dict[object, _Prefetch] = {}
         # By whose list it is: what each of them waits for still.
         self._wanted: dict[object, set[object]] = {}
         self._hashes: WeakKeyDictionary[LoadedImage, str] = WeakKeyDictionary()
@@ -165,15 +203,15 @@ class Preparer:
             return self._checked(image)
         key = identity(image)
         with self._lock:
-            job = self._listed.pop(key, None)
-            if job is None:
-                job = self._jobs.get(key) or self._new_job(image)
-                job.num_takers += 1
+            prefetch = self._listed.pop(key, None)
+            if prefetch is None:
+                prefetch = self._prefetches.get(key) or self._new(image)
+                prefetch.num_takers += 1
         try:
-            return job.errand.result()
+            return prefetch.result()
         finally:
             with self._lock:
-                self._leave(job)
+                self._leave(prefetch)
 
     def prepare(self, image: LoadedImage) -> PreparedImage:
         """An open image made ready here and now; its pixels are needed no longer.
@@ -195,8 +233,8 @@ class Preparer:
         """Prepares nothing ahead any more; what is begun is finished, and may still be taken."""
         with self._lock:
             self._is_closed = True
-            for job in self._listed.values():
-                self._leave(job)
+            for prefetch in self._listed.values():
+                self._leave(prefetch)
             self._listed.clear()
             self._wanted.clear()
         self._pool.shutdown(cancel_futures=True)
@@ -205,25 +243,25 @@ class Preparer:
         for key, image in wanted.items():
             if key in self._listed or self.known_hash(image) is not None:
                 continue
-            job = self._jobs.get(key)
-            if job is None:
-                if self._is_closed or len(self._jobs) >= self._max_ahead:
+            prefetch = self._prefetches.get(key)
+            if prefetch is None:
+                if self._is_closed or len(self._prefetches) >= self._max_ahead:
                     break
-                job = self._jobs[key] = self._new_job(image)
-                self._pool.submit(job.errand.run)
-            job.num_takers += 1
-            self._listed[key] = job
+                prefetch = self._prefetches[key] = self._new(image)
+                self._pool.submit(prefetch.run)
+            prefetch.num_takers += 1
+            self._listed[key] = prefetch
 
-    def _new_job(self, image: Unprepared) -> _Job:
-        return _Job(image, Errand(partial(self._prepare, image)))
+    def _new(self, image: Unprepared) -> _Prefetch:
+        return _Prefetch(image, partial(self._prepare, image))
 
-    def _leave(self, job: _Job) -> None:
-        job.num_takers -= 1
-        if job.num_takers < 1:
-            job.errand.drop()
-            key = identity(job.source)
-            if self._jobs.get(key) is job:
-                del self._jobs[key]
+    def _leave(self, prefetch: _Prefetch) -> None:
+        prefetch.num_takers -= 1
+        if prefetch.num_takers < 1:
+            key = identity(prefetch.source)
+            if self._prefetches.get(key) is prefetch:
+                del self._prefetches[key]
+            prefetch.drop()
 
     def _prepare(self, image: Unprepared) -> Prepared:
         try:

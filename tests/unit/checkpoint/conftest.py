@@ -26,7 +26,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "client-cache"))
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-        monkeypatch.setattr(hub_module, "_STALL_WAIT_S", 0.0)
+        monkeypatch.setattr(hub_module, "STALL_WAIT_S", 0.0)
         huggingface_hub.close_session()
         standin.add(REPOSITORY, files())
         yield standin

@@ -8,9 +8,19 @@ import shutil
 from pathlib import Path
 
 import pytest
-from hub_files import REPOSITORY, files, folder_of, weights
+from hub_files import (
+    NO_WEIGHTS,
+    NOWHERE,
+    REPOSITORY,
+    WEIGHTS,
+    damage,
+    failure,
+    folder_of,
+    place,
+    weights,
+)
 
-from florence2.checkpoint import catalog as resolve_module
+from florence2.checkpoint import catalog
 from florence2.checkpoint.catalog import (
     CHECKPOINT_NAMES,
     KNOWN_CHECKPOINTS,
@@ -19,25 +29,6 @@ from florence2.checkpoint.catalog import (
 )
 from florence2.checkpoint.files import weight_files
 from florence2.checkpoint.hub import is_offline
-from florence2.errors import CheckpointError
-
-NOWHERE = "http://127.0.0.1:9"
-
-
-def failure(name: str | Path = REPOSITORY, **options: object) -> str:
-    with pytest.raises(CheckpointError) as caught:
-        resolve(name, **options)
-    sentence = str(caught.value)
-    assert sentence.endswith(".")
-    assert "\n" not in sentence
-    return sentence
-
-
-def place(folder: Path, **changes: bytes | None) -> Path:
-    folder.mkdir(parents=True)
-    for name, content in files(**changes).items():
-        (folder / name).write_bytes(content)
-    return folder
 
 
 @pytest.fixture
@@ -52,7 +43,7 @@ def known(hub, monkeypatch) -> KnownCheckpoint:
         hashlib.sha256(content).hexdigest(),
         "",
     )
-    monkeypatch.setitem(resolve_module.KNOWN_BY_NAME, known.name, known)
+    monkeypatch.setitem(catalog.KNOWN_BY_NAME, known.name, known)
     return known
 
 
@@ -89,7 +80,7 @@ def test_address_that_is_none(hub, cache, monkeypatch, endpoint):
     assert endpoint in failure(cache_dir=cache)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("name", [WEIGHTS, "tokenizer.json", "tokenizer_config.json"])
 def test_missing_file_is_named_offline_and_fetched_online(hub, cache, name):
     found = resolve(REPOSITORY, cache_dir=cache)
     (found.folder / name).unlink()
@@ -100,7 +91,7 @@ def test_missing_file_is_named_offline_and_fetched_online(hub, cache, name):
 
 
 def test_unfinished_download_names_what_is_missing(hub, cache, known, monkeypatch):
-    hub.faults.file_status["model.safetensors"] = 403
+    hub.faults.file_status[WEIGHTS] = 403
     failure(known.name, cache_dir=cache)
     sentence = failure(known.name, cache_dir=cache, offline=True)
     assert "model.safetensors is missing" in sentence
@@ -110,8 +101,7 @@ def test_unfinished_download_names_what_is_missing(hub, cache, known, monkeypatc
 
 def test_damaged_file_is_found_offline_only_when_asked(hub, cache):
     found = resolve(REPOSITORY, cache_dir=cache)
-    path = found.folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    damage(found.folder / WEIGHTS)
     assert resolve(REPOSITORY, cache_dir=cache, offline=True) == found
     sentence = failure(cache_dir=cache, offline=True, verify="full")
     assert "model.safetensors does not have the published hash" in sentence
@@ -121,10 +111,10 @@ def test_files_of_a_known_name_placed_by_hand(hub, cache, known):
     folder = place(folder_of(hub, cache))
     found = resolve(known.name, cache_dir=cache, offline=True)
     assert (found.folder, found.revision) == (folder, known.revision)
-    (folder / "model.safetensors").write_bytes(weights(seed=5))
+    (folder / WEIGHTS).write_bytes(weights(seed=5))
     sentence = failure(known.name, cache_dir=cache, offline=True)
     assert "is not the published Florence-2-base" in sentence
-    (folder / "model.safetensors").unlink()
+    (folder / WEIGHTS).unlink()
     (folder / "pytorch_model.bin").unlink()
     assert "holds no weights" in failure(known.name, cache_dir=cache, offline=True)
 
@@ -155,7 +145,7 @@ def test_local_folder(tmp_path):
     found = resolve(folder)
     assert found == resolve(str(folder), offline=True)
     assert (found.source, found.revision) == ("folder", None)
-    assert found.files[-1] == "model.safetensors"
+    assert found.files[-1] == WEIGHTS
 
 
 def test_downloaded_folder_copied_elsewhere_keeps_its_manifest(hub, cache, tmp_path):
@@ -167,56 +157,42 @@ def test_downloaded_folder_copied_elsewhere_keeps_its_manifest(hub, cache, tmp_p
     assert "tokenizer.json has 20014 bytes instead of 20013" in failure(copy)
 
 
-NO_WEIGHTS = {"model.safetensors": None, "pytorch_model.bin": None}
+def shards(weight_map):
+    index = json.dumps({"weight_map": weight_map}).encode()
+    return {WEIGHTS: None, "model.safetensors.index.json": index}
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"config.json": None}, "holds no config.json"),
-        ({"config.json": b"{"}, "config.json cannot be read as JSON"),
-        ({"config.json": b"[]"}, "must hold a JSON object, got a list"),
-        ({"tokenizer.json": None}, "neither tokenizer.json nor vocab.json with merges.txt"),
-        ({"model.safetensors": None, "pytorch_model.bin": None}, "holds no weights"),
-        (
-            {"model.safetensors": weights()[:-1]},
-            f"must have {len(weights())} bytes by its own header",
-        ),
-        (
-            {"model.safetensors": weights() + b"x"},
-            f"must have {len(weights())} bytes by its own header",
-        ),
-        ({"model.safetensors": weights()[:20]}, "is not a whole safetensors file"),
-        ({"model.safetensors": weights()[:20]}, "and it has 20 bytes"),
-        ({"model.safetensors": b""}, "model.safetensors is empty (0 bytes)"),
-        ({"model.safetensors": b"\x02" + bytes(7) + b"??"}, "unreadable safetensors header"),
-        ({"model.safetensors": None}, "pytorch_model.bin is not a whole PyTorch file"),
-        (
-            {"model.safetensors": None, "pytorch_model.bin": b"Entry not found"},
-            "is not a whole PyTorch file, and it has 15 bytes",
-        ),
-        ({"model.safetensors": None, "pytorch_model.bin": b""}, "is empty (0 bytes)"),
-        (
-            {**NO_WEIGHTS, "adapter_config.json": b"{}", "adapter_model.safetensors": weights(9)},
-            "holds a LoRA adapter alone",
-        ),
-        ({**NO_WEIGHTS, "adapter_model.bin": b"PK", "config.json": None}, "a LoRA adapter alone"),
-        ({**NO_WEIGHTS, "florence.safetensors": weights(9)}, "only florence.safetensors; if that"),
-        (
-            {"model.safetensors": None, "model.safetensors.index.json": b'{"weight_map": {}}'},
-            "lists no weights",
-        ),
-        (
-            {
-                "model.safetensors": None,
-                "model.safetensors.index.json": json.dumps(
-                    {"weight_map": {"a": "model-00001-of-00001.safetensors"}}
-                ).encode(),
-            },
-            "lacks model-00001-of-00001.safetensors",
-        ),
-    ],
-)
+SIZE = len(weights())
+PART = "model-00001-of-00001.safetensors"
+UNUSABLE = [
+    ({"config.json": None}, "holds no config.json"),
+    ({"config.json": b"{"}, "config.json cannot be read as JSON"),
+    ({"config.json": b"[]"}, "must hold a JSON object, got a list"),
+    ({"tokenizer.json": None}, "neither tokenizer.json nor vocab.json with merges.txt"),
+    (NO_WEIGHTS, "holds no weights"),
+    ({WEIGHTS: weights()[:-1]}, f"must have {SIZE} bytes by its own header"),
+    ({WEIGHTS: weights() + b"x"}, f"must have {SIZE} bytes by its own header"),
+    ({WEIGHTS: weights()[:20]}, "is not a whole safetensors file, and it has 20 bytes"),
+    ({WEIGHTS: b""}, "model.safetensors is empty (0 bytes)"),
+    ({WEIGHTS: b"\x02" + bytes(7) + b"??"}, "unreadable safetensors header"),
+    ({WEIGHTS: None}, "pytorch_model.bin is not a whole PyTorch file"),
+    (
+        {WEIGHTS: None, "pytorch_model.bin": b"Entry not found"},
+        "is not a whole PyTorch file, and it has 15 bytes",
+    ),
+    ({WEIGHTS: None, "pytorch_model.bin": b""}, "is empty (0 bytes)"),
+    (
+        {**NO_WEIGHTS, "adapter_config.json": b"{}", "adapter_model.safetensors": weights(9)},
+        "holds a LoRA adapter alone",
+    ),
+    ({**NO_WEIGHTS, "adapter_model.bin": b"PK", "config.json": None}, "a LoRA adapter alone"),
+    ({**NO_WEIGHTS, "florence.safetensors": weights(9)}, "only florence.safetensors; if that"),
+    (shards({}), "lists no weights"),
+    (shards({"a": PART}), f"lacks {PART}"),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), UNUSABLE)
 def test_unusable_folder_names_the_file(tmp_path, changes, words):
     assert words in failure(place(tmp_path / "mine", **changes))
 
@@ -234,11 +210,11 @@ STAND_INS = {
 @pytest.mark.parametrize("kind", STAND_INS)
 @pytest.mark.parametrize(
     "name",
-    ["model.safetensors", "pytorch_model.bin", "tokenizer.json", "config.json", "vocab.json"],
+    [WEIGHTS, "pytorch_model.bin", "tokenizer.json", "config.json", "vocab.json"],
 )
 def test_a_file_that_stands_in_for_another_is_called_what_it_is(tmp_path, name, kind):
     content, is_what, remedy = STAND_INS[kind]
-    changes = {"model.safetensors": None} if name.endswith(".bin") else {}
+    changes = {WEIGHTS: None} if name.endswith(".bin") else {}
     sentence = failure(place(tmp_path / "mine", **changes, **{name: content}))
     assert f"mine/{name} (" in sentence
     assert is_what in sentence
@@ -246,7 +222,7 @@ def test_a_file_that_stands_in_for_another_is_called_what_it_is(tmp_path, name, 
 
 
 @pytest.mark.parametrize(
-    "name", ["model.safetensors", "model.bf16.safetensors", "config.json", "generation_config.json"]
+    "name", [WEIGHTS, "model.bf16.safetensors", "config.json", "generation_config.json"]
 )
 def test_a_link_to_what_was_left_behind_is_called_one(tmp_path, name):
     folder = place(tmp_path / "mine", **({} if name.endswith(".json") else NO_WEIGHTS))
@@ -259,60 +235,54 @@ def test_a_link_to_what_was_left_behind_is_called_one(tmp_path, name):
 def test_a_link_that_nobody_follows_may_lead_nowhere(tmp_path, name):
     folder = place(tmp_path / "mine", **{"pytorch_model.bin": None})
     (folder / name).symlink_to("../../blobs/0f")
-    assert resolve(folder).files[-1] == "model.safetensors"
+    assert resolve(folder).files[-1] == WEIGHTS
 
 
 def test_a_pointer_in_a_copied_download_is_called_one(hub, cache, tmp_path):
     copy = Path(shutil.copytree(resolve(REPOSITORY, cache_dir=cache).folder, tmp_path / "copy"))
-    (copy / "model.safetensors").write_bytes(POINTER)
+    (copy / WEIGHTS).write_bytes(POINTER)
     assert f"has {len(POINTER)} bytes instead of" in failure(copy)
     assert "and is a Git LFS pointer" in failure(copy)
 
 
+# Of these files, so many of the first ones hold the weights.
 VARIANTS = {
-    "one file": (["model.fp16.safetensors"], ["model.fp16.safetensors"]),
-    "pickled": (["pytorch_model.fp16.bin"], ["pytorch_model.fp16.bin"]),
+    "one file": (1, ["model.fp16.safetensors"]),
+    "pickled": (1, ["pytorch_model.fp16.bin"]),
     "the finest known": (
-        ["model.bf16.safetensors", "model.fp16.safetensors", "model.abc.safetensors"],
-        ["model.fp16.safetensors"],
+        1,
+        ["model.fp16.safetensors", "model.bf16.safetensors", "model.abc.safetensors"],
     ),
-    "plain before variant": (
-        ["model.fp16.safetensors", "pytorch_model.bin"],
-        ["pytorch_model.bin"],
-    ),
+    "plain before variant": (1, ["pytorch_model.bin", "model.fp16.safetensors"]),
     "index with parts": (
+        3,
         [
             "model.safetensors.index.fp16.json",
             "model.fp16-00001-of-00002.safetensors",
             "model.fp16-00002-of-00002.safetensors",
             "model-00001-of-00001.safetensors",
         ],
-        [
-            "model.safetensors.index.fp16.json",
-            "model.fp16-00001-of-00002.safetensors",
-            "model.fp16-00002-of-00002.safetensors",
-        ],
     ),
     "parts named the old way": (
-        ["model.safetensors.index.fp16.json", "model-00001-of-00001.fp16.safetensors"],
+        2,
         ["model.safetensors.index.fp16.json", "model-00001-of-00001.fp16.safetensors"],
     ),
     "no weights at all": (
+        0,
         ["adapter_model.safetensors", "model.fp16-00001-of-00001.safetensors"],
-        [],
     ),
 }
 
 
 @pytest.mark.parametrize("case", VARIANTS)
 def test_which_files_hold_the_weights(case):
-    names, chosen = VARIANTS[case]
-    assert list(weight_files(reversed(names))) == chosen
+    count, names = VARIANTS[case]
+    assert list(weight_files(reversed(names))) == names[:count]
 
 
 def test_full_weights_beside_an_adapters_config_are_taken(tmp_path):
     found = resolve(place(tmp_path / "merged", **{"adapter_config.json": b"{}"}))
-    assert found.files[-1] == "model.safetensors"
+    assert found.files[-1] == WEIGHTS
 
 
 def test_names_that_stand_for_nothing(hub, cache, tmp_path, monkeypatch):
@@ -326,7 +296,7 @@ def test_names_that_stand_for_nothing(hub, cache, tmp_path, monkeypatch):
 
 
 def test_demo_is_found_or_explained(tmp_path, monkeypatch):
-    monkeypatch.setattr(resolve_module, "_PROJECT_ROOT", tmp_path)
+    monkeypatch.setattr(catalog, "PROJECT_ROOT", tmp_path)
     monkeypatch.delenv("FLORENCE2_DEMO", raising=False)
     monkeypatch.chdir(tmp_path)
     assert "copy the folder demo/checkpoint" in failure("demo")
@@ -351,16 +321,11 @@ HOMELESS = "~nobody_of_this_name"
 
 
 @pytest.mark.parametrize("name", [HOMELESS, f"{HOMELESS}/checkpoint", Path(HOMELESS) / "x"])
-def test_a_home_of_nobody_is_one_sentence(name):
+def test_a_home_of_nobody_is_one_sentence(name, monkeypatch):
     assert "write the whole path" in failure(name, offline=True)
-
-
-@pytest.mark.parametrize(
-    ("variable", "name"), [("FLORENCE2_CACHE", "Florence-2-base"), ("FLORENCE2_DEMO", "demo")]
-)
-def test_a_variable_that_names_a_home_of_nobody_is_one_sentence(variable, name, monkeypatch):
-    monkeypatch.setenv(variable, f"{HOMELESS}/files")
-    assert HOMELESS in failure(name, offline=True)
+    for variable, checkpoint in (("CACHE", "Florence-2-base"), ("DEMO", "demo")):
+        monkeypatch.setenv(f"FLORENCE2_{variable}", str(name))
+        assert HOMELESS in failure(checkpoint, offline=True)
 
 
 def test_a_user_without_a_home_is_told_to_name_the_cache(monkeypatch):

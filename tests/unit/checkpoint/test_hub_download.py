@@ -8,14 +8,22 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
-from hub_files import REPOSITORY, files, folder_of, weights
+from hub_files import (
+    NO_WEIGHTS,
+    NOWHERE,
+    REPOSITORY,
+    WEIGHTS,
+    damage,
+    failure,
+    files,
+    folder_of,
+    weights,
+)
 from huggingface_hub import hf_hub_download
 
-from florence2.checkpoint import catalog as resolve_module
-from florence2.checkpoint import hub as hub_module
+from florence2.checkpoint import catalog
 from florence2.checkpoint.catalog import KnownCheckpoint, resolve
 from florence2.checkpoint.hub import ProgressUpdate
-from florence2.errors import CheckpointError
 
 NEEDED = (
     "config.json",
@@ -24,18 +32,9 @@ NEEDED = (
     "tokenizer.json",
     "tokenizer_config.json",
     "vocab.json",
-    "model.safetensors",
+    WEIGHTS,
 )
 MANIFEST = "florence2-manifest.json"
-
-
-def failure(name: str = REPOSITORY, **options: object) -> str:
-    with pytest.raises(CheckpointError) as caught:
-        resolve(name, **options)
-    sentence = str(caught.value)
-    assert sentence.endswith(".")
-    assert "\n" not in sentence
-    return sentence
 
 
 def test_only_needed_files_arrive_whole(hub, cache):
@@ -74,26 +73,25 @@ def test_progress_grows_to_the_total(hub, cache):
     assert counts == sorted(set(counts))
     assert counts[-1] == total
     assert {update.total_bytes for update in updates} == {total}
-    assert len([u for u in updates if u.file == "model.safetensors"]) >= 3
+    assert len([u for u in updates if u.file == WEIGHTS]) >= 3
 
 
 def test_broken_connection_goes_on_by_range(hub, cache):
-    size = len(hub.repositories[REPOSITORY].files["model.safetensors"])
-    hub.faults.cut_after["model.safetensors"] = 1_500_000
-    hub.faults.cuts_left["model.safetensors"] = 1
+    size = len(hub.repositories[REPOSITORY].files[WEIGHTS])
+    hub.faults.cut(WEIGHTS, after=1_500_000)
     updates: list[ProgressUpdate] = []
     found = resolve(REPOSITORY, cache_dir=cache, progress=updates.append)
-    first, second = hub.gets("model.safetensors")
+    first, second = hub.gets(WEIGHTS)
     assert first.start == 0
     assert 0 < second.start <= first.sent
     assert second.sent == size - second.start
-    assert (found.folder / "model.safetensors").stat().st_size == size
+    assert (found.folder / WEIGHTS).stat().st_size == size
     counts = [update.done_bytes for update in updates]
     assert counts == sorted(set(counts))
 
 
 def test_next_run_resumes_what_the_last_one_left(hub, cache):
-    size = len(hub.repositories[REPOSITORY].files["model.safetensors"])
+    size = len(hub.repositories[REPOSITORY].files[WEIGHTS])
 
     def stop(update: ProgressUpdate) -> None:
         if update.done_bytes > 1_500_000:
@@ -106,7 +104,7 @@ def test_next_run_resumes_what_the_last_one_left(hub, cache):
     assert have > 1_000_000
     assert not (folder / MANIFEST).exists()
     resolve(REPOSITORY, cache_dir=cache)
-    assert [(served.start, served.sent) for served in hub.gets("model.safetensors")] == [
+    assert [(served.start, served.sent) for served in hub.gets(WEIGHTS)] == [
         (0, size),
         (have, size - have),
     ]
@@ -114,33 +112,31 @@ def test_next_run_resumes_what_the_last_one_left(hub, cache):
 
 
 def test_server_without_ranges_starts_over(hub, cache):
-    hub.faults.cut_after["model.safetensors"] = 1_500_000
-    hub.faults.cuts_left["model.safetensors"] = 1
+    hub.faults.cut(WEIGHTS, after=1_500_000)
     hub.faults.ignores_ranges = True
     resolve(REPOSITORY, cache_dir=cache)
-    assert [served.start for served in hub.gets("model.safetensors")] == [0, 0]
+    assert [served.start for served in hub.gets(WEIGHTS)] == [0, 0]
 
 
 def test_connection_that_never_holds_says_how_far_it_got(hub, cache):
-    hub.faults.cut_after["model.safetensors"] = 100
-    hub.faults.cuts_left["model.safetensors"] = 1000
+    hub.faults.cut(WEIGHTS, after=100, times=1000)
     sentence = failure(cache_dir=cache)
-    assert "model.safetensors" in sentence
+    assert WEIGHTS in sentence
     assert "of 3.0 MB" in sentence
     assert "run the same command again" in sentence
     assert not (folder_of(hub, cache) / MANIFEST).exists()
 
 
 def test_damaged_file_is_fetched_once_more(hub, cache):
-    hub.faults.corrupt_left["model.safetensors"] = 1
+    hub.faults.corrupt_left[WEIGHTS] = 1
     hub.faults.corrupt_left["tokenizer.json"] = 1
     found = resolve(REPOSITORY, cache_dir=cache)
     published = hub.repositories[REPOSITORY].files
-    assert (found.folder / "model.safetensors").read_bytes() == published["model.safetensors"]
-    assert len(hub.gets("model.safetensors")) == len(hub.gets("tokenizer.json")) == 2
+    assert (found.folder / WEIGHTS).read_bytes() == published[WEIGHTS]
+    assert len(hub.gets(WEIGHTS)) == len(hub.gets("tokenizer.json")) == 2
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize("name", [WEIGHTS, "config.json"])
 def test_file_damaged_twice_is_named_and_removed(hub, cache, name):
     hub.faults.corrupt_left[name] = 2
     sentence = failure(cache_dir=cache)
@@ -179,7 +175,7 @@ def test_unknown_repository_and_revision(hub, cache):
 
 
 def test_file_refused_after_listing(hub, cache):
-    hub.faults.file_status["model.safetensors"] = 403
+    hub.faults.file_status[WEIGHTS] = 403
     assert "HTTP 403" in failure(cache_dir=cache)
     assert not (folder_of(hub, cache) / MANIFEST).exists()
 
@@ -200,10 +196,9 @@ def test_token_goes_along(hub, cache, monkeypatch):
 def test_large_files_from_another_host_resume_and_get_no_token(hub, cache, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_test")
     hub.faults.large_elsewhere = True
-    hub.faults.cut_after["model.safetensors"] = 1_500_000
-    hub.faults.cuts_left["model.safetensors"] = 1
+    hub.faults.cut(WEIGHTS, after=1_500_000)
     resolve(REPOSITORY, cache_dir=cache)
-    first, second = hub.gets("model.safetensors")
+    first, second = hub.gets(WEIGHTS)
     assert 0 < second.start <= first.sent
     assert not first.had_token
     assert not second.had_token
@@ -219,10 +214,14 @@ def test_no_room(hub, cache, monkeypatch):
 
 
 def test_disk_full_while_writing(hub, cache, monkeypatch):
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+    open_file = Path.open
 
-    monkeypatch.setattr(hub_module, "_receive", full)
+    def full(path: Path, *options: object, **named: object) -> object:
+        if path.suffix == ".part" and "b" in str(options):
+            raise OSError(28, "No space left on device")
+        return open_file(path, *options, **named)
+
+    monkeypatch.setattr(Path, "open", full)
     assert "disk" in failure(cache_dir=cache)
 
 
@@ -232,16 +231,16 @@ def test_cache_that_cannot_be_written(hub, tmp_path):
 
 
 def test_repository_without_weights_or_with_an_adapter(hub, cache):
-    hub.add("a/none", files(**{"model.safetensors": None, "pytorch_model.bin": None}))
+    hub.add("a/none", files(**NO_WEIGHTS))
     assert "holds no weights" in failure("a/none", cache_dir=cache)
     adapter = {"adapter_config.json": b"{}", "adapter_model.safetensors": weights(9)}
-    hub.add("a/lora", files(**{"model.safetensors": None, "pytorch_model.bin": None}, **adapter))
+    hub.add("a/lora", files(**NO_WEIGHTS, **adapter))
     assert "LoRA adapter alone" in failure("a/lora", cache_dir=cache)
     assert hub.served == []
 
 
 def test_pickled_weights_only_without_safetensors(hub, cache):
-    hub.add("a/old", files(**{"model.safetensors": None, "pytorch_model.bin": b"\x80" * 20_000}))
+    hub.add("a/old", files(**{WEIGHTS: None, "pytorch_model.bin": b"\x80" * 20_000}))
     assert resolve("a/old", cache_dir=cache).files[-1] == "pytorch_model.bin"
 
 
@@ -251,39 +250,54 @@ def test_weights_in_shards(hub, cache):
     shards = {name: weights(20_000, seed) for seed, name in enumerate(names)}
     hub.add(
         "a/shards",
-        files(**{"model.safetensors": None, "model.safetensors.index.json": index, **shards}),
+        files(**{WEIGHTS: None, "model.safetensors.index.json": index, **shards}),
     )
     found = resolve("a/shards", cache_dir=cache)
     assert found.files[-3:] == ("model.safetensors.index.json", *names)
 
 
 def test_file_in_the_clients_own_cache_is_not_fetched_again(hub, cache):
-    hf_hub_download(REPOSITORY, "model.safetensors", endpoint=hub.endpoint)
-    assert len(hub.gets("model.safetensors")) == 1
+    hf_hub_download(REPOSITORY, WEIGHTS, endpoint=hub.endpoint)
+    assert len(hub.gets(WEIGHTS)) == 1
     found = resolve(REPOSITORY, cache_dir=cache)
-    assert len(hub.gets("model.safetensors")) == 1
-    content = hub.repositories[REPOSITORY].files["model.safetensors"]
-    assert (found.folder / "model.safetensors").read_bytes() == content
+    assert len(hub.gets(WEIGHTS)) == 1
+    content = hub.repositories[REPOSITORY].files[WEIGHTS]
+    assert (found.folder / WEIGHTS).read_bytes() == content
 
 
-def test_full_verification_repairs(hub, cache):
+@pytest.mark.parametrize("options", [{"verify": "full"}, {"refresh": True}], ids=str)
+def test_a_damaged_file_of_the_right_length_is_fetched_again_when_asked(hub, cache, options):
     found = resolve(REPOSITORY, cache_dir=cache)
-    path = found.folder / "model.safetensors"
-    damaged = bytearray(path.read_bytes())
-    damaged[-1] ^= 1
-    path.write_bytes(damaged)
+    path = found.folder / WEIGHTS
+    damage(path)
     hub.served.clear()
     assert resolve(REPOSITORY, cache_dir=cache) == found
     assert hub.served == []
-    resolve(REPOSITORY, cache_dir=cache, verify="full")
-    assert [served.file for served in hub.served] == ["model.safetensors"]
-    assert path.read_bytes() == hub.repositories[REPOSITORY].files["model.safetensors"]
+    resolve(REPOSITORY, cache_dir=cache, **options)
+    assert [served.file for served in hub.served] == [WEIGHTS]
+    assert path.read_bytes() == hub.repositories[REPOSITORY].files[WEIGHTS]
+
+
+def test_refreshing_follows_an_unpinned_repository_that_has_moved(hub, cache):
+    first = resolve(REPOSITORY, cache_dir=cache)
+    hub.add(REPOSITORY, files(**{"config.json": b'{"vision_config": {"dim_embed": [2]}}'}))
+    refreshed = resolve(REPOSITORY, cache_dir=cache, refresh=True)
+    assert refreshed.revision == hub.repositories[REPOSITORY].commit != first.revision
+    assert refreshed.folder == folder_of(hub, cache)
+    assert resolve(REPOSITORY, cache_dir=cache).revision == refreshed.revision
+
+
+def test_refreshing_without_a_connection_keeps_what_is_here(hub, cache, monkeypatch):
+    first = resolve(REPOSITORY, cache_dir=cache)
+    monkeypatch.setenv("HF_ENDPOINT", NOWHERE)
+    assert resolve(REPOSITORY, cache_dir=cache, refresh=True) == first
+    assert resolve(REPOSITORY, cache_dir=cache, refresh=True, offline=True) == first
 
 
 def test_known_name_refuses_other_weights(hub, cache, monkeypatch):
     commit = hub.repositories[REPOSITORY].commit
     known = KnownCheckpoint("Florence-2-base", REPOSITORY, commit, 1, "0" * 64, "")
-    monkeypatch.setitem(resolve_module.KNOWN_BY_NAME, "Florence-2-base", known)
+    monkeypatch.setitem(catalog.KNOWN_BY_NAME, "Florence-2-base", known)
     sentence = failure("Florence-2-base", cache_dir=cache)
     assert "other weights for Florence-2-base" in sentence
     assert hub.served == []

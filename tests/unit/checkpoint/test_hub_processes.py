@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from hub_files import REPOSITORY, folder_of
+from hub_files import REPOSITORY, WEIGHTS, folder_of
 from hub_standin import HubStandin
 
 SCRIPT = """
@@ -52,7 +52,7 @@ def test_killed_download_goes_on_where_it_was(hub, cache):
     cache.mkdir()
     hub.faults.delay_s_per_chunk = 0.01
     process = start(hub, cache)
-    part = folder_of(hub, cache) / "model.safetensors.part"
+    part = folder_of(hub, cache) / f"{WEIGHTS}.part"
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline and not (part.exists() and part.stat().st_size > 1_000_000):
         time.sleep(0.01)
@@ -63,8 +63,8 @@ def test_killed_download_goes_on_where_it_was(hub, cache):
     hub.faults.delay_s_per_chunk = 0.0
     hub.served.clear()
     assert "folder" in answer(start(hub, cache))
-    size = len(hub.repositories[REPOSITORY].files["model.safetensors"])
-    rest = [s for s in hub.gets("model.safetensors") if s.start]
+    size = len(hub.repositories[REPOSITORY].files[WEIGHTS])
+    rest = [s for s in hub.gets(WEIGHTS) if s.start]
     assert [(s.start, s.sent) for s in rest] == [(have, size - have)]
 
 
@@ -73,6 +73,6 @@ def test_two_processes_fetch_each_file_once(hub, cache):
     hub.faults.delay_s_per_chunk = 0.002
     first, second = start(hub, cache), start(hub, cache)
     assert answer(first) == answer(second)
-    assert len(hub.gets("model.safetensors")) == 1
-    content = (folder_of(hub, cache) / "model.safetensors").read_bytes()
-    assert content == hub.repositories[REPOSITORY].files["model.safetensors"]
+    assert len(hub.gets(WEIGHTS)) == 1
+    content = (folder_of(hub, cache) / WEIGHTS).read_bytes()
+    assert content == hub.repositories[REPOSITORY].files[WEIGHTS]

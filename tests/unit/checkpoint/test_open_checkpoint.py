@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from pathlib import Path
 
 import pytest
 import torch
+from hub_files import place
 from safetensors.torch import load, save
 from tiny_checkpoint import native_files, original_files, tiny_network
 
@@ -17,13 +17,6 @@ from florence2.checkpoint.checkpoint import load_weights, open_checkpoint
 from florence2.errors import CheckpointError
 from florence2.network.florence import Florence2Network
 from florence2.records import GenerationSettings
-
-
-def place(folder: Path, content: dict[str, bytes]) -> Path:
-    folder.mkdir()
-    for name, data in content.items():
-        (folder / name).write_bytes(data)
-    return folder
 
 
 @pytest.mark.parametrize(

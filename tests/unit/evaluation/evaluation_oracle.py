@@ -11,7 +11,7 @@ from florence2.engine.ask import Ask
 from florence2.postprocess import parse
 from florence2.records import Failure, Result
 from florence2.tasks import find_task
-from florence2.tokenizer import Piece, pieces_from_text
+from florence2.tokenizer import AnswerToken, tokens_from_text
 from florence2_demo.drawing import draw_scene
 from florence2_demo.scene import make_scene
 from florence2_demo.truth import ground_truth
@@ -33,15 +33,17 @@ class Oracle:
         self.scenes = {pixels_of(draw_scene(scene)): scene for scene in scenes}
         self.calls: list[int] = []
         self.pictures: list[int] = []
-        self.spelled: list[list[Piece]] = []
+        self.spelled: list[list[AnswerToken]] = []
 
     def run_many(self, asks: Sequence[Ask]) -> list[Result | Failure]:
         self.calls.append(len(asks))
         self.pictures.append(len({id(ask.image) for ask in asks}))
         return [self.answer(ask) for ask in asks]
 
-    def pieces(self, token_ids: Sequence[int], *log_probs: Sequence[float]) -> list[Piece]:
-        """In the vocabulary's place: the pieces of the answer with this number."""
+    def answer_tokens(
+        self, token_ids: Sequence[int], *log_probs: Sequence[float]
+    ) -> list[AnswerToken]:
+        """In the vocabulary's place: the tokens of the answer with this number."""
         return self.spelled[token_ids[0]]
 
     def answer(self, ask: Ask) -> Result | Failure:
@@ -51,11 +53,11 @@ class Oracle:
         truth = ground_truth(scene, ask.task, ask.text, region)
         answer = self.change(ask.task, truth.answer)
         # Every token is certain.
-        pieces = [
-            replace(piece, log_prob=0.0, near_log_prob=0.0) for piece in pieces_from_text(answer)
+        tokens = [
+            replace(token, log_prob=0.0, near_log_prob=0.0) for token in tokens_from_text(answer)
         ]
-        self.spelled.append(pieces)
-        parsed = parse(pieces, find_task(ask.task), size)
+        self.spelled.append(tokens)
+        parsed = parse(tokens, find_task(ask.task), size)
         return Result(
             ask.task,
             size,

@@ -11,27 +11,27 @@ from florence2.evaluation.detection import ImageBoxes
 from florence2.postprocess import parse
 from florence2.records import Result
 from florence2.tasks import find_task
-from florence2.tokenizer import PieceKind, pieces_from_text
+from florence2.tokenizer import TokenKind, tokens_from_text
 from florence2_demo.score_study import DEFINITIONS, OURS, ScoreStudy
 
 
 def spelled(answer, exact, near, label):
-    """Pieces of these probabilities, and the result they are parsed to."""
-    chances = {PieceKind.LOCATION: (exact, near), PieceKind.TEXT: (label, label)}
-    pieces = [
+    """Tokens of these probabilities, and the result they are parsed to."""
+    chances = {TokenKind.LOCATION: (exact, near), TokenKind.TEXT: (label, label)}
+    tokens = [
         replace(
-            piece,
-            log_prob=math.log(chances[piece.kind][0]),
-            near_log_prob=math.log(chances[piece.kind][1]),
+            token,
+            log_prob=math.log(chances[token.kind][0]),
+            near_log_prob=math.log(chances[token.kind][1]),
         )
-        for piece in pieces_from_text(answer)
+        for token in tokens_from_text(answer)
     ]
-    parsed = parse(pieces, find_task("<OD>"), (100, 100))
-    return pieces, Result("<OD>", (100, 100), parsed.objects, None, answer, (), truncated=False)
+    parsed = parse(tokens, find_task("<OD>"), (100, 100))
+    return tokens, Result("<OD>", (100, 100), parsed.objects, None, answer, (), truncated=False)
 
 
-def study_of(pieces, result):
-    study = ScoreStudy(SimpleNamespace(pieces=lambda *_: pieces))
+def study_of(tokens, result):
+    study = ScoreStudy(SimpleNamespace(answer_tokens=lambda *_: tokens))
     boxes = tuple(box.box_xyxy for box in result.objects)
     labels = tuple(box.label for box in result.objects)
     study.add(0, ImageBoxes(boxes, labels, (1.0,) * len(boxes), (), ()), result)
@@ -60,12 +60,12 @@ def test_each_definition_by_hand():
 
 def test_ours_is_the_score_that_results_carry():
     answer = "cup<loc_5><loc_6><loc_700><loc_800>car<loc_1><loc_1><loc_1><loc_9>"
-    pieces, result = spelled(answer, 0.1, 0.5, 0.8)
-    study = study_of(pieces, result)
+    tokens, result = spelled(answer, 0.1, 0.5, 0.8)
+    study = study_of(tokens, result)
     assert list(study.scores[OURS][0]) == [box.score for box in result.objects]
 
 
 def test_boxes_that_do_not_line_up_are_an_error():
-    pieces, result = spelled("car<loc_1><loc_2><loc_300><loc_400>", 0.1, 0.5, 0.8)
+    tokens, result = spelled("car<loc_1><loc_2><loc_300><loc_400>", 0.1, 0.5, 0.8)
     with pytest.raises(FlorenceError, match="spells 0 boxes and 1 were read"):
-        study_of(pieces[:2], result)
+        study_of(tokens[:2], result)

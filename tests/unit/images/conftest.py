@@ -1,11 +1,17 @@
-"""A preparer with a processor that can be held up, and one whose helper is held up."""
+"""A budget of pixels, and a preparer whose processor can be held up."""
 
 from __future__ import annotations
 
 import pytest
-from preparing_tools import PATIENCE_S, Gate, Watched, picture
+from image_tools import Watched
 
+from florence2.budget import Budget
 from florence2.engine.encoding import Preparer
+
+
+@pytest.fixture
+def budget():
+    return Budget(10_000, "pixels")
 
 
 @pytest.fixture
@@ -26,13 +32,3 @@ def make(processor):
         gate.opened.set()
     for preparer in made:
         preparer.close()
-
-
-@pytest.fixture
-def busy(make, processor):
-    """A preparer whose one helper is busy with another image until the gate opens."""
-    processor.gates[99] = Gate()
-    preparer = make(threads=1, max_ahead=3)
-    preparer.ahead([picture(99)])
-    assert processor.gates[99].begun.wait(PATIENCE_S)
-    return preparer

@@ -9,13 +9,13 @@ import zlib
 import cv2
 import numpy as np
 import pytest
+from image_tools import RNG, encoded, noise, rgb_of
 from PIL import Image, TiffImagePlugin
 
 from florence2.errors import ImageError
 from florence2.images import open_image
 
-RNG = np.random.default_rng(11)
-COLOURS = RNG.integers(0, 256, (20, 30, 3), dtype=np.uint8)
+COLOURS = noise(30, 20)
 GREY = COLOURS[:, :, 0]
 GREY3 = np.repeat(GREY[:, :, None], 3, axis=2)
 DEPTHS = range(9, 17)
@@ -24,10 +24,6 @@ DEPTHS = range(9, 17)
 def deepened(picture, bits):
     """The picture in ``bits`` bits, as a camera that gives so many would have it."""
     return np.round(picture / 255 * (2**bits - 1)).astype(np.uint16)
-
-
-def rgb_of(source):
-    return np.asarray(open_image(source).image)
 
 
 def file_of(values, suffix, alpha=None):
@@ -42,9 +38,7 @@ def tiff_of(values, **tags):
     info = TiffImagePlugin.ImageFileDirectory_v2()
     for name, value in tags.items():
         info[int(name[1:])] = value
-    buffer = io.BytesIO()
-    Image.fromarray(values).save(buffer, "TIFF", tiffinfo=info)
-    return buffer.getvalue()
+    return encoded(Image.fromarray(values), "TIFF", tiffinfo=info)
 
 
 def png_of(values, significant=None):
@@ -118,43 +112,38 @@ DARK = GREY // 8
 DARK3 = np.repeat(DARK[:, :, None], 3, axis=2)
 NOISE = RNG.integers(0, 2, GREY.shape).astype(np.uint16)
 
-SAYS = [
-    ("PNG, lower bits", png_of(deepened(DARK, 12) | NOISE, significant=12)),
-    ("PNG, upper bits", png_of(deepened(DARK, 12) << 4, significant=12)),
-    ("PNG, all bits", png_of((DARK.astype(np.uint16) << 8) | NOISE, significant=16)),
-    ("TIFF, largest value", tiff_of(deepened(DARK, 14) | NOISE, t281=(1 << 14) - 1)),
-    ("8 bits, doubled", png_of(DARK.astype(np.uint16) * 257)),
-    ("8 bits, moved up", tiff_of(DARK.astype(np.uint16) << 8)),
-]
+DARK_COLOURS = deepened(COLOURS // 8, 12) | 1
+FEW = np.array([[3, 900]], np.uint16)
 
-
-@pytest.mark.parametrize(("says", "data"), SAYS, ids=[row[0] for row in SAYS])
-def test_a_dark_picture_stays_as_dark_as_its_file_says(says, data):
-    assert np.array_equal(rgb_of(data), DARK3)
-
-
-def test_a_dark_colour_png_stays_as_dark_as_it_says():
-    dark = COLOURS // 8
-    values = deepened(dark, 12) | 1
-    assert np.array_equal(rgb_of(png_of(values, significant=12)), values >> 4)
-
-
-def test_a_dark_picture_that_does_not_say_is_as_bright_as_its_largest_value_allows():
-    values = np.full((4, 4), 900, np.uint16)
-    values[0, 0] = 3
-    assert rgb_of(Image.fromarray(values)).max() == 900 >> 2
-
-
-@pytest.mark.parametrize("claimed", [0xFFFF, 255])
-def test_a_largest_value_that_is_none_is_not_believed(claimed):
-    """What a writer puts there who did not look, or who looked at another picture."""
-    assert np.array_equal(rgb_of(tiff_of(deepened(GREY, 12), t281=claimed)), GREY3)
-
-
-def test_where_zero_is_white_it_is_white_at_every_depth():
+SAYS = {
+    "PNG, lower bits": (png_of(deepened(DARK, 12) | NOISE, significant=12), DARK3),
+    "PNG, upper bits": (png_of(deepened(DARK, 12) << 4, significant=12), DARK3),
+    "PNG, all bits": (png_of((DARK.astype(np.uint16) << 8) | NOISE, significant=16), DARK3),
+    "PNG, colours": (png_of(DARK_COLOURS, significant=12), DARK_COLOURS >> 4),
+    "PNG, colours with noise below": (
+        png_of(COLOURS.astype(np.uint16) << 8 | 255 - COLOURS),
+        COLOURS,
+    ),
+    "TIFF, largest value": (tiff_of(deepened(DARK, 14) | NOISE, t281=(1 << 14) - 1), DARK3),
+    "TIFF, a largest value that nobody set": (tiff_of(deepened(GREY, 12), t281=0xFFFF), GREY3),
+    "TIFF, a largest value of another picture": (tiff_of(deepened(GREY, 12), t281=255), GREY3),
+    "8 bits, doubled": (png_of(DARK.astype(np.uint16) * 257), DARK3),
+    "8 bits, moved up": (tiff_of(DARK.astype(np.uint16) << 8), DARK3),
+    "nothing, so as bright as the largest value allows": (
+        Image.fromarray(FEW),
+        np.repeat(FEW[:, :, None] >> 2, 3, axis=2),
+    ),
+    "black": (png_of(np.zeros((4, 4, 3), np.uint16)), np.zeros((4, 4, 3))),
+    "black, not said": (Image.fromarray(np.zeros((4, 4), np.uint16)), np.zeros((4, 4, 3))),
     # Pillow turns 8 bits over when it writes them, and deeper ones not.
-    assert np.array_equal(rgb_of(tiff_of(GREY, t262=0)), GREY3)
-    assert np.array_equal(rgb_of(tiff_of(deepened(255 - GREY, 16), t262=0)), GREY3)
+    "TIFF, zero is white": (tiff_of(GREY, t262=0), GREY3),
+    "TIFF, zero is white, deep": (tiff_of(deepened(255 - GREY, 16), t262=0), GREY3),
+}
+
+
+@pytest.mark.parametrize(("source", "expected"), SAYS.values(), ids=SAYS)
+def test_a_picture_is_as_dark_as_its_file_says(source, expected):
+    assert np.array_equal(rgb_of(source), expected)
 
 
 def test_a_pgm_names_its_depth():
@@ -177,9 +166,3 @@ def test_a_damaged_deep_file_is_refused_like_any_other():
     data = FILES["colour PNG"](12)
     with pytest.raises(ImageError, match="must be complete"):
         open_image(data[: len(data) // 2])
-
-
-def test_a_black_deep_picture_is_black():
-    black = np.zeros((4, 4), np.uint16)
-    assert rgb_of(Image.fromarray(black)).max() == 0
-    assert rgb_of(png_of(np.zeros((4, 4, 3), np.uint16))).max() == 0

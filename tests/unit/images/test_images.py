@@ -9,25 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from image_tools import encoded, noise, rgb_of
 from PIL import Image, ImageFile
 
 from florence2.errors import ImageError
-from florence2.images import MAX_PIXELS, has_more_frames, open_image
+from florence2.images import MAX_PIXELS, file_format, has_more_frames, open_image
 
-RNG = np.random.default_rng(7)
-PIXELS = RNG.integers(0, 256, (20, 30, 3), dtype=np.uint8)
-
-
-def encoded(picture, kind="PNG", **options):
-    buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def rgb_of(source):
-    return np.asarray(open_image(source).image)
-
-
+PIXELS = noise(30, 20)
 RGB = Image.fromarray(PIXELS)
 GREY = RGB.convert("L")
 
@@ -75,34 +63,6 @@ def test_arrays_may_be_views():
     assert np.array_equal(rgb_of(PIXELS[::-1, ::2]), PIXELS[::-1, ::2])
 
 
-def with_alpha():
-    alpha = Image.fromarray(RNG.integers(0, 256, (20, 30), dtype=np.uint8))
-    picture = RGB.copy()
-    picture.putalpha(alpha)
-    return picture
-
-
-def deep_png():
-    """16-bit RGB, which Pillow cannot write: the high bytes are PIXELS, the low ones noise."""
-    rows = bytearray()
-    for row in PIXELS:
-        rows += b"\0"
-        for value in row.ravel():
-            rows += bytes((value, 255 - value))
-
-    def chunk(name, data):
-        crc = zlib.crc32(name + data)
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", crc)
-
-    header = struct.pack(">IIBBBBB", 30, 20, 16, 2, 0, 0, 0)
-    parts = [
-        chunk(b"IHDR", header),
-        chunk(b"IDAT", zlib.compress(bytes(rows))),
-        chunk(b"IEND", b""),
-    ]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
-
-
 DEEP_GREY = np.asarray(GREY).astype(np.uint16) * 256 + 77
 PALETTE = RGB.quantize(16)
 GREY3 = np.repeat(np.asarray(GREY)[:, :, None], 3, axis=2)
@@ -111,13 +71,12 @@ BIT = np.asarray(GREY) > 127
 MODES = [
     ("grey", encoded(GREY), GREY3),
     ("grey and alpha", encoded(GREY.convert("LA")), GREY3),
-    ("transparent", encoded(with_alpha()), PIXELS),
+    ("transparent", encoded(Image.fromarray(np.dstack([PIXELS, noise(30, 20)[..., 0]]))), PIXELS),
     ("palette", encoded(PALETTE), np.asarray(PALETTE.convert("RGB"))),
     ("palette, transparent", encoded(PALETTE, transparency=3), np.asarray(PALETTE.convert("RGB"))),
     ("one bit", encoded(Image.fromarray(BIT)), np.where(BIT[:, :, None], 255, [0, 0, 0])),
     ("16-bit grey PNG", encoded(Image.fromarray(DEEP_GREY)), GREY3),
     ("16-bit grey TIFF", encoded(Image.fromarray(DEEP_GREY), "TIFF"), GREY3),
-    ("16-bit RGB", deep_png(), PIXELS),
     ("8-bit grey in 32 bits", Image.fromarray(np.asarray(GREY).astype(np.int32)), GREY3),
     ("8-bit grey in 16 bits", Image.fromarray(np.asarray(GREY).astype(np.uint16)), GREY3),
     ("12-bit grey in 16 bits", encoded(Image.fromarray(DEEP_GREY >> 4)), GREY3),
@@ -142,37 +101,43 @@ def test_a_cmyk_jpeg_keeps_its_colours():
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
-def test_of_an_animation_the_first_frame_is_taken(kind):
+def test_of_an_animation_the_first_frame_is_taken_and_further_ones_are_known(tmp_path, kind):
     frames = [Image.new("RGB", (8, 6), colour) for colour in ("red", "lime", "blue")]
     options = {"lossless": True} if kind == "WEBP" else {}
-    data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
-    assert np.array_equal(rgb_of(data), np.asarray(frames[0]))
+    frames[0].save(tmp_path / "one", kind, **options)
+    frames[0].save(tmp_path / "all", kind, save_all=True, append_images=frames[1:], **options)
+    assert np.array_equal(rgb_of(tmp_path / "all"), np.asarray(frames[0]))
+    assert [has_more_frames(tmp_path / name) for name in ("one", "all")] == [False, True]
+    assert file_format(tmp_path / "one") == kind
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_rotation_is_applied(orientation):
-    turns = {
-        1: lambda a: a,
-        2: np.fliplr,
-        3: lambda a: np.rot90(a, 2),
-        4: np.flipud,
-        5: lambda a: np.transpose(a, (1, 0, 2)),
-        6: lambda a: np.rot90(a, -1),
-        7: lambda a: np.rot90(np.transpose(a, (1, 0, 2)), 2),
-        8: np.rot90,
-    }
+def test_the_other_pictures_of_a_camera_are_no_frames(tmp_path):
+    RGB.save(tmp_path / "one", "MPO", save_all=True, append_images=[RGB])
+    assert not has_more_frames(tmp_path / "one")
+    (tmp_path / "none").write_bytes(b"no image")
+    assert not has_more_frames(tmp_path / "none")
+    assert file_format(tmp_path / "none") is None
+
+
+TURNS = {
+    2: np.fliplr,
+    3: lambda a: np.rot90(a, 2),
+    4: np.flipud,
+    5: lambda a: np.transpose(a, (1, 0, 2)),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: np.rot90(np.transpose(a, (1, 0, 2)), 2),
+    8: np.rot90,
+}
+
+
+@pytest.mark.parametrize("orientation", [*range(10), 65535])
+def test_exif_rotation_is_applied_where_it_makes_sense(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     loaded = open_image(encoded(RGB, exif=exif))
-    assert np.array_equal(np.asarray(loaded.image), turns[orientation](PIXELS))
-    assert loaded.size_wh == ((30, 20) if orientation < 5 else (20, 30))
-
-
-@pytest.mark.parametrize("value", [0, 9, 65535])
-def test_a_senseless_rotation_is_ignored(value):
-    exif = Image.Exif()
-    exif[0x0112] = value
-    assert np.array_equal(rgb_of(encoded(RGB, exif=exif)), PIXELS)
+    turned = TURNS.get(orientation, np.asarray)(PIXELS)
+    assert np.array_equal(np.asarray(loaded.image), turned)
+    assert loaded.size_wh == turned.shape[1::-1]
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
@@ -276,22 +241,20 @@ def test_cut_files_are_refused_whatever_others_told_pillow(monkeypatch, loose):
 
 
 SEEDS = [encoded(RGB, kind) for kind in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "ICO")]
+EDITS = st.lists(st.tuples(st.integers(0), st.binary(max_size=4)))
 
 
-@given(
-    seed=st.sampled_from(SEEDS), edits=st.lists(st.tuples(st.integers(0), st.binary(max_size=4)))
-)
-def test_damaged_files_open_or_are_refused(seed, edits):
-    data = bytearray(seed)
-    for place, replacement in edits:
+@st.composite
+def damaged_files(draw):
+    data = bytearray(draw(st.sampled_from(SEEDS)))
+    for place, replacement in draw(EDITS):
         start = place % len(data)
         data[start : start + len(replacement)] = replacement
-    with contextlib.suppress(ImageError):
-        assert open_image(bytes(data), max_pixels=1_000_000).image.mode == "RGB"
+    return bytes(data)
 
 
-@given(data=st.binary(max_size=64))
-def test_junk_is_refused(data):
+@given(data=damaged_files() | st.binary(max_size=64))
+def test_damaged_files_and_junk_open_or_are_refused(data):
     with contextlib.suppress(ImageError):
         assert open_image(data, max_pixels=1_000_000).image.mode == "RGB"
 
@@ -305,19 +268,3 @@ def test_an_odd_path_is_one_short_sentence(path):
         open_image(path)
     assert len(str(raised.value)) < 400
     str(raised.value).encode()
-
-
-@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "GIF"])
-def test_further_frames_and_pages_are_known(tmp_path, kind):
-    frames = [Image.new("RGB", (8, 6), colour) for colour in ("red", "lime")]
-    frames[0].save(tmp_path / "one", kind)
-    frames[0].save(tmp_path / "two", kind, save_all=True, append_images=frames[1:])
-    assert not has_more_frames(tmp_path / "one")
-    assert has_more_frames(tmp_path / "two")
-
-
-def test_the_other_pictures_of_a_camera_are_no_frames(tmp_path):
-    RGB.save(tmp_path / "one", "MPO", save_all=True, append_images=[RGB])
-    assert not has_more_frames(tmp_path / "one")
-    (tmp_path / "none").write_bytes(b"no image")
-    assert not has_more_frames(tmp_path / "none")

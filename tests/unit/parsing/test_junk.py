@@ -1,16 +1,38 @@
-"""No sequence of pieces and no string raises; whatever comes out can be drawn and stored."""
+"""No sequence of tokens and no string raises; whatever comes out can be drawn and stored."""
 
 import json
 
 import pytest
+from answer_tokens import location, marker, text_token
 from hypothesis import given
 from hypothesis import strategies as st
-from parsing_junk import JUNK_PIECES, JUNK_TEXT
 
 from florence2.postprocess import parse, parse_answer_text
 from florence2.records import Box, Polygon, Quad, Text
 from florence2.tasks import TASKS, OutputKind
-from florence2.tokenizer import PieceKind
+from florence2.tokenizer import MARKERS, TokenKind
+
+LOG_PROBS = st.floats(max_value=0.0) | st.just(float("nan"))
+JUNK_TOKENS = st.lists(
+    st.one_of(
+        st.builds(text_token, st.binary(max_size=4), LOG_PROBS),
+        st.builds(text_token, st.sampled_from([b"car", b" ", b"the image", b"\n"]), LOG_PROBS),
+        st.builds(location, st.integers(0, 999), LOG_PROBS),
+        st.builds(location, st.integers(0, 2), LOG_PROBS),
+        st.builds(marker, st.sampled_from(["<poly>", "</poly>", "<sep>"]), LOG_PROBS),
+        st.builds(marker, st.sampled_from(MARKERS), LOG_PROBS),
+    ),
+    max_size=60,
+)
+JUNK_TEXT = st.lists(
+    st.one_of(
+        st.text(max_size=5),
+        st.sampled_from(["<loc_", ">", "<", "</s>", "<s>", "<pad>", "<poly>", "</poly>", "<sep>"]),
+        st.integers(0, 1200).map("<loc_{}>".format),
+        st.sampled_from(["<loc_99999999999>", "<loc_٣>", "<loc_-1>", "<loc_1.5>", "\ud800"]),
+    ),
+    max_size=40,
+).map("".join)
 
 SIZES = st.tuples(st.integers(1, 20_000), st.integers(1, 20_000))
 PLACED = [task for task in TASKS if task.output is not OutputKind.TEXT]
@@ -45,9 +67,9 @@ def check_objects(objects, size_wh):
 
 
 @pytest.mark.parametrize("task", TASKS, ids=[task.name for task in TASKS])
-@given(pieces=JUNK_PIECES, size_wh=SIZES)
-def test_any_pieces(task, pieces, size_wh):
-    parsed = parse(pieces, task, size_wh)
+@given(tokens=JUNK_TOKENS, size_wh=SIZES)
+def test_any_tokens(task, tokens, size_wh):
+    parsed = parse(tokens, task, size_wh)
     check_objects(parsed.objects, size_wh)
     assert all(found.score is not None for found in parsed.objects)
     assert len(parsed.notes) <= 9
@@ -64,10 +86,10 @@ def test_any_string(task, answer, size_wh):
 
 
 @pytest.mark.parametrize("task", PLACED, ids=[task.name for task in PLACED])
-@given(pieces=JUNK_PIECES)
-def test_nothing_is_left_out_without_a_note(task, pieces):
-    parsed = parse(pieces, task, (1000, 1000))
+@given(tokens=JUNK_TOKENS)
+def test_nothing_is_left_out_without_a_note(task, tokens):
+    parsed = parse(tokens, task, (1000, 1000))
     used = sum(len(ring) for found in parsed.objects for ring in points_of(found))
-    given_locations = sum(piece.kind is PieceKind.LOCATION for piece in pieces)
+    given_locations = sum(token.kind is TokenKind.LOCATION for token in tokens)
     assert used <= given_locations
     assert used == given_locations or parsed.notes

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from florence2.errors import CheckpointError, RequestError
-from florence2.tokenizer import PieceKind, Vocabulary
+from florence2.tokenizer import TokenKind, Vocabulary
 from florence2.tokens import ADDED_TOKENS, IMAGE, location_token
 
 TEXTS = [
@@ -84,16 +84,6 @@ def test_a_whole_tokenizer_without_the_published_tokens_gets_them(original, fold
     assert vocabulary.encode(text) == original.encode(text)
 
 
-def test_tokens_of_a_fine_tune_keep_their_ids(original, folder):
-    added = {token: original.encode(token)[0] for token in ADDED_TOKENS}
-    added |= {"<DocVQA>": original.size, "étiquette": original.size + 1}
-    (folder / "added_tokens.json").write_text(json.dumps(added), encoding="utf-8")
-    vocabulary = Vocabulary.from_folder(folder)
-    assert vocabulary.encode("<DocVQA>étiquette") == [original.size, original.size + 1]
-    assert vocabulary.answer_text([original.size + 1]) == "étiquette"
-    assert [p.kind for p in vocabulary.pieces([original.size])] == [PieceKind.TEXT]
-
-
 def by_id(tokens, **flags):
     plain = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
     return {
@@ -102,20 +92,30 @@ def by_id(tokens, **flags):
     }
 
 
-@pytest.mark.parametrize("has_published", [True, False])
-def test_tokens_that_stand_only_in_the_tokenizers_config_are_tokens(
-    original, folder, has_published
-):
-    tokens = {"<DocVQA>": original.size, "étiquette": original.size + 1}
-    decoder = by_id({"<s>": 0, **tokens})
-    if has_published:
-        decoder |= by_id({token: original.encode(token)[0] for token in ADDED_TOKENS})
-    config = json.dumps({"added_tokens_decoder": decoder})
-    (folder / "tokenizer_config.json").write_text(config, encoding="utf-8")
+def added_tokens(own, published):
+    return "added_tokens.json", published | own
+
+
+def config_alone(own, published):
+    return "tokenizer_config.json", {"added_tokens_decoder": by_id({"<s>": 0, **own})}
+
+
+def config_with_published(own, published):
+    return "tokenizer_config.json", {"added_tokens_decoder": by_id({"<s>": 0, **own, **published})}
+
+
+@pytest.mark.parametrize("place", [added_tokens, config_alone, config_with_published])
+def test_tokens_of_a_fine_tune_keep_their_ids(original, folder, place):
+    own = {"<DocVQA>": original.size, "étiquette": original.size + 1}
+    published = {token: original.encode(token)[0] for token in ADDED_TOKENS}
+    name, content = place(own, published)
+    (folder / name).write_text(json.dumps(content), encoding="utf-8")
     vocabulary = Vocabulary.from_folder(folder)
-    assert vocabulary.encode("<DocVQA>étiquette") == [original.size, original.size + 1]
+    assert vocabulary.encode("<DocVQA>étiquette") == list(own.values())
     text = "a red car<loc_5><DocVQA>"
     assert vocabulary.encode(text) == [*original.encode("a red car<loc_5>"), original.size]
+    assert vocabulary.answer_text([original.size + 1]) == "étiquette"
+    assert vocabulary.answer_tokens([original.size])[0].kind is TokenKind.TEXT
     assert vocabulary.size == original.size + 2
 
 
@@ -137,19 +137,19 @@ def test_a_saved_tokenizer_with_added_tokens_reads_as_the_reference_reads_it(
         assert vocabulary.encode(text) == reference(text, add_special_tokens=False).input_ids
 
 
-def test_pieces_are_one_per_token_with_its_log_probability(native):
+def test_an_answer_has_a_token_per_id_with_its_log_probability(native):
     ids = [2, 0, *native.encode("car<loc_5></poly>"), 2, 1]
     log_probs = [-float(position) for position in range(len(ids))]
-    pieces = native.pieces(ids, log_probs)
-    assert b"".join(piece.data for piece in pieces) == b"car<loc_5></poly>"
-    assert [p.kind for p in pieces][-2:] == [PieceKind.LOCATION, PieceKind.MARKER]
-    assert [p.location_bin for p in pieces][-2:] == [5, None]
-    assert [p.log_prob for p in pieces] == log_probs[2:-2]
-    assert {p.log_prob for p in native.pieces(ids)} == {None}
-    with pytest.raises(ValueError, match="One log-probability per token"):
-        native.pieces(ids, [0.0])
-    with pytest.raises(ValueError, match="One log-probability per token"):
-        native.pieces(ids, log_probs, [0.0])
+    tokens = native.answer_tokens(ids, log_probs)
+    assert b"".join(token.data for token in tokens) == b"car<loc_5></poly>"
+    assert [token.kind for token in tokens][-2:] == [TokenKind.LOCATION, TokenKind.MARKER]
+    assert [token.location_bin for token in tokens][-2:] == [5, None]
+    assert [token.log_prob for token in tokens] == log_probs[2:-2]
+    assert [token.near_log_prob for token in tokens] == log_probs[2:-2]
+    assert {token.log_prob for token in native.answer_tokens(ids)} == {None}
+    for odd in ([[0.0]], [log_probs, [0.0]]):
+        with pytest.raises(ValueError, match="One log-probability per token"):
+            native.answer_tokens(ids, *odd)
 
 
 def test_ids_beyond_the_vocabulary_spell_nothing(native):
@@ -181,49 +181,50 @@ def cut(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def whole(folder, change=lambda content: content):
-    content = {"model": {"type": "BPE", "vocab": {"<s>": 0, "<pad>": 1, "</s>": 2}, "merges": []}}
-    change(content)
-    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+def write(name, content):
+    """A damage that puts ``content`` in the place of a file."""
+    data = content if isinstance(content, str) else json.dumps(content)
+    return lambda folder: (folder / name).write_text(data, encoding="utf-8")
 
 
 def shift_locations(folder):
     base = len(json.loads((folder / "vocab.json").read_text(encoding="utf-8")))
     tokens = {token: base + position for position, token in enumerate(ADDED_TOKENS)}
-    low, high = tokens["<loc_3>"], tokens["<loc_4>"]
-    tokens |= {"<loc_3>": high, "<loc_4>": low}
-    (folder / "added_tokens.json").write_text(json.dumps(tokens), encoding="utf-8")
+    tokens["<loc_3>"], tokens["<loc_4>"] = tokens["<loc_4>"], tokens["<loc_3>"]
+    write("added_tokens.json", tokens)(folder)
 
 
-DAMAGES = [
-    ("no merges", lambda f: (f / "merges.txt").unlink(), "merges.txt is missing"),
-    ("no vocabulary", lambda f: (f / "vocab.json").unlink(), "neither tokenizer.json nor vocab"),
-    ("vocabulary cut", lambda f: cut(f / "vocab.json"), "vocab.json is cut or damaged"),
-    ("vocabulary a list", lambda f: (f / "vocab.json").write_text("[]"), "vocab.json is cut"),
-    ("vocabulary odd", lambda f: (f / "vocab.json").write_text('{"a": "b"}'), "belong together"),
-    ("merges odd", lambda f: (f / "merges.txt").write_text("a b c"), "merges.txt is cut"),
-    ("merges foreign", lambda f: (f / "merges.txt").write_text("蟹 蟹"), "belong together"),
-    ("not text", lambda f: (f / "merges.txt").write_bytes(b"\xff\xfe"), "merges.txt cannot be"),
-    ("empty whole", lambda f: (f / "tokenizer.json").write_text(""), "tokenizer.json is cut"),
-    ("whole of another kind", lambda f: (f / "tokenizer.json").write_text("{}"), "is cut"),
-    ("other ids", lambda f: whole(f, lambda c: c["model"]["vocab"].update({"<s>": 2, "</s>": 0})),
-     "must give <s> the id 0"),
-    ("locations shuffled", shift_locations, "consecutive"),
-    ("added token elsewhere", lambda f: (f / "added_tokens.json").write_text('{"<x>": 9000}'),
-     "do not belong together"),
-    ("added token elsewhere in the config",
-     lambda f: (f / "tokenizer_config.json").write_text(
-         json.dumps({"added_tokens_decoder": by_id({"<x>": 9000})})), "do not belong together"),
-    ("added tokens of the config odd",
-     lambda f: (f / "tokenizer_config.json").write_text('{"added_tokens_decoder": {"7": "<x>"}}'),
-     "tokenizer_config.json is cut"),
-    ("added ids odd", lambda f: (f / "added_tokens.json").write_text('{"<x>": "y"}'), "is cut"),
-]  # fmt: skip
+OTHER_IDS = {"type": "BPE", "vocab": {"<s>": 2, "<pad>": 1, "</s>": 0}, "merges": []}
+DAMAGES = {
+    "no merges": (lambda f: (f / "merges.txt").unlink(), "merges.txt is missing"),
+    "no vocabulary": (lambda f: (f / "vocab.json").unlink(), "neither tokenizer.json nor vocab"),
+    "vocabulary cut": (lambda f: cut(f / "vocab.json"), "vocab.json is cut or damaged"),
+    "vocabulary a list": (write("vocab.json", "[]"), "vocab.json is cut"),
+    "vocabulary odd": (write("vocab.json", {"a": "b"}), "belong together"),
+    "merges odd": (write("merges.txt", "a b c"), "merges.txt is cut"),
+    "merges foreign": (write("merges.txt", "蟹 蟹"), "belong together"),
+    "not text": (lambda f: (f / "merges.txt").write_bytes(b"\xff\xfe"), "merges.txt cannot be"),
+    "empty whole": (write("tokenizer.json", ""), "tokenizer.json is cut"),
+    "whole of another kind": (write("tokenizer.json", {}), "is cut"),
+    "other ids": (write("tokenizer.json", {"model": OTHER_IDS}), "must give <s> the id 0"),
+    "locations shuffled": (shift_locations, "consecutive"),
+    "added token elsewhere": (
+        write("added_tokens.json", {"<x>": 9000}),
+        "do not belong together",
+    ),
+    "added token elsewhere in the config": (
+        write("tokenizer_config.json", {"added_tokens_decoder": by_id({"<x>": 9000})}),
+        "do not belong together",
+    ),
+    "added tokens of the config odd": (
+        write("tokenizer_config.json", {"added_tokens_decoder": {"7": "<x>"}}),
+        "tokenizer_config.json is cut",
+    ),
+    "added ids odd": (write("added_tokens.json", {"<x>": "y"}), "is cut"),
+}
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"), [d[1:] for d in DAMAGES], ids=[d[0] for d in DAMAGES]
-)
+@pytest.mark.parametrize(("damage", "message"), DAMAGES.values(), ids=DAMAGES)
 def test_damage_is_one_sentence_naming_the_file(folder, damage, message):
     damage(folder)
     with pytest.raises(CheckpointError, match=message) as raised:

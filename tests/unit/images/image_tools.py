@@ -1,4 +1,4 @@
-"""What the tests of preparing share: pictures, a processor that can be held up, ways to take."""
+"""Image files and their pixels, and a processor that can be held up."""
 
 from __future__ import annotations
 
@@ -16,8 +16,19 @@ SIZE_WH = (8, 6)
 PATIENCE_S = 20
 
 
-def picture(width=20, height=14):
-    return open_image(RNG.integers(0, 256, (height, width, 3), dtype=np.uint8))
+def encoded(picture, kind="PNG", **options):
+    """A picture as the bytes of an image file."""
+    file = io.BytesIO()
+    picture.save(file, kind, **options)
+    return file.getvalue()
+
+
+def rgb_of(source):
+    return np.asarray(open_image(source).image)
+
+
+def noise(width, height):
+    return RNG.integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 @dataclass(frozen=True)
@@ -40,27 +51,11 @@ class Watched(ImageProcessor):
     def widths(self):
         return [size[0] for size, _ in self.seen]
 
+    def hold_up(self, width):
+        self.gates[width] = Gate()
+        return self.gates[width]
+
 
 class Gate:
     def __init__(self):
         self.begun, self.opened = threading.Event(), threading.Event()
-
-
-def file_of(image):
-    file = io.BytesIO()
-    image.image.save(file, "PNG")
-    return file.getvalue()
-
-
-def take(preparer, image):
-    return preparer.take(image)
-
-
-def take_ahead(preparer, image):
-    preparer.ahead([image])
-    return preparer.take(image)
-
-
-def take_also(preparer, image):
-    preparer.also_ahead([image])
-    return preparer.take(image)
