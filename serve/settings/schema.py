@@ -27,7 +27,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from florence2.errors import RequestError
-from florence2.generation.settings import MAX_BEAMS
+from florence2.generation_settings import MAX_BEAMS
 from florence2.records import BoxXyxy
 from florence2.tasks import Task, TaskInput, parse_steps
 from serve.predict.naming import FIXED_SHAPES, OBJECT_CLASS
