@@ -12,7 +12,7 @@ from florence2.errors import RequestError
 from florence2.images import open_image
 from florence2.records import Failure
 from serve.answering import Answering
-from serve.cli.console import complain, say
+from serve.console import complain, say
 from serve.labeling.previews import draw_preview, preview_pixels
 from serve.predict.predictor import Call
 from serve.sdk import sly

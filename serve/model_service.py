@@ -16,8 +16,8 @@ from florence2.api import Florence2
 from florence2.engine.scheduler import Observer, Scheduler
 from florence2.errors import RequestError, StoppedError, unknown_name
 from florence2.runtimes.device import missing_gpu
+from serve.naming import FIXED_SHAPES, class_color, clean_class_name
 from serve.predict.annotations import TAG_METAS
-from serve.predict.naming import FIXED_SHAPES, class_color, clean_class_name
 from serve.sdk import sly
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from serve.cli.console import say
+from serve.console import say
 
 
 def register(app: typer.Typer) -> None:

@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from florence2.errors import RequestError
-from serve.cli.console import ERR, OUT
 from serve.cli.loading import load_model
+from serve.console import ERR, OUT
 
 
 def register(app: typer.Typer) -> None:

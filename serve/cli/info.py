@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from florence2.errors import RequestError
-from serve.cli.console import OUT, say
+from serve.console import OUT, say
 
 TaskName = Annotated[str, typer.Option(help="The task that was asked, for example <OD>.")]
 Size = Annotated[str, typer.Option(metavar="WxH", help="The image's size in pixels.")]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from serve.cli.console import ERR
+from serve.console import ERR
 from serve.process import leave_cores_to_others
 
 if TYPE_CHECKING:

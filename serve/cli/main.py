@@ -14,7 +14,7 @@ from typing import Annotated, Final
 import typer
 
 from florence2.errors import FlorenceError
-from serve.cli.console import complain
+from serve.console import complain
 from serve.process import bound_spinning
 from serve.version import VERSION
 

@@ -10,8 +10,8 @@ from typing import Annotated, Final
 import typer
 
 from florence2.errors import RequestError
-from serve.cli.console import say
 from serve.cli.loading import fetch
+from serve.console import say
 
 DEFAULT_MODEL: Final = "demo"
 _EXAMPLE_IMAGE: Final = "demo/images/scene_bike.png"

@@ -23,7 +23,7 @@ from rich.progress import (
 from rich.text import Text
 
 from florence2.errors import shown_s
-from serve.cli.console import ERR, say
+from serve.console import ERR, say
 
 _LINE_EVERY_S: Final = 30.0
 

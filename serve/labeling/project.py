@@ -11,12 +11,12 @@ from typing import Final
 
 from florence2.errors import FlorenceError, ImageError
 from florence2.images import open_image
-from serve.cli.console import say
+from serve.console import say
 from serve.labeling.files import Stamp, Workspace, hash_of, hash_of_text, stamp_of
 from serve.labeling.images import ImageFile, is_image
 from serve.labeling.journal import Entry, Source
+from serve.naming import class_color
 from serve.predict.annotations import TAG_METAS
-from serve.predict.naming import class_color
 from serve.sdk import sly
 
 PROJECT_DIR: Final = "project"

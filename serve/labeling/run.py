@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from florence2.errors import FlorenceError, RequestError
 from florence2.tasks import OutputKind
-from serve.cli.console import complain, say
+from serve.console import complain, say
 from serve.labeling.exports import (
     COCO_DIR,
     VAL_FRACTION,
@@ -40,7 +40,7 @@ from serve.labeling.progress import StopSwitch, progress_bar, stop_on_signals
 from serve.labeling.project import DATASET, GrowingProject
 from serve.labeling.report import Report, RunCounts, count_suffixes, report_lines, write_report
 from serve.labeling.settings import journal_settings
-from serve.predict.naming import possible_titles
+from serve.naming import possible_titles
 from serve.predict.predictor import Predictor, rules_of
 from serve.sdk import sly
 from serve.settings import Settings

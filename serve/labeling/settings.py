@@ -12,7 +12,7 @@ import yaml
 from florence2.errors import RequestError, shown
 from florence2.prompts import check_region
 from florence2.tasks import Task, TaskInput, parse_steps
-from serve.predict.naming import clean_class_name
+from serve.naming import clean_class_name
 from serve.settings import (
     Settings,
     join_classes,

@@ -18,6 +18,7 @@ from florence2.errors import FlorenceError, ImageError, RequestError, shown
 from florence2.prompts import region_on_image
 from florence2.records import Failure, Region, Result
 from florence2.tasks import find_task
+from serve.naming import clean_text
 from serve.platform.failures import (
     FailedImageError,
     failure_json,
@@ -37,7 +38,6 @@ from serve.platform.upload import compatible_tag_meta, meta_lock
 from serve.predict.annotations import REGION_TEXT_TAGS, TAG_METAS
 from serve.predict.full_queue import when_queue_has_room
 from serve.predict.geometry import box_xyxy_from_rectangle_tlbr
-from serve.predict.naming import clean_text
 from serve.predict.predictor import Call
 from serve.sdk import sly
 from serve.settler import Settler

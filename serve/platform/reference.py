@@ -10,10 +10,10 @@ from florence2.engine.ask import AnyImage, Ask
 from florence2.errors import RequestError
 from florence2.records import Failure, Region, Result
 from serve.limits import held_bytes
+from serve.naming import OBJECT_CLASS, clean_class_name, clean_text
 from serve.platform.failures import FailedImageError
 from serve.platform.images import download_images, resolve
 from serve.platform.request_state import Source
-from serve.predict.naming import OBJECT_CLASS, clean_class_name, clean_text
 from serve.sdk import sly
 from serve.settings import Reference, Settings
 

@@ -10,6 +10,18 @@ from typing import Final, Literal
 from florence2.engine.ask import regions_of
 from florence2.records import Box, Polygon, Quad, Region, Result, SizeWh, Text
 from florence2.tasks import TaskInput, find_task
+from serve.naming import (
+    FIXED_SHAPES,
+    OBJECT_CLASS,
+    TEXT_CLASS,
+    class_color,
+    class_of,
+    class_titles,
+    clean_class_name,
+    clean_suffix,
+    clean_text,
+    possible_titles,
+)
 from serve.predict.geometry import (
     Find,
     Located,
@@ -21,18 +33,6 @@ from serve.predict.geometry import (
     outer_box,
     rectangle_tlbr_from_box_xyxy,
     rings_of,
-)
-from serve.predict.naming import (
-    FIXED_SHAPES,
-    OBJECT_CLASS,
-    TEXT_CLASS,
-    class_color,
-    class_of,
-    class_titles,
-    clean_class_name,
-    clean_suffix,
-    clean_text,
-    possible_titles,
 )
 from serve.sdk import LabelingStatus, sly
 

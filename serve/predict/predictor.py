@@ -28,11 +28,11 @@ from florence2.pixels import PreparedImage
 from florence2.records import Failure, Region, Result, Timings
 from florence2.tasks import TaskInput, parse_steps
 from serve.model_service import Deployed
+from serve.naming import FIXED_SHAPES
 from serve.platform.reference import resolve_reference
 from serve.predict.annotations import Answered, LabelRules, annotation_from_answers, wanted_in
 from serve.predict.full_queue import QUEUE_LIMIT_S, when_queue_has_room
 from serve.predict.geometry import Located
-from serve.predict.naming import FIXED_SHAPES
 from serve.predict.tiling import TileResult, View, can_tile, merge_tiles, moved, views_of
 from serve.sdk import sly
 from serve.settings import Settings

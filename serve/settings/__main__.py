@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from serve.cli.console import say
+from serve.console import say
 from serve.settings.generated import DOCS_FILE, YAML_FILE, docs_text, yaml_text
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from florence2.errors import RequestError
 from florence2.generation_settings import MAX_BEAMS
 from florence2.records import BoxXyxy
 from florence2.tasks import Task, TaskInput, parse_steps
-from serve.predict.naming import FIXED_SHAPES, OBJECT_CLASS
+from serve.naming import FIXED_SHAPES, OBJECT_CLASS
 from serve.settings import values
 from serve.settings.errors import hint, refused, sentence, shown
 from serve.settings.values import (

@@ -22,7 +22,7 @@ from florence2.errors import RequestError
 from florence2.prompts import check_region
 from florence2.records import BoxXyxy, SizeWh
 from florence2.tasks import parse_steps
-from serve.predict.naming import clean_class_name, clean_text, phrase_key
+from serve.naming import clean_class_name, clean_text, phrase_key
 from serve.settings.errors import RuleError, check_count, hint, refused, shown
 
 MAX_PHRASE: Final = 1000

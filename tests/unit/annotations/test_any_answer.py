@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from florence2.records import Box, Polygon, Quad, Region, Result, Text
 from florence2.tasks import TASKS
 from serve.model_service import ModelMeta
+from serve.naming import MAX_CLASS_NAME
 from serve.predict.annotations import Answered, LabelRules, annotation_from_answers
 from serve.predict.geometry import ring_area
-from serve.predict.naming import MAX_CLASS_NAME
 from serve.sdk import sly
 
 WIDTH, HEIGHT = 64, 48

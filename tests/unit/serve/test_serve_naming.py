@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.predict.naming import (
+from serve.naming import (
     FIXED_SHAPES,
     MAX_CLASS_NAME,
     class_of,

@@ -12,7 +12,7 @@ from settings_tools import DEFAULTS, merged
 
 from florence2.errors import RequestError
 from florence2.tasks import TASKS
-from serve.predict.naming import phrase_key
+from serve.naming import phrase_key
 from serve.settings import Settings, parse_settings, raw_settings
 from serve.settings.schema import LET_THROUGH, SPELLINGS
 
