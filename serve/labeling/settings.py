@@ -183,8 +183,7 @@ def _check_search(num_beams: int | None, max_new_tokens: int | None) -> None:
     """The engine's own rules, before a model is loaded; its module is slow to import."""
     if num_beams is None and max_new_tokens is None:
         return
-    from florence2.generation_settings import check_settings
-    from florence2.records import GenerationSettings
+    from florence2.records import GenerationSettings, check_settings
 
     settings = GenerationSettings(max_new_tokens=max_new_tokens)
     check_settings(settings if num_beams is None else replace(settings, num_beams=num_beams))

@@ -27,8 +27,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from florence2.errors import RequestError
-from florence2.generation_settings import MAX_BEAMS
-from florence2.records import BoxXyxy
+from florence2.records import MAX_BEAMS, BoxXyxy
 from florence2.tasks import Task, TaskInput, parse_steps
 from serve.naming import FIXED_SHAPES, OBJECT_CLASS
 from serve.settings import values

@@ -229,20 +229,16 @@ def _opened(file: BinaryIO, name: str) -> Image.Image:
     head = file.read(HEAD_BYTES)
     if not head:
         raise ImageError(f"An image file must have content, and {name} is empty; send it again.")
-    found = find_placeholder(head)
-    if found is not None:
-        raise ImageError(
-            f"An image must be in a known format such as JPEG or PNG, and {name} {found.is_what}; "
-            f"{found.remedy}."
-        )
     file.seek(0)
     try:
         with _strict_decoding():
             return Image.open(file)
     except _DAMAGE as error:
+        found = find_placeholder(head)
+        what = "is in none or is damaged" if found is None else found.is_what
+        remedy = "convert it or send it again" if found is None else found.remedy
         raise ImageError(
-            f"An image must be in a known format such as JPEG or PNG, and {name} is in none "
-            "or is damaged; convert it or send it again."
+            f"An image must be in a known format such as JPEG or PNG, and {name} {what}; {remedy}."
         ) from error
 
 

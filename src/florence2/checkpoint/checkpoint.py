@@ -14,11 +14,10 @@ from florence2.checkpoint.files import ADAPTER_CONFIG, CONFIG, read_json
 from florence2.checkpoint.hub import ProgressCallback
 from florence2.checkpoint.weights import build_network, read_weights
 from florence2.errors import CheckpointError, shown
-from florence2.generation_settings import LIBRARY_DEFAULTS, SETTING_RULES, unheeded
 from florence2.network.config import NetworkConfig, is_original_config
 from florence2.network.florence import Florence2Network
 from florence2.pixels import PROCESSOR_FILES, ImageProcessor, image_processor_file
-from florence2.records import GenerationSettings
+from florence2.records import LIBRARY_DEFAULTS, SETTING_RULES, GenerationSettings, unheeded
 from florence2.tokenizer import Vocabulary
 
 _GENERATION_CONFIG: Final = "generation_config.json"

@@ -17,7 +17,6 @@ from florence2.checkpoint.checkpoint import Checkpoint
 from florence2.engine.encoding import AnyImage as AnyImage
 from florence2.engine.encoding import EncodedImage
 from florence2.errors import FlorenceError, RequestError, as_value, shown
-from florence2.generation_settings import check_settings
 from florence2.postprocess import parse
 from florence2.prompts import as_region, check_prompt_length, prompt_sentence, region_on_image
 from florence2.records import (
@@ -33,6 +32,7 @@ from florence2.records import (
     Result,
     Text,
     Timings,
+    check_settings,
 )
 from florence2.stopping import Stop
 from florence2.tasks import OutputKind, Task, TaskInput, parse_steps, passthrough_task

@@ -22,8 +22,7 @@ from florence2.generation.beam_search import (
     LocationProbability,
     PendingAnswers,
 )
-from florence2.generation_settings import check_vocabulary
-from florence2.records import Answer, GenerationSettings
+from florence2.records import Answer, GenerationSettings, check_vocabulary
 
 
 class Session(Protocol):

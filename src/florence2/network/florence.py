@@ -18,10 +18,10 @@ from florence2.network.bart import (
     Linear,
     TransposedCounts,
     WeightKind,
+    choose_forms,
 )
 from florence2.network.config import NetworkConfig, VisionConfig
 from florence2.network.davit import Grid, VisionTower
-from florence2.network.linear import choose_forms
 
 
 class PositionEmbedding2D(nn.Module):

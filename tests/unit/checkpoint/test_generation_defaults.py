@@ -6,8 +6,7 @@ import pytest
 
 from florence2.checkpoint.checkpoint import generation_settings
 from florence2.errors import CheckpointError
-from florence2.generation_settings import unheeded
-from florence2.records import GenerationSettings
+from florence2.records import GenerationSettings, unheeded
 
 ORIGINAL = {"vision_config": {"dim_embed": [128]}}
 NATIVE = {"vision_config": {"embed_dim": [128]}}

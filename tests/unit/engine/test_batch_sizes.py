@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from florence2 import Florence2
-from florence2.engine.batch_sizes import image_batch, prompt_batch
+from florence2.engine.loading import image_batch, prompt_batch
 from florence2.network.config import base_config, large_config
 from florence2_demo.checkpoint import demo_config
 

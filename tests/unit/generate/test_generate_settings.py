@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from florence2.errors import RequestError
-from florence2.generation_settings import check_settings
-from florence2.records import GenerationSettings
+from florence2.records import GenerationSettings, check_settings
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from florence2.network import bart, davit, linear
+from florence2.network import bart, davit
+from florence2.network import bart as linear
 from florence2.network.config import tiny_config
 from florence2.network.florence import Florence2Network
 

@@ -8,7 +8,7 @@ import torch
 from florence2 import Florence2
 from florence2.checkpoint.checkpoint import load_weights, open_checkpoint
 from florence2.engine import loading
-from florence2.engine.batch_sizes import (
+from florence2.engine.loading import (
     MOST_IMAGES,
     MOST_PROMPTS,
     BatchSizes,
