@@ -37,13 +37,13 @@ CIRCLES: Final = "import circles"
 SINGLE: Final = "core modules with a single importer"
 # Figure: (held, goal).
 LIMITS: Final = {
-    RUN_FILES: (29, 20),
-    RUN_CHANGES: (700, 400),
-    POST_FILES: (15, 12),
+    RUN_FILES: (20, 20),
+    RUN_CHANGES: (400, 400),
+    POST_FILES: (12, 12),
     CIRCLES: (0, 0),
-    SINGLE: (10, 8),
-    "lines of the app": (13_500, 7_500),
-    "lines of the engine core": (12_700, 7_500),
+    SINGLE: (9, 8),
+    "lines of the app": (13_600, 7_500),
+    "lines of the engine core": (11_800, 7_500),
     # 32,100 before the page was tested in a browser.
     "lines of the tests": (32_500, 18_000),
 }

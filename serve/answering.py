@@ -9,7 +9,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Final, NoReturn
 
-from florence2.engine.ask import AnyImage, Ask
+from florence2.engine.ask import Ask
+from florence2.engine.encoding import AnyImage
 from florence2.engine.scheduler import Priority
 from florence2.errors import GenerationCancelledError, RequestError
 from florence2.records import Failure, Result

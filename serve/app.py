@@ -27,7 +27,7 @@ from fastapi import Request
 
 from florence2.budget import open_pixels
 from florence2.checkpoint.catalog import resolve
-from florence2.engine.ask import AnyImage
+from florence2.engine.encoding import AnyImage
 from florence2.engine.scheduler import Priority
 from serve.answering import Answering, merged_settings
 from serve.cli_predict import predict_path

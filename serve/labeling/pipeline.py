@@ -25,8 +25,7 @@ from florence2.budget import open_pixels
 from florence2.engine.scheduler import Priority
 from florence2.errors import DeviceLostError, FlorenceError, ImageError, RequestError
 from florence2.images import LoadedImage
-from florence2.prompts import clip_region
-from florence2.records import Failure, Polygon, Quad, Result, SizeWh
+from florence2.records import Failure, Polygon, Quad, Result, SizeWh, clip_region
 from serve.labeling.files import Stamp, stamp_of
 from serve.labeling.images import MAX_PIXELS_IN_FLIGHT, ImageFile, Loaded, read_ahead
 from serve.labeling.journal import Entry, Journal

@@ -10,7 +10,7 @@ from typing import Any, Final
 import yaml
 
 from florence2.errors import RequestError, shown
-from florence2.prompts import check_region
+from florence2.records import check_region
 from florence2.tasks import Task, TaskInput, parse_steps
 from serve.naming import clean_class_name
 from serve.settings import (

@@ -12,11 +12,11 @@ from functools import partial
 from itertools import islice
 from typing import Any, Final
 
-from florence2.engine.ask import AnyImage, Ask
+from florence2.engine.ask import Ask
+from florence2.engine.encoding import AnyImage
 from florence2.engine.scheduler import Priority
 from florence2.errors import FlorenceError, ImageError, RequestError, shown
-from florence2.prompts import region_on_image
-from florence2.records import Failure, Region, Result
+from florence2.records import Failure, Region, Result, region_on_image
 from florence2.tasks import find_task
 from serve.naming import clean_text
 from serve.platform.failures import (

@@ -11,7 +11,7 @@ from typing import Any, Final, TypeVar
 from requests.exceptions import ConnectionError as ConnectionFailed
 from requests.exceptions import HTTPError, Timeout
 
-from florence2.engine.ask import AnyImage
+from florence2.engine.encoding import AnyImage
 from florence2.errors import RequestError
 from florence2.records import Failure
 from serve.platform.failures import NotFoundError, failure_of

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from typing import Final
 
-from florence2.engine.ask import AnyImage
+from florence2.engine.encoding import AnyImage
 from florence2.engine.scheduler import Priority
 from florence2.errors import DeviceLostError, FlorenceError
 from florence2.records import Failure

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Final
 
-from florence2.engine.ask import AnyImage, Ask
+from florence2.engine.ask import Ask
+from florence2.engine.encoding import AnyImage
 from florence2.errors import RequestError
 from florence2.records import Failure, Region, Result
 from serve.limits import held_bytes

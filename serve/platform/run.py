@@ -8,7 +8,8 @@ from types import TracebackType
 from typing import Any, Final
 
 from florence2.budget import Budget
-from florence2.engine.ask import AnyImage, Ask
+from florence2.engine.ask import Ask
+from florence2.engine.encoding import AnyImage
 from florence2.records import Failure, Result
 from serve.platform.failures import (
     FailedImageError,

@@ -11,8 +11,8 @@ from functools import partial
 from typing import Any, Final, Literal, Protocol, TypeVar
 
 from florence2.budget import WAIT_S, Budget, Hold, open_pixels
-from florence2.engine.ask import AnyImage, Ask
-from florence2.engine.encoding import EncodedImage, Preparer
+from florence2.engine.ask import Ask
+from florence2.engine.encoding import AnyImage, EncodedImage, Preparer
 from florence2.engine.scheduler import Priority
 from florence2.errors import (
     DeadlineError,

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from florence2.errors import RequestError
 from florence2.images import ImagePart, LoadedImage
-from florence2.prompts import clip_region
 from florence2.records import (
     Box,
     BoxXyxy,
@@ -25,6 +24,7 @@ from florence2.records import (
     SizeWh,
     Text,
     Timings,
+    clip_region,
 )
 from florence2.tasks import OutputKind, TaskInput, parse_steps
 from serve.predict.annotations import Answered

@@ -19,8 +19,7 @@ from pydantic import (
 )
 
 from florence2.errors import RequestError
-from florence2.prompts import check_region
-from florence2.records import BoxXyxy, SizeWh
+from florence2.records import BoxXyxy, SizeWh, check_region
 from florence2.tasks import parse_steps
 from serve.naming import clean_class_name, clean_text, phrase_key
 from serve.settings.errors import RuleError, check_count, hint, refused, shown

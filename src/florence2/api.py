@@ -13,7 +13,8 @@ from typing import Any, Final, Literal
 from florence2.checkpoint.checkpoint import open_checkpoint
 from florence2.checkpoint.hub import ProgressCallback
 from florence2.engine.answering import answer_all
-from florence2.engine.ask import AnyImage, AnyRegion, Ask, failure_of
+from florence2.engine.ask import AnyRegion, Ask, failure_of
+from florence2.engine.encoding import AnyImage
 from florence2.engine.engine import Engine
 from florence2.engine.loading import load_engine
 from florence2.errors import (

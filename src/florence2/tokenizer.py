@@ -139,7 +139,7 @@ class Vocabulary:
         """Token ids of a text as it stands: no ``<s>`` in front, no ``</s>`` behind.
 
         Added tokens such as ``<loc_5>`` are recognised. Text of a caller goes through
-        ``florence2.prompts.prompt_sentence`` first, which refuses tokens smuggled into it.
+        ``florence2.engine.ask.prompt_sentence`` first, which refuses tokens smuggled into it.
         """
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from florence2 import Ask, Florence2
+from florence2.engine.ask import prompt_sentence
 from florence2.network.florence import Florence2Network
-from florence2.prompts import prompt_sentence
 from florence2.records import Region
 from florence2.tasks import TaskInput, find_task
 from florence2_demo import checkpoint as export

@@ -7,6 +7,7 @@ a region step its phrases are grounded first.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
@@ -14,11 +15,9 @@ from typing import Final
 import numpy as np
 
 from florence2.checkpoint.checkpoint import Checkpoint
-from florence2.engine.encoding import AnyImage as AnyImage
-from florence2.engine.encoding import EncodedImage
+from florence2.engine.encoding import AnyImage, EncodedImage
 from florence2.errors import FlorenceError, RequestError, as_value, shown
 from florence2.postprocess import parse
-from florence2.prompts import as_region, check_prompt_length, prompt_sentence, region_on_image
 from florence2.records import (
     Answer,
     Box,
@@ -30,12 +29,18 @@ from florence2.records import (
     Quad,
     Region,
     Result,
+    SizeWh,
     Text,
     Timings,
     check_settings,
+    clip_region,
+    region_bins,
+    region_on_image,
 )
 from florence2.stopping import Stop
-from florence2.tasks import OutputKind, Task, TaskInput, parse_steps, passthrough_task
+from florence2.tasks import TASKS, OutputKind, Task, TaskInput, parse_steps, passthrough_task
+from florence2.tokenizer import DROPPED_TOKENS, MARKERS
+from florence2.tokens import AND, NUM_LOCATION_BINS, location_token
 
 AnyRegion = Region | Sequence[float] | str
 Located = Box | Quad | Polygon
@@ -336,3 +341,166 @@ def join_text_answer(name: str, before: Result, answer: Result) -> Result:
         timings_s=before.timings_s,
         steps=(*(before.steps or (before,)), answer),
     )
+
+
+def as_region(region: Region | Sequence[float] | str | None) -> Region | str | None:
+    """A region from four numbers in pixels, x before y; RequestError for anything else.
+
+    What is spelled in the model's own tokens stays as it is.
+    """
+    if region is None or isinstance(region, str):
+        return region
+    values = region.box_xyxy if isinstance(region, Region) else region
+    try:
+        if isinstance(values, str | bytes | dict | set) or any(
+            isinstance(value, str | bytes | bool) for value in values
+        ):
+            raise TypeError("not numbers")
+        x1, y1, x2, y2 = (float(value) for value in values)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise RequestError(
+            f"A region is four numbers x1, y1, x2, y2 in pixels, and {shown(values)} was received; "
+            "give left, top, right, bottom."
+        ) from error
+    return Region((x1, y1, x2, y2))
+
+
+MAX_PROMPT_CHARS: Final = 4000
+
+_LOCATION: Final = r"<loc_([0-9]{1,6})>"
+_ANY_LOCATION: Final = re.compile(_LOCATION)
+_REGION_TEXT: Final = re.compile(_LOCATION * 4)
+
+# "<and>" separates the phrases of a caption, so it is the one added token a text may hold.
+_FORBIDDEN_TOKEN: Final = re.compile(
+    "|".join(
+        re.escape(token)
+        for token in (
+            *DROPPED_TOKENS,
+            *(token for token in MARKERS if token != AND),
+            *(task.token for task in TASKS),
+        )
+    )
+)
+
+
+def prompt_sentence(
+    task: Task, text: str | None, region: Region | str | None, size_wh: SizeWh
+) -> str:
+    """The sentence the network was trained with for this task, without ``<s>`` and ``</s>``.
+
+    ``region`` is in pixels of the original image, whose size is ``size_wh``, or spelled
+    ``<loc_x1><loc_y1><loc_x2><loc_y2>``; so may be the ``text`` of a region task instead. Empty
+    text counts as none.
+
+    Raises RequestError if the task's input is missing, unwanted or not usable.
+    """
+    if isinstance(region, str):
+        if task.takes is not TaskInput.REGION:
+            raise _unwanted_region(task)
+        if text:
+            raise _unwanted_text(task, shown(text))
+        text, region = region, None
+    text = _clean_text(text)
+    if task.takes is TaskInput.REGION:
+        return task.sentence.replace("{input}", _region_input(task, text, region, size_wh))
+    if region is not None:
+        raise _unwanted_region(task)
+    if task.takes is TaskInput.NONE:
+        if text:
+            raise RequestError(
+                f"{task.token} takes no text, and {_short(text)} was received; leave it out "
+                "or choose a task that takes text."
+            )
+        return task.sentence
+    if not text and task.takes is TaskInput.TEXT:
+        raise RequestError(
+            f"{task.token} needs a text, and none was received; say what to look for."
+        )
+    _check_text(text, task.takes is TaskInput.OPTIONAL_TEXT)
+    return task.sentence.replace("{input}", text)
+
+
+def check_prompt_length(num_prompt_tokens: int, limit: int) -> None:
+    """Raise RequestError if a prompt, ``<s>`` and ``</s>`` included, has over ``limit`` tokens."""
+    if num_prompt_tokens > limit:
+        raise RequestError(
+            f"A prompt can have at most {limit} tokens with this checkpoint, and "
+            f"{num_prompt_tokens} were received; shorten the text."
+        )
+
+
+def _clean_text(text: str | None) -> str:
+    if text is None:
+        return ""
+    if not isinstance(text, str):
+        raise RequestError(f"A text must be a string, and {type(text).__name__} was received.")
+    return text.strip()
+
+
+def _check_text(text: str, allow_locations: bool) -> None:
+    if len(text) > MAX_PROMPT_CHARS:
+        raise RequestError(
+            f"A text can have at most {MAX_PROMPT_CHARS} characters, and {len(text)} were "
+            "received; shorten it."
+        )
+    found = _FORBIDDEN_TOKEN.search(text)
+    if found is None and not allow_locations:
+        found = _ANY_LOCATION.search(text)
+    if found is not None:
+        raise RequestError(
+            f"A text must not contain the token {found.group()}, which has a meaning of its own "
+            "to the model; remove it."
+        )
+    if not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                "A text must be valid Unicode; remove the lone surrogate."
+            ) from error
+
+
+def _region_input(task: Task, text: str, region: Region | None, size_wh: SizeWh) -> str:
+    if region is None:
+        return _spell_bins(_bins_of_text(task, text))
+    if text:
+        raise _unwanted_text(task, _short(text))
+    return _spell_bins(region_bins(clip_region(region.box_xyxy, size_wh), size_wh))
+
+
+def _unwanted_region(task: Task) -> RequestError:
+    return RequestError(f"{task.token} takes no region, and one was received; leave it out.")
+
+
+def _unwanted_text(task: Task, shown_text: str) -> RequestError:
+    return RequestError(
+        f"{task.token} takes a region and no text, and {shown_text} was received besides; "
+        "leave the text out."
+    )
+
+
+def _bins_of_text(task: Task, text: str) -> tuple[int, ...]:
+    if not text:
+        raise RequestError(f"{task.token} needs a region, and none was received; give a box.")
+    match = _REGION_TEXT.fullmatch(text)
+    if match is None:
+        raise RequestError(
+            f"{task.token} needs a region such as <loc_10><loc_20><loc_300><loc_400>, and "
+            f"{_short(text)} was received; give a box in pixels instead."
+        )
+    x1, y1, x2, y2 = (min(int(bin_text), NUM_LOCATION_BINS - 1) for bin_text in match.groups())
+    if x1 > x2 or y1 > y2:
+        raise RequestError(
+            f"A region must have x1 <= x2 and y1 <= y2, and {text} was received; "
+            "give left, top, right, bottom."
+        )
+    return x1, y1, x2, y2
+
+
+def _spell_bins(bins: Sequence[int]) -> str:
+    return "".join(location_token(location_bin) for location_bin in bins)
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 40 else f"{text[:37]}...")

@@ -14,8 +14,8 @@ from typing import Any, Final, Generic, TypeVar
 import numpy as np
 
 from florence2.checkpoint.checkpoint import Checkpoint
-from florence2.engine.ask import AnyImage, Ask, Outcome
-from florence2.engine.encoding import AnySource, EncodedImage, FeatureCache, Preparer
+from florence2.engine.ask import Ask, Outcome
+from florence2.engine.encoding import AnyImage, AnySource, EncodedImage, FeatureCache, Preparer
 from florence2.errors import (
     CheckpointError,
     DeviceLostError,

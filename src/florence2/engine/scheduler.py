@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from florence2.engine.answering import answer
-from florence2.engine.ask import AnyImage, Ask, Outcome
+from florence2.engine.ask import Ask, Outcome
+from florence2.engine.encoding import AnyImage
 from florence2.engine.engine import Asker, Engine
 from florence2.engine.work_queue import Action, Priority, QueuedAsk, Request, WorkQueue
 from florence2.errors import (

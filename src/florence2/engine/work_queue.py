@@ -14,7 +14,8 @@ from enum import IntEnum
 from itertools import islice
 from typing import Any, Final, Generic, TypeVar
 
-from florence2.engine.ask import AnyImage, Ask, Outcome, failure_of
+from florence2.engine.ask import Ask, Outcome, failure_of
+from florence2.engine.encoding import AnyImage
 from florence2.errors import (
     DeadlineError,
     FlorenceError,

@@ -19,10 +19,10 @@ from engine_tools import (
 
 from florence2 import Ask, Failure, Florence2
 from florence2.engine.answering import answer_all
+from florence2.engine.ask import prompt_sentence
 from florence2.engine.encoding import EncodedImage
 from florence2.engine.engine import MOST_PATIENCE, PATIENCE, BatchLimit
 from florence2.pixels import ImageProcessor
-from florence2.prompts import prompt_sentence
 from florence2.records import Region
 from florence2.tasks import find_task
 

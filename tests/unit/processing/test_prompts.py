@@ -6,15 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from florence2.engine.ask import MAX_PROMPT_CHARS, check_prompt_length, prompt_sentence
 from florence2.errors import RequestError
-from florence2.prompts import (
-    MAX_PROMPT_CHARS,
-    check_prompt_length,
-    clip_region,
-    prompt_sentence,
-    region_bins,
-)
-from florence2.records import Region
+from florence2.records import Region, clip_region, region_bins
 from florence2.tasks import TASKS, TaskInput, find_task, passthrough_task
 from florence2.tokenizer import Vocabulary
 

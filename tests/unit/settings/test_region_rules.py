@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from florence2.engine.ask import as_region, prompt_sentence
 from florence2.errors import RequestError
 from florence2.images import open_image
-from florence2.prompts import as_region, prompt_sentence
 from florence2.records import Box, Result
 from florence2.tasks import find_task
 from serve.labeling.settings import label_settings
