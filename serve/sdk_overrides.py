@@ -122,7 +122,7 @@ OVERRIDES: Final[tuple[Override, ...]] = (
     Override(
         "Inference.app Inference._app subapp._MainServer",
         "A middleware that dies of bodies which are no JSON objects, and gives the token away.",
-        _HTTP + "test_http_guard_sdk.py::test_the_middleware_really_dies_of_it",
+        _HTTP + "test_http_guard.py::test_the_middleware_really_dies_of_it",
         "the SDK checks bodies and asks who calls",
     ),
     Override(

@@ -14,17 +14,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import platform_catalog  # noqa: F401  (registers its methods)
-import platform_labels  # noqa: F401
 import requests
 import uvicorn
-from platform_checks import Refused
 from platform_methods import METHODS, Parts
 from platform_state import (
     TEAM_ID,
     WORKSPACE_ID,
     Json,
     PlatformState,
+    Refused,
     StoredImage,
     content_hash,
 )

@@ -10,23 +10,27 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-from platform_state import Json, PlatformState
+from platform_state import (
+    MOMENT,
+    TEAM_ID,
+    WORKSPACE_ID,
+    Dataset,
+    Json,
+    PlatformState,
+    Project,
+    Refused,
+    StoredImage,
+    check_annotation,
+    check_figure,
+    check_tag,
+)
+
+DONE = {"success": True}
+MINE = {"teamId": TEAM_ID, "workspaceId": WORKSPACE_ID, "createdAt": MOMENT, "updatedAt": MOMENT}
 
 
 class Parts(dict[int, bytes]):
     """Contents by image id."""
-
-
-Method = Callable[[PlatformState, Json], Any]
-METHODS: dict[str, Method] = {}
-
-
-def method(*names: str) -> Callable[[Method], Method]:
-    def register(function: Method) -> Method:
-        METHODS.update(dict.fromkeys(names, function))
-        return function
-
-    return register
 
 
 def page(rows: list[Json], payload: Json) -> Json:
@@ -39,28 +43,199 @@ def page(rows: list[Json], payload: Json) -> Json:
     return {"total": count, "perPage": 500, "pagesCount": 1, "entities": rows, "after": None}
 
 
-@method("instance.version")
-def instance_version(state: PlatformState, payload: Json) -> Json:
-    return {"version": "6.99.0"}
+def image_json(state: PlatformState, image: StoredImage) -> Json:
+    return image.to_json(state.project_of(image).id)
 
 
-@method("tasks.data.set", "tasks.app-v2.data.set")
+def dataset_json(state: PlatformState, row: Dataset) -> Json:
+    count = len(state.images_of(row.id))
+    own = {"id": row.id, "name": row.name, "projectId": row.project_id, "parentId": row.parent_id}
+    return {**own, **MINE, "description": "", "imagesCount": count, "itemsCount": count}
+
+
+def project_json(state: PlatformState, project: Project) -> Json:
+    datasets = state.datasets_of(project.id)
+    count = sum(len(state.images_of(row.id)) for row in datasets)
+    own = {"id": project.id, "name": project.name, "description": "", "type": project.type}
+    counts = {"datasetsCount": len(datasets), "imagesCount": count, "itemsCount": count}
+    return {**own, **MINE, **counts, "settings": project.settings}
+
+
+def annotation_json(image: StoredImage) -> Json:
+    row = {"imageId": image.id, "imageName": image.name, "datasetId": image.dataset_id}
+    annotation = copy.deepcopy(image.annotation)
+    return {**row, "annotation": annotation, "createdAt": MOMENT, "updatedAt": MOMENT}
+
+
 def task_fields_set(state: PlatformState, payload: Json) -> Json:
-    for item in payload.get("fields", []):
-        state.task_fields[item["field"]] = item["payload"]
-    return {"success": True}
+    state.task_fields |= {item["field"]: item["payload"] for item in payload.get("fields", [])}
+    return DONE
 
 
-@method("tasks.data.get")
-def task_fields_get(state: PlatformState, payload: Json) -> Json:
-    return {"result": {name: state.task_fields.get(name) for name in payload["fields"]}}
+def known_hashes(state: PlatformState, payload: Any) -> list[str]:
+    known = {image.hash for image in state.images.values()} | set(state.uploaded)
+    return [digest for digest in payload if digest in known]
 
 
-@method("tasks.meta.update", "tasks.output.set")
-def accepted(state: PlatformState, payload: Json) -> Json:
-    return {"success": True}
+def images_add(state: PlatformState, payload: Json) -> list[Json]:
+    by_hash = {image.hash: image.content for image in state.images.values()} | state.uploaded
+    added = []
+    for item in payload["images"]:
+        source, digest = item.get("imageId"), item.get("hash")
+        content = state.image(source).content if source else by_hash.get(digest)
+        if content is None:
+            raise Refused(f"No image with hash {digest!r} was uploaded.")
+        image = state.add_image(payload["datasetId"], item.get("title") or item["name"], content)
+        image.meta = item.get("meta", {})
+        added.append(image_json(state, image))
+    return added
 
 
-@method("file-storage.list")
-def file_list(state: PlatformState, payload: Json) -> list[Json]:
-    return copy.deepcopy(state.files)
+def project_settings_update(state: PlatformState, payload: Json) -> Json:
+    state.project(payload["id"]).settings = payload["settings"]
+    return DONE
+
+
+def annotations_add(state: PlatformState, payload: Json) -> Json:
+    """Replaces the annotations of the images; all of them or, where one does not fit, none."""
+    for item in payload["annotations"]:
+        image = state.image(item["imageId"])
+        check_annotation(item["annotation"], state.project_of(image).meta, image.size_wh)
+    for item in payload["annotations"]:
+        state.set_annotation(state.image(item["imageId"]), item["annotation"])
+    return DONE
+
+
+def annotations_copy(state: PlatformState, payload: Json) -> Json:
+    for source_id, target_id in zip(payload["srcImageIds"], payload["destImageIds"], strict=True):
+        state.set_annotation(state.image(target_id), state.image(source_id).annotation)
+    return DONE
+
+
+def figures_add(state: PlatformState, payload: Json) -> list[Json]:
+    added = []
+    for figure in copy.deepcopy(payload["figures"]):
+        image = state.image(figure.get("entityId") or payload.get("entityId"))
+        meta = state.project_of(image).meta
+        titles = {item["id"]: item["title"] for item in meta["classes"]}
+        figure.update(figure.pop("geometry", {}))
+        figure["classTitle"] = titles.get(figure.get("classId"), figure.get("classTitle"))
+        check_figure(figure, meta, image.size_wh)
+        kept = state.with_ids(meta, [figure], image)
+        image.annotation["objects"] += kept
+        added += [{"id": item["id"]} for item in kept]
+    return added
+
+
+def figures_list(state: PlatformState, payload: Json) -> Json:
+    images = state.images_of(payload["datasetId"])
+    return page([figure for image in images for figure in image.annotation["objects"]], payload)
+
+
+def figure_tag_add(state: PlatformState, payload: Json) -> Json:
+    image, figure = state.figure(payload["figureId"])
+    return add_tag(state, state.project_of(image), figure["tags"], payload, "objectsOnly")
+
+
+def figure_tag_remove(state: PlatformState, payload: Json) -> Json:
+    tags = state.figure(payload["figureId"])[1]["tags"]
+    tags[:] = [tag for tag in tags if tag["id"] != payload["id"]]
+    return DONE
+
+
+def figures_tags_add(state: PlatformState, payload: Json) -> list[Json]:
+    project = state.project(payload["projectId"])
+    return [
+        add_tag(state, project, state.figure(item["figureId"])[1]["tags"], item, "objectsOnly")
+        for item in payload["tags"]
+    ]
+
+
+def image_tags_add(state: PlatformState, payload: Json) -> Json:
+    for image in map(state.image, payload["ids"]):
+        add_tag(state, state.project_of(image), image.annotation["tags"], payload, "imagesOnly")
+    return DONE
+
+
+def entity_tags_add(state: PlatformState, payload: Json) -> list[Json]:
+    project = state.project(payload["projectId"])
+    return [
+        add_tag(
+            state, project, state.image(item["entityId"]).annotation["tags"], item, "imagesOnly"
+        )
+        for item in payload["tags"]
+    ]
+
+
+def add_tag(
+    state: PlatformState, project: Project, tags: list[Json], payload: Json, only: str
+) -> Json:
+    meta = next((item for item in project.meta["tags"] if item["id"] == payload["tagId"]), None)
+    if meta is None:
+        raise Refused(f"Tag {payload['tagId']} is not in the project.", status=404)
+    check_tag(payload.get("value"), meta, only)
+    tag = {"id": state.new_id(), "tagId": meta["id"], "name": meta["name"], "createdAt": MOMENT}
+    if payload.get("value") is not None:
+        tag["value"] = payload["value"]
+    tags.append(tag)
+    return {**tag, "figureId": payload.get("figureId")}
+
+
+METHODS: dict[str, Callable[[PlatformState, Any], Any]] = {
+    "instance.version": lambda state, asked: {"version": "6.99.0"},
+    "tasks.data.set": task_fields_set,
+    "tasks.app-v2.data.set": task_fields_set,
+    "tasks.data.get": lambda state, asked: {
+        "result": {name: state.task_fields.get(name) for name in asked["fields"]}
+    },
+    "tasks.meta.update": lambda state, asked: DONE,
+    "tasks.output.set": lambda state, asked: DONE,
+    "file-storage.list": lambda state, asked: state.files,
+    "images.info": lambda state, asked: image_json(state, state.image(asked["id"])),
+    "images.list": lambda state, asked: page(
+        [image_json(state, one) for one in state.images_of(state.dataset(asked["datasetId"]).id)],
+        asked,
+    ),
+    "images.download": lambda state, asked: state.image(asked["id"]),
+    "images.bulk.download": lambda state, asked: Parts(
+        {key: state.image(key).content for key in asked["imageIds"]}
+    ),
+    "images.internal.hashes.list": known_hashes,
+    "images.bulk.add": images_add,
+    "datasets.info": lambda state, asked: dataset_json(state, state.dataset(asked["id"])),
+    "datasets.list": lambda state, asked: page(
+        [
+            dataset_json(state, row)
+            for row in state.datasets_of(state.project(asked["projectId"]).id)
+        ],
+        asked,
+    ),
+    "datasets.add": lambda state, asked: dataset_json(
+        state, state.add_dataset(asked["projectId"], asked["name"], asked.get("parentId"))
+    ),
+    "projects.info": lambda state, asked: project_json(state, state.project(asked["id"])),
+    "projects.list": lambda state, asked: page(
+        [project_json(state, project) for project in state.projects.values()], asked
+    ),
+    "projects.add": lambda state, asked: project_json(state, state.add_project(asked["name"])),
+    "projects.meta": lambda state, asked: state.project(asked["id"]).meta,
+    "projects.meta.update": lambda state, asked: state.set_meta(
+        state.project(asked["id"]), asked["meta"]
+    ),
+    "projects.settings.update": project_settings_update,
+    "annotations.info": lambda state, asked: annotation_json(state.image(asked["imageId"])),
+    "annotations.bulk.info": lambda state, asked: [
+        annotation_json(state.image(key)) for key in asked["imageIds"]
+    ],
+    "annotations.bulk.add": annotations_add,
+    "annotations.bulk.copy": annotations_copy,
+    "figures.bulk.add": figures_add,
+    "figures.list": figures_list,
+    "figures.info": lambda state, asked: state.figure(int(asked["id"]))[1],
+    "figures.tags.list": lambda state, asked: state.figure(int(asked["id"]))[1]["tags"],
+    "object-tags.add-to-object": figure_tag_add,
+    "object-tags.remove-from-figure": figure_tag_remove,
+    "figures.tags.bulk.add": figures_tags_add,
+    "image-tags.bulk.add-to-image": image_tags_add,
+    "tags.entities.bulk.add": entity_tags_add,
+}

@@ -3,6 +3,18 @@
 import asyncio
 import json
 
+from serve.http.guard import Guard, Limits
+from serve.http.json_bodies import Servers
+
+JSON = [("content-type", "application/json")]
+FORM = [("content-type", "multipart/form-data; boundary=x")]
+
+
+def guard_around(inner, limits=None, callers=None, servers=None, is_known=None, **more):
+    """A guard for which every request in the background is known, unless told otherwise."""
+    is_known = is_known or (lambda uuid: True)
+    return Guard(inner, limits or Limits(), is_known, callers, servers or Servers(), **more)
+
 
 def scope_of(path, headers=(), method="POST", **more):
     pairs = [(name.encode(), value.encode()) for name, value in headers]

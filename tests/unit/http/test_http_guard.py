@@ -1,29 +1,29 @@
-"""What the guard lets through, changes and refuses."""
+"""What the guard lets through, changes and refuses: alone, and around the SDK's real middleware."""
 
 import asyncio
 import json
+from pathlib import Path
 
 import pytest
-from asgi_requests import Inner, ask, parts, scope_of
+from asgi_requests import FORM, JSON, Inner, ask, guard_around, parts, scope_of
+from fastapi import FastAPI, Request, UploadFile
+from fastapi.testclient import TestClient
 
-from florence2.errors import RequestError
-from serve.http.guard import Callers, Guard, Limits
-from serve.http.json_bodies import Servers
+from florence2.errors import FlorenceError, RequestError
+from serve.http.guard import Callers, Limits, install_error_handlers
 from serve.http.routes import ROUTES, RequestId, Takes
+from serve.limits import MAX_IMAGE_BYTES, MIB, readable_size
+from serve.sdk import sly
 
 SMALL = Limits(json_bytes=1000, encoded_bytes=2000, multipart_bytes=3000)
-JSON = [("content-type", "application/json")]
-FORM = [("content-type", "multipart/form-data; boundary=x")]
 STATE_PATH = "/inference_image_id"
+STATE = b'{"state": {}}'
 
 
-def guard_around(inner, local=False, known=lambda uuid: uuid == "known", **more):
+def post(inner, path, body, headers=JSON, local=False, **more):
     callers = Callers() if local else None
-    return Guard(inner, SMALL, known, callers, more.pop("servers", Servers()), **more)
-
-
-def post(inner, path, body, headers=JSON, **more):
-    guard = guard_around(inner, **more)
+    known = {"limits": SMALL, "is_known": lambda uuid: uuid == "known"}
+    guard = guard_around(inner, callers=callers, **{**known, **more})
     status, answer, _, _ = ask(guard, scope_of(path, headers), parts(body))
     return status, answer
 
@@ -74,9 +74,8 @@ def test_a_message_about_json_says_where_it_breaks():
 def test_deeper_nesting_than_python_reads_is_400_too():
     inner = Inner()
     deep = b"[" * 200_000
-    guard = Guard(inner, Limits(), lambda uuid: True, None, Servers())
-    status, _, _, _ = ask(guard, scope_of("/tasks", JSON), parts(deep))
-    assert (status, inner.scopes) == (400, [])
+    assert post(inner, "/tasks", deep, limits=Limits())[0] == 400
+    assert inner.scopes == []
 
 
 WRONG_TYPES = {
@@ -108,7 +107,7 @@ WRONG_TYPES = {
 
 @pytest.mark.parametrize(("path", "headers"), WRONG_TYPES.values(), ids=WRONG_TYPES)
 def test_a_wrong_content_type_is_400(path, headers):
-    status, message = refusal(path, b'{"state": {}}', headers)
+    status, message = refusal(path, STATE, headers)
     assert status == 400
     assert "Content-Type" in message
 
@@ -201,12 +200,12 @@ def test_a_widget_s_call_must_be_a_json_object_too():
     "kind", ["application/json;charset=UTF-8", "application/json ; x=y", " APPLICATION/json"]
 )
 def test_parameters_and_capitals_are_no_part_of_the_media_type(kind):
-    assert post(Inner(), STATE_PATH, b'{"state": {}}', [("content-type", kind)])[0] == 200
+    assert post(Inner(), STATE_PATH, STATE, [("content-type", kind)])[0] == 200
 
 
 def test_a_content_type_in_capitals_is_what_the_sdk_looks_for():
     inner = Inner()
-    post(inner, STATE_PATH, b'{"state": {}}', [("Content-Type", "Application/JSON")])
+    post(inner, STATE_PATH, STATE, [("Content-Type", "Application/JSON")])
     assert dict(inner.scopes[0]["headers"])[b"content-type"] == b"application/json"
 
 
@@ -254,7 +253,7 @@ def test_other_kinds_of_connections_pass_untouched(kind):
 
 def test_an_unexpected_error_is_500_with_one_sentence_and_the_trace_in_the_log(caplog):
     inner = Inner(fail_with=KeyError("a secret"))
-    status, answer = post(inner, STATE_PATH, b'{"state": {}}')
+    status, answer = post(inner, STATE_PATH, STATE)
     body = json.loads(answer)
     assert (status, body["code"], body["success"]) == (500, "internal_error", False)
     assert b"secret" not in answer
@@ -264,20 +263,20 @@ def test_an_unexpected_error_is_500_with_one_sentence_and_the_trace_in_the_log(c
 
 def test_an_error_of_ours_keeps_its_status_and_words():
     inner = Inner(fail_with=RequestError("Correct it."))
-    status, answer = post(inner, STATE_PATH, b'{"state": {}}')
+    status, answer = post(inner, STATE_PATH, STATE)
     assert (status, json.loads(answer)["message"]) == (400, "Correct it.")
 
 
 def test_an_error_after_the_answer_began_is_raised():
     inner = Inner(fail_with=ValueError("late"), start_first=True)
     with pytest.raises(ValueError, match="late"):
-        post(inner, STATE_PATH, b'{"state": {}}')
+        post(inner, STATE_PATH, STATE)
 
 
 def test_a_cancelled_request_stays_cancelled():
     inner = Inner(fail_with=asyncio.CancelledError())
     with pytest.raises(asyncio.CancelledError):
-        post(inner, STATE_PATH, b'{"state": {}}')
+        post(inner, STATE_PATH, STATE)
 
 
 def test_answers_are_counted_by_route_and_status():
@@ -287,8 +286,263 @@ def test_answers_are_counted_by_route_and_status():
         counted.append((route, status))
         assert seconds >= 0
 
-    post(Inner(), STATE_PATH, b'{"state": {}}', count_request=count)
+    post(Inner(), STATE_PATH, STATE, count_request=count)
     post(Inner(), "/no/such/path", b"", headers=[], count_request=count)
     post(Inner(), STATE_PATH, b"[]", count_request=count)
     post(Inner(fail_with=KeyError()), "/tasks", b"{}", count_request=count)
     assert counted == [(STATE_PATH, 200), ("other", 200), (STATE_PATH, 400), ("/tasks", 500)]
+
+
+def json_of(size):
+    frame = len(b'{"state": {}, "x": ""}')
+    return b'{"state": {}, "x": "%s"}' % (b"a" * (size - frame))
+
+
+# limits: 100 bytes of JSON, 200 of JSON with a picture, 300 of a form; nothing else over 100
+BODIES = Limits(json_bytes=100, encoded_bytes=200, multipart_bytes=300)
+SIZES = {
+    "JSON": ("/inference_image_id", JSON, 100),
+    "JSON with a picture": ("/visual_question_answering", JSON, 200),
+    "a form": ("/inference_image", FORM, 300),
+    "anything else": ("/unknown", [("content-type", "application/octet-stream")], 100),
+}
+
+
+@pytest.mark.parametrize(("path", "headers", "limit"), SIZES.values(), ids=SIZES)
+def test_a_body_of_exactly_the_limit_passes(path, headers, limit):
+    status, _, _, _ = ask(
+        guard_around(Inner(), BODIES), scope_of(path, headers), parts(json_of(limit))
+    )
+    assert status == 200
+
+
+@pytest.mark.parametrize(("path", "headers", "limit"), SIZES.values(), ids=SIZES)
+def test_one_byte_more_is_413_with_one_sentence(path, headers, limit):
+    body = json_of(limit + 1)
+    status, answer, _, _ = ask(
+        guard_around(Inner(), BODIES), scope_of(path, headers), parts(body[:50], body[50:])
+    )
+    assert status == 413
+    assert json.loads(answer)["code"] == "too_large"
+    assert f"at most {limit} bytes" in json.loads(answer)["message"]
+
+
+@pytest.mark.parametrize(("path", "headers", "limit"), SIZES.values(), ids=SIZES)
+def test_an_announced_size_above_the_limit_is_refused_unread(path, headers, limit):
+    inner = Inner()
+    announced = [*headers, ("content-length", str(limit + 1))]
+    messages = parts(b"never read")
+    status, _, _, unread = ask(guard_around(inner, BODIES), scope_of(path, announced), messages)
+    assert (status, inner.scopes, unread) == (413, [], messages)
+
+
+def test_a_body_that_never_ends_is_left_once_the_limit_is_passed():
+    endless = parts(*[b"a" * 60] * 50)
+    status, _, _, unread = ask(guard_around(Inner(), BODIES), scope_of("/tasks", JSON), endless)
+    assert status == 413
+    assert len(unread) == 51 - 2
+
+
+def test_an_app_that_makes_another_error_of_a_large_body_does_not_hide_the_413():
+    # FastAPI turns whatever breaks a form into a 400 of its own.
+    async def inner(scope, receive, send):
+        try:
+            while True:
+                await receive()
+        except FlorenceError:
+            await send({"type": "http.response.start", "status": 400, "headers": []})
+            await send({"type": "http.response.body", "body": b"cannot parse"})
+
+    endless = parts(*[b"a" * 200] * 50)
+    status, answer, sent, _ = ask(
+        guard_around(inner, BODIES), scope_of("/inference_image", FORM), endless
+    )
+    assert status == 413
+    assert len(sent) == 2
+    assert b"cannot parse" not in answer
+
+
+def test_an_answer_that_began_before_the_body_was_read_is_not_torn():
+    inner = Inner(start_first=True)
+    endless = parts(b"a" * 400)
+    with pytest.raises(Exception, match="at most 300 bytes"):
+        ask(guard_around(inner, BODIES), scope_of("/inference_image", FORM), endless)
+
+
+@pytest.mark.parametrize(("path", "headers", "limit"), SIZES.values(), ids=SIZES)
+def test_the_disconnect_of_a_client_still_arrives_after_the_body(path, headers, limit):
+    inner = Inner()
+    ask(guard_around(inner, BODIES), scope_of(path, headers), parts(b'{"state":', b" {}}"))
+    assert inner.last_message == {"type": "http.disconnect"}
+
+
+def test_a_client_that_leaves_while_it_sends_json_is_not_answered_but_counted():
+    inner, counted = Inner(), []
+    guard = guard_around(inner, BODIES, count_request=lambda *args: counted.append(args[:2]))
+    messages = parts(b'{"state"', ends_with_disconnect=True)
+    _, _, sent, _ = ask(guard, scope_of("/tasks", JSON), messages)
+    assert (sent, inner.scopes, counted) == ([], [], [("/tasks", 499)])
+
+
+def test_the_default_limits_fit_an_encoded_picture_and_refuse_100_megabytes_of_json():
+    limits = Limits()
+    assert limits.encoded_bytes >= MAX_IMAGE_BYTES * 4 / 3
+    assert limits.encoded_bytes < 100_000_000
+    assert limits.multipart_bytes == 512 * MIB
+
+
+@pytest.mark.parametrize(
+    ("count_bytes", "text"),
+    [(5, "5 bytes"), (MIB, "1 MiB"), (32 * MIB, "32 MiB"), (MIB + MIB // 2, "1.5 MiB")],
+)
+def test_sizes_are_written_for_people(count_bytes, text):
+    assert readable_size(count_bytes) == text
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """The SDK's server with its page and middleware, without its process-wide Application."""
+    monkeypatch.setenv("SLY_APP_DATA_DIR", str(tmp_path))
+    from supervisely.app.fastapi import subapp
+
+    server = FastAPI()
+    install_error_handlers(server)
+
+    @server.post("/inference_image_id")
+    def image_id(request: Request):
+        return {"state": request.state.state, "context": request.state.context}
+
+    @server.post("/inference_image")
+    def image(files: list[UploadFile]):
+        return {"names": [file.filename for file in files]}
+
+    @server.post("/is_deployed")
+    def is_deployed():
+        return {"deployed": True}
+
+    @server.post("/get_status")
+    def status():
+        raise KeyError("nobody foresaw this")
+
+    @server.post("/get_model_meta")
+    def refused():
+        raise RequestError("Correct it.")
+
+    @server.post("/Widget1/clicked")
+    def clicked():
+        return {}
+
+    # The folder that the Application itself uses: the SDK keeps the first one for good.
+    subapp._init(app=server, templates_dir=str(Path(subapp.__file__).parent / "templates"))
+    return server
+
+
+@pytest.fixture
+def client(server):
+    limits = Limits(json_bytes=10_000, encoded_bytes=20_000, multipart_bytes=30_000)
+    guard = guard_around(server, limits, Callers(), is_known=lambda uuid: False)
+    return TestClient(guard, "http://localhost", raise_server_exceptions=False)
+
+
+@pytest.fixture
+def gui_state():
+    state = sly.app.StateJson()
+    before = set(state)
+    yield state
+    for key in set(state) - before:
+        del state[key]
+
+
+def test_state_and_context_reach_the_route(client):
+    response = client.post("/inference_image_id", json={"state": {"image_id": 5}})
+    expected = {"state": {"image_id": 5}, "context": {"outside_request": True}}
+    assert response.json() == expected
+
+
+def test_a_call_of_the_api_leaves_the_state_of_the_gui_alone(client, gui_state):
+    client.post("/inference_image_id", json={"state": {"image_id": 5}, "context": {}})
+    client.post("/no_such_route", json={"state": {"image_id": 5}})
+    assert "image_id" not in gui_state
+
+
+def test_a_click_in_the_gui_still_sets_its_state(client, gui_state):
+    client.post("/Widget1/clicked", json={"state": {"chosen": 3}, "context": {}})
+    assert gui_state["chosen"] == 3
+
+
+BAD_BODIES = {
+    "a list": b"[]",
+    "not JSON": b"{",
+    "empty": b"",
+    "null": b"null",
+    "context is text": b'{"state": {}, "context": "x"}',
+}
+
+
+@pytest.mark.parametrize("body", BAD_BODIES.values(), ids=BAD_BODIES)
+def test_what_the_sdk_s_middleware_dies_of_is_400(client, server, body):
+    response = client.post("/inference_image_id", content=body, headers=dict(JSON))
+    assert response.status_code == 400
+    assert response.json()["code"] == "bad_request"
+
+
+def test_the_middleware_really_dies_of_it(server):
+    # Once the SDK checks bodies itself, this fails and the guard can do less.
+    bare = TestClient(server, raise_server_exceptions=False)
+    response = bare.post("/inference_image_id", content=b"[]", headers=dict(JSON))
+    assert response.status_code == 500
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_a_json_header_without_a_body_is_no_error_where_nothing_is_read(client, method):
+    response = client.request(method, "/is_deployed", headers=dict(JSON))
+    if method == "GET":
+        assert response.status_code == 405
+    else:
+        assert response.json() == {"deployed": True}
+
+
+def test_an_upload_passes_whole(client):
+    files = [("files", ("a.png", b"x" * 20_000))]
+    assert client.post("/inference_image", files=files).json() == {"names": ["a.png"]}
+
+
+def test_an_upload_above_the_limit_is_413_through_the_whole_stack(client):
+    def endless():
+        yield b'--x\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\n'
+        for _ in range(40):
+            yield b"a" * 1000
+
+    response = client.post("/inference_image", content=endless(), headers=dict(FORM))
+    assert response.status_code == 413
+    assert response.json()["code"] == "too_large"
+
+
+def test_a_form_without_files_is_400_through_the_whole_stack(client):
+    files = {"picture": ("a.png", b"x")}
+    response = client.post("/inference_image", files=files)
+    assert (response.status_code, response.json()["code"]) == (400, "bad_request")
+
+
+@pytest.mark.parametrize("environment", ["development", "production"])
+def test_errors_are_the_same_wherever_the_app_runs(client, monkeypatch, environment):
+    # Without the handlers: plain text in development, the exception's repr in production.
+    monkeypatch.setenv("ENV", environment)
+    unexpected = client.post("/get_status", json={})
+    assert (unexpected.status_code, unexpected.json()["code"]) == (500, "internal_error")
+    assert "foresaw" not in unexpected.text
+    refused = client.post("/get_model_meta", json={})
+    assert (refused.status_code, refused.json()["message"]) == (400, "Correct it.")
+
+
+def test_the_token_is_not_given_away(client, monkeypatch):
+    monkeypatch.setenv("API_TOKEN", "very secret")
+    response = client.post("/sly/session-info", json={})
+    assert response.status_code == 404
+    assert "very secret" not in response.text
+
+
+def test_without_the_guard_the_token_is_given_to_anybody(server, monkeypatch):
+    # Why that route is closed. Once the SDK asks who calls, it can be opened again.
+    monkeypatch.setenv("API_TOKEN", "very secret")
+    assert "very secret" in TestClient(server).post("/sly/session-info", json={}).text

@@ -5,16 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 
-import pytest
-from asgi_requests import scope_of
+from asgi_requests import FORM, JSON, guard_around, scope_of
 
 from florence2.budget import Budget
-from serve.http.guard import Guard, Limits, Uploads, keep_body
-from serve.http.json_bodies import Servers
+from serve.http.guard import Uploads, keep_body
 from serve.limits import MIB
 
-FORM = [("content-type", "multipart/form-data; boundary=x")]
-JSON = [("content-type", "application/json")]
 PATH = "/inference_batch"
 PIECE = b"a" * MIB
 GONE = {"type": "http.disconnect"}
@@ -25,11 +21,13 @@ MAX_PIECE_OF_THE_SERVER = 2**16
 class Client:
     """One request whose body is sent piece by piece."""
 
-    def __init__(self, guard, path=PATH, headers=FORM):
+    def __init__(self, guard, *pieces, path=PATH, headers=FORM, is_last=True):
         self._waiting = asyncio.Queue()
         self._scope = scope_of(path, headers)
         self._sent = []
         self._task = asyncio.create_task(guard(self._scope, self._waiting.get, self._send))
+        if pieces:
+            self.send(*pieces, is_last=is_last)
 
     async def _send(self, message):
         self._sent.append(message)
@@ -82,9 +80,7 @@ class Desk:
         self.budget = Budget(mib * MIB, "bytes of images")
         self.inner = Slow()
         uploads = Uploads(self.budget, wait_s, stalled_s)
-        self.guard = Guard(
-            self.inner, Limits(), lambda uuid: True, None, Servers(), uploads=uploads
-        )
+        self.guard = guard_around(self.inner, uploads=uploads)
 
     @property
     def held_mib(self):
@@ -96,244 +92,212 @@ class Desk:
                 await asyncio.sleep(0.002)
 
 
-def play(story, **desk):
-    async def run():
-        await story(Desk(**desk))
+def at_desk(**options):
+    """The story as a test, played at a desk with these options."""
 
-    asyncio.run(run())
+    def test_of(story):
+        async def played():
+            await story(Desk(**options))
 
+        return lambda: asyncio.run(played())
 
-def test_a_body_is_held_until_its_request_is_answered():
-    async def story(desk):
-        client = Client(desk.guard)
-        client.send(PIECE, PIECE, PIECE, is_last=True)
-        await desk.until(lambda: desk.inner.whole == 1)
-        assert desk.held_mib == 3
-        desk.inner.go_on.set()
-        assert (await client.answer())[0] == 200
-        assert desk.held_mib == 0
-
-    play(story)
+    return test_of
 
 
-def test_a_body_is_counted_as_it_arrives_whatever_was_announced():
-    async def story(desk):
-        client = Client(desk.guard, headers=[*FORM, ("content-length", "1")])
-        client.send(PIECE, PIECE)
-        await desk.until(lambda: desk.held_mib == 2)
-        client.leave()
-        await client.end()
-        assert desk.held_mib == 0
-
-    play(story)
+@at_desk()
+async def test_a_body_is_held_until_its_request_is_answered(desk):
+    client = Client(desk.guard, PIECE, PIECE, PIECE)
+    await desk.until(lambda: desk.inner.whole == 1)
+    assert desk.held_mib == 3
+    desk.inner.go_on.set()
+    assert (await client.answer())[0] == 200
+    assert desk.held_mib == 0
 
 
-def test_json_counts_for_its_copies():
-    async def story(desk):
-        client = Client(desk.guard, "/visual_question_answering", JSON)
-        client.send(b'{"state": {"a": "', PIECE)
-        await desk.until(lambda: desk.held_mib > 2.9)
-        client.leave()
-        await client.end()
-        assert desk.held_mib == 0
+@at_desk()
+async def test_a_body_is_counted_as_it_arrives_whatever_was_announced(desk):
+    client = Client(
+        desk.guard, PIECE, PIECE, headers=[*FORM, ("content-length", "1")], is_last=False
+    )
+    await desk.until(lambda: desk.held_mib == 2)
+    client.leave()
+    await client.end()
+    assert desk.held_mib == 0
 
-    play(story)
+
+@at_desk()
+async def test_json_counts_for_its_copies(desk):
+    client = Client(
+        desk.guard,
+        b'{"state": {"a": "',
+        PIECE,
+        path="/visual_question_answering",
+        headers=JSON,
+        is_last=False,
+    )
+    await desk.until(lambda: desk.held_mib > 2.9)
+    client.leave()
+    await client.end()
+    assert desk.held_mib == 0
 
 
 async def fill(desk, mib):
     """A request whose body is here and whose answer takes long."""
-    other = Client(desk.guard)
-    other.send(*[PIECE] * mib, is_last=True)
+    other = Client(desk.guard, *[PIECE] * mib)
     whole = desk.inner.whole
     await desk.until(lambda: desk.inner.whole == whole + 1)
     return other
 
 
-def test_who_finds_no_room_waits_for_another_request_to_be_answered():
-    async def story(desk):
-        other = await fill(desk, 7)
-        client = Client(desk.guard)
-        client.send(PIECE, PIECE, PIECE, is_last=True)
-        await asyncio.sleep(0.1)
-        assert desk.inner.whole == 1
-        desk.inner.go_on.set()
-        assert (await other.answer())[0] == 200
-        assert (await client.answer())[0] == 200
-        assert desk.held_mib == 0
-
-    play(story)
+@at_desk()
+async def test_who_finds_no_room_waits_for_another_request_to_be_answered(desk):
+    other = await fill(desk, 7)
+    client = Client(desk.guard, PIECE, PIECE, PIECE)
+    await asyncio.sleep(0.1)
+    assert desk.inner.whole == 1
+    desk.inner.go_on.set()
+    assert (await other.answer())[0] == 200
+    assert (await client.answer())[0] == 200
+    assert desk.held_mib == 0
 
 
-def test_who_waits_in_vain_gets_503_and_when_to_come_back():
-    async def story(desk):
-        other = await fill(desk, 7)
-        client = Client(desk.guard)
-        client.send(PIECE, PIECE, PIECE, is_last=True)
-        status, headers, text = await client.answer()
-        assert (status, json.loads(text)["code"]) == (503, "no_room")
-        assert int(headers[b"retry-after"]) >= 1
-        assert desk.held_mib == 7
-        desk.inner.go_on.set()
-        await other.answer()
-
-    play(story, wait_s=0.1)
+@at_desk(wait_s=0.1)
+async def test_who_waits_in_vain_gets_503_and_when_to_come_back(desk):
+    other = await fill(desk, 7)
+    client = Client(desk.guard, PIECE, PIECE, PIECE)
+    status, headers, text = await client.answer()
+    assert (status, json.loads(text)["code"]) == (503, "no_room")
+    assert int(headers[b"retry-after"]) >= 1
+    assert desk.held_mib == 7
+    desk.inner.go_on.set()
+    await other.answer()
 
 
-def test_what_breaks_on_a_refused_body_does_not_hide_the_503():
-    async def story(desk):
-        other = await fill(desk, 7)
+@at_desk(wait_s=0.1)
+async def test_what_breaks_on_a_refused_body_does_not_hide_the_503(desk):
+    other = await fill(desk, 7)
 
-        async def breaks(scope, receive, send):
-            try:
-                while True:
-                    await receive()
-            except Exception as error:
-                await send({"type": "http.response.start", "status": 400, "headers": []})
-                raise ValueError("cannot parse") from error
+    async def breaks(scope, receive, send):
+        try:
+            while True:
+                await receive()
+        except Exception as error:
+            await send({"type": "http.response.start", "status": 400, "headers": []})
+            raise ValueError("cannot parse") from error
 
-        guard = Guard(
-            breaks, Limits(), lambda uuid: True, None, Servers(), uploads=desk.guard.uploads
-        )
-        client = Client(guard)
-        client.send(PIECE, PIECE, PIECE, is_last=True)
-        assert (await client.answer())[0] == 503
-        desk.inner.go_on.set()
-        await other.answer()
-
-    play(story, wait_s=0.1)
+    guard = guard_around(breaks, uploads=desk.guard.uploads)
+    client = Client(guard, PIECE, PIECE, PIECE)
+    assert (await client.answer())[0] == 503
+    desk.inner.go_on.set()
+    await other.answer()
 
 
-def test_one_that_leaves_while_it_waits_waits_no_longer():
-    async def story(desk):
-        other = await fill(desk, 7)
-        client = Client(desk.guard)
-        client.send(PIECE, *[b"a" * MAX_PIECE_OF_THE_SERVER] * 3)
-        await asyncio.sleep(0.05)
-        client.leave()
-        assert await client.end() == []
-        assert desk.held_mib == 7
-        desk.inner.go_on.set()
-        await other.answer()
-
-    play(story)
+@at_desk()
+async def test_one_that_leaves_while_it_waits_waits_no_longer(desk):
+    other = await fill(desk, 7)
+    client = Client(desk.guard, PIECE, *[b"a" * MAX_PIECE_OF_THE_SERVER] * 3, is_last=False)
+    await asyncio.sleep(0.05)
+    client.leave()
+    assert await client.end() == []
+    assert desk.held_mib == 7
+    desk.inner.go_on.set()
+    await other.answer()
 
 
-def test_small_requests_pass_when_there_is_no_room_left():
-    async def story(desk):
-        other = await fill(desk, 8)
-        client = Client(desk.guard, "/get_inference_progress", JSON)
-        client.send(b'{"state": {"inference_request_uuid": "1"}}', is_last=True)
-        await desk.until(lambda: desk.inner.whole == 2)
-        desk.inner.go_on.set()
-        assert (await client.answer())[0] == 200
-        await other.answer()
+@at_desk()
+async def test_small_requests_pass_when_there_is_no_room_left(desk):
+    other = await fill(desk, 8)
+    client = Client(
+        desk.guard,
+        b'{"state": {"inference_request_uuid": "1"}}',
+        path="/get_inference_progress",
+        headers=JSON,
+    )
+    await desk.until(lambda: desk.inner.whole == 2)
+    desk.inner.go_on.set()
+    assert (await client.answer())[0] == 200
+    await other.answer()
 
-    play(story)
 
-
-def test_two_that_have_half_of_the_room_each_do_not_wait_for_each_other():
-    async def story(desk):
-        desk.inner.go_on.set()
-        clients = [Client(desk.guard) for _ in range(3)]
-        for _ in range(6):
-            for client in clients:
-                client.send(PIECE)
-                await asyncio.sleep(0)
+@at_desk()
+async def test_two_that_have_half_of_the_room_each_do_not_wait_for_each_other(desk):
+    desk.inner.go_on.set()
+    clients = [Client(desk.guard) for _ in range(3)]
+    for _ in range(6):
         for client in clients:
-            client.send(b"", is_last=True)
-        for client in clients:
-            assert (await client.answer())[0] == 200
-        assert desk.held_mib == 0
-
-    play(story)
-
-
-def test_one_that_is_larger_than_everything_passes_alone():
-    async def story(desk):
-        desk.inner.go_on.set()
-        client = Client(desk.guard)
-        client.send(*[PIECE] * 20, is_last=True)
+            client.send(PIECE)
+            await asyncio.sleep(0)
+    for client in clients:
+        client.send(b"", is_last=True)
+    for client in clients:
         assert (await client.answer())[0] == 200
-
-    play(story)
-
-
-def test_a_body_that_pauses_too_long_is_given_up():
-    async def story(desk):
-        client = Client(desk.guard)
-        client.send(PIECE, PIECE)
-        status, _, text = await client.answer()
-        assert (status, json.loads(text)["code"]) == (408, "stalled")
-        assert desk.held_mib == 0
-
-    play(story, stalled_s=0.1)
+    assert desk.held_mib == 0
 
 
-def test_a_request_that_is_whole_may_take_as_long_as_it_likes():
-    async def story(desk):
-        client = Client(desk.guard)
-        client.send(PIECE, is_last=True)
-        await asyncio.sleep(0.15)
-        desk.inner.go_on.set()
-        assert (await client.answer())[0] == 200
-
-    play(story, stalled_s=0.05)
+@at_desk()
+async def test_one_that_is_larger_than_everything_passes_alone(desk):
+    desk.inner.go_on.set()
+    client = Client(desk.guard, *[PIECE] * 20)
+    assert (await client.answer())[0] == 200
 
 
-def test_work_behind_an_answer_keeps_what_it_holds_until_it_is_done():
-    async def story(desk):
-        desk.inner.keeps = True
-        desk.inner.go_on.set()
-        client = Client(desk.guard)
-        client.send(PIECE, PIECE, PIECE, is_last=True)
-        assert (await client.answer())[0] == 200
-        assert desk.held_mib == 3
-        desk.inner.kept[0].release()
-        assert desk.held_mib == 0
-
-    play(story)
+@at_desk(stalled_s=0.1)
+async def test_a_body_that_pauses_too_long_is_given_up(desk):
+    client = Client(desk.guard, PIECE, PIECE, is_last=False)
+    status, _, text = await client.answer()
+    assert (status, json.loads(text)["code"]) == (408, "stalled")
+    assert desk.held_mib == 0
 
 
-def test_work_behind_answers_is_bounded():
-    async def story(desk):
-        desk.inner.keeps = True
-        desk.inner.go_on.set()
-        answers = []
-        for _ in range(6):
-            client = Client(desk.guard)
-            client.send(PIECE, PIECE, PIECE, is_last=True)
-            answers.append((await client.answer())[0])
-        assert answers == [200, 200, 503, 503, 503, 503]
-        assert desk.held_mib == 6
-
-    play(story, wait_s=0.06)
+@at_desk(stalled_s=0.05)
+async def test_a_request_that_is_whole_may_take_as_long_as_it_likes(desk):
+    client = Client(desk.guard, PIECE)
+    await asyncio.sleep(0.15)
+    desk.inner.go_on.set()
+    assert (await client.answer())[0] == 200
 
 
-def test_small_uploads_behind_answers_are_bounded_too():
-    async def story(desk):
-        desk.inner.keeps = True
-        desk.inner.go_on.set()
-        answers = []
-        for _ in range(20):
-            client = Client(desk.guard)
-            client.send(PIECE[: MIB // 2], is_last=True)
-            answers.append((await client.answer())[0])
-        assert answers == [200] * 4 + [503] * 16
-        assert desk.held_mib == 2
+@at_desk()
+async def test_work_behind_an_answer_keeps_what_it_holds_until_it_is_done(desk):
+    desk.inner.keeps = True
+    desk.inner.go_on.set()
+    client = Client(desk.guard, PIECE, PIECE, PIECE)
+    assert (await client.answer())[0] == 200
+    assert desk.held_mib == 3
+    desk.inner.kept[0].release()
+    assert desk.held_mib == 0
 
-    play(story, mib=2, wait_s=0.01)
+
+@at_desk(wait_s=0.06)
+async def test_work_behind_answers_is_bounded(desk):
+    desk.inner.keeps = True
+    desk.inner.go_on.set()
+    answers = []
+    for _ in range(6):
+        client = Client(desk.guard, PIECE, PIECE, PIECE)
+        answers.append((await client.answer())[0])
+    assert answers == [200, 200, 503, 503, 503, 503]
+    assert desk.held_mib == 6
+
+
+@at_desk(mib=2, wait_s=0.01)
+async def test_small_uploads_behind_answers_are_bounded_too(desk):
+    desk.inner.keeps = True
+    desk.inner.go_on.set()
+    answers = []
+    for _ in range(20):
+        client = Client(desk.guard, PIECE[: MIB // 2])
+        answers.append((await client.answer())[0])
+    assert answers == [200] * 4 + [503] * 16
+    assert desk.held_mib == 2
 
 
 def test_outside_of_the_guard_nothing_is_held():
     assert keep_body(scope_of(PATH)).amount == 0
 
 
-@pytest.mark.parametrize("path", ["/metrics", "/is_ready"])
-def test_a_request_without_a_body_passes(path):
-    async def story(desk):
-        desk.inner.go_on.set()
-        client = Client(desk.guard, path, headers=[])
-        client.send(b"", is_last=True)
-        assert (await client.answer())[0] == 200
-
-    play(story)
+@at_desk()
+async def test_a_request_without_a_body_passes(desk):
+    desk.inner.go_on.set()
+    for path in ("/metrics", "/is_ready"):
+        assert (await Client(desk.guard, b"", path=path, headers=[]).answer())[0] == 200

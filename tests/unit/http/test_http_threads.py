@@ -7,20 +7,18 @@ from concurrent.futures import ThreadPoolExecutor
 
 import anyio.to_thread
 import pytest
-from asgi_requests import ask, parts, scope_of
+from asgi_requests import JSON, ask, guard_around, parts, scope_of
 from fastapi import BackgroundTasks, FastAPI, Request
 from fastapi.testclient import TestClient
 
 from florence2.errors import QueueFullError
-from serve.http.guard import Guard, Limits, install_error_handlers
+from serve.http.guard import install_error_handlers
 from serve.http.handlers import Waiting, use_own_threads
-from serve.http.json_bodies import Servers
 from serve.http.routes import ROUTES
 from serve.platform.registry import RequestsManager
 
 SHARED = 40
 """The threads that the framework has for all plain routes together."""
-JSON = [("content-type", "application/json")]
 
 
 class Held:
@@ -64,12 +62,6 @@ def server(held):
         return {"running": True}
 
     return server
-
-
-def answer(app, path, method="POST"):
-    status, body, sent, _ = ask(app, scope_of(path, JSON, method), parts(b"{}"))
-    headers = dict(sent[0]["headers"])
-    return status, body, headers
 
 
 @pytest.mark.parametrize("path", ["/prefix/run_speedtest", "/Widget1/clicked"])
@@ -185,8 +177,7 @@ def test_work_in_the_registry_is_stopped_when_its_client_leaves():
             state = {"a": 1}
             await Waiting().run_registered(Request(scope), Runs(), work, state)
 
-    guard = Guard(route, Limits(), lambda uuid: True, None, Servers())
-    ask(guard, scope_of("/tag_objects", JSON), parts(b'{"state": {}}'))
+    ask(guard_around(route), scope_of("/tag_objects", JSON), parts(b'{"state": {}}'))
     assert stopped == [{"a": 1}]
 
 
