@@ -184,7 +184,7 @@ OVERRIDES: Final[tuple[Override, ...]] = (
     Override(
         "Inference._load_model Inference.load_model Inference._model_meta",
         "A device that nobody named, which is None, and a runtime of any name.",
-        "tests/unit/app/test_deploy_params.py::test_a_device_nobody_chose_is_chosen",
+        "tests/unit/app/test_model_service.py::test_a_device_nobody_chose_is_chosen",
         "never: it is how the SDK has models loaded",
     ),
     Override(
@@ -209,7 +209,7 @@ OVERRIDES: Final[tuple[Override, ...]] = (
         "Inference._freeze_model Inference._unfreeze_model Inference._model_frozen "
         "Inference._schedule_freeze_on_inactivity",
         "An idle model loaded from disk again, twice, and a thread for every request.",
-        "tests/unit/app/test_deployment.py::"
+        "tests/unit/app/test_model_service.py::"
         "test_an_idle_model_moves_to_memory_and_back_on_the_models_thread",
         "the SDK moves weights, with one timer",
     ),
@@ -229,7 +229,7 @@ OVERRIDES: Final[tuple[Override, ...]] = (
     Override(
         "Inference.get_info",
         "Tracking on offer where what it needs is not installed.",
-        _CONTRACT + "test_sdk_session_client.py::test_the_session_says_what_it_serves",
+        _CONTRACT + "test_sdk_clients.py::test_the_session_says_what_it_serves",
         "never: the name, the device and its warning are ours to tell",
     ),
     Override(
@@ -282,7 +282,7 @@ OVERRIDES: Final[tuple[Override, ...]] = (
     Override(
         "inference.Uploader Uploader._q",
         "A second of waiting at the end of runs over videos, and the error of the last upload.",
-        "tests/unit/app/test_sdk_uploader.py::test_ours_ends_when_everything_is_done",
+        "tests/unit/app/test_sdk_overrides.py::test_ours_ends_when_everything_is_done",
         "the SDK's uploader ends at once and raises",
     ),
     Override(

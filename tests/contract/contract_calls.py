@@ -53,15 +53,25 @@ class App:
         parts += [(name, (None, value, "text/plain")) for name, value in fields.items()]
         return requests.post(f"{self.url}/{path}", files=parts, timeout=TIMEOUT_S)
 
-    def finished(self, uuid: str) -> dict[str, Any]:
-        """The progress of a request in the background once it has ended."""
+    def finished(self, uuid: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """The progress of a request in the background once it has ended, and its results."""
+        request = {"inference_request_uuid": uuid}
         while True:
-            answer = self.post("get_inference_progress", {"inference_request_uuid": uuid})
+            answer = self.post("get_inference_progress", request)
             assert answer.status_code == 200, answer.text
             progress: dict[str, Any] = answer.json()
             if progress["finished"]:
-                return progress
+                popped = self.post("pop_inference_results", request).json()
+                return progress, popped["pending_results"]
             time.sleep(0.02)
+
+    def done(
+        self, path: str, state: Any, **body: Any
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Starts a request in the background and waits for it."""
+        answer = self.post(path, state, **body)
+        assert answer.status_code == 200, answer.text
+        return self.finished(answer.json()["inference_request_uuid"])
 
     def upload_images(
         self, paths: Sequence[Path], settings: Any = None, path: str = "inference_batch"
@@ -94,11 +104,9 @@ def refused_now_or_later(app: App, path: str, state: dict[str, Any]) -> str:
     answer = app.post(path, state)
     if not (path.endswith("_async") and answer.status_code == 200):
         return str(assert_refused(answer)["message"])
-    request = {"inference_request_uuid": answer.json()["inference_request_uuid"]}
-    progress = app.finished(request["inference_request_uuid"])
+    progress, results = app.finished(answer.json()["inference_request_uuid"])
     assert progress["exception"]
-    assert progress["stage"] == "Error"
-    assert app.post("pop_inference_results", request).json()["pending_results"] == []
+    assert (progress["stage"], results) == ("Error", [])
     message: str = progress["exception"]["message"]
     assert message.endswith((".", "?"))
     return message
@@ -117,6 +125,10 @@ def rows_of(annotation: dict[str, Any]) -> list[Row]:
 
 def rows_of_labels(annotation: sly.Annotation) -> list[Row]:
     return rows_of(annotation.to_json())
+
+
+def classes_in_labels(annotation: sly.Annotation) -> list[str]:
+    return classes_in(annotation.to_json())
 
 
 def classes_in(annotation: dict[str, Any]) -> list[str]:

@@ -24,7 +24,6 @@ from platform_state import (
     PlatformState,
     Refused,
     StoredImage,
-    content_hash,
 )
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -130,9 +129,6 @@ class PlatformDouble:
     async def _payload(self, request: Request) -> Any:
         if request.method == "GET":
             return dict(request.query_params)
-        if "multipart" in request.headers.get("content-type", ""):
-            form = await request.form()
-            return [await part.read() for part in form.values() if not isinstance(part, str)]
         return json.loads(await request.body() or b"{}")
 
     def _answer(self, name: str, payload: Any, headers: Any) -> Response:
@@ -157,8 +153,6 @@ class PlatformDouble:
             return self._task_info(payload["id"])
         if name == "tasks.request.direct":
             return self._pass_on(payload)
-        if name == "images.bulk.upload":
-            return self._keep_upload(payload)
         if name not in METHODS:
             raise Refused(f"The double has no method {name!r}.", status=404)
         return METHODS[name](self.state, payload)
@@ -189,11 +183,6 @@ class PlatformDouble:
         meta = {"sessionToken": SESSION_TOKEN, "app": {"id": 1, "moduleId": 1}}
         row = {"id": TASK_ID, "type": "app", "status": "started", "meta": meta}
         return {**row, "teamId": TEAM_ID, "workspaceId": WORKSPACE_ID}
-
-    def _keep_upload(self, contents: list[bytes]) -> list[Json]:
-        hashes = [content_hash(content) for content in contents]
-        self.state.uploaded.update(zip(hashes, contents, strict=True))
-        return [{"hash": digest} for digest in hashes]
 
     def _pass_on(self, payload: Json) -> Response:
         if payload["taskId"] != TASK_ID:

@@ -21,7 +21,6 @@ from platform_state import (
     Refused,
     StoredImage,
     check_annotation,
-    check_figure,
     check_tag,
 )
 
@@ -72,19 +71,14 @@ def task_fields_set(state: PlatformState, payload: Json) -> Json:
     return DONE
 
 
-def known_hashes(state: PlatformState, payload: Any) -> list[str]:
-    known = {image.hash for image in state.images.values()} | set(state.uploaded)
-    return [digest for digest in payload if digest in known]
-
-
 def images_add(state: PlatformState, payload: Json) -> list[Json]:
-    by_hash = {image.hash: image.content for image in state.images.values()} | state.uploaded
+    by_hash = {image.hash: image.content for image in state.images.values()}
     added = []
     for item in payload["images"]:
         source, digest = item.get("imageId"), item.get("hash")
         content = state.image(source).content if source else by_hash.get(digest)
         if content is None:
-            raise Refused(f"No image with hash {digest!r} was uploaded.")
+            raise Refused(f"There is no image with hash {digest!r}.")
         image = state.add_image(payload["datasetId"], item.get("title") or item["name"], content)
         image.meta = item.get("meta", {})
         added.append(image_json(state, image))
@@ -106,32 +100,6 @@ def annotations_add(state: PlatformState, payload: Json) -> Json:
     return DONE
 
 
-def annotations_copy(state: PlatformState, payload: Json) -> Json:
-    for source_id, target_id in zip(payload["srcImageIds"], payload["destImageIds"], strict=True):
-        state.set_annotation(state.image(target_id), state.image(source_id).annotation)
-    return DONE
-
-
-def figures_add(state: PlatformState, payload: Json) -> list[Json]:
-    added = []
-    for figure in copy.deepcopy(payload["figures"]):
-        image = state.image(figure.get("entityId") or payload.get("entityId"))
-        meta = state.project_of(image).meta
-        titles = {item["id"]: item["title"] for item in meta["classes"]}
-        figure.update(figure.pop("geometry", {}))
-        figure["classTitle"] = titles.get(figure.get("classId"), figure.get("classTitle"))
-        check_figure(figure, meta, image.size_wh)
-        kept = state.with_ids(meta, [figure], image)
-        image.annotation["objects"] += kept
-        added += [{"id": item["id"]} for item in kept]
-    return added
-
-
-def figures_list(state: PlatformState, payload: Json) -> Json:
-    images = state.images_of(payload["datasetId"])
-    return page([figure for image in images for figure in image.annotation["objects"]], payload)
-
-
 def figure_tag_add(state: PlatformState, payload: Json) -> Json:
     image, figure = state.figure(payload["figureId"])
     return add_tag(state, state.project_of(image), figure["tags"], payload, "objectsOnly")
@@ -147,22 +115,6 @@ def figures_tags_add(state: PlatformState, payload: Json) -> list[Json]:
     project = state.project(payload["projectId"])
     return [
         add_tag(state, project, state.figure(item["figureId"])[1]["tags"], item, "objectsOnly")
-        for item in payload["tags"]
-    ]
-
-
-def image_tags_add(state: PlatformState, payload: Json) -> Json:
-    for image in map(state.image, payload["ids"]):
-        add_tag(state, state.project_of(image), image.annotation["tags"], payload, "imagesOnly")
-    return DONE
-
-
-def entity_tags_add(state: PlatformState, payload: Json) -> list[Json]:
-    project = state.project(payload["projectId"])
-    return [
-        add_tag(
-            state, project, state.image(item["entityId"]).annotation["tags"], item, "imagesOnly"
-        )
         for item in payload["tags"]
     ]
 
@@ -200,7 +152,6 @@ METHODS: dict[str, Callable[[PlatformState, Any], Any]] = {
     "images.bulk.download": lambda state, asked: Parts(
         {key: state.image(key).content for key in asked["imageIds"]}
     ),
-    "images.internal.hashes.list": known_hashes,
     "images.bulk.add": images_add,
     "datasets.info": lambda state, asked: dataset_json(state, state.dataset(asked["id"])),
     "datasets.list": lambda state, asked: page(
@@ -228,14 +179,8 @@ METHODS: dict[str, Callable[[PlatformState, Any], Any]] = {
         annotation_json(state.image(key)) for key in asked["imageIds"]
     ],
     "annotations.bulk.add": annotations_add,
-    "annotations.bulk.copy": annotations_copy,
-    "figures.bulk.add": figures_add,
-    "figures.list": figures_list,
-    "figures.info": lambda state, asked: state.figure(int(asked["id"]))[1],
     "figures.tags.list": lambda state, asked: state.figure(int(asked["id"]))[1]["tags"],
     "object-tags.add-to-object": figure_tag_add,
     "object-tags.remove-from-figure": figure_tag_remove,
     "figures.tags.bulk.add": figures_tags_add,
-    "image-tags.bulk.add-to-image": image_tags_add,
-    "tags.entities.bulk.add": entity_tags_add,
 }

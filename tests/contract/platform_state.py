@@ -27,10 +27,6 @@ GEOMETRIES = {"rectangle", "polygon", "bitmap", "point", "line", "graph", "any",
 VALUE_TYPES = {"none", "any_number", "any_string", "oneof_string", "date"}
 
 
-def content_hash(content: bytes) -> str:
-    return base64.b64encode(hashlib.sha256(content).digest()).decode()
-
-
 @dataclass
 class StoredImage:
     id: int
@@ -44,7 +40,7 @@ class StoredImage:
 
     @property
     def hash(self) -> str:
-        return content_hash(self.content)
+        return base64.b64encode(hashlib.sha256(self.content).digest()).decode()
 
     def to_json(self, project_id: int) -> Json:
         width, height = self.size_wh
@@ -98,7 +94,6 @@ class PlatformState:
         self.projects: dict[int, Project] = {}
         self.datasets: dict[int, Dataset] = {}
         self.images: dict[int, StoredImage] = {}
-        self.uploaded: dict[str, bytes] = {}
         self.task_fields: Json = {}
         self.files: list[Json] = []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import socket
 import time
@@ -20,30 +21,21 @@ def metric(url: str, name: str) -> float:
     return float(found[1]) if found else 0.0
 
 
-def form(num_files: int, image: bytes) -> bytes:
-    settings = (
-        b'--edge\r\nContent-Disposition: form-data; name="settings"\r\n\r\n'
-        b'{"settings": {"task_prompt": "<MORE_DETAILED_CAPTION>", "num_beams": 8}}\r\n'
-    )
-    file = (
-        b'--edge\r\nContent-Disposition: form-data; name="files"; filename="a.jpg"\r\n'
-        b"Content-Type: image/jpeg\r\n\r\n" + image + b"\r\n"
-    )
-    return settings + file * num_files + b"--edge--\r\n"
-
-
 @pytest.mark.usefixtures("next_request_works")
 def test_work_that_nobody_waits_for_is_given_up(app):
     failed = 'florence2_failures_total{code="cancelled"}'
     before = metric(app.url, failed)
-    body = form(MANY, CITY.read_bytes())
+    settings = {"task_prompt": "<MORE_DETAILED_CAPTION>", "num_beams": 8}
+    files = [("files", ("a.jpg", CITY.read_bytes()))] * MANY
+    form = {"settings": json.dumps({"settings": settings})}
+    sent = requests.Request("POST", app.url, files=files, data=form).prepare()
     host, port = app.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as client:
         client.sendall(
             b"POST /inference_batch HTTP/1.1\r\nHost: localhost\r\n"
-            b"Content-Type: multipart/form-data; boundary=edge\r\n"
-            + f"Content-Length: {len(body)}\r\n\r\n".encode()
-            + body
+            + b"".join(f"{name}: {value}\r\n".encode() for name, value in sent.headers.items())
+            + b"\r\n"
+            + sent.body
         )
         batches = metric(app.url, "florence2_batch_prompts_count")
         while metric(app.url, "florence2_batch_prompts_count") == batches:

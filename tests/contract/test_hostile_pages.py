@@ -78,13 +78,12 @@ def test_only_checkpoints_that_were_allowed_are_deployed(app, name):
     assert_refused(answer, 400, says="--allow-deploy")
 
 
+@pytest.mark.parametrize("token", [{}, {"api_token": TOKEN}], ids=["the app's", "its own"])
 @pytest.mark.parametrize("path", ["inference_image_id", "tag_objects_async", "get_status", "x/y"])
-def test_a_server_that_nobody_allowed_hears_nothing(app, path):
+def test_a_server_that_nobody_allowed_hears_nothing(app, path, token):
     stranger = PlatformDouble()
     stranger.start()
-
-    answer = app.post(path, {"image_id": 1}, server_address=stranger.address, api_token=TOKEN)
-
+    answer = app.post(path, {"image_id": 1}, server_address=stranger.address, **token)
     stranger.stop()
     assert_refused(answer, 403, says="--allow-server")
     assert stranger.calls == []

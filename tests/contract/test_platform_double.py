@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import requests
-from platform_double import SESSION_TOKEN, TASK_ID
+from platform_double import SESSION_TOKEN, TASK_ID, PlatformDouble
 from platform_seed import DATASETS, IMAGES
 from requests.exceptions import HTTPError, RetryError
 
@@ -51,21 +51,6 @@ def test_an_image_downloads_alone_and_in_a_batch_as_the_same_pixels(api, seeded)
     assert np.array_equal(alone[0], expected)
 
 
-def test_a_new_image_is_uploaded_and_an_old_one_copied(api, seeded):
-    dataset = api.dataset.create(seeded.project_id, "fresh")
-    uploaded = api.image.upload_path(dataset.id, "bread.jpg", str(IMAGES / "scene_bread.jpg"))
-    source = api.image.get_info_by_id(seeded.labeled_id)
-    copied = api.image.copy_batch_optimized(
-        source.dataset_id, [source], dataset.id, with_annotations=True
-    )
-
-    height, width = sly.image.read(str(IMAGES / "scene_bread.jpg")).shape[:2]
-    assert (uploaded.width, uploaded.height) == (width, height)
-    images = api.image.get_list(dataset.id)
-    assert [image.name for image in images] == ["bread.jpg", "scene_city.jpg"]
-    assert len(annotation_of(api, copied[0].id, seeded.project_id).labels) == 1
-
-
 def test_a_labelers_object_comes_back_in_pixels_with_its_tag(api, seeded):
     annotation = annotation_of(api, seeded.labeled_id, seeded.project_id)
 
@@ -87,123 +72,89 @@ def test_meta_is_updated_and_what_was_there_keeps_its_id(api, seeded):
     assert after.get_obj_class("tree").sly_id not in (None, after.get_obj_class("car").sly_id)
 
 
-@pytest.mark.parametrize(
-    "geometry",
-    [
-        pytest.param(sly.Rectangle(0, 0, 9, 9), id="rectangle"),
-        pytest.param(sly.Polygon([(0, 0), (0, 8), (7, 3)]), id="polygon"),
-        pytest.param(sly.Bitmap(np.ones((5, 6), bool), sly.PointLocation(2, 3)), id="bitmap"),
-    ],
-)
-def test_an_uploaded_label_comes_back_as_it_was(api, seeded, geometry):
-    meta = meta_of(api, seeded.project_id)
+def empty_image(api, seeded):
+    """An image without labels: its id, the project's meta, and what uploads labels to it."""
     image_id = seeded.image_ids["scene_home.jpg"]
-    height, width = api.image.download_np(image_id).shape[:2]
-    label = sly.Label(
-        geometry, meta.get_obj_class("anything"), [sly.Tag(meta.get_tag_meta("remark"), "left")]
-    )
+    size_hw = api.image.download_np(image_id).shape[:2]
 
-    api.annotation.upload_ann(image_id, sly.Annotation((height, width), [label]))
+    def upload(*labels):
+        api.annotation.upload_ann(image_id, sly.Annotation(size_hw, list(labels)))
 
+    return image_id, meta_of(api, seeded.project_id), upload
+
+
+GEOMETRIES = [
+    sly.Rectangle(0, 0, 9, 9),
+    sly.Polygon([(0, 0), (0, 8), (7, 3)]),
+    sly.Bitmap(np.ones((5, 6), bool), sly.PointLocation(2, 3)),
+]
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=lambda geometry: geometry.geometry_name())
+def test_an_uploaded_label_comes_back_as_it_was(api, seeded, geometry):
+    image_id, meta, upload = empty_image(api, seeded)
+    tag = sly.Tag(meta.get_tag_meta("remark"), "left")
+    upload(sly.Label(geometry, meta.get_obj_class("anything"), [tag]))
     (back,) = annotation_of(api, image_id, seeded.project_id).labels
-    assert back.geometry.to_json()[_data_key(geometry)] == geometry.to_json()[_data_key(geometry)]
+    key = "bitmap" if isinstance(geometry, sly.Bitmap) else "points"
+    assert back.geometry.to_json()[key] == geometry.to_json()[key]
     assert back.tags.get("remark").value == "left"
 
 
-def _data_key(geometry):
-    return "bitmap" if isinstance(geometry, sly.Bitmap) else "points"
-
-
 def test_a_label_may_end_at_the_last_pixel(api, seeded):
-    meta = meta_of(api, seeded.project_id)
-    image_id = seeded.image_ids["scene_home.jpg"]
+    image_id, meta, upload = empty_image(api, seeded)
     height, width = api.image.download_np(image_id).shape[:2]
     shapes = [
         sly.Rectangle(0, 0, height - 1, width - 1),
         sly.Bitmap(np.ones((height, width), bool)),
         sly.Polygon([(0, 0), (0, width - 1), (height - 1, width - 1)]),
     ]
-    labels = [sly.Label(shape, meta.get_obj_class("anything")) for shape in shapes]
-
-    api.annotation.upload_ann(image_id, sly.Annotation((height, width), labels))
-
+    upload(*[sly.Label(shape, meta.get_obj_class("anything")) for shape in shapes])
     assert len(annotation_of(api, image_id, seeded.project_id).labels) == 3
 
 
-def object_json(**changes):
-    points = {"exterior": [[1, 1], [5, 5]], "interior": []}
-    shape = {"geometryType": "rectangle", "shape": "rectangle", "points": points}
-    return {"classTitle": "car", "description": "", "tags": [], **shape, **changes}
+def rectangle(*corners):
+    return {"points": {"exterior": corners, "interior": []}}
 
 
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        pytest.param({"classTitle": "cat"}, "Class 'cat' is not in the project", id="class"),
-        pytest.param({"classTitle": "outline"}, "holds polygon, not rectangle", id="geometry"),
-        pytest.param({"tags": [{"name": "new"}]}, "Tag 'new' is not in the project", id="tag"),
-        pytest.param(
-            {"tags": [{"name": "state", "value": "bent"}]}, "its value is 'bent'", id="value"
-        ),
-        pytest.param(
-            {"points": {"exterior": [[0, 0], [99999, 5]], "interior": []}},
-            "outside the image",
-            id="outside",
-        ),
-        pytest.param(
-            {"points": {"exterior": [[-5, 0], [9, 5]], "interior": []}},
-            "outside the image",
-            id="negative",
-        ),
-    ],
-)
+MISFITS = {
+    "class": ({"classTitle": "cat"}, "Class 'cat' is not in the project"),
+    "geometry": ({"classTitle": "outline"}, "holds polygon, not rectangle"),
+    "tag": ({"tags": [{"name": "new"}]}, "Tag 'new' is not in the project"),
+    "value": ({"tags": [{"name": "state", "value": "bent"}]}, "its value is 'bent'"),
+    "outside": (rectangle([0, 0], [99999, 5]), "outside the image"),
+    "negative": (rectangle([-5, 0], [9, 5]), "outside the image"),
+}
+
+
+@pytest.mark.parametrize(("changes", "sentence"), MISFITS.values(), ids=MISFITS)
 def test_an_annotation_that_does_not_fit_is_refused_and_nothing_changes(
     api, platform, seeded, changes, sentence
 ):
     image = platform.state.image(seeded.labeled_id)
     before = image.annotation
-    width, height = image.size_wh
-    size = {"width": width, "height": height}
-
+    size = dict(zip(("width", "height"), image.size_wh, strict=True))
+    figure = {"classTitle": "car", "geometryType": "rectangle", "shape": "rectangle"}
+    figure |= {"description": "", "tags": [], **rectangle([1, 1], [5, 5]), **changes}
     with pytest.raises(HTTPError, match=sentence):
-        api.annotation.upload_jsons(
-            [image.id], [{"size": size, "tags": [], "objects": [object_json(**changes)]}]
-        )
-
+        api.annotation.upload_jsons([image.id], [{"size": size, "tags": [], "objects": [figure]}])
     assert image.annotation is before
 
 
 def test_a_nameless_class_is_refused(api, seeded):
-    meta = meta_of(api, seeded.project_id)
+    meta = meta_of(api, seeded.project_id).add_obj_class(sly.ObjClass("  ", sly.Rectangle))
     with pytest.raises(HTTPError, match="A name is a text"):
-        api.project.update_meta(
-            seeded.project_id, meta.add_obj_class(sly.ObjClass("  ", sly.Rectangle))
-        )
+        api.project.update_meta(seeded.project_id, meta)
 
 
 def test_a_tag_is_added_to_an_object_that_is_there(api, seeded):
-    meta = meta_of(api, seeded.project_id)
+    tag_id = meta_of(api, seeded.project_id).get_tag_meta("state").sly_id
     (label,) = annotation_of(api, seeded.labeled_id, seeded.project_id).labels
-
-    api.advanced.add_tag_to_object(
-        meta.get_tag_meta("state").sly_id, label.geometry.sly_id, "whole"
-    )
-
+    api.advanced.add_tag_to_object(tag_id, label.geometry.sly_id, "whole")
     (label,) = annotation_of(api, seeded.labeled_id, seeded.project_id).labels
     assert {tag.name: tag.value for tag in label.tags} == {"reviewed": None, "state": "whole"}
     with pytest.raises(HTTPError, match="its value is 'odd'"):
-        api.advanced.add_tag_to_object(
-            meta.get_tag_meta("state").sly_id, label.geometry.sly_id, "odd"
-        )
-
-
-def test_labels_are_appended_to_those_that_are_there(api, seeded):
-    meta = meta_of(api, seeded.project_id)
-    label = sly.Label(sly.Rectangle(1, 2, 3, 4), meta.get_obj_class("car"))
-
-    api.annotation.append_labels(seeded.labeled_id, [label])
-
-    assert len(annotation_of(api, seeded.labeled_id, seeded.project_id).labels) == 2
+        api.advanced.add_tag_to_object(tag_id, label.geometry.sly_id, "odd")
 
 
 def test_the_call_that_is_to_fail_fails_and_the_next_does_not(api, platform, seeded):
@@ -232,8 +183,6 @@ def test_an_unknown_token_is_refused(platform, seeded, api):
 @pytest.fixture
 def echo(platform):
     """An app that is only another double: what reaches it is in its log of calls."""
-    from platform_double import PlatformDouble
-
     app = PlatformDouble()
     app.start()
     before, platform.app_url = platform.app_url, app.address + "/public/api/v3"

@@ -39,10 +39,7 @@ def test_a_platform_out_of_reach_is_424(app, path, state):
 
 @pytest.mark.parametrize(("path", "state"), IN_BACKGROUND.values(), ids=IN_BACKGROUND)
 def test_a_run_in_the_background_tells_so_in_a_sentence(app, path, state):
-    started = app.post(path, state, **WHERE).json()
-
-    progress = app.finished(started["inference_request_uuid"])
-
+    progress, _ = app.done(path, state, **WHERE)
     assert progress["stage"] == "Error"
     message = progress["exception"]["message"]
     assert message.startswith("The platform ")

@@ -14,13 +14,7 @@ def run(app, seeded):
     """A project's run that is waited for: its progress at the end, and its results."""
 
     def start(path="inference_project_id_async", **state):
-        state = {"projectId": seeded.project_id, **state}
-        answer = app.post(path, state)
-        assert answer.status_code == 200, answer.text
-        uuid = answer.json()["inference_request_uuid"]
-        progress = app.finished(uuid)
-        popped = app.post("pop_inference_results", {"inference_request_uuid": uuid}).json()
-        return progress, popped["pending_results"]
+        return app.done(path, {"projectId": seeded.project_id, **state})
 
     return start
 

@@ -115,10 +115,7 @@ def test_only_objects_of_chosen_classes_are_asked_about(tag_objects, figure):
 
 def test_a_project_is_done_in_the_background(app, platform, seeded, figure):
     state = {"projectId": seeded.project_id, "task_prompt": "<REGION_TO_DESCRIPTION>"}
-
-    answer = app.post("tag_objects_async", state)
-
-    progress = app.finished(answer.json()["inference_request_uuid"])
+    progress, _ = app.done("tag_objects_async", state)
     assert progress["exception"] is None
     assert "description" in tags_of(figure())
     assert platform.count("annotations.bulk.add") == 0

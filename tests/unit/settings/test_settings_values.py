@@ -144,6 +144,11 @@ READ = {
     "suffix": ({"class_suffix": " (auto)"}, {"class_suffix": " (auto)"}),
     "search": ({"num_beams": "1", "max_new_tokens": 64.0}, {"num_beams": 1, "max_new_tokens": 64}),
     "more": ({"recursive": True, "batch_size": 0, "tracker_settings": {}}, {}),
+    "what clients send along": (
+        {"show_progress": True, "step": 1, "img_size": 640, "existing_objects_iou_thresh": 0.7}
+        | {"sliding_window_mode": "basic", "model_prediction_suffix": "_nn", "text": "car"},
+        {"text": "car"},
+    ),
 }
 
 REFUSED = {

@@ -1,16 +1,92 @@
-"""One model at a time: freed before the next, back when the next fails, asleep when idle."""
+"""The model that is served: what can be deployed, one at a time, back when the next fails, idle."""
 
 from __future__ import annotations
 
+import json
 import threading
+from pathlib import Path
 
 import pytest
 
 from florence2.engine.ask import Ask
-from florence2.errors import CheckpointError, StoppedError
-from serve.model_service import Deployment, ModelChoice
+from florence2.errors import CheckpointError, RequestError, StoppedError
+from serve import model_service
+from serve.model_service import (
+    Deployment,
+    IdleTimer,
+    ModelChoice,
+    check_runtime,
+    device_name,
+    named_model,
+    params_from_state,
+)
 
-PATIENCE_S = 20.0
+MODELS = json.loads(Path(model_service.__file__).with_name("models.json").read_text())
+
+
+def test_a_request_names_a_model_in_any_case():
+    params = params_from_state({"model_name": "florence-2-BASE"}, MODELS)
+    assert params["model_files"] == {"checkpoint": "Florence-2-base"}
+    assert params["runtime"] == "PyTorch"
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ({}, "Florence-2-large"),
+        ({"deploy_params": None}, "Florence-2-large"),
+        ({"deploy_params": {"model_files": {"checkpoint": "Florence-2-base-ft"}}}, "-base-ft"),
+        ({"deploy_params": {"model_info": {"meta": {"model_name": "Florence-2-large-ft"}}}}, "-ft"),
+    ],
+)
+def test_the_model_is_found_wherever_clients_name_it(given, name):
+    params = params_from_state(given, MODELS)
+    assert params["model_files"]["checkpoint"].endswith(name)
+
+
+@pytest.mark.parametrize(
+    ("state", "says"),
+    [
+        ({"model_name": "Florence-2-huge"}, "Florence-2-large"),
+        ({"model_name": 7}, "7"),
+        ({"deploy_params": "cpu"}, "deploy_params"),
+        ({"deploy_params": {"device": 0}}, "device"),
+        ({"deploy_params": {"runtime": "TensorRT"}}, "PyTorch"),
+        ({"deploy_params": {"model_source": "Custom models"}}, "model_name"),
+        ({"deploy_params": {"model_files": "x", "model_info": "y"}, "model_name": "z"}, "'z'"),
+    ],
+)
+def test_what_cannot_be_deployed_is_said(state, says):
+    with pytest.raises(RequestError, match=says):
+        params_from_state(state, MODELS)
+
+
+def test_another_checkpoint_must_be_allowed_by_its_exact_name():
+    allowed = ("demo", "someone/fine-tune")
+    params = params_from_state({"model_name": "someone/fine-tune"}, MODELS, allowed)
+    assert params["model_files"] == {"checkpoint": "someone/fine-tune"}
+    assert params["model_info"]["meta"]["model_name"] == "someone/fine-tune"
+    for other in ("someone/other", "someone/fine-tune@main", "/", "..", ["someone/fine-tune"]):
+        with pytest.raises(RequestError, match=r"someone/fine-tune.*--allow-deploy"):
+            params_from_state({"model_name": other}, MODELS, allowed)
+
+
+def test_rows_of_the_table_are_not_changed_by_a_deployment():
+    row = named_model("Florence-2-base", MODELS)
+    row["meta"] = None
+    assert named_model("Florence-2-base", MODELS)["meta"]
+
+
+@pytest.mark.parametrize("runtime", [None, "", "pytorch", "PyTorch", "torch", "auto"])
+def test_the_runtime_has_one_name(runtime):
+    assert check_runtime(runtime) == "PyTorch"
+
+
+def test_a_device_nobody_chose_is_chosen(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert [device_name(one) for one in (None, "", "auto", "cuda:1")] == ["cpu"] * 3 + ["cuda:1"]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert device_name(None) == "cuda:0"
 
 
 class Model:
@@ -226,3 +302,45 @@ def test_a_model_that_was_exchanged_meanwhile_is_left_alone(failing, diary):
     failing.deployment.reload()
     assert diary == ["load base", "free base", "load large"]
     assert failing.deployment.current.choice.name == "large"
+
+
+def test_a_timer_acts_once_when_nothing_happens_and_again_after_the_next_touch():
+    acted = threading.Semaphore(0)
+    timer = IdleTimer(acted.release)
+    for _ in range(2):
+        timer.touch(0.05)
+        assert acted.acquire(timeout=10)
+    assert not acted.acquire(timeout=0.2)
+
+
+def test_many_threads_share_one_timer():
+    timer = IdleTimer(lambda: None)
+    before = threading.active_count()
+    callers = [threading.Thread(target=timer.touch, args=(60.0,)) for _ in range(50)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert threading.active_count() <= before + 1
+    timer.cancel()
+
+
+def test_a_cancelled_timer_does_not_act():
+    acted = threading.Event()
+    timer = IdleTimer(acted.set)
+    timer.touch(0.2)
+    timer.cancel()
+    assert not acted.wait(0.5)
+
+
+def test_an_action_that_fails_does_not_end_the_timer():
+    acted = threading.Semaphore(0)
+
+    def fail() -> None:
+        acted.release()
+        raise OSError("no device")
+
+    timer = IdleTimer(fail)
+    for _ in range(2):
+        timer.touch(0.01)
+        assert acted.acquire(timeout=10)
