@@ -11,7 +11,7 @@ from PIL import Image
 from florence2.budget import Budget
 from florence2.engine.ask import Ask
 from florence2.engine.scheduler import BatchReport, Priority
-from florence2.errors import NoRoomError, RequestError
+from florence2.errors import NoRoomError
 from florence2.records import Box, Failure, Result
 from serve.http.metrics import Metrics
 from serve.model_service import Deployment, ModelChoice
@@ -33,13 +33,6 @@ def scheduler(deployment):
 def classes_of(predicted: Predicted | Failure) -> list[str]:
     assert isinstance(predicted, Predicted), predicted
     return sorted(label.obj_class.name for label in predicted.annotation.labels)
-
-
-def boxes_of(predicted: Predicted) -> list[tuple[int, int, int, int]]:
-    return sorted(
-        (box.left, box.top, box.right, box.bottom)
-        for box in (label.geometry.to_bbox() for label in predicted.annotation.labels)
-    )
 
 
 def test_a_damaged_image_fails_alone(predictor, bike):
@@ -81,35 +74,26 @@ def test_mapped_prompts_on_many_images_encode_each_image_once(demo_model, image_
     assert "plant" in classes_of(predicted[0])
 
 
-def test_a_rectangle_gives_the_labels_of_the_cut_moved_back(predictor, bike):
-    whole = Image.open(bike).convert("RGB")
-    box = (320, 120, 520, 320)
-    [in_cut] = predictor.predict([whole.crop(box)], parse_settings({}))
-    [on_whole] = predictor.predict([whole], parse_settings({"rectangle": list(box)}))
-    moved = [(x1 + 320, y1 + 120, x2 + 320, y2 + 120) for x1, y1, x2, y2 in boxes_of(in_cut)]
-    assert moved
-    assert boxes_of(on_whole) == sorted(moved)
-    assert on_whole.annotation.img_size == (whole.height, whole.width)
+def corners_of(predicted: Predicted) -> list[tuple[int, int]]:
+    """Of boxes and outlines alike, in the order of the labels."""
+    shapes = [label.geometry for label in predicted.annotation.labels]
+    outlines = [shape.exterior if hasattr(shape, "exterior") else shape.corners for shape in shapes]
+    return [(point.col, point.row) for outline in outlines for point in outline]
 
 
-def test_polygons_move_with_the_rectangle_too(predictor, bike):
+STAR = {"task_prompt": "<REFERRING_EXPRESSION_SEGMENTATION>", "text": "star"}
+
+
+@pytest.mark.parametrize("asked", [{}, STAR], ids=["boxes", "polygons"])
+def test_a_rectangle_gives_the_labels_of_the_cut_moved_back(predictor, bike, asked):
     whole = Image.open(bike).convert("RGB")
     box = (320, 120, 520, 320)
-    asked = {"task_prompt": "<REFERRING_EXPRESSION_SEGMENTATION>", "text": "star"}
     [in_cut] = predictor.predict([whole.crop(box)], parse_settings(asked))
     [on_whole] = predictor.predict([whole], parse_settings({**asked, "rectangle": list(box)}))
-    cut_points = [
-        (point.col + 320, point.row + 120)
-        for label in in_cut.annotation.labels
-        for point in label.geometry.exterior
-    ]
-    whole_points = [
-        (point.col, point.row)
-        for label in on_whole.annotation.labels
-        for point in label.geometry.exterior
-    ]
-    assert cut_points
-    assert whole_points == cut_points
+    moved = [(x + 320, y + 120) for x, y in corners_of(in_cut)]
+    assert moved
+    assert sorted(corners_of(on_whole)) == sorted(moved)
+    assert on_whole.annotation.img_size == (whole.height, whole.width)
 
 
 def test_a_rectangle_outside_the_image_is_that_images_failure(predictor, bike):
@@ -191,6 +175,15 @@ def test_who_stops_waiting_gets_a_failure_that_says_so(predictor, bike):
     assert failed.code == "cancelled"
 
 
+def seen_by_model(scheduler, monkeypatch, look) -> list[int]:
+    """What ``look`` tells of each batch of questions when the model is asked."""
+    run, seen = scheduler.run, list[int]()
+    monkeypatch.setattr(
+        scheduler, "run", lambda asks, **options: (seen.append(look(asks)), run(asks, **options))[1]
+    )
+    return seen
+
+
 def input_pixels(deployment) -> int:
     """Of an image as the network takes it."""
     return deployment.current.model.engine.checkpoint.image_processor.size_wh[0] ** 2
@@ -198,14 +191,7 @@ def input_pixels(deployment) -> int:
 
 def test_large_images_are_answered_in_parts(deployment, predictor, scheduler, bike, monkeypatch):
     monkeypatch.setattr("serve.predict.predictor.MAX_OPEN_PIXELS", input_pixels(deployment) * 2)
-    asked: list[int] = []
-    run = scheduler.run
-
-    def counted(asks, **options):
-        asked.append(len(asks))
-        return run(asks, **options)
-
-    monkeypatch.setattr(scheduler, "run", counted)
+    asked = seen_by_model(scheduler, monkeypatch, len)
     predicted = predictor.predict([bike, b"junk", bike, bike], parse_settings({}))
     assert asked == [2, 1]
     assert [type(one) for one in predicted] == [Predicted, Failure, Predicted, Predicted]
@@ -220,11 +206,6 @@ def test_outcomes_are_counted(deployment, bike, tmp_path):
     assert 'florence2_images_total{outcome="failed"} 1.0' in text
     assert 'florence2_images_total{outcome="empty"}' in text
     assert 'florence2_failures_total{code="bad_image"} 1.0' in text
-
-
-def test_a_region_task_without_regions_is_refused_before_the_model():
-    with pytest.raises(RequestError, match="region"):
-        parse_settings({"task_prompt": "<REGION_TO_CATEGORY>"})
 
 
 class Recorded(Budget):
@@ -276,15 +257,8 @@ def test_of_an_image_that_waits_for_the_model_only_what_it_needs_is_held(
     deployment, scheduler, monkeypatch
 ):
     budget = Recorded(10 * PIXELS)
-    seen = []
     predictor = Predictor(deployment, Metrics(), budget)
-    run = scheduler.run
-
-    def looked_at(asks, **options):
-        seen.append(budget.held)
-        return run(asks, **options)
-
-    monkeypatch.setattr(scheduler, "run", looked_at)
+    seen = seen_by_model(scheduler, monkeypatch, lambda asks: budget.held)
     predictor.predict([blank(2_000, 1_000)] * 2, parse_settings({"max_new_tokens": 3}))
     assert seen == [2 * input_pixels(deployment)]
 
@@ -316,15 +290,12 @@ def test_who_stops_waiting_for_room_gets_a_failure_that_says_so(deployment, call
     assert failed.code == code
 
 
+SMALL_TILES = {"width": 32, "height": 32, "overlap": 0}
 NOT_LABELED = {
     "damaged": (lambda: blank(90, 90)[:60], {}, "bad_image"),
     "no image": (lambda: b"x", {}, "bad_image"),
     "a rectangle outside": (lambda: blank(90, 90), {"rectangle": [500, 0, 510, 9]}, "bad_request"),
-    "too many tiles": (
-        lambda: blank(1_200, 1_200),
-        {"tiling": {"width": 32, "height": 32, "overlap": 0}},
-        "bad_request",
-    ),
+    "many tiles": (lambda: blank(1_200, 1_200), {"tiling": SMALL_TILES}, "bad_request"),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,13 @@ DOCKERFILE_DEPLOY = ROOT / "docker" / "Dockerfile.deploy"
 COMPOSE = ROOT / "docker" / "docker-compose.yml"
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 SCRIPTS = Path(sys.executable).parent
+
+
+def schema_errors(schema: str, path: Path) -> str:
+    """What a schema that check-jsonschema brings along has against a file."""
+    command = [str(SCRIPTS / "check-jsonschema"), "--builtin-schema", f"vendor.{schema}", str(path)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return ran.stdout if ran.returncode else ""
 
 
 def text_of(path: Path) -> str:

@@ -23,6 +23,7 @@ from packaging_files import (
     SCRIPTS,
     environment,
     instructions,
+    schema_errors,
     text_of,
     yaml_of,
 )
@@ -190,15 +191,4 @@ def test_compose_serves_on_this_machine_only():
 
 
 def test_the_compose_file_follows_the_compose_specification():
-    ran = subprocess.run(
-        [
-            str(SCRIPTS / "check-jsonschema"),
-            "--builtin-schema",
-            "vendor.compose-spec",
-            str(COMPOSE),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert ran.returncode == 0, ran.stdout
+    assert schema_errors("compose-spec", COMPOSE) == ""

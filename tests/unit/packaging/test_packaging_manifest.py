@@ -1,7 +1,8 @@
-"""config.json: what the platform reads before it starts the app."""
+"""What the platform reads: config.json, and the models and options that the app's page offers."""
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shlex
@@ -15,9 +16,15 @@ import pytest
 import supervisely
 from jsonschema import Draft202012Validator
 from packaging.version import Version
-from packaging_files import HERE, ROOT, manifest, pinned, text_of
+from packaging_files import HERE, ROOT, manifest, pinned, text_of, yaml_of
 from PIL import Image
 
+from florence2.checkpoint.catalog import KNOWN_BY_NAME, KNOWN_CHECKPOINTS
+from serve.sdk import sly
+
+MODELS = ROOT / "serve" / "models.json"
+ROWS: list[dict[str, Any]] = json.loads(text_of(MODELS))
+TASK_TYPE = "prompt-based object detection"
 SCHEMA = json.loads(text_of(HERE / "manifest_schema.json"))
 
 Change = Callable[[dict[str, Any]], object]
@@ -103,3 +110,38 @@ def test_the_entrypoint_finds_both_packages_in_a_clone_where_nothing_is_installe
         (tmp_path / "src" / "florence2" / "__init__.py").resolve(),
         (tmp_path / "serve" / "main.py").resolve(),
     ], ran.stderr
+
+
+def test_the_rows_are_the_published_checkpoints_in_their_order():
+    assert [row["Model"] for row in ROWS] == [known.name for known in KNOWN_CHECKPOINTS]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row["Model"])
+def test_a_row_names_one_checkpoint_everywhere_in_cells_of_text(row: dict[str, Any]):
+    name = row["Model"]
+    files = {"checkpoint": name}
+    assert row["meta"] == {"task_type": TASK_TYPE, "model_name": name, "model_files": files}
+    assert row["Hub repository"] == KNOWN_BY_NAME[name].repository
+    # The first row makes the header, and the page compiles each cell as a template.
+    assert list(row) == list(ROWS[0])
+    cells = [value for column, value in row.items() if column != "meta"]
+    assert all(isinstance(cell, str) and cell for cell in cells)
+
+
+def test_the_sdk_reads_the_file():
+    assert sly.nn.inference.Inference._load_models_json_file(None, str(MODELS)) == ROWS
+
+
+def test_the_sdks_selector_shows_one_table_with_all_rows():
+    from supervisely.app.widgets import PretrainedModelsSelector
+
+    selected = PretrainedModelsSelector._filter_and_sort_models(None, copy.deepcopy(ROWS), False)
+    assert selected == {TASK_TYPE: {"other": ROWS}}
+
+
+def test_the_page_offers_the_published_checkpoints_only():
+    assert yaml_of(ROOT / "serve" / "app_options.yaml") == {
+        "pretrained_models": "true",
+        "custom_models": "false",
+        "supported_runtimes": ["pytorch"],
+    }
