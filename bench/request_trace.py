@@ -13,6 +13,7 @@ import json
 import os
 import socket
 import sys
+import tempfile
 import threading
 import time
 import tomllib
@@ -115,12 +116,14 @@ def trace_run() -> None:
     trace.watch_threads()
     model = Florence2.load("demo", device="cpu", precision="fp32")
 
-    def ask(number: int) -> None:
-        path = Path(f"{number}.png")
-        path.write_bytes(fresh_image(number))
-        model.run(TASK, path, max_new_tokens=4)
+    with tempfile.TemporaryDirectory() as folder:
 
-    measure(trace, ask)
+        def ask(number: int) -> None:
+            path = Path(folder, f"{number}.png")
+            path.write_bytes(fresh_image(number))
+            model.run(TASK, path, max_new_tokens=4)
+
+        measure(trace, ask)
 
 
 def trace_post() -> None:
