@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 
 import pytest
+import requests
 import yaml
 from contract_calls import CITY, HOME, STREET, classes_in, rows_of
 from platform_double import TASK_ID
@@ -20,6 +21,16 @@ def send(api, running_app, seeded):
         return api.task.send_request(TASK_ID, command, state, raise_error=True)
 
     return request
+
+
+def finished(send, started):
+    """The id of a request in the background that has ended, told by its progress."""
+    uuid = started["inference_request_uuid"]
+    while True:
+        progress = send("get_inference_progress", inference_request_uuid=uuid)
+        assert {"current", "total"} <= set(progress["progress"])
+        if progress["finished"]:
+            return uuid
 
 
 @pytest.fixture
@@ -77,13 +88,12 @@ class TestImageLabeling:
 
         inside = rows_of(answer["annotation"])
         assert inside
-        assert all(
-            row[2] >= roi.left
-            and row[3] >= roi.top
-            and row[4] <= roi.right
-            and row[5] <= roi.bottom
-            for row in inside
-        )
+        corners = [
+            (sly.PointLocation(row, col))
+            for _, _, c1, r1, c2, r2 in inside
+            for row, col in ((r1, c1), (r2, c2))
+        ]
+        assert all(map(roi.contains_point_location, corners))
 
     def test_a_selected_object_becomes_the_reference(self, send, city):
         _, _, text = self.connect(send)
@@ -102,13 +112,15 @@ class TestImageLabeling:
 
     def test_outlines_are_no_classes_that_the_tool_takes_for_boxes(self, send, city):
         info, meta, text = self.connect(send)
-        edited = yaml.safe_load(text) | {
-            "task_prompt": "<OCR_WITH_REGION>",
-        }
+        edited = yaml.safe_load(text) | {"task_prompt": "<OCR_WITH_REGION>"}
 
         shown = self.shown(info, meta, self.apply(send, city, yaml.safe_dump(edited)))
 
         assert {label.geometry.geometry_name() for label in shown.labels} == {"polygon"}
+
+
+PARAMS = {"windowHeight": 256, "windowWidth": 256, "overlapY": 64, "overlapX": 64}
+WINDOWS = {"inference_mode": "sliding_window", "sliding_window_params": PARAMS}
 
 
 class TestApplyToImages:
@@ -125,14 +137,7 @@ class TestApplyToImages:
         assert all(answer["annotation"]["objects"] for answer in answers)
 
     def test_a_sliding_window(self, send, city):
-        params = {
-            "windowHeight": 256,
-            "windowWidth": 256,
-            "overlapY": 64,
-            "overlapX": 64,
-            "borderStrategy": "shift_window",
-        }
-        settings = {"inference_mode": "sliding_window", "sliding_window_params": params}
+        settings = WINDOWS | {"sliding_window_params": {**PARAMS, "borderStrategy": "shift_window"}}
 
         answer = send("inference_image_id", image_id=city, settings=settings)
 
@@ -141,19 +146,11 @@ class TestApplyToImages:
         assert set(classes_in(whole["annotation"])) & set(classes_in(answer["annotation"]))
 
     def test_a_sliding_window_in_the_background_reports_progress(self, send, city):
-        params = {"windowHeight": 256, "windowWidth": 256, "overlapY": 64, "overlapX": 64}
-        settings = {"inference_mode": "sliding_window", "sliding_window_params": params}
+        started = send("inference_image_id_async", image_id=city, settings=WINDOWS)
 
-        started = send("inference_image_id_async", image_id=city, settings=settings)
-
-        uuid = started["inference_request_uuid"]
-        while not (progress := send("get_inference_progress", inference_request_uuid=uuid))[
-            "finished"
-        ]:
-            assert {"current", "total"} <= set(progress["progress"])
-        popped = send("pop_inference_results", inference_request_uuid=uuid)["pending_results"]
-        assert len(popped) == 1
-        assert popped[0]["annotation"]["objects"]
+        uuid = finished(send, started)
+        [popped] = send("pop_inference_results", inference_request_uuid=uuid)["pending_results"]
+        assert popped["annotation"]["objects"]
 
 
 class TestApplyFlorence:
@@ -201,9 +198,7 @@ class TestPredictApp:
             model_prediction_suffix="_model",
         )
 
-        uuid = started["inference_request_uuid"]
-        while not send("get_inference_progress", inference_request_uuid=uuid)["finished"]:
-            pass
+        uuid = finished(send, started)
         status = send("get_inference_status", inference_request_uuid=uuid)
         assert status["stage"] == "Finished"
         assert send("get_inference_result", inference_request_uuid=uuid) is None
@@ -241,8 +236,6 @@ class TestQuestions:
         assert "car" in answer["answer"]
 
     def test_a_file_of_the_server_is_not_read(self, send):
-        import requests
-
         with pytest.raises(requests.HTTPError, match="path on the server is not read") as raised:
             send("visual_question_answering", image_path=str(CITY), text_prompt="<CAPTION>")
 

@@ -37,6 +37,11 @@ def ask(client, image, route="/inference_image", **settings):
     return client.post(route, files=[("files", ("a.png", image))], data=form)
 
 
+def deploy(client, name, **params):
+    state = {"deploy_params": {"device": "cpu", **params}, "model_name": name}
+    return client.post("/deploy_from_api", json={"state": state})
+
+
 def classes_in(entry) -> list[str]:
     return sorted(label["classTitle"] for label in entry["annotation"]["objects"])
 
@@ -106,9 +111,7 @@ def test_questions_are_answered_with_text(client, bike):
 
 def test_the_model_before_runs_on_when_another_cannot_be_deployed(client, bike, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    state = {"deploy_params": {"device": "cpu"}, "model_name": "someone/nothing-here"}
-    answer = client.post("/deploy_from_api", json={"state": state})
-    assert answer.status_code == 400
+    assert deploy(client, "someone/nothing-here").status_code == 400
     assert client.get("/is_ready").status_code == 200
     info = client.post("/get_deploy_info", json={}).json()
     assert (info["model_name"], info["device"], info["model_precision"]) == ("demo", "cpu", "FP32")
@@ -117,35 +120,28 @@ def test_the_model_before_runs_on_when_another_cannot_be_deployed(client, bike, 
 
 def test_a_damaged_checkpoint_leaves_the_model_before_running(client, app, bike, tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    state = {"deploy_params": {"device": "cpu"}, "model_name": str(tmp_path)}
-    assert client.post("/deploy_from_api", json={"state": state}).status_code == 400
-    state["model_name"] = "demo"
-    assert client.post("/deploy_from_api", json={"state": state}).status_code == 200
+    assert deploy(client, str(tmp_path)).status_code == 400
+    assert deploy(client, "demo").status_code == 200
     assert ask(client, bike).status_code == 200
 
 
 def test_a_stopped_model_refuses_until_it_is_deployed_again(client, app, bike):
     app.shutdown_model()
     assert client.get("/is_ready").status_code == 503
+    question = {"state": {"image_encoding": "AAAA", "text_prompt": "<CAPTION>"}}
     refused = [
-        ask(client, bike),
-        ask(client, bike, route="/inference_batch"),
+        *(ask(client, bike, route) for route in ("/inference_image", "/inference_batch")),
         client.post("/get_session_info", json={}),
-        client.post(
-            "/visual_question_answering",
-            json={"state": {"image_encoding": "AAAA", "text_prompt": "<CAPTION>"}},
-        ),
+        client.post("/visual_question_answering", json=question),
     ]
     assert [answer.status_code for answer in refused] == [503] * 4
     assert all(answer.headers["Retry-After"] for answer in refused)
-    state = {"deploy_params": {"device": "cpu"}, "model_name": "demo"}
-    assert client.post("/deploy_from_api", json={"state": state}).status_code == 200
+    assert deploy(client, "demo").status_code == 200
     assert ask(client, bike).status_code == 200
 
 
 def test_an_unavailable_device_is_refused_and_changes_nothing(client, bike):
-    state = {"deploy_params": {"device": "cuda:7"}, "model_name": "demo"}
-    answer = client.post("/deploy_from_api", json={"state": state})
+    answer = deploy(client, "demo", device="cuda:7")
     assert answer.status_code == 400
     assert "cuda:7" in answer.json()["message"]
     assert ask(client, bike).status_code == 200
@@ -266,8 +262,7 @@ def test_a_model_on_the_cpu_has_no_device_to_free(client, app):
 
 def test_a_name_that_no_file_system_takes_is_no_checkpoint(client, bike):
     for name in ("x" * 5000, "a\0b"):
-        answer = client.post("/deploy_from_api", json={"state": {"model_name": name}})
-        assert answer.status_code == 400
+        assert deploy(client, name).status_code == 400
     assert ask(client, bike).status_code == 200
 
 
@@ -289,13 +284,9 @@ def test_tasks_are_listed(client):
 
 
 def test_the_sdks_python_interface_works_too(app, image_path):
-    annotation = app.inference(
-        str(image_path("scene_bike.png")), app.custom_inference_settings_dict
-    )
-    assert sorted(label.obj_class.name for label in annotation.labels)
-    predictions, milliseconds = app.predict_benchmark(
-        [str(image_path("scene_bike.png"))], app.custom_inference_settings_dict
-    )
+    path, settings = str(image_path("scene_bike.png")), app.custom_inference_settings_dict
+    assert app.inference(path, settings).labels
+    predictions, milliseconds = app.predict_benchmark([path], settings)
     assert app._predictions_to_annotation("", predictions[0]) == predictions[0][0].annotation
     assert milliseconds["inference"] > 0
 
@@ -430,12 +421,7 @@ def test_a_process_ends_with_its_sentence_last():
 def room(monkeypatch):
     """The process's budget of bytes, for this app alone."""
     budget = Budget(64 * MIB, "bytes of images")
-    for module in (
-        "serve.app",
-        "serve.http.guard",
-        "serve.http.handlers",
-        "serve.answering",
-    ):
+    for module in ("serve.app", "serve.http.guard", "serve.http.handlers", "serve.answering"):
         monkeypatch.setattr(f"{module}.held_bytes", lambda: budget)
     return budget
 
