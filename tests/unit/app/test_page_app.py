@@ -11,14 +11,13 @@ import pytest
 
 import serve
 
-STEPS = Path(__file__).with_name("page_steps.py")
+STEPS = Path(__file__).with_name("app_steps.py")
 ROOT = Path(__file__).parents[3]
-HEADLESS = Path(__file__).with_name("headless_steps.py")
 
 
-def run_steps(folder: Path, *words: str, program: Path = STEPS) -> dict:
+def run_steps(folder: Path, way: str) -> dict:
     done = subprocess.run(
-        [sys.executable, str(program), *words],
+        [sys.executable, str(STEPS), way],
         capture_output=True,
         text=True,
         timeout=300,
@@ -39,7 +38,7 @@ def run_steps(folder: Path, *words: str, program: Path = STEPS) -> dict:
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory) -> dict:
-    return run_steps(tmp_path_factory.mktemp("page"))
+    return run_steps(tmp_path_factory.mktemp("page"), "page")
 
 
 def test_large_is_chosen_among_exactly_four(seen):
@@ -106,14 +105,14 @@ def test_a_restarted_app_has_its_model_back_and_loads_it_once(seen):
 
 
 def test_an_app_without_a_page_is_deployed_by_requests(tmp_path):
-    seen = run_steps(tmp_path, "plain", program=HEADLESS)
+    seen = run_steps(tmp_path, "plain")
     assert (seen["first"], seen["ready"], seen["labels"]) == (503, 200, 4)
     assert "cannot be reached" in seen["refused"]
     assert seen["device"] == "cpu"
 
 
 def test_a_program_deploys_by_name(tmp_path):
-    seen = run_steps(tmp_path, "quick", program=HEADLESS)
+    seen = run_steps(tmp_path, "quick")
     assert seen == {"labels": 4, "model": "demo", "precision": "FP32", "device": "cpu"}
 
 
