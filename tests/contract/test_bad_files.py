@@ -106,7 +106,6 @@ def test_an_address_that_is_not_a_public_image_is_refused(app, url):
 
 def test_the_apps_own_address_is_refused_and_not_visited(app, platform):
     answer = app.post("inference_image_url", {"image_url": platform.address + "/public/api/v3/x"})
-
     assert_refused(answer, 400, says="public")
     assert platform.calls == []
 
@@ -136,9 +135,7 @@ def test_names_of_files_are_never_paths(app, tmp_path, running_app):
     up = "../" * 12
     names = [f"{up}{tmp_path}/up.png", f"{tmp_path}/absolute.png", "..\\up.png", "a\0b.png", ""]
     before = set(running_app.log_path.parent.rglob("*"))
-
     answer = app.upload("inference_batch", [(name or "x", SMALL) for name in names], {})
-
     assert answer.status_code == 200
     assert len(answer.json()) == len(names)
     assert set(running_app.log_path.parent.rglob("*")) == before

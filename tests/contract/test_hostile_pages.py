@@ -74,7 +74,6 @@ def test_a_program_and_the_own_page_are_answered(send, app):
 @pytest.mark.parametrize("name", ["someone/checkpoint", "/etc", "../..", "Florence-2-huge"])
 def test_only_checkpoints_that_were_allowed_are_deployed(app, name):
     answer = app.post("deploy_from_api", {"model_name": name, "deploy_params": {"device": "cpu"}})
-
     assert_refused(answer, 400, says="--allow-deploy")
 
 

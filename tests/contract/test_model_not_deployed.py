@@ -85,10 +85,8 @@ def test_bad_requests_are_still_bad_requests(page):
 
 def test_requests_do_not_change_the_state_of_the_page(page):
     before = page.post("sly/state").json()
-
     page.post("inference_image_id", {"image_id": 1, "selectedRow": 3, "settings": {"text": "x"}})
     page.post("get_session_info", {"pollution": True})
-
     after = page.post("sly/state").json()
     assert "pollution" not in after
     assert after == before
@@ -96,7 +94,6 @@ def test_requests_do_not_change_the_state_of_the_page(page):
 
 def test_a_deployment_that_fails_leaves_a_page_that_works(page):
     state = {"deploy_params": {"device": "cpu"}, "model_name": "no-such-model"}
-
     assert_refused(page.post("deploy_from_api", state), says="no-such-model")
     assert page.get("").status_code == 200
     assert page.get("is_ready").status_code == 503

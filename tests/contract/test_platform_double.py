@@ -25,7 +25,6 @@ def test_projects_datasets_and_images_are_found_by_id_and_by_list(api, seeded):
     project = api.project.get_info_by_id(seeded.project_id)
     datasets = api.dataset.get_list(seeded.project_id, recursive=True)
     images = [image for row in datasets for image in api.image.get_list(row.id)]
-
     assert (project.name, project.type) == ("street", "images")
     assert [row.name for row in datasets] == list(DATASETS)
     assert {image.name: image.id for image in images} == seeded.image_ids
@@ -42,10 +41,8 @@ def test_what_is_not_there_is_none(api, seeded):
 def test_an_image_downloads_alone_and_in_a_batch_as_the_same_pixels(api, seeded):
     ids = seeded.in_dataset("outside")
     dataset_id = seeded.dataset_ids["outside"]
-
     alone = [api.image.download_np(key) for key in ids]
     together = api.image.download_nps(dataset_id, ids)
-
     assert all(np.array_equal(*pair) for pair in zip(alone, together, strict=True))
     expected = sly.image.read(str(IMAGES / "scene_city.jpg"))
     assert np.array_equal(alone[0], expected)
@@ -53,7 +50,6 @@ def test_an_image_downloads_alone_and_in_a_batch_as_the_same_pixels(api, seeded)
 
 def test_a_labelers_object_comes_back_in_pixels_with_its_tag(api, seeded):
     annotation = annotation_of(api, seeded.labeled_id, seeded.project_id)
-
     (label,) = annotation.labels
     assert label.obj_class.name == "car"
     box = label.geometry
@@ -67,7 +63,6 @@ def test_meta_is_updated_and_what_was_there_keeps_its_id(api, seeded):
     after = api.project.update_meta(
         seeded.project_id, before.add_obj_class(sly.ObjClass("tree", sly.Rectangle))
     )
-
     assert after.get_obj_class("car").sly_id == before.get_obj_class("car").sly_id
     assert after.get_obj_class("tree").sly_id not in (None, after.get_obj_class("car").sly_id)
 
@@ -170,7 +165,6 @@ def test_the_call_that_is_to_fail_fails_and_the_next_does_not(api, platform, see
 def test_a_damaged_image_arrives_cut_in_half(api, platform, seeded):
     whole = platform.state.image(seeded.labeled_id).content
     platform.faults.damage(seeded.labeled_id)
-
     assert api.image._download(seeded.labeled_id).content == whole[: len(whole) // 2]
 
 
@@ -209,6 +203,5 @@ def test_requests_to_the_session_reach_the_app_as_they_are(api, platform, echo):
         headers={"x-api-key": api.token},
         timeout=10,
     )
-
     assert answer.json() == {"version": "6.99.0"}
     assert echo.calls[0].payload == {"b": [2]}

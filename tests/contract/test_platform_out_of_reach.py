@@ -57,7 +57,6 @@ def test_a_run_in_the_background_tells_so_in_a_sentence(app, path, state):
 )
 def test_a_proxy_that_answers_instead_is_424(app, platform, seeded, status, method, path, state):
     platform.faults.fail(method, times=50, status=status)
-
     assert_refused(app.post(path, state), 424, says="platform")
 
 

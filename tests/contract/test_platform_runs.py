@@ -51,7 +51,6 @@ def test_append_keeps_what_a_labeler_drew(run, api, seeded):
 
 def test_replace_leaves_only_what_the_model_found(run, api, seeded):
     progress, _ = run(upload_mode="replace")
-
     assert progress["exception"] is None
     annotation = annotation_of(api, seeded.labeled_id)
     assert sorted(label.obj_class.name for label in annotation.labels) == ["car", "car", "moon"]
@@ -62,9 +61,7 @@ def test_replace_leaves_only_what_the_model_found(run, api, seeded):
 def test_a_second_merge_adds_nothing(run, api, seeded):
     run(upload_mode="iou_merge")
     first = {key: boxes(annotation_of(api, key)) for key in seeded.image_ids.values()}
-
     progress, _ = run(upload_mode="iou_merge")
-
     assert progress["exception"] is None
     assert {key: boxes(annotation_of(api, key)) for key in seeded.image_ids.values()} == first
     assert len(first[seeded.labeled_id]) == 4
@@ -88,9 +85,7 @@ def test_create_puts_copies_into_a_project_of_their_own(run, api, platform, seed
 def test_uploaded_boxes_are_those_that_are_returned(run, app, api, seeded):
     image_id = seeded.image_ids["scene_street.jpg"]
     returned = app.post("inference_image_id", {"image_id": image_id}).json()["annotation"]
-
     run("inference_batch_ids_async", image_ids=[image_id], upload_mode="replace")
-
     corners = sorted(
         (item["classTitle"], *item["points"]["exterior"][0], item["points"]["exterior"][1][0])
         for item in returned["objects"]
@@ -120,9 +115,7 @@ def test_a_class_that_the_project_has_in_another_shape_gets_another_name(run, ap
     api.project.update_meta(
         seeded.project_id, meta.add_obj_class(sly.ObjClass("moon", sly.Polygon))
     )
-
     progress, _ = run(upload_mode="append", model_prediction_suffix="_model")
-
     assert progress["exception"] is None
     names = {label.obj_class.name for label in annotation_of(api, seeded.labeled_id).labels}
     assert names == {"car", "moon_model"}
@@ -132,9 +125,7 @@ def test_the_last_upload_that_fails_is_an_error_of_the_run(run, platform, seeded
     # Ten times, because that is how often the SDK's client tries.
     platform.faults.fail("annotations.bulk.add", call=1, times=40, status=500)
     image_id = seeded.image_ids["scene_home.jpg"]
-
     progress, results = run("inference_batch_ids_async", image_ids=[image_id], upload_mode="append")
-
     assert progress["stage"] == "Error"
     assert str(image_id) in progress["exception"]["message"]
     assert [one for one in results if "error" not in one] == []
@@ -143,9 +134,7 @@ def test_the_last_upload_that_fails_is_an_error_of_the_run(run, platform, seeded
 
 def test_a_refused_upload_costs_only_its_own_image(run, api, platform, seeded):
     platform.faults.fail("annotations.bulk.add", call=1, times=2, status=400)
-
     progress, results = run(upload_mode="append", batch_size=2)
-
     assert progress["stage"] == "Error"
     failed = [one["image_id"] for one in results if one.get("error")]
     assert len(failed) == 1
@@ -170,15 +159,12 @@ def test_a_damaged_image_costs_only_itself(run, api, platform, seeded):
 
 def test_a_damaged_image_alone_is_refused(app, platform, seeded):
     platform.faults.damage(seeded.labeled_id)
-
     assert_refused(app.post("inference_image_id", {"image_id": seeded.labeled_id}), 400)
 
 
 def test_images_that_download_on_the_second_try_are_labeled(run, platform, seeded):
     platform.faults.fail("images.bulk.download", call=1, times=1, status=503)
-
     progress, results = run()
-
     assert progress["exception"] is None
     assert all(one["annotation"]["objects"] for one in results)
 
@@ -186,6 +172,5 @@ def test_images_that_download_on_the_second_try_are_labeled(run, platform, seede
 @pytest.mark.parametrize("mode", ["overwrite", 5, ["append"]])
 def test_an_upload_mode_that_does_not_exist_changes_nothing(app, platform, seeded, mode):
     answer = app.post("inference_image_id", {"image_id": seeded.labeled_id, "upload_mode": mode})
-
     assert_refused(answer, 400, says="upload_mode")
     assert platform.count("annotations.bulk.add") == 0

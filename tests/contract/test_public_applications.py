@@ -64,17 +64,13 @@ class TestImageLabeling:
 
     def test_connecting_and_applying_the_settings_as_they_came_labels_the_image(self, send, city):
         info, meta, text = self.connect(send)
-
         shown = self.shown(info, meta, self.apply(send, city, text))
-
         assert len(shown.labels) == 3
 
     def test_settings_that_the_user_edited_are_followed(self, send, city):
         info, meta, text = self.connect(send)
         edited = yaml.safe_load(text) | {"text": "car", "confidence_threshold": 0.2}
-
         shown = self.shown(info, meta, self.apply(send, city, yaml.safe_dump(edited)))
-
         assert [label.obj_class.name for label in shown.labels] == ["car", "car"]
         assert all(label.tags.get("confidence").value > 0.2 for label in shown.labels)
 
@@ -113,9 +109,7 @@ class TestImageLabeling:
     def test_outlines_are_no_classes_that_the_tool_takes_for_boxes(self, send, city):
         info, meta, text = self.connect(send)
         edited = yaml.safe_load(text) | {"task_prompt": "<OCR_WITH_REGION>"}
-
         shown = self.shown(info, meta, self.apply(send, city, yaml.safe_dump(edited)))
-
         assert {label.geometry.geometry_name() for label in shown.labels} == {"polygon"}
 
 
@@ -130,24 +124,19 @@ class TestApplyToImages:
         settings = yaml.safe_load(send("get_custom_inference_settings")["settings"])
         settings |= {"classes": ["object"], "inference_mode": "full_image"}
         ids = seeded.in_dataset("outside")[:2]
-
         answers = send("inference_batch_ids", batch_ids=ids, settings=settings)
-
         assert [answer["image_id"] for answer in answers] == ids
         assert all(answer["annotation"]["objects"] for answer in answers)
 
     def test_a_sliding_window(self, send, city):
         settings = WINDOWS | {"sliding_window_params": {**PARAMS, "borderStrategy": "shift_window"}}
-
         answer = send("inference_image_id", image_id=city, settings=settings)
-
         assert answer["annotation"]["objects"]
         whole = send("inference_image_id", image_id=city, settings={})
         assert set(classes_in(whole["annotation"])) & set(classes_in(answer["annotation"]))
 
     def test_a_sliding_window_in_the_background_reports_progress(self, send, city):
         started = send("inference_image_id_async", image_id=city, settings=WINDOWS)
-
         uuid = finished(send, started)
         [popped] = send("pop_inference_results", inference_request_uuid=uuid)["pending_results"]
         assert popped["annotation"]["objects"]
@@ -158,16 +147,12 @@ class TestApplyFlorence:
 
     def test_the_request_of_the_application(self, send, city):
         settings = {"mapping": None, "mode": "text_prompt", "text": "car. moon"}
-
         answer = send("inference_image_id", image_id=city, settings=settings)
-
         assert classes_in(answer["annotation"]) == ["car_bbox", "car_bbox", "moon_bbox"]
 
     def test_whatever_is_asked_the_ending_is_the_same(self, send, city):
         settings = {"mapping": None, "mode": "text_prompt", "text": ""}
-
         answer = send("inference_image_id", image_id=city, settings=settings)
-
         assert set(classes_in(answer["annotation"])) == {"car_bbox", "moon_bbox"}
         settings = {"mapping": {"vehicle": "car"}, "mode": "text_prompt", "text": None}
         answer = send("inference_image_id", image_id=city, settings=settings)
@@ -211,27 +196,21 @@ class TestQuestions:
 
     def test_instructions_name_the_task_prompts(self, send):
         instructions = send("get_prompt_instructions")["instructions"]
-
         assert "<DETAILED_CAPTION>" in instructions
 
     def test_an_image_of_the_platform(self, send, city, model):
         answer = send("visual_question_answering", image_id=city, text_prompt="<CAPTION>")
-
         assert answer == {"answer": model.run("<CAPTION>", CITY).text}
 
     @pytest.mark.parametrize("prefix", ["", "data:image/jpeg;base64,"])
     def test_an_encoded_image(self, send, model, prefix):
         encoded = prefix + base64.b64encode(HOME.read_bytes()).decode()
-
         answer = send("visual_question_answering", image_encoding=encoded, text_prompt="<OCR>")
-
         assert answer == {"answer": model.run("<OCR>", HOME).text}
 
     def test_a_task_that_gives_boxes_still_answers_with_text(self, send):
         encoded = base64.b64encode(STREET.read_bytes()).decode()
-
         answer = send("visual_question_answering", image_encoding=encoded, text_prompt="<OD>")
-
         assert isinstance(answer["answer"], str)
         assert "car" in answer["answer"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from contract_calls import CITY, HOME, STREET, expected_rows, image_size_wh, near, rows_of
+from PIL import Image
 from platform_seed import IMAGES
 
 from florence2.records import Region
@@ -14,40 +15,34 @@ SCENES = sorted(IMAGES.glob("scene_*"))
 
 @pytest.mark.parametrize("path", SCENES, ids=lambda path: path.stem)
 def test_detected_boxes_are_the_models(app, model, path):
-    [entry] = app.upload_images([path], {"task_prompt": "<OD>", "nms_threshold": "off"})
-
     expected = expected_rows(model.run("<OD>", path), image_size_wh(path), {})
+    [entry] = app.upload_images([path], {"task_prompt": "<OD>", "nms_threshold": "off"})
     assert expected
     assert near(rows_of(entry["annotation"]), expected)
 
 
-@pytest.mark.parametrize(
-    ("path", "phrase"), [(CITY, "car"), (STREET, "tree"), (HOME, "moon")], ids=lambda value: None
-)
-def test_grounded_boxes_are_the_models_under_the_phrase_that_was_asked(app, model, path, phrase):
-    [entry] = app.upload_images([path], {"text": phrase, "nms_threshold": "off"})
+GROUNDED = {
+    "car": (CITY, "car", {"text": "car"}, "car"),
+    "tree": (STREET, "tree", {"text": "tree"}, "tree"),
+    "moon": (HOME, "moon", {"text": "moon"}, "moon"),
+    "a class of the mapping": (CITY, "car", {"mapping": {"vehicle": "car"}}, "vehicle"),
+}
 
+
+@pytest.mark.parametrize(("path", "phrase", "asked", "name"), GROUNDED.values(), ids=GROUNDED)
+def test_grounded_boxes_are_the_models_under_the_name_that_was_asked(
+    app, model, path, phrase, asked, name
+):
+    [entry] = app.upload_images([path], {**asked, "nms_threshold": "off"})
     result = model.run("<CAPTION_TO_PHRASE_GROUNDING>", path, text=phrase)
-    expected = expected_rows(
-        result, image_size_wh(path), {found.label: phrase for found in result.objects}
-    )
+    names = {found.label: name for found in result.objects}
+    expected = expected_rows(result, image_size_wh(path), names)
     assert expected
     assert near(rows_of(entry["annotation"]), expected)
-
-
-def test_a_class_of_the_mapping_gets_what_its_prompt_finds(app, model):
-    settings = {"mapping": {"vehicle": "car"}, "nms_threshold": "off"}
-
-    [entry] = app.upload_images([CITY], settings)
-
-    result = model.run("<CAPTION_TO_PHRASE_GROUNDING>", CITY, text="car")
-    names = {found.label: "vehicle" for found in result.objects}
-    assert near(rows_of(entry["annotation"]), expected_rows(result, image_size_wh(CITY), names))
 
 
 def test_a_caption_is_the_models(app, model):
     [entry] = app.upload_images([CITY], {"task_prompt": "<CAPTION>"})
-
     assert entry["annotation"]["objects"] == []
     tags = {tag["name"]: tag["value"] for tag in entry["annotation"]["tags"]}
     assert tags == {"caption": model.run("<CAPTION>", CITY).text}
@@ -55,9 +50,7 @@ def test_a_caption_is_the_models(app, model):
 
 def test_read_text_is_the_models_line_by_line(app, model):
     path = IMAGES / "scene_bread.jpg"
-
     [entry] = app.upload_images([path], {"task_prompt": "<OCR_WITH_REGION>"})
-
     said = [tag["value"] for item in entry["annotation"]["objects"] for tag in item["tags"]]
     result = model.run("<OCR_WITH_REGION>", path)
     assert {found.label for found in result.objects} <= set(said)
@@ -67,9 +60,7 @@ def test_read_text_is_the_models_line_by_line(app, model):
 def test_a_region_is_described_on_the_region_that_was_given(app, model):
     box = model.run("<OD>", CITY).objects[0].box_xyxy
     settings = {"task_prompt": "<REGION_TO_CATEGORY>", "regions": [list(box)]}
-
     [entry] = app.upload_images([CITY], settings)
-
     [item] = entry["annotation"]["objects"]
     tags = {tag["name"]: tag["value"] for tag in item["tags"]}
     assert tags["category"] == model.run("<REGION_TO_CATEGORY>", CITY, region=Region(box)).text
@@ -84,8 +75,6 @@ def test_several_images_in_a_request_get_what_each_gets_alone(app):
 
 
 def test_a_rotated_photo_is_labeled_upright(app, tmp_path):
-    from PIL import Image
-
     path = tmp_path / "turned.jpg"
     with Image.open(CITY) as upright:
         exif = Image.Exif()
@@ -110,7 +99,6 @@ def test_a_rotated_photo_is_labeled_upright(app, tmp_path):
 
 def test_every_label_says_that_a_model_made_it(app):
     [entry] = app.upload_images([CITY], {"task_prompt": "<OD>"})
-
     flags = {(item["nnCreated"], item["nnUpdated"]) for item in entry["annotation"]["objects"]}
     assert flags == {(True, True)}
 

@@ -60,7 +60,6 @@ def predicted(done):
 
 def test_every_image_of_a_folder_gets_an_annotation_but_a_damaged_one(predicted):
     written = {path.name.removesuffix(".json") for path in predicted.rglob("*.json")}
-
     assert written == {path.name for path in IMAGES.iterdir()}
 
 
@@ -81,7 +80,6 @@ def test_annotations_are_the_sdks_and_fit_their_images(predicted):
 
 def test_pictures_with_the_labels_are_drawn(predicted):
     drawn = [path for path in predicted.rglob("*") if path.suffix in (".jpg", ".png")]
-
     assert len(drawn) == len(list(IMAGES.iterdir()))
 
 
@@ -96,9 +94,7 @@ def test_what_cannot_be_done_is_said_in_a_sentence(tmp_path, words, says):
     words = ["predict", *words, "--device", "cpu"]
     if "--model" not in words:
         words += ["--model", "demo"]
-
     done = command_line(tmp_path, *words)
-
     assert done.returncode not in (0, None)
     assert says in done.stderr
     assert "Traceback" not in done.stderr
@@ -131,7 +127,6 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
 
 def test_deploy_serves_without_a_platform(deployed):
     [entry] = deployed.upload_images([CITY], {"text": "car"})
-
     assert classes_in(entry["annotation"]) == ["car", "car"]
 
 
@@ -143,7 +138,6 @@ def test_images_of_a_platform_are_refused_where_there_is_none(deployed):
 
 def test_an_image_by_address_gives_what_its_file_gives(deployed, web):
     answer = deployed.post("inference_image_url", {"image_url": f"{web}/{STREET.name}"})
-
     assert answer.status_code == 200, answer.text
     [entry] = deployed.upload_images([STREET], {})
     assert rows_of(answer.json()["annotation"]) == rows_of(entry["annotation"])

@@ -47,7 +47,6 @@ def test_background_requests_with_one_name_each_get_their_own_image(app):
         app.upload("inference_batch_async", [("image_0.png", dot(number))], {"max_new_tokens": 1})
         for number in range(8)
     ]
-
     uuids = [answer.json()["inference_request_uuid"] for answer in started]
     found = [widths(app.finished(uuid)[1]) for uuid in uuids]
     assert found == [[32 + number] for number in range(8)]
@@ -55,26 +54,21 @@ def test_background_requests_with_one_name_each_get_their_own_image(app):
 
 def test_two_files_of_one_name_in_a_request_are_two_images(app):
     files = [("same.jpg", CITY.read_bytes()), ("same.jpg", STREET.read_bytes())]
-
     first, second = app.upload("inference_batch", files, {"task_prompt": "<OD>"}).json()
-
     assert rows_of(first["annotation"]) != rows_of(second["annotation"])
 
 
 def test_three_hundred_files_are_answered_in_order(app):
     files = [(f"{number}.png", dot(number)) for number in range(300)]
-
     answer = app.upload(
         "inference_batch", files, {"task_prompt": "<OCR>", "max_new_tokens": 1, "num_beams": 1}
     )
-
     assert answer.status_code == 200, answer.text[:300]
     assert widths(answer.json()) == [32 + number for number in range(300)]
 
 
 def test_a_batch_that_fails_is_an_error_and_not_an_empty_list(app):
     files = [("a.png", b"broken"), ("b.png", b"too")]
-
     assert_refused(app.upload("inference_batch", files, {}), 400, says="image")
     uuid = app.upload("inference_batch_async", files, {}).json()["inference_request_uuid"]
     progress, _ = app.finished(uuid)
@@ -86,7 +80,6 @@ def test_one_image_of_the_platform_does_not_pass_through_the_uploader(app, seede
     # The SDK's uploader blocks for a second whatever the model takes, and loses its last error.
     runs = ROOT / "serve" / "platform"
     source = "\n".join(path.read_text("utf-8") for path in runs.rglob("*.py"))
-
     assert not re.search(r"\bUploader\b", source)
     state = {"image_id": seeded.image_ids["scene_city.jpg"]}
     assert app.post("inference_image_id", state).status_code == 200
@@ -94,7 +87,6 @@ def test_one_image_of_the_platform_does_not_pass_through_the_uploader(app, seede
 
 def test_an_image_is_downloaded_once_for_each_request(app, platform, seeded):
     app.post("inference_image_id", {"image_id": seeded.image_ids["scene_city.jpg"]})
-
     downloads = platform.count("images.bulk.download") + platform.count("images.download")
     assert downloads == 1
 
@@ -125,7 +117,6 @@ def test_a_caption_survives_a_rectangle_and_windows(app):
     settings = {"task_prompt": "<CAPTION>", "rectangle": [0, 0, 300, 300]}
     [entry] = app.upload_images([HOME], settings)
     assert [tag["name"] for tag in entry["annotation"]["tags"]] == ["caption"]
-
     windows = {"windowHeight": 256, "windowWidth": 256, "overlapX": 32, "overlapY": 32}
     settings = {"inference_mode": "sliding_window", "sliding_window_params": windows}
     [entry] = app.upload_images([HOME], {"task_prompt": "<CAPTION>", **settings})
@@ -135,10 +126,8 @@ def test_a_caption_survives_a_rectangle_and_windows(app):
 def test_settings_of_one_request_do_not_reach_the_next(app):
     before = app.post("get_custom_inference_settings").json()
     plain = app.upload_images([CITY], {})[0]["annotation"]
-
     app.upload_images([CITY], {"text": "moon", "classes": ["moon"], "confidence_threshold": 0.5})
     app.post("inference_image_id", {"image_id": 1, "settings": {"task_prompt": "<OCR>"}})
-
     assert app.post("get_custom_inference_settings").json() == before
     assert app.upload_images([CITY], {})[0]["annotation"]["objects"] == plain["objects"]
 
@@ -183,14 +172,12 @@ def test_no_endpoint_gives_the_token_away(app, running_app, path):
 
 def test_the_token_is_not_in_the_log(running_app, app, seeded):
     app.post("inference_image_id", {"image_id": 999}, api_token=TOKEN)
-
     assert TOKEN not in running_app.log
 
 
 def test_the_app_listens_on_this_machine_only(running_app):
     listening = Path("/proc/net/tcp").read_text().splitlines()[1:]
     port = f"{running_app.port:04X}"
-
     hosts = {
         fields[1].split(":")[0]
         for fields in map(str.split, listening)
@@ -201,9 +188,7 @@ def test_the_app_listens_on_this_machine_only(running_app):
 
 def test_a_request_that_names_another_token_uses_that_one(app, seeded):
     state = {"image_id": seeded.image_ids["scene_city.jpg"]}
-
     answer = app.post("inference_image_id", state, api_token="another-token")
-
     assert_refused(answer)
 
 

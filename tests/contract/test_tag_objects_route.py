@@ -48,9 +48,7 @@ def test_an_object_gets_a_tag_and_keeps_everything_else(tag_objects, figure):
 def test_a_second_run_continues_and_writes_nothing_twice(tag_objects, figure, platform):
     tag_objects()
     first = figure()
-
     answer = tag_objects()
-
     assert answer.status_code == 200, answer.text
     assert figure() == first
 
@@ -89,27 +87,21 @@ def test_a_repeat_after_a_time_out_writes_nothing_twice(app, tag_objects, figure
 
 def test_a_write_that_was_done_and_not_answered_is_not_repeated(tag_objects, figure, platform):
     platform.faults.lose("figures.tags.bulk.add")
-
     answer = tag_objects()
-
     assert answer.status_code == 200, answer.text
     assert [tag["name"] for tag in figure()["tags"]] == ["reviewed", "category"]
 
 
 def test_overwriting_leaves_one_tag(tag_objects, figure):
     tag_objects()
-
     answer = tag_objects(overwrite=True)
-
     assert answer.status_code == 200, answer.text
     assert [tag["name"] for tag in figure()["tags"]] == ["reviewed", "category"]
 
 
 def test_only_objects_of_chosen_classes_are_asked_about(tag_objects, figure):
     before = figure()
-
     tag_objects(classes=["outline"])
-
     assert figure() == before
 
 
@@ -148,6 +140,5 @@ def test_a_platform_that_refuses_the_tags_is_an_error_and_nothing_is_lost(
 )
 def test_what_cannot_be_asked_is_refused(tag_objects, figure, changes, says):
     before = figure()
-
     assert_refused(tag_objects(**changes), says=says)
     assert figure() == before
