@@ -112,6 +112,17 @@ def refused_now_or_later(app: App, path: str, state: dict[str, Any]) -> str:
     return message
 
 
+def meta_of(api: sly.Api, project_id: int) -> sly.ProjectMeta:
+    return sly.ProjectMeta.from_json(api.project.get_meta(project_id))
+
+
+def annotation_of(api: sly.Api, image_id: int) -> sly.Annotation:
+    """What an image of the platform is labeled with now."""
+    info = api.image.get_info_by_id(image_id)
+    meta = meta_of(api, api.dataset.get_info_by_id(info.dataset_id).project_id)
+    return sly.Annotation.from_json(api.annotation.download(image_id).annotation, meta)
+
+
 def rows_of(annotation: dict[str, Any]) -> list[Row]:
     """The rectangles of an annotation's JSON, in no particular order: sorted."""
     rows = []

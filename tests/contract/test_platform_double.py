@@ -1,55 +1,20 @@
-"""The SDK's own API client works against the double, and the double refuses what does not fit."""
+"""What the double keeps comes back to the SDK's own API client, and it refuses what does not fit.
+
+That it answers, passes requests on and breaks on demand shows in every other test of this folder.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-import requests
-from platform_double import SESSION_TOKEN, TASK_ID, PlatformDouble
-from platform_seed import DATASETS, IMAGES
-from requests.exceptions import HTTPError, RetryError
+from contract_calls import annotation_of, meta_of
+from requests.exceptions import HTTPError
 
 from serve.sdk import sly
 
 
-def meta_of(api, project_id):
-    return sly.ProjectMeta.from_json(api.project.get_meta(project_id))
-
-
-def annotation_of(api, image_id, project_id):
-    json = api.annotation.download(image_id).annotation
-    return sly.Annotation.from_json(json, meta_of(api, project_id))
-
-
-def test_projects_datasets_and_images_are_found_by_id_and_by_list(api, seeded):
-    project = api.project.get_info_by_id(seeded.project_id)
-    datasets = api.dataset.get_list(seeded.project_id, recursive=True)
-    images = [image for row in datasets for image in api.image.get_list(row.id)]
-    assert (project.name, project.type) == ("street", "images")
-    assert [row.name for row in datasets] == list(DATASETS)
-    assert {image.name: image.id for image in images} == seeded.image_ids
-    found = api.image.get_info_by_id_batch([image.id for image in images])
-    assert [image.name for image in found] == [image.name for image in images]
-
-
-def test_what_is_not_there_is_none(api, seeded):
-    assert api.image.get_info_by_id(1) is None
-    assert api.dataset.get_info_by_id(1) is None
-    assert api.project.get_info_by_id(1) is None
-
-
-def test_an_image_downloads_alone_and_in_a_batch_as_the_same_pixels(api, seeded):
-    ids = seeded.in_dataset("outside")
-    dataset_id = seeded.dataset_ids["outside"]
-    alone = [api.image.download_np(key) for key in ids]
-    together = api.image.download_nps(dataset_id, ids)
-    assert all(np.array_equal(*pair) for pair in zip(alone, together, strict=True))
-    expected = sly.image.read(str(IMAGES / "scene_city.jpg"))
-    assert np.array_equal(alone[0], expected)
-
-
 def test_a_labelers_object_comes_back_in_pixels_with_its_tag(api, seeded):
-    annotation = annotation_of(api, seeded.labeled_id, seeded.project_id)
+    annotation = annotation_of(api, seeded.labeled_id)
     (label,) = annotation.labels
     assert label.obj_class.name == "car"
     box = label.geometry
@@ -90,7 +55,7 @@ def test_an_uploaded_label_comes_back_as_it_was(api, seeded, geometry):
     image_id, meta, upload = empty_image(api, seeded)
     tag = sly.Tag(meta.get_tag_meta("remark"), "left")
     upload(sly.Label(geometry, meta.get_obj_class("anything"), [tag]))
-    (back,) = annotation_of(api, image_id, seeded.project_id).labels
+    (back,) = annotation_of(api, image_id).labels
     key = "bitmap" if isinstance(geometry, sly.Bitmap) else "points"
     assert back.geometry.to_json()[key] == geometry.to_json()[key]
     assert back.tags.get("remark").value == "left"
@@ -105,7 +70,7 @@ def test_a_label_may_end_at_the_last_pixel(api, seeded):
         sly.Polygon([(0, 0), (0, width - 1), (height - 1, width - 1)]),
     ]
     upload(*[sly.Label(shape, meta.get_obj_class("anything")) for shape in shapes])
-    assert len(annotation_of(api, image_id, seeded.project_id).labels) == 3
+    assert len(annotation_of(api, image_id).labels) == 3
 
 
 def rectangle(*corners):
@@ -144,64 +109,9 @@ def test_a_nameless_class_is_refused(api, seeded):
 
 def test_a_tag_is_added_to_an_object_that_is_there(api, seeded):
     tag_id = meta_of(api, seeded.project_id).get_tag_meta("state").sly_id
-    (label,) = annotation_of(api, seeded.labeled_id, seeded.project_id).labels
+    (label,) = annotation_of(api, seeded.labeled_id).labels
     api.advanced.add_tag_to_object(tag_id, label.geometry.sly_id, "whole")
-    (label,) = annotation_of(api, seeded.labeled_id, seeded.project_id).labels
+    (label,) = annotation_of(api, seeded.labeled_id).labels
     assert {tag.name: tag.value for tag in label.tags} == {"reviewed": None, "state": "whole"}
     with pytest.raises(HTTPError, match="its value is 'odd'"):
         api.advanced.add_tag_to_object(tag_id, label.geometry.sly_id, "odd")
-
-
-def test_the_call_that_is_to_fail_fails_and_the_next_does_not(api, platform, seeded):
-    platform.faults.fail("images.info", call=2, status=500)
-
-    assert api.image.get_info_by_id(seeded.labeled_id) is not None
-    with pytest.raises((HTTPError, RetryError)):
-        api.image.get_info_by_id(seeded.labeled_id)
-    assert api.image.get_info_by_id(seeded.labeled_id) is not None
-    assert platform.count("images.info") == 3
-
-
-def test_a_damaged_image_arrives_cut_in_half(api, platform, seeded):
-    whole = platform.state.image(seeded.labeled_id).content
-    platform.faults.damage(seeded.labeled_id)
-    assert api.image._download(seeded.labeled_id).content == whole[: len(whole) // 2]
-
-
-def test_an_unknown_token_is_refused(platform, seeded, api):
-    stranger = sly.Api(platform.address, "another-token", retry_count=1)
-    with pytest.raises(HTTPError, match="403"):
-        stranger.image.get_info_by_id(seeded.labeled_id)
-
-
-@pytest.fixture
-def echo(platform):
-    """An app that is only another double: what reaches it is in its log of calls."""
-    app = PlatformDouble()
-    app.start()
-    before, platform.app_url = platform.app_url, app.address + "/public/api/v3"
-    yield app
-    platform.app_url = before
-    app.stop()
-
-
-def test_requests_to_the_task_reach_the_app_with_token_and_address(api, platform, echo):
-    with pytest.raises(HTTPError, match="403"):
-        api.task.send_request(TASK_ID, "instance.version", {"a": 1}, raise_error=True)
-
-    (call,) = echo.calls
-    assert call.method == "instance.version"
-    assert call.payload["state"] == {"a": 1}
-    assert call.payload["server_address"] == platform.address
-    assert call.payload["api_token"] == api.token
-
-
-def test_requests_to_the_session_reach_the_app_as_they_are(api, platform, echo):
-    answer = requests.post(
-        f"{platform.address}/net/{SESSION_TOKEN}/instance.version",
-        json={"b": [2]},
-        headers={"x-api-key": api.token},
-        timeout=10,
-    )
-    assert answer.json() == {"version": "6.99.0"}
-    assert echo.calls[0].payload == {"b": [2]}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from contract_calls import assert_refused
+from contract_calls import annotation_of, assert_refused, meta_of
 from platform_seed import DATASETS
 
 from serve.sdk import sly
@@ -17,13 +17,6 @@ def run(app, seeded):
         return app.done(path, {"projectId": seeded.project_id, **state})
 
     return start
-
-
-def annotation_of(api, image_id):
-    info = api.image.get_info_by_id(image_id)
-    project_id = api.dataset.get_info_by_id(info.dataset_id).project_id
-    meta = sly.ProjectMeta.from_json(api.project.get_meta(project_id))
-    return sly.Annotation.from_json(api.annotation.download(image_id).annotation, meta)
 
 
 def boxes(annotation):
@@ -94,7 +87,7 @@ def test_uploaded_boxes_are_those_that_are_returned(run, app, api, seeded):
 
 
 def test_a_tag_that_the_project_has_with_another_meaning_gets_another_name(run, api, seeded):
-    meta = sly.ProjectMeta.from_json(api.project.get_meta(seeded.project_id))
+    meta = meta_of(api, seeded.project_id)
     other = sly.TagMeta("confidence", sly.TagValueType.ANY_STRING)
     api.project.update_meta(seeded.project_id, meta.add_tag_meta(other))
 
@@ -111,7 +104,7 @@ def test_a_tag_that_the_project_has_with_another_meaning_gets_another_name(run, 
 
 
 def test_a_class_that_the_project_has_in_another_shape_gets_another_name(run, api, seeded):
-    meta = sly.ProjectMeta.from_json(api.project.get_meta(seeded.project_id))
+    meta = meta_of(api, seeded.project_id)
     api.project.update_meta(
         seeded.project_id, meta.add_obj_class(sly.ObjClass("moon", sly.Polygon))
     )
