@@ -58,12 +58,6 @@ def test_nothing_that_a_page_can_send_is_done(send, origin):
         assert TOKEN not in answer.text
 
 
-def test_a_plain_text_is_no_json_whoever_sends_it(send):
-    for kind in (PLAIN_JSON, "application/x-www-form-urlencoded;application/json"):
-        for path in ("deploy_from_api", "freeze_model", "inference_image_id", "x/y"):
-            assert_refused(send("POST", path, {"Content-Type": kind}, data=DEPLOY), 400)
-
-
 def test_a_program_and_the_own_page_are_answered(send, app):
     own = {"Origin": app.url, "Sec-Fetch-Site": "same-origin"}
     assert send("POST", "inference_image", own, files=files()).status_code == 200

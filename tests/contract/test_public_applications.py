@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 
 import pytest
-import requests
 import yaml
 from contract_calls import CITY, HOME, STREET, classes_in, rows_of
 from platform_double import TASK_ID
@@ -194,10 +193,6 @@ class TestPredictApp:
 class TestQuestions:
     """Scripts for visual questions, as the documentation shows them."""
 
-    def test_instructions_name_the_task_prompts(self, send):
-        instructions = send("get_prompt_instructions")["instructions"]
-        assert "<DETAILED_CAPTION>" in instructions
-
     def test_an_image_of_the_platform(self, send, city, model):
         answer = send("visual_question_answering", image_id=city, text_prompt="<CAPTION>")
         assert answer == {"answer": model.run("<CAPTION>", CITY).text}
@@ -213,9 +208,3 @@ class TestQuestions:
         answer = send("visual_question_answering", image_encoding=encoded, text_prompt="<OD>")
         assert isinstance(answer["answer"], str)
         assert "car" in answer["answer"]
-
-    def test_a_file_of_the_server_is_not_read(self, send):
-        with pytest.raises(requests.HTTPError, match="path on the server is not read") as raised:
-            send("visual_question_answering", image_path=str(CITY), text_prompt="<CAPTION>")
-
-        assert raised.value.response.status_code == 400

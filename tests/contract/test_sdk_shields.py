@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import requests
-from contract_calls import CITY, HOME, STREET, assert_refused, classes_in, rows_of
+from contract_calls import CITY, HOME, STREET, assert_refused, classes_in
 from PIL import Image
 from platform_double import TOKEN
 from platform_seed import IMAGES
@@ -50,12 +50,6 @@ def test_background_requests_with_one_name_each_get_their_own_image(app):
     uuids = [answer.json()["inference_request_uuid"] for answer in started]
     found = [widths(app.finished(uuid)[1]) for uuid in uuids]
     assert found == [[32 + number] for number in range(8)]
-
-
-def test_two_files_of_one_name_in_a_request_are_two_images(app):
-    files = [("same.jpg", CITY.read_bytes()), ("same.jpg", STREET.read_bytes())]
-    first, second = app.upload("inference_batch", files, {"task_prompt": "<OD>"}).json()
-    assert rows_of(first["annotation"]) != rows_of(second["annotation"])
 
 
 def test_three_hundred_files_are_answered_in_order(app):

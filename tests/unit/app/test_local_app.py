@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import io
 import json
@@ -15,6 +14,8 @@ import zlib
 from pathlib import Path
 
 import pytest
+from asgi_requests import JSON, parts, scope_of
+from asgi_requests import ask as send_to
 from PIL import Image
 from starlette.testclient import TestClient
 
@@ -174,19 +175,8 @@ def test_a_run_that_is_waited_for_ends_when_its_client_leaves(
 
     monkeypatch.setattr(getattr(app, part), work, until_stopped)
     monkeypatch.setattr(Services, "api_of", lambda self, request: None)
-    headers = [(b"content-type", b"application/json"), (b"host", b"localhost")]
-    scope = {"type": "http", "method": "POST", "path": path, "headers": headers}
-    scope |= {"query_string": b"", "root_path": "", "http_version": "1.1", "scheme": "http"}
-    body = json.dumps({"state": state}).encode()
-    messages = [{"type": "http.request", "body": body}, {"type": "http.disconnect"}]
-
-    async def receive():
-        return messages.pop(0)
-
-    async def send(message):
-        """Nobody is there."""
-
-    asyncio.run(app.app(scope, receive, send))
+    scope = scope_of(path, [*JSON, ("host", "localhost")])
+    send_to(app.app, scope, parts(json.dumps({"state": state}).encode()))
     assert ended == [state]
 
 

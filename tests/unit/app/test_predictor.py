@@ -35,21 +35,6 @@ def classes_of(predicted: Predicted | Failure) -> list[str]:
     return sorted(label.obj_class.name for label in predicted.annotation.labels)
 
 
-def test_a_damaged_image_fails_alone(predictor, bike):
-    good, bad, again = predictor.predict([bike, b"no image", bike], parse_settings({}))
-    assert isinstance(bad, Failure)
-    assert bad.code == "bad_image"
-    assert classes_of(good) == classes_of(again) == ["arrow", "box", "star", "tree"]
-
-
-def test_every_label_has_a_confidence_and_is_automatic(predictor, bike):
-    [predicted] = predictor.predict([bike], parse_settings({}))
-    for label in predicted.annotation.labels:
-        assert 0 < label.tags.get("confidence").value <= 1
-        assert label.to_json()["nnCreated"] is True
-        assert label.to_json()["nnUpdated"] is True
-
-
 def test_mapped_prompts_on_many_images_encode_each_image_once(demo_model, image_path):
     reports: list[BatchReport] = []
     deployment = Deployment(reports.append, load=lambda choice: demo_model)

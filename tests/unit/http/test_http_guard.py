@@ -79,35 +79,32 @@ def test_deeper_nesting_than_python_reads_is_400_too():
 
 
 WRONG_TYPES = {
-    "none where JSON is expected": (STATE_PATH, []),
-    "a form where JSON is expected": (STATE_PATH, FORM),
-    "curl's own": (STATE_PATH, [("content-type", "application/x-www-form-urlencoded")]),
-    "JSON where a form is expected": ("/inference_image", JSON),
-    "none where a form is expected": ("/inference_batch", []),
-    "JSON behind a plain text": (STATE_PATH, [("content-type", "text/plain; application/json")]),
-    "JSON as a parameter": (STATE_PATH, [("content-type", "text/plain;a=application/json")]),
-    "a list": (STATE_PATH, [("content-type", "text/plain, application/json")]),
-    "a list with JSON first": (STATE_PATH, [("content-type", "application/json, text/plain")]),
-    "more than JSON": (STATE_PATH, [("content-type", "application/jsonp")]),
-    "a plain text where nothing is read": (
-        "/freeze_model",
-        [("content-type", "text/plain; application/json")],
-    ),
+    "none where JSON is expected": (STATE_PATH, None),
+    "a form where JSON is expected": (STATE_PATH, "multipart/form-data; boundary=x"),
+    "curl's own": (STATE_PATH, "application/x-www-form-urlencoded"),
+    "JSON where a form is expected": ("/inference_image", "application/json"),
+    "none where a form is expected": ("/inference_batch", None),
+    "JSON behind a plain text": (STATE_PATH, "text/plain; application/json"),
+    "JSON as a parameter": (STATE_PATH, "text/plain;a=application/json"),
+    "a list": (STATE_PATH, "text/plain, application/json"),
+    "a list with JSON first": (STATE_PATH, "application/json, text/plain"),
+    "more than JSON": (STATE_PATH, "application/jsonp"),
+    "a plain text where nothing is read": ("/freeze_model", "text/plain; application/json"),
     "a widget's route": (
         "/Widget1/clicked",
-        [("content-type", "application/x-www-form-urlencoded; Application/JSON")],
+        "application/x-www-form-urlencoded; Application/JSON",
     ),
-    "nearly a form": ("/inference_batch", [("content-type", "multipart/form-dataset")]),
+    "nearly a form": ("/inference_batch", "multipart/form-dataset"),
     "JSON hidden in a form's type": (
         "/inference_batch_async",
-        [("content-type", "multipart/form-data; boundary=application/json")],
+        "multipart/form-data; boundary=application/json",
     ),
 }
 
 
-@pytest.mark.parametrize(("path", "headers"), WRONG_TYPES.values(), ids=WRONG_TYPES)
-def test_a_wrong_content_type_is_400(path, headers):
-    status, message = refusal(path, STATE, headers)
+@pytest.mark.parametrize(("path", "kind"), WRONG_TYPES.values(), ids=WRONG_TYPES)
+def test_a_wrong_content_type_is_400(path, kind):
+    status, message = refusal(path, STATE, [("content-type", kind)] if kind else [])
     assert status == 400
     assert "Content-Type" in message
 

@@ -1,4 +1,4 @@
-"""Requests as an ASGI server hands them on, for what a test client cannot send."""
+"""Requests as an ASGI server hands them on, and a guard to hand them to."""
 
 import asyncio
 import json
