@@ -9,7 +9,7 @@ import pytest
 from asgi_requests import scope_of
 
 from florence2.budget import Budget
-from serve.http.guard import Guard, Limits, Uploads, keep_body
+from serve.http.guard import Guard, Limits, Uploads, client_is_gone, keep_body
 from serve.http.json_bodies import Servers
 from serve.limits import MIB
 
@@ -61,6 +61,7 @@ class Slow:
         self.whole = 0
         self.kept = []
         self.keeps = False
+        self.gone = []
 
     async def __call__(self, scope, receive, send):
         more = True
@@ -70,6 +71,7 @@ class Slow:
                 return
             more = message.get("more_body", False)
         self.whole += 1
+        self.gone.append(client_is_gone(scope))
         if self.keeps:
             self.kept.append(keep_body(scope))
         await self.go_on.wait()
@@ -111,6 +113,27 @@ def test_a_body_is_held_until_its_request_is_answered():
         assert desk.held_mib == 3
         desk.inner.go_on.set()
         assert (await client.answer())[0] == 200
+        assert desk.held_mib == 0
+
+    play(story)
+
+
+def test_a_client_that_leaves_after_its_body_has_waited_for_room_is_noticed():
+    async def story(desk):
+        first, second = Client(desk.guard), Client(desk.guard)
+        first.send(*[PIECE] * 7, is_last=True)
+        await desk.until(lambda: desk.inner.whole == 1)
+        second.send(PIECE * 2, is_last=True)
+        await asyncio.sleep(0.2)
+        assert desk.inner.whole == 1
+        desk.inner.go_on.set()
+        await first.answer()
+        desk.inner.go_on.clear()
+        await desk.until(lambda: desk.inner.whole == 2)
+        second.leave()
+        await desk.until(lambda: desk.inner.gone[1].is_set())
+        desk.inner.go_on.set()
+        await second.end()
         assert desk.held_mib == 0
 
     play(story)
