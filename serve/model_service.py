@@ -16,7 +16,7 @@ from florence2.api import Florence2
 from florence2.engine.scheduler import Observer, Scheduler
 from florence2.errors import RequestError, StoppedError, unknown_name
 from florence2.runtimes.device import missing_gpu
-from serve.naming import FIXED_SHAPES, class_color, clean_class_name
+from serve.naming import FIXED_SHAPES, class_color
 from serve.predict.annotations import TAG_METAS
 from serve.sdk import sly
 
@@ -206,20 +206,13 @@ class ModelMeta:
 
     def learn(self, annotation: sly.Annotation) -> None:
         """Adds the classes of an annotation's labels."""
-        self._add(label.obj_class for label in annotation.labels)
-
-    def announce(self, names: Iterable[str], geometry: type = sly.Rectangle) -> None:
-        """Adds classes before any answer has them; ``names`` are cleaned."""
-        cleaned = (clean_class_name(name) for name in names)
-        self._add(sly.ObjClass(name, geometry, class_color(name)) for name in cleaned)
-
-    def _add(self, seen: Iterable[sly.ObjClass]) -> None:
         with self._lock:
             before = self._shapes()
-            for obj_class in seen:
-                if obj_class.name not in FIXED_SHAPES:
-                    known = self._learnt.pop(obj_class.name, obj_class)
-                    self._learnt[obj_class.name] = _both(known, obj_class)
+            for label in annotation.labels:
+                seen = label.obj_class
+                if seen.name not in FIXED_SHAPES:
+                    known = self._learnt.pop(seen.name, seen)
+                    self._learnt[seen.name] = _both(known, seen)
             while len(self._learnt) > self._max_learnt:
                 self._learnt.pop(next(iter(self._learnt)))
             if self._shapes() != before:
@@ -373,6 +366,8 @@ class Deployment:
 
         Raises StoppedError when no model is deployed.
         """
+        # While another model is loaded there is none, which nobody has to wait for to be told.
+        current = self.current
         with self._lock:
             current = self.current
             if self._is_frozen:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
+from typer.core import TyperCommand
 
 from serve.cli.loading import fingerprint, one_model
-from serve.labeling.settings import label_settings
-from serve.settings import Settings
 
 if TYPE_CHECKING:
     from serve.predict.predictor import Predictor
@@ -22,9 +21,26 @@ _PROMPT_HELP: Final = (
 )
 
 
-def _says(key: str) -> str:
-    """What the settings file says about a key."""
-    return Settings.model_fields[key].description or ""
+# Options that say what the settings file says about the key of their name.
+_NAMED_BY_KEY: Final = {
+    "class_threshold": "class_thresholds",
+    "nms": "nms_threshold",
+    "geometry": "geometry",
+    "tiling": "tiling",
+}
+
+
+class _LabelCommand(TyperCommand):
+    """Reads the settings' schema for its help only: importing it takes as long as all the rest."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:  # noqa: ANN401 - typer's own click's
+        from serve.settings import Settings
+
+        for option in self.params:
+            if option.name in _NAMED_BY_KEY:
+                key = _NAMED_BY_KEY[option.name]
+                option.help = Settings.model_fields[key].description  # type: ignore[attr-defined]
+        super().format_help(ctx, formatter)
 
 
 Images = Annotated[Path, typer.Argument(help="A folder of images, or one image.")]
@@ -61,13 +77,11 @@ SettingsFile = Annotated[
 ]
 ClassThresholds = Annotated[
     list[str] | None,
-    typer.Option("--class-threshold", metavar="NAME=0.6", help=_says("class_thresholds")),
+    typer.Option("--class-threshold", metavar="NAME=0.6"),
 ]
-Nms = Annotated[str | None, typer.Option(metavar="0.7|off", help=_says("nms_threshold"))]
-GeometryName = Annotated[str | None, typer.Option(metavar="polygon|bitmap", help=_says("geometry"))]
-TilingWindows = Annotated[
-    str | None, typer.Option("--tiling", metavar="SIZE|MAPPING|off", help=_says("tiling"))
-]
+Nms = Annotated[str | None, typer.Option(metavar="0.7|off")]
+GeometryName = Annotated[str | None, typer.Option(metavar="polygon|bitmap")]
+TilingWindows = Annotated[str | None, typer.Option("--tiling", metavar="SIZE|MAPPING|off")]
 Threshold = Annotated[float, typer.Option(help="Drop objects with a lower confidence.")]
 Batch = Annotated[int, typer.Option(min=1, max=256, help="Images per step.")]
 Beams = Annotated[int | None, typer.Option(min=1, help="Beams of the search.")]
@@ -90,7 +104,7 @@ Overwrite = Annotated[
 
 
 def register(app: typer.Typer) -> None:
-    app.command("label")(label)
+    app.command("label", cls=_LabelCommand)(label)
 
 
 def label(
@@ -125,6 +139,8 @@ def label(
     overwrite: Overwrite = False,
 ) -> None:
     """Label a folder of images into a Supervisely project on disk; stop and go on at will."""
+    from serve.labeling.settings import label_settings
+
     settings = label_settings(
         file=settings_file,
         task=task,

@@ -460,7 +460,9 @@ class Body:
         return True
 
     async def _wait_for_leaving(self) -> Message:
-        message = await self._receive()
+        # Where there was no room at first, somebody is at the next message already.
+        reading, self._reading = self._reading, None
+        message = await (reading or self._receive())
         while message["type"] != _DISCONNECT:
             message = await self._receive()
         self.gone.set()

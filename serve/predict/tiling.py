@@ -19,7 +19,6 @@ from florence2.records import (
     Object,
     Polygon,
     Quad,
-    Region,
     Result,
     SizeWh,
     Text,
@@ -27,7 +26,6 @@ from florence2.records import (
     clip_region,
 )
 from florence2.tasks import OutputKind, TaskInput, parse_steps
-from serve.predict.annotations import Answered
 from serve.predict.geometry import (
     Located,
     areas_of,
@@ -57,20 +55,6 @@ def moved(result: Result, offset_xy: OffsetXy, size_wh: SizeWh) -> Result:
         objects=tuple(_moved_object(found, offset_xy) for found in result.objects),
         steps=tuple(moved(step, offset_xy, size_wh) for step in result.steps),
     )
-
-
-def moved_answer(answered: Answered, offset_xy: OffsetXy, size_wh: SizeWh) -> Answered:
-    """An answer with its region, which is one of the crop, moved as in ``moved``."""
-    region = answered.region
-    if region is not None:
-        region = moved_region(region, offset_xy)
-    return replace(answered, result=moved(answered.result, offset_xy, size_wh), region=region)
-
-
-def moved_region(region: Region, offset_xy: OffsetXy) -> Region:
-    x1, y1, x2, y2 = region.box_xyxy
-    dx, dy = offset_xy
-    return Region((x1 + dx, y1 + dy, x2 + dx, y2 + dy))
 
 
 def _moved_object(found: Object, offset_xy: OffsetXy) -> Object:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from florence2.errors import FlorenceError
 
 Stop = Callable[[], FlorenceError | None]
 """Says why an answer is no longer wanted, and None as long as it is."""
-
-Watch = Callable[[], Mapping[int, FlorenceError]]
-"""Looked at before every pass of the network: the items to give up, each with its reason."""

@@ -169,12 +169,6 @@ class Vocabulary:
         location_bin = token_id - self.first_location_id
         return location_bin if 0 <= location_bin < NUM_LOCATION_BINS else None
 
-    def location_id(self, location_bin: int) -> int:
-        """The token id of a location bin, 0 to 999."""
-        if not 0 <= location_bin < NUM_LOCATION_BINS:
-            raise ValueError(f"A location bin is 0 to {NUM_LOCATION_BINS - 1}, not {location_bin}.")
-        return self.first_location_id + location_bin
-
     def answer_tokens(
         self,
         token_ids: Sequence[int],

@@ -101,7 +101,8 @@ class Florence2Network(nn.Module):
     """Florence-2: images and prompts in, logits out.
 
     A new network is randomly initialised; ``florence2.checkpoint.weights.build_network`` makes one
-    from a checkpoint. ``lm_head`` shares its weight with the embedding until ``untie`` is called.
+    from a checkpoint. ``lm_head`` shares its weight with the embedding unless the checkpoint has
+    one of its own.
     """
 
     def __init__(self, config: NetworkConfig) -> None:
@@ -174,11 +175,6 @@ class Florence2Network(nn.Module):
     def tie(self) -> None:
         """Makes ``lm_head`` use the shared embedding's weight."""
         self.lm_head.weight = self.model.language_model.shared.weight
-
-    def untie(self) -> None:
-        """Gives ``lm_head`` a weight of its own with the same values, e.g. to merge a LoRA."""
-        shared = self.model.language_model.shared.weight
-        self.lm_head.weight = nn.Parameter(shared.detach().clone())
 
     def prepare_for_inference(self) -> Florence2Network:
         """Freezes the weights and lays them out for speed; to be called again once moved."""

@@ -8,10 +8,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from florence2.records import Box, Polygon, Quad, Region, Result, Text
-from florence2.tasks import TASKS
+from florence2.tasks import TASKS, OutputKind, TaskInput
 from serve.model_service import ModelMeta
 from serve.naming import MAX_CLASS_NAME
-from serve.predict.annotations import Answered, LabelRules, annotation_from_answers
+from serve.predict.annotations import (
+    IMAGE_TEXT_TAGS,
+    REGION_TEXT_TAGS,
+    TAG_METAS,
+    Answered,
+    LabelRules,
+    annotation_from_answers,
+)
 from serve.predict.geometry import ring_area
 from serve.sdk import sly
 
@@ -113,3 +120,10 @@ def test_an_outline_is_a_label_exactly_where_it_has_an_area(first, second, third
         rules = LabelRules(geometry=geometry)
         annotation = annotation_from_answers([Answered(answer)], rules, (WIDTH, HEIGHT))
         assert len(annotation.labels) == (doubled != 0)
+
+
+def test_no_task_answers_with_a_text_that_has_no_tag():
+    for task in TASKS:
+        if task.output is OutputKind.TEXT:
+            names = REGION_TEXT_TAGS if task.takes is TaskInput.REGION else IMAGE_TEXT_TAGS
+            assert names[task.token] in TAG_METAS

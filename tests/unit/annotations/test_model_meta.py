@@ -57,27 +57,19 @@ def test_a_class_in_a_second_shape_becomes_one_of_any_shape_and_stays_that():
         assert type(read.labels[0].geometry) is type(one.labels[0].geometry)
 
 
-def test_a_fixed_class_keeps_its_shape_whatever_is_learnt_or_announced():
+def test_a_fixed_class_keeps_its_shape_whatever_is_learnt():
     meta = ModelMeta()
     meta.learn(annotation(("object", OUTLINE)))
-    meta.announce(["text"])
+    meta.learn(annotation(("text", BOX)))
     assert shapes(meta) == FIXED
-
-
-def test_announced_classes_are_cleaned_and_of_the_shape_that_is_said():
-    meta = ModelMeta()
-    meta.announce([" red \n car "])
-    meta.announce(["kite"], sly.Bitmap)
-    assert shapes(meta) == {**FIXED, "red car": sly.Rectangle, "kite": sly.Bitmap}
 
 
 def test_the_classes_seen_longest_ago_go_first_and_the_fixed_ones_never():
     meta = ModelMeta(max_learnt=3)
-    meta.announce(["a", "b", "c"])
-    meta.learn(annotation(("a", BOX)))
-    meta.announce(["d"])
+    for name in "abcad":
+        meta.learn(annotation((name, BOX)))
     assert set(shapes(meta)) == {*FIXED, "a", "c", "d"}
-    meta.announce(map(str, range(50)))
+    meta.learn(annotation(*((str(number), BOX) for number in range(50))))
     assert set(shapes(meta)) == {*FIXED, "47", "48", "49"}
 
 

@@ -4,9 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from florence2.records import Box, Polygon, Quad, Region, Result, Text
-from serve.predict.annotations import Answered
-from serve.predict.tiling import moved, moved_answer
+from florence2.records import Box, Polygon, Quad, Result, Text
+from serve.predict.tiling import moved
 
 CROP, IMAGE, OFFSET = (40, 30), (200, 100), (100.0, 50.0)
 
@@ -51,14 +50,6 @@ def test_the_steps_move_too_and_the_rest_of_the_result_stays():
         before.text, before.answer, before.token_ids, before.notes,
     )  # fmt: skip
     assert before.objects == (box,)
-
-
-def test_the_region_of_an_answer_moves_with_it():
-    asked = Answered(result(), "car", "a car", Region((1, 2, 3, 4)))
-    placed = moved_answer(asked, OFFSET, IMAGE)
-    assert placed.region == Region((101, 52, 103, 54))
-    assert (placed.class_name, placed.phrase) == ("car", "a car")
-    assert moved_answer(Answered(result()), OFFSET, IMAGE).region is None
 
 
 whole = st.integers(-5000, 5000).map(float)

@@ -184,6 +184,28 @@ def test_an_idle_model_moves_to_memory_and_back_on_the_models_thread(models, dia
     assert threading.current_thread().name not in diary[1]
 
 
+def test_whoever_frees_the_device_while_another_model_is_loaded_is_told_at_once():
+    loads, go_on = threading.Event(), threading.Event()
+
+    def load(choice):
+        loads.set()
+        go_on.wait(30)
+        raise CheckpointError("damaged")
+
+    models = Deployment(load=load)
+    loading = threading.Thread(target=models.switch, args=(ModelChoice("base"),), daemon=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threading, "excepthook", lambda _: None)
+        loading.start()
+        try:
+            assert loads.wait(30)
+            with pytest.raises(StoppedError, match="press Serve"):
+                models.freeze()
+        finally:
+            go_on.set()
+            loading.join()
+
+
 def test_a_model_in_memory_has_nowhere_to_go(models, diary):
     models.switch(ModelChoice("base", "cpu"))
     assert "no device to free" in models.freeze()

@@ -41,7 +41,6 @@ def known(hub, monkeypatch) -> KnownCheckpoint:
         hub.repositories[REPOSITORY].commit,
         len(content),
         hashlib.sha256(content).hexdigest(),
-        "",
     )
     monkeypatch.setitem(catalog.KNOWN_BY_NAME, known.name, known)
     return known
@@ -313,7 +312,6 @@ def test_table_is_pinned():
     for known in KNOWN_CHECKPOINTS:
         assert len(known.revision) == 40
         assert len(known.weights_sha256) == 64
-        assert known.native_repository.endswith(known.native_repository.partition("@")[2])
         assert known.repository.endswith(known.name)
 
 

@@ -296,7 +296,7 @@ def test_refreshing_without_a_connection_keeps_what_is_here(hub, cache, monkeypa
 
 def test_known_name_refuses_other_weights(hub, cache, monkeypatch):
     commit = hub.repositories[REPOSITORY].commit
-    known = KnownCheckpoint("Florence-2-base", REPOSITORY, commit, 1, "0" * 64, "")
+    known = KnownCheckpoint("Florence-2-base", REPOSITORY, commit, 1, "0" * 64)
     monkeypatch.setitem(catalog.KNOWN_BY_NAME, "Florence-2-base", known)
     sentence = failure("Florence-2-base", cache_dir=cache)
     assert "other weights for Florence-2-base" in sentence

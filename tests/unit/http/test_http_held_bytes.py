@@ -8,7 +8,7 @@ import json
 from asgi_requests import FORM, JSON, guard_around, scope_of
 
 from florence2.budget import Budget
-from serve.http.guard import Uploads, keep_body
+from serve.http.guard import Uploads, client_is_gone, keep_body
 from serve.limits import MIB
 
 PATH = "/inference_batch"
@@ -59,6 +59,7 @@ class Slow:
         self.whole = 0
         self.kept = []
         self.keeps = False
+        self.gone = []
 
     async def __call__(self, scope, receive, send):
         more = True
@@ -68,6 +69,7 @@ class Slow:
                 return
             more = message.get("more_body", False)
         self.whole += 1
+        self.gone.append(client_is_gone(scope))
         if self.keeps:
             self.kept.append(keep_body(scope))
         await self.go_on.wait()
@@ -111,6 +113,24 @@ async def test_a_body_is_held_until_its_request_is_answered(desk):
     assert desk.held_mib == 3
     desk.inner.go_on.set()
     assert (await client.answer())[0] == 200
+    assert desk.held_mib == 0
+
+
+@at_desk()
+async def test_a_client_that_leaves_after_its_body_has_waited_for_room_is_noticed(desk):
+    first = Client(desk.guard, *[PIECE] * 7)
+    await desk.until(lambda: desk.inner.whole == 1)
+    second = Client(desk.guard, PIECE * 2)
+    await asyncio.sleep(0.2)
+    assert desk.inner.whole == 1
+    desk.inner.go_on.set()
+    await first.answer()
+    desk.inner.go_on.clear()
+    await desk.until(lambda: desk.inner.whole == 2)
+    second.leave()
+    await desk.until(lambda: desk.inner.gone[1].is_set())
+    desk.inner.go_on.set()
+    await second.end()
     assert desk.held_mib == 0
 
 

@@ -120,9 +120,7 @@ def test_a_head_of_its_own_stays_untied(native: State) -> None:
         assert_same(network.native_state(), native)
     network.tie()
     assert network.is_tied
-    network.untie()
-    assert "lm_head.weight" in network.native_state()
-    assert not network.is_tied
+    assert "lm_head.weight" not in network.native_state()
 
 
 @pytest.mark.parametrize("rows", [100, 121, 200])

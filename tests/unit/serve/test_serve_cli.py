@@ -9,6 +9,7 @@ import pytest
 
 from florence2.tasks import TASKS
 from serve.cli.main import main
+from serve.settings import Settings
 
 
 def run(*arguments: str) -> int:
@@ -34,14 +35,23 @@ def test_models_says_what_is_complete_on_this_machine(capsys, tmp_path, monkeypa
     assert "demo" in rows
 
 
-def test_the_quick_commands_wait_for_neither_torch_nor_the_sdk():
+def test_the_quick_commands_wait_for_nothing_slow():
     code = (
         "import sys, serve.cli.main; "
-        "slow = {'torch', 'supervisely', 'transformers', 'numpy'} & set(sys.modules); "
+        "slow = {'torch', 'supervisely', 'transformers', 'numpy', 'pydantic'} & set(sys.modules); "
         "sys.exit(str(slow) if slow else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_labels_options_say_what_the_settings_file_says(capsys):
+    assert run("label", "--help") == 0
+    shown = "".join(capsys.readouterr().out.split())
+    for key in ("class_thresholds", "nms_threshold", "geometry", "tiling"):
+        said = "".join((Settings.model_fields[key].description or "").split())
+        assert said
+        assert said in shown
 
 
 def pipe(monkeypatch, data: bytes) -> None:

@@ -58,15 +58,14 @@ def test_published_tokens_follow_the_base_vocabulary(original, native, original_
     assert (original.size, native.size) == (native.image_id, native.image_id + 1)
 
 
-def test_location_ids_go_both_ways(native):
+def test_location_tokens_are_told_by_their_ids(native):
     for location_bin in (0, 1, 500, 999):
-        token_id = native.location_id(location_bin)
-        assert native.encode(location_token(location_bin)) == [token_id]
-        assert native.location_of(token_id) == location_bin
-    assert native.location_of(native.location_id(0) - 1) is None
-    assert native.location_of(native.location_id(999) + 1) is None
-    with pytest.raises(ValueError, match="0 to 999"):
-        native.location_id(1000)
+        assert native.encode(location_token(location_bin)) == [
+            native.first_location_id + location_bin
+        ]
+        assert native.location_of(native.first_location_id + location_bin) == location_bin
+    assert native.location_of(native.first_location_id - 1) is None
+    assert native.location_of(native.first_location_id + 1000) is None
 
 
 def test_a_whole_tokenizer_without_the_published_tokens_gets_them(original, folder):
