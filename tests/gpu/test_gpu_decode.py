@@ -26,11 +26,11 @@ def small(monkeypatch):
     small_buckets(monkeypatch, cross_lengths=8)
 
 
-def new_place(seed: int) -> Place:
+def new_place(seed):
     return Place(seed, CudaRecorder(torch.device("cuda")), device="cuda")
 
 
-def new_crowd(seed: int, settings) -> Crowd:
+def new_crowd(seed, settings):
     return Crowd(seed, settings, mixed_limits(), device="cuda")
 
 

@@ -19,7 +19,7 @@ PRESETS = {
 ON_A_CPU = {"base": (1, 8), "large": (1, 8), "demo": (8, 32)}
 
 
-def sizes(preset: str, device_type: str) -> tuple[int, int]:
+def sizes(preset, device_type):
     config, size_wh = PRESETS[preset]
     checkpoint = SimpleNamespace(config=config, image_processor=SimpleNamespace(size_wh=size_wh))
     return image_batch(checkpoint, device_type), prompt_batch(checkpoint, device_type)

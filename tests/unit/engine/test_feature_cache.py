@@ -7,7 +7,7 @@ import torch
 from florence2.engine.encoding import EncodedImage, FeatureCache
 
 
-def encoded(key: str, num_bytes: int) -> EncodedImage:
+def encoded(key, num_bytes):
     return EncodedImage(torch.zeros(num_bytes, dtype=torch.uint8), (4, 3), key)
 
 

@@ -20,16 +20,16 @@ from engine_tools import (
 from florence2 import Ask, Failure
 from florence2.engine.answering import answer_all
 from florence2.engine.ask import Prompt
-from florence2.errors import FlorenceError, GenerationCancelledError, RequestError
+from florence2.errors import GenerationCancelledError, RequestError
 
 BATCHES = 1, 2
 
 
-def gone() -> FlorenceError:
+def gone():
     return GenerationCancelledError("Nobody waits.")
 
 
-def too_late() -> FlorenceError:
+def too_late():
     return RequestError("Too late.")
 
 

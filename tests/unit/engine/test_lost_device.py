@@ -21,7 +21,7 @@ ASSERT = (
 BATCHES = 2, 4
 
 
-def fails_in(engine, work) -> DeviceLostError:
+def fails_in(engine, work):
     with pytest.raises(DeviceLostError) as caught:
         work(engine)
     return caught.value

@@ -8,7 +8,6 @@ import itertools
 import pytest
 from tiny_reference import (
     SEEDS,
-    Prompts,
     answer_in_batches,
     differences,
     expected_answers,
@@ -18,7 +17,6 @@ from tiny_reference import (
     random_prompts,
     tiny_model,
 )
-from transformers import Florence2ForConditionalGeneration
 
 from florence2.network import florence
 from florence2.records import GenerationSettings
@@ -27,13 +25,13 @@ LIMIT = 16
 
 
 @functools.cache
-def setup(seed: int) -> tuple[Florence2ForConditionalGeneration, Prompts]:
+def setup(seed):
     return tiny_model(seed), random_prompts(seed, 200)
 
 
 @pytest.mark.parametrize("beams", [1, 3, 5])
 @pytest.mark.parametrize("seed", SEEDS)
-def test_equals_the_reference_singly_and_in_batches(seed: int, beams: int):
+def test_equals_the_reference_singly_and_in_batches(seed, beams):
     model, prompts = setup(seed)
     settings = GenerationSettings(num_beams=beams)
     expected = expected_answers(model, prompts, settings, LIMIT)
@@ -63,7 +61,7 @@ def test_beam_counts_give_different_answers():
 @pytest.mark.parametrize("ngram", [0, 2, 3])
 @pytest.mark.parametrize("length_penalty", [0.0, 0.5, 1.0, 2.0, -0.5])
 @pytest.mark.parametrize("early_stopping", [True, False, "never"])
-def test_every_stop_rule_penalty_and_ban(early_stopping, length_penalty: float, ngram: int):
+def test_every_stop_rule_penalty_and_ban(early_stopping, length_penalty, ngram):
     for seed, beams in zip(SEEDS, (2, 3, 4), strict=True):
         model, prompts = setup(seed)
         prompts = prompts.pick(list(range(40)))
@@ -78,7 +76,7 @@ def test_every_stop_rule_penalty_and_ban(early_stopping, length_penalty: float, 
 
 
 @pytest.mark.parametrize("ngram", [0, 1, 2, 3, 5])
-def test_greedy_with_every_ban_knows_no_stop_rules(ngram: int):
+def test_greedy_with_every_ban_knows_no_stop_rules(ngram):
     for seed, early_stopping in zip(SEEDS, (True, False, "never"), strict=True):
         model, prompts = setup(seed)
         settings = GenerationSettings(1, None, 2.0, early_stopping, ngram)
@@ -104,7 +102,7 @@ def test_the_stop_rules_differ_on_these_prompts():
 
 @pytest.mark.parametrize("beams", [1, 3, 5])
 @pytest.mark.parametrize("limit", [1, 2, 3, 4])
-def test_tight_limits(limit: int, beams: int):
+def test_tight_limits(limit, beams):
     model, prompts = setup(SEEDS[2])
     settings = GenerationSettings(num_beams=beams)
     expected = expected_answers(model, prompts, settings, limit)
@@ -112,7 +110,7 @@ def test_tight_limits(limit: int, beams: int):
     assert differences(answer_in_batches(model, prompts, settings, limit, 50), expected) == []
 
 
-def test_the_large_vocabulary_path(monkeypatch: pytest.MonkeyPatch):
+def test_the_large_vocabulary_path(monkeypatch):
     monkeypatch.setattr(florence, "SMALL_VOCABULARY", 0)
     monkeypatch.setattr(florence, "BLOCK", 7)
     for seed, beams in itertools.product(SEEDS, (1, 3, 5)):
@@ -125,15 +123,15 @@ def test_the_large_vocabulary_path(monkeypatch: pytest.MonkeyPatch):
 class OneForm(dict):
     """The same choice for every weight."""
 
-    def __init__(self, is_transposed: bool):
+    def __init__(self, is_transposed):
         self.counts = (is_transposed,) * 60
 
-    def get(self, *_: object) -> tuple[bool, ...]:
+    def get(self, *_):
         return self.counts
 
 
 @pytest.mark.parametrize("is_transposed", [False, True])
-def test_either_form_of_every_product_gives_the_reference_s_tokens(is_transposed: bool):
+def test_either_form_of_every_product_gives_the_reference_s_tokens(is_transposed):
     for seed, beams in zip(SEEDS, (1, 3, 5), strict=True):
         model, prompts = setup(seed)
         our_network(model).take_forms(OneForm(is_transposed))

@@ -6,26 +6,20 @@ import pytest
 import torch
 from tiny_reference import (
     SEEDS,
-    Expected,
     NaiveSession,
-    Prompts,
     answer_in_batches,
     decoder_logits,
     expected_answers,
     random_prompts,
     tiny_model,
 )
-from torch import Tensor
-from transformers import Florence2ForConditionalGeneration
 
 from florence2.generation.decode import DecodeBatch, generate
 from florence2.records import GenerationSettings
 from florence2.tokens import BOS_ID, DECODER_START_ID, EOS_ID
 
 
-def teacher_forced(
-    model: Florence2ForConditionalGeneration, prompt: Prompts, expected: Expected
-) -> Tensor:
+def teacher_forced(model, prompt, expected):
     """Log-softmax [generated, vocab] for the reference's raw ids, the closing one included."""
     ids = [DECODER_START_ID, *expected.ids[: expected.length]]
     logits = decoder_logits(model, prompt, torch.tensor([ids[:-1]]))
@@ -34,7 +28,7 @@ def teacher_forced(
 
 @pytest.mark.parametrize("ngram", [0, 2, 3])
 @pytest.mark.parametrize("beams", [1, 3, 5])
-def test_log_probs_are_those_of_the_plain_softmax(beams: int, ngram: int):
+def test_log_probs_are_those_of_the_plain_softmax(beams, ngram):
     for seed in SEEDS:
         model, prompts = tiny_model(seed), random_prompts(seed, 30)
         settings = GenerationSettings(num_beams=beams, no_repeat_ngram_size=ngram)
@@ -50,7 +44,7 @@ def test_log_probs_are_those_of_the_plain_softmax(beams: int, ngram: int):
 
 
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
-def test_the_greedy_score_follows_the_beam_formula(length_penalty: float):
+def test_the_greedy_score_follows_the_beam_formula(length_penalty):
     model, prompts = tiny_model(SEEDS[0]), random_prompts(SEEDS[0], 30)
     settings = GenerationSettings(num_beams=1, length_penalty=length_penalty)
     expected = expected_answers(model, prompts, settings, 16)
@@ -106,21 +100,21 @@ def test_a_limit_without_room_is_truncated_and_empty():
 class _RepeatsBos(NaiveSession):
     """Prefers ``<s>`` for the first steps, as the large checkpoints do."""
 
-    def prefill(self) -> Tensor:
+    def prefill(self):
         return self._prefer(super().prefill())
 
-    def step(self, token_ids: Tensor) -> Tensor:
+    def step(self, token_ids):
         return self._prefer(super().step(token_ids))
 
     @staticmethod
-    def _prefer(logits: Tensor) -> Tensor:
+    def _prefer(logits):
         logits[..., BOS_ID] += 40
         return logits
 
 
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("ngram", [0, 3])
-def test_leading_bos_tokens_are_stripped_with_their_log_probs(beams: int, ngram: int):
+def test_leading_bos_tokens_are_stripped_with_their_log_probs(beams, ngram):
     session = _RepeatsBos(tiny_model(SEEDS[0]), random_prompts(SEEDS[0], 6))
     settings = GenerationSettings(num_beams=beams, no_repeat_ngram_size=ngram)
     for answer in generate(session, DecodeBatch(settings), [12] * 6):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from florence2.errors import RequestError
@@ -24,7 +22,7 @@ from florence2.records import GenerationSettings, check_settings
         {"no_repeat_ngram_size": 0},
     ],
 )
-def test_supported_settings_pass(changed: dict[str, Any]):
+def test_supported_settings_pass(changed):
     check_settings(GenerationSettings(**changed))
 
 
@@ -53,7 +51,7 @@ def test_supported_settings_pass(changed: dict[str, Any]):
         ("no_repeat_ngram_size", False),
     ],
 )
-def test_other_settings_are_refused_in_one_plain_sentence(name: str, value: Any):
+def test_other_settings_are_refused_in_one_plain_sentence(name, value):
     with pytest.raises(RequestError) as caught:
         check_settings(GenerationSettings(**{name: value}))
     text = str(caught.value)

@@ -17,20 +17,13 @@ from reference import (
 )
 
 from florence2.errors import ImageError, RequestError
-from florence2.network.config import NetworkConfig, base_config, large_config, tiny_config
+from florence2.network.config import base_config, large_config, tiny_config
 
 FLOAT32_ERROR = 1e-5
 BFLOAT16_ERROR = 2e-2
 
 
-def check_all_stages(
-    config: NetworkConfig,
-    size_hw: tuple[int, int],
-    dtype: torch.dtype,
-    limit: float,
-    lengths: tuple[int, ...] = (9, 6),
-    gain: float = 0.7,
-) -> None:
+def check_all_stages(config, size_hw, dtype, limit, lengths=(9, 6), gain=0.7):
     """Ours in ``dtype`` against the reference in float32 with the same (rounded) weights."""
     error = relative_error if dtype == torch.float32 else rms_error
     network = random_network(config, gain=gain).to(dtype)
@@ -61,35 +54,35 @@ def check_all_stages(
 
 @pytest.mark.parametrize("size_hw", IMAGE_SIZES_HW)
 @pytest.mark.parametrize("name", TINY)
-def test_float32_stages(name: str, size_hw: tuple[int, int]) -> None:
+def test_float32_stages(name, size_hw):
     check_all_stages(TINY[name], size_hw, torch.float32, FLOAT32_ERROR)
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_bfloat16_stages(name: str) -> None:
+def test_bfloat16_stages(name):
     check_all_stages(TINY[name], (64, 64), torch.bfloat16, BFLOAT16_ERROR)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [base_config(), large_config()], ids=["base", "large"])
-def test_published_sizes(config: NetworkConfig) -> None:
+def test_published_sizes(config):
     check_all_stages(config, (768, 768), torch.float32, FLOAT32_ERROR, lengths=(9,))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [base_config(), large_config()], ids=["base", "large"])
-def test_published_sizes_in_bfloat16(config: NetworkConfig) -> None:
+def test_published_sizes_in_bfloat16(config):
     # With branches as strong as at tiny size, rounding alone reaches 2.8 % in the reference too.
     check_all_stages(config, (768, 768), torch.bfloat16, BFLOAT16_ERROR, lengths=(9,), gain=0.3)
 
 
-def test_names_are_the_native_ones() -> None:
+def test_names_are_the_native_ones():
     network = random_network(tiny_config())
     reference = reference_of(network)
     assert set(network.state_dict()) == set(reference.state_dict())
 
 
-def test_saved_state_loads_in_the_reference(tmp_path: pytest.TempPathFactory) -> None:
+def test_saved_state_loads_in_the_reference(tmp_path):
     import json
     from pathlib import Path
 
@@ -110,7 +103,7 @@ def test_saved_state_loads_in_the_reference(tmp_path: pytest.TempPathFactory) ->
         assert relative_error(network.encode_images(pixels), expected) < FLOAT32_ERROR
 
 
-def test_every_parameter_is_trained() -> None:
+def test_every_parameter_is_trained():
     network = random_network(tiny_config()).requires_grad_(True)
     ids, mask = prompts([5, 7], 120)
     visual = network.encode_images(torch.randn(2, 3, 64, 64))
@@ -119,7 +112,7 @@ def test_every_parameter_is_trained() -> None:
     assert [name for name, value in network.named_parameters() if value.grad is None] == []
 
 
-def test_gradients_are_those_of_the_reference() -> None:
+def test_gradients_are_those_of_the_reference():
     network = random_network(tiny_config())
     reference = reference_of(network).requires_grad_(True)
     network.requires_grad_(True)
@@ -136,7 +129,7 @@ def test_gradients_are_those_of_the_reference() -> None:
         assert float((parameter.grad - theirs[name].grad).abs().max()) / scale < 1e-3, name
 
 
-def test_too_long_a_prompt_is_refused() -> None:
+def test_too_long_a_prompt_is_refused():
     network = random_network(tiny_config(max_positions=40))
     ids, mask = prompts([30], 120)
     visual = network.encode_images(torch.randn(1, 3, 64, 64))
@@ -144,7 +137,7 @@ def test_too_long_a_prompt_is_refused() -> None:
         network.encode_prompts(visual, ids, mask)
 
 
-def test_too_large_a_grid_is_refused() -> None:
+def test_too_large_a_grid_is_refused():
     network = random_network(tiny_config())
     with pytest.raises(ImageError, match="at most 50 rows and columns, got 51 x 4"):
         network.encode_images(torch.zeros(1, 3, 51 * 16, 64))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,11 +16,10 @@ from reference import (
     relative_error,
     rms_error,
 )
-from torch import Tensor
 
 from florence2.errors import RequestError
 from florence2.generation.kv_cache import DecoderSession
-from florence2.network.config import NetworkConfig, base_config, large_config, tiny_config
+from florence2.network.config import base_config, large_config, tiny_config
 from florence2.tokens import ANSWER_PREFIX
 
 PREFIX = list(ANSWER_PREFIX)
@@ -30,14 +28,7 @@ PREFIX = list(ANSWER_PREFIX)
 class Replay:
     """Random searches on both sides: every beam's history is kept as a plain list."""
 
-    def __init__(
-        self,
-        config: NetworkConfig,
-        beams: int,
-        lengths: list[int],
-        dtype: torch.dtype,
-        max_new_tokens: int = 100,
-    ) -> None:
+    def __init__(self, config, beams, lengths, dtype, max_new_tokens=100):
         self.vocab_size = config.text.vocab_size
         self.network = random_network(config).to(dtype)
         self.reference: Any = reference_of(self.network).float()
@@ -54,7 +45,7 @@ class Replay:
         self.items = list(range(len(lengths)))
         self.histories = [[list(PREFIX) for _ in range(beams)] for _ in lengths]
 
-    def expected(self) -> Tensor:
+    def expected(self):
         """The reference's logits [B, beams, V] after every beam's history."""
         rows = []
         with torch.inference_mode():
@@ -65,7 +56,7 @@ class Replay:
                 rows.append(reference_logits(self.reference, ids, states, mask)[:, -1])
         return torch.stack(rows)
 
-    def step(self, reorder: bool) -> Tensor:
+    def step(self, reorder):
         shape = (len(self.items), self.beams)
         if reorder:
             parents = torch.randint(0, self.beams, shape)
@@ -78,14 +69,12 @@ class Replay:
                 history.append(token)
         return self.session.step(chosen)
 
-    def keep(self, indices: list[int]) -> None:
+    def keep(self, indices):
         self.session.keep(indices)
         self.items = [self.items[index] for index in indices]
 
 
-def check_search(
-    replay: Replay, steps: int, limit: float, error: Callable[..., float] = relative_error
-) -> None:
+def check_search(replay, steps, limit, error=relative_error):
     logits = replay.session.prefill()
     assert error(logits, replay.expected()[:, 0]) < limit
     for step in range(steps):
@@ -96,22 +85,22 @@ def check_search(
 
 @pytest.mark.parametrize("beams", [1, 3, 5])
 @pytest.mark.parametrize("name", TINY)
-def test_float32_search(name: str, beams: int) -> None:
+def test_float32_search(name, beams):
     check_search(Replay(TINY[name], beams, [6, 9, 5], torch.float32), steps=8, limit=1e-5)
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_bfloat16_search(beams: int) -> None:
+def test_bfloat16_search(beams):
     """Against the reference in float32 with the same rounded weights."""
     replay = Replay(tiny_config(), beams, [6, 9], torch.bfloat16)
     check_search(replay, steps=8, limit=2e-2, error=rms_error)
 
 
-def test_equal_prompts_and_a_cache_that_grows() -> None:
+def test_equal_prompts_and_a_cache_that_grows():
     check_search(Replay(tiny_config(), 3, [6, 6], torch.float32), steps=70, limit=1e-5)
 
 
-def test_dropped_items_leave_the_others_alone() -> None:
+def test_dropped_items_leave_the_others_alone():
     replay = Replay(tiny_config(), 3, [6, 9, 5, 7], torch.float32)
     replay.session.prefill()
     for step, kept in enumerate([None, [0, 2, 3], None, [2, 0], [0], None]):
@@ -121,7 +110,7 @@ def test_dropped_items_leave_the_others_alone() -> None:
         assert relative_error(replay.step(reorder=step > 0), replay.expected()) < 1e-5
 
 
-def test_random_choices_of_order_and_items() -> None:
+def test_random_choices_of_order_and_items():
     for seed in range(10):
         replay = Replay(tiny_config(), 4, [5, 8, 6], torch.float32)
         torch.manual_seed(seed)
@@ -135,11 +124,11 @@ def test_random_choices_of_order_and_items() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [base_config(), large_config()], ids=["base", "large"])
-def test_published_sizes(config: NetworkConfig) -> None:
+def test_published_sizes(config):
     check_search(Replay(config, 3, [8, 12], torch.float32), steps=4, limit=1e-5)
 
 
-def test_the_cache_holds_cross_attention_once_per_item_and_few_steps_of_a_long_limit() -> None:
+def test_the_cache_holds_cross_attention_once_per_item_and_few_steps_of_a_long_limit():
     replay = Replay(tiny_config(max_positions=1024), 5, [6, 9], torch.float32, 1024)
     replay.session.prefill()
     replay.step(reorder=False)
@@ -149,7 +138,7 @@ def test_the_cache_holds_cross_attention_once_per_item_and_few_steps_of_a_long_l
         assert own_key.shape[2] <= 256
 
 
-def test_the_position_table_is_never_overrun() -> None:
+def test_the_position_table_is_never_overrun():
     replay = Replay(tiny_config(max_positions=32), 2, [6], torch.float32, 32)
     with pytest.raises(RequestError, match="max_new_tokens may be at most 32"):
         DecoderSession(replay.network, replay.states, replay.mask, 2, 33)
@@ -161,7 +150,7 @@ def test_the_position_table_is_never_overrun() -> None:
         session.step(torch.full((1, 2), 7))
 
 
-def test_calls_out_of_order_are_refused() -> None:
+def test_calls_out_of_order_are_refused():
     replay = Replay(tiny_config(), 2, [6], torch.float32)
     with pytest.raises(RuntimeError, match="prefill first"):
         replay.session.step(torch.zeros(1, 2, dtype=torch.long))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -40,8 +38,8 @@ def clean(monkeypatch):
 def says(monkeypatch):
     """Makes ``torch.cuda`` refuse with a text."""
 
-    def set_text(text: str, kind: type[Exception] = RuntimeError) -> None:
-        def refuse() -> None:
+    def set_text(text, kind=RuntimeError):
+        def refuse():
             raise kind(text)
 
         monkeypatch.setattr(torch.cuda, "init", refuse)
@@ -50,7 +48,7 @@ def says(monkeypatch):
     return set_text
 
 
-def plant(root: Path, name: str, text: str = "") -> None:
+def plant(root, name, text=""):
     (root / name).parent.mkdir(parents=True)
     (root / name).write_text(text, encoding="utf-8")
 

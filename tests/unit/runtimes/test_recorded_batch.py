@@ -33,7 +33,7 @@ def place():
     return Place(SEEDS[0], TapingRecorder())
 
 
-def search(place: Place, settings=None, limits=None, **options) -> Crowd:
+def search(place, settings=None, limits=None, **options):
     """A crowd that was searched in one of the place's batches, and is answered right."""
     crowd = Crowd(place.seed, settings or settings_of(), limits or mixed_limits())
     crowd.run(place.batch(crowd.settings), **options)

@@ -16,7 +16,7 @@ from florence2.pixels import ImageProcessor
 from florence2.tasks import TASKS
 
 
-def each_task(count: int, num_pictures: int) -> list[Ask]:
+def each_task(count, num_pictures):
     """One ask after another, of all tasks and some pictures."""
     return [
         ask(picture(number % num_pictures), TASKS[number % len(TASKS)].token, max_new_tokens=24)
@@ -52,7 +52,7 @@ def test_a_request_joins_the_batch_in_hand_and_may_be_answered_first(
 ):
     joined = []
 
-    def join_once() -> None:
+    def join_once():
         if len(runtime.passes) == 4 and not joined:
             joined.append(send.queued(captions(2, max_new_tokens=3)))
 

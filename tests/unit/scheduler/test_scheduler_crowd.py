@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from engine_tools import picture
 from scheduler_tools import PATIENCE_S, wait_until
 
-from florence2 import Ask, Failure, Result
+from florence2 import Ask, Result
 from florence2.engine.scheduler import Priority
 from florence2.errors import QueueFullError, StoppedError
 
@@ -23,7 +22,7 @@ REFUSED = (QueueFullError, StoppedError)
 class Caller:
     """One request of a kind drawn by its number, and a check of what came of it."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number):
         draw = random.Random(number)
         self.asks = [
             Ask(
@@ -38,11 +37,11 @@ class Caller:
         self.deadline_s = draw.choice([None, None, 0.0, 0.3])
         self.looks_left = draw.choice([None, None, 0, 1, 3])
 
-    def should_stop(self) -> bool:
+    def should_stop(self):
         self.looks_left -= 1
         return self.looks_left < 0
 
-    def run(self, run: Callable[..., list[Result | Failure]]) -> str | None:
+    def run(self, run):
         """What is wrong with the answers, if anything is."""
         is_patient = self.looks_left is None
         try:

@@ -11,7 +11,7 @@ from florence2.errors import StoppedError
 CLICK, BULK = Priority
 
 
-def of(names: str, priority: Priority = CLICK, max_batch: int = 4) -> Request:
+def of(names, priority=CLICK, max_batch=4):
     """A request with an ask for each name; the letter of a name is its image."""
     return Request([Ask(name[0], name) for name in names.split()], priority, max_batch)
 
