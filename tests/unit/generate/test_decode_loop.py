@@ -6,16 +6,21 @@ import itertools
 
 import pytest
 import torch
-from crowd import COUNT, MODES, Crowd, expected_by_limit, mixed_limits, settings_of
 from tiny_reference import (
+    COUNT,
+    MODES,
     SEEDS,
+    Crowd,
     NaiveSession,
     answer_in_batches,
     differences,
     expected_answers,
+    expected_by_limit,
+    mixed_limits,
     naive_session,
     network_session,
     random_prompts,
+    settings_of,
     tiny_model,
 )
 from torch import Tensor

@@ -32,16 +32,16 @@ def with_projection(source, folder, change):
 
 
 @pytest.fixture(scope="module")
-def overflowing_folder(sane_folder, tmp_path_factory):
+def overflowing_folder(checkpoint_folder, tmp_path_factory):
     """Its projection's products are beyond 65504, the largest number of half precision."""
     folder = tmp_path_factory.mktemp("overflowing") / "checkpoint"
-    return with_projection(sane_folder, folder, lambda weight: weight * 1e6)
+    return with_projection(checkpoint_folder, folder, lambda weight: weight * 1e6)
 
 
 @pytest.fixture(scope="module")
-def broken_folder(sane_folder, tmp_path_factory):
+def broken_folder(checkpoint_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("broken") / "checkpoint"
-    return with_projection(sane_folder, folder, lambda weight: weight * math.nan)
+    return with_projection(checkpoint_folder, folder, lambda weight: weight * math.nan)
 
 
 @pytest.fixture
@@ -68,9 +68,9 @@ def test_auto_falls_back_to_float32_with_a_warning(half_precision, overflowing_f
     assert warning.endswith("loaded in fp32 instead.")
 
 
-def test_auto_stays_where_the_checkpoint_answers(half_precision, sane_folder, caplog):
+def test_auto_stays_where_the_checkpoint_answers(half_precision, checkpoint_folder, caplog):
     with caplog.at_level(logging.WARNING):
-        assert engine_of(sane_folder, "auto").runtime.precision == "fp16"
+        assert engine_of(checkpoint_folder, "auto").runtime.precision == "fp16"
     assert caplog.messages == []
 
 
@@ -98,15 +98,17 @@ def runtime_of(checkpoint, precision):
     return TorchRuntime(loading.load_weights(checkpoint, PRECISIONS[precision]), CPU, precision)
 
 
-def test_features_that_are_close_enough_pass(sane_folder):
-    checkpoint = open_checkpoint(sane_folder)
+def test_features_that_are_close_enough_pass(checkpoint_folder):
+    checkpoint = open_checkpoint(checkpoint_folder)
     error = check_against_fp32(checkpoint, runtime_of(checkpoint, "bf16"), is_error=True)
     assert 0 < error < loading.TOLERANCE["bf16"]
 
 
-def test_features_that_are_far_off_are_an_error_or_a_warning(sane_folder, monkeypatch, caplog):
+def test_features_that_are_far_off_are_an_error_or_a_warning(
+    checkpoint_folder, monkeypatch, caplog
+):
     monkeypatch.setitem(loading.TOLERANCE, "bf16", 1e-6)
-    checkpoint = open_checkpoint(sane_folder)
+    checkpoint = open_checkpoint(checkpoint_folder)
     runtime = runtime_of(checkpoint, "bf16")
     with pytest.raises(PrecisionError, match=r"at most 1e-06 from those in fp32.* and are 0\.0"):
         check_against_fp32(checkpoint, runtime, is_error=True)
@@ -143,15 +145,15 @@ CHECKS = {
 
 @pytest.mark.parametrize(("precision", "free", "check", "is_made"), CHECKS.values(), ids=CHECKS)
 def test_a_load_does_not_fail_for_lack_of_room_to_check(
-    sane_folder, monkeypatch, precision, free, check, is_made
+    checkpoint_folder, monkeypatch, precision, free, check, is_made
 ):
     monkeypatch.setattr(loading, "check_against_fp32", check)
-    checkpoint = open_checkpoint(sane_folder)
+    checkpoint = open_checkpoint(checkpoint_folder)
     runtime = runtime_of(checkpoint, precision)
     assert check_where_it_fits(checkpoint, runtime, Room(free), is_error=True) is is_made
 
 
-def test_an_engine_that_is_not_taken_frees_its_weights(sane_folder, monkeypatch):
+def test_an_engine_that_is_not_taken_frees_its_weights(checkpoint_folder, monkeypatch):
     built = []
 
     def failing(engine):
@@ -160,5 +162,5 @@ def test_an_engine_that_is_not_taken_frees_its_weights(sane_folder, monkeypatch)
 
     monkeypatch.setattr(loading, "self_test", failing)
     with pytest.raises(CheckpointError, match="no"):
-        engine_of(sane_folder, "fp32")
+        engine_of(checkpoint_folder, "fp32")
     assert built[0].memory_bytes == 0

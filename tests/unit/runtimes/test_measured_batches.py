@@ -81,8 +81,8 @@ def test_the_cost_is_the_line_through_two_peaks(line, expected):
 
 
 @pytest.fixture(scope="module")
-def checkpoint(sane_folder):
-    return open_checkpoint(sane_folder)
+def checkpoint(checkpoint_folder):
+    return open_checkpoint(checkpoint_folder)
 
 
 @pytest.fixture
@@ -148,8 +148,8 @@ def test_prompts_fill_the_rows_they_are_rounded_up_to(checkpoint, recorded):
 
 
 @pytest.fixture
-def engine(sane_folder):
-    return Florence2.load(sane_folder, device="cpu").engine
+def engine(checkpoint_folder):
+    return Florence2.load(checkpoint_folder, device="cpu").engine
 
 
 # Keys and values, 3 layers, 192 wide, 512 positions at most, 3 beams, 4 bytes.
@@ -194,7 +194,7 @@ def test_both_batches_follow_from_what_passes_take(
     assert meter.counts == {"image": [1, 4], "prompt": [1, 4] if most > 1 else [1]}
 
 
-def test_on_a_cpu_nothing_is_measured(sane_folder, monkeypatch):
+def test_on_a_cpu_nothing_is_measured(checkpoint_folder, monkeypatch):
     monkeypatch.setattr(loading, "measured_batches", None)
-    engine = Florence2.load(sane_folder, device="cpu").engine
+    engine = Florence2.load(checkpoint_folder, device="cpu").engine
     assert (engine.image_batch, engine.prompt_batch) == (8, 32)

@@ -61,9 +61,9 @@ def engine_with(folder, recorder):
     return Engine(checkpoint, runtime, image_batch=2, prompt_batch=8, cache_bytes=2**24)
 
 
-def test_right_recordings_stay_and_are_used(sane_folder, caplog):
+def test_right_recordings_stay_and_are_used(checkpoint_folder, caplog):
     recorder = TapingRecorder()
-    engine = engine_with(sane_folder, recorder)
+    engine = engine_with(checkpoint_folder, recorder)
     check_recordings(engine, engine.runtime.graphs)
     assert engine.runtime.graphs.is_enabled
     kinds = {key[0] for key in engine.runtime.graphs.keys}
@@ -74,14 +74,14 @@ def test_right_recordings_stay_and_are_used(sane_folder, caplog):
 
 @pytest.mark.parametrize("recorder", [Wrong(0), Wrong(2), Failing(2)])
 def test_a_wrong_or_failing_recording_ends_recording_and_not_the_engine(
-    sane_folder, caplog, recorder
+    checkpoint_folder, caplog, recorder
 ):
-    engine = engine_with(sane_folder, recorder)
+    engine = engine_with(checkpoint_folder, recorder)
     with caplog.at_level(logging.WARNING):
         check_recordings(engine, engine.runtime.graphs)
     assert not engine.runtime.graphs.is_enabled
     assert [message[:15] for message in caplog.messages] == ["CUDA graphs are"]
-    plain = engine_with(sane_folder, None)
+    plain = engine_with(checkpoint_folder, None)
     assert answer(engine) == answer(plain)
 
 
