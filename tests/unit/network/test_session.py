@@ -28,7 +28,7 @@ PREFIX = list(ANSWER_PREFIX)
 class Replay:
     """Random searches on both sides: every beam's history is kept as a plain list."""
 
-    def __init__(self, config, beams, lengths, dtype, max_new_tokens=100):
+    def __init__(self, config, beams, lengths, dtype=torch.float32, max_new_tokens=100):
         self.vocab_size = config.text.vocab_size
         self.network = random_network(config).to(dtype)
         self.reference: Any = reference_of(self.network).float()
@@ -74,7 +74,27 @@ class Replay:
         self.items = [self.items[index] for index in indices]
 
 
-def check_search(replay, steps, limit, error=relative_error):
+TINY_PROMPTS, F32 = [6, 9, 5], torch.float32
+SEARCHES = {
+    # name: (config, beams, lengths of prompts, precision, steps)
+    **{f"{n}, {k} beams": (TINY[n], k, TINY_PROMPTS, F32, 8) for n in TINY for k in (1, 3, 5)},
+    # Against the reference in float32 with the same rounded weights.
+    **{f"bfloat16, {k} beams": (tiny_config(), k, [6, 9], torch.bfloat16, 8) for k in (1, 3)},
+    "equal prompts and a cache that grows": (tiny_config(), 3, [6, 6], F32, 70),
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "beams", "lengths", "dtype", "steps"),
+    [
+        *(pytest.param(*search, id=name) for name, search in SEARCHES.items()),
+        pytest.param(base_config(), 3, [8, 12], F32, 4, id="base", marks=pytest.mark.slow),
+        pytest.param(large_config(), 3, [8, 12], F32, 4, id="large", marks=pytest.mark.slow),
+    ],
+)
+def test_a_search_has_the_references_logits(config, beams, lengths, dtype, steps):
+    replay = Replay(config, beams, lengths, dtype)
+    error, limit = (relative_error, 1e-5) if dtype == F32 else (rms_error, 2e-2)
     logits = replay.session.prefill()
     assert error(logits, replay.expected()[:, 0]) < limit
     for step in range(steps):
@@ -83,25 +103,8 @@ def check_search(replay, steps, limit, error=relative_error):
         assert replay.session.length == len(PREFIX) + step + 1
 
 
-@pytest.mark.parametrize("beams", [1, 3, 5])
-@pytest.mark.parametrize("name", TINY)
-def test_float32_search(name, beams):
-    check_search(Replay(TINY[name], beams, [6, 9, 5], torch.float32), steps=8, limit=1e-5)
-
-
-@pytest.mark.parametrize("beams", [1, 3])
-def test_bfloat16_search(beams):
-    """Against the reference in float32 with the same rounded weights."""
-    replay = Replay(tiny_config(), beams, [6, 9], torch.bfloat16)
-    check_search(replay, steps=8, limit=2e-2, error=rms_error)
-
-
-def test_equal_prompts_and_a_cache_that_grows():
-    check_search(Replay(tiny_config(), 3, [6, 6], torch.float32), steps=70, limit=1e-5)
-
-
 def test_dropped_items_leave_the_others_alone():
-    replay = Replay(tiny_config(), 3, [6, 9, 5, 7], torch.float32)
+    replay = Replay(tiny_config(), 3, [6, 9, 5, 7])
     replay.session.prefill()
     for step, kept in enumerate([None, [0, 2, 3], None, [2, 0], [0], None]):
         if kept is not None:
@@ -112,7 +115,7 @@ def test_dropped_items_leave_the_others_alone():
 
 def test_random_choices_of_order_and_items():
     for seed in range(10):
-        replay = Replay(tiny_config(), 4, [5, 8, 6], torch.float32)
+        replay = Replay(tiny_config(), 4, [5, 8, 6])
         torch.manual_seed(seed)
         replay.session.prefill()
         for step in range(12):
@@ -122,14 +125,8 @@ def test_random_choices_of_order_and_items():
         assert relative_error(logits[:, :], replay.expected()) < 1e-5
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("config", [base_config(), large_config()], ids=["base", "large"])
-def test_published_sizes(config):
-    check_search(Replay(config, 3, [8, 12], torch.float32), steps=4, limit=1e-5)
-
-
 def test_the_cache_holds_cross_attention_once_per_item_and_few_steps_of_a_long_limit():
-    replay = Replay(tiny_config(max_positions=1024), 5, [6, 9], torch.float32, 1024)
+    replay = Replay(tiny_config(max_positions=1024), 5, [6, 9], max_new_tokens=1024)
     replay.session.prefill()
     replay.step(reorder=False)
     for cross_key, cross_value, own_key, own_value in replay.session.caches():
@@ -139,7 +136,7 @@ def test_the_cache_holds_cross_attention_once_per_item_and_few_steps_of_a_long_l
 
 
 def test_the_position_table_is_never_overrun():
-    replay = Replay(tiny_config(max_positions=32), 2, [6], torch.float32, 32)
+    replay = Replay(tiny_config(max_positions=32), 2, [6], max_new_tokens=32)
     with pytest.raises(RequestError, match="max_new_tokens may be at most 32"):
         DecoderSession(replay.network, replay.states, replay.mask, 2, 33)
     session = DecoderSession(replay.network, replay.states, replay.mask, 2, 32)
@@ -151,7 +148,7 @@ def test_the_position_table_is_never_overrun():
 
 
 def test_calls_out_of_order_are_refused():
-    replay = Replay(tiny_config(), 2, [6], torch.float32)
+    replay = Replay(tiny_config(), 2, [6])
     with pytest.raises(RuntimeError, match="prefill first"):
         replay.session.step(torch.zeros(1, 2, dtype=torch.long))
     replay.session.prefill()

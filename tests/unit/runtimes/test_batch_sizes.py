@@ -1,9 +1,12 @@
-"""Batches follow from what one more image or prompt was measured to cost."""
+"""How many images and prompts go through the network at once, as said or as measured."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from recorders import CPU
 
 from florence2 import Florence2
 from florence2.checkpoint.checkpoint import load_weights, open_checkpoint
@@ -14,14 +17,38 @@ from florence2.engine.loading import (
     BatchSizes,
     Cost,
     fit_batch,
+    image_batch,
     measure_cost,
     measured_batches,
+    prompt_batch,
 )
+from florence2.network.config import base_config, large_config
 from florence2.runtimes.cuda_graphs import GraphRunner
 from florence2.runtimes.torch import VISION_BUCKETS as BUCKETS
 from florence2.runtimes.torch import TorchRuntime
+from florence2_demo.checkpoint import demo_config
 
 MIB = 2**20
+
+PRESETS = {
+    "base": (base_config(), (768, 768)),
+    "large": (large_config(), (768, 768)),
+    "demo": (demo_config(1024), (192, 192)),
+}
+ON_A_CPU = {"base": (1, 8), "large": (1, 8), "demo": (8, 32)}
+
+
+def sizes(preset, device_type):
+    config, size_wh = PRESETS[preset]
+    checkpoint = SimpleNamespace(config=config, image_processor=SimpleNamespace(size_wh=size_wh))
+    return image_batch(checkpoint, device_type), prompt_batch(checkpoint, device_type)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_cpu_has_batches_by_the_network_and_a_gpu_one_size_until_memory_is_measured(preset):
+    assert sizes(preset, "cpu") == ON_A_CPU[preset]
+    assert sizes(preset, "cuda") == (16, 32)
+
 
 FITTING = {
     # name: (free, fixed, per item, most), expected
@@ -89,7 +116,7 @@ def checkpoint(checkpoint_folder):
 def recorded(checkpoint, recorder):
     """A runtime that records as on a GPU, and keeps no memory for what is idle."""
     network = load_weights(checkpoint, torch.float32)
-    runtime = TorchRuntime(network, torch.device("cpu"), "fp32", GraphRunner(recorder))
+    runtime = TorchRuntime(network, CPU, "fp32", GraphRunner(recorder))
     runtime.most_idle_bytes = runtime.most_prompt_bytes = 0
     return runtime
 
@@ -196,5 +223,7 @@ def test_both_batches_follow_from_what_passes_take(
 
 def test_on_a_cpu_nothing_is_measured(checkpoint_folder, monkeypatch):
     monkeypatch.setattr(loading, "measured_batches", None)
-    engine = Florence2.load(checkpoint_folder, device="cpu").engine
-    assert (engine.image_batch, engine.prompt_batch) == (8, 32)
+    for name in (checkpoint_folder, "demo"):
+        engine = Florence2.load(name, device="cpu").engine
+        assert (engine.image_batch, engine.prompt_batch) == ON_A_CPU["demo"]
+        assert engine.checkpoint.image_processor.size_wh == PRESETS["demo"][1]
