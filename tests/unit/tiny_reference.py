@@ -170,8 +170,9 @@ def decoder_logits(model, prompts, ids):
 class NaiveSession:
     """The session protocol by re-running the reference's decoder on whole histories."""
 
-    def __init__(self, model, prompts):
-        self._model = model
+    def __init__(self, model, prompts, alter=lambda logits: logits):
+        """``alter`` may change logits that are given."""
+        self._model, self._alter = model, alter
         # What each item's prompt is, and each item's history [beams, length].
         self._prompts = [prompts.pick([item]) for item in range(len(prompts.states))]
         self._history: list[Tensor] = []
@@ -223,7 +224,7 @@ class NaiveSession:
             )
             logits = decoder_logits(self._model, spread, histories.flatten(0, 1))[:, -1]
             found |= zip(items, logits.view(len(items), beams, -1), strict=True)
-        return torch.stack([found[item] for item in range(len(self._history))])
+        return self._alter(torch.stack([found[item] for item in range(len(self._history))]))
 
 
 def naive_session(model, prompts, *_, **options):

@@ -27,7 +27,7 @@ from torch import Tensor
 
 import florence2.generation.decode
 from florence2.errors import FlorenceError, NotFiniteError, RequestError
-from florence2.generation.decode import DecodeBatch, DecodeLoop, EncodedItems, generate
+from florence2.generation.decode import DecodeBatch, generate
 from florence2.records import Answer, GenerationSettings
 
 
@@ -35,8 +35,8 @@ def answers_of(session, settings, limits, **options):
     return generate(session, DecodeBatch(settings), limits, **options)
 
 
-def naive(count, seed=SEEDS[0], kind=NaiveSession):
-    return kind(tiny_model(seed), random_prompts(seed, count))
+def naive(count, seed=SEEDS[0], kind=NaiveSession, **options):
+    return kind(tiny_model(seed), random_prompts(seed, count), **options)
 
 
 @pytest.mark.parametrize("ngram", [0, 3])
@@ -247,33 +247,15 @@ def test_more_beams_than_the_vocabulary_has_candidates_are_refused():
         answers_of(naive(1), settings_of(beams=60), [5])
 
 
-class Watched:
-    """The items of one session, all there from the start; ``watch`` names those to give up."""
-
-    def __init__(self, session, limits, watch):
-        self.session, self.limits, self.watch = session, limits, watch
-        self.has_started = False
-        self.answers: dict[int, Answer | FlorenceError] = {}
-
-    def given_up(self):
-        if len(self.answers) == len(self.limits):
-            return {}
-        return {item: why for item, why in self.watch().items() if item not in self.answers}
-
-    def start(self, room):
-        if self.has_started or len(self.answers) == len(self.limits):
-            return None
-        self.has_started = True
-        return EncodedItems(range(len(self.limits)), self.session, self.limits)
-
-    def settle(self, item, answer):
-        self.answers.setdefault(item, answer)
-
-
 def watched(session, settings, limits, watch):
-    source = Watched(session, limits, watch)
-    DecodeLoop(source, DecodeBatch(settings), max_rows=len(limits)).run()
-    return [source.answers[item] for item in range(len(limits))]
+    """Answers of one session's prompts, all there from the start; ``watch`` names whom to give up.
+
+    It is called before every pass.
+    """
+    crowd = Crowd(SEEDS[0], settings, limits, session=lambda *_, **__: session)
+    crowd.random.randint, crowd.names_waiting = lambda low, high: high, True
+    crowd.meanwhile = lambda: len(crowd.answers) < len(limits) and crowd.reasons.update(watch())
+    return crowd.run(max_rows=len(limits))
 
 
 def given_up_at(call, items):
@@ -337,26 +319,20 @@ def test_the_source_is_asked_before_every_pass():
     assert len(asked) == sum(name != "keep" for name, _ in session.calls)
 
 
-class BrokenSession(NaiveSession):
-    """The logits of these prompts are never numbers, as long as all are there."""
+def broken(prompts):
+    """A session of four, in which the logits of some are no numbers as long as all are there."""
 
-    broken = slice(None)
-
-    def prefill(self):
-        return self._spoil(super().prefill())
-
-    def step(self, token_ids):
-        return self._spoil(super().step(token_ids))
-
-    def _spoil(self, logits):
+    def spoil(logits):
         if len(logits) == 4:
-            logits[self.broken] = float("nan")
+            logits[prompts] = float("nan")
         return logits
+
+    return naive(4, alter=spoil)
 
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_a_network_that_gives_nan_is_an_error_not_an_answer(beams):
-    answers = answers_of(naive(4, kind=BrokenSession), settings_of(beams), [16] * 4)
+    answers = answers_of(broken(slice(None)), settings_of(beams), [16] * 4)
     assert [type(answer) for answer in answers] == [NotFiniteError] * 4
     assert "finite numbers" in str(answers[0])
     assert ". " not in str(answers[0])
@@ -364,9 +340,7 @@ def test_a_network_that_gives_nan_is_an_error_not_an_answer(beams):
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_nan_for_one_prompt_leaves_the_other_answers_as_they_are(beams):
-    session = naive(4, kind=BrokenSession)
-    session.broken = slice(2, 3)
     plain = answers_of(naive(4), settings_of(beams), [3] * 4)
-    broken = answers_of(session, settings_of(beams), [3] * 4)
-    assert isinstance(broken[2], NotFiniteError)
-    assert broken[:2] + broken[3:] == plain[:2] + plain[3:]
+    found = answers_of(broken(slice(2, 3)), settings_of(beams), [3] * 4)
+    assert isinstance(found[2], NotFiniteError)
+    assert found[:2] + found[3:] == plain[:2] + plain[3:]

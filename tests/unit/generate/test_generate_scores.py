@@ -93,25 +93,16 @@ def test_a_limit_without_room_is_truncated_and_empty():
         assert answers[2].token_ids
 
 
-class RepeatsBos(NaiveSession):
-    """Prefers ``<s>`` for the first steps, as the large checkpoints do."""
-
-    def prefill(self):
-        return self._prefer(super().prefill())
-
-    def step(self, token_ids):
-        return self._prefer(super().step(token_ids))
-
-    @staticmethod
-    def _prefer(logits):
-        logits[..., BOS_ID] += 40
-        return logits
+def prefer_bos(logits):
+    """Logits of the large checkpoints, which would begin with ``<s>`` again and again."""
+    logits[..., BOS_ID] += 40
+    return logits
 
 
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("ngram", [0, 3])
 def test_leading_bos_tokens_are_stripped_with_their_log_probs(beams, ngram):
-    session = RepeatsBos(tiny_model(SEEDS[0]), random_prompts(SEEDS[0], 6))
+    session = NaiveSession(tiny_model(SEEDS[0]), random_prompts(SEEDS[0], 6), prefer_bos)
     settings = GenerationSettings(num_beams=beams, no_repeat_ngram_size=ngram)
     for answer in generate(session, DecodeBatch(settings), [12] * 6):
         assert len(answer.token_ids) == len(answer.log_probs) > 0

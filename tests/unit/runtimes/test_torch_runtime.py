@@ -22,34 +22,14 @@ def settings():
     return [part.fp32_precision for part in parts], torch.backends.cuda.cudnn_sdp_enabled()
 
 
-def everything_faster():
-    torch.set_float32_matmul_precision("high")
-
-
-def everything_fastest():
-    torch.set_float32_matmul_precision("medium")
-
-
-def only_convolutions_exact():
-    CUDNN.conv.fp32_precision = "ieee"
-
-
-def by_both_ways():
-    PRODUCTS.fp32_precision = "tf32"
-    CUDNN.rnn.fp32_precision = "ieee"
-
-
-def no_cudnn_attention():
-    torch.backends.cuda.enable_cudnn_sdp(False)
-
-
 HOSTS = {
-    "as torch starts": lambda: None,
-    "TF32 for products": everything_faster,
-    "bf16 for products of a CPU too": everything_fastest,
-    "exact convolutions": only_convolutions_exact,
-    "both of torch's ways": by_both_ways,
-    "no attention of cuDNN's": no_cudnn_attention,
+    # name: (what products of float32 may be, the precisions of parts, whether cuDNN attends)
+    "as torch starts": (None, {}, True),
+    "TF32 for products": ("high", {}, True),
+    "bf16 for products of a CPU too": ("medium", {}, True),
+    "exact convolutions": (None, {CUDNN.conv: "ieee"}, True),
+    "both of torch's ways": (None, {PRODUCTS: "tf32", CUDNN.rnn: "ieee"}, True),
+    "no attention of cuDNN's": (None, {}, False),
 }
 
 
@@ -57,7 +37,13 @@ HOSTS = {
 def host(request):
     """What the host program has set; torch's own start is put back afterwards."""
     (products, conv, rnn), attention = settings()
-    request.param()
+    told, parts, has_attention = request.param
+    if told is not None:
+        torch.set_float32_matmul_precision(told)
+    for part, precision in parts.items():
+        part.fp32_precision = precision
+    if not has_attention:
+        torch.backends.cuda.enable_cudnn_sdp(False)
     yield settings()
     torch.set_float32_matmul_precision("highest")
     PRODUCTS.fp32_precision, CUDNN.conv.fp32_precision = products, conv
@@ -65,21 +51,15 @@ def host(request):
     torch.backends.cuda.enable_cudnn_sdp(attention)
 
 
-def test_float32_on_a_gpu_is_computed_in_float32(host):
+def test_a_gpu_computes_float32_as_such_and_needs_another_attention_and_a_cpu_nothing(host):
     with computing("cuda", "fp32"):
         precisions, attention = settings()
         assert "tf32" not in precisions
         assert not attention
     assert settings() == host
-
-
-def test_reduced_precision_needs_only_another_attention(host):
     with computing("cuda", "bf16"):
         assert settings() == (host[0], False)
     assert settings() == host
-
-
-def test_a_cpu_leaves_everything_as_it_is(host):
     with computing("cpu", "fp32"):
         assert settings() == host
 
