@@ -1,14 +1,22 @@
-"""A small tokenizer in the published layout, and the reference's processor around it."""
+"""A small random checkpoint, a small tokenizer, and the reference's processor around it."""
 
 import json
+import math
 import os
+import shutil
+from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 from tokenizers import ByteLevelBPETokenizer
+from torch import nn
 
+from florence2.network.florence import Florence2Network
 from florence2.tasks import BANNED_PHRASES, TASKS
-from florence2.tokens import ADDED_TOKENS, IMAGE, MASK
+from florence2.tokenizer import Vocabulary
+from florence2.tokens import ADDED_TOKENS, IMAGE, MASK, location_token
+from florence2_demo.checkpoint import demo_config, save_checkpoint
 
 # Machines that run tests are shared; how long an example takes says nothing there. A run tries the
 # same examples as the last one; HYPOTHESIS_PROFILE=explore looks for new ones.
@@ -16,6 +24,7 @@ settings.register_profile("shared", deadline=None, derandomize=True)
 settings.register_profile("explore", deadline=None, max_examples=500)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "shared"))
 
+DEMO = Path(__file__).parents[2] / "demo" / "checkpoint"
 BASE_SIZE = 700
 SAMPLE_TEXTS = [
     *(task.sentence.replace("{input}", "a red car, two dogs and 龍") for task in TASKS),
@@ -81,4 +90,23 @@ def native_folder(reference, tmp_path_factory):
     """The same tokenizer saved by the reference: one file, its own ``<image>`` included."""
     folder = tmp_path_factory.mktemp("native")
     reference.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint_folder(tmp_path_factory):
+    """Its answers hold a fair share of boxes, and it is sane in every precision."""
+    folder = tmp_path_factory.mktemp("random")
+    weights = shutil.ignore_patterns("config.json", "model.safetensors")
+    shutil.copytree(DEMO, folder, ignore=weights, dirs_exist_ok=True)
+    vocabulary = Vocabulary.from_folder(folder)
+    torch.manual_seed(11)
+    network = Florence2Network(demo_config(-(-vocabulary.size // 64) * 64))
+    for module in network.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
+            nn.init.normal_(module.weight, std=1.2 / math.sqrt(module.weight[0].numel()))
+    first = vocabulary.encode(location_token(0))[0]
+    with torch.no_grad():
+        network.model.language_model.shared.weight[first : first + 1000] *= 1.5
+    save_checkpoint(network, folder)
     return folder

@@ -7,9 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from PIL import Image
 
-from florence2 import Ask, Failure, Result
+from florence2 import Ask, Result
 from florence2.engine.answering import answer
 from florence2.engine.engine import Asker, Engine
 from florence2.tasks import TASKS, TaskInput
@@ -20,31 +19,31 @@ REGION = (20.0, 30.0, 150.0, 170.0)
 
 
 @functools.cache
-def picture(seed: int) -> Image.Image:
+def picture(seed):
     return draw_scene(make_scene(seed))
 
 
-def ask(image: object, task: str, **search: object) -> Ask:
+def ask(image, task, **search):
     takes = next(known.takes for known in TASKS if known.token == task)
     text = "a red car" if takes is TaskInput.TEXT else None
     region = REGION if takes is TaskInput.REGION else None
     return Ask(image, task, text, region, **({"max_new_tokens": 16} | search))
 
 
-def captions(*seeds: int, **options: object) -> list[Ask]:
+def captions(*seeds, **options):
     return [Ask(picture(seed), "<CAPTION>", **options) for seed in seeds]
 
 
-def codes(outcomes) -> list[str | None]:
+def codes(outcomes):
     """The code of each failure or error, None for a result."""
     return [getattr(outcome, "code", None) for outcome in outcomes]
 
 
-def essence(result: Result) -> tuple[object, ...]:
+def essence(result):
     return (result.task, result.token_ids, result.objects, result.text, result.truncated)
 
 
-def assert_close(one: Result | Failure, other: Result | Failure) -> None:
+def assert_close(one, other):
     """Equal but for the rounding of scores, which depends on the batch's shape."""
     assert isinstance(one, Result)
     assert isinstance(other, Result)
@@ -55,7 +54,7 @@ def assert_close(one: Result | Failure, other: Result | Failure) -> None:
         assert replace(mine, score=0.0) == replace(its, score=0.0)
 
 
-def assert_all_close(some, others) -> None:
+def assert_all_close(some, others):
     for one, other in zip(some, others, strict=True):
         assert_close(one, other)
 
@@ -85,7 +84,7 @@ def answer_between(engine, asks, before_pass):
     return [asker.outcomes[number] for number in range(len(asks))]
 
 
-def engine_on(model, runtime, images=2, prompts=8, cache_bytes=2**24) -> Engine:
+def engine_on(model, runtime, images=2, prompts=8, cache_bytes=2**24):
     """An engine of a loaded checkpoint, on another runtime."""
     return Engine(
         model.engine.checkpoint,
@@ -152,7 +151,7 @@ class CountingRuntime:
 class Mark:
     """A moment of a device's clock, which stands still but for its passes."""
 
-    def __init__(self, at_s: float):
+    def __init__(self, at_s):
         self._at_s = at_s
 
     def seconds_since(self, earlier):

@@ -29,18 +29,18 @@ from florence2.tasks import find_task
 BATCHES = 8, 8
 
 
-def short(count: int) -> list[Ask]:
+def short(count):
     return captions(8, max_new_tokens=2) * count
 
 
-def fit(limit: BatchLimit, batches: int) -> int:
+def fit(limit, batches):
     """So many full batches that fit; what the limit is then."""
     for _ in range(batches):
         limit.fitted(limit.now)
     return limit.now
 
 
-def lowered(most: int, now: int) -> BatchLimit:
+def lowered(most, now):
     limit = BatchLimit(most)
     limit.lower(now)
     return limit

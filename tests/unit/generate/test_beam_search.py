@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.generation.logits_process import NoRepeatNGramLogitsProcessor
 
@@ -21,7 +20,7 @@ from florence2.tokens import NUM_LOCATION_BINS
 
 
 @pytest.mark.parametrize("ngram", [1, 2, 3, 4])
-def test_a_token_is_banned_exactly_if_it_would_repeat_an_ngram(ngram: int):
+def test_a_token_is_banned_exactly_if_it_would_repeat_an_ngram(ngram):
     generator = torch.Generator().manual_seed(ngram)
     for length in range(1, 30):
         history = torch.randint(0, 4, (6, length), generator=generator)
@@ -38,7 +37,7 @@ def test_a_token_is_banned_exactly_if_it_would_repeat_an_ngram(ngram: int):
 
 @pytest.mark.parametrize("ngram", [1, 2, 3, 4])
 @pytest.mark.parametrize("unused", [0, 1, 50])
-def test_rows_of_any_length_ban_what_the_reference_bans(ngram: int, unused: int):
+def test_rows_of_any_length_ban_what_the_reference_bans(ngram, unused):
     generator = torch.Generator().manual_seed(ngram)
     lengths = torch.tensor([2, 3, 5, 8, 20, 20])
     history = torch.randint(0, 4, (6, 20 + unused), generator=generator)
@@ -63,7 +62,7 @@ class _Columns(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("used", [2, 9, 60])
-def test_what_bans_nothing_adds_to_no_column_twice(used: int):
+def test_what_bans_nothing_adds_to_no_column_twice(used):
     history = torch.full((2, 60), -1)
     history[:, :used] = 0
     history[:, 1] = 3
@@ -85,7 +84,7 @@ def test_ban_bos_changes_nothing_else():
 EOS, A, B, C, D = 2, 3, 4, 5, 6
 
 
-def logits(*rows: dict[int, float]) -> Tensor:
+def logits(*rows):
     """[1, rows, 12] with these probabilities; the rest share what is left."""
     table = torch.zeros(len(rows), 12)
     for row, chances in enumerate(rows):
@@ -100,7 +99,7 @@ def logits(*rows: dict[int, float]) -> Tensor:
     [("never", -1.0, True), (False, -1.0, True), (True, -1.0, False)],
 )
 def test_a_negative_penalty_estimates_from_the_present_length(
-    early_stopping, length_penalty: float, stays_open: bool
+    early_stopping, length_penalty, stays_open
 ):
     settings = GenerationSettings(2, None, length_penalty, early_stopping, 3)
     search = BeamSearch([20], settings, torch.device("cpu"))
@@ -160,7 +159,7 @@ LAST = FIRST + NUM_LOCATION_BINS - 1
 VOCABULARY = LAST + 4
 
 
-def summed(log_probs: Tensor, token: int, radius: int) -> float:
+def summed(log_probs, token, radius):
     """The definition, written out for one row."""
     if not FIRST <= token <= LAST:
         return float(log_probs[token])

@@ -3,36 +3,40 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
 
 import pytest
 import torch
-from crowd import COUNT, MODES, Crowd, expected_by_limit, mixed_limits, settings_of
 from tiny_reference import (
+    COUNT,
+    MODES,
     SEEDS,
+    Crowd,
     NaiveSession,
     answer_in_batches,
     differences,
     expected_answers,
+    expected_by_limit,
+    mixed_limits,
     naive_session,
     network_session,
     random_prompts,
+    settings_of,
     tiny_model,
 )
 from torch import Tensor
 
 import florence2.generation.decode
 from florence2.errors import FlorenceError, NotFiniteError, RequestError
-from florence2.generation.decode import DecodeBatch, DecodeLoop, EncodedItems, generate
+from florence2.generation.decode import DecodeBatch, generate
 from florence2.records import Answer, GenerationSettings
 
 
-def answers_of(session, settings: GenerationSettings, limits: list[int], **options):
+def answers_of(session, settings, limits, **options):
     return generate(session, DecodeBatch(settings), limits, **options)
 
 
-def naive(count: int, seed: int = SEEDS[0], kind: type[NaiveSession] = NaiveSession):
-    return kind(tiny_model(seed), random_prompts(seed, count))
+def naive(count, seed=SEEDS[0], kind=NaiveSession, **options):
+    return kind(tiny_model(seed), random_prompts(seed, count), **options)
 
 
 @pytest.mark.parametrize("ngram", [0, 3])
@@ -58,7 +62,7 @@ def test_few_free_rows_wait_for_company():
 
 
 @pytest.mark.parametrize("names_waiting", [False, True])
-def test_the_place_of_what_is_given_up_is_taken_by_another(names_waiting: bool):
+def test_the_place_of_what_is_given_up_is_taken_by_another(names_waiting):
     crowd = Crowd(SEEDS[1], settings_of(), [16] * COUNT)
     crowd.names_waiting = names_waiting
     crowd.give_up(0, 7, 8, 21)
@@ -75,7 +79,7 @@ def test_nan_stays_in_its_row_and_is_gone_with_it():
 
 
 @pytest.mark.parametrize("lag", [1, 2])
-def test_answers_that_arrive_late_are_handed_out_once(lag: int):
+def test_answers_that_arrive_late_are_handed_out_once(lag):
     for seed in SEEDS:
         crowd = Crowd(seed, settings_of(), mixed_limits())
         passes = iter(range(10**6))
@@ -92,7 +96,7 @@ def test_answers_that_arrive_late_are_handed_out_once(lag: int):
 
 
 @pytest.mark.parametrize("at_pass", range(1, 8))
-def test_who_waits_for_an_answer_on_its_way_is_taken_in_after_it(at_pass: int):
+def test_who_waits_for_an_answer_on_its_way_is_taken_in_after_it(at_pass):
     """Two are searched, the first is soon done, and the other is given up about then."""
     crowd = Crowd(SEEDS[0], settings_of(), [5, 24, 9])
     passes = iter(range(10**6))
@@ -104,7 +108,7 @@ def test_who_waits_for_an_answer_on_its_way_is_taken_in_after_it(at_pass: int):
 
 
 @pytest.mark.parametrize(("beams", "early_stopping"), [*MODES, (5, True)])
-def test_each_prompt_keeps_its_own_limit(beams: int, early_stopping):
+def test_each_prompt_keeps_its_own_limit(beams, early_stopping):
     settings = GenerationSettings(
         num_beams=beams, early_stopping=early_stopping, length_penalty=1.5
     )
@@ -134,9 +138,7 @@ def test_prompt_lengths_mix_without_changing_answers():
 @pytest.mark.parametrize(("beams", "early_stopping"), [*MODES, (5, True)])
 @pytest.mark.parametrize("compact_at", [0.0, 0.75, 1.0])
 @pytest.mark.parametrize("lag", [0, 1, 3])
-def test_retirement_does_not_change_answers(
-    monkeypatch: pytest.MonkeyPatch, beams: int, early_stopping, compact_at: float, lag: int
-):
+def test_retirement_does_not_change_answers(monkeypatch, beams, early_stopping, compact_at, lag):
     monkeypatch.setattr(florence2.generation.decode, "COMPACT_AT", compact_at)
     settings = settings_of(beams, early_stopping)
     model, prompts = tiny_model(SEEDS[1]), random_prompts(SEEDS[1], 24)
@@ -174,15 +176,15 @@ class LowSession(NaiveSession):
     widen = False
     buffer: Tensor
 
-    def prefill(self) -> Tensor:
+    def prefill(self):
         return self._low(super().prefill())
 
-    def step(self, token_ids: Tensor) -> Tensor:
+    def step(self, token_ids):
         assert torch.equal(self.buffer, self.given)
         self.buffer.fill_(float("nan"))
         return self._low(super().step(token_ids))
 
-    def _low(self, logits: Tensor) -> Tensor:
+    def _low(self, logits):
         low = logits.to(self.dtype)
         self.buffer = low.float() if self.widen else low
         self.given = self.buffer.clone()
@@ -190,7 +192,7 @@ class LowSession(NaiveSession):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_logits_are_widened_and_left_alone(dtype: torch.dtype):
+def test_low_precision_logits_are_widened_and_left_alone(dtype):
     answers = []
     for widen in (False, True):
         session = naive(12, SEEDS[2], LowSession)
@@ -205,25 +207,25 @@ class StrictSession(NaiveSession):
     reordered = False
     num_items = 6
 
-    def prefill(self) -> Tensor:
+    def prefill(self):
         logits = super().prefill()
         assert logits.shape == (self.num_items, 120)
         return logits
 
-    def reorder(self, beam_indices: Tensor) -> None:
+    def reorder(self, beam_indices):
         assert beam_indices.dtype == torch.long
         assert beam_indices.shape == (self.num_items, 4)
         self.reordered = True
         super().reorder(beam_indices)
 
-    def step(self, token_ids: Tensor) -> Tensor:
+    def step(self, token_ids):
         assert self.reordered
         self.reordered = False
         assert token_ids.dtype == torch.long
         assert token_ids.shape == (self.num_items, 4)
         return super().step(token_ids)
 
-    def keep(self, items: list[int]) -> None:
+    def keep(self, items):
         assert not self.reordered
         assert items == sorted(set(items))
         self.num_items = len(items)
@@ -245,36 +247,18 @@ def test_more_beams_than_the_vocabulary_has_candidates_are_refused():
         answers_of(naive(1), settings_of(beams=60), [5])
 
 
-class Watched:
-    """The items of one session, all there from the start; ``watch`` names those to give up."""
+def watched(session, settings, limits, watch):
+    """Answers of one session's prompts, all there from the start; ``watch`` names whom to give up.
 
-    def __init__(self, session, limits: list[int], watch: Callable[[], Mapping]):
-        self.session, self.limits, self.watch = session, limits, watch
-        self.has_started = False
-        self.answers: dict[int, Answer | FlorenceError] = {}
-
-    def given_up(self):
-        if len(self.answers) == len(self.limits):
-            return {}
-        return {item: why for item, why in self.watch().items() if item not in self.answers}
-
-    def start(self, room: int):
-        if self.has_started or len(self.answers) == len(self.limits):
-            return None
-        self.has_started = True
-        return EncodedItems(range(len(self.limits)), self.session, self.limits)
-
-    def settle(self, item, answer):
-        self.answers.setdefault(item, answer)
+    It is called before every pass.
+    """
+    crowd = Crowd(SEEDS[0], settings, limits, session=lambda *_, **__: session)
+    crowd.random.randint, crowd.names_waiting = lambda low, high: high, True
+    crowd.meanwhile = lambda: len(crowd.answers) < len(limits) and crowd.reasons.update(watch())
+    return crowd.run(max_rows=len(limits))
 
 
-def watched(session, settings: GenerationSettings, limits: list[int], watch):
-    source = Watched(session, limits, watch)
-    DecodeLoop(source, DecodeBatch(settings), max_rows=len(limits)).run()
-    return [source.answers[item] for item in range(len(limits))]
-
-
-def given_up_at(call: int, items: Iterable[int]):
+def given_up_at(call, items):
     """Names ``items`` at the given call, counted from 0, and at every later one."""
     reasons = {item: FlorenceError(f"Nobody waits for {item}.") for item in items}
     calls = itertools.count()
@@ -286,7 +270,7 @@ def given_up_at(call: int, items: Iterable[int]):
 @pytest.mark.parametrize("call", [1, 4])
 @pytest.mark.parametrize("gone", [(0,), (1, 2, 5, 6, 7), (7,)])
 def test_what_is_given_up_leaves_the_other_answers_as_they_are(
-    monkeypatch: pytest.MonkeyPatch, compact_at: float, beams: int, call: int, gone: tuple[int, ...]
+    monkeypatch, compact_at, beams, call, gone
 ):
     monkeypatch.setattr(florence2.generation.decode, "COMPACT_AT", compact_at)
     settings, stay = settings_of(beams), [item for item in range(8) if item not in gone]
@@ -308,7 +292,7 @@ def test_rows_given_up_leave_the_batch():
 
 
 @pytest.mark.parametrize("passes", [0, 1, 4])
-def test_once_everything_is_given_up_there_is_no_further_pass(passes: int):
+def test_once_everything_is_given_up_there_is_no_further_pass(passes):
     session = naive(8)
     answers = watched(session, settings_of(), [16] * 8, given_up_at(passes, range(8)))
     assert any(isinstance(answer, FlorenceError) for answer in answers)
@@ -335,36 +319,28 @@ def test_the_source_is_asked_before_every_pass():
     assert len(asked) == sum(name != "keep" for name, _ in session.calls)
 
 
-class BrokenSession(NaiveSession):
-    """The logits of these prompts are never numbers, as long as all are there."""
+def broken(prompts):
+    """A session of four, in which the logits of some are no numbers as long as all are there."""
 
-    broken = slice(None)
-
-    def prefill(self) -> Tensor:
-        return self._spoil(super().prefill())
-
-    def step(self, token_ids: Tensor) -> Tensor:
-        return self._spoil(super().step(token_ids))
-
-    def _spoil(self, logits: Tensor) -> Tensor:
+    def spoil(logits):
         if len(logits) == 4:
-            logits[self.broken] = float("nan")
+            logits[prompts] = float("nan")
         return logits
+
+    return naive(4, alter=spoil)
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_a_network_that_gives_nan_is_an_error_not_an_answer(beams: int):
-    answers = answers_of(naive(4, kind=BrokenSession), settings_of(beams), [16] * 4)
+def test_a_network_that_gives_nan_is_an_error_not_an_answer(beams):
+    answers = answers_of(broken(slice(None)), settings_of(beams), [16] * 4)
     assert [type(answer) for answer in answers] == [NotFiniteError] * 4
     assert "finite numbers" in str(answers[0])
     assert ". " not in str(answers[0])
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_nan_for_one_prompt_leaves_the_other_answers_as_they_are(beams: int):
-    session = naive(4, kind=BrokenSession)
-    session.broken = slice(2, 3)
+def test_nan_for_one_prompt_leaves_the_other_answers_as_they_are(beams):
     plain = answers_of(naive(4), settings_of(beams), [3] * 4)
-    broken = answers_of(session, settings_of(beams), [3] * 4)
-    assert isinstance(broken[2], NotFiniteError)
-    assert broken[:2] + broken[3:] == plain[:2] + plain[3:]
+    found = answers_of(broken(slice(2, 3)), settings_of(beams), [3] * 4)
+    assert isinstance(found[2], NotFiniteError)
+    assert found[:2] + found[3:] == plain[:2] + plain[3:]

@@ -2,46 +2,45 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from tiny_reference import (
     SEEDS,
-    Expected,
     NaiveSession,
-    Prompts,
     answer_in_batches,
     decoder_logits,
     expected_answers,
     random_prompts,
     tiny_model,
 )
-from torch import Tensor
-from transformers import Florence2ForConditionalGeneration
 
 from florence2.generation.decode import DecodeBatch, generate
 from florence2.records import GenerationSettings
 from florence2.tokens import BOS_ID, DECODER_START_ID, EOS_ID
 
 
-def teacher_forced(
-    model: Florence2ForConditionalGeneration, prompt: Prompts, expected: Expected
-) -> Tensor:
-    """Log-softmax [generated, vocab] for the reference's raw ids, the closing one included."""
-    ids = [DECODER_START_ID, *expected.ids[: expected.length]]
-    logits = decoder_logits(model, prompt, torch.tensor([ids[:-1]]))
-    return torch.log_softmax(logits[0].double(), dim=-1)
+def answered(seed, count, settings, limit):
+    """Our answer to each prompt, the reference's, and the log-softmax of its own tokens.
+
+    This is [generated, vocab] for the reference's raw ids, the closing one included.
+    """
+    model, prompts = tiny_model(seed), random_prompts(seed, count)
+    expected = expected_answers(model, prompts, settings, limit)
+    answers = answer_in_batches(model, prompts, settings, limit, 50)
+    for item, (answer, one) in enumerate(zip(answers, expected, strict=True)):
+        ids = [DECODER_START_ID, *one.ids[: one.length]]
+        logits = decoder_logits(model, prompts.pick([item]), torch.tensor([ids[:-1]]))
+        yield answer, one, torch.log_softmax(logits[0].double(), dim=-1)
 
 
 @pytest.mark.parametrize("ngram", [0, 2, 3])
 @pytest.mark.parametrize("beams", [1, 3, 5])
-def test_log_probs_are_those_of_the_plain_softmax(beams: int, ngram: int):
+def test_log_probs_are_those_of_the_plain_softmax(beams, ngram):
+    settings = GenerationSettings(num_beams=beams, no_repeat_ngram_size=ngram)
     for seed in SEEDS:
-        model, prompts = tiny_model(seed), random_prompts(seed, 30)
-        settings = GenerationSettings(num_beams=beams, no_repeat_ngram_size=ngram)
-        expected = expected_answers(model, prompts, settings, 16)
-        answers = answer_in_batches(model, prompts, settings, 16, 10)
-        for item, (answer, one) in enumerate(zip(answers, expected, strict=True)):
-            plain = teacher_forced(model, prompts.pick([item]), one)
+        for answer, one, plain in answered(seed, 30, settings, 16):
             ids = one.ids[: one.length - 1]
             wanted = [plain[at, token].item() for at, token in enumerate(ids)]
             skipped = len(ids) - len(answer.token_ids)
@@ -50,13 +49,9 @@ def test_log_probs_are_those_of_the_plain_softmax(beams: int, ngram: int):
 
 
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
-def test_the_greedy_score_follows_the_beam_formula(length_penalty: float):
-    model, prompts = tiny_model(SEEDS[0]), random_prompts(SEEDS[0], 30)
+def test_the_greedy_score_follows_the_beam_formula(length_penalty):
     settings = GenerationSettings(num_beams=1, length_penalty=length_penalty)
-    expected = expected_answers(model, prompts, settings, 16)
-    answers = answer_in_batches(model, prompts, settings, 16, 30)
-    for item, (answer, one) in enumerate(zip(answers, expected, strict=True)):
-        plain = teacher_forced(model, prompts.pick([item]), one)
+    for answer, one, plain in answered(SEEDS[0], 30, settings, 16):
         free = one.ids[1 : one.length - (one.length == 16)]
         total = sum(plain[at + 1, token].item() for at, token in enumerate(free))
         assert answer.beam_score == pytest.approx(total / one.length**length_penalty, abs=1e-4)
@@ -79,17 +74,12 @@ def test_greedy_is_truncated_exactly_if_a_longer_limit_gives_more():
 def test_beams_are_truncated_if_the_forced_end_was_not_the_first_choice():
     settings = GenerationSettings(num_beams=3, no_repeat_ngram_size=0)
     seen = set()
-    for seed in SEEDS:
-        model, prompts = tiny_model(seed), random_prompts(seed, 100)
-        for limit in (3, 5, 8, 12):
-            expected = expected_answers(model, prompts, settings, limit)
-            answers = answer_in_batches(model, prompts, settings, limit, 50)
-            for item, (answer, one) in enumerate(zip(answers, expected, strict=True)):
-                plain = teacher_forced(model, prompts.pick([item]), one)[-1]
-                plain[BOS_ID] = -torch.inf
-                wanted = one.length == limit and int(plain.argmax()) != EOS_ID
-                assert answer.truncated == wanted
-                seen.add((answer.truncated, one.length == limit))
+    for seed, limit in itertools.product(SEEDS, (3, 5, 8, 12)):
+        for answer, one, plain in answered(seed, 100, settings, limit):
+            plain[-1][BOS_ID] = -torch.inf
+            wanted = one.length == limit and int(plain[-1].argmax()) != EOS_ID
+            assert answer.truncated == wanted
+            seen.add((answer.truncated, one.length == limit))
     assert seen == {(True, True), (False, True), (False, False)}
 
 
@@ -103,25 +93,16 @@ def test_a_limit_without_room_is_truncated_and_empty():
         assert answers[2].token_ids
 
 
-class _RepeatsBos(NaiveSession):
-    """Prefers ``<s>`` for the first steps, as the large checkpoints do."""
-
-    def prefill(self) -> Tensor:
-        return self._prefer(super().prefill())
-
-    def step(self, token_ids: Tensor) -> Tensor:
-        return self._prefer(super().step(token_ids))
-
-    @staticmethod
-    def _prefer(logits: Tensor) -> Tensor:
-        logits[..., BOS_ID] += 40
-        return logits
+def prefer_bos(logits):
+    """Logits of the large checkpoints, which would begin with ``<s>`` again and again."""
+    logits[..., BOS_ID] += 40
+    return logits
 
 
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("ngram", [0, 3])
-def test_leading_bos_tokens_are_stripped_with_their_log_probs(beams: int, ngram: int):
-    session = _RepeatsBos(tiny_model(SEEDS[0]), random_prompts(SEEDS[0], 6))
+def test_leading_bos_tokens_are_stripped_with_their_log_probs(beams, ngram):
+    session = NaiveSession(tiny_model(SEEDS[0]), random_prompts(SEEDS[0], 6), prefer_bos)
     settings = GenerationSettings(num_beams=beams, no_repeat_ngram_size=ngram)
     for answer in generate(session, DecodeBatch(settings), [12] * 6):
         assert len(answer.token_ids) == len(answer.log_probs) > 0

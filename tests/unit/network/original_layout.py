@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
-from florence2.network.config import NetworkConfig
 
 LINEAR = ("weight", "bias")
 
 
-def original_names(config: NetworkConfig) -> dict[str, str]:
+def original_names(config):
     """Original name -> native name of every weight but the projection and the tied copies."""
     return {
         **dict(_tower_names(config)),
@@ -29,7 +26,7 @@ def original_names(config: NetworkConfig) -> dict[str, str]:
     }
 
 
-def _tower_names(config: NetworkConfig) -> list[tuple[str, str]]:
+def _tower_names(config):
     pairs = []
     for stage, depth in enumerate(config.vision.depths):
         for end in LINEAR:
@@ -55,7 +52,7 @@ def _tower_names(config: NetworkConfig) -> list[tuple[str, str]]:
     return pairs
 
 
-def _bart_names(config: NetworkConfig) -> list[tuple[str, str]]:
+def _bart_names(config):
     names = ["shared.weight"]
     for part, layers in (
         ("encoder", config.text.encoder_layers),
@@ -77,7 +74,7 @@ def _bart_names(config: NetworkConfig) -> list[tuple[str, str]]:
     return [(f"language_model.model.{name}", f"model.language_model.{name}") for name in names]
 
 
-def original_state(native: dict[str, Tensor], config: NetworkConfig) -> dict[str, Tensor]:
+def original_state(native, config):
     """A native state as the original's files hold it, tied copies and zero bias included."""
     state = {theirs: native[ours] for theirs, ours in original_names(config).items()}
     projection = native["model.multi_modal_projector.image_projection.weight"]

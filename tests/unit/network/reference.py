@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from florence2.network.config import NetworkConfig, tiny_config
 from florence2.network.florence import Florence2Network
@@ -32,7 +30,7 @@ TINY: dict[str, NetworkConfig] = {
 IMAGE_SIZES_HW = [(64, 64), (80, 112)]
 
 
-def random_network(config: NetworkConfig, seed: int = 0, gain: float = 0.7) -> Florence2Network:
+def random_network(config, seed=0, gain=0.7):
     """Weights that make every part matter: biases and norms are random too.
 
     Products keep the size of their input, or rounding would grow from layer to layer.
@@ -50,7 +48,7 @@ def random_network(config: NetworkConfig, seed: int = 0, gain: float = 0.7) -> F
     return network.prepare_for_inference()
 
 
-def reference_of(network: Florence2Network) -> Any:
+def reference_of(network):
     """transformers' network with these weights, in their precision."""
     from transformers import Florence2Config, Florence2ForConditionalGeneration
 
@@ -63,7 +61,7 @@ def reference_of(network: Florence2Network) -> Any:
     return reference.eval()
 
 
-def reference_states(reference: Any, pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+def reference_states(reference, pixels, ids, mask):
     """The encoder's states for images followed by prompts."""
     visual = reference.model.get_image_features(pixels).pooler_output
     vectors = torch.cat([visual, reference.get_input_embeddings()(ids)], dim=1)
@@ -72,7 +70,7 @@ def reference_states(reference: Any, pixels: Tensor, ids: Tensor, mask: Tensor) 
     return encoder(inputs_embeds=vectors, attention_mask=full).last_hidden_state
 
 
-def reference_logits(reference: Any, ids: Tensor, states: Tensor, mask: Tensor) -> Tensor:
+def reference_logits(reference, ids, states, mask):
     """Teacher-forced logits [B, L, V]."""
     rows = reference.model.language_model.decoder(
         input_ids=ids, encoder_hidden_states=states, encoder_attention_mask=mask.long()
@@ -80,18 +78,18 @@ def reference_logits(reference: Any, ids: Tensor, states: Tensor, mask: Tensor) 
     return reference.lm_head(rows)
 
 
-def relative_error(ours: Tensor, reference: Tensor) -> float:
+def relative_error(ours, reference):
     """The largest difference over the largest reference value."""
     difference = (ours.float() - reference.float()).abs().max()
     return float(difference / reference.float().abs().max())
 
 
-def rms_error(ours: Tensor, reference: Tensor) -> float:
+def rms_error(ours, reference):
     """The norm of the difference over the reference's norm, for reduced precision."""
     return float((ours.float() - reference.float()).norm() / reference.float().norm())
 
 
-def prompts(lengths: list[int], vocab_size: int) -> tuple[Tensor, Tensor]:
+def prompts(lengths, vocab_size):
     """Prompts <s> ... </s> padded on the right, and their mask."""
     ids = torch.full((len(lengths), max(lengths)), 1)
     for row, length in enumerate(lengths):

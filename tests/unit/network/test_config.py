@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 from original_layout import ORIGINAL_CONFIG
@@ -20,40 +18,40 @@ from florence2.network.config import (
 
 
 @pytest.mark.parametrize("config", [base_config(), large_config(), tiny_config()])
-def test_native_round_trip(config: NetworkConfig) -> None:
+def test_native_round_trip(config):
     native = config.to_native_dict()
     assert NetworkConfig.from_dict(native) == config
     assert not is_original_config(native)
 
 
-def test_original_config() -> None:
+def test_original_config():
     assert NetworkConfig.from_dict(ORIGINAL_CONFIG) == base_config()
     assert is_original_config(ORIGINAL_CONFIG)
 
 
-def test_the_reference_reads_the_native_form() -> None:
+def test_the_reference_reads_the_native_form():
     from transformers import Florence2Config
 
     written = Florence2Config(**large_config().to_native_dict()).to_dict()
     assert NetworkConfig.from_dict(written) == large_config()
 
 
-def test_the_published_misspelling_of_the_table_size() -> None:
+def test_the_published_misspelling_of_the_table_size():
     native = base_config().to_native_dict()
     native["vision_config"].pop("max_position_embeddings")
     native["vision_config"]["max_pos_embeddings"] = 60
     assert NetworkConfig.from_dict(native).vision.max_position_embeddings == 60
 
 
-def test_grid() -> None:
+def test_grid():
     assert base_config().vision.grid(768, 768) == (24, 24)
     assert base_config().vision.grid(384, 768) == (12, 24)
 
 
-def _set(*path_and_value: Any) -> Callable[[dict[str, Any]], None]:
+def _set(*path_and_value):
     *path, last, value = path_and_value
 
-    def change(config: dict[str, Any]) -> None:
+    def change(config):
         for name in path:
             config = config[name]
         config[last] = value
@@ -83,7 +81,7 @@ def _set(*path_and_value: Any) -> Callable[[dict[str, Any]], None]:
         (_set("text_config", "decoder_attention_heads", 7), "decoder_attention_heads must divide"),
     ],
 )
-def test_a_bad_field_is_named(change: Callable[[dict[str, Any]], None], message: str) -> None:
+def test_a_bad_field_is_named(change, message):
     config = copy.deepcopy(ORIGINAL_CONFIG)
     change(config)
     with pytest.raises(CheckpointError, match=message):

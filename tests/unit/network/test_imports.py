@@ -16,5 +16,5 @@ for module in pkgutil.iter_modules(florence2.network.__path__, "florence2.networ
 """
 
 
-def test_network_imports_without_sdk_and_reference() -> None:
+def test_network_imports_without_sdk_and_reference():
     subprocess.run([sys.executable, "-c", PROGRAM], check=True)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
-from torch import Tensor
 from torch.nn import functional
 
 from florence2.network import bart, davit
@@ -19,14 +16,14 @@ COUNTS = [1, 2, 4, 5, 12, 48, 49, 100]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
-def layer_of(kind: type[torch.nn.Linear], dtype: torch.dtype, bias: bool = True):
+def layer_of(kind, dtype, bias=True):
     layer = kind(24, 40, bias=bias)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter)
     return layer.to(dtype).requires_grad_(False)
 
 
-def check_values(layer: torch.nn.Linear, values: Tensor) -> None:
+def check_values(layer, values):
     with torch.inference_mode():
         found = layer(values)
         bias = None if layer.bias is None else layer.bias.double()
@@ -39,9 +36,7 @@ def check_values(layer: torch.nn.Linear, values: Tensor) -> None:
 @pytest.mark.parametrize("is_transposed", [False, True])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("count", COUNTS)
-def test_both_forms_are_the_same_product(
-    is_transposed: bool, dtype: torch.dtype, count: int
-) -> None:
+def test_both_forms_are_the_same_product(is_transposed, dtype, count):
     for shape in SHAPES:
         for bias in (False, True):
             layer = bart.Linear(shape[1], shape[0], bias=bias)
@@ -51,11 +46,11 @@ def test_both_forms_are_the_same_product(
             check_values(layer, torch.randn(count, shape[1]).to(dtype))
 
 
-def used_counts(monkeypatch: pytest.MonkeyPatch, layer: bart.Linear) -> list[int]:
+def used_counts(monkeypatch, layer):
     """For which counts of rows the layer multiplies in the transposed form."""
     used: list[int] = []
 
-    def noting(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def noting(rows, weight, bias):
         used.append(len(rows))
         return functional.linear(rows, weight, bias)
 
@@ -65,10 +60,10 @@ def used_counts(monkeypatch: pytest.MonkeyPatch, layer: bart.Linear) -> list[int
     return used
 
 
-def clock_of(transposed_s: Callable[[int], float], measured: list | None = None):
+def clock_of(transposed_s, measured=None):
     """A clock by which the plain form takes 1 s and the other what is said of some rows."""
 
-    def clock(form, rows: Tensor, weight: Tensor) -> float:
+    def clock(form, rows, weight):
         if measured is not None:
             measured.append(weight.shape)
         is_special = weight.shape == (8, 6) and form is bart.transposed_product
@@ -77,7 +72,7 @@ def clock_of(transposed_s: Callable[[int], float], measured: list | None = None)
     return clock
 
 
-def test_the_measured_form_is_taken_by_the_count_of_rows_and_measured_once(monkeypatch) -> None:
+def test_the_measured_form_is_taken_by_the_count_of_rows_and_measured_once(monkeypatch):
     layers = [bart.Linear(6, 8), bart.Linear(6, 8), bart.Linear(8, 6)]
     weights = [layer.half().weight for layer in layers]
     measured: list[torch.Size] = []
@@ -95,8 +90,8 @@ def test_the_measured_form_is_taken_by_the_count_of_rows_and_measured_once(monke
     assert used_counts(monkeypatch, layers[2]) == []
 
 
-def test_no_clock_is_asked_for_the_form_of_float32() -> None:
-    def clock(*_: object) -> float:
+def test_no_clock_is_asked_for_the_form_of_float32():
+    def clock(*_):
         raise AssertionError("float32 was measured")
 
     weight = torch.randn(4, 4)
@@ -123,7 +118,7 @@ RULE = {
 @pytest.mark.parametrize(("processor", "shape", "transposed"), RULE.values(), ids=RULE)
 def test_the_form_of_float32_is_a_rule_of_cpu_shape_and_rows(
     monkeypatch, tmp_path, processor, shape, transposed
-) -> None:
+):
     description = tmp_path / "cpuinfo"
     if processor is not None:
         description.write_text(processor)
@@ -132,7 +127,7 @@ def test_the_form_of_float32_is_a_rule_of_cpu_shape_and_rows(
     assert used_counts(monkeypatch, layer) == list(transposed)
 
 
-def test_a_network_made_ready_has_a_form_for_every_weight_of_its_decoder() -> None:
+def test_a_network_made_ready_has_a_form_for_every_weight_of_its_decoder():
     network = Florence2Network(tiny_config()).bfloat16().prepare_for_inference()
     decoder = network.model.language_model.decoder
     for layer in (network.lm_head, decoder.layers[0].fc1, decoder.layers[0].self_attn.out_proj):
@@ -144,7 +139,7 @@ def test_a_network_made_ready_has_a_form_for_every_weight_of_its_decoder() -> No
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("shape", [(24,), (1, 24), (300, 24), (2, 5, 6, 24)])
-def test_a_linear_layer_of_the_tower(shape: tuple[int, ...], dtype: torch.dtype, bias: bool):
+def test_a_linear_layer_of_the_tower(shape, dtype, bias):
     torch.manual_seed(0)
     layer = layer_of(davit.Linear, dtype, bias)
     check_values(layer, torch.randn(shape).to(dtype))
@@ -152,7 +147,7 @@ def test_a_linear_layer_of_the_tower(shape: tuple[int, ...], dtype: torch.dtype,
     check_values(layer, torch.randn(4, 9, 24).to(dtype)[:, :5])
 
 
-def test_gradients_reach_weight_and_bias_of_the_tower() -> None:
+def test_gradients_reach_weight_and_bias_of_the_tower():
     layer = layer_of(davit.Linear, torch.bfloat16).requires_grad_(True)
     layer(torch.ones(3, 24, dtype=torch.bfloat16)).sum().backward()
     assert layer.bias.grad is not None
@@ -160,8 +155,8 @@ def test_gradients_reach_weight_and_bias_of_the_tower() -> None:
     assert layer.weight.grad is not None
 
 
-def refusing(error: type[Exception]):
-    def call(*_: object) -> Tensor:
+def refusing(error):
+    def call(*_):
         raise error("no such call")
 
     return call
@@ -176,9 +171,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-def test_without_the_call_that_adds_the_bias_it_is_added_plainly(
-    monkeypatch: pytest.MonkeyPatch, call: Callable[..., Tensor]
-) -> None:
+def test_without_the_call_that_adds_the_bias_it_is_added_plainly(monkeypatch, call):
     layer, values = layer_of(davit.Linear, torch.bfloat16), torch.ones(3, 24, dtype=torch.bfloat16)
     monkeypatch.setattr(davit, "product_with_bias", call)
     davit.has_product_with_bias.cache_clear()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from florence2.network import florence
 from florence2.network.config import tiny_config
@@ -14,7 +13,7 @@ NUM_EXACT = 16
 REDUCED = [torch.bfloat16, torch.float16]
 
 
-def network_of(dtype: torch.dtype) -> Florence2Network:
+def network_of(dtype):
     torch.manual_seed(5)
     network = Florence2Network(tiny_config())
     # Logits of this size are rounded to sixteenths in bf16.
@@ -22,24 +21,24 @@ def network_of(dtype: torch.dtype) -> Florence2Network:
     return network.to(dtype).prepare_for_inference()
 
 
-def rows_of(network: Florence2Network, *shape: int) -> Tensor:
+def rows_of(network, *shape):
     torch.manual_seed(6)
     return torch.rand(*shape, network.config.text.d_model).to(network.dtype)
 
 
-def exact_logits(network: Florence2Network, rows: Tensor) -> Tensor:
+def exact_logits(network, rows):
     return rows.double() @ network.lm_head.weight.double().t()
 
 
 @pytest.fixture(params=[0, 10**6], ids=["large vocabulary", "small vocabulary"])
-def vocabulary(request, monkeypatch: pytest.MonkeyPatch) -> None:
+def vocabulary(request, monkeypatch):
     monkeypatch.setattr(florence, "SMALL_VOCABULARY", request.param)
     monkeypatch.setattr(florence, "BLOCK", 4)
 
 
 @pytest.mark.parametrize("dtype", REDUCED)
 @pytest.mark.usefixtures("vocabulary")
-def test_the_best_are_float32_and_no_longer_equal(dtype: torch.dtype) -> None:
+def test_the_best_are_float32_and_no_longer_equal(dtype):
     network = network_of(dtype)
     rows = rows_of(network, 40, 3)
     with torch.inference_mode():
@@ -59,7 +58,7 @@ def test_the_best_are_float32_and_no_longer_equal(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", REDUCED)
-def test_exact_logits_do_not_depend_on_who_else_is_in_the_batch(dtype: torch.dtype) -> None:
+def test_exact_logits_do_not_depend_on_who_else_is_in_the_batch(dtype):
     network = network_of(dtype)
     rows = rows_of(network, 7)
     with torch.inference_mode():
@@ -68,7 +67,7 @@ def test_exact_logits_do_not_depend_on_who_else_is_in_the_batch(dtype: torch.dty
     assert torch.equal(together, torch.cat(alone))
 
 
-def test_all_are_exact_where_the_vocabulary_has_no_more() -> None:
+def test_all_are_exact_where_the_vocabulary_has_no_more():
     network = network_of(torch.bfloat16)
     rows = rows_of(network, 2, 3)
     with torch.inference_mode():
@@ -77,7 +76,7 @@ def test_all_are_exact_where_the_vocabulary_has_no_more() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_full_precision_is_left_as_it_is(dtype: torch.dtype) -> None:
+def test_full_precision_is_left_as_it_is(dtype):
     network = network_of(dtype)
     rows = rows_of(network, 2, 3)
     with torch.inference_mode():
@@ -85,7 +84,7 @@ def test_full_precision_is_left_as_it_is(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", REDUCED)
-def test_what_is_not_finite_stays_so(dtype: torch.dtype) -> None:
+def test_what_is_not_finite_stays_so(dtype):
     network = network_of(dtype)
     rows = rows_of(network, 2, 3)
     rows[0, 1] = torch.nan
@@ -97,7 +96,7 @@ def test_what_is_not_finite_stays_so(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("vocab", [50, 4096, 4097, 5120, 51289, 51328])
 @pytest.mark.parametrize("count", [2, 6, 40])
-def test_top_candidates_equals_topk(vocab: int, count: int):
+def test_top_candidates_equals_topk(vocab, count):
     generator = torch.Generator().manual_seed(vocab + count)
     log_probs = torch.randn((4, vocab), generator=generator)
     log_probs[1, -count:] = 10 + torch.arange(count).float()

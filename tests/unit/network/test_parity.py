@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from reference import (
@@ -15,29 +17,37 @@ from reference import (
     relative_error,
     rms_error,
 )
+from safetensors.torch import save_file
 
 from florence2.errors import ImageError, RequestError
-from florence2.network.config import NetworkConfig, base_config, large_config, tiny_config
+from florence2.network.config import base_config, large_config, tiny_config
 
-FLOAT32_ERROR = 1e-5
-BFLOAT16_ERROR = 2e-2
+LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+SIZES = {"base": base_config(), "large": large_config()}
 
 
-def check_all_stages(
-    config: NetworkConfig,
-    size_hw: tuple[int, int],
-    dtype: torch.dtype,
-    limit: float,
-    lengths: tuple[int, ...] = (9, 6),
-    gain: float = 0.7,
-) -> None:
+def cases():
+    for name, config in TINY.items():
+        for size_hw in IMAGE_SIZES_HW:
+            yield pytest.param(config, size_hw, torch.float32, (9, 6), 0.7, id=f"{name} {size_hw}")
+        yield pytest.param(config, (64, 64), torch.bfloat16, (9, 6), 0.7, id=f"{name}, bfloat16")
+    # With branches as strong as at tiny size, rounding alone reaches 2.8 % in the reference too.
+    for name, config in SIZES.items():
+        for dtype, gain in ((torch.float32, 0.7), (torch.bfloat16, 0.3)):
+            values = config, (768, 768), dtype, (9,), gain
+            yield pytest.param(*values, id=f"{name} {dtype}", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("config", "size_hw", "dtype", "lengths", "gain"), cases())
+def test_every_stage_gives_the_references_values(config, size_hw, dtype, lengths, gain):
     """Ours in ``dtype`` against the reference in float32 with the same (rounded) weights."""
+    limit = LIMITS[dtype]
     error = relative_error if dtype == torch.float32 else rms_error
     network = random_network(config, gain=gain).to(dtype)
     reference = reference_of(network).float()
     torch.manual_seed(1)
     pixels = torch.randn(len(lengths), 3, *size_hw).to(dtype)
-    ids, mask = prompts(list(lengths), config.text.vocab_size)
+    ids, mask = prompts(lengths, config.text.vocab_size)
     decoder_ids = torch.randint(0, config.text.vocab_size, (len(lengths), 11))
     exact = pixels.float()
     with torch.inference_mode():
@@ -59,58 +69,29 @@ def check_all_stages(
         assert error(logits, expected) < limit
 
 
-@pytest.mark.parametrize("size_hw", IMAGE_SIZES_HW)
-@pytest.mark.parametrize("name", TINY)
-def test_float32_stages(name: str, size_hw: tuple[int, int]) -> None:
-    check_all_stages(TINY[name], size_hw, torch.float32, FLOAT32_ERROR)
-
-
-@pytest.mark.parametrize("name", TINY)
-def test_bfloat16_stages(name: str) -> None:
-    check_all_stages(TINY[name], (64, 64), torch.bfloat16, BFLOAT16_ERROR)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("config", [base_config(), large_config()], ids=["base", "large"])
-def test_published_sizes(config: NetworkConfig) -> None:
-    check_all_stages(config, (768, 768), torch.float32, FLOAT32_ERROR, lengths=(9,))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("config", [base_config(), large_config()], ids=["base", "large"])
-def test_published_sizes_in_bfloat16(config: NetworkConfig) -> None:
-    # With branches as strong as at tiny size, rounding alone reaches 2.8 % in the reference too.
-    check_all_stages(config, (768, 768), torch.bfloat16, BFLOAT16_ERROR, lengths=(9,), gain=0.3)
-
-
-def test_names_are_the_native_ones() -> None:
+def test_names_are_the_native_ones():
     network = random_network(tiny_config())
     reference = reference_of(network)
     assert set(network.state_dict()) == set(reference.state_dict())
 
 
-def test_saved_state_loads_in_the_reference(tmp_path: pytest.TempPathFactory) -> None:
-    import json
-    from pathlib import Path
-
-    from safetensors.torch import save_file
+def test_saved_state_loads_in_the_reference(tmp_path):
     from transformers import Florence2ForConditionalGeneration
 
     network = random_network(tiny_config())
-    folder = Path(str(tmp_path))
-    save_file(network.native_state(), folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(network.config.to_native_dict()))
+    save_file(network.native_state(), tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps(network.config.to_native_dict()))
     reference, report = Florence2ForConditionalGeneration.from_pretrained(
-        folder, output_loading_info=True
+        tmp_path, output_loading_info=True
     )
     assert not any(report.values())
     pixels = torch.randn(1, 3, 64, 64)
     with torch.inference_mode():
         expected = reference.eval().model.get_image_features(pixels).pooler_output
-        assert relative_error(network.encode_images(pixels), expected) < FLOAT32_ERROR
+        assert relative_error(network.encode_images(pixels), expected) < LIMITS[torch.float32]
 
 
-def test_every_parameter_is_trained() -> None:
+def test_every_parameter_is_trained():
     network = random_network(tiny_config()).requires_grad_(True)
     ids, mask = prompts([5, 7], 120)
     visual = network.encode_images(torch.randn(2, 3, 64, 64))
@@ -119,7 +100,7 @@ def test_every_parameter_is_trained() -> None:
     assert [name for name, value in network.named_parameters() if value.grad is None] == []
 
 
-def test_gradients_are_those_of_the_reference() -> None:
+def test_gradients_are_those_of_the_reference():
     network = random_network(tiny_config())
     reference = reference_of(network).requires_grad_(True)
     network.requires_grad_(True)
@@ -136,7 +117,7 @@ def test_gradients_are_those_of_the_reference() -> None:
         assert float((parameter.grad - theirs[name].grad).abs().max()) / scale < 1e-3, name
 
 
-def test_too_long_a_prompt_is_refused() -> None:
+def test_too_long_a_prompt_is_refused():
     network = random_network(tiny_config(max_positions=40))
     ids, mask = prompts([30], 120)
     visual = network.encode_images(torch.randn(1, 3, 64, 64))
@@ -144,7 +125,7 @@ def test_too_long_a_prompt_is_refused() -> None:
         network.encode_prompts(visual, ids, mask)
 
 
-def test_too_large_a_grid_is_refused() -> None:
+def test_too_large_a_grid_is_refused():
     network = random_network(tiny_config())
     with pytest.raises(ImageError, match="at most 50 rows and columns, got 51 x 4"):
         network.encode_images(torch.zeros(1, 3, 51 * 16, 64))

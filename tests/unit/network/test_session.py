@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,11 +16,10 @@ from reference import (
     relative_error,
     rms_error,
 )
-from torch import Tensor
 
 from florence2.errors import RequestError
 from florence2.generation.kv_cache import DecoderSession
-from florence2.network.config import NetworkConfig, base_config, large_config, tiny_config
+from florence2.network.config import base_config, large_config, tiny_config
 from florence2.tokens import ANSWER_PREFIX
 
 PREFIX = list(ANSWER_PREFIX)
@@ -30,14 +28,7 @@ PREFIX = list(ANSWER_PREFIX)
 class Replay:
     """Random searches on both sides: every beam's history is kept as a plain list."""
 
-    def __init__(
-        self,
-        config: NetworkConfig,
-        beams: int,
-        lengths: list[int],
-        dtype: torch.dtype,
-        max_new_tokens: int = 100,
-    ) -> None:
+    def __init__(self, config, beams, lengths, dtype=torch.float32, max_new_tokens=100):
         self.vocab_size = config.text.vocab_size
         self.network = random_network(config).to(dtype)
         self.reference: Any = reference_of(self.network).float()
@@ -54,7 +45,7 @@ class Replay:
         self.items = list(range(len(lengths)))
         self.histories = [[list(PREFIX) for _ in range(beams)] for _ in lengths]
 
-    def expected(self) -> Tensor:
+    def expected(self):
         """The reference's logits [B, beams, V] after every beam's history."""
         rows = []
         with torch.inference_mode():
@@ -65,7 +56,7 @@ class Replay:
                 rows.append(reference_logits(self.reference, ids, states, mask)[:, -1])
         return torch.stack(rows)
 
-    def step(self, reorder: bool) -> Tensor:
+    def step(self, reorder):
         shape = (len(self.items), self.beams)
         if reorder:
             parents = torch.randint(0, self.beams, shape)
@@ -78,14 +69,32 @@ class Replay:
                 history.append(token)
         return self.session.step(chosen)
 
-    def keep(self, indices: list[int]) -> None:
+    def keep(self, indices):
         self.session.keep(indices)
         self.items = [self.items[index] for index in indices]
 
 
-def check_search(
-    replay: Replay, steps: int, limit: float, error: Callable[..., float] = relative_error
-) -> None:
+TINY_PROMPTS, F32 = [6, 9, 5], torch.float32
+SEARCHES = {
+    # name: (config, beams, lengths of prompts, precision, steps)
+    **{f"{n}, {k} beams": (TINY[n], k, TINY_PROMPTS, F32, 8) for n in TINY for k in (1, 3, 5)},
+    # Against the reference in float32 with the same rounded weights.
+    **{f"bfloat16, {k} beams": (tiny_config(), k, [6, 9], torch.bfloat16, 8) for k in (1, 3)},
+    "equal prompts and a cache that grows": (tiny_config(), 3, [6, 6], F32, 70),
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "beams", "lengths", "dtype", "steps"),
+    [
+        *(pytest.param(*search, id=name) for name, search in SEARCHES.items()),
+        pytest.param(base_config(), 3, [8, 12], F32, 4, id="base", marks=pytest.mark.slow),
+        pytest.param(large_config(), 3, [8, 12], F32, 4, id="large", marks=pytest.mark.slow),
+    ],
+)
+def test_a_search_has_the_references_logits(config, beams, lengths, dtype, steps):
+    replay = Replay(config, beams, lengths, dtype)
+    error, limit = (relative_error, 1e-5) if dtype == F32 else (rms_error, 2e-2)
     logits = replay.session.prefill()
     assert error(logits, replay.expected()[:, 0]) < limit
     for step in range(steps):
@@ -94,25 +103,8 @@ def check_search(
         assert replay.session.length == len(PREFIX) + step + 1
 
 
-@pytest.mark.parametrize("beams", [1, 3, 5])
-@pytest.mark.parametrize("name", TINY)
-def test_float32_search(name: str, beams: int) -> None:
-    check_search(Replay(TINY[name], beams, [6, 9, 5], torch.float32), steps=8, limit=1e-5)
-
-
-@pytest.mark.parametrize("beams", [1, 3])
-def test_bfloat16_search(beams: int) -> None:
-    """Against the reference in float32 with the same rounded weights."""
-    replay = Replay(tiny_config(), beams, [6, 9], torch.bfloat16)
-    check_search(replay, steps=8, limit=2e-2, error=rms_error)
-
-
-def test_equal_prompts_and_a_cache_that_grows() -> None:
-    check_search(Replay(tiny_config(), 3, [6, 6], torch.float32), steps=70, limit=1e-5)
-
-
-def test_dropped_items_leave_the_others_alone() -> None:
-    replay = Replay(tiny_config(), 3, [6, 9, 5, 7], torch.float32)
+def test_dropped_items_leave_the_others_alone():
+    replay = Replay(tiny_config(), 3, [6, 9, 5, 7])
     replay.session.prefill()
     for step, kept in enumerate([None, [0, 2, 3], None, [2, 0], [0], None]):
         if kept is not None:
@@ -121,9 +113,9 @@ def test_dropped_items_leave_the_others_alone() -> None:
         assert relative_error(replay.step(reorder=step > 0), replay.expected()) < 1e-5
 
 
-def test_random_choices_of_order_and_items() -> None:
+def test_random_choices_of_order_and_items():
     for seed in range(10):
-        replay = Replay(tiny_config(), 4, [5, 8, 6], torch.float32)
+        replay = Replay(tiny_config(), 4, [5, 8, 6])
         torch.manual_seed(seed)
         replay.session.prefill()
         for step in range(12):
@@ -133,14 +125,8 @@ def test_random_choices_of_order_and_items() -> None:
         assert relative_error(logits[:, :], replay.expected()) < 1e-5
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("config", [base_config(), large_config()], ids=["base", "large"])
-def test_published_sizes(config: NetworkConfig) -> None:
-    check_search(Replay(config, 3, [8, 12], torch.float32), steps=4, limit=1e-5)
-
-
-def test_the_cache_holds_cross_attention_once_per_item_and_few_steps_of_a_long_limit() -> None:
-    replay = Replay(tiny_config(max_positions=1024), 5, [6, 9], torch.float32, 1024)
+def test_the_cache_holds_cross_attention_once_per_item_and_few_steps_of_a_long_limit():
+    replay = Replay(tiny_config(max_positions=1024), 5, [6, 9], max_new_tokens=1024)
     replay.session.prefill()
     replay.step(reorder=False)
     for cross_key, cross_value, own_key, own_value in replay.session.caches():
@@ -149,8 +135,8 @@ def test_the_cache_holds_cross_attention_once_per_item_and_few_steps_of_a_long_l
         assert own_key.shape[2] <= 256
 
 
-def test_the_position_table_is_never_overrun() -> None:
-    replay = Replay(tiny_config(max_positions=32), 2, [6], torch.float32, 32)
+def test_the_position_table_is_never_overrun():
+    replay = Replay(tiny_config(max_positions=32), 2, [6], max_new_tokens=32)
     with pytest.raises(RequestError, match="max_new_tokens may be at most 32"):
         DecoderSession(replay.network, replay.states, replay.mask, 2, 33)
     session = DecoderSession(replay.network, replay.states, replay.mask, 2, 32)
@@ -161,8 +147,8 @@ def test_the_position_table_is_never_overrun() -> None:
         session.step(torch.full((1, 2), 7))
 
 
-def test_calls_out_of_order_are_refused() -> None:
-    replay = Replay(tiny_config(), 2, [6], torch.float32)
+def test_calls_out_of_order_are_refused():
+    replay = Replay(tiny_config(), 2, [6])
     with pytest.raises(RuntimeError, match="prefill first"):
         replay.session.step(torch.zeros(1, 2, dtype=torch.long))
     replay.session.prefill()

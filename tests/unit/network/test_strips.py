@@ -17,7 +17,7 @@ BFLOAT16_ERROR = 2e-2
 STRIP_TOKENS = [1, 40, 700]
 
 
-def limit_strips(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+def limit_strips(monkeypatch, tokens):
     monkeypatch.setattr(davit, "STRIP_BYTES", 0)
     monkeypatch.setattr(davit, "STRIP_TOKENS", tokens)
     monkeypatch.setattr(davit, "STRIP_THREADS", 2**20)
@@ -26,9 +26,7 @@ def limit_strips(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
 @pytest.mark.parametrize("tokens", STRIP_TOKENS)
 @pytest.mark.parametrize("size_hw", IMAGE_SIZES_HW)
 @pytest.mark.parametrize("name", TINY)
-def test_strips_give_the_values_of_whole_images(
-    monkeypatch: pytest.MonkeyPatch, name: str, size_hw: tuple[int, int], tokens: int
-) -> None:
+def test_strips_give_the_values_of_whole_images(monkeypatch, name, size_hw, tokens):
     tower = random_network(TINY[name]).model.vision_tower
     limit_strips(monkeypatch, tokens)
     torch.manual_seed(1)
@@ -44,9 +42,7 @@ def test_strips_give_the_values_of_whole_images(
 
 
 @pytest.mark.parametrize("tokens", STRIP_TOKENS)
-def test_strips_in_bfloat16_are_as_near_to_float32(
-    monkeypatch: pytest.MonkeyPatch, tokens: int
-) -> None:
+def test_strips_in_bfloat16_are_as_near_to_float32(monkeypatch, tokens):
     network = random_network(TINY["published strides"]).to(torch.bfloat16)
     reference = reference_of(network).float().model.vision_tower
     limit_strips(monkeypatch, tokens)
@@ -58,7 +54,7 @@ def test_strips_in_bfloat16_are_as_near_to_float32(
     assert rms_error(features, expected) < BFLOAT16_ERROR
 
 
-def test_scores_of_half_precision_do_not_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_of_half_precision_do_not_overflow(monkeypatch):
     limit_strips(monkeypatch, 100)
     attention = random_network(TINY["two stages"]).model.vision_tower.blocks[0][0]
     attention = attention.channel_block.half()
@@ -69,7 +65,7 @@ def test_scores_of_half_precision_do_not_overflow(monkeypatch: pytest.MonkeyPatc
     assert image.isfinite().all()
 
 
-def test_pixels_are_left_as_they_are() -> None:
+def test_pixels_are_left_as_they_are():
     tower = random_network(TINY["two stages"]).model.vision_tower
     pixels = torch.randn(1, 3, 64, 64)
     before = pixels.clone()
@@ -78,7 +74,7 @@ def test_pixels_are_left_as_they_are() -> None:
     assert torch.equal(pixels, before)
 
 
-def test_blocks_run_in_strips_only_without_gradients() -> None:
+def test_blocks_run_in_strips_only_without_gradients():
     image = torch.zeros(1, 2, 2, 4)
     assert not runs_in_strips(image)
     assert not runs_in_strips(image.to("meta"))
@@ -102,14 +98,7 @@ CUTS = {
 
 
 @pytest.mark.parametrize(("shape", "tokens", "side", "rows", "images"), CUTS.values(), ids=CUTS)
-def test_cuts(
-    monkeypatch: pytest.MonkeyPatch,
-    shape: tuple[int, int, int],
-    tokens: int,
-    side: int,
-    rows: list[int],
-    images: int,
-) -> None:
+def test_cuts(monkeypatch, shape, tokens, side, rows, images):
     limit_strips(monkeypatch, tokens)
     image = torch.zeros(*shape, 8)
     cuts = list(davit.strips(image, side))
@@ -120,7 +109,7 @@ def test_cuts(
     assert cuts[0][0] == slice(0, images)
 
 
-def test_strips_grow_with_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_strips_grow_with_the_threads(monkeypatch):
     image = torch.zeros(1, 192, 192, 256)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     few = len(list(davit.strips(image)))

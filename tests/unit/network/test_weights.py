@@ -31,17 +31,17 @@ State = dict[str, Tensor]
 
 
 @pytest.fixture
-def native() -> State:
+def native():
     return {name: value.clone() for name, value in random_network(CONFIG).native_state().items()}
 
 
-def assert_same(first: State, second: State) -> None:
+def assert_same(first, second):
     assert set(first) == set(second)
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
 
 
-def write_shards(folder: Path, state: State, variant: str = "") -> None:
+def write_shards(folder, state, variant=""):
     names = sorted(state)
     shard = f"model{variant}-0000{{}}-of-00002.safetensors"
     places = {name: shard.format(1 + i % 2) for i, name in enumerate(names)}
@@ -51,7 +51,7 @@ def write_shards(folder: Path, state: State, variant: str = "") -> None:
     (folder / f"model.safetensors.index{variant}.json").write_text(json.dumps(index))
 
 
-def write_old_bin(folder: Path, state: State) -> None:
+def write_old_bin(folder, state):
     path = folder / "pytorch_model.bin"
     torch.save(state, path, _use_new_zipfile_serialization=False)
 
@@ -69,15 +69,13 @@ VARIANTS: dict[str, Callable[[Path, State], None]] = {
 }
 
 
-def in_layout(native: State, layout: str) -> State:
+def in_layout(native, layout):
     return dict(native) if layout == "native" else original_state(native, CONFIG)
 
 
 @pytest.mark.parametrize("layout", ["native", "original"])
 @pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
-def test_written_and_read(
-    tmp_path: Path, native: State, write: Callable[[Path, State], None], layout: str
-) -> None:
+def test_written_and_read(tmp_path, native, write, layout):
     state = in_layout(native, layout)
     assert detect_layout(state) == layout
     write(tmp_path, state)
@@ -89,13 +87,13 @@ def test_written_and_read(
     assert_same(network.native_state(), native)
 
 
-def test_conversion_of_a_native_state_changes_nothing(native: State) -> None:
+def test_conversion_of_a_native_state_changes_nothing(native):
     assert_same(convert_state(native), native)
     converted = convert_state(original_state(native, CONFIG))
     assert_same(convert_state(converted), converted)
 
 
-def test_the_full_state_of_the_reference_is_native() -> None:
+def test_the_full_state_of_the_reference_is_native():
     network = random_network(CONFIG)
     built = build_network(CONFIG, network.state_dict())
     assert_same(built.state_dict(), network.state_dict())
@@ -104,14 +102,14 @@ def test_the_full_state_of_the_reference_is_native() -> None:
 @pytest.mark.parametrize(
     "kept", [SHARED, ENCODER_COPY, ENCODER_COPY.replace("encoder", "decoder"), "lm_head.weight"]
 )
-def test_any_one_of_the_tied_names_is_enough(native: State, kept: str) -> None:
+def test_any_one_of_the_tied_names_is_enough(native, kept):
     state = {kept if name == SHARED else name: value for name, value in native.items()}
     network = build_network(CONFIG, state)
     assert network.is_tied
     assert_same(network.native_state(), native)
 
 
-def test_a_head_of_its_own_stays_untied(native: State) -> None:
+def test_a_head_of_its_own_stays_untied(native):
     native["lm_head.weight"] = native[SHARED] + 1
     wrapped = {f"module.{name}": value for name, value in native.items()}
     for state in (native, wrapped):
@@ -124,13 +122,13 @@ def test_a_head_of_its_own_stays_untied(native: State) -> None:
 
 
 @pytest.mark.parametrize("rows", [100, 121, 200])
-def test_the_vocabulary_is_as_large_as_the_embedding(native: State, rows: int) -> None:
+def test_the_vocabulary_is_as_large_as_the_embedding(native, rows):
     native[SHARED] = torch.randn(rows, CONFIG.text.d_model)
     network = build_network(CONFIG, native)
     assert network.config.text.vocab_size == network.lm_head.weight.shape[0] == rows
 
 
-def test_precision_and_ownership(native: State) -> None:
+def test_precision_and_ownership(native):
     network = build_network(CONFIG, native, torch.bfloat16)
     assert {value.dtype for value in network.state_dict().values()} == {torch.bfloat16}
     network = build_network(CONFIG, native)
@@ -140,7 +138,7 @@ def test_precision_and_ownership(native: State) -> None:
     assert all(not value.is_meta for value in network.state_dict().values())
 
 
-def test_every_missing_weight_is_named(native: State) -> None:
+def test_every_missing_weight_is_named(native):
     for name in sorted(set(native) - {FRAMES}):
         state = {key: value for key, value in native.items() if key != name}
         with pytest.raises(CheckpointError) as caught:
@@ -162,7 +160,7 @@ UNUSED = [
 
 
 @pytest.mark.parametrize(("layout", "name"), UNUSED)
-def test_what_no_network_uses_is_left_out_and_noted(native: State, layout: str, name: str) -> None:
+def test_what_no_network_uses_is_left_out_and_noted(native, layout, name):
     state = in_layout(native, layout)
     state[name] = torch.ones(1, 3, dtype=torch.int64 if "ids" in name else torch.float32)
     network = build_network(CONFIG, state)
@@ -171,7 +169,7 @@ def test_what_no_network_uses_is_left_out_and_noted(native: State, layout: str, 
     assert_same(network.native_state(), native)
 
 
-def test_the_table_of_frames_is_computed_where_it_is_absent(native: State) -> None:
+def test_the_table_of_frames_is_computed_where_it_is_absent(native):
     reference = reference_of(Florence2Network(CONFIG))
     for state in (native, original_state(native, CONFIG)):
         for name in [name for name in state if name.endswith("pos_idx_to_embed")]:
@@ -200,7 +198,7 @@ WRAPPINGS = {
 
 
 @pytest.mark.parametrize("wrapping", WRAPPINGS)
-def test_what_wrappers_put_around_names_is_taken_off(native: State, wrapping: str) -> None:
+def test_what_wrappers_put_around_names_is_taken_off(native, wrapping):
     layout, wrap = WRAPPINGS[wrapping]
     state = in_layout(native, layout)
     state = {wrap(name): value for name, value in state.items()}
@@ -267,15 +265,13 @@ REFUSED: dict[str, tuple[str, Callable[[State], State], str]] = {
 
 
 @pytest.mark.parametrize(("layout", "change", "message"), REFUSED.values(), ids=REFUSED)
-def test_what_is_no_plain_checkpoint_is_refused(
-    native: State, layout: str, change: Callable[[State], State], message: str
-) -> None:
+def test_what_is_no_plain_checkpoint_is_refused(native, layout, change, message):
     state = in_layout(native, layout)
     with pytest.raises(CheckpointError, match=message):
         build_network(CONFIG, state | change(state))
 
 
-def test_one_weight_under_two_names_may_be_one(native: State) -> None:
+def test_one_weight_under_two_names_may_be_one(native):
     same = native | {f"module.{FC1}": native[FC1].clone()}
     assert_same(build_network(CONFIG, same).native_state(), native)
 
@@ -284,16 +280,14 @@ def test_one_weight_under_two_names_may_be_one(native: State) -> None:
     "names",
     [["encoder.layer.0.weight"], [], ["vision_tower.a"], ["image_projection", SHARED]],
 )
-def test_other_layouts_are_refused(names: list[str]) -> None:
+def test_other_layouts_are_refused(names):
     with pytest.raises(CheckpointError, match="not a Florence-2 checkpoint"):
         detect_layout(names)
 
 
 @pytest.mark.parametrize("cut", [0, 5, 30, 2000, -1])
 @pytest.mark.parametrize("write", [*WRITERS.values()][:3], ids=[*WRITERS][:3])
-def test_a_cut_file(
-    tmp_path: Path, native: State, write: Callable[[Path, State], None], cut: int
-) -> None:
+def test_a_cut_file(tmp_path, native, write, cut):
     write(tmp_path, native)
     (path,) = tmp_path.iterdir()
     path.write_bytes(path.read_bytes()[:cut])
@@ -301,9 +295,9 @@ def test_a_cut_file(
         read_weights(tmp_path)
 
 
-def test_a_file_with_code_is_not_executed(tmp_path: Path) -> None:
+def test_a_file_with_code_is_not_executed(tmp_path):
     class Call:
-        def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        def __reduce__(self):
             import os
 
             return os.system, (f"touch {tmp_path / 'ran'}",)
@@ -315,9 +309,7 @@ def test_a_file_with_code_is_not_executed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("write", VARIANTS.values(), ids=VARIANTS)
-def test_weights_with_a_variant_in_their_names(
-    tmp_path: Path, native: State, write: Callable[[Path, State], None]
-) -> None:
+def test_weights_with_a_variant_in_their_names(tmp_path, native, write):
     write(tmp_path, native)
     assert_same(read_weights(tmp_path), native)
     WRITERS["pickled"](tmp_path, {"plain": torch.zeros(1)})
@@ -341,14 +333,14 @@ FOLDERS: dict[str, tuple[str, str, str]] = {
 
 
 @pytest.mark.parametrize(("name", "text", "message"), FOLDERS.values(), ids=FOLDERS)
-def test_an_incomplete_folder(tmp_path: Path, name: str, text: str, message: str) -> None:
+def test_an_incomplete_folder(tmp_path, name, text, message):
     save_file({"present": torch.zeros(1)}, tmp_path / "one.safetensors")
     (tmp_path / name).write_text(text)
     with pytest.raises(CheckpointError, match=message):
         read_weights(tmp_path)
 
 
-def test_a_file_with_other_values(tmp_path: Path) -> None:
+def test_a_file_with_other_values(tmp_path):
     torch.save({"weight": [1, 2]}, tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="must hold named tensors only"):
         read_weights(tmp_path)

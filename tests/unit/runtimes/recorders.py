@@ -1,12 +1,26 @@
-"""Recorders without a GPU."""
+"""Recorders with and without a GPU, and a pool of recorded batches for one of the tiny models."""
 
 from __future__ import annotations
 
 from contextlib import contextmanager
 
+import numpy as np
+import pytest
 import torch
+from tiny_reference import our_network, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from florence2.pixels import ImageProcessor
+from florence2.runtimes.cuda_graphs import CudaRecorder, GraphRunner
+from florence2.runtimes.decode_graphs import RecordedBatchPool
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+TABLE = ImageProcessor().lookup_table
 
 
 class ReplayingRecorder:
@@ -14,7 +28,7 @@ class ReplayingRecorder:
 
     Counts what a GPU would see; ``refuse`` makes recording fail as an unsupported call does."""
 
-    def __init__(self, refuse: bool = False):
+    def __init__(self, refuse=False):
         self.refuse = refuse
         self.events: list[str] = []
         self.num_alive = 0
@@ -110,3 +124,59 @@ class _Taped:
         self._recorder.events.append("reset")
         self._recorder.num_alive -= 1
         self._operations = None
+
+
+class RecorderOfGpu(CudaRecorder):
+    """A GPU's own, which counts as the others do."""
+
+    def __init__(self):
+        super().__init__(CUDA)
+        self.events = []
+
+    def record(self, work):
+        self.events.append("record")
+        recording = super().record(work)
+        return Counted(recording, self.events)
+
+
+class Counted:
+    def __init__(self, recording, events):
+        self.replay, self._reset, self._events = recording.replay, recording.reset, events
+
+    def reset(self):
+        self._events.append("reset")
+        self._reset()
+
+
+RECORDERS = [
+    pytest.param(ReplayingRecorder, id="replayed"),
+    pytest.param(TapingRecorder, id="taped"),
+    pytest.param(RecorderOfGpu, id="on a GPU", marks=GPU),
+]
+
+
+def device_of(recorder):
+    return CUDA if isinstance(recorder, CudaRecorder) else CPU
+
+
+def pixels_of(images):
+    """What the bytes of images stand for, as the network reads them."""
+    values = np.stack([TABLE[channel][images[..., channel]] for channel in range(3)], axis=1)
+    return np.ascontiguousarray(values)
+
+
+class Place:
+    """The pool, with what records for it."""
+
+    def __init__(self, seed, recorder=None, max_idle_bytes=2**30):
+        self.seed, self.recorder = seed, recorder
+        self.graphs, self.device = GraphRunner(recorder), device_of(recorder).type
+        network = our_network(tiny_model(seed), self.device)
+        self.pool = RecordedBatchPool(network, self.graphs, max_idle_bytes)
+
+    def batch(self, settings):
+        return self.pool.take(settings, None)
+
+    def free_memory(self):
+        self.graphs.clear()
+        self.pool.clear()

@@ -1,24 +1,39 @@
-"""A checkpoint is loaded in a precision that it is sane in, and says which."""
+"""A checkpoint is loaded in a precision that it is sane in, and recorded where that is right."""
 
 from __future__ import annotations
 
 import logging
 import math
 import shutil
+from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
+from recorders import CPU, TapingRecorder
 from safetensors.torch import load_file, save_file
 
 from florence2 import Florence2
-from florence2.checkpoint.checkpoint import open_checkpoint
+from florence2.checkpoint.checkpoint import load_weights, open_checkpoint
 from florence2.engine import loading
-from florence2.engine.loading import check_against_fp32, check_where_it_fits, load_engine
+from florence2.engine.engine import Engine
+from florence2.engine.loading import (
+    TOLERANCE,
+    check_against_fp32,
+    check_recordings,
+    check_where_it_fits,
+    error_against_fp32,
+    float32_bytes,
+    load_engine,
+)
 from florence2.errors import CheckpointError, PrecisionError
+from florence2.network.config import tiny_config
+from florence2.network.florence import Florence2Network
+from florence2.runtimes.cuda_graphs import GraphRunner
 from florence2.runtimes.device import PRECISIONS
 from florence2.runtimes.torch import TorchRuntime
 
-CPU = torch.device("cpu")
+PIXELS = np.random.default_rng(2).standard_normal((1, 3, 64, 64), dtype=np.float32)
 PROJECTION = "model.multi_modal_projector.image_projection.weight"
 
 
@@ -32,16 +47,16 @@ def with_projection(source, folder, change):
 
 
 @pytest.fixture(scope="module")
-def overflowing_folder(sane_folder, tmp_path_factory):
+def overflowing_folder(checkpoint_folder, tmp_path_factory):
     """Its projection's products are beyond 65504, the largest number of half precision."""
     folder = tmp_path_factory.mktemp("overflowing") / "checkpoint"
-    return with_projection(sane_folder, folder, lambda weight: weight * 1e6)
+    return with_projection(checkpoint_folder, folder, lambda weight: weight * 1e6)
 
 
 @pytest.fixture(scope="module")
-def broken_folder(sane_folder, tmp_path_factory):
+def broken_folder(checkpoint_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("broken") / "checkpoint"
-    return with_projection(sane_folder, folder, lambda weight: weight * math.nan)
+    return with_projection(checkpoint_folder, folder, lambda weight: weight * math.nan)
 
 
 @pytest.fixture
@@ -68,9 +83,9 @@ def test_auto_falls_back_to_float32_with_a_warning(half_precision, overflowing_f
     assert warning.endswith("loaded in fp32 instead.")
 
 
-def test_auto_stays_where_the_checkpoint_answers(half_precision, sane_folder, caplog):
+def test_auto_stays_where_the_checkpoint_answers(half_precision, checkpoint_folder, caplog):
     with caplog.at_level(logging.WARNING):
-        assert engine_of(sane_folder, "auto").runtime.precision == "fp16"
+        assert engine_of(checkpoint_folder, "auto").runtime.precision == "fp16"
     assert caplog.messages == []
 
 
@@ -98,15 +113,17 @@ def runtime_of(checkpoint, precision):
     return TorchRuntime(loading.load_weights(checkpoint, PRECISIONS[precision]), CPU, precision)
 
 
-def test_features_that_are_close_enough_pass(sane_folder):
-    checkpoint = open_checkpoint(sane_folder)
+def test_features_that_are_close_enough_pass(checkpoint_folder):
+    checkpoint = open_checkpoint(checkpoint_folder)
     error = check_against_fp32(checkpoint, runtime_of(checkpoint, "bf16"), is_error=True)
-    assert 0 < error < loading.TOLERANCE["bf16"]
+    assert 0 < error < TOLERANCE["bf16"]
 
 
-def test_features_that_are_far_off_are_an_error_or_a_warning(sane_folder, monkeypatch, caplog):
+def test_features_that_are_far_off_are_an_error_or_a_warning(
+    checkpoint_folder, monkeypatch, caplog
+):
     monkeypatch.setitem(loading.TOLERANCE, "bf16", 1e-6)
-    checkpoint = open_checkpoint(sane_folder)
+    checkpoint = open_checkpoint(checkpoint_folder)
     runtime = runtime_of(checkpoint, "bf16")
     with pytest.raises(PrecisionError, match=r"at most 1e-06 from those in fp32.* and are 0\.0"):
         check_against_fp32(checkpoint, runtime, is_error=True)
@@ -143,15 +160,15 @@ CHECKS = {
 
 @pytest.mark.parametrize(("precision", "free", "check", "is_made"), CHECKS.values(), ids=CHECKS)
 def test_a_load_does_not_fail_for_lack_of_room_to_check(
-    sane_folder, monkeypatch, precision, free, check, is_made
+    checkpoint_folder, monkeypatch, precision, free, check, is_made
 ):
     monkeypatch.setattr(loading, "check_against_fp32", check)
-    checkpoint = open_checkpoint(sane_folder)
+    checkpoint = open_checkpoint(checkpoint_folder)
     runtime = runtime_of(checkpoint, precision)
     assert check_where_it_fits(checkpoint, runtime, Room(free), is_error=True) is is_made
 
 
-def test_an_engine_that_is_not_taken_frees_its_weights(sane_folder, monkeypatch):
+def test_an_engine_that_is_not_taken_frees_its_weights(checkpoint_folder, monkeypatch):
     built = []
 
     def failing(engine):
@@ -160,5 +177,134 @@ def test_an_engine_that_is_not_taken_frees_its_weights(sane_folder, monkeypatch)
 
     monkeypatch.setattr(loading, "self_test", failing)
     with pytest.raises(CheckpointError, match="no"):
-        engine_of(sane_folder, "fp32")
+        engine_of(checkpoint_folder, "fp32")
     assert built[0].memory_bytes == 0
+
+
+def tiny_runtime(precision, gain=1.0):
+    torch.manual_seed(7)
+    network = Florence2Network(tiny_config())
+    with torch.no_grad():
+        for parameter in network.model.vision_tower.parameters():
+            parameter.mul_(4 if parameter.ndim > 1 else 1)
+        network.model.multi_modal_projector.image_projection.weight.mul_(gain)
+    return TorchRuntime(network.to(PRECISIONS[precision]), CPU, precision)
+
+
+def test_float32_is_no_error_at_all():
+    assert error_against_fp32(tiny_runtime("fp32"), PIXELS) == 0.0
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_rounding_is_seen_and_within_the_tolerance(precision):
+    assert 0 < error_against_fp32(tiny_runtime(precision), PIXELS) < TOLERANCE[precision] / 2
+
+
+def test_the_error_is_that_of_a_pass_in_float32():
+    runtime = tiny_runtime("bf16")
+    found = runtime.encode_images(PIXELS).float()
+    exact = TorchRuntime(runtime.network, CPU, "fp32").encode_images(PIXELS)
+    expected = float((found - exact).norm() / exact.norm())
+    assert error_against_fp32(tiny_runtime("bf16"), PIXELS) == pytest.approx(expected, rel=1e-4)
+
+
+def test_overflow_is_an_infinite_error_in_half_precision_only():
+    assert error_against_fp32(tiny_runtime("fp16", gain=1e6), PIXELS) == math.inf
+    assert error_against_fp32(tiny_runtime("bf16", gain=1e6), PIXELS) < TOLERANCE["bf16"]
+
+
+def test_the_network_is_left_as_it_was():
+    runtime = tiny_runtime("bf16")
+    before = {name: value.clone() for name, value in runtime.network.state_dict().items()}
+    error_against_fp32(runtime, PIXELS)
+    assert runtime.network.dtype == torch.bfloat16
+    for name, value in runtime.network.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_the_room_it_takes_is_that_of_the_vision_weights():
+    network = Florence2Network(tiny_config())
+    vision = (network.model.vision_tower, network.model.multi_modal_projector)
+    values = [value for part in vision for value in part.state_dict().values()]
+    assert float32_bytes(network.to(torch.bfloat16)) == sum(4 * value.numel() for value in values)
+
+
+def test_the_pass_compared_is_one_as_the_engine_makes_it(monkeypatch):
+    runtime, inside = tiny_runtime("bf16"), []
+    encode, computing = runtime.encode_images, runtime.computing
+
+    @contextmanager
+    def noted():
+        with computing():
+            inside.append("computing")
+            yield
+            inside.append("done")
+
+    monkeypatch.setattr(runtime, "computing", noted)
+    monkeypatch.setattr(runtime, "encode_images", lambda p: (inside.append("pass"), encode(p))[1])
+    error_against_fp32(runtime, PIXELS)
+    assert inside == ["computing", "pass", "done"]
+
+
+class Wrong(TapingRecorder):
+    """From the n-th recording on, a replay does nothing."""
+
+    def __init__(self, from_recording):
+        super().__init__()
+        self._right = from_recording
+
+    def record(self, work):
+        recording = super().record(work)
+        self._right -= 1
+        if self._right < 0:
+            recording._operations = []
+        return recording
+
+
+class Failing(TapingRecorder):
+    """The n-th recording cannot be made."""
+
+    def __init__(self, recording):
+        super().__init__()
+        self._left = recording
+
+    def record(self, work):
+        self._left -= 1
+        self.refuse = self._left < 0
+        return super().record(work)
+
+
+def engine_with(folder, recorder):
+    checkpoint = open_checkpoint(folder)
+    network = load_weights(checkpoint, torch.float32)
+    runtime = TorchRuntime(network, torch.device("cpu"), "fp32", GraphRunner(recorder))
+    return Engine(checkpoint, runtime, image_batch=2, prompt_batch=8, cache_bytes=2**24)
+
+
+def test_right_recordings_stay_and_are_used(checkpoint_folder, caplog):
+    recorder = TapingRecorder()
+    engine = engine_with(checkpoint_folder, recorder)
+    check_recordings(engine, engine.runtime.graphs)
+    assert engine.runtime.graphs.is_enabled
+    kinds = {key[0] for key in engine.runtime.graphs.keys}
+    assert kinds == {"vision", "prompts", "decode"}
+    assert "replay" in recorder.events
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("recorder", [Wrong(0), Wrong(2), Failing(2)])
+def test_a_wrong_or_failing_recording_ends_recording_and_not_the_engine(
+    checkpoint_folder, caplog, recorder
+):
+    engine = engine_with(checkpoint_folder, recorder)
+    with caplog.at_level(logging.WARNING):
+        check_recordings(engine, engine.runtime.graphs)
+    assert not engine.runtime.graphs.is_enabled
+    assert [message[:15] for message in caplog.messages] == ["CUDA graphs are"]
+    plain = engine_with(checkpoint_folder, None)
+    assert answer(engine) == answer(plain)
+
+
+def answer(engine):
+    picture = np.random.default_rng(3).integers(0, 255, (40, 50, 3), dtype=np.uint8)
+    return Florence2(engine).run("<OD>", picture, max_new_tokens=64).token_ids

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from crowd import COUNT, MODES, Crowd, mixed_limits, settings_of
-from recorders import ReplayingRecorder, TapingRecorder
-from recording import Place, small_buckets
-from tiny_reference import SEEDS, naive_session
+from recorders import GPU, RECORDERS, Place, TapingRecorder
+from tiny_reference import COUNT, MODES, SEEDS, Crowd, mixed_limits, naive_session, settings_of
 
 import florence2.generation.beam_search
 from florence2.generation.beam_search import BeamSearch, LocationProbability
@@ -17,15 +15,19 @@ from florence2.network import florence
 from florence2.network.config import tiny_config
 from florence2.network.florence import Florence2Network
 from florence2.records import GenerationSettings
-from florence2.runtimes.decode_graphs import Bucket
+from florence2.runtimes import decode_graphs
+from florence2.runtimes.decode_graphs import RECORD_AT, Bucket
 
-RECORDERS = {"eager": lambda: None, "replayed": ReplayingRecorder, "taped": TapingRecorder}
+EAGER = pytest.param(lambda: None, id="eager")
 LOCATIONS = LocationProbability(first_location_id=20, radius_bins=2)
 
 
 @pytest.fixture(autouse=True)
 def sizes(monkeypatch):
-    small_buckets(monkeypatch, cross_lengths=3)
+    """Sizes of which the tiny searches need many."""
+    monkeypatch.setattr(decode_graphs, "STEPS", (2, 4, 8, 16, 32))
+    monkeypatch.setattr(decode_graphs, "CROSS_LENGTHS", 3)
+    monkeypatch.setattr(decode_graphs, "FIRST_STEPS", 2)
 
 
 @pytest.fixture
@@ -33,24 +35,30 @@ def place():
     return Place(SEEDS[0], TapingRecorder())
 
 
-def search(place: Place, settings=None, limits=None, **options) -> Crowd:
-    """A crowd that was searched in one of the place's batches, and is answered right."""
-    crowd = Crowd(place.seed, settings or settings_of(), limits or mixed_limits())
+def crowd_of(place, settings=None, limits=None) -> Crowd:
+    return Crowd(place.seed, settings or settings_of(), limits or mixed_limits(), place.device)
+
+
+def search(place, settings=None, limits=None, **options):
+    """A crowd that is searched in one of the place's batches is answered right."""
+    crowd = crowd_of(place, settings, limits)
     crowd.run(place.batch(crowd.settings), **options)
     assert (crowd.failed(), crowd.differing()) == ([], [])
-    return crowd
 
 
-@pytest.mark.parametrize("recorder", RECORDERS.values(), ids=RECORDERS)
+@pytest.mark.parametrize("recorder", [EAGER, *RECORDERS])
 @pytest.mark.parametrize("ngram", [0, 3])
 @pytest.mark.parametrize(("beams", "early_stopping"), MODES)
-def test_whoever_comes_is_answered_as_the_reference_does(beams, early_stopping, ngram, recorder):
+def test_whoever_comes_is_answered_as_the_reference_does(
+    beams, early_stopping, ngram, recorder, caplog
+):
     settings = settings_of(beams, early_stopping, ngram)
     for seed in SEEDS:
         place = Place(seed, recorder())
-        for _ in range(2):
+        for _ in range(2 if place.device == "cpu" else 3):
             search(place, settings)
         assert (place.graphs.num_graphs > 0) == (place.recorder is not None)
+    assert "CUDA graphs are off" not in caplog.text
 
 
 @pytest.mark.parametrize("lag", [1, 2])
@@ -62,8 +70,7 @@ def test_news_that_come_late_change_no_answer(place, lag):
 
 def test_scores_are_those_of_searching_plainly(place):
     settings = settings_of()
-    recorded = Crowd(SEEDS[0], settings, mixed_limits())
-    plain = Crowd(SEEDS[0], settings, mixed_limits())
+    recorded, plain = crowd_of(place), crowd_of(place)
     found = recorded.run(place.pool.take(settings, LOCATIONS))
     expected = plain.run(DecodeBatch(settings, LOCATIONS))
     assert any(one.near_log_probs != one.log_probs for one in expected)
@@ -88,7 +95,7 @@ def test_the_ban_looks_no_further_than_the_steps_of_the_bucket(place, monkeypatc
         return view_of(search, num_rows, steps)
 
     settings = settings_of()
-    crowd = Crowd(SEEDS[0], settings, [39] * COUNT)
+    crowd = crowd_of(place, limits=[39] * COUNT)
     monkeypatch.setattr(BeamSearch, "view", viewed)
     monkeypatch.setattr(florence2.generation.beam_search, "ban_repeated_ngrams", noting)
     crowd.run(place.batch(settings))
@@ -130,7 +137,7 @@ def test_rows_steps_and_prompts_grow_in_the_middle_of_answers(place, monkeypatch
 
     monkeypatch.setattr(StaticSession, "enlarge", noting)
     settings = settings_of()
-    crowd = Crowd(SEEDS[0], settings, [39] * COUNT)
+    crowd = crowd_of(place, limits=[39] * COUNT)
     space = place.batch(settings)
     lengths = crowd.prompts.mask.sum(dim=1)
     by_length = sorted(range(COUNT), key=lambda item: int(lengths[item]))
@@ -144,41 +151,40 @@ def test_rows_steps_and_prompts_grow_in_the_middle_of_answers(place, monkeypatch
     assert cross == [3, 6, 9]
 
 
-def test_another_search_in_between_has_rows_of_its_own(place):
-    settings = settings_of()
-    outer = Crowd(SEEDS[0], settings, mixed_limits())
-    inner: list[Crowd] = []
+@pytest.mark.parametrize("recorder", RECORDERS)
+def test_other_searches_in_between_have_rows_of_their_own(recorder):
+    place = Place(SEEDS[0], recorder())
+    outer, inner = crowd_of(place), []
 
     def ask_in_between():
         if outer.random.random() < 0.1:
-            inner.append(Crowd(SEEDS[0], settings, [16, 9]))
-            inner[-1].run(place.batch(settings))
+            inner.append(crowd_of(place, limits=[16, 9]))
+            inner[-1].run(place.batch(outer.settings))
 
     outer.meanwhile = ask_in_between
-    outer.run(place.batch(settings))
+    outer.run(place.batch(outer.settings))
     assert len(inner) > 2
-    assert outer.differing() == []
-    assert [crowd.differing() for crowd in inner] == [[]] * len(inner)
+    assert [crowd.differing() for crowd in (outer, *inner)] == [[]] * (1 + len(inner))
     assert place.pool.idle_bytes > 0
 
 
-@pytest.mark.parametrize("recorder", [ReplayingRecorder, TapingRecorder])
+@pytest.mark.parametrize("recorder", RECORDERS)
 def test_memory_freed_in_the_middle_costs_recordings_and_no_answers(recorder):
     place = Place(SEEDS[1], recorder())
-    crowd = Crowd(SEEDS[1], settings_of(), mixed_limits())
-    passes = iter(range(10**6))
+    crowd, passes, events = crowd_of(place), iter(range(10**6)), place.recorder.events
     crowd.meanwhile = lambda: next(passes) % 11 or place.free_memory()
     for _ in range(2):
         crowd.begin(SEEDS[1])
         crowd.run(place.batch(crowd.settings))
         assert (crowd.failed(), crowd.differing()) == ([], [])
-    assert place.recorder.events.count("record") > place.graphs.num_graphs > 0
+    assert events.count("record") > place.graphs.num_graphs > 0
     place.free_memory()
-    assert place.recorder.num_alive == place.graphs.num_graphs == place.pool.idle_bytes == 0
+    assert place.graphs.num_graphs == place.pool.idle_bytes == 0
+    assert events.count("reset") == events.count("record")
 
 
 def test_nan_stays_in_its_row_and_is_gone_with_it(place):
-    crowd = Crowd(SEEDS[0], settings_of(), [12, 24, 9, 9, 9, 9, 24, 9])
+    crowd = crowd_of(place, limits=[12, 24, 9, 9, 9, 9, 24, 9])
     crowd.alter = lambda items, states: 0 in items and states[items.index(0)].fill_(torch.nan)
     for _ in range(3):
         crowd.begin(SEEDS[0])
@@ -189,7 +195,7 @@ def test_nan_stays_in_its_row_and_is_gone_with_it(place):
 
 
 def test_the_place_of_what_is_given_up_is_taken_by_another(place):
-    crowd = Crowd(SEEDS[0], settings_of(), [16] * COUNT)
+    crowd = crowd_of(place, limits=[16] * COUNT)
     crowd.give_up(0, 7, 8, 21)
     crowd.run(place.batch(crowd.settings), max_rows=4)
     assert (crowd.failed(), crowd.differing()) == ([0, 7, 8, 21], [])
@@ -222,7 +228,7 @@ def test_ever_new_settings_keep_a_stated_number_of_batches(place, monkeypatch):
 
 
 def test_a_search_that_breaks_off_gives_its_batch_back(place):
-    crowd = Crowd(SEEDS[0], settings_of(), [39] * COUNT)
+    crowd = crowd_of(place, limits=[39] * COUNT)
 
     def stop():
         if len(crowd.answers) > 3:
@@ -248,7 +254,7 @@ def test_a_batch_that_could_not_grow_is_not_used_again(place, monkeypatch):
 
     monkeypatch.setattr(StaticSession, "enlarge", run_out)
     with pytest.raises(torch.OutOfMemoryError):
-        Crowd(SEEDS[0], settings, [39] * COUNT).run(place.batch(settings))
+        crowd_of(place, limits=[39] * COUNT).run(place.batch(settings))
     assert place.pool.idle_bytes == 0
     search(place)
 
@@ -264,6 +270,30 @@ def test_only_sessions_of_our_own_network_are_recorded(place):
     crowd = Crowd(SEEDS[0], settings_of(), [5], session=naive_session)
     with pytest.raises(TypeError, match=r"for a DecoderSession, not .*NaiveSession"):
         crowd.run(place.batch(crowd.settings))
+
+
+@pytest.mark.parametrize("recorder", [pytest.param(RECORDERS[-1].values[0], marks=GPU)])
+def test_a_recorded_step_does_not_wait_for_the_device(recorder):
+    place = Place(SEEDS[0], recorder())
+    for _ in range(2 * RECORD_AT):
+        search(place)
+    batch, num_steps = place.batch(settings_of()), 0
+    advance = batch.advance
+
+    def watched():
+        nonlocal num_steps
+        num_steps += 1
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            advance()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    batch.advance = watched
+    crowd = crowd_of(place)
+    crowd.run(batch)
+    assert crowd.differing() == []
+    assert num_steps > 10
 
 
 @pytest.mark.parametrize(

@@ -7,28 +7,19 @@ import copy
 import numpy as np
 import pytest
 import torch
-from recorders import ReplayingRecorder
+from recorders import CPU, TABLE, pixels_of
 
 from florence2.generation.decode import DecodeBatch, generate
-from florence2.pixels import ImageProcessor
 from florence2.records import GenerationSettings
-from florence2.runtimes.cuda_graphs import BucketedGraphs, GraphRunner
+from florence2.runtimes.cuda_graphs import GraphRunner
 from florence2.runtimes.decode_graphs import RecordedBatch
 from florence2.runtimes.torch import PROMPT_LENGTHS, TorchRuntime
 from florence2.runtimes.torch import VISION_BUCKETS as BUCKETS
 
-CPU = torch.device("cpu")
-RNG = np.random.default_rng(3)
-IMAGES = RNG.integers(0, 256, (20, 48, 48, 3), dtype=np.uint8)
-TABLE = ImageProcessor().lookup_table
+IMAGES = np.random.default_rng(3).integers(0, 256, (20, 48, 48, 3), dtype=np.uint8)
 SETTINGS = GenerationSettings(num_beams=3)
 PROMPTS = [[0, 5, 6, 7, 2], [0, 9, 2], [0, 8, 8, 8, 8, 8, 2]]
 LIMITS = [20, 20, 20]
-
-
-def pixels_of(images):
-    values = np.stack([TABLE[channel][images[..., channel]] for channel in range(3)], axis=1)
-    return np.ascontiguousarray(values)
 
 
 @pytest.fixture
@@ -72,19 +63,6 @@ def test_the_padding_never_costs_more_than_half_of_the_batch():
 def test_a_batch_above_the_largest_size_is_not_recorded(runtime, recorder):
     runtime.encode_images(pixels_of(IMAGES[: BUCKETS[-1] + 1]))
     assert recorder.events == []
-
-
-def test_the_rows_that_fill_a_batch_up_are_copies_of_its_first_one():
-    seen = []
-    graphs = BucketedGraphs("twice", GraphRunner(ReplayingRecorder()), (4,))
-
-    def twice(given):
-        seen.append(given[0].clone())
-        return [given[0] * 2]
-
-    received = [torch.tensor([[1.0], [2.0]])]
-    assert graphs.run("any", received, twice)[0].tolist() == [[2.0], [4.0]]
-    assert seen[-1].tolist() == [[1.0], [2.0], [1.0], [1.0]]
 
 
 def test_two_tables_are_two_recordings(runtime):

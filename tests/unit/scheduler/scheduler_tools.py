@@ -5,20 +5,16 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 
 import torch
 from engine_tools import CountingRuntime
-
-from florence2 import Failure, Result
-from florence2.engine.scheduler import Scheduler
 
 PATIENCE_S = 60.0
 """Long enough for any machine; a test that waits so long has failed."""
 
 
-def wait_until(is_so: Callable[[], bool]) -> None:
+def wait_until(is_so):
     end = time.monotonic() + PATIENCE_S
     while not is_so():
         assert time.monotonic() < end, "what the test waits for does not come"
@@ -26,11 +22,11 @@ def wait_until(is_so: Callable[[], bool]) -> None:
 
 
 @contextlib.contextmanager
-def held(scheduler: Scheduler) -> Iterator[None]:
+def held(scheduler):
     """Keeps the model's thread busy, so that what is sent meanwhile waits together."""
     is_held, release = threading.Event(), threading.Event()
 
-    def hold() -> None:
+    def hold():
         is_held.set()
         assert release.wait(PATIENCE_S)
 
@@ -47,13 +43,13 @@ def held(scheduler: Scheduler) -> Iterator[None]:
 class Sender:
     """Sends requests to a scheduler, each on a thread of its own: the future of its answers."""
 
-    def __init__(self, scheduler: Scheduler, threads: ThreadPoolExecutor):
+    def __init__(self, scheduler, threads):
         self._scheduler, self._threads = scheduler, threads
 
-    def __call__(self, asks, **how) -> Answers:
+    def __call__(self, asks, **how):
         return Answers(self._threads.submit(self._scheduler.run, asks, **how))
 
-    def queued(self, asks, **how) -> Answers:
+    def queued(self, asks, **how):
         """As a call, once they wait; for when the model is held, or by its own thread."""
         num_waiting = self._scheduler.queue_depth + len(asks)
         answers = self(asks, **how)
@@ -64,19 +60,19 @@ class Sender:
 class Answers:
     """What a request that was sent comes to."""
 
-    def __init__(self, future: Future):
+    def __init__(self, future):
         self._future = future
         self.done = future.done
 
-    def get(self) -> list[Result | Failure]:
+    def get(self):
         return self._future.result(PATIENCE_S)
 
 
-def at_pass(runtime: WatchedRuntime, number: int, act: Callable[[], object]) -> list[object]:
+def at_pass(runtime, number, act):
     """Acts once, when the pass of that number is about to begin; what came of it."""
     acted: list[object] = []
 
-    def before_pass() -> None:
+    def before_pass():
         if len(runtime.passes) == number and not acted:
             acted.append(None)
             acted[0] = act()
@@ -98,7 +94,7 @@ class WatchedRuntime(CountingRuntime):
         self.open_sessions = 0
         self.has_room_for = 100
 
-    def note(self, name: str | int) -> None:
+    def note(self, name):
         self.before_pass()
         self.check_device()
         self.passes.append(name)
@@ -117,7 +113,7 @@ class WatchedRuntime(CountingRuntime):
 class WatchedSession:
     """A session that counts as open for as long as anything holds it."""
 
-    def __init__(self, session, runtime: WatchedRuntime, number: int):
+    def __init__(self, session, runtime, number):
         self._session, self._runtime, self._number = session, runtime, number
         runtime.open_sessions += 1
 

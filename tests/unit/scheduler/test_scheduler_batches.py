@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import logging
+import random
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from engine_tools import ask, assert_all_close, assert_close, captions, codes, picture
 from scheduler_tools import PATIENCE_S, held, wait_until
 
 import florence2.engine.work_queue
-from florence2 import Ask
+from florence2 import Ask, Result
 from florence2.engine.scheduler import Priority
+from florence2.errors import QueueFullError, StoppedError
 from florence2.pixels import ImageProcessor
 from florence2.tasks import TASKS
 
 
-def each_task(count: int, num_pictures: int) -> list[Ask]:
+def each_task(count, num_pictures):
     """One ask after another, of all tasks and some pictures."""
     return [
         ask(picture(number % num_pictures), TASKS[number % len(TASKS)].token, max_new_tokens=24)
@@ -52,7 +55,7 @@ def test_a_request_joins_the_batch_in_hand_and_may_be_answered_first(
 ):
     joined = []
 
-    def join_once() -> None:
+    def join_once():
         if len(runtime.passes) == 4 and not joined:
             joined.append(send.queued(captions(2, max_new_tokens=3)))
 
@@ -177,3 +180,90 @@ def test_while_the_model_is_busy_its_next_images_are_opened_and_scaled(
     assert codes(sent.get()) == [None] * 3
     assert len(threads) == 3
     assert "florence2-model" not in threads
+
+
+NUM_CALLERS = 64
+CROWDS_TASKS = [
+    "<CAPTION>",
+    "<OD>",
+    "<OCR>",
+    "<CAPTION>+<CAPTION_TO_PHRASE_GROUNDING>",
+    "<NO_TASK>",
+]
+REFUSED = (QueueFullError, StoppedError)
+
+
+class Caller:
+    """One request of a kind drawn by its number, and a check of what came of it."""
+
+    def __init__(self, number):
+        draw = random.Random(number)
+        self.asks = [
+            Ask(
+                draw.choice([picture(number % 4), picture(5), "nowhere.jpg"]),
+                draw.choice(CROWDS_TASKS),
+                num_beams=draw.choice([1, 2]),
+                max_new_tokens=draw.choice([3, 8]),
+            )
+            for _ in range(draw.choice([0, 1, 1, 2, 6]))
+        ]
+        self.priority = draw.choice(list(Priority))
+        self.deadline_s = draw.choice([None, None, 0.0, 0.3])
+        self.looks_left = draw.choice([None, None, 0, 1, 3])
+
+    def should_stop(self):
+        self.looks_left -= 1
+        return self.looks_left < 0
+
+    def run(self, run):
+        """What is wrong with the answers, if anything is."""
+        is_patient = self.looks_left is None
+        try:
+            answers = run(
+                self.asks,
+                priority=self.priority,
+                deadline_s=self.deadline_s,
+                should_stop=None if is_patient else self.should_stop,
+            )
+        except REFUSED:
+            return None
+        if len(answers) != len(self.asks):
+            return f"{len(answers)} answers to {len(self.asks)} asks"
+        allowed = {
+            "bad_image": lambda ask: ask.image == "nowhere.jpg",
+            "bad_request": lambda ask: ask.task == "<NO_TASK>",
+            "deadline": lambda ask: self.deadline_s is not None,
+            "cancelled": lambda ask: not is_patient,
+        }
+        for one, answer in zip(self.asks, answers, strict=True):
+            if isinstance(answer, Result):
+                if answer.task != one.task:
+                    return f"{one.task} was answered with {answer.task}"
+            elif not allowed.get(answer.code, lambda ask: False)(one):
+                return f"{one} failed with {answer}"
+        return None
+
+
+@pytest.mark.parametrize("is_closed_upon", [False, True])
+@pytest.mark.parametrize("sessions_with_room", [1, 100])
+def test_everyone_in_a_crowd_gets_the_own_answers_or_the_right_error(
+    start, runtime, is_closed_upon, sessions_with_room
+):
+    threads_before = set(threading.enumerate())
+    runtime.has_room_for = sessions_with_room
+    scheduler = start(max_batch=4, max_queued=60)
+    with ThreadPoolExecutor(NUM_CALLERS) as threads:
+        crowd = [
+            threads.submit(Caller(number).run, scheduler.run) for number in range(2 * NUM_CALLERS)
+        ]
+        if is_closed_upon:
+            wait_until(lambda: len(runtime.passes) > 10)
+            scheduler.close()
+        wrong = [one.result(PATIENCE_S) for one in crowd]
+    assert [one for one in wrong if one is not None] == []
+    assert scheduler.queue_depth == 0
+    scheduler.close()
+    left = set(threading.enumerate()) - threads_before
+    # The engine's helpers that open images stay as long as the engine does.
+    assert [thread for thread in left if not thread.name.startswith("florence2-images")] == []
+    assert runtime.open_sessions == 0

@@ -87,7 +87,7 @@ def test_what_is_answered_is_let_go_of_while_the_batch_that_answered_it_goes_on(
     requests, sent_at = [], []
     alive: list[list[bool]] = []
 
-    def ask_again() -> None:
+    def ask_again():
         passes = len(runtime.passes)
         if sent_at and passes - sent_at[-1] >= 6:
             # It took four tokens at most, so it is on its way to the caller.

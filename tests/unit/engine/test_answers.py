@@ -1,4 +1,4 @@
-"""The engine on real code and a small random checkpoint: what is shared, and what must not be."""
+"""What is asked of the engine: what answers share, and what must not be."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from engine_tools import ask, assert_all_close, captions, codes, essence, pictur
 from safetensors.torch import load_file, save_file
 
 from florence2 import Ask, Florence2, FlorenceError
-from florence2.engine.encoding import EncodedImage
+from florence2.engine.ask import join_region_answers, regions_of
+from florence2.engine.encoding import EncodedImage, FeatureCache
 from florence2.errors import CheckpointError, ImageError, RequestError
-from florence2.tasks import TASKS
+from florence2.records import Box, Polygon, Quad, Region, Result, Text
+from florence2.tasks import TASKS, find_task
 
 
 @pytest.fixture
@@ -137,3 +139,113 @@ def test_loading_refuses_weights_that_are_not_numbers(checkpoint_folder, tmp_pat
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="does not answer"):
         Florence2.load(folder, device="cpu")
+
+
+def test_answers_do_not_depend_on_how_many_threads_compute(demo):
+    asks = [ask(picture(1), "<OD>"), ask(picture(2), "<MORE_DETAILED_CAPTION>")]
+    alone = demo.run_many(asks)
+    demo.engine.cache.clear()
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        shared = demo.run_many(asks)
+    finally:
+        torch.set_num_threads(before)
+    assert_all_close(shared, alone)
+
+
+def encoded(key, num_bytes):
+    return EncodedImage(torch.zeros(num_bytes, dtype=torch.uint8), (4, 3), key)
+
+
+def test_the_least_recently_used_image_is_dropped_first():
+    cache = FeatureCache(300)
+    for key in "abc":
+        cache.put(encoded(key, 100))
+    assert cache.get("a") is not None
+    cache.put(encoded("d", 100))
+    assert cache.get("b") is None
+    assert all(cache.get(key) is not None for key in "acd")
+
+
+def test_the_cache_never_holds_more_than_its_bytes():
+    cache = FeatureCache(250)
+    for number in range(50):
+        cache.put(encoded(str(number), 1 + 7 * number))
+        assert cache.num_bytes <= 250
+
+
+def test_an_image_larger_than_the_cache_is_not_kept():
+    cache = FeatureCache(10)
+    cache.put(encoded("a", 5))
+    cache.put(encoded("big", 11))
+    assert cache.get("big") is None
+    assert cache.get("a") is not None
+
+
+def test_the_same_key_again_counts_once():
+    cache = FeatureCache(100)
+    cache.put(encoded("a", 60))
+    cache.put(encoded("a", 70))
+    assert cache.num_bytes == 70
+    cache.clear()
+    assert cache.num_bytes == 0
+
+
+CAR = Box((10.0, 20.0, 60.0, 90.0), "car", 0.9)
+LINE = Polygon(((5.0, 5.0, 5.0, 30.0, 5.0, 60.0),), "a line", 0.8)
+SIGN = Quad((1.0, 2.0, 9.0, 2.0, 9.0, 7.0, 1.0, 7.0), "STOP", 0.7)
+DESCRIBE = find_task("<REGION_TO_DESCRIPTION>")
+SEGMENT = find_task("<REGION_TO_SEGMENTATION>")
+
+
+def result(*objects, text=None):
+    return Result("<OD>", (100, 100), objects, text, "", (), truncated=False)
+
+
+def described(text):
+    return result(Text(text, 0.1), text=text)
+
+
+def test_every_detected_box_stays_with_its_own_score_even_without_a_description():
+    before = result(CAR, SIGN)
+    joined = join_region_answers(
+        DESCRIBE, "both", before, regions_of(before), [described(""), described("a stop sign")]
+    )
+    assert joined.objects == (
+        Box(CAR.box_xyxy, "", 0.9),
+        Box((1.0, 2.0, 9.0, 7.0), "a stop sign", 0.7),
+    )
+
+
+def test_a_region_without_area_is_kept_with_a_note_and_not_asked_about():
+    before = result(LINE, CAR)
+    asked = regions_of(before)
+    assert [one.region for one in asked] == [None, Region(CAR.box_xyxy)]
+    joined = join_region_answers(DESCRIBE, "both", before, asked, [described("a red car")])
+    assert [found.label for found in joined.objects] == ["", "a red car"]
+    assert joined.notes == ("object 1 ('a line') is under a pixel and was not asked about",)
+
+
+def test_a_polygon_has_the_label_of_its_region_and_its_own_score():
+    before = result(LINE, CAR)
+    outline = Polygon(((1.0, 1.0, 9.0, 1.0, 9.0, 9.0),), "", 0.4)
+    joined = join_region_answers(SEGMENT, "both", before, regions_of(before), [result(outline)])
+    assert joined.objects == (replace(outline, label="car"),)
+
+
+def test_a_cascade_asks_about_every_detected_box_and_keeps_its_score(demo):
+    image = picture(14)
+    joined = demo.run("<OD>+<REGION_TO_DESCRIPTION>", image, max_new_tokens=24)
+    detection, *described = joined.steps
+    assert len(described) == len(detection.objects) > 0
+    for found, box, step in zip(joined.objects, detection.objects, described, strict=True):
+        assert (found.box_xyxy, found.score) == (box.box_xyxy, box.score)
+        alone = demo.run("<REGION_TO_DESCRIPTION>", image, region=box.box_xyxy, max_new_tokens=24)
+        assert alone.token_ids == step.token_ids
+
+
+def test_an_outline_without_points_has_no_region():
+    empty = Polygon(rings_xy=(), label="cat", score=None)
+    result = Result("<OD>", (10, 10), (empty,), None, "", (), truncated=False)
+    assert [asked.region for asked in regions_of(result)] == [None]

@@ -1,9 +1,12 @@
-"""Batches follow from what one more image or prompt was measured to cost."""
+"""How many images and prompts go through the network at once, as said or as measured."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from recorders import CPU
 
 from florence2 import Florence2
 from florence2.checkpoint.checkpoint import load_weights, open_checkpoint
@@ -14,14 +17,38 @@ from florence2.engine.loading import (
     BatchSizes,
     Cost,
     fit_batch,
+    image_batch,
     measure_cost,
     measured_batches,
+    prompt_batch,
 )
+from florence2.network.config import base_config, large_config
 from florence2.runtimes.cuda_graphs import GraphRunner
 from florence2.runtimes.torch import VISION_BUCKETS as BUCKETS
 from florence2.runtimes.torch import TorchRuntime
+from florence2_demo.checkpoint import demo_config
 
 MIB = 2**20
+
+PRESETS = {
+    "base": (base_config(), (768, 768)),
+    "large": (large_config(), (768, 768)),
+    "demo": (demo_config(1024), (192, 192)),
+}
+ON_A_CPU = {"base": (1, 8), "large": (1, 8), "demo": (8, 32)}
+
+
+def sizes(preset, device_type):
+    config, size_wh = PRESETS[preset]
+    checkpoint = SimpleNamespace(config=config, image_processor=SimpleNamespace(size_wh=size_wh))
+    return image_batch(checkpoint, device_type), prompt_batch(checkpoint, device_type)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_cpu_has_batches_by_the_network_and_a_gpu_one_size_until_memory_is_measured(preset):
+    assert sizes(preset, "cpu") == ON_A_CPU[preset]
+    assert sizes(preset, "cuda") == (16, 32)
+
 
 FITTING = {
     # name: (free, fixed, per item, most), expected
@@ -81,15 +108,15 @@ def test_the_cost_is_the_line_through_two_peaks(line, expected):
 
 
 @pytest.fixture(scope="module")
-def checkpoint(sane_folder):
-    return open_checkpoint(sane_folder)
+def checkpoint(checkpoint_folder):
+    return open_checkpoint(checkpoint_folder)
 
 
 @pytest.fixture
 def recorded(checkpoint, recorder):
     """A runtime that records as on a GPU, and keeps no memory for what is idle."""
     network = load_weights(checkpoint, torch.float32)
-    runtime = TorchRuntime(network, torch.device("cpu"), "fp32", GraphRunner(recorder))
+    runtime = TorchRuntime(network, CPU, "fp32", GraphRunner(recorder))
     runtime.most_idle_bytes = runtime.most_prompt_bytes = 0
     return runtime
 
@@ -148,8 +175,8 @@ def test_prompts_fill_the_rows_they_are_rounded_up_to(checkpoint, recorded):
 
 
 @pytest.fixture
-def engine(sane_folder):
-    return Florence2.load(sane_folder, device="cpu").engine
+def engine(checkpoint_folder):
+    return Florence2.load(checkpoint_folder, device="cpu").engine
 
 
 # Keys and values, 3 layers, 192 wide, 512 positions at most, 3 beams, 4 bytes.
@@ -194,7 +221,9 @@ def test_both_batches_follow_from_what_passes_take(
     assert meter.counts == {"image": [1, 4], "prompt": [1, 4] if most > 1 else [1]}
 
 
-def test_on_a_cpu_nothing_is_measured(sane_folder, monkeypatch):
+def test_on_a_cpu_nothing_is_measured(checkpoint_folder, monkeypatch):
     monkeypatch.setattr(loading, "measured_batches", None)
-    engine = Florence2.load(sane_folder, device="cpu").engine
-    assert (engine.image_batch, engine.prompt_batch) == (8, 32)
+    for name in (checkpoint_folder, "demo"):
+        engine = Florence2.load(name, device="cpu").engine
+        assert (engine.image_batch, engine.prompt_batch) == ON_A_CPU["demo"]
+        assert engine.checkpoint.image_processor.size_wh == PRESETS["demo"][1]

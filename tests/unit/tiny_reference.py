@@ -1,9 +1,10 @@
-"""Tiny random Florence-2 models of transformers, their answers, and a naive decoder session."""
+"""Tiny random Florence-2 models of transformers, their answers, and who asks for ours."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,8 @@ from transformers import Florence2Config, Florence2ForConditionalGeneration
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutput
 
-from florence2.generation.decode import DecodeBatch, Session, generate
+from florence2.errors import FlorenceError
+from florence2.generation.decode import DecodeBatch, DecodeLoop, EncodedItems, generate
 from florence2.generation.kv_cache import DecoderSession
 from florence2.network.config import NetworkConfig
 from florence2.network.florence import Florence2Network
@@ -24,6 +26,8 @@ SEEDS = (0, 3, 5)
 VOCAB = 120
 WIDTH = 16
 POSITIONS = 40
+COUNT = 24
+MODES = [(1, True), (3, True), (3, False), (4, "never")]
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +37,7 @@ class Prompts:
     states: Tensor
     mask: Tensor
 
-    def pick(self, items: list[int]) -> Prompts:
+    def pick(self, items):
         """Some of the prompts, padded no further than they need."""
         longest = int(self.mask[items].sum(dim=1).max())
         return Prompts(self.states[items, :longest], self.mask[items, :longest])
@@ -47,20 +51,20 @@ class Expected:
     score: float | None
 
     @property
-    def token_ids(self) -> tuple[int, ...]:
+    def token_ids(self):
         ids = self.ids[: self.ids.index(EOS_ID)]
         while ids and ids[0] == BOS_ID:
             ids = ids[1:]
         return tuple(ids)
 
     @property
-    def length(self) -> int:
+    def length(self):
         """Generated tokens, forced ones included."""
         return self.ids.index(EOS_ID) + 1
 
 
 @functools.cache
-def tiny_model(seed: int) -> Florence2ForConditionalGeneration:
+def tiny_model(seed):
     """A random model with sharp distributions that ends its answers at various lengths."""
     text = {
         "model_type": "bart",
@@ -101,7 +105,7 @@ def tiny_model(seed: int) -> Florence2ForConditionalGeneration:
 
 
 @functools.cache
-def random_prompts(seed: int, items: int) -> Prompts:
+def random_prompts(seed, items):
     """Random encoder states of 2 to 7 positions."""
     generator = torch.Generator().manual_seed(1000 + seed)
     lengths = torch.randint(2, 8, (items, 1), generator=generator)
@@ -112,7 +116,7 @@ def random_prompts(seed: int, items: int) -> Prompts:
 class _BanBos(LogitsProcessor):
     """Our own rule for ``no_repeat_ngram_size=0``: no ``<s>`` after the first step."""
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+    def __call__(self, input_ids, scores):
         if input_ids.shape[1] > 1:
             scores = scores.clone()
             scores[:, BOS_ID] = -torch.inf
@@ -120,12 +124,7 @@ class _BanBos(LogitsProcessor):
 
 
 @functools.cache
-def expected_answers(
-    model: Florence2ForConditionalGeneration,
-    prompts: Prompts,
-    settings: GenerationSettings,
-    max_new_tokens: int,
-) -> list[Expected]:
+def expected_answers(model, prompts, settings, max_new_tokens):
     """The reference's ``generate()`` on all prompts in one batch."""
     options: dict[str, Any] = {}
     if settings.num_beams > 1:
@@ -156,9 +155,7 @@ def expected_answers(
     ]
 
 
-def decoder_logits(
-    model: Florence2ForConditionalGeneration, prompts: Prompts, ids: Tensor
-) -> Tensor:
+def decoder_logits(model, prompts, ids):
     """Logits [items, length, vocab] of whole histories [items, length], without a cache."""
     with torch.inference_mode():
         hidden = model.model.language_model.decoder(
@@ -173,24 +170,25 @@ def decoder_logits(
 class NaiveSession:
     """The session protocol by re-running the reference's decoder on whole histories."""
 
-    def __init__(self, model: Florence2ForConditionalGeneration, prompts: Prompts) -> None:
-        self._model = model
+    def __init__(self, model, prompts, alter=lambda logits: logits):
+        """``alter`` may change logits that are given."""
+        self._model, self._alter = model, alter
         # What each item's prompt is, and each item's history [beams, length].
         self._prompts = [prompts.pick([item]) for item in range(len(prompts.states))]
         self._history: list[Tensor] = []
         self.calls: list[tuple[str, int]] = []
 
-    def prefill(self) -> Tensor:
+    def prefill(self):
         self.calls.append(("prefill", len(self._prompts)))
         self._history = [torch.tensor([ANSWER_PREFIX]) for _ in self._prompts]
         return self._logits()[:, 0]
 
-    def reorder(self, beam_indices: Tensor) -> None:
+    def reorder(self, beam_indices):
         self._history = [
             history[chosen] for history, chosen in zip(self._history, beam_indices, strict=True)
         ]
 
-    def step(self, token_ids: Tensor) -> Tensor:
+    def step(self, token_ids):
         self.calls.append(("step", len(token_ids)))
         self._history = [
             torch.cat((history, ids.unsqueeze(1)), dim=1)
@@ -198,18 +196,18 @@ class NaiveSession:
         ]
         return self._logits()
 
-    def keep(self, items: list[int]) -> None:
+    def keep(self, items):
         self.calls.append(("keep", len(items)))
         self._history = [self._history[item] for item in items]
         self._prompts = [self._prompts[item] for item in items]
 
-    def put(self, items: list[int], other: NaiveSession) -> None:
+    def put(self, items, other):
         self.calls.append(("put", len(items)))
         for place, item in enumerate(items):
             self._history[item] = other._history[place]
             self._prompts[item] = other._prompts[place]
 
-    def _logits(self) -> Tensor:
+    def _logits(self):
         """[items, beams, vocab] after every history; those equally long are run together."""
         found: dict[int, Tensor] = {}
         by_size: dict[tuple[int, int], list[int]] = {}
@@ -226,35 +224,27 @@ class NaiveSession:
             )
             logits = decoder_logits(self._model, spread, histories.flatten(0, 1))[:, -1]
             found |= zip(items, logits.view(len(items), beams, -1), strict=True)
-        return torch.stack([found[item] for item in range(len(self._history))])
+        return self._alter(torch.stack([found[item] for item in range(len(self._history))]))
 
 
-def naive_session(
-    model: Florence2ForConditionalGeneration, prompts: Prompts, *_: object, **options: object
-) -> NaiveSession:
+def naive_session(model, prompts, *_, **options):
     return NaiveSession(model, prompts)
 
 
 @functools.cache
-def our_network(model: Florence2ForConditionalGeneration, device: str = "cpu") -> Florence2Network:
+def our_network(model, device="cpu"):
     """Our network with the reference's weights."""
     network = Florence2Network(NetworkConfig.from_dict(model.config.to_dict()))
     network.load_state_dict(model.state_dict())
     return network.to(device).prepare_for_inference()
 
 
-def network_session(
-    model: Florence2ForConditionalGeneration,
-    prompts: Prompts,
-    num_beams: int,
-    limits: Sequence[int],
-    device: str = "cpu",
-) -> DecoderSession:
+def network_session(model, prompts, num_beams, limits, device="cpu"):
     states, mask = prompts.states.to(device), prompts.mask.bool().to(device)
     return DecoderSession(our_network(model, device), states, mask, num_beams, max(limits))
 
 
-def differences(answers: Sequence[Answer], expected: Sequence[Expected]) -> list[int]:
+def differences(answers, expected):
     """Where tokens differ, or scores do by 1e-4 where the reference has one."""
     return [
         at
@@ -265,14 +255,8 @@ def differences(answers: Sequence[Answer], expected: Sequence[Expected]) -> list
 
 
 def answer_in_batches(
-    model: Florence2ForConditionalGeneration,
-    prompts: Prompts,
-    settings: GenerationSettings,
-    max_new_tokens: int,
-    batch: int,
-    session: Callable[..., Session] = network_session,
-    flags_lag: int | None = None,
-) -> list[Answer]:
+    model, prompts, settings, max_new_tokens, batch, session=network_session, flags_lag=None
+):
     """Our answers to all prompts, ``batch`` of them at a time, by default with our network."""
     answers: list[Answer] = []
     for start in range(0, len(prompts.states), batch):
@@ -281,3 +265,92 @@ def answer_in_batches(
         made = session(model, part, settings.num_beams, limits)
         answers += generate(made, DecodeBatch(settings), limits, flags_lag=flags_lag)
     return answers
+
+
+def settings_of(beams=3, early_stopping=True, ngram=3):
+    return GenerationSettings(
+        num_beams=beams, early_stopping=early_stopping, no_repeat_ngram_size=ngram
+    )
+
+
+def mixed_limits(count=COUNT):
+    limits = [1, 2, 3, 5, 9, 16, 24, 39]
+    return [limits[item % len(limits)] for item in range(count)]
+
+
+class Crowd:
+    """A source of prompts that come at random; ``meanwhile`` is called before every pass.
+
+    ``reasons`` gives prompts up once they are in hand, and also before if ``names_waiting``.
+    ``rooms`` are the rooms it was asked for and how many came; ``alter`` may spoil the states of
+    the prompts that are to come.
+    """
+
+    def __init__(self, seed, settings, limits, device="cpu", session=network_session):
+        self.model, self.prompts = tiny_model(seed), random_prompts(seed, len(limits))
+        self.settings, self.limits, self.device = settings, limits, device
+        self.session = session
+        self.meanwhile: Callable[[], object] = lambda: None
+        self.alter: Callable[[list[int], object], object] = lambda items, states: None
+        self.names_waiting = False
+        self.begin(seed)
+
+    def begin(self, seed):
+        """All prompts once more."""
+        self.random = random.Random(seed)
+        self.left = list(range(len(self.limits)))
+        self.answers: dict[int, Answer | FlorenceError] = {}
+        self.reasons: dict[int, FlorenceError] = {}
+        self.rooms: list[tuple[int, int]] = []
+
+    @property
+    def in_hand(self):
+        return set(range(len(self.limits))) - {*self.left, *self.answers}
+
+    def give_up(self, *items):
+        self.reasons |= {item: FlorenceError(f"Nobody waits for {item}.") for item in items}
+
+    def given_up(self):
+        self.meanwhile()
+        named = {*self.in_hand, *(self.left if self.names_waiting else ())} - {*self.answers}
+        return {item: why for item, why in self.reasons.items() if item in named}
+
+    def start(self, room):
+        self.left = [item for item in self.left if item not in self.answers]
+        if not self.left or (self.in_hand and self.random.random() < 0.5):
+            return None
+        count = min(self.random.randint(1, room), len(self.left))
+        items, self.left = self.left[:count], self.left[count:]
+        self.rooms.append((room, count))
+        part = self.prompts.pick(items)
+        self.alter(items, part.states)
+        limits = [self.limits[item] for item in items]
+        session = self.session(
+            self.model, part, self.settings.num_beams, limits, device=self.device
+        )
+        return EncodedItems(items, session, limits)
+
+    def settle(self, item, answer):
+        assert item not in self.answers
+        self.answers[item] = answer
+
+    def run(self, batch=None, max_rows=6, **options):
+        batch = DecodeBatch(self.settings) if batch is None else batch
+        DecodeLoop(self, batch, max_rows=max_rows, **options).run()
+        return [self.answers[item] for item in range(len(self.limits))]
+
+    def failed(self):
+        """The items that have an error for an answer."""
+        return sorted(i for i, one in self.answers.items() if not isinstance(one, Answer))
+
+    def differing(self):
+        """The items that have an answer, and another one than the reference gives."""
+        items = [item for item in range(len(self.limits)) if item not in self.failed()]
+        expected = expected_by_limit(self.model, self.prompts, self.settings, self.limits)
+        found = differences([self.answers[item] for item in items], [expected[i] for i in items])
+        return [items[at] for at in found]
+
+
+def expected_by_limit(model, prompts, settings, limits):
+    tables = {limit: expected_answers(model, prompts, settings, limit) for limit in set(limits)}
+    return [tables[limit][item] for item, limit in enumerate(limits)]

@@ -5,31 +5,44 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from recorders import CUDA, GPU, TABLE, pixels_of
 
 from florence2 import Ask, Florence2
 from florence2.engine.loading import TOLERANCE, CudaMeter, error_against_fp32
 from florence2.network.config import base_config
 from florence2.network.florence import Florence2Network
-from florence2.pixels import ImageProcessor
 from florence2.runtimes.device import PRECISIONS
 from florence2.runtimes.torch import TorchRuntime
 from florence2_demo.drawing import draw_scene
 from florence2_demo.scene import make_scene
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
-CUDA = torch.device("cuda")
-TABLE = ImageProcessor().lookup_table
+pytestmark = GPU
 IMAGES = np.random.default_rng(4).integers(0, 256, (18, 192, 192, 3), dtype=np.uint8)
 ROUNDING = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 4e-2}
 TASKS = ("<OD>", "<CAPTION>", "<REGION_PROPOSAL>", "<OCR>")
 
 
-def pixels_of(images):
-    values = np.stack([TABLE[channel][images[..., channel]] for channel in range(3)], axis=1)
-    return np.ascontiguousarray(values)
+def drawn(*seeds, tasks=TASKS, **search):
+    """Asks about drawn scenes, of each some tasks."""
+    return [Ask(draw_scene(make_scene(seed)), task, **search) for seed in seeds for task in tasks]
+
+
+def token_ids(model, asks):
+    return [result.token_ids for result in model.run_many(asks)]
+
+
+@pytest.fixture
+def load():
+    """Loads the demo checkpoint, which is closed when the test is over."""
+    loaded = []
+
+    def make(device="cuda", precision="fp32"):
+        loaded.append(Florence2.load("demo", device=device, precision=precision))
+        return loaded[-1]
+
+    yield make
+    for model in loaded:
+        model.close()
 
 
 def error(found, expected):
@@ -101,39 +114,49 @@ def test_parking_gives_the_memory_back_and_the_features_stay(runtime):
 
 
 @pytest.mark.parametrize("precision", ["auto", "fp32"])
-def test_the_demo_answers_alike_with_and_without_graphs(precision):
-    model = Florence2.load("demo", device="cuda", precision=precision)
-    asks = [
-        Ask(draw_scene(make_scene(seed)), task, num_beams=beams)
-        for seed in (1, 2, 3)
-        for task in TASKS
-        for beams in (1, 3)
-    ]
-    recorded = model.run_many(asks)
-    model.engine.cache.clear()
-    with model.engine.runtime.graphs.paused():
-        eager = model.run_many(asks)
-    same = [one.token_ids == other.token_ids for one, other in zip(recorded, eager, strict=True)]
-    # Reduced precision rounds by the shape of the batch, which may tip a near tie.
-    assert all(same) if precision == "fp32" else np.mean(same) > 0.8
-    model.close()
-
-
-@pytest.mark.parametrize("precision", ["auto", "fp32"])
-def test_recordings_pass_the_check_at_load(precision, caplog):
-    model = Florence2.load("demo", device="cuda", precision=precision)
+def test_recordings_pass_the_check_at_load_and_the_demo_answers_alike_without(
+    load, precision, caplog
+):
+    model = load(precision=precision)
     assert model.engine.runtime.graphs.is_enabled
     assert "CUDA graphs are off" not in caplog.text
-    model.close()
+    asks = [ask for beams in (1, 3) for ask in drawn(1, 2, 3, num_beams=beams)]
+    recorded = token_ids(model, asks)
+    model.engine.cache.clear()
+    with model.engine.runtime.graphs.paused():
+        eager = token_ids(model, asks)
+    same = [one == other for one, other in zip(recorded, eager, strict=True)]
+    # Reduced precision rounds by the shape of the batch, which may tip a near tie.
+    assert all(same) if precision == "fp32" else np.mean(same) > 0.8
 
 
-def test_a_variable_turns_recording_off(monkeypatch):
+def test_a_variable_turns_recording_off(load, monkeypatch):
     monkeypatch.setenv("FLORENCE2_CUDA_GRAPHS", "0")
-    model = Florence2.load("demo", device="cuda", precision="fp32")
-    answers = model.run_many([Ask(draw_scene(make_scene(1)), task) for task in TASKS])
-    assert all(answer.token_ids for answer in answers)
+    model = load()
+    assert all(token_ids(model, drawn(1)))
     assert model.engine.runtime.graphs.num_graphs == 0
-    model.close()
+
+
+def test_answers_that_join_and_leave_are_those_asked_alone(load):
+    model = load()
+    asks = drawn(*range(6), tasks=(*TASKS, "<MORE_DETAILED_CAPTION>"))
+    alone = [token_ids(model, [ask])[0] for ask in asks]
+    model.engine.prompt_batch = 8
+    for _ in range(2):
+        assert token_ids(model, asks) == alone
+    assert model.engine.runtime.graphs.num_graphs > 0
+
+
+def test_parked_weights_leave_the_gpu_and_come_back_and_steps_are_recorded_again(load):
+    model, [ask] = load(), drawn(1, tasks=["<OD>"])
+    graphs, before = model.engine.runtime.graphs, token_ids(model, [ask])
+    on_device = torch.cuda.memory_allocated()
+    model.engine.park()
+    assert model.engine.memory_bytes == graphs.num_graphs == 0
+    assert torch.cuda.memory_allocated() < on_device / 2
+    assert [token_ids(model, [ask]) for _ in range(3)] == [before] * 3
+    assert model.engine.memory_bytes > 0
+    assert graphs.num_graphs > 0
 
 
 def test_the_encoder_and_the_first_pass_are_recorded(network):
@@ -167,22 +190,16 @@ def test_float32_products_are_exact_whatever_the_host_program_chose(network):
         torch.set_float32_matmul_precision("highest")
 
 
-def test_float32_gives_the_tokens_of_the_cpu():
-    asks = [Ask(draw_scene(make_scene(seed)), task) for seed in (1, 2, 3) for task in TASKS]
-    answers = []
-    for device in ("cpu", "cuda"):
-        model = Florence2.load("demo", device=device, precision="fp32")
-        answers.append([result.token_ids for result in model.run_many(asks)])
-        model.close()
-    assert answers[0] == answers[1]
+def test_float32_gives_the_tokens_of_the_cpu(load):
+    asks = drawn(1, 2, 3)
+    assert token_ids(load("cpu"), asks) == token_ids(load("cuda"), asks)
 
 
-def test_batches_are_measured_and_fit():
-    model = Florence2.load("demo", device="cuda")
+def test_batches_are_measured_and_fit(load):
+    model = load(precision="auto")
     engine = model.engine
     assert 1 <= engine.image_batch <= 64
     assert 1 <= engine.prompt_batch <= 128
-    pictures = [draw_scene(make_scene(seed)) for seed in range(engine.image_batch)]
-    asks = [Ask(pictures[n % len(pictures)], "<OD>") for n in range(engine.prompt_batch)]
+    asks = drawn(*range(engine.image_batch), tasks=["<OD>"])
+    asks = [asks[n % len(asks)] for n in range(engine.prompt_batch)]
     assert all(result.task == "<OD>" for result in model.run_many(asks))
-    model.close()
