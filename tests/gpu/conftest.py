@@ -1,0 +1,8 @@
+"""What a test on a GPU shares with those of the same subject on a CPU."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit" / "runtimes"))
