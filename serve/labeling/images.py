@@ -27,6 +27,7 @@ EXTENSIONS: Final = (
 )  # fmt: skip
 # Pillow's names of what may lie in such files: the SDK reads no other one, whatever its name.
 FORMATS: Final = frozenset(("JPEG", "MPO", "BMP", "PNG", "WEBP", "TIFF"))
+_WITH_FRAMES: Final = frozenset(("PNG", "WEBP", "TIFF"))
 # What lies beside images and is none: labels, lists and notes. Every other file is named.
 SIDECARS: Final = frozenset((
     ".txt", ".json", ".jsonl", ".ndjson", ".geojson", ".xml", ".csv", ".tsv", ".yaml", ".yml",
@@ -394,9 +395,10 @@ def _load(file: ImageFile, hold: Hold) -> Loaded:
 
     try:
         stamp = stamp_of(file.path)
-        _check_kind(file.path)
+        kind = _checked_kind(file.path)
         picture = open_image(file.path, room=room)
-        return Loaded(file, picture, None, stamp, has_more_frames(file.path))
+        has_more = kind in _WITH_FRAMES and has_more_frames(file.path)
+        return Loaded(file, picture, None, stamp, has_more)
     except ImageError as problem:
         hold.release()
         return Loaded(file, None, problem)
@@ -412,7 +414,7 @@ class UnsupportedKindError(ImageError):
     code = "unsupported_kind"
 
 
-def _check_kind(path: Path) -> None:
+def _checked_kind(path: Path) -> str | None:
     """Raises UnsupportedKindError; what is wrong with a file that is no image is not said here."""
     found = file_format(path)
     if found is not None and found not in FORMATS:
@@ -420,3 +422,4 @@ def _check_kind(path: Path) -> None:
             f"A project holds JPEG, PNG, BMP, WebP and TIFF images, and this file is {found} "
             "whatever its name says; convert it and use --retry-failed."
         )
+    return found

@@ -25,6 +25,7 @@ from florence2.budget import open_pixels
 from florence2.engine.scheduler import Priority
 from florence2.errors import DeviceLostError, FlorenceError, ImageError, RequestError
 from florence2.images import LoadedImage
+from florence2.opencv import cv2
 from florence2.records import Failure, Polygon, Quad, Result, SizeWh, clip_region
 from serve.labeling.files import Stamp, stamp_of
 from serve.labeling.images import MAX_PIXELS_IN_FLIGHT, ImageFile, Loaded, read_ahead
@@ -112,6 +113,8 @@ def label_images(files: Iterable[ImageFile], run: Labeling, *, batch: int) -> No
     Raises RequestError, with nothing journaled, when not one image could be asked as planned.
     """
     started = time.perf_counter()
+    # OpenCV's own would take the cores from the model's; images are drawn side by side anyway.
+    cv2.setNumThreads(1)
     is_first = not run.journal.totals.images
     in_hand = read_ahead(
         files,
