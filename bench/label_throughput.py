@@ -124,7 +124,8 @@ def main() -> None:
                 flush=True,
             )
     print(
-        f"{given.random or given.model}: {given.images} images of {SIZE_WH[0]}x{SIZE_WH[1]}, {len(os.sched_getaffinity(0))} "
+        f"{given.random or given.model}: {given.images} images of {SIZE_WH[0]}x{SIZE_WH[1]}, "
+        f"{len(os.sched_getaffinity(0))} "
         f"cores, load {os.getloadavg()[0]:.1f} at the end\n"
         f"label / engine: {median(ratios):.3f} (from {min(ratios):.3f} to {max(ratios):.3f}); "
         f"time of all cores: {median(cpu_ratios):.3f}"
