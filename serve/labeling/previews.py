@@ -134,21 +134,16 @@ def _tint(pixels: NDArray[np.uint8], labels: Sequence[sly.Label]) -> None:
 
     ``Annotation.draw_pretty`` does the same with ten times the work: it mixes all pixels as floats.
     """
-    numbers: dict[tuple[int, ...], int] = {}
-    boxes: dict[int, list[sly.Rectangle]] = {}
-    is_few = len({_bgr_of(label) for label in labels}) < 256
-    top_color = np.zeros(pixels.shape[:2], np.uint8 if is_few else np.uint16)
-    for label in labels:
-        number = numbers.setdefault(_bgr_of(label), len(numbers) + 1)
-        label.geometry.draw(top_color, number)
-        boxes.setdefault(number, []).append(label.geometry.to_bbox())
-    for color, number in numbers.items():
-        rows = slice(min(b.top for b in boxes[number]), max(b.bottom for b in boxes[number]) + 1)
-        columns = slice(min(b.left for b in boxes[number]), max(b.right for b in boxes[number]) + 1)
-        tint = np.array(color) * OPACITY + np.arange(256)[:, None] * (1 - OPACITY)
-        area = pixels[rows, columns]
-        tinted = cv2.LUT(area, tint.astype(np.uint8)[None])
-        cv2.copyTo(tinted, cv2.compare(top_color[rows, columns], number, cv2.CMP_EQ), area)
+    top_label = np.zeros(pixels.shape[:2], np.uint8 if len(labels) < 256 else np.uint16)
+    for number, label in enumerate(labels, start=1):
+        label.geometry.draw(top_label, number)
+    for number, label in enumerate(labels, start=1):
+        box = label.geometry.to_bbox()
+        inside = slice(box.top, box.bottom + 1), slice(box.left, box.right + 1)
+        tint = np.array(_bgr_of(label)) * OPACITY + np.arange(256)[:, None] * (1 - OPACITY)
+        tinted = cv2.LUT(pixels[inside], tint.astype(np.uint8)[None])
+        is_on_top = cv2.compare(top_label[inside], number, cv2.CMP_EQ)
+        cv2.copyTo(tinted, is_on_top, pixels[inside])
 
 
 def _bgr_of(label: sly.Label) -> tuple[int, ...]:
