@@ -107,7 +107,7 @@ class _Walk:
         self._skip = skip
         self._skip_id = _id_of(skip)
         self._findings = findings
-        self._walked: dict[tuple[int, int], str] = {}
+        self._walked: dict[tuple[int, int] | None, str] = {}
         self._links: deque[tuple[str, Path]] = deque()
 
     def run(self) -> Iterator[tuple[str, Path]]:
@@ -126,7 +126,7 @@ class _Walk:
 
     def _folder(self, folder: Path, prefix: str) -> Iterator[tuple[str, Path]]:
         """Folders may lie deeper in each other than calls can."""
-        listed = [self._listed(folder, prefix)]
+        listed = [iter(self._entries(folder, prefix))]
         while listed:
             found = next(listed[-1], None)
             if found is None:
@@ -135,7 +135,7 @@ class _Walk:
             entry, key = found
             if entry.is_dir(follow_symlinks=False):
                 if self._is_to_walk(Path(entry.path), key):
-                    listed.append(self._listed(Path(entry.path), f"{key}/"))
+                    listed.append(iter(self._entries(Path(entry.path), f"{key}/")))
             elif entry.is_symlink():
                 yield from self._link(entry, key)
             elif entry.is_file(follow_symlinks=False):
@@ -143,11 +143,7 @@ class _Walk:
             else:
                 self._no_file(entry, key)
 
-    def _listed(self, folder: Path, prefix: str) -> Iterator[tuple[os.DirEntry[str], str]]:
-        for entry in self._entries(folder, prefix):
-            yield entry, prefix + text_of(entry.name)
-
-    def _entries(self, folder: Path, prefix: str) -> list[os.DirEntry[str]]:
+    def _entries(self, folder: Path, prefix: str) -> list[tuple[os.DirEntry[str], str]]:
         try:
             if (found := _id_of(folder)) is not None:
                 self._walked[found] = prefix.rstrip("/")
@@ -161,7 +157,7 @@ class _Walk:
             message = f"The folder {key!r} cannot be read ({reason}); its images are left out."
             self._findings.unreadable.append(LeftOut(key, "unreadable_folder", message))
             return []
-        return sorted(seen, key=lambda entry: entry.name)
+        return [(one, prefix + text_of(one.name)) for one in sorted(seen, key=lambda one: one.name)]
 
     def _is_to_walk(self, folder: Path, key: str) -> bool:
         # Resolving a path looks at each folder above it again.
@@ -171,15 +167,11 @@ class _Walk:
             self._pass_over(key, "earlier_output", "is the output of an earlier run")
         elif not self._recursive:
             self._findings.subfolders += 1
-        elif (walked := self._walked_as(folder)) is not None:
+        elif (walked := self._walked.get(_id_of(folder))) is not None:
             self._pass_over(key, "linked_folder", f"is the same folder as {walked or '.'!r}")
         else:
             return True
         return False
-
-    def _walked_as(self, folder: Path) -> str | None:
-        found = _id_of(folder)
-        return None if found is None else self._walked.get(found)
 
     def _link(self, entry: os.DirEntry[str], key: str) -> Iterator[tuple[str, Path]]:
         try:

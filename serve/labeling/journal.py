@@ -192,10 +192,7 @@ def open_journal(workspace: Workspace, settings: Mapping[str, Any], is_kept: IsK
     if is_begun(workspace.root):
         _check_same_settings(workspace.root, read_settings(path), settings)
     else:
-        if not path.exists():
-            check_unused(workspace.root)
-        else:
-            read_settings(path)
+        check_usable(workspace.root)
         header = json.dumps({"format": _FORMAT, "settings": dict(settings)}) + "\n"
         workspace.write_text(path, header)
         workspace.sync()
@@ -248,8 +245,12 @@ def is_begun(root: Path) -> bool:
     return path.exists() and next(_entries(path), None) is not None
 
 
-def check_unused(root: Path) -> None:
+def check_usable(root: Path) -> None:
     """Raises OutputError for a folder that holds something else than a run."""
+    path = root / JOURNAL_NAME
+    if path.exists():
+        read_settings(path)
+        return
     others = [entry.name for entry in root.iterdir() if not entry.name.startswith(".")]
     if others:
         raise OutputError(

@@ -35,7 +35,6 @@ from serve.labeling.project import GrowingProject
 from serve.labeling.report import RunCounts
 from serve.predict.geometry import drawable_rings, rings_of
 from serve.predict.predictor import Call, OpenImage, Predicted, Predictor
-from serve.sdk import sly
 from serve.settings import Settings
 from serve.settler import Settler
 
@@ -105,6 +104,9 @@ class _InHand:
         self.preview = self.image = None
         if self.picture is not None:
             self.picture.close()
+
+
+_Answered = list[tuple[_InHand, Predicted | Failure | FlorenceError]]
 
 
 def label_images(files: Iterable[ImageFile], run: Labeling, *, batch: int) -> None:
@@ -184,15 +186,8 @@ def _batches(in_hand: Iterator[_InHand | None], size: int) -> Generator[list[_In
             one.close()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Answered:
-    """A batch: what failed before the model saw it, and the rest with its answers."""
-
-    failed: Sequence[_InHand]
-    answered: Sequence[tuple[_InHand, Predicted | Failure]]
-
-
 def _ask(group: Sequence[_InHand], run: Labeling, *, is_first: bool) -> _Answered:
+    """The batch with its answers, first what failed before the model saw it."""
     readable = [one for one in group if one.problem is None]
     try:
         ask = _outcomes if run.settings.reference is None else _outcomes_by_reference
@@ -206,8 +201,8 @@ def _ask(group: Sequence[_InHand], run: Labeling, *, is_first: bool) -> _Answere
         raise
     for one in readable:
         one.was_answered()
-    failed = [one for one in group if one.problem is not None]
-    return _Answered(failed, list(zip(readable, outcomes, strict=True)))
+    failed = [(one, one.problem) for one in group if one.problem is not None]
+    return [*failed, *zip(readable, outcomes, strict=True)]
 
 
 def _outcomes(
@@ -252,38 +247,32 @@ def _check_any_hope(
 
 def _settle(batch: _Answered, run: Labeling, drawers: ThreadPoolExecutor) -> None:
     """Writes what became of a batch, on the thread of its own; then it counts."""
-    everything = [*batch.failed, *(one for one, _ in batch.answered)]
+    entries: list[Entry] = []
+    drawings: list[Future[None]] = []
     try:
-        entries = [_failed(one.file, one.problem) for one in batch.failed if one.problem]
-        drawings: list[Future[None]] = []
-        for one, outcome in batch.answered:
-            entries.append(_entry(one, outcome, run))
-            # After its annotation: an older preview is drawn again.
-            if entries[-1].state != "failed" and isinstance(outcome, Predicted):
-                drawings += _begin_drawing(one, outcome.annotation, run, drawers)
+        for one, outcome in batch:
+            entry = _entry(one, outcome, run)
+            entries.append(entry)
+            if entry.state == "failed" or not isinstance(outcome, Predicted):
+                continue
+            if run.previews is not None and one.preview is not None:
+                # After its annotation: an older preview is drawn again.
+                path = preview_path(run.previews, one.file.name)
+                drawings.append(drawers.submit(draw_preview, one.preview, outcome.annotation, path))
         for drawing in drawings:
             drawing.result()
         run.project.sync()
         run.journal.append(entries)
     finally:
-        for one in everything:
+        for one, _ in batch:
             one.close()
     run.counts.images += len(entries)
     run.on_images(len(entries))
 
 
-def _begin_drawing(
-    one: _InHand, annotation: sly.Annotation, run: Labeling, drawers: ThreadPoolExecutor
-) -> list[Future[None]]:
-    if run.previews is None or one.preview is None:
-        return []
-    path = preview_path(run.previews, one.file.name)
-    return [drawers.submit(draw_preview, one.preview, annotation, path)]
-
-
-def _entry(one: _InHand, outcome: Predicted | Failure, run: Labeling) -> Entry:
+def _entry(one: _InHand, outcome: Predicted | Failure | FlorenceError, run: Labeling) -> Entry:
     file = one.file
-    if isinstance(outcome, Failure):
+    if not isinstance(outcome, Predicted):
         return _failed(file, outcome)
     annotation = outcome.annotation
     try:

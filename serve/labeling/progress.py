@@ -5,11 +5,11 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import Final, Protocol
+from typing import Final
 
 from rich.progress import (
     BarColumn,
@@ -28,12 +28,6 @@ from serve.console import ERR, say
 _LINE_EVERY_S: Final = 30.0
 
 
-class Advance(Protocol):
-    """Told how many images were done since it was last told."""
-
-    def __call__(self, images: int, /) -> None: ...
-
-
 class _RateColumn(ProgressColumn):
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
@@ -41,8 +35,11 @@ class _RateColumn(ProgressColumn):
 
 
 @contextmanager
-def progress_bar(total: int) -> Iterator[Advance]:
-    """A bar with rate and time left; without a terminal, a line every half minute."""
+def progress_bar(total: int) -> Iterator[Callable[[int], None]]:
+    """A bar with rate and time left; without a terminal, a line every half minute.
+
+    What it gives is told how many images were done since it was last told.
+    """
     if not ERR.is_terminal:
         yield _Lines(total)
         return

@@ -126,7 +126,7 @@ def report_lines(report: Report, root: Path) -> list[str]:
     if report.changed:
         lines += [
             f"{len(report.changed)} images changed since they were labeled "
-            f"({_named(report.changed)}); label them again with:",
+            f"({named(report.changed)}); label them again with:",
             report.relabel_command,
         ]
     if report.pending:
@@ -140,7 +140,7 @@ def _left_out_lines(report: Report, root: Path) -> list[str]:
     if several := report.totals.first_of_many:
         lines.append(
             f"{len(several)} files have several pages or frames, of which only the first was "
-            f"labeled: {_named(several)}"
+            f"labeled: {named(several)}"
         )
     if findings.suffixes:
         lines.append(
@@ -177,7 +177,8 @@ def count_suffixes(suffixes: Counter[str]) -> str:
     return ", ".join(shown if len(suffixes) <= len(shown) else [*shown, "..."])
 
 
-def _named(images: Sequence[str]) -> str:
+def named(images: Sequence[str]) -> str:
+    """The first images, and how many more there are."""
     shown = ", ".join(images[:_SHOWN_FAILURES])
     more = len(images) - _SHOWN_FAILURES
     return f"{shown} and {more} more" if more > 0 else shown

@@ -28,17 +28,23 @@ from serve.labeling.journal import (
     JOURNAL_NAME,
     OUTPUT_MARKER,
     Journal,
-    check_unused,
+    check_usable,
     is_begun,
     open_journal,
     output_around,
-    read_settings,
 )
 from serve.labeling.pipeline import Labeling, label_images
 from serve.labeling.previews import PREVIEWS_DIR, draw_missing_previews
 from serve.labeling.progress import StopSwitch, progress_bar, stop_on_signals
 from serve.labeling.project import DATASET, GrowingProject
-from serve.labeling.report import Report, RunCounts, count_suffixes, report_lines, write_report
+from serve.labeling.report import (
+    Report,
+    RunCounts,
+    count_suffixes,
+    named,
+    report_lines,
+    write_report,
+)
 from serve.labeling.settings import journal_settings
 from serve.naming import possible_titles
 from serve.predict.predictor import Predictor, rules_of
@@ -198,10 +204,8 @@ def label_folder(settings: Settings, job: Job, model: ModelSource) -> Report:
 
 def _loaded_now(workspace: Workspace, model: ModelSource, *, is_kept_away: bool) -> ModelSource:
     """The model before anything in the folder changes: what does not load, changes nothing."""
-    if not (workspace.root / JOURNAL_NAME).exists():
-        check_unused(workspace.root)
-    elif not is_kept_away:
-        read_settings(workspace.root / JOURNAL_NAME)
+    if not (is_kept_away and (workspace.root / JOURNAL_NAME).exists()):
+        check_usable(workspace.root)
     predictor = model.load()
     return replace(model, load=lambda: predictor)
 
@@ -217,7 +221,11 @@ def _run(
     }
     project = GrowingProject(workspace, link=job.link)
     with closing(open_journal(workspace, noted, project.is_kept)) as journal:
-        _say_lost(journal.lost)
+        if journal.lost:
+            say(
+                f"{len(journal.lost)} images were labeled and their files in the project are gone "
+                f"or damaged; they count as not labeled: {named(journal.lost)}"
+            )
         run = _OpenRun(settings, job, project, journal)
         counts, error = _work(run, model, stop)
         if journal.renewed:
@@ -233,15 +241,6 @@ def _run(
             with suppress(OSError):
                 write_report(report, workspace)
     return report
-
-
-def _say_lost(lost: list[str]) -> None:
-    if lost:
-        more = f" and {len(lost) - _SHOWN_LOST} more" if len(lost) > _SHOWN_LOST else ""
-        say(
-            f"{len(lost)} images were labeled and their files in the project are gone or damaged; "
-            f"they count as not labeled: {', '.join(lost[:_SHOWN_LOST])}{more}"
-        )
 
 
 def _write_report(report: Report, workspace: Workspace) -> None:
