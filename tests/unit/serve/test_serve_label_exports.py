@@ -7,6 +7,7 @@ import logging
 import unicodedata
 from collections import Counter
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from PIL import Image
 
 from florence2.records import Box, Polygon, Text
 from serve.labeling.exports import file_names
+from serve.labeling.previews import preview_pixels
 from serve.sdk import sly
 
 RING = (4.0, 4.0, 20.0, 4.0, 20.0, 24.0, 4.0, 24.0)
@@ -425,15 +427,35 @@ def test_previews_show_the_labels_as_they_are_now(label, images, model):
 
 
 def test_a_preview_is_whole_or_absent(label, images, monkeypatch):
-    def save(picture, path, *_, **__):
-        Path(path).write_bytes(b"half")
+    def write_bytes(path, _):
+        path.write_text("half")
         raise OSError(28, "No space left on device")
 
     out = label(images).out
     with monkeypatch.context() as patched:
-        patched.setattr(Image.Image, "save", save)
+        patched.setattr(Path, "write_bytes", write_bytes)
         assert label(images, "--draw").code == 1
     assert label(images, "--draw").code == 0
     for path in (out / "previews").glob("*.jpg"):
         Image.open(path).load()
     assert len(list((out / "previews").glob("*.jpg"))) == 5
+
+
+@pytest.mark.parametrize("is_in_one_block", [True, False])
+@pytest.mark.parametrize(
+    ("size_wh", "preview_wh"),
+    [((40, 30), (40, 30)), ((1920, 1080), (1600, 900)), ((3, 4000), (1, 1600))],
+)
+def test_a_preview_has_the_pixels_of_its_picture(monkeypatch, size_wh, preview_wh, is_in_one_block):
+    picture = Image.effect_noise(size_wh, 90).convert("RGB")
+    picture.paste((250, 120, 10), (0, 0, 3, 1500))
+    # Of a picture in one block Pillow's memory is read, of another one a copy.
+    several = Mock(side_effect=ValueError("Image is in multiple array blocks"))
+    if not is_in_one_block:
+        monkeypatch.setattr(Image.Image, "__arrow_c_array__", several)
+    pixels = preview_pixels(picture)
+    assert pixels.shape == (preview_wh[1], preview_wh[0], 3)
+    assert tuple(pixels[0, 0]) == (10, 120, 250)
+    assert several.called is not is_in_one_block
+    if size_wh == preview_wh:
+        assert (pixels == np.asarray(picture)[..., ::-1]).all()
