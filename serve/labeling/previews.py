@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Final
@@ -61,47 +59,10 @@ def preview_pixels(picture: Image.Image) -> NDArray[np.uint8]:
     size_wh = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     # Pillow's own filters take ten times as long, which the model would wait for.
     how = cv2.INTER_LINEAR if scale >= _LINEAR_FROM else cv2.INTER_AREA
-    with _pixels_of(picture) as pixels:
-        shrunk = pixels if scale == 1 else cv2.resize(pixels, size_wh, interpolation=how)
-        swap = cv2.COLOR_RGBA2BGR if pixels.shape[2] == 4 else cv2.COLOR_RGB2BGR
-        bgr: NDArray[np.uint8] = cv2.cvtColor(shrunk, swap)
+    pixels = np.asarray(picture)
+    shrunk = pixels if scale == 1 else cv2.resize(pixels, size_wh, interpolation=how)
+    bgr: NDArray[np.uint8] = cv2.cvtColor(shrunk, cv2.COLOR_RGB2BGR)
     return bgr
-
-
-class _ArrowArray(ctypes.Structure):
-    """As the C data interface of Apache Arrow lays it out."""
-
-
-_ArrowArray._fields_ = [
-    *((name, ctypes.c_int64) for name in ("length", "null_count", "offset")),
-    *((name, ctypes.c_int64) for name in ("n_buffers", "n_children")),
-    ("buffers", ctypes.POINTER(ctypes.c_void_p)),
-    ("children", ctypes.POINTER(ctypes.POINTER(_ArrowArray))),
-    *((name, ctypes.c_void_p) for name in ("dictionary", "release", "private_data")),
-]
-_pointer_in = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
-    ("PyCapsule_GetPointer", ctypes.pythonapi)
-)
-
-
-@contextmanager
-def _pixels_of(picture: Image.Image) -> Iterator[NDArray[np.uint8]]:
-    """Pillow's own memory of an RGB picture, [H, W, 4], to be read inside the ``with`` only.
-
-    ``np.asarray`` would take a few milliseconds for 2 megapixels. A picture that Pillow keeps in
-    several blocks is copied all the same, as [H, W, 3].
-    """
-    try:
-        _, exported = picture.__arrow_c_array__()
-    except ValueError:
-        yield np.asarray(picture)
-        return
-    pixels = _ArrowArray.from_address(_pointer_in(exported, b"arrow_array")).children[0].contents
-    start = pixels.buffers[1] + pixels.offset
-    memory = (ctypes.c_uint8 * (picture.height * picture.width * 4)).from_address(start)
-    yield np.ctypeslib.as_array(memory).reshape(picture.height, picture.width, 4)
-    # Pillow's memory is held for as long as what it exported is.
-    del exported
 
 
 def draw_preview(pixels: NDArray[np.uint8], annotation: sly.Annotation, path: Path) -> None:
