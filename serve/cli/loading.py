@@ -112,7 +112,7 @@ def one_model(name: str, device: str, runtime: str, precision: str) -> OneModel:
 
     threading.Thread(target=load, name="load", daemon=True).start()
     model = loading.result()
-    scheduler = Scheduler(model.engine)
+    scheduler = Scheduler(model.engine, has_clicks=False)
     # A thread that computes must not meet the end of the interpreter.
     atexit.register(scheduler.close)
     return OneModel(Deployed(ModelChoice(name, device, precision, runtime), model, scheduler))

@@ -67,8 +67,6 @@ class AskBatch(Asker[QueuedAsk]):
     particular is that of the asks in hand only if each of them meets it alone too.
     """
 
-    is_awaited = True
-
     def __init__(
         self,
         engine: Engine,
@@ -76,8 +74,10 @@ class AskBatch(Asker[QueuedAsk]):
         observer: Observer | None,
         asks: list[QueuedAsk],
         *,
+        is_awaited: bool,
         is_within_bulk: bool = False,
     ) -> None:
+        self.is_awaited = is_awaited
         self._engine = engine
         self._queue = queue
         self._observer = observer
@@ -142,7 +142,14 @@ class AskBatch(Asker[QueuedAsk]):
         self._deliver()
         if self._priority is Priority.BULK and (clicks := self._queue.clicks()):
             began = time.monotonic()
-            AskBatch(self._engine, self._queue, self._observer, clicks, is_within_bulk=True).run()
+            AskBatch(
+                self._engine,
+                self._queue,
+                self._observer,
+                clicks,
+                is_awaited=self.is_awaited,
+                is_within_bulk=True,
+            ).run()
             self._reported += time.monotonic() - began
 
     def _deliver(self) -> None:
@@ -195,6 +202,8 @@ class Scheduler:
     on a further request of it is refused. ``observer`` is called on the model's thread after every
     batch, just before the callers get their answers; ``on_lost`` once, on the same thread, when
     the engine's device has failed for good and the asks in hand have got that as their answer.
+    Without ``has_clicks`` nobody waits for the end of a pass, so that batches are as large as was
+    asked, whatever the pace of the machine, and their answers the same to the last digit.
     """
 
     def __init__(
@@ -205,8 +214,10 @@ class Scheduler:
         max_queued: int = 4096,
         observer: Observer | None = None,
         on_lost: Callable[[], None] | None = None,
+        has_clicks: bool = True,
     ) -> None:
         self._engine = engine
+        self._has_clicks = has_clicks
         self._observer = observer
         self._on_lost = on_lost
         self._queue = WorkQueue(max_batch or engine.prompt_batch, max_queued)
@@ -292,7 +303,10 @@ class Scheduler:
         if isinstance(work, Action):
             work.run()
         elif work:
-            AskBatch(self._engine, self._queue, self._observer, work).run()
+            batch = AskBatch(
+                self._engine, self._queue, self._observer, work, is_awaited=self._has_clicks
+            )
+            batch.run()
 
     def _tell_if_lost(self) -> None:
         if self._on_lost is not None and self._engine.is_lost:

@@ -22,6 +22,7 @@ from florence2.engine.answering import answer_all
 from florence2.engine.ask import prompt_sentence
 from florence2.engine.encoding import EncodedImage
 from florence2.engine.engine import MOST_PATIENCE, PATIENCE, BatchLimit
+from florence2.engine.scheduler import Priority, Scheduler
 from florence2.pixels import ImageProcessor
 from florence2.records import Region
 from florence2.tasks import find_task
@@ -214,6 +215,18 @@ def test_where_nobody_waits_only_memory_counts(engine, runtime):
     engine.encode([picture(seed) for seed in range(16)])
     answer_all(engine, short(16))
     assert runtime.image_batches == runtime.batches == [8, 8]
+
+
+@pytest.mark.parametrize("has_clicks", [True, False])
+def test_a_scheduler_without_clicks_leaves_its_batches_whole(engine, runtime, has_clicks):
+    runtime.item_s = 3.0
+    scheduler = Scheduler(engine, max_batch=16, has_clicks=has_clicks)
+    asks = [Ask(picture(seed), "<CAPTION>", max_new_tokens=2) for seed in range(16)]
+    try:
+        assert not any(codes(scheduler.run(asks, priority=Priority.BULK)))
+    finally:
+        scheduler.close()
+    assert (runtime.image_batches == [8, 8]) is not has_clicks
 
 
 def test_prompts_are_encoded_in_passes_of_that_length_too_and_searched_together(engine, runtime):
