@@ -82,7 +82,7 @@ class FakeModel:
 
         patch.setattr(Florence2, "load", staticmethod(load))
         patch.setattr(
-            scheduler, "Scheduler", lambda engine: SimpleNamespace(run=run, close=lambda: None)
+            scheduler, "Scheduler", lambda engine, **_: SimpleNamespace(run=run, close=lambda: None)
         )
         return loads
 
