@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from florence2.engine.ask import Ask
 from florence2.engine.encoding import AnyImage
 from florence2.engine.scheduler import Priority
 from florence2.errors import GenerationCancelledError, RequestError
+from florence2.images import open_image
 from florence2.records import Failure, Result
 from florence2.tasks import find_task
+from serve.console import complain, say
+from serve.labeling.previews import draw_preview, preview_pixels
 from serve.limits import held_bytes
 from serve.model_service import Deployment, ModelMeta
 from serve.platform.existing_objects import tag_existing_objects
@@ -40,6 +45,8 @@ from serve.settings import (
 from supervisely.nn.model.prediction import Prediction
 
 State = Mapping[str, Any]
+
+_FOLDER_BATCH: Final = 16
 
 _CONFIDENCES: Final = ("conf", "confidence", "confidence_threshold", "confidence_thresh")
 _TASK_FIRST: Final = re.compile(r"\s*(<[^<>\s]+>(?:\s*\+\s*<[^<>\s]+>)*)(.*)", re.DOTALL)
@@ -260,3 +267,49 @@ def _check_any_answered(outcomes: Sequence[Predicted | Failure]) -> None:
     failures = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
     if failures and len(failures) == len(outcomes):
         raise_failure(failures[0])
+
+
+def predict_path(answering: Answering, arguments: argparse.Namespace) -> int:
+    """Writes ``OUTPUT/[folder/]image.json`` for every image; 1 when some failed.
+
+    The SDK's own sends a whole folder as one batch, which one damaged image ends. Raises
+    RequestError for settings or a path that cannot be used.
+    """
+    source, output = Path(arguments.input), Path(arguments.output)
+    settings = parse_settings(arguments.settings or {})
+    images = sorted(_images_in(source))
+    if not images:
+        raise RequestError(f"Images are labeled, and {source} holds none; name another folder.")
+    target = output / source.name if source.is_dir() else output
+    target.mkdir(parents=True, exist_ok=True)
+    failed = 0
+    for start in range(0, len(images), _FOLDER_BATCH):
+        batch = images[start : start + _FOLDER_BATCH]
+        for path, outcome in zip(
+            batch, answering.answer(batch, settings, Call(Priority.BULK)), strict=True
+        ):
+            if isinstance(outcome, Failure):
+                failed += 1
+                complain(f"{path.name}: {outcome.message}")
+            else:
+                _write(path, outcome.annotation, target, draw=arguments.draw)
+    say(f"{len(images) - failed} of {len(images)} images are labeled in {target}.")
+    return 1 if failed else 0
+
+
+def _images_in(source: Path) -> Iterator[Path]:
+    if source.is_file():
+        yield source
+        return
+    if not source.is_dir():
+        raise RequestError(f"An image or a folder is labeled, and there is no {source}; check it.")
+    for path in source.iterdir():
+        if path.is_file() and path.suffix.lower() in sly.image.SUPPORTED_IMG_EXTS:
+            yield path
+
+
+def _write(path: Path, annotation: sly.Annotation, target: Path, *, draw: bool) -> None:
+    sly.json.dump_json_file(annotation.to_json(), str(target / f"{path.name}.json"))
+    if draw:
+        pixels = preview_pixels(open_image(path).image)
+        draw_preview(pixels, annotation, target / f"{path.stem}.preview.jpg")

@@ -29,8 +29,7 @@ from florence2.budget import open_pixels
 from florence2.checkpoint.catalog import resolve
 from florence2.engine.encoding import AnyImage
 from florence2.engine.scheduler import Priority
-from serve.answering import Answering, merged_settings
-from serve.cli_predict import predict_path
+from serve.answering import Answering, merged_settings, predict_path
 from serve.gui import Florence2Gui, log_download
 from serve.http.guard import Callers, Guard, Limits, install_error_handlers
 from serve.http.handlers import Services, register_routes, use_own_threads

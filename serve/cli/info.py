@@ -75,14 +75,14 @@ def tasks(
     as_markdown: Annotated[bool, typer.Option("--markdown", help="As in the README.")] = False,
 ) -> None:
     """List the task prompts: what each takes, what it gives, how long an answer may be."""
-    rows = _task_rows()
+    rows = task_rows()
     if as_markdown:
-        OUT.print(_markdown(rows), markup=False)
+        OUT.print(tasks_markdown(rows), markup=False)
     else:
         _show(rows, as_json)
 
 
-def _task_rows() -> list[dict[str, Any]]:
+def task_rows() -> list[dict[str, Any]]:
     from florence2.tasks import TASKS
 
     return [
@@ -97,7 +97,7 @@ def _task_rows() -> list[dict[str, Any]]:
     ]
 
 
-def _markdown(rows: list[dict[str, Any]]) -> str:
+def tasks_markdown(rows: list[dict[str, Any]]) -> str:
     names = ("task", "name", "takes", "gives")
     lines = [f"| {' | '.join(names)} |", "|" + " --- |" * len(names)]
     for row in rows:

@@ -75,7 +75,7 @@ def serve(
     held_mib: HeldMib = None,
 ) -> None:
     """Serve a model over HTTP on this machine; Ctrl-C ends it."""
-    with _listener(host, port) as listener:
+    with listening_socket(host, port) as listener:
         say(f"Loading {model} ...")
         from florence2.runtimes.device import choose_device
         from serve.sdk import sly
@@ -106,7 +106,7 @@ def serve(
                 tuple(allow_deploy or ()),
             )
         )
-        _greet(host, listener.getsockname()[1], model)
+        greet(host, listener.getsockname()[1], model)
         app.serve()
 
 
@@ -120,7 +120,7 @@ def _set_budgets(open_megapixels: int | None, held_mib: int | None) -> None:
         held_bytes().capacity = held_mib * MIB
 
 
-def _listener(host: str, port: int) -> socket.socket:
+def listening_socket(host: str, port: int) -> socket.socket:
     """The socket to listen on, taken before a model is loaded for nothing."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
@@ -132,7 +132,7 @@ def _listener(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def _greet(host: str, port: int, model: str) -> None:
+def greet(host: str, port: int, model: str) -> None:
     name = _LOOPBACK.get(host, host)
     url = f"http://{f'[{name}]' if ':' in name else name}:{port}"
     say(f"{model} answers at {url}; open it in a browser, or ask:")

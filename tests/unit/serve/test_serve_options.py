@@ -64,10 +64,10 @@ def test_what_cannot_be_meant_is_said_before_a_model_is_loaded(start, option, va
 @pytest.mark.skipif(not socket.has_ipv6, reason="this machine has no IPv6")
 def test_the_server_can_listen_on_an_address_of_ipv6(capsys):
     try:
-        listener = command._listener("::1", 0)
+        listener = command.listening_socket("::1", 0)
     except command.RequestError:
         pytest.skip("this machine has no loopback of IPv6")
     with listener:
         assert listener.family == socket.AF_INET6
-    command._greet("::1", 8000, "demo")
+    command.greet("::1", 8000, "demo")
     assert "http://[::1]:8000/inference_image" in capsys.readouterr().err
