@@ -12,6 +12,7 @@ from typing import Any, Final, Literal
 
 from florence2.checkpoint.checkpoint import open_checkpoint
 from florence2.checkpoint.hub import ProgressCallback
+from florence2.conversion.kept import Calibration, Conversions, check_runtime
 from florence2.engine.answering import answer_all
 from florence2.engine.ask import AnyRegion, Ask, failure_of
 from florence2.engine.encoding import AnyImage
@@ -32,7 +33,7 @@ __all__ = ["Ask", "Florence2"]
 
 logger = logging.getLogger(__name__)
 
-RUNTIMES: Final = ("auto", "torch")
+RUNTIMES: Final = ("auto", "torch", "openvino")
 CACHE_BYTES: Final = 256 * 2**20
 GRANULARITIES: Final = {
     "normal": "<CAPTION>",
@@ -69,14 +70,17 @@ class Florence2:
         offline: bool | None = None,
         progress: ProgressCallback | None = None,
         cache_bytes: int = CACHE_BYTES,
+        calibration: Calibration | None = None,
     ) -> Florence2:
         """Finds or downloads a checkpoint, loads it and checks that it answers.
 
         ``name``: a checkpoint's name, a hub repository id, or a local folder. ``device``: auto,
-        cpu, cuda, cuda:N. ``precision``: auto, fp32, bf16, fp16; only fp32 gives the reference's
-        tokens, but for rounding ties, and ``auto`` is the fastest that this checkpoint is sane in,
-        see ``choose_precision`` and ``load_engine``. Raises CheckpointError or DeviceError with
-        one sentence.
+        cpu, cuda, cuda:N. ``runtime``: torch; openvino, on a CPU, which converts the checkpoint at
+        its first use; or auto, torch on a GPU and the faster of the two on a CPU. ``precision``:
+        auto, fp32, bf16, fp16, int8; only fp32 gives the reference's tokens, but for rounding ties,
+        and ``auto`` is the fastest that this checkpoint is sane in, see ``choose_precision`` and
+        ``load_engine``; int8 is the OpenVINO runtime's, and calibrated on the images that
+        ``calibration`` gives. Raises CheckpointError or DeviceError with one sentence.
         """
         if runtime not in RUNTIMES:
             raise DeviceError(unknown_name("runtime", str(runtime), RUNTIMES))
@@ -87,9 +91,14 @@ class Florence2:
             )
         chosen = choose_device(device)
         check_precision(precision, chosen)
+        check_runtime(runtime, chosen, precision)
         checkpoint = open_checkpoint(name, cache_dir=cache_dir, offline=offline, progress=progress)
-        engine = load_engine(checkpoint, chosen, precision, cache_bytes)
-        logger.info("%s is ready on %s in %s", checkpoint.name, chosen, engine.runtime.precision)
+        kept = Conversions(None if cache_dir is None else Path(cache_dir), calibration)
+        engine = load_engine(checkpoint, chosen, precision, cache_bytes, runtime, kept)
+        used = engine.runtime
+        logger.info(
+            "%s is ready on %s in %s by %s", checkpoint.name, chosen, used.precision, used.name
+        )
         return cls(engine)
 
     @property
@@ -101,6 +110,11 @@ class Florence2:
     def device(self) -> str:
         """Where it runs."""
         return self.engine.runtime.device
+
+    @property
+    def runtime(self) -> str:
+        """What runs it: torch or openvino."""
+        return self.engine.runtime.name
 
     @property
     def precision(self) -> str:

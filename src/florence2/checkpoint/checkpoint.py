@@ -10,7 +10,8 @@ from typing import Any, Final
 import torch
 
 from florence2.checkpoint.catalog import Verify, resolve
-from florence2.checkpoint.files import ADAPTER_CONFIG, CONFIG, read_json
+from florence2.checkpoint.converted import Converted, read_converted
+from florence2.checkpoint.files import ADAPTER_CONFIG, CONFIG, CONVERTED_NAME, read_json
 from florence2.checkpoint.hub import ProgressCallback
 from florence2.checkpoint.weights import build_network, read_weights
 from florence2.errors import CheckpointError, shown
@@ -42,6 +43,8 @@ class Checkpoint:
     image_processor: ImageProcessor
     generation: GenerationSettings
     notes: tuple[str, ...] = ()
+    converted: Converted | None = None
+    """Where the folder holds a converted network in the place of weights."""
 
 
 def open_checkpoint(
@@ -58,6 +61,7 @@ def open_checkpoint(
     """
     files = resolve(name, cache_dir=cache_dir, offline=offline, progress=progress, verify=verify)
     config = read_json(files.folder / CONFIG)
+    is_weightless = CONVERTED_NAME in files.files
     chosen = files.folder / _GENERATION_CONFIG
     generation_config = read_json(chosen) if chosen.is_file() else None
     checkpoint = Checkpoint(
@@ -69,6 +73,7 @@ def open_checkpoint(
         image_processor=ImageProcessor.from_folder(files.folder),
         generation=generation_settings(config, generation_config),
         notes=_notes(files.folder, config, generation_config),
+        converted=read_converted(files.folder) if is_weightless else None,
     )
     _check_image_size(checkpoint)
     return checkpoint

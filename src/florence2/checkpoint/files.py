@@ -21,6 +21,8 @@ _log = logging.getLogger(__name__)
 MANIFEST_NAME: Final = "florence2-manifest.json"
 CONFIG: Final = "config.json"
 ADAPTER_CONFIG: Final = "adapter_config.json"
+CONVERTED_NAME: Final = "florence2-openvino.json"
+"""The manifest of a converted network, which stands for weights where there are none."""
 SAFETENSORS: Final = "model.safetensors"
 PICKLED: Final = "pytorch_model.bin"
 MERGING: Final = "docs/checkpoints.md, Merging an adapter"
@@ -142,6 +144,8 @@ def choose_files(names: Iterable[str], source: str) -> tuple[str, ...]:
     """
     present = set(names)
     weights = weight_files(present)
+    if not weights and CONVERTED_NAME in present:
+        weights = (CONVERTED_NAME,)
     if not weights and not present.isdisjoint((ADAPTER_CONFIG, *_ADAPTER_WEIGHTS)):
         raise CheckpointError(
             f"{source} holds a LoRA adapter alone, and only full weights can be loaded; merge it "
@@ -157,6 +161,11 @@ def choose_files(names: Iterable[str], source: str) -> tuple[str, ...]:
     if not weights:
         raise CheckpointError(_no_weights(present, source))
     return tuple(name for name in _SMALL_FILES if name in present) + weights
+
+
+def small_files(folder: Path) -> tuple[str, ...]:
+    """A checkpoint's files beside its weights that are there."""
+    return tuple(name for name in _SMALL_FILES if (folder / name).is_file())
 
 
 def weight_files(names: Iterable[str]) -> tuple[str, ...]:
@@ -214,7 +223,7 @@ def check_folder(folder: Path) -> tuple[str, ...]:
         elif name.endswith(".bin"):
             _check_pickled(folder / name)
     weights = weight_files(names)
-    if weights[0].endswith(".json"):
+    if weights and weights[0].endswith(".json"):
         _check_shards(folder, weights[0], names)
     return names
 

@@ -7,6 +7,8 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any, Final, Protocol, cast
 
 import numpy as np
@@ -15,11 +17,19 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from florence2.checkpoint.checkpoint import Checkpoint, load_weights
+from florence2.checkpoint.converted import Converted, read_converted
+from florence2.conversion.kept import Conversions, check_runtime, notes_of
 from florence2.engine.answering import answer, answer_all
 from florence2.engine.ask import Ask, Outcome
 from florence2.engine.encoding import EncodedImage
 from florence2.engine.engine import Asker, Engine
-from florence2.errors import CheckpointError, FlorenceError, NotFiniteError, PrecisionError
+from florence2.errors import (
+    CheckpointError,
+    DeviceError,
+    FlorenceError,
+    NotFiniteError,
+    PrecisionError,
+)
 from florence2.generation.decode import generate
 from florence2.images import open_image
 from florence2.network.florence import Florence2Network
@@ -27,6 +37,7 @@ from florence2.runtimes.base import Pixels
 from florence2.runtimes.cuda_graphs import GraphRunner
 from florence2.runtimes.decode_graphs import ROWS
 from florence2.runtimes.device import PRECISIONS, choose_precision
+from florence2.runtimes.openvino import ConvertedNetwork, OpenVinoRuntime, has_openvino
 from florence2.runtimes.torch import VISION_BUCKETS, TorchRuntime, computing, upload
 from florence2.tasks import TASKS
 from florence2.tokens import BOS_ID, EOS_ID
@@ -433,34 +444,183 @@ def _useless(engine: Engine, why: str) -> str:
     )
 
 
+MEASURED_FROM_D_MODEL: Final = 512
+"""Smaller networks answer in milliseconds in either runtime: nothing to measure for."""
+
 _ROOM_FOR_CHECK: Final = 2
 """The float32 check runs where so many times its weights are free: activations need room too."""
 
 
+Load = Callable[[str, bool], Engine]
+"""Loads in a precision; the flag says that another one may be taken instead."""
+
+
 def load_engine(
-    checkpoint: Checkpoint, device: torch.device, precision: str, cache_bytes: int
+    checkpoint: Checkpoint,
+    device: torch.device,
+    precision: str,
+    cache_bytes: int,
+    runtime: str = "auto",
+    conversions: Conversions | None = None,
 ) -> Engine:
     """An engine on ``device`` that has answered once; what its checkpoint notes is logged.
 
-    ``precision`` as for ``choose_precision``. Where ``auto`` chose one that this checkpoint is not
+    ``runtime``: torch, openvino (on a CPU; converts the checkpoint at first, see ``Conversions``),
+    or auto, the faster of the two as far as it is known or worth measuring. ``precision`` as for
+    ``choose_precision``. Where ``auto`` chose one that this checkpoint is not
     sane in (NaN, infinity, or on a GPU features far from float32's), it is loaded in fp32 instead,
     with a warning. One asked for by name stays: NaN and infinity raise PrecisionError, features
     that are far off are a warning.
     """
+    if checkpoint.converted is not None:
+        engine = _load_converted_folder(checkpoint, device, precision, cache_bytes, runtime)
+    else:
+        conversions = conversions or Conversions()
+        used = chosen_runtime(checkpoint, device, precision, runtime, conversions)
+        if used == "openvino":
+            engine = _load_openvino(checkpoint, device, precision, cache_bytes, conversions)
+        else:
+            engine = _load_torch(checkpoint, device, precision, cache_bytes)
+    for note in engine.checkpoint.notes:
+        logger.warning("Checkpoint %s: %s", checkpoint.name, note)
+    return engine
+
+
+def _load_torch(
+    checkpoint: Checkpoint, device: torch.device, precision: str, cache_bytes: int
+) -> Engine:
+    def load(used: str, is_free: bool) -> Engine:
+        return _load(checkpoint, device, used, cache_bytes, is_free)
+
+    return _in_precision(checkpoint, device, precision, load)
+
+
+def _load_openvino(
+    checkpoint: Checkpoint,
+    device: torch.device,
+    precision: str,
+    cache_bytes: int,
+    conversions: Conversions,
+) -> Engine:
+    """Its conversion, made where there is none yet."""
+
+    def load(used: str, is_free: bool) -> Engine:
+        folder = conversions.folder_for(checkpoint, used)
+        return _load_converted(checkpoint, folder, read_converted(folder), cache_bytes)
+
+    return _in_precision(checkpoint, device, precision, load)
+
+
+def _in_precision(
+    checkpoint: Checkpoint, device: torch.device, precision: str, load: Load
+) -> Engine:
+    """Loaded in the precision; where ``auto`` chose one that is not sane, in fp32."""
     used = choose_precision(precision, device, checkpoint.config.text.d_model)
     is_free = precision == "auto" and used != "fp32"
-    engine = None
     try:
-        engine = _load(checkpoint, device, used, cache_bytes, is_free)
+        return load(used, is_free)
     except PrecisionError as error:
         if not is_free:
             raise
         logger.warning("%s It is loaded in fp32 instead.", error)
     # Outside the handler, whose traceback keeps the first engine's memory.
-    engine = engine or _load(checkpoint, device, "fp32", cache_bytes, False)
-    for note in engine.checkpoint.notes:
-        logger.warning("Checkpoint %s: %s", checkpoint.name, note)
+    return load("fp32", False)
+
+
+def _load_converted_folder(
+    checkpoint: Checkpoint, device: torch.device, precision: str, cache_bytes: int, runtime: str
+) -> Engine:
+    """What was converted by itself: it has one precision, and no weights for another runtime."""
+    converted = checkpoint.converted
+    if converted is None or runtime == "torch":
+        raise DeviceError(
+            f"{checkpoint.folder} holds a network converted for OpenVINO, which runtime 'torch' "
+            "does not run; use runtime 'openvino', or the checkpoint that it was made from."
+        )
+    check_runtime("openvino", device, "auto")
+    if precision not in ("auto", converted.precision):
+        raise DeviceError(
+            f"{checkpoint.folder} was converted to {converted.precision}, and {precision!r} was "
+            "asked for; leave the precision out, or convert the checkpoint again."
+        )
+    return _load_converted(checkpoint, checkpoint.folder, converted, cache_bytes)
+
+
+def _load_converted(
+    checkpoint: Checkpoint, folder: Path, converted: Converted, cache_bytes: int
+) -> Engine:
+    notes = (*checkpoint.notes, *converted.notes, *notes_of(converted))
+    checkpoint = replace(checkpoint, notes=notes)
+    network = ConvertedNetwork(folder, checkpoint.config.text, converted.precision)
+    if converted.size_wh != checkpoint.image_processor.size_wh:
+        raise CheckpointError(
+            f"{folder} was converted for images of {converted.size_wh[0]} x "
+            f"{converted.size_wh[1]} pixels, and the checkpoint works with "
+            f"{checkpoint.image_processor.size_wh[0]} x {checkpoint.image_processor.size_wh[1]}; "
+            "convert it again."
+        )
+    engine = Engine(
+        checkpoint,
+        OpenVinoRuntime(network),
+        image_batch=image_batch(checkpoint, "cpu"),
+        prompt_batch=prompt_batch(checkpoint, "cpu"),
+        cache_bytes=cache_bytes,
+    )
+    try:
+        engine.self_test_s = self_test(engine)
+    except BaseException:
+        engine.close()
+        raise
     return engine
+
+
+def chosen_runtime(
+    checkpoint: Checkpoint,
+    device: torch.device,
+    precision: str,
+    runtime: str,
+    conversions: Conversions,
+) -> str:
+    """The runtime for ``runtime``, which may be auto.
+
+    On a GPU torch. On a CPU openvino where it was measured to be the faster one for this
+    checkpoint, precision and machine; it is measured at first, where the library is installed and
+    the network is large enough for seconds to be at stake.
+    """
+    if runtime != "auto" or device.type != "cpu" or not has_openvino():
+        return "torch" if runtime == "auto" else runtime
+    if precision == "int8":
+        return "openvino"
+    d_model = checkpoint.config.text.d_model
+    if d_model < MEASURED_FROM_D_MODEL:
+        return "torch"
+    used = choose_precision(precision, device, d_model)
+    try:
+        return conversions.faster_runtime(checkpoint, used, partial(_answer_s, checkpoint))
+    except FlorenceError as error:
+        logger.warning("%s The torch runtime is used.", error)
+        return "torch"
+
+
+def _answer_s(checkpoint: Checkpoint, used: str, folder: Path | None) -> float:
+    """Seconds of one answer: a pass of the tower, and a short generation with beams.
+
+    By the conversion in ``folder``, or without one by torch.
+    """
+    if folder is None:
+        engine = _load(checkpoint, torch.device("cpu"), used, 0, False)
+    else:
+        engine = _load_converted(checkpoint, folder, read_converted(folder), 0)
+    try:
+        began = time.perf_counter()
+        ask = Ask(probe_picture(), "<OD>", num_beams=_MEASURED_BEAMS, max_new_tokens=_TOKENS)
+        [outcome] = answer_all(engine, [ask])
+        spent_s = time.perf_counter() - began
+    finally:
+        engine.close()
+    if isinstance(outcome, FlorenceError):
+        raise outcome
+    return spent_s
 
 
 def _load(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -13,6 +13,48 @@ from florence2.errors import RequestError
 from florence2.network.bart import LayerCache
 from florence2.network.florence import Florence2Network
 from florence2.tokens import ANSWER_PREFIX
+
+
+class StepNetwork(Protocol):
+    """The decoder of a network, as a session runs it; ``Florence2Network`` is one.
+
+    Both passes write the keys and values of what they are fed into the caches.
+    """
+
+    @property
+    def position_limit(self) -> int:
+        """The most tokens that are read and written."""
+        ...
+
+    def check_length(self, length: int) -> None:
+        """RequestError for a sequence that is longer."""
+        ...
+
+    def prefill_logits(
+        self,
+        token_ids: Tensor,
+        caches: Sequence[LayerCache],
+        cross_mask: Tensor | None,
+        num_exact: int,
+    ) -> Tensor:
+        """Ids [P] that every item begins with -> logits [B, V] after the last of them.
+
+        The ``num_exact`` best of each row are as exact as float32, see ``next_logits``.
+        """
+        ...
+
+    def step_logits(
+        self,
+        token_ids: Tensor,
+        position: int | Tensor,
+        caches: Sequence[LayerCache],
+        slots: slice | Tensor,
+        mask: Tensor | None,
+        cross_mask: Tensor | None,
+        num_exact: int,
+    ) -> Tensor:
+        """Ids [B, beams] -> logits [B, beams, V]; the others as for ``Decoder.step``."""
+        ...
 
 
 class RowTensors(dict[str, Tensor]):
@@ -146,12 +188,27 @@ class DecoderSession:
             decoder = network.model.language_model.decoder
             all_seen = bool(mask.all()) if all_seen is None else all_seen
             cross_mask = None if all_seen else additive(mask, states.dtype)
-            caches = [
-                LayerCache(key.contiguous(), value.contiguous(), own, own)
-                for key, value in decoder.cross_keys_values(states)
-                for own in [key[:, :, :0].contiguous()]
-            ]
+            caches = _empty_caches(decoder.cross_keys_values(states))
         self._begin(network, caches, cross_mask, num_beams, max_new_tokens)
+
+    @classmethod
+    def over(
+        cls,
+        network: StepNetwork,
+        keys_values: Sequence[tuple[Tensor, Tensor]],
+        cross_mask: Tensor | None,
+        num_beams: int,
+        max_new_tokens: int,
+    ) -> Self:
+        """A session over cross-attention keys and values [B, heads, S, head_dim] of each layer.
+
+        ``cross_mask`` [B, 1, 1, S] is added to the scores over them; None where all are seen.
+        """
+        session = cls.__new__(cls)
+        with torch.inference_mode():
+            caches = _empty_caches(keys_values)
+        session._begin(network, caches, cross_mask, num_beams, max_new_tokens)
+        return session
 
     @classmethod
     def after_prefill(
@@ -171,17 +228,16 @@ class DecoderSession:
 
     def _begin(
         self,
-        network: Florence2Network,
+        network: StepNetwork,
         caches: Sequence[LayerCache],
         cross_mask: Tensor | None,
         num_beams: int,
         max_new_tokens: int,
     ) -> None:
         self._network = network
-        self._decoder = network.model.language_model.decoder
-        if max_new_tokens > self._decoder.limit:
+        if max_new_tokens > network.position_limit:
             raise RequestError(
-                f"max_new_tokens may be at most {self._decoder.limit} for this checkpoint, "
+                f"max_new_tokens may be at most {network.position_limit} for this checkpoint, "
                 f"got {max_new_tokens}; lower it."
             )
         self.num_beams = num_beams
@@ -250,8 +306,8 @@ class DecoderSession:
         # Made on the device, as this is recorded on a GPU.
         ids = torch.stack([self._rows["steps"].new_full((), token) for token in ANSWER_PREFIX])
         caches = self.caches(PREFIX_LENGTH)
-        hidden = self._decoder.prefill(ids, caches, self._rows.get("cross_mask"))
-        return self._network.next_logits(hidden[:, -1], self._num_exact())
+        cross_mask = self._rows.get("cross_mask")
+        return self._network.prefill_logits(ids, caches, cross_mask, self._num_exact())
 
     def step(self, token_ids: Tensor) -> Tensor:
         """Feeds one token per beam, [B, beams] -> logits [B, beams, V]."""
@@ -263,9 +319,9 @@ class DecoderSession:
         """What the host notes of a step, and makes room for; ``step_on_device`` is the rest."""
         if not self._is_prefilled:
             raise RuntimeError("step continues a prefix; call prefill first.")
-        self._decoder.check_length(PREFIX_LENGTH + min(self._steps_of) + 1)
+        self._network.check_length(PREFIX_LENGTH + min(self._steps_of) + 1)
         # Items that nobody waits for may be at the end of the position table, and stay there.
-        most = self._decoder.limit - PREFIX_LENGTH
+        most = self._network.position_limit - PREFIX_LENGTH
         steps_of = [min(count + 1, most) for count in self._steps_of]
         self._reserve(max(steps_of))
         self._steps_of = steps_of
@@ -278,16 +334,18 @@ class DecoderSession:
         rows["own_mask"].scatter_(2, slots.unsqueeze(2), 0.0)
         caches, cross_mask = self.caches(end), rows.get("cross_mask")
         mask = rows["own_mask"][:, None, :, :end]
+        position: int | Tensor = PREFIX_LENGTH + rows["steps"]
+        place: slice | Tensor = slots
+        seen: Tensor | None = mask
         if self._is_together():
-            place = slice(end - self.num_beams, end)
+            position, place = self.length - 1, slice(end - self.num_beams, end)
             # A single beam sees all there is.
             seen = None if self.num_beams == 1 else mask
-            hidden = self._decoder.step(token_ids, self.length - 1, caches, place, seen, cross_mask)
-        else:
-            positions = PREFIX_LENGTH + rows["steps"]
-            hidden = self._decoder.step(token_ids, positions, caches, slots, mask, cross_mask)
+        logits = self._network.step_logits(
+            token_ids, position, caches, place, seen, cross_mask, self._num_exact()
+        )
         rows["steps"] += 1
-        return self._network.next_logits(hidden, self._num_exact())
+        return logits
 
     @torch.inference_mode()
     def reorder(self, beam_indices: Tensor) -> None:
@@ -394,6 +452,15 @@ class DecoderSession:
         return slots.clamp(max=self._end() - 1)
 
 
+def _empty_caches(keys_values: Sequence[tuple[Tensor, Tensor]]) -> list[LayerCache]:
+    """Caches without slots of their own yet."""
+    return [
+        LayerCache(key.contiguous(), value.contiguous(), own, own)
+        for key, value in keys_values
+        for own in [key[:, :, :0].contiguous()]
+    ]
+
+
 def aligned(slots: int) -> int:
     """The next number of slots that masks may have."""
     return -(-slots // ROW_ALIGNMENT) * ROW_ALIGNMENT
@@ -416,7 +483,7 @@ class StaticSession(DecoderSession):
 
     def __init__(self, network: Florence2Network, num_beams: int) -> None:
         """For items that have been fed the prefix by their own sessions."""
-        limit = network.model.language_model.decoder.limit
+        limit = network.position_limit
         with torch.inference_mode():
             states = network.lm_head.weight.new_zeros(0, 0, network.config.text.d_model)
             mask = torch.zeros(0, 0, dtype=torch.bool, device=network.device)

@@ -259,9 +259,14 @@ class AttentionBlock(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]."""
         image = self.conv1.residual(image)
-        image = image + getattr(self, self._name)(self.norm1(image))
+        image = image + self.attention(self.norm1(image))
         image = self.conv2.residual(image)
         return cast(Tensor, image + self.ffn(self.norm2(image)))
+
+    @property
+    def attention(self) -> nn.Module:
+        """The block's attention, whatever its name."""
+        return cast(nn.Module, getattr(self, self._name))
 
     def run_second_half_in_strips(self, spare: Tensor, image: Tensor) -> None:
         """What follows the attention, from ``spare`` into ``image``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final, cast
 
 import torch
@@ -15,6 +15,7 @@ from florence2.network.bart import (
     Attention,
     Embedding,
     LanguageModel,
+    LayerCache,
     Linear,
     TransposedCounts,
     WeightKind,
@@ -140,6 +141,44 @@ class Florence2Network(nn.Module):
         hidden = self.model.language_model.decoder(decoder_ids, states, mask)
         return cast(Tensor, self.lm_head(hidden))
 
+    @property
+    def position_limit(self) -> int:
+        """The most tokens that are read and written."""
+        return self.model.language_model.decoder.limit
+
+    def check_length(self, length: int) -> None:
+        """RequestError for a sequence that is longer."""
+        self.model.language_model.decoder.check_length(length)
+
+    def prefill_logits(
+        self,
+        token_ids: Tensor,
+        caches: Sequence[LayerCache],
+        cross_mask: Tensor | None,
+        num_exact: int,
+    ) -> Tensor:
+        """Ids [P] that every item begins with -> logits [B, V] after the last of them.
+
+        As ``Decoder.prefill`` and ``next_logits``.
+        """
+        hidden = self.model.language_model.decoder.prefill(token_ids, caches, cross_mask)
+        return self.next_logits(hidden[:, -1], num_exact)
+
+    def step_logits(
+        self,
+        token_ids: Tensor,
+        position: int | Tensor,
+        caches: Sequence[LayerCache],
+        slots: slice | Tensor,
+        mask: Tensor | None,
+        cross_mask: Tensor | None,
+        num_exact: int,
+    ) -> Tensor:
+        """Ids [B, beams] -> logits [B, beams, V]; as ``Decoder.step`` and ``next_logits``."""
+        decoder = self.model.language_model.decoder
+        hidden = decoder.step(token_ids, position, caches, slots, mask, cross_mask)
+        return self.next_logits(hidden, num_exact)
+
     def next_logits(self, hidden: Tensor, num_exact: int) -> Tensor:
         """Decoder states [..., d] -> logits [..., V] of the next ids, the best of them float32.
 
@@ -150,12 +189,7 @@ class Florence2Network(nn.Module):
         logits = cast(Tensor, self.lm_head(hidden))
         if logits.dtype not in (torch.bfloat16, torch.float16):
             return logits
-        flat = logits.float().flatten(0, -2)
-        ids = top_candidates(flat, min(num_exact, flat.shape[-1]))[1]
-        weights = functional.embedding(ids, self.lm_head.weight).float()
-        # Not a matrix product: its sums would depend on how many rows there are, and on TF32.
-        exact = (weights * hidden.float().flatten(0, -2).unsqueeze(1)).sum(-1)
-        return flat.scatter_(1, ids, exact).view(logits.shape)
+        return rescored(logits, hidden, self.lm_head.weight, num_exact)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -230,6 +264,19 @@ def _of_its_own(value: Tensor) -> Tensor:
     """Contiguous, and no part of a larger tensor: what is stored must not share memory."""
     is_part = value.untyped_storage().nbytes() > value.numel() * value.element_size()
     return value.clone() if is_part else value.contiguous()
+
+
+def rescored(logits: Tensor, hidden: Tensor, weight: Tensor, num_exact: int) -> Tensor:
+    """Logits [..., V] in float32, the ``num_exact`` best of each row computed anew in float32.
+
+    From states ``hidden`` [..., d] and the output projection's ``weight`` [V, d].
+    """
+    flat = logits.float().flatten(0, -2)
+    ids = top_candidates(flat, min(num_exact, flat.shape[-1]))[1]
+    weights = functional.embedding(ids, weight).float()
+    # Not a matrix product: its sums would depend on how many rows there are, and on TF32.
+    exact = (weights * hidden.float().flatten(0, -2).unsqueeze(1)).sum(-1)
+    return flat.scatter_(1, ids, exact).view(logits.shape)
 
 
 BLOCK: Final = 128

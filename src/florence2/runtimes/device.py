@@ -120,6 +120,9 @@ PRECISIONS: Final = {
     "fp16": torch.float16,
 }
 
+INT8: Final = "int8"
+"""Weights, and in the vision tower activations too, in 8 bits: by the OpenVINO runtime."""
+
 BF16_FROM_D_MODEL: Final = 512
 """Below, a step is many small operations, which reduced precision makes slower, not faster."""
 
@@ -146,8 +149,8 @@ def choose_device(name: str) -> torch.device:
 
 def check_precision(name: str, device: torch.device) -> None:
     """DeviceError for a precision that does not exist, or not on this device."""
-    if name not in ("auto", *PRECISIONS):
-        raise DeviceError(unknown_name("precision", str(name), ["auto", *PRECISIONS]))
+    if name not in ("auto", *PRECISIONS, INT8):
+        raise DeviceError(unknown_name("precision", str(name), ["auto", *PRECISIONS, INT8]))
     if name == "fp16" and device.type == "cpu":
         raise DeviceError("Precision 'fp16' is for GPUs; on a CPU use 'fp32' or 'bf16'.")
 

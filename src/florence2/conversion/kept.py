@@ -1,0 +1,187 @@
+"""Conversions that are made at first use and kept, and which runtime was measured to be faster."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
+
+from florence2.checkpoint.catalog import default_cache_dir
+from florence2.checkpoint.checkpoint import Checkpoint
+from florence2.checkpoint.converted import Converted, is_converted, read_converted, source_hash
+from florence2.checkpoint.files import check_folder, read_json, write_whole
+from florence2.conversion.convert import Picture, Progress, check_int8, convert
+from florence2.errors import CheckpointError, DeviceError
+from florence2.runtimes.openvino import openvino
+
+logger = logging.getLogger(__name__)
+
+FOLDER: Final = "openvino"
+"""In the cache of checkpoints."""
+
+_CHOICE: Final = "runtime.json"
+_SHOWN_HASH: Final = 12
+_CPU_INFO: Final = Path("/proc/cpuinfo")
+
+Calibration = Callable[[], tuple[Sequence[Picture], str]]
+"""Gives images [H, W, 3] of 8-bit RGB like those that will be labelled, and where they are from."""
+
+AnswerSeconds = Callable[[str, Path | None], float]
+"""Seconds of an answer in a precision, by the conversion in a folder or, without one, by torch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversions:
+    """Where converted networks are kept, and what int8 is calibrated on.
+
+    In the cache of checkpoints, by the hash of what they were made from: a folder of weights may be
+    read-only, and one that has changed is another checkpoint. ``calibration`` is called for int8
+    only.
+    """
+
+    cache_dir: Path | None = None
+    calibration: Calibration | None = None
+    progress: Progress = logger.info
+
+    def folder_for(self, checkpoint: Checkpoint, precision: str) -> Path:
+        """The checkpoint's conversion to a precision, whole; made where there is none."""
+        openvino()
+        folder = self._home(checkpoint) / precision
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with WeakFileLock(folder.parent / f".{precision}.lock"):
+                if not self._is_kept(folder):
+                    images, source = self._calibration(precision)
+                    self.progress(f"Converting {checkpoint.name} to {precision} for OpenVINO, once")
+                    convert(
+                        checkpoint,
+                        precision,
+                        folder,
+                        calibration=images,
+                        calibration_source=source,
+                        progress=self.progress,
+                    )
+        except OSError as error:
+            raise CheckpointError(
+                f"The conversion of {checkpoint.name} cannot be kept in {folder} "
+                f"({error.strerror or error}); make that folder writable, or name another cache "
+                "folder (FLORENCE2_CACHE)."
+            ) from error
+        return folder
+
+    def faster_runtime(
+        self, checkpoint: Checkpoint, precision: str, answer_s: AnswerSeconds
+    ) -> str:
+        """torch or openvino, as measured on this machine for this checkpoint and precision."""
+        path = self._home(checkpoint) / _CHOICE
+        machine = _machine()
+        known = read_json(path) if path.is_file() else {}
+        seconds = known.get(precision) if known.get("machine") == machine else None
+        if seconds is None:
+            folder = self.folder_for(checkpoint, precision)
+            self.progress("Measuring which runtime is the faster one here, once")
+            seconds = {
+                "torch": answer_s(precision, None),
+                "openvino": answer_s(precision, folder),
+            }
+            kept = known if known.get("machine") == machine else {}
+            content = {**kept, "machine": machine, precision: seconds}
+            write_whole(path, json.dumps(content, indent=2) + "\n")
+        runtime = min(seconds, key=lambda name: float(seconds[name]))
+        logger.info(
+            "%s in %s: an answer takes %.2f s with torch and %.2f s with openvino here",
+            checkpoint.name,
+            precision,
+            seconds["torch"],
+            seconds["openvino"],
+        )
+        return runtime
+
+    def _home(self, checkpoint: Checkpoint) -> Path:
+        cache = default_cache_dir() if self.cache_dir is None else self.cache_dir
+        found = _source_hash(checkpoint.folder, _stamp(checkpoint.folder))[:_SHOWN_HASH]
+        return cache / FOLDER / f"{Path(checkpoint.name).name}-{found}"
+
+    def _is_kept(self, folder: Path) -> bool:
+        if not is_converted(folder):
+            return False
+        try:
+            read_converted(folder)
+        except CheckpointError as error:
+            self.progress(str(error))
+            return False
+        return True
+
+    def _calibration(self, precision: str) -> tuple[Sequence[Picture], str]:
+        if precision != "int8" or self.calibration is None:
+            return (), ""
+        return self.calibration()
+
+
+def check_runtime(runtime: str, device: torch.device, precision: str) -> None:
+    """DeviceError where a runtime does not run on the device, or not in the precision."""
+    if runtime == "openvino":
+        if device.type != "cpu":
+            raise DeviceError(
+                f"Runtime 'openvino' runs on a CPU, and device '{device}' was chosen; use device "
+                "'cpu', or runtime 'torch'."
+            )
+        openvino()
+    if precision == "int8":
+        if device.type != "cpu" or runtime == "torch":
+            raise DeviceError(
+                "Precision 'int8' is for the OpenVINO runtime on a CPU, and runtime "
+                f"{runtime!r} on device '{device}' was chosen; leave the runtime out and use "
+                "device 'cpu', or another precision."
+            )
+        openvino()
+        check_int8()
+
+
+def notes_of(converted: Converted) -> tuple[str, ...]:
+    """What a user of a conversion must know, a sentence each."""
+    if converted.precision != "int8":
+        return ()
+    features, logits = (converted.error.get(name, 0.0) for name in ("features", "logits"))
+    return (
+        f"int8 was calibrated on {converted.calibration}; of a picture, visual features are "
+        f"{features:.1%} and logits {logits:.1%} from float32. What that costs on your images is "
+        "not known: compare a sample with precision fp32 before you rely on it.",
+    )
+
+
+def _stamp(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """Names, sizes and times of a folder's files: the hash is made anew when one changes."""
+    stats = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file()]
+    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+
+
+@functools.lru_cache(maxsize=16)
+def _source_hash(folder: Path, stamp: tuple[tuple[str, int, int], ...]) -> str:
+    return source_hash(folder, check_folder(folder))
+
+
+def _machine() -> dict[str, Any]:
+    """What the measure holds for."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = _CPU_INFO.read_text(encoding="utf-8").splitlines()
+        name = next(
+            line.partition(":")[2].strip() for line in lines if line.startswith("model name")
+        )
+    except (OSError, StopIteration):
+        logger.info("The CPU is known as %s only", name)
+    return {
+        "cpu": name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "openvino": str(openvino().__version__),
+    }
