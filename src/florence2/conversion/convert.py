@@ -1,4 +1,4 @@
-"""``convert``: a checkpoint to a folder that OpenVINO runs, in one precision, measured and whole."""
+"""A checkpoint to a folder that OpenVINO runs: in one precision, measured, and whole."""
 
 from __future__ import annotations
 
@@ -76,10 +76,10 @@ def convert(
 ) -> Converted:
     """Writes the converted checkpoint to the folder ``out``, which appears once it is whole.
 
-    ``calibration``: images like those that will be labelled, which int8 needs; ``calibration_source``
-    says in the manifest where they are from. A folder ``out`` that holds an earlier conversion is
-    replaced; any other one that is not empty is a CheckpointError. Raises CheckpointError or
-    DeviceError with one sentence, and then leaves nothing behind.
+    ``calibration``: images like those that will be labelled, which int8 needs; the manifest says
+    with ``calibration_source`` where they are from. A folder ``out`` that holds an earlier
+    conversion is replaced; any other one that is not empty is a CheckpointError. Raises
+    CheckpointError or DeviceError with one sentence, and then leaves nothing behind.
     """
     library = openvino()
     _check_request(checkpoint, precision, calibration)

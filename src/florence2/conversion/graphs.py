@@ -13,8 +13,8 @@ Written operation by operation and not traced, because layout decides the speed 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Final
+from collections.abc import Callable, Sequence
+from typing import Any, Final, cast
 
 import numpy as np
 import openvino as ov
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from florence2.network.bart import Attention, Decoder, DecoderLayer, EncoderLayer
 from florence2.network.davit import (
     AttentionBlock,
+    Block,
     ChannelAttention,
     ConvEmbed,
     FeedForward,
@@ -32,11 +33,14 @@ from florence2.network.davit import (
     WindowAttention,
 )
 from florence2.network.florence import Florence2Network
+from florence2.runtimes.openvino import LAYER_INPUTS
 
 Node = Any
 """A node or an output of a model; the library has no types for them."""
 
-LAYER_INPUTS: Final = ("cross_key", "cross_value", "own_key", "own_value")
+AttentionGraph = Callable[[Node, Any, tuple[int, int]], Node]
+"""Tokens, the module and the grid -> tokens."""
+
 CROSS_OUTPUTS: Final = ("cross_key", "cross_value")
 NEW_OUTPUTS: Final = ("new_key", "new_value")
 
@@ -61,11 +65,11 @@ def encoder_model(network: Florence2Network, cache_dtype: torch.dtype) -> ov.Mod
     vectors = ops.parameter([-1, -1, text.d_model], ov.Type.f32, name="vectors")
     mask = ops.parameter([-1, 1, 1, -1], ov.Type.f32, name="mask")
     states = _norm(vectors, language_model.encoder.layernorm_embedding)
-    for layer in language_model.encoder.layers:
+    for layer in cast(Sequence[EncoderLayer], language_model.encoder.layers):
         states = _encoder_layer(states, layer, mask, text.activation)
     results = []
-    for number, layer in enumerate(language_model.decoder.layers):
-        attention = layer.encoder_attn
+    for number, decoder_layer in enumerate(language_model.decoder.layers):
+        attention = cast(DecoderLayer, decoder_layer).encoder_attn
         for name, part in zip(CROSS_OUTPUTS, (attention.k_proj, attention.v_proj), strict=True):
             heads = _heads(_linear(states, part), attention.heads)
             results.append(_result(_cast(heads, cache_dtype), f"{name}.{number}"))
@@ -102,8 +106,8 @@ class _VisionGraph:
         tower: VisionTower = self._network.model.vision_tower
         tokens = pixels
         for embed, blocks in zip(tower.convs, tower.blocks, strict=True):
-            tokens, grid = self._embed(tokens, embed, grid)
-            for block in blocks:
+            tokens, grid = self._embed(tokens, cast(ConvEmbed, embed), grid)
+            for block in cast(Sequence[Block], blocks):
                 tokens = self._block(tokens, block.spatial_block, grid, self._window_attention)
                 tokens = self._block(tokens, block.channel_block, grid, self._channel_attention)
         features = self._project(tokens, grid)
@@ -121,7 +125,11 @@ class _VisionGraph:
         rows, columns = (
             (size + 2 * padding - side) // stride + 1
             for size, padding, side, stride in zip(
-                grid, conv.padding, conv.kernel_size, conv.stride, strict=True
+                grid,
+                cast(tuple[int, int], conv.padding),
+                conv.kernel_size,
+                conv.stride,
+                strict=True,
             )
         )
         tokens = _reshape(image, -1, conv.out_channels)
@@ -130,7 +138,7 @@ class _VisionGraph:
         return tokens, (rows, columns)
 
     def _block(
-        self, tokens: Node, block: AttentionBlock, grid: tuple[int, int], attention: Any
+        self, tokens: Node, block: AttentionBlock, grid: tuple[int, int], attention: AttentionGraph
     ) -> Node:
         tokens = self._residual_convolution(tokens, block.conv1, grid)
         mixed = attention(_norm(tokens, block.norm1), block.attention, grid)
@@ -211,7 +219,7 @@ class _DecoderGraph:
         slots = ops.gather(ops.shape_of(self._own_mask), _integers(3), _integers(0))
         self._lengths = ops.concat([slots, _integers(-1)], 0)
         hidden = _norm(vectors, self._decoder.layernorm_embedding)
-        for number, layer in enumerate(self._decoder.layers):
+        for number, layer in enumerate(cast(Sequence[DecoderLayer], self._decoder.layers)):
             hidden = self._layer(hidden, layer, number)
         return hidden
 
@@ -294,7 +302,8 @@ def _attend(query: Node, key: Node, value: Node, mask: Node) -> Node:
 
 def _feed_forward(tokens: Node, layer: nn.Module, activation: str) -> Node:
     """Of a layer with ``fc1`` and ``fc2``."""
-    return _linear(_activated(_linear(tokens, layer.fc1), activation), layer.fc2)
+    widen, narrow = cast(nn.Linear, layer.fc1), cast(nn.Linear, layer.fc2)
+    return _linear(_activated(_linear(tokens, widen), activation), narrow)
 
 
 def _activated(values: Node, activation: str) -> Node:
@@ -358,7 +367,7 @@ def _convolution(image: Node, conv: nn.Conv2d) -> Node:
     weight, stride, padding = conv.weight, list(conv.stride), list(conv.padding)
     channels_first = _transpose(image, 0, 3, 1, 2)
     if conv.groups > 1:
-        grouped = weight.unflatten(0, (conv.groups, -1))
+        grouped = weight.reshape(conv.groups, -1, *weight.shape[1:])
         made = ops.group_convolution(
             channels_first, _constant(grouped), stride, padding, padding, [1, 1]
         )

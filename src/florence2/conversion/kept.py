@@ -95,7 +95,7 @@ class Conversions:
             kept = known if known.get("machine") == machine else {}
             content = {**kept, "machine": machine, precision: seconds}
             write_whole(path, json.dumps(content, indent=2) + "\n")
-        runtime = min(seconds, key=lambda name: float(seconds[name]))
+        runtime = "openvino" if seconds["openvino"] < seconds["torch"] else "torch"
         logger.info(
             "%s in %s: an answer takes %.2f s with torch and %.2f s with openvino here",
             checkpoint.name,

@@ -425,7 +425,7 @@ class OpenVinoRuntime:
         made = torch.empty(
             text.decoder_layers, 2, *shape[:-1], head_dim, dtype=cache_dtype(self.precision)
         )
-        into = {}
+        into: dict[str, Tensor] = {}
         for number, (key, value) in enumerate(made):
             into |= {f"cross_key.{number}": key, f"cross_value.{number}": value}
         self._encoder.run({"vectors": vectors, "mask": mask}, into)
