@@ -38,13 +38,16 @@ from serve.http.metrics import Metrics
 from serve.http.sdk_routes import register_sdk_routes
 from serve.limits import held_bytes
 from serve.model_service import (
+    AUTO,
     MAX_QUEUED,
     PRECISION_NAMES,
+    RUNTIME_NAMES,
     Deployment,
     ModelChoice,
     ModelMeta,
     check_runtime,
     device_name,
+    engine_runtime,
     named_model,
     params_for,
 )
@@ -194,21 +197,25 @@ class Florence2App(PromptBasedObjectDetection):  # type: ignore[misc]
         :type model_source: str
         :param device: cpu, cuda or cuda:N
         :type device: str
-        :param runtime: PyTorch
+        :param runtime: PyTorch, OpenVINO or auto
         :type runtime: str
+        :param precision: among the others: fp32, bf16, fp16, int8 or auto
+        :type precision: str
         """
         local = self._local or LocalServer(model_files["checkpoint"])
+        asked = engine_runtime(runtime)
         choice = ModelChoice(
             model_files["checkpoint"],
             device,
-            local.precision,
-            local.runtime,
+            others.get("precision") or local.precision,
+            local.runtime if asked == AUTO else asked,
             self._is_cpu_asked_for,
         )
         model = self.deployment.switch(choice).model
         self.model_precision = PRECISION_NAMES[model.precision]
+        self.runtime = RUNTIME_NAMES[model.runtime]
         self._model_meta = self.model_meta
-        self.metrics.set_model(model.name, model.device, model.precision, "torch")
+        self.metrics.set_model(model.name, model.device, model.precision, model.runtime)
         self._show_device_warning()
 
     @property
@@ -309,7 +316,7 @@ class Florence2App(PromptBasedObjectDetection):  # type: ignore[misc]
         info["model_name"] = model.name
         info["device"] = model.device
         info["precision"] = self.model_precision
-        info["runtime"] = "torch"
+        info["runtime"] = model.runtime
         info["notes"] = list(model.notes)
         info["self_test_s"] = round(model.engine.self_test_s, 3)
         if self.deployment.device_warning:

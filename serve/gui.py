@@ -8,11 +8,11 @@ from typing import Any, Final
 
 from florence2.checkpoint.hub import ProgressUpdate
 from florence2.errors import FlorenceError
-from serve.model_service import DEFAULT_MODEL
+from serve.model_service import AUTO, DEFAULT_MODEL, PRECISION_NAMES, RUNTIME_NAMES
 from serve.sdk import sly  # noqa: F401  (the SDK's modules are imported after this door)
 
 # isort: split
-from supervisely.app.widgets import Checkbox, Field, Text, Widget
+from supervisely.app.widgets import Checkbox, Field, SelectString, Text, Widget
 from supervisely.nn.inference.gui.serving_gui_template import ServingGUITemplate
 
 logger = logging.getLogger(__name__)
@@ -20,6 +20,17 @@ logger = logging.getLogger(__name__)
 _REFRESH_HELP: Final = (
     "Every file of the checkpoint is compared with its published hash, and what differs is "
     "downloaded again."
+)
+
+
+_RUNTIME_HELP: Final = (
+    "auto: PyTorch on a GPU, and on a CPU the faster of the two, measured at the first start. "
+    "OpenVINO converts the checkpoint at its first start, which takes minutes and a copy of its "
+    "size on the disk."
+)
+_PRECISION_HELP: Final = (
+    "auto is as exact as labels need. int8 is for OpenVINO on a CPU: about twice as fast as bf16, "
+    "and less exact."
 )
 
 
@@ -32,7 +43,21 @@ class Florence2Gui(ServingGUITemplate):  # type: ignore[misc]
         self.device_warning = Text("", "warning", widget_id="device_warning")
         self.device_warning.hide()
         refresh = Field(self._refresh, title="Weights", description=_REFRESH_HELP)
-        return [refresh, self.device_warning]
+        self._runtime = SelectString([AUTO, *RUNTIME_NAMES.values()], widget_id="runtime")
+        self._precision = SelectString([AUTO, *PRECISION_NAMES], widget_id="precision")
+        runtime = Field(self._runtime, title="Runtime", description=_RUNTIME_HELP)
+        precision = Field(self._precision, title="Precision", description=_PRECISION_HELP)
+        return [runtime, precision, refresh, self.device_warning]
+
+    @property
+    def runtime(self) -> str:
+        """The runtime that is chosen, as the SDK writes it, or auto."""
+        return str(self._runtime.get_value())
+
+    def get_params_from_gui(self) -> dict[str, Any]:
+        """What Serve deploys."""
+        chosen: dict[str, Any] = super().get_params_from_gui()
+        return {**chosen, "precision": str(self._precision.get_value())}
 
     is_starting = False
     """Whether the app starts and nobody has pressed anything yet."""

@@ -15,7 +15,7 @@ import torch
 from florence2.api import Florence2
 from florence2.engine.scheduler import Observer, Scheduler
 from florence2.errors import RequestError, StoppedError, unknown_name
-from florence2.runtimes.device import missing_gpu
+from florence2.runtimes.device import check_precision, choose_device, missing_gpu
 from serve.naming import FIXED_SHAPES, class_color
 from serve.predict.annotations import TAG_METAS
 from serve.sdk import sly
@@ -71,13 +71,14 @@ class IdleTimer:
 
 
 PRETRAINED: Final = "Pretrained models"
-PYTORCH: Final = "PyTorch"
+AUTO: Final = "auto"
+RUNTIME_NAMES: Final = {"torch": "PyTorch", "openvino": "OpenVINO"}
+"""Runtimes of the engine, and as the SDK and the page write them."""
+_SDK_NAMES: Final = tuple(RUNTIME_NAMES.values())
 DEFAULT_MODEL: Final = "Florence-2-large"
 ALLOW_DEPLOY_VARIABLE: Final = "FLORENCE_ALLOW_DEPLOY"
 # As the SDK writes precisions.
-PRECISION_NAMES: Final = {"fp32": "FP32", "fp16": "FP16", "bf16": "BF16"}
-
-_RUNTIMES: Final = ("pytorch", "torch", "auto")
+PRECISION_NAMES: Final = {"fp32": "FP32", "fp16": "FP16", "bf16": "BF16", "int8": "INT8"}
 
 
 def device_name(device: object) -> str:
@@ -92,12 +93,22 @@ def device_name(device: object) -> str:
 
 
 def check_runtime(runtime: object) -> str:
-    """The runtime as the SDK writes it; RequestError for one that this app does not have."""
+    """The runtime as the SDK writes it, or auto; RequestError for one that this app does not have.
+
+    Both the SDK's names and the engine's are understood.
+    """
     if runtime in (None, ""):
-        return PYTORCH
-    if not isinstance(runtime, str) or runtime.lower() not in _RUNTIMES:
-        raise RequestError(unknown_name("runtime", str(runtime), [PYTORCH]))
-    return PYTORCH
+        return AUTO
+    known = {AUTO: AUTO, **RUNTIME_NAMES, **{name.lower(): name for name in _SDK_NAMES}}
+    if not isinstance(runtime, str) or runtime.lower() not in known:
+        raise RequestError(unknown_name("runtime", str(runtime), [AUTO, *_SDK_NAMES]))
+    return known[runtime.lower()]
+
+
+def engine_runtime(runtime: object) -> str:
+    """The runtime as the engine writes it, or auto."""
+    named = check_runtime(runtime)
+    return next((name for name, shown in RUNTIME_NAMES.items() if shown == named), AUTO)
 
 
 def named_model(name: str, models: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -115,15 +126,23 @@ def named_model(name: str, models: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def params_for(row: dict[str, Any], device: object, runtime: object = None) -> dict[str, Any]:
+def params_for(
+    row: dict[str, Any], device: object, runtime: object = None, precision: object = None
+) -> dict[str, Any]:
     """What ``_load_model_headless`` takes for a row of ``models.json``."""
-    return {
+    chosen = device_name(device)
+    params = {
         "model_source": PRETRAINED,
         "model_files": dict(row["meta"]["model_files"]),
         "model_info": row,
-        "device": device_name(device),
+        "device": chosen,
         "runtime": check_runtime(runtime),
     }
+    if precision not in (None, ""):
+        # Before anything that runs is stopped for it.
+        check_precision(str(precision).lower(), choose_device(chosen))
+        params["precision"] = str(precision).lower()
+    return params
 
 
 def params_from_state(
@@ -149,7 +168,7 @@ def params_from_state(
             "model_name."
         )
     row = _row_of(state, given, models, allowed)
-    return params_for(row, given.get("device"), given.get("runtime"))
+    return params_for(row, given.get("device"), given.get("runtime"), given.get("precision"))
 
 
 def _row_of(
@@ -451,7 +470,15 @@ class Deployment:
 
 
 def _load(choice: ModelChoice) -> Florence2:
-    return Florence2.load(choice.name, choice.device, choice.runtime, precision=choice.precision)
+    from florence2_demo.calibration import calibration_scenes
+
+    return Florence2.load(
+        choice.name,
+        choice.device,
+        choice.runtime,
+        precision=choice.precision,
+        calibration=calibration_scenes,
+    )
 
 
 def _warning_of(deployed: Deployed) -> str | None:

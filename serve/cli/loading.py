@@ -69,12 +69,14 @@ def weights_hash(path: Path) -> str:
 def load_model(name: str, device: str, runtime: str, precision: str = "auto") -> Florence2:
     """The model, or the FlorenceError that says in a sentence why there is none."""
     from florence2.api import Florence2
+    from florence2_demo.calibration import calibration_scenes
 
     chosen: dict[str, Any] = {
         "device": device,
         "runtime": runtime,
         "precision": precision,
         "cache_bytes": _CACHE_BYTES,
+        "calibration": calibration_scenes,
     }
     with _bar(name) as progress:
         model = Florence2.load(name, **chosen, progress=progress)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from florence2.engine.ask import Ask
-from florence2.errors import CheckpointError, RequestError, StoppedError
+from florence2.errors import CheckpointError, DeviceError, RequestError, StoppedError
 from serve import model_service
 from serve.model_service import (
     Deployment,
@@ -27,7 +27,7 @@ MODELS = json.loads(Path(model_service.__file__).with_name("models.json").read_t
 def test_a_request_names_a_model_in_any_case():
     params = params_from_state({"model_name": "florence-2-BASE"}, MODELS)
     assert params["model_files"] == {"checkpoint": "Florence-2-base"}
-    assert params["runtime"] == "PyTorch"
+    assert params["runtime"] == "auto"
 
 
 @pytest.mark.parametrize(
@@ -77,9 +77,30 @@ def test_rows_of_the_table_are_not_changed_by_a_deployment():
     assert named_model("Florence-2-base", MODELS)["meta"]
 
 
-@pytest.mark.parametrize("runtime", [None, "", "pytorch", "PyTorch", "torch", "auto"])
-def test_the_runtime_has_one_name(runtime):
-    assert check_runtime(runtime) == "PyTorch"
+@pytest.mark.parametrize(
+    ("runtime", "expected"),
+    [
+        (None, "auto"),
+        ("", "auto"),
+        ("AUTO", "auto"),
+        ("pytorch", "PyTorch"),
+        ("PyTorch", "PyTorch"),
+        ("torch", "PyTorch"),
+        ("openvino", "OpenVINO"),
+        ("OpenVINO", "OpenVINO"),
+    ],
+)
+def test_the_runtime_has_one_name(runtime, expected):
+    assert check_runtime(runtime) == expected
+
+
+def test_a_request_names_runtime_and_precision():
+    given = {"deploy_params": {"device": "cpu", "runtime": "openvino", "precision": "INT8"}}
+    params = params_from_state({**given, "model_name": "Florence-2-base"}, MODELS)
+    assert (params["runtime"], params["precision"]) == ("OpenVINO", "int8")
+    given["deploy_params"]["precision"] = "int7"
+    with pytest.raises(DeviceError, match="int8"):
+        params_from_state(given, MODELS)
 
 
 def test_a_device_nobody_chose_is_chosen(monkeypatch):
