@@ -16,9 +16,11 @@ def register(app: typer.Typer) -> None:
 
 def benchmark(
     size: Annotated[str | None, typer.Option(help="base, large, or both with a comma.")] = None,
-    runtime: Annotated[str | None, typer.Option(help="The runtime of ours: torch.")] = None,
+    runtime: Annotated[
+        str | None, typer.Option(help="The runtime of ours: torch, openvino.")
+    ] = None,
     precision: Annotated[
-        str | None, typer.Option(help="The precision of ours: fp32, bf16, several with commas.")
+        str | None, typer.Option(help="The precision of ours: fp32, bf16, int8.")
     ] = None,
     beams: Annotated[str | None, typer.Option(help="Beams, several with commas.")] = None,
     tokens: Annotated[str | None, typer.Option(help="New tokens, several with commas.")] = None,

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from florence2.api import RUNTIMES
+from florence2.conversion.kept import check_runtime
 from florence2.errors import RequestError, unknown_name
 from florence2.network.config import NetworkConfig, base_config, large_config, tiny_config
 from florence2.records import SizeWh
@@ -99,9 +100,13 @@ CHOSEN: Final = (
     Axes(("base",), precisions=("bf16",), batches=(8,), tokens=(30,)),
     Axes(("base",), precisions=("bf16",), prompts=(5,)),
     Axes(("base",), precisions=("bf16",), prompts=(20,), tokens=(30,)),
+    Axes(("base",), ("openvino",), ("fp32", "bf16", "int8")),
+    Axes(("base",), ("openvino",), ("bf16", "int8"), prompts=(5,)),
     Axes(("large",), precisions=("bf16",)),
+    Axes(("large",), ("openvino",), ("fp32", "bf16", "int8")),
+    Axes(("large",), ("openvino",), ("int8",), prompts=(5,)),
 )
-"""A selection that two CPU cores finish in less than half an hour."""
+"""A selection that two CPU cores finish in less than an hour and a half."""
 
 FULL: Final = (
     Axes(precisions=("fp32", "bf16"), batches=(1, 8, 32), prompts=(1, 5, 20), beams=(1, 3)),
@@ -201,6 +206,8 @@ class BenchmarkPlan:
                 raise RequestError(unknown_name("runtime", runtime, KNOWN_RUNTIMES))
         for precision in axes.precisions:
             check_precision(precision, choose_device(self.device))
+            for runtime in axes.runtimes:
+                check_runtime(runtime, choose_device(self.device), precision)
         longest = min(size_config(size).text.max_position_embeddings for size in axes.sizes)
         if max(axes.tokens) > longest:
             raise RequestError(

@@ -30,7 +30,7 @@ _HEADING: Final = (
 def row_sentence(row: Row) -> str:
     """What is said while the run goes on."""
     axes = (
-        f"{row.size} {row.precision}, batch {row.batch}, prompts {row.prompts}, "
+        f"{row.size} {row.form}, batch {row.batch}, prompts {row.prompts}, "
         f"beams {row.beams}, tokens {row.tokens}"
     )
     if row.ours_s is None:
@@ -56,7 +56,7 @@ def _table(rows: Sequence[Row]) -> Table:
     for name in (*_STAGES, "whole", *ratios, "MiB", "same", "runs"):
         table.add_column(name, justify="right")
     for row in rows:
-        axes = (row.size, row.precision, row.batch, row.prompts, row.beams, row.tokens)
+        axes = (row.size, row.form, row.batch, row.prompts, row.beams, row.tokens)
         table.add_row(*(str(axis) for axis in axes), *_cells(row))
     return table
 
@@ -83,7 +83,7 @@ def _notes(rows: Sequence[Row]) -> list[str]:
         "same: the tokens are those of the reference in fp32."
     ]
     for row in rows:
-        where = f"{row.size} {row.precision} {row.batch}x{row.prompts}x{row.beams}x{row.tokens}"
+        where = f"{row.size} {row.form} {row.batch}x{row.prompts}x{row.beams}x{row.tokens}"
         notes += [
             f"{where} (batch x prompts x beams x tokens): {_SIDES[side]} measured on {count} of "
             f"{row.asks} answers and counted over all."
@@ -200,7 +200,7 @@ def _line_at_one(scale: float, height: int) -> str:
 
 def _bars_of(row: Row, top: int, scale: float) -> list[str]:
     parts = [
-        _text(16, top + 11, f"{row.size}, ours in {row.precision}"),
+        _text(16, top + 11, f"{row.size}, ours in {row.form}"),
         _text(16, top + 25, _axes_of(row), "axes"),
     ]
     for place, (kind, _, name, side) in enumerate(_BARS):

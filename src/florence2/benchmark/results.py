@@ -69,6 +69,11 @@ class Row:
         return self.batch * self.prompts
 
     @property
+    def form(self) -> str:
+        """The precision of ours, and the runtime where it is not torch."""
+        return self.precision if self.runtime == "torch" else f"{self.precision} {self.runtime}"
+
+    @property
     def seconds(self) -> dict[str, float | None]:
         """The whole case's seconds by side."""
         values = (self.ours_s, self.reference_fp32_s, self.reference_bf16_s, self.others_s)

@@ -32,7 +32,7 @@ from florence2.benchmark.results import (
     make_row,
     save_rows,
 )
-from florence2.benchmark.sides import OTHERS, OURS, REFERENCE, Measured
+from florence2.benchmark.sides import CONVERT, OTHERS, OURS, REFERENCE, Measured
 from florence2.benchmark.tokenizer_training import build_tokenizer
 from florence2.errors import FlorenceError, shown_s
 from florence2.network.florence import Florence2Network
@@ -80,6 +80,11 @@ class Setup:
     threads: int
     timeout_s: float
 
+    def folder_of(self, side: Side) -> Path:
+        """What a side loads: the checkpoint, or its conversion."""
+        is_converted = side.runtime == "openvino"
+        return self.folder / f"openvino-{side.precision}" if is_converted else self.folder
+
 
 class Worker:
     """A side's process."""
@@ -87,8 +92,11 @@ class Worker:
     def __init__(self, side: Side, setup: Setup) -> None:
         """Waits until it has loaded; SideFailedError if it cannot."""
         self._timeout_s = setup.timeout_s
+        folder = setup.folder_of(side)
+        if not folder.is_dir():
+            _convert(setup.folder, folder, side.precision)
         command = [sys.executable, "-m", "florence2.benchmark.sides", *side.process]
-        command += [str(setup.folder), setup.device, str(setup.threads)]
+        command += [str(folder), setup.device, str(setup.threads)]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -161,6 +169,15 @@ class Worker:
         if code == -signal.SIGKILL:
             return "the system ended it, most likely for want of memory"
         return f"it ended with code {code}, and its messages are above the table"
+
+
+def _convert(folder: Path, out: Path, precision: str) -> None:
+    """In a process of its own, whose memory and time are not counted; SideFailedError."""
+    command = [sys.executable, "-m", "florence2.benchmark.sides", CONVERT, precision]
+    done = subprocess.run([*command, str(folder), str(out)], capture_output=True, text=True)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["nothing was said"]
+        raise SideFailedError(f"it could not be converted ({lines[-1]})")
 
 
 class Workers:

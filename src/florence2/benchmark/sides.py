@@ -19,12 +19,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final, TextIO, TypeVar
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import nn
 
 from florence2.api import Ask, Florence2
 from florence2.benchmark.plan import TASK, Case, case_images, case_texts
+from florence2.checkpoint.checkpoint import open_checkpoint
+from florence2.conversion.convert import convert
 from florence2.engine.answering import answer_all
 from florence2.errors import FlorenceError
 from florence2.images import open_image
@@ -35,6 +38,7 @@ from florence2.tokens import BOS, BOS_ID, DECODER_START_ID, EOS, EOS_ID, PAD_ID
 
 OURS: Final = "ours"
 REFERENCE: Final = "reference"
+CONVERT: Final = "convert"
 OTHERS: Final = "others"
 """The reference as it is usually served: one prompt at a time, nothing kept."""
 
@@ -342,6 +346,7 @@ RunCase = Callable[[Case, int, float], Measured]
 
 WARM_UP: Final = Case(batch=1, prompts=1, beams=1, tokens=8)
 WARM_UP_ROUND: Final = 1_000_000
+_CALIBRATION_IMAGES: Final = 3
 # What torch and the libraries below it raise when they lack memory or a kernel for a precision.
 _FAILURES: Final = (FlorenceError, RuntimeError, MemoryError)
 
@@ -357,7 +362,13 @@ def _load(
 
 
 def main() -> None:
-    """``... ours|reference RUNTIME PRECISION FOLDER DEVICE THREADS``."""
+    """``... ours|reference RUNTIME PRECISION FOLDER DEVICE THREADS``, or a conversion.
+
+    ``... convert PRECISION FOLDER OUT`` converts what an OpenVINO side then loads.
+    """
+    if sys.argv[1] == CONVERT:
+        _convert(sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]))
+        return
     process, runtime, precision, folder, device, threads = sys.argv[1:]
     # Whatever else is printed, also by libraries in C, goes to stderr.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -386,6 +397,18 @@ def main() -> None:
             continue
         measured = replace(found, loading_mib=loading_mib, running_mib=memory.peak_mib())
         _say(answers, asdict(measured))
+
+
+def _convert(precision: str, folder: Path, out: Path) -> None:
+    # With random weights any pictures give ranges of activations that hold for all others.
+    images = case_images(Case(_CALIBRATION_IMAGES, 1, 1, 1), WARM_UP_ROUND)
+    convert(
+        open_checkpoint(folder),
+        precision,
+        out,
+        calibration=[np.asarray(image) for image in images] if precision == "int8" else (),
+        calibration_source="noise",
+    )
 
 
 def _failure(error: BaseException) -> dict[str, str]:
