@@ -43,22 +43,25 @@ class Florence2Gui(ServingGUITemplate):  # type: ignore[misc]
         self.device_warning = Text("", "warning", widget_id="device_warning")
         self.device_warning.hide()
         refresh = Field(self._refresh, title="Weights", description=_REFRESH_HELP)
-        self._runtime = SelectString([AUTO, *RUNTIME_NAMES.values()], widget_id="runtime")
-        self._precision = SelectString([AUTO, *PRECISION_NAMES], widget_id="precision")
-        runtime = Field(self._runtime, title="Runtime", description=_RUNTIME_HELP)
-        precision = Field(self._precision, title="Precision", description=_PRECISION_HELP)
+        self.runtime_choice = SelectString([AUTO, *RUNTIME_NAMES.values()], widget_id="runtime")
+        self.precision_choice = SelectString([AUTO, *PRECISION_NAMES], widget_id="precision")
+        runtime = Field(self.runtime_choice, title="Runtime", description=_RUNTIME_HELP)
+        precision = Field(self.precision_choice, title="Precision", description=_PRECISION_HELP)
         return [runtime, precision, refresh, self.device_warning]
 
     @property
     def runtime(self) -> str:
         """The runtime that is chosen, as the SDK writes it, or auto."""
-        return str(self._runtime.get_value())
+        chosen = self.runtime_choice
+        # The SDK asks before there are widgets.
+        return AUTO if chosen is None else str(chosen.get_value())
 
     def get_params_from_gui(self) -> dict[str, Any]:
         """What Serve deploys."""
         chosen: dict[str, Any] = super().get_params_from_gui()
-        return {**chosen, "precision": str(self._precision.get_value())}
+        return {**chosen, "precision": str(self.precision_choice.get_value())}
 
+    runtime_choice: SelectString | None = None
     is_starting = False
     """Whether the app starts and nobody has pressed anything yet."""
     has_model: Callable[[], bool] = staticmethod(lambda: False)

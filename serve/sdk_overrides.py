@@ -99,6 +99,12 @@ OVERRIDES: Final[tuple[Override, ...]] = (
         "never: it is how the SDK has pages extended",
     ),
     Override(
+        "ServingGUITemplate.runtime ServingGUITemplate.get_params_from_gui",
+        "A page that offers the SDK's three runtimes only, and no precision.",
+        _PAGE + "test_serve_deploys_what_is_chosen_on_the_page",
+        "the SDK's list of runtimes is an app's own",
+    ),
+    Override(
         "ServingGUITemplate.set_inference_settings "
         "ServingGUITemplate._model_inference_settings_widget",
         "Settings on the page without the comments that explain them.",

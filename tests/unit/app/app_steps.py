@@ -58,10 +58,15 @@ def pressing_serve_deploys(app: Florence2App) -> None:
     download, load = app._download_pretrained_model, app._load_model_headless
     app._download_pretrained_model = lambda files, *_: dict(files)
     app._load_model_headless = lambda **params: asked.append(params)
+    app.gui.runtime_choice.set_value("OpenVINO")
+    app.gui.precision_choice.set_value("bf16")
     app.gui.deploy_with_current_params()
     app.gui.change_model()
+    app.gui.runtime_choice.set_value("auto")
+    app.gui.precision_choice.set_value("auto")
     app._download_pretrained_model, app._load_model_headless = download, load
-    seen["served"] = {"files": asked[0]["model_files"], "device": asked[0]["device"]}
+    named = ("model_files", "device", "runtime", "precision")
+    seen["served"] = {name: asked[0][name] for name in named}
 
 
 def pressing_serve_without_weights_says_why(app: Florence2App) -> None:

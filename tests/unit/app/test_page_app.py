@@ -53,7 +53,12 @@ def test_large_is_chosen_among_exactly_four(seen):
 
 
 def test_serve_deploys_what_is_chosen_on_the_page(seen):
-    assert seen["served"] == {"files": {"checkpoint": "Florence-2-large"}, "device": "cpu"}
+    assert seen["served"] == {
+        "model_files": {"checkpoint": "Florence-2-large"},
+        "device": "cpu",
+        "runtime": "OpenVINO",
+        "precision": "bf16",
+    }
 
 
 def test_weights_that_cannot_be_had_are_told_about(seen):
