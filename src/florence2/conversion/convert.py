@@ -34,7 +34,6 @@ from florence2.images import open_image
 from florence2.network.florence import Florence2Network
 from florence2.pixels import ImageProcessor
 from florence2.runtimes.openvino import (
-    INSTALL,
     TABLES,
     ConvertedNetwork,
     OpenVinoRuntime,
@@ -224,6 +223,8 @@ def _write_models(
         gc.collect()
 
 
+INSTALL_NNCF: Final = 'pip install "serve-florence-2[int8]"'
+
 _PARTS: Final = {
     "vision": "vision tower",
     "encoder": "text encoder",
@@ -278,8 +279,8 @@ def _nncf() -> Any:  # noqa: ANN401
         import nncf
     except ImportError as error:
         raise DeviceError(
-            f"Precision 'int8' needs the nncf package, which cannot be imported ({error}); install "
-            f"it with {INSTALL}."
+            f"Converting to int8 needs the nncf package, which cannot be imported ({error}); "
+            f"install it with {INSTALL_NNCF}."
         ) from error
     nncf.set_log_level(logging.ERROR)
     return nncf

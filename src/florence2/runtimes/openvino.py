@@ -43,7 +43,7 @@ LAYER_INPUTS: Final = ("cross_key", "cross_value", "own_key", "own_value")
 
 _OUT_OF_MEMORY: Final = ("DefaultCPUAllocator", "bad_alloc", "not enough memory", "Cannot allocate")
 
-INSTALL: Final = 'pip install "serve-florence-2[openvino]"'
+INSTALL: Final = "pip install openvino"
 
 _INT8_FLAGS: Final = frozenset({"avx512_vnni", "avx_vnni", "amx_int8", "i8mm", "asimddp"})
 _CPU_INFO: Final = Path("/proc/cpuinfo")
