@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import io
 import logging
-import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,6 +25,13 @@ from florence2.checkpoint.converted import (
 )
 from florence2.checkpoint.files import check_folder, small_files
 from florence2.checkpoint.hub import megabytes
+from florence2.conversion.eight_bits import (
+    check_int8,
+    compressed,
+    encoder_inputs,
+    nncf,
+    quantized,
+)
 from florence2.errors import CheckpointError, DeviceError, unknown_name
 from florence2.generation.kv_cache import DecoderSession
 from florence2.images import open_image
@@ -38,7 +42,6 @@ from florence2.runtimes.openvino import (
     ConvertedNetwork,
     OpenVinoRuntime,
     cache_dtype,
-    cpu_computes_int8,
     openvino,
 )
 from florence2.tokens import BOS_ID, EOS_ID
@@ -92,7 +95,7 @@ def convert(
         calibrated = [_pixels(checkpoint.image_processor, image) for image in _chosen(calibration)]
         versions = {"openvino": str(library.__version__)}
         if precision == "int8":
-            versions["nncf"] = str(_nncf().__version__)
+            versions["nncf"] = str(nncf().__version__)
         _write_models(network, checkpoint, precision, part, calibrated, progress)
         _write_tables(network, precision, part)
         for name in small_files(checkpoint.folder):
@@ -134,20 +137,11 @@ def _check_request(checkpoint: Checkpoint, precision: str, calibration: Sequence
     if precision != "int8":
         return
     check_int8()
-    _nncf()
+    nncf()
     if not calibration:
         raise CheckpointError(
             "Precision 'int8' is calibrated on images like those that will be labelled, and none "
             "were given; name a folder of them (florence2 convert --calibration DIR)."
-        )
-
-
-def check_int8() -> None:
-    """DeviceError where this CPU would be slower with 8-bit integers than without."""
-    if not cpu_computes_int8():
-        raise DeviceError(
-            "Precision 'int8' needs a CPU with dot products of 8-bit integers (AVX-512 VNNI, "
-            "AVX-VNNI, AMX or Arm's dotprod), which this one does not have; use 'fp32' or 'auto'."
         )
 
 
@@ -211,19 +205,25 @@ def _write_models(
         "encoder": lambda: encoder_model(network, dtype),
         "decoder": lambda: decoder_model(network, dtype),
     }
+    in_8_bits: dict[str, Callable[[Any], Any]] = {
+        "vision": lambda model: quantized(model, calibrated),
+        "encoder": lambda model: quantized(
+            model, encoder_inputs(network, checkpoint, folder / "vision.xml", calibrated)
+        ),
+        # A step has few rows, and its time is that of reading its weights.
+        "decoder": compressed,
+    }
     for name, make in made.items():
         progress(f"Converting the {_PARTS[name]}")
         model = make()
         if precision == "int8":
-            model = _quantized(model, calibrated) if name == "vision" else _compressed(model)
+            model = in_8_bits[name](model)
         if precision in ("bf16", "int8"):
             _store_in_bf16(model)
         openvino().save_model(model, folder / f"{name}.xml", compress_to_fp16=precision == "fp16")
         del model
         gc.collect()
 
-
-INSTALL_NNCF: Final = 'pip install "serve-florence-2[int8]"'
 
 _PARTS: Final = {
     "vision": "vision tower",
@@ -249,48 +249,6 @@ def _store_in_bf16(model: Any) -> None:  # noqa: ANN401
         widened = ops.convert(stored, library.Type.f32)
         for target in node.output(0).get_target_inputs():
             target.replace_source_output(widened.output(0))
-
-
-def _quantized(model: Any, calibrated: Sequence[npt.NDArray[np.float32]]) -> Any:  # noqa: ANN401
-    """Weights and activations in 8 bits, the latter's ranges from the images."""
-    nncf = _nncf()
-    with _quiet():
-        return nncf.quantize(
-            model,
-            nncf.Dataset(list(calibrated)),
-            subset_size=len(calibrated),
-            model_type=nncf.ModelType.TRANSFORMER,
-            preset=nncf.QuantizationPreset.MIXED,
-        )
-
-
-def _compressed(model: Any) -> Any:  # noqa: ANN401
-    """Weights in 8 bits, each row with a scale of its own."""
-    nncf = _nncf()
-    with _quiet():
-        return nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM)
-
-
-def _nncf() -> Any:  # noqa: ANN401
-    """The library; DeviceError where it is not installed."""
-    # It sends what it is used for to a server of its maker, unless it believes to be tested.
-    os.environ.setdefault("NNCF_CI", "1")
-    try:
-        import nncf
-    except ImportError as error:
-        raise DeviceError(
-            f"Converting to int8 needs the nncf package, which cannot be imported ({error}); "
-            f"install it with {INSTALL_NNCF}."
-        ) from error
-    nncf.set_log_level(logging.ERROR)
-    return nncf
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Within it, what the library draws on the terminal is dropped."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield
 
 
 def _write_tables(network: Florence2Network, precision: str, folder: Path) -> None:

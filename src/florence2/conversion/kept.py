@@ -18,7 +18,8 @@ from florence2.checkpoint.catalog import default_cache_dir
 from florence2.checkpoint.checkpoint import Checkpoint
 from florence2.checkpoint.converted import Converted, is_converted, read_converted, source_hash
 from florence2.checkpoint.files import check_folder, read_json, write_whole
-from florence2.conversion.convert import Picture, Progress, check_int8, convert
+from florence2.conversion.convert import Picture, Progress, convert
+from florence2.conversion.eight_bits import check_int8
 from florence2.errors import CheckpointError, DeviceError
 from florence2.runtimes.openvino import openvino
 

@@ -311,10 +311,12 @@ class Stack(nn.Module):
 
     def add_positions(self, vectors: Tensor) -> Tensor:
         """[B, L, d] at positions 0 ... L - 1 -> the first layer's input."""
-        end = vectors.shape[1]
-        self.check_length(end)
-        table = self.embed_positions.weight[POSITION_OFFSET : end + POSITION_OFFSET]
-        return cast(Tensor, self.layernorm_embedding(vectors + table))
+        return cast(Tensor, self.layernorm_embedding(vectors + self.positions(vectors.shape[1])))
+
+    def positions(self, length: int) -> Tensor:
+        """The vectors [length, d] of positions 0 ... length - 1."""
+        self.check_length(length)
+        return self.embed_positions.weight[POSITION_OFFSET : length + POSITION_OFFSET]
 
     def check_length(self, length: int) -> None:
         """Raises when a sequence is longer than the position table."""
