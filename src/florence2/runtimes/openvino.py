@@ -9,7 +9,7 @@ same code here.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -30,7 +30,7 @@ from florence2.pixels import look_up
 from florence2.records import GenerationSettings
 from florence2.runtimes.base import ImageBytes, Mark, Pixels
 from florence2.runtimes.device import cpu_computes_bf16
-from florence2.runtimes.torch import HostMark, check_bytes
+from florence2.runtimes.torch import HostMark, SharedSetting, Undo, check_bytes
 from florence2.tokens import PAD_ID
 
 MODELS: Final = ("vision", "encoder", "decoder")
@@ -343,6 +343,19 @@ class ConvertedSession(DecoderSession):
         return self._rows["own_mask"].shape[2]
 
 
+def _leave_cores_to_the_models() -> Undo:
+    """torch's workers wait for work by spinning, on the cores that the models run on.
+
+    With both, a step of base took several times its own time on two busy cores.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    return lambda: torch.set_num_threads(before)
+
+
+_ONE_THREAD = SharedSetting(_leave_cores_to_the_models)
+
+
 class OpenVinoRuntime:
     """Runs a converted network on this machine's CPU; see ``Runtime``."""
 
@@ -365,8 +378,8 @@ class OpenVinoRuntime:
         self._weight_bytes = network.weight_bytes
 
     def computing(self) -> AbstractContextManager[None]:
-        """See ``Runtime``: nothing of the process needs to be set."""
-        return nullcontext()
+        """See ``Runtime``: the models have the cores, and torch's small operations one thread."""
+        return _ONE_THREAD.held()
 
     @torch.inference_mode()
     def encode_images(self, pixels: Pixels) -> Tensor:
