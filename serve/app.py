@@ -47,6 +47,7 @@ from serve.model_service import (
     device_name,
     named_model,
     params_for,
+    precisions_on,
 )
 from serve.platform.registry import InferenceRequest, RequestsManager
 from serve.predict.predictor import Call, Predicted, Predictor
@@ -182,6 +183,7 @@ class Florence2App(PromptBasedObjectDetection):  # type: ignore[misc]
         model_source: str,
         device: str,
         runtime: str,
+        precision: str | None = None,
         **others: Any,  # noqa: ANN401
     ) -> None:
         """Loads a checkpoint in place of the one that runs.
@@ -196,12 +198,14 @@ class Florence2App(PromptBasedObjectDetection):  # type: ignore[misc]
         :type device: str
         :param runtime: PyTorch
         :type runtime: str
+        :param precision: auto, fp32, ...; None: as the app was started
+        :type precision: str
         """
         local = self._local or LocalServer(model_files["checkpoint"])
         choice = ModelChoice(
             model_files["checkpoint"],
             device,
-            local.precision,
+            precision or local.precision,
             local.runtime,
             self._is_cpu_asked_for,
         )
@@ -311,6 +315,7 @@ class Florence2App(PromptBasedObjectDetection):  # type: ignore[misc]
         info["precision"] = self.model_precision
         info["runtime"] = "torch"
         info["notes"] = list(model.notes)
+        info["precisions"] = precisions_on(model.device)
         info["self_test_s"] = round(model.engine.self_test_s, 3)
         if self.deployment.device_warning:
             info["device_warning"] = self.deployment.device_warning

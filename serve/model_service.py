@@ -14,8 +14,8 @@ import torch
 
 from florence2.api import Florence2
 from florence2.engine.scheduler import Observer, Scheduler
-from florence2.errors import RequestError, StoppedError, unknown_name
-from florence2.runtimes.device import missing_gpu
+from florence2.errors import DeviceError, RequestError, StoppedError, unknown_name
+from florence2.runtimes.device import PRECISIONS, check_precision, choose_device, missing_gpu
 from serve.naming import FIXED_SHAPES, class_color
 from serve.predict.annotations import TAG_METAS
 from serve.sdk import sly
@@ -115,15 +115,37 @@ def named_model(name: str, models: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def params_for(row: dict[str, Any], device: object, runtime: object = None) -> dict[str, Any]:
-    """What ``_load_model_headless`` takes for a row of ``models.json``."""
-    return {
+def precisions_on(device: str) -> list[str]:
+    """The names of precisions that a model can be deployed in on a device."""
+    chosen = choose_device(device)
+    names = ["auto"]
+    for name in PRECISIONS:
+        try:
+            check_precision(name, chosen)
+        except DeviceError:
+            continue
+        names.append(name)
+    return names
+
+
+def params_for(
+    row: dict[str, Any], device: object, runtime: object = None, precision: object = None
+) -> dict[str, Any]:
+    """What ``_load_model_headless`` takes for a row of ``models.json``.
+
+    A ``precision`` that is not given is that of the app. DeviceError for one that there is not.
+    """
+    params = {
         "model_source": PRETRAINED,
         "model_files": dict(row["meta"]["model_files"]),
         "model_info": row,
         "device": device_name(device),
         "runtime": check_runtime(runtime),
     }
+    if precision not in (None, ""):
+        check_precision(str(precision), choose_device(params["device"]))
+        params["precision"] = precision
+    return params
 
 
 def params_from_state(
@@ -149,7 +171,7 @@ def params_from_state(
             "model_name."
         )
     row = _row_of(state, given, models, allowed)
-    return params_for(row, given.get("device"), given.get("runtime"))
+    return params_for(row, given.get("device"), given.get("runtime"), given.get("precision"))
 
 
 def _row_of(

@@ -1,0 +1,186 @@
+// An image on a canvas, and the objects of an answer drawn on it.
+
+const hues = new Map();  // By class, far from each other in the order of their appearance.
+const masks = new WeakMap();  // By object: a canvas, opaque where the object is.
+const LONGEST_NAME = 40;
+
+export function hue(className) {
+  if (!hues.has(className)) hues.set(className, (hues.size * 137.5 + 10) % 360);
+  return hues.get(className);
+}
+
+export function confidence(object) {
+  const tag = (object.tags || []).find((one) => one.name === "confidence");
+  return typeof tag?.value === "number" ? tag.value : null;
+}
+
+// What an object is called: its class, and the texts that the model gave for it.
+export function nameOf(object) {
+  const texts = (object.tags || []).filter((tag) => tag.name !== "confidence")
+    .map((tag) => tag.value);
+  return [object.classTitle, ...texts].filter(Boolean).join(": ");
+}
+
+// To be awaited before bitmaps among the objects are drawn.
+export async function readMasks(objects) {
+  await Promise.all(objects.map(async (object) => {
+    if (object.bitmap) masks.set(object, await readMask(object.bitmap));
+  }));
+}
+
+// A bitmap is a PNG in zlib in base64; its opaque or white pixels are the object.
+async function readMask(bitmap) {
+  const zipped = Uint8Array.from(atob(bitmap.data), (letter) => letter.charCodeAt(0));
+  const unzipped = new Blob([zipped]).stream().pipeThrough(new DecompressionStream("deflate"));
+  const png = await createImageBitmap(await new Response(unzipped).blob());
+  const mask = new OffscreenCanvas(png.width, png.height);
+  const brush = mask.getContext("2d", { willReadFrequently: true });
+  brush.drawImage(png, 0, 0);
+  const pixels = brush.getImageData(0, 0, png.width, png.height), values = pixels.data;
+  for (let i = 0; i < values.length; i += 4) {
+    values[i + 3] = values[i] && values[i + 3] ? 255 : 0;
+  }
+  brush.putImageData(pixels, 0, 0);
+  return mask;
+}
+
+function corners(left, top, right, bottom) {
+  return [[left, top], [right, top], [right, bottom], [left, bottom]];
+}
+
+function rings(object) {
+  const mask = masks.get(object);
+  if (mask) {
+    const [left, top] = object.bitmap.origin;
+    return [corners(left, top, left + mask.width, top + mask.height)];
+  }
+  const { exterior = [], interior = [] } = object.points || {};
+  if (object.geometryType !== "rectangle") return [exterior, ...interior];
+  // The last row and column are inside.
+  const [[left, top], [right, bottom]] = exterior;
+  return [corners(left, top, right + 1, bottom + 1)];
+}
+
+function outline(object) {
+  const path = new Path2D();
+  for (const ring of rings(object)) {
+    ring.forEach(([x, y], i) => (i ? path.lineTo(x, y) : path.moveTo(x, y)));
+    path.closePath();
+  }
+  return path;
+}
+
+function boxArea(object) {
+  const points = rings(object)[0] || [];
+  const sides = [0, 1].map((axis) => {
+    const values = points.map((point) => point[axis]);
+    return Math.max(...values) - Math.min(...values);
+  });
+  return sides[0] * sides[1];
+}
+
+export class Drawing {
+  objects = [];
+  highlighted = null;  // One of the objects.
+  region = null;  // Left, top, right, bottom.
+  image = null;
+
+  constructor(canvas) {
+    this.canvas = canvas;
+    this.brush = canvas.getContext("2d", { willReadFrequently: true });
+    window.addEventListener("resize", () => this.draw());
+  }
+
+  setImage(image) {
+    this.image = image;
+    this.objects = [];
+    this.highlighted = null;
+    this.canvas.width = image ? image.width : 0;
+    this.canvas.height = image ? image.height : 0;
+    this.draw();
+  }
+
+  // The pixel of the image under a pointer, held inside of it.
+  pixelAt(event) {
+    const box = this.canvas.getBoundingClientRect(), scale = this.canvas.width / box.width;
+    const inside = (value, most) => Math.round(Math.max(0, Math.min(value * scale, most)));
+    return [inside(event.clientX - box.left, this.canvas.width),
+            inside(event.clientY - box.top, this.canvas.height)];
+  }
+
+  // The smallest object at a pixel, as one inside of another could not be pointed at otherwise.
+  objectAt(x, y) {
+    const there = this.objects.filter((object) => {
+      const mask = masks.get(object);
+      if (!mask) return this.brush.isPointInPath(outline(object), x, y, "evenodd");
+      const [left, top] = object.bitmap.origin;
+      return mask.getContext("2d").getImageData(x - left, y - top, 1, 1).data[3] > 0;
+    });
+    return there.sort((a, b) => boxArea(a) - boxArea(b))[0] ?? null;
+  }
+
+  draw() {
+    if (!this.image) return;
+    const { brush, canvas } = this;
+    brush.clearRect(0, 0, canvas.width, canvas.height);
+    brush.drawImage(this.image, 0, 0);
+    // Lines and letters keep their size on the screen, whatever the image's is.
+    this.unit = canvas.width / (canvas.clientWidth || canvas.width);
+    for (const object of this.objects) {
+      const color = hue(object.classTitle), isHighlighted = object === this.highlighted;
+      if (masks.has(object)) this.drawMask(object, color, isHighlighted ? 0.75 : 0.45);
+      else this.drawShape(object, color, isHighlighted);
+    }
+    for (const object of this.objects) this.drawName(object, hue(object.classTitle));
+    this.drawRegion();
+  }
+
+  drawMask(object, color, opacity) {
+    const mask = masks.get(object);
+    const tinted = new OffscreenCanvas(mask.width, mask.height);
+    const tint = tinted.getContext("2d");
+    tint.drawImage(mask, 0, 0);
+    tint.globalCompositeOperation = "source-in";
+    tint.fillStyle = `hsl(${color} 90% 55% / ${opacity})`;
+    tint.fillRect(0, 0, tinted.width, tinted.height);
+    this.brush.drawImage(tinted, ...object.bitmap.origin);
+  }
+
+  drawShape(object, color, isHighlighted) {
+    const { brush, unit } = this, path = outline(object);
+    brush.fillStyle = `hsl(${color} 90% 55% / ${isHighlighted ? 0.45 : 0.15})`;
+    brush.fill(path, "evenodd");
+    brush.lineWidth = (isHighlighted ? 4 : 2) * unit;
+    brush.strokeStyle = `hsl(${color} 90% 50%)`;
+    brush.stroke(path);
+  }
+
+  drawName(object, color) {
+    const { brush, canvas, unit } = this, ring = rings(object)[0];
+    if (!ring.length) return;
+    const name = nameOf(object), score = confidence(object);
+    const short = name.length > LONGEST_NAME ? `${name.slice(0, LONGEST_NAME)}…` : name;
+    const text = short + (score === null ? "" : ` ${score.toFixed(2)}`);
+    brush.font = `600 ${13 * unit}px system-ui, sans-serif`;
+    const width = brush.measureText(text).width + 10 * unit, height = 19 * unit;
+    const x = Math.max(0, Math.min(Math.min(...ring.map((p) => p[0])), canvas.width - width));
+    const y = Math.max(height, Math.min(...ring.map((p) => p[1])));
+    brush.fillStyle = `hsl(${color} 75% 25%)`;
+    brush.fillRect(x, y - height, width, height);
+    brush.fillStyle = "#fff";
+    brush.fillText(text, x + 5 * unit, y - 5 * unit);
+  }
+
+  drawRegion() {
+    if (!this.region) return;
+    const { brush, unit } = this, [left, top, right, bottom] = this.region;
+    // White over black, to be seen on any image.
+    for (const [color, dash] of [["#000", []], ["#fff", [6 * unit, 4 * unit]]]) {
+      brush.setLineDash(dash);
+      brush.lineWidth = 2 * unit;
+      brush.strokeStyle = color;
+      brush.strokeRect(left, top, right - left, bottom - top);
+    }
+    brush.setLineDash([]);
+  }
+}
