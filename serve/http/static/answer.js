@@ -34,6 +34,13 @@ function percent(probability) {
   return probability === null ? "unknown" : `${(100 * probability).toFixed(1)} %`;
 }
 
+// A probability in digits, and as the length of a line below them.
+function measured(probability, name = "") {
+  const bar = element("span", "", "probability");
+  bar.style.width = `${100 * (probability ?? 0)}%`;
+  return [element("span", `${name} ${percent(probability)}`.trim(), name), bar];
+}
+
 function shownScore(score) {
   return score === null ? "unknown" : score.toFixed(3);
 }
@@ -169,18 +176,18 @@ export class AnswerView {
     this.tokensOf = object;
     this.find(".tokens").hidden = tokens.length === 0;
     if (!tokens.length) return;
-    const known = tokens.filter((token) => token.probability !== null);
-    const least = known.reduce((a, b) => (b.probability < a.probability ? b : a), known[0]);
+    // What counts in a score.
+    const counting = (token) => token.near_probability ?? token.probability;
+    const known = tokens.filter((token) => counting(token) !== null);
+    const least = known.reduce((a, b) => (counting(b) < counting(a) ? b : a), known[0]);
     const surety = least
-      ? `; the least sure, ${least.text.trim()}, has ${percent(least.probability)}` : "";
+      ? `; the least sure, ${least.text.trim()}, has ${percent(counting(least))}` : "";
     this.find(".tokens p").textContent = `${name}: ${counted(tokens.length, "token")}${surety}.`;
     this.find(".tokens ol").setAttribute("aria-label", `Tokens of ${name}`);
     this.find(".tokens ol").replaceChildren(...tokens.map((token) => {
       const li = document.createElement("li"), near = token.near_probability ?? null;
-      const bar = element("span", "", "probability");
-      bar.style.width = `${100 * (token.probability ?? 0)}%`;
-      li.append(element("code", token.text), " ", element("span", percent(token.probability)), bar);
-      if (near !== null) li.append(" ", element("span", `near ${percent(near)}`, "near"));
+      li.append(element("code", token.text), " ", ...measured(token.probability));
+      if (near !== null) li.append(" ", ...measured(near, "near"));
       return li;
     }));
   }

@@ -163,6 +163,8 @@ async function showSamples() {
     radio.onchange = () => chooseSample(name, url);
     return label;
   }));
+  // So that the first thing to do may be to ask.
+  if (names.length && !file) $("samples").querySelector("input").click();
 }
 
 async function chooseSample(name, url) {
@@ -380,6 +382,8 @@ function showAnswer(entry, asked, seconds) {
   });
   longest = Math.max(longest, seconds);
   showTimes();
+  // On a small screen the picture is below the question.
+  stage.scrollIntoView({ block: "nearest" });
   const found = counted(objects.length, "object");
   const result = objects.length || !tags?.length ? found : "Answered";
   const notes = (entry.notes || []).map((note) => ` Note: ${note}.`).join("");
@@ -398,7 +402,7 @@ function keepAnswer() {
   kept.showImage(current.shown.image, current.shown.name);
   kept.show(current.shown);
   kept.root.hidden = false;
-  $("main").classList.add("compares");
+  document.body.classList.add("compares");
   showTimes();
   current.drawing.draw();
   kept.drawing.draw();
@@ -408,7 +412,7 @@ function keepAnswer() {
 function removeKept() {
   kept.clear();
   kept.root.hidden = true;
-  $("main").classList.remove("compares");
+  document.body.classList.remove("compares");
   current.drawing.draw();
   $("keep").focus();
 }
