@@ -135,15 +135,16 @@ def params_for(
 
     A ``precision`` that is not given is that of the app. DeviceError for one that there is not.
     """
+    chosen = device_name(device)
     params = {
         "model_source": PRETRAINED,
         "model_files": dict(row["meta"]["model_files"]),
         "model_info": row,
-        "device": device_name(device),
+        "device": chosen,
         "runtime": check_runtime(runtime),
     }
     if precision not in (None, ""):
-        check_precision(str(precision), choose_device(params["device"]))
+        check_precision(str(precision), choose_device(chosen))
         params["precision"] = precision
     return params
 
