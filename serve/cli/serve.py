@@ -20,6 +20,7 @@ _EXAMPLE_IMAGE: Final = "demo/images/scene_bike.png"
 # What to open where a server listens on every address.
 _LOOPBACK: Final = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
 _BACKLOG: Final = 256
+BROWSER_THREAD: Final = "browser"
 # What says that there is a screen; without one a text browser would take the terminal.
 _SCREENS: Final = ("BROWSER", "DISPLAY", "WAYLAND_DISPLAY")
 
@@ -118,7 +119,9 @@ def serve(
         url = greet(host, listener.getsockname()[1], model)
         if open_page:
             # A browser may stay in front until it is closed; it waits for the server meanwhile.
-            threading.Thread(target=show_page, args=(url,), daemon=True).start()
+            threading.Thread(
+                target=show_page, args=(url,), name=BROWSER_THREAD, daemon=True
+            ).start()
         app.serve()
 
 

@@ -6,6 +6,7 @@ The browser is Debian's Chromium; without one these tests are left out, unless
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -1077,6 +1078,20 @@ def test_a_small_screen_shows_everything_without_scrolling_sideways(page, width)
         expect(view(page).locator("canvas")).to_be_in_viewport()
     finally:
         page.set_viewport_size(size)
+
+
+def test_the_picture_of_the_readme_can_be_taken_again(new_page, app, console):
+    spec = importlib.util.spec_from_file_location("screenshot", ROOT / "bench" / "screenshot.py")
+    screenshot = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(screenshot)
+    page = new_page(viewport=screenshot.SIZE)
+    screenshot.use(page, app.url)
+    for shown in (view(page), view(page, "Kept answer")):
+        assert len(rows(shown)) > 1
+    taken = screenshot.small_png(page.screenshot())
+    assert len(taken) <= screenshot.MOST_BYTES
+    committed = ROOT / "docs" / "images" / "page.png"
+    assert committed.stat().st_size <= screenshot.MOST_BYTES
 
 
 class _ForeignPage(BaseHTTPRequestHandler):

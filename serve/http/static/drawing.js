@@ -14,11 +14,14 @@ export function confidence(object) {
   return typeof tag?.value === "number" ? tag.value : null;
 }
 
+function textsOf(object) {
+  return (object.tags || []).filter((tag) => tag.name !== "confidence")
+    .map((tag) => tag.value).filter(Boolean);
+}
+
 // What an object is called: its class, and the texts that the model gave for it.
 export function nameOf(object) {
-  const texts = (object.tags || []).filter((tag) => tag.name !== "confidence")
-    .map((tag) => tag.value);
-  return [object.classTitle, ...texts].filter(Boolean).join(": ");
+  return [object.classTitle, ...textsOf(object)].join(": ");
 }
 
 // To be awaited before bitmaps among the objects are drawn.
@@ -131,7 +134,11 @@ export class Drawing {
       if (masks.has(object)) this.drawMask(object, color, isHighlighted ? 0.75 : 0.45);
       else this.drawShape(object, color, isHighlighted);
     }
-    for (const object of this.objects) this.drawName(object, hue(object.classTitle));
+    // Where names overlap, the one that is looked for is on top.
+    const last = this.objects.filter((object) => object === this.highlighted);
+    for (const object of [...this.objects, ...last]) {
+      this.drawName(object, hue(object.classTitle));
+    }
     this.drawRegion();
   }
 
@@ -158,7 +165,8 @@ export class Drawing {
   drawName(object, color) {
     const { brush, canvas, unit } = this, ring = rings(object)[0];
     if (!ring.length) return;
-    const name = nameOf(object), score = confidence(object);
+    // There is little room, and what the model said says more than "object" or "text".
+    const name = textsOf(object).join(": ") || object.classTitle, score = confidence(object);
     const short = name.length > LONGEST_NAME ? `${name.slice(0, LONGEST_NAME)}…` : name;
     const text = short + (score === null ? "" : ` ${score.toFixed(2)}`);
     brush.font = `600 ${13 * unit}px system-ui, sans-serif`;
