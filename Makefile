@@ -19,6 +19,7 @@ help:
 	@echo "make house   how large the code is, how many files a request passes, and what of it is held"
 	@echo "make wheel   the package with the demo checkpoint, to install elsewhere, into dist/"
 	@echo "make bench   speed and memory against the reference implementation"
+	@echo "make screenshot   the picture of the page in the README, with Chromium"
 
 $(VENV)/.runtime: requirements.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
