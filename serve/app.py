@@ -44,10 +44,10 @@ from serve.model_service import (
     ModelChoice,
     ModelMeta,
     check_runtime,
+    deployable_on,
     device_name,
     named_model,
     params_for,
-    precisions_on,
 )
 from serve.platform.registry import InferenceRequest, RequestsManager
 from serve.predict.predictor import Call, Predicted, Predictor
@@ -315,7 +315,7 @@ class Florence2App(PromptBasedObjectDetection):  # type: ignore[misc]
         info["precision"] = self.model_precision
         info["runtime"] = "torch"
         info["notes"] = list(model.notes)
-        info["precisions"] = precisions_on(model.device)
+        info |= deployable_on(model.device)
         info["self_test_s"] = round(model.engine.self_test_s, 3)
         if self.deployment.device_warning:
             info["device_warning"] = self.deployment.device_warning

@@ -12,10 +12,10 @@ from typing import Any, Final
 
 import torch
 
-from florence2.api import Florence2
+from florence2.api import RUNTIMES, Florence2
 from florence2.engine.scheduler import Observer, Scheduler
 from florence2.errors import DeviceError, RequestError, StoppedError, unknown_name
-from florence2.runtimes.device import PRECISIONS, check_precision, choose_device, missing_gpu
+from florence2.runtimes.device import check_precision, choose_device, missing_gpu
 from serve.naming import FIXED_SHAPES, class_color
 from serve.predict.annotations import TAG_METAS
 from serve.sdk import sly
@@ -115,28 +115,12 @@ def named_model(name: str, models: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def precisions_on(device: str) -> list[str]:
-    """The names of precisions that a model can be deployed in on a device."""
-    chosen = choose_device(device)
-    names = ["auto"]
-    for name in PRECISIONS:
-        try:
-            check_precision(name, chosen)
-        except DeviceError:
-            continue
-        names.append(name)
-    return names
-
-
 def params_for(
     row: dict[str, Any], device: object, runtime: object = None, precision: object = None
 ) -> dict[str, Any]:
-    """What ``_load_model_headless`` takes for a row of ``models.json``.
-
-    A ``precision`` that is not given is that of the app. DeviceError for one that there is not.
-    """
+    """What ``_load_model_headless`` takes for a row of ``models.json``."""
     chosen = device_name(device)
-    params = {
+    params: dict[str, Any] = {
         "model_source": PRETRAINED,
         "model_files": dict(row["meta"]["model_files"]),
         "model_info": row,
@@ -144,8 +128,9 @@ def params_for(
         "runtime": check_runtime(runtime),
     }
     if precision not in (None, ""):
-        check_precision(str(precision), choose_device(chosen))
-        params["precision"] = precision
+        # Before anything that runs is stopped for it.
+        check_precision(str(precision).lower(), choose_device(chosen))
+        params["precision"] = str(precision).lower()
     return params
 
 
@@ -198,6 +183,23 @@ def _row_of(
             f"the app is started with their names in --allow-deploy or {ALLOW_DEPLOY_VARIABLE}."
         )
     return named_model(name, models)
+
+
+# Those that a runtime has; which of them a device has is asked of it.
+_PRECISIONS: Final = ("fp32", "bf16", "fp16", "int8", "nf4")
+
+
+def deployable_on(device: str) -> dict[str, list[str]]:
+    """The names of runtimes and precisions that a request can deploy on a device."""
+    chosen = choose_device(device)
+    precisions = ["auto"]
+    for name in _PRECISIONS:
+        try:
+            check_precision(name, chosen)
+        except DeviceError:
+            continue
+        precisions.append(name)
+    return {"runtimes": list(RUNTIMES), "precisions": precisions}
 
 
 MAX_LEARNT: Final = 1000

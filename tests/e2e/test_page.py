@@ -625,7 +625,7 @@ def test_an_answer_is_kept_beside_the_next_one(page):
     field(page, "Text").fill("star. tree")
     second = ask(page)
     assert (rows(kept), rows(view(page))) == (rows_of(first), rows_of(second))
-    facts = "demo, fp32 on cpu"
+    facts = "demo, fp32 on cpu (torch)"
     expect(kept.locator(".question")).to_have_text(f"Object detection · scene_home.jpg · {facts}")
     expect(view(page).locator(".question")).to_have_text(
         f"Phrase grounding · star. tree · scene_bike.png · {facts}"
@@ -665,11 +665,30 @@ def test_two_precisions_are_compared(page):
     expect(page.locator("#facts")).to_contain_text("fp32")
 
 
-def test_a_precision_that_cannot_be_loaded_is_said(page, console):
+def test_a_runtime_is_chosen_where_there_are_several(page, app, console):
+    """And one that cannot be loaded is said."""
+
+    def offer(route: Route) -> None:
+        answer = route.fetch()
+        runtimes = ["auto", "torch", "openvino"]
+        route.fulfill(response=answer, json={**answer.json(), "runtimes": runtimes})
+
+    expect(field(page, "Runtime")).to_be_hidden()
+    page.route("**/get_session_info", offer)
+    open_app(page, app)
     page.get_by_text("Precision of the model").click()
+    expect(field(page, "Runtime")).to_have_value("torch")
+    field(page, "Runtime").select_option("openvino")
     refusal = {"code": "bad_request", "message": f"It does not fit: {MARKUP}."}
     page.route("**/deploy_from_api", lambda route: route.fulfill(status=400, json=refusal))
-    page.get_by_role("button", name="Load").click()
+    with page.expect_request("**/deploy_from_api") as asked:
+        page.get_by_role("button", name="Load").click()
+    assert asked.value.post_data_json == {
+        "state": {
+            "model_name": "demo",
+            "deploy_params": {"device": "cpu", "precision": "fp32", "runtime": "openvino"},
+        }
+    }
     expect(message(page)).to_have_text(refusal["message"])
     expect(page.get_by_text("Ready", exact=True)).to_be_visible()
     expect(page.get_by_role("button", name="Ask")).to_be_enabled()
@@ -832,7 +851,8 @@ def test_an_answer_is_not_shown_on_another_image(page):
 def say_markup_of_the_model(route: Route) -> None:
     answer = route.fetch()
     named = dict.fromkeys(("model_name", "device", "precision", "runtime"), MARKUP)
-    named |= {"device_warning": MARKUP, "notes": [MARKUP], "precisions": [MARKUP]}
+    named |= {"device_warning": MARKUP, "notes": [MARKUP]}
+    named |= {"precisions": [MARKUP], "runtimes": [MARKUP] * 3}
     route.fulfill(response=answer, json={**answer.json(), **named})
 
 
@@ -875,7 +895,9 @@ def test_names_and_texts_never_become_markup(page, app, tmp_path):
         page.get_by_role("button", name="Keep").click()
     for shown in (view(page), view(page, "Kept answer")):
         assert MARKUP in [row[0] for row in rows(shown)]
-        expect(shown.locator(".question")).to_contain_text(f"{MARKUP}, {MARKUP} on {MARKUP}")
+        expect(shown.locator(".question")).to_contain_text(
+            f"{MARKUP}, {MARKUP} on {MARKUP} ({MARKUP})"
+        )
         expect(shown.locator(".tags")).to_contain_text(MARKUP)
         assert MARKUP in text_in(shown, ".raw")
     for command in ("#curl", "#python"):

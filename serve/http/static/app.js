@@ -111,16 +111,23 @@ async function showModel() {
   $("warning").textContent = session.device_warning ?? "";
   $("warning").hidden = !session.device_warning;
   $("notes").replaceChildren(...session.notes.map((note) => element("p", `Note: ${note}`)));
-  $("precision").replaceChildren(...session.precisions.map((name) =>
-    new Option(name, name, false, name === precision)));
+  chooseAmong("precision", session.precisions, precision);
+  chooseAmong("runtime", session.runtimes, session.runtime);
+  // Only "auto" and what it chooses is no choice.
+  $("runtime-row").hidden = session.runtimes.length < 3;
   isReady = true;
   showButtons();
 }
 
+function chooseAmong(id, names, chosen) {
+  $(id).replaceChildren(...names.map((name) => new Option(name, name, false, name === chosen)));
+}
+
 async function loadModel(event) {
   event.preventDefault();
-  const precision = $("precision").value, { model_name, device } = session;
-  const state = { model_name, deploy_params: { device, precision } };
+  const { model_name, device } = session;
+  const precision = $("precision").value, runtime = $("runtime").value;
+  const state = { model_name, deploy_params: { device, precision, runtime } };
   isReady = false;
   showButtons();
   $("state").textContent = "Loading…";
@@ -324,7 +331,8 @@ function inWords(asked, model) {
     .map(([name, prompts]) => `${name} (${String(prompts).replaceAll("\n", ", ")})`);
   const boxes = (asked.regions ?? []).map((box) => `region ${box}`);
   const facts = [asked.text, ...classes, ...boxes, file.name].filter(Boolean);
-  const runs = model ? `${model.name}, ${model.precision} on ${model.device}` : "";
+  const { name, precision, device, runtime } = model ?? {};
+  const runs = model ? `${name}, ${precision} on ${device} (${runtime})` : "";
   return [names, ...facts, runs].filter(Boolean).join(" · ");
 }
 

@@ -22,10 +22,10 @@ from serve.model_service import (
     IdleTimer,
     ModelChoice,
     check_runtime,
+    deployable_on,
     device_name,
     named_model,
     params_from_state,
-    precisions_on,
 )
 
 MODELS = json.loads(Path(model_service.__file__).with_name("models.json").read_text())
@@ -78,7 +78,13 @@ def test_a_precision_that_nobody_names_is_left_to_the_app():
         for named in ({}, {"precision": None}, {"precision": ""}, {"precision": "bf16"})
     ]
     assert [one.get("precision", "none") for one in params] == ["none", "none", "none", "bf16"]
-    assert precisions_on("cpu") == ["auto", "fp32", "bf16"]
+
+
+def test_what_can_be_deployed_depends_on_the_device():
+    assert deployable_on("cpu") == {
+        "runtimes": ["auto", "torch"],
+        "precisions": ["auto", "fp32", "bf16"],
+    }
 
 
 def test_another_checkpoint_must_be_allowed_by_its_exact_name():
