@@ -405,6 +405,26 @@ def test_a_region_is_dragged_on_the_image_and_its_mask_is_drawn(page):
     assert field(page, "Region").input_value() == ", ".join(map(str, region))
 
 
+def test_a_large_photograph_is_pointed_at_in_its_own_pixels(page, tmp_path):
+    large = tmp_path / "large.jpg"
+    Image.open(TABLE).resize((4000, 3000)).save(large)
+    choose(page, large)
+    canvas = view(page).locator("canvas")
+    expect(page.get_by_role("img", name="The image large.jpg")).to_be_visible()
+    assert canvas.evaluate("one => [one.width, one.height]") == [2048, 1536]
+    answer = ask(page)
+    [[left, top], [right, bottom]] = answer["annotation"]["objects"][0]["points"]["exterior"]
+    move_to(page, 2048 / 4000 * (left + right) / 2, 2048 / 4000 * (top + bottom) / 2)
+    expect(view(page).locator("tr.highlighted")).to_have_count(1)
+    field(page, "Task").select_option("Region category")
+    move_to(page, 512, 256)
+    page.mouse.down()
+    move_to(page, 1024, 1024)
+    page.mouse.up()
+    region = [int(number) for number in field(page, "Region").input_value().split(", ")]
+    assert region == pytest.approx([1000, 500, 2000, 2000], abs=8)
+
+
 WITH_A_FILE = """text => {
   const transfer = new DataTransfer(), bytes = Uint8Array.from(atob(text), c => c.charCodeAt(0));
   transfer.items.add(new File([bytes], "a.jpg", { type: "image/jpeg" }));

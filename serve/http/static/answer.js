@@ -161,7 +161,7 @@ export class AnswerView {
   }
 
   point(event) {
-    if (!this.shown || event.buttons > 0 && event.type === "pointermove") return;
+    if (!this.shown?.image || event.buttons > 0 && event.type === "pointermove") return;
     const object = this.drawing.objectAt(...this.drawing.pixelAt(event));
     if (object === this.drawing.highlighted) return;
     this.highlight(object);

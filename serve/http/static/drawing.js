@@ -3,6 +3,7 @@
 const hues = new Map();  // By class, far from each other in the order of their appearance.
 const masks = new WeakMap();  // By object: a canvas, opaque where the object is.
 const LONGEST_NAME = 40;
+const MOST_SIDE = 2048;  // Pixels of a canvas; larger photographs are drawn smaller.
 
 export function hue(className) {
   if (!hues.has(className)) hues.set(className, (hues.size * 137.5 + 10) % 360);
@@ -90,7 +91,7 @@ export class Drawing {
 
   constructor(canvas) {
     this.canvas = canvas;
-    this.brush = canvas.getContext("2d", { willReadFrequently: true });
+    this.brush = canvas.getContext("2d");
     window.addEventListener("resize", () => this.draw());
   }
 
@@ -98,24 +99,28 @@ export class Drawing {
     this.image = image;
     this.objects = [];
     this.highlighted = null;
-    this.canvas.width = image ? image.width : 0;
-    this.canvas.height = image ? image.height : 0;
+    const { width, height } = image ?? { width: 0, height: 0 };
+    this.scale = Math.min(1, MOST_SIDE / Math.max(width, height, 1));
+    this.canvas.width = Math.round(width * this.scale);
+    this.canvas.height = Math.round(height * this.scale);
     this.draw();
   }
 
   // The pixel of the image under a pointer, held inside of it.
   pixelAt(event) {
-    const box = this.canvas.getBoundingClientRect(), scale = this.canvas.width / box.width;
-    const inside = (value, most) => Math.round(Math.max(0, Math.min(value * scale, most)));
-    return [inside(event.clientX - box.left, this.canvas.width),
-            inside(event.clientY - box.top, this.canvas.height)];
+    const { width, height } = this.image, box = this.canvas.getBoundingClientRect();
+    const inside = (share, most) => Math.round(most * Math.max(0, Math.min(share, 1)));
+    return [inside((event.clientX - box.left) / box.width, width),
+            inside((event.clientY - box.top) / box.height, height)];
   }
 
   // The smallest object at a pixel, as one inside of another could not be pointed at otherwise.
   objectAt(x, y) {
     const there = this.objects.filter((object) => {
       const mask = masks.get(object);
-      if (!mask) return this.brush.isPointInPath(outline(object), x, y, "evenodd");
+      // The path is scaled as all that is drawn, and the point is not.
+      const point = [x * this.scale, y * this.scale];
+      if (!mask) return this.brush.isPointInPath(outline(object), ...point, "evenodd");
       const [left, top] = object.bitmap.origin;
       return mask.getContext("2d").getImageData(x - left, y - top, 1, 1).data[3] > 0;
     });
@@ -124,11 +129,14 @@ export class Drawing {
 
   draw() {
     if (!this.image) return;
-    const { brush, canvas } = this;
+    const { brush, canvas, image } = this;
+    brush.setTransform(1, 0, 0, 1, 0, 0);
     brush.clearRect(0, 0, canvas.width, canvas.height);
-    brush.drawImage(this.image, 0, 0);
+    // From here on in pixels of the image.
+    brush.setTransform(canvas.width / image.width, 0, 0, canvas.height / image.height, 0, 0);
+    brush.drawImage(image, 0, 0);
     // Lines and letters keep their size on the screen, whatever the image's is.
-    this.unit = canvas.width / (canvas.clientWidth || canvas.width);
+    this.unit = image.width / (canvas.clientWidth || canvas.width);
     for (const object of this.objects) {
       const color = hue(object.classTitle), isHighlighted = object === this.highlighted;
       if (masks.has(object)) this.drawMask(object, color, isHighlighted ? 0.75 : 0.45);
@@ -163,7 +171,7 @@ export class Drawing {
   }
 
   drawName(object, color) {
-    const { brush, canvas, unit } = this, ring = rings(object)[0];
+    const { brush, image, unit } = this, ring = rings(object)[0];
     if (!ring.length) return;
     // There is little room, and what the model said says more than "object" or "text".
     const name = textsOf(object).join(": ") || object.classTitle, score = confidence(object);
@@ -171,7 +179,7 @@ export class Drawing {
     const text = short + (score === null ? "" : ` ${score.toFixed(2)}`);
     brush.font = `600 ${13 * unit}px system-ui, sans-serif`;
     const width = brush.measureText(text).width + 10 * unit, height = 19 * unit;
-    const x = Math.max(0, Math.min(Math.min(...ring.map((p) => p[0])), canvas.width - width));
+    const x = Math.max(0, Math.min(Math.min(...ring.map((p) => p[0])), image.width - width));
     const y = Math.max(height, Math.min(...ring.map((p) => p[1])));
     brush.fillStyle = `hsl(${color} 75% 25%)`;
     brush.fillRect(x, y - height, width, height);
