@@ -50,8 +50,10 @@ def register_page(server: FastAPI, samples: Path | None = None) -> None:
 
 
 def _images_in(folder: Path | None) -> list[Path]:
+    """The images of a folder; those come first that the demo checkpoint knows best."""
     files = folder.iterdir() if folder else ()
-    return sorted(path for path in files if path.suffix in (".jpg", ".png"))
+    images = (path for path in files if path.suffix in (".jpg", ".png"))
+    return sorted(images, key=lambda path: (not path.name.startswith("scene_"), path.name))
 
 
 def _register_file(server: FastAPI, route: str, path: Path) -> None:

@@ -1,6 +1,6 @@
 // One answer on the page: its picture, texts, objects, tokens, times and JSON.
 
-import { Drawing, confidence, hue, nameOf } from "./drawing.js";
+import { Drawing, confidence, hue, nameOf, shortened } from "./drawing.js";
 
 const STAGES = {
   vision: "encoding the image",
@@ -182,8 +182,9 @@ export class AnswerView {
     const least = known.reduce((a, b) => (counting(b) < counting(a) ? b : a), known[0]);
     const surety = least
       ? `; the least sure, ${least.text.trim()}, has ${percent(counting(least))}` : "";
-    this.find(".tokens p").textContent = `${name}: ${counted(tokens.length, "token")}${surety}.`;
-    this.find(".tokens ol").setAttribute("aria-label", `Tokens of ${name}`);
+    this.find(".tokens p").textContent =
+      `${shortened(name)}: ${counted(tokens.length, "token")}${surety}.`;
+    this.find(".tokens ol").setAttribute("aria-label", `Tokens of ${shortened(name)}`);
     this.find(".tokens ol").replaceChildren(...tokens.map((token) => {
       const li = document.createElement("li"), near = token.near_probability ?? null;
       li.append(element("code", token.text), " ", ...measured(token.probability));

@@ -25,6 +25,10 @@ export function nameOf(object) {
   return [object.classTitle, ...textsOf(object)].join(": ");
 }
 
+export function shortened(name) {
+  return name.length > LONGEST_NAME ? `${name.slice(0, LONGEST_NAME)}…` : name;
+}
+
 // To be awaited before bitmaps among the objects are drawn.
 export async function readMasks(objects) {
   await Promise.all(objects.map(async (object) => {
@@ -175,8 +179,7 @@ export class Drawing {
     if (!ring.length) return;
     // There is little room, and what the model said says more than "object" or "text".
     const name = textsOf(object).join(": ") || object.classTitle, score = confidence(object);
-    const short = name.length > LONGEST_NAME ? `${name.slice(0, LONGEST_NAME)}…` : name;
-    const text = short + (score === null ? "" : ` ${score.toFixed(2)}`);
+    const text = shortened(name) + (score === null ? "" : ` ${score.toFixed(2)}`);
     brush.font = `600 ${13 * unit}px system-ui, sans-serif`;
     const width = brush.measureText(text).width + 10 * unit, height = 19 * unit;
     const x = Math.max(0, Math.min(Math.min(...ring.map((p) => p[0])), image.width - width));
