@@ -45,7 +45,7 @@ LIMITS: Final = {
     # Raised for the details of an answer: which tokens spell an object, and the page's tests.
     "lines of the app": (13_750, 7_500),
     "lines of the engine core": (11_750, 7_500),
-    "lines of the tests": (31_500, 18_000),
+    "lines of the tests": (31_600, 18_000),
 }
 
 

@@ -40,7 +40,7 @@ def register_page(server: FastAPI, samples: Path | None = None) -> None:
     ``/page/samples`` lists the names of the images, none where there is no folder of them.
     """
     # Not below /static, where the SDK mounts the files of an app's own.
-    for path in sorted(_STATIC.iterdir()):
+    for path in sorted(path for path in _STATIC.iterdir() if path.suffix in _MEDIA_TYPES):
         _register_file(server, "/" if path.suffix == ".html" else f"/page/{path.name}", path)
     images = _images_in(samples or next(filter(Path.is_dir, _SAMPLES), None))
     for path in images:

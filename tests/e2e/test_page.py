@@ -608,6 +608,8 @@ def test_a_caption_shows_its_tokens(page):
     choose(page, TABLE, "Caption")
     [text] = ask(page)["details"]["texts"]
     view(page).locator(".tags p").focus()
+    # No word has a place.
+    expect(view(page).locator(".near-help")).to_be_hidden()
     codes = view(page).locator(".tokens li code").all_text_contents()
     assert codes == [token["text"] for token in text["tokens"]]
     assert "".join(codes).strip() == text["text"]

@@ -184,6 +184,7 @@ export class AnswerView {
       ? `; the least sure, ${least.text.trim()}, has ${percent(counting(least))}` : "";
     this.find(".tokens p").textContent =
       `${shortened(name)}: ${counted(tokens.length, "token")}${surety}.`;
+    this.find(".near-help").hidden = !tokens.some((token) => "near_probability" in token);
     this.find(".tokens ol").setAttribute("aria-label", `Tokens of ${shortened(name)}`);
     this.find(".tokens ol").replaceChildren(...tokens.map((token) => {
       const li = document.createElement("li"), near = token.near_probability ?? null;

@@ -67,6 +67,37 @@ def test_every_label_has_its_exact_score_and_its_tokens(details, settings):
     assert all(one["tokens"] for one in found["objects"])
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"nms_threshold": 0.3, "nms_across_classes": True},
+        {"containment_threshold": 0.5},
+        {"nms_threshold": "off", "max_box_area": 0.2},
+        {"task_prompt": "<DENSE_REGION_CAPTION>"},
+        {"task_prompt": STAR, "mapping": {"round": ["ball", "moon"], "house": ["house", "box"]}},
+        {"task_prompt": "<OD>+<REGION_TO_SEGMENTATION>", "geometry": "bitmap"},
+    ],
+    ids=json.dumps,
+)
+def test_a_threshold_leaves_what_is_left_of_an_answer_without_one(predictor, image_path, settings):
+    """So the page may filter an answer that it has."""
+
+    def labels(name: str, **threshold) -> list[tuple[str, str, float]]:
+        [found] = predictor.predict([image_path(name)], parse_settings({**settings, **threshold}))
+        scores = [one["score"] for one in details_of(found)["objects"]]
+        return [
+            (label.obj_class.name, json.dumps(label.geometry.to_json(), sort_keys=True), score)
+            for label, score in zip(found.annotation.labels, scores, strict=True)
+        ]
+
+    for name in ("scene_home.jpg", "photo_meadow.jpg", "photo_table.jpg"):
+        everything = labels(name)
+        for threshold in (0.2, 0.4, 0.6, 0.8, 0.95):
+            left = [one for one in everything if one[-1] >= threshold]
+            assert labels(name, confidence_threshold=threshold) == left
+
+
 def test_a_score_is_made_of_the_probabilities_that_are_told(details):
     _, found = details()
     for one in found["objects"]:
