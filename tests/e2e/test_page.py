@@ -401,7 +401,7 @@ def test_a_region_is_dragged_on_the_image_and_its_mask_is_drawn(page):
     assert color_at(page, *inside) != before[0]
     assert color_at(page, *outside) == before[1]
     move_to(page, *inside)
-    expect(view(page).locator(".tokens p")).to_contain_text("least sure")
+    expect(view(page).locator(".tokens").get_by_role("status")).to_contain_text("least sure")
     # A click is no box; it leaves the one before.
     move_to(page, *outside)
     page.mouse.down()

@@ -182,7 +182,7 @@ export class AnswerView {
     const least = known.reduce((a, b) => (counting(b) < counting(a) ? b : a), known[0]);
     const surety = least
       ? `; the least sure, ${least.text.trim()}, has ${percent(counting(least))}` : "";
-    this.find(".tokens p").textContent =
+    this.find(".tokens [role=status]").textContent =
       `${shortened(name)}: ${counted(tokens.length, "token")}${surety}.`;
     this.find(".near-help").hidden = !tokens.some((token) => "near_probability" in token);
     this.find(".tokens ol").setAttribute("aria-label", `Tokens of ${shortened(name)}`);
