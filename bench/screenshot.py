@@ -22,7 +22,7 @@ from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
 BROWSERS: Final = ("chromium", "chromium-browser", "google-chrome")
-SIZE: Final = {"width": 1500, "height": 1220}
+SIZE: Final = {"width": 1500, "height": 1280}
 MOST_BYTES: Final = 300_000
 # Few enough for a small file, and more than the eye misses in drawn scenes.
 COLORS: Final = 256

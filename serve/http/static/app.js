@@ -332,8 +332,8 @@ function inWords(asked, model) {
   const boxes = (asked.regions ?? []).map((box) => `region ${box}`);
   const facts = [asked.text, ...classes, ...boxes, file.name].filter(Boolean);
   const { name, precision, device, runtime } = model ?? {};
-  const runs = model ? `${name}, ${precision} on ${device} (${runtime})` : "";
-  return [names, ...facts, runs].filter(Boolean).join(" · ");
+  const answeredBy = model ? `${name}, ${precision} on ${device} (${runtime})` : "";
+  return [names, ...facts, answeredBy].filter(Boolean).join(" · ");
 }
 
 async function ask(event) {
