@@ -8,16 +8,18 @@ PORT ?= 8000
 # up, so each process takes a run of them, and helps out with the others' at the end.
 PYTEST_FLAGS ?= --numprocesses logical --maxprocesses 8 --dist worksteal
 
-.PHONY: help label serve test check bench lint types house install wheel clean
+.PHONY: help label serve demo screenshot test check bench lint types house install wheel clean
 
 help:
 	@echo "make label   label demo/images with the demo checkpoint, into $(OUT)/"
-	@echo "make serve   serve the demo checkpoint on http://127.0.0.1:$(PORT), with a page to try it"
+	@echo "make demo    open a page to play with the demo checkpoint, offline; PORT=$(PORT)"
+	@echo "make serve   serve the demo checkpoint on http://127.0.0.1:$(PORT), with the same page"
 	@echo "make test    run the tests"
 	@echo "make check   formatting, lint, types, the house, generated docs, tests (what CI runs)"
 	@echo "make house   how large the code is, how many files a request passes, and what of it is held"
 	@echo "make wheel   the package with the demo checkpoint, to install elsewhere, into dist/"
 	@echo "make bench   speed and memory against the reference implementation"
+	@echo "make screenshot   the picture of the page in the README, with Chromium"
 
 $(VENV)/.runtime: requirements.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -34,6 +36,9 @@ install: $(VENV)/.runtime
 label: $(VENV)/.runtime
 	$(BIN)/florence2 label demo/images --model demo --task "<OD>" --threshold 0.5 --out $(OUT)/labeled --draw
 	@echo "Project: $(OUT)/labeled/project   Previews to look at: $(OUT)/labeled/previews"
+
+demo: $(VENV)/.runtime
+	HF_HUB_OFFLINE=1 $(BIN)/florence2 serve --model demo --port $(PORT) --open
 
 serve: $(VENV)/.runtime
 	$(BIN)/florence2 serve --model demo --port $(PORT)
@@ -56,6 +61,10 @@ check: lint types house test
 
 bench: $(VENV)/.runtime
 	$(BIN)/florence2 benchmark --json docs/benchmark.json --plot docs/benchmark.svg
+
+# The picture of the page in the README; needs Chromium.
+screenshot: $(VENV)/.dev
+	$(BIN)/python bench/screenshot.py docs/images/page.png
 
 # Afresh, because setuptools would pack what an earlier build left behind.
 wheel: $(VENV)/.dev

@@ -28,6 +28,7 @@ from serve.platform.project_run import run_image_ids, run_project
 from serve.platform.registry import InferenceRequest
 from serve.platform.request_state import batch_size_of
 from serve.platform.run import RunServices
+from serve.predict.details import details_of
 from serve.predict.full_queue import when_queue_has_room
 from serve.predict.predictor import Call, Deadline, Predicted, Predictor
 from serve.sdk import sly
@@ -160,11 +161,12 @@ class Answering:
         self, images: Sequence[bytes], state: State, should_stop: Callable[[], bool]
     ) -> list[dict[str, Any]]:
         """The entries of uploaded images; when all of them failed, the first one's error."""
+        model = self._model_asked_about(state)
         entries: list[dict[str, Any]] = []
         answered: list[Predicted | Failure] = []
         for batch in self._in_batches(images, state, should_stop):
             answered += batch
-            entries += entries_of(batch, self._meta.snapshot())
+            entries += entries_of(batch, self._meta.snapshot(), model)
         _check_any_answered(answered)
         if len(answered) < len(images):
             raise GenerationCancelledError("The client left; send the request again.")
@@ -174,14 +176,28 @@ class Answering:
         self, images: Sequence[AnyImage], state: State, inference_request: InferenceRequest
     ) -> None:
         """As ``answer_uploads``, behind an answer; the entries are those of the request."""
+        model = self._model_asked_about(state)
         inference_request.set_stage(InferenceRequest.Stage.INFERENCE, 0, len(images))
         answered: list[Predicted | Failure] = []
         batches = self._in_batches(images, state, inference_request.is_stopped, is_run=True)
         for batch in batches:
             answered += batch
-            inference_request.add_results(entries_of(batch, self._meta.snapshot()))
+            inference_request.add_results(entries_of(batch, self._meta.snapshot(), model))
             inference_request.done(len(batch))
         _check_any_answered(answered)
+
+    def _model_asked_about(self, state: State) -> dict[str, str] | None:
+        """The model that answers now, for those who ask for details."""
+        if not wants_details(state):
+            return None
+        model = self._deployment.current.model
+        runtime = model.engine.runtime.name
+        return {
+            "name": model.name,
+            "device": model.device,
+            "precision": model.precision,
+            "runtime": runtime,
+        }
 
     def _in_batches(
         self,
@@ -238,17 +254,32 @@ class Answering:
         )
 
 
+def wants_details(state: State) -> bool:
+    """Whether a request asks for ``details`` beside its annotations; RequestError."""
+    wanted = state.get("details")
+    if wanted is None or isinstance(wanted, bool):
+        return bool(wanted)
+    raise RequestError(
+        f"details is true or false, and {shown(wanted)} was received; correct it or leave it out."
+    )
+
+
 def entries_of(
-    outcomes: Sequence[Predicted | Failure], model_meta: sly.ProjectMeta
+    outcomes: Sequence[Predicted | Failure],
+    model_meta: sly.ProjectMeta,
+    model: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
     """The SDK's entry per image, in order. A failed image has no annotation, and an ``error``.
 
-    An empty annotation would say that nothing was found there.
+    An empty annotation would say that nothing was found there. With a ``model``, the one that
+    answered, an entry has ``details`` too.
     """
-    return [_entry_of(outcome, model_meta) for outcome in outcomes]
+    return [_entry_of(outcome, model_meta, model) for outcome in outcomes]
 
 
-def _entry_of(outcome: Predicted | Failure, model_meta: sly.ProjectMeta) -> dict[str, Any]:
+def _entry_of(
+    outcome: Predicted | Failure, model_meta: sly.ProjectMeta, model: Mapping[str, str] | None
+) -> dict[str, Any]:
     if isinstance(outcome, Failure):
         keys: dict[str, Any] = dict.fromkeys(
             Prediction({"size": {"height": 1, "width": 1}}, model_meta=model_meta).to_json()
@@ -259,6 +290,8 @@ def _entry_of(outcome: Predicted | Failure, model_meta: sly.ProjectMeta) -> dict
     entry: dict[str, Any] = {**prediction.to_json(), "data": {}}
     if outcome.notes:
         entry["notes"] = list(outcome.notes)
+    if model is not None:
+        entry["details"] = {"model": dict(model), **details_of(outcome)}
     return entry
 
 

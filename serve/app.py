@@ -46,6 +46,7 @@ from serve.model_service import (
     ModelChoice,
     ModelMeta,
     check_runtime,
+    deployable_on,
     device_name,
     engine_runtime,
     named_model,
@@ -185,6 +186,7 @@ class Florence2App(PromptBasedObjectDetection):  # type: ignore[misc]
         model_source: str,
         device: str,
         runtime: str,
+        precision: str | None = None,
         **others: Any,  # noqa: ANN401
     ) -> None:
         """Loads a checkpoint in place of the one that runs.
@@ -199,7 +201,7 @@ class Florence2App(PromptBasedObjectDetection):  # type: ignore[misc]
         :type device: str
         :param runtime: PyTorch, OpenVINO or auto
         :type runtime: str
-        :param precision: among the others: fp32, bf16, fp16, int8 or auto
+        :param precision: fp32, bf16, fp16, int8 or auto; None: as the app was started
         :type precision: str
         """
         local = self._local or LocalServer(model_files["checkpoint"])
@@ -207,7 +209,7 @@ class Florence2App(PromptBasedObjectDetection):  # type: ignore[misc]
         choice = ModelChoice(
             model_files["checkpoint"],
             device,
-            others.get("precision") or local.precision,
+            precision or local.precision,
             local.runtime if asked == AUTO else asked,
             self._is_cpu_asked_for,
         )
@@ -318,6 +320,7 @@ class Florence2App(PromptBasedObjectDetection):  # type: ignore[misc]
         info["precision"] = self.model_precision
         info["runtime"] = model.runtime
         info["notes"] = list(model.notes)
+        info |= deployable_on(model.device)
         info["self_test_s"] = round(model.engine.self_test_s, 3)
         if self.deployment.device_warning:
             info["device_warning"] = self.deployment.device_warning

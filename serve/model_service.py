@@ -12,9 +12,10 @@ from typing import Any, Final
 
 import torch
 
-from florence2.api import Florence2
+from florence2.api import RUNTIMES, Florence2
+from florence2.conversion.kept import check_choice
 from florence2.engine.scheduler import Observer, Scheduler
-from florence2.errors import RequestError, StoppedError, unknown_name
+from florence2.errors import DeviceError, RequestError, StoppedError, unknown_name
 from florence2.runtimes.device import check_precision, choose_device, missing_gpu
 from serve.naming import FIXED_SHAPES, class_color
 from serve.predict.annotations import TAG_METAS
@@ -131,7 +132,7 @@ def params_for(
 ) -> dict[str, Any]:
     """What ``_load_model_headless`` takes for a row of ``models.json``."""
     chosen = device_name(device)
-    params = {
+    params: dict[str, Any] = {
         "model_source": PRETRAINED,
         "model_files": dict(row["meta"]["model_files"]),
         "model_info": row,
@@ -139,9 +140,12 @@ def params_for(
         "runtime": check_runtime(runtime),
     }
     if precision not in (None, ""):
-        # Before anything that runs is stopped for it.
-        check_precision(str(precision).lower(), choose_device(chosen))
         params["precision"] = str(precision).lower()
+    if params["runtime"] != AUTO or "precision" in params:
+        # Before anything that runs is stopped for it.
+        asked = params.get("precision", AUTO)
+        check_precision(asked, choose_device(chosen))
+        check_choice(engine_runtime(runtime), choose_device(chosen), asked)
     return params
 
 
@@ -194,6 +198,27 @@ def _row_of(
             f"the app is started with their names in --allow-deploy or {ALLOW_DEPLOY_VARIABLE}."
         )
     return named_model(name, models)
+
+
+# Those that a runtime has; which of them a device has is asked of it.
+_PRECISIONS: Final = ("fp32", "bf16", "fp16", "int8", "nf4")
+
+
+def deployable_on(device: str) -> dict[str, list[str]]:
+    """The names of runtimes and precisions that a request can deploy on a device."""
+    chosen = choose_device(device)
+    runtimes = [name for name in RUNTIMES if _is_possible(name, chosen, AUTO)]
+    precisions = [name for name in _PRECISIONS if _is_possible(AUTO, chosen, name)]
+    return {"runtimes": runtimes, "precisions": [AUTO, *precisions]}
+
+
+def _is_possible(runtime: str, device: torch.device, precision: str) -> bool:
+    try:
+        check_precision(precision, device)
+        check_choice(runtime, device, precision)
+    except DeviceError:
+        return False
+    return True
 
 
 MAX_LEARNT: Final = 1000

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
+import threading
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -18,6 +20,9 @@ _EXAMPLE_IMAGE: Final = "demo/images/scene_bike.png"
 # What to open where a server listens on every address.
 _LOOPBACK: Final = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
 _BACKLOG: Final = 256
+BROWSER_THREAD: Final = "browser"
+# What says that there is a screen; without one a text browser would take the terminal.
+_SCREENS: Final = ("BROWSER", "DISPLAY", "WAYLAND_DISPLAY")
 
 ModelName = Annotated[str, typer.Option(help="A name of `florence2 models`, hub id or folder.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
@@ -54,6 +59,10 @@ AllowDeploy = Annotated[
     typer.Option(help="A hub id or folder that requests may deploy, besides the published ones."),
 ]
 
+OpenPage = Annotated[
+    bool, typer.Option("--open", help="Open the page in a browser; without one, only say where.")
+]
+
 
 def register(app: typer.Typer) -> None:
     app.command("serve")(serve)
@@ -73,6 +82,7 @@ def serve(
     allow_deploy: AllowDeploy = None,
     open_megapixels: Megapixels = None,
     held_mib: HeldMib = None,
+    open_page: OpenPage = False,
 ) -> None:
     """Serve a model over HTTP on this machine; Ctrl-C ends it."""
     with listening_socket(host, port) as listener:
@@ -106,7 +116,12 @@ def serve(
                 tuple(allow_deploy or ()),
             )
         )
-        greet(host, listener.getsockname()[1], model)
+        url = greet(host, listener.getsockname()[1], model)
+        if open_page:
+            # A browser may stay in front until it is closed; it waits for the server meanwhile.
+            threading.Thread(
+                target=show_page, args=(url,), name=BROWSER_THREAD, daemon=True
+            ).start()
         app.serve()
 
 
@@ -132,7 +147,17 @@ def listening_socket(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def greet(host: str, port: int, model: str) -> None:
+def show_page(url: str) -> None:
+    """Opens the page in a browser, or says where it is."""
+    import webbrowser
+
+    has_screen = sys.platform in ("darwin", "win32") or any(map(os.environ.get, _SCREENS))
+    if not has_screen or not webbrowser.open(url):
+        say(f"There is no browser to open here. The page: {url}")
+
+
+def greet(host: str, port: int, model: str) -> str:
+    """Says where the app answers, and how to ask; returns the address of the page."""
     name = _LOOPBACK.get(host, host)
     url = f"http://{f'[{name}]' if ':' in name else name}:{port}"
     say(f"{model} answers at {url}; open it in a browser, or ask:")
@@ -142,3 +167,4 @@ def greet(host: str, port: int, model: str) -> None:
         f"  curl -s -F files=@{image} "
         f'-F \'settings={{"settings": {{"task_prompt": "<OD>"}}}}\' {url}/inference_image'
     )
+    return url

@@ -26,7 +26,7 @@ from florence2.engine.ask import Ask
 from florence2.errors import GenerationCancelledError, QueueFullError, RequestError
 from florence2.images import check_header
 from florence2.stopping import Stop
-from florence2.tasks import TASKS, TaskInput
+from florence2.tasks import TASKS, TaskInput, next_tasks
 from serve.answering import Answering, task_and_text
 from serve.http.errors import RETRY_AFTER_S, TooLargeError, kind_of
 from serve.http.guard import client_is_gone, keep_body
@@ -262,7 +262,8 @@ def _model(server: FastAPI, services: Services) -> None:
 def tasks_json() -> dict[str, Any]:
     """The answer of ``/tasks``: every task prompt with its name, input, output and summary.
 
-    ``version`` is the app's, whose table it is.
+    ``next`` are the tasks that can follow it in a cascade. ``version`` is the app's, whose table
+    it is.
     """
     return {
         "version": VERSION,
@@ -273,6 +274,7 @@ def tasks_json() -> dict[str, Any]:
                 "takes": task.takes.value,
                 "gives": task.output.value,
                 "summary": task.summary,
+                "next": [following.token for following in next_tasks(task)],
             }
             for task in TASKS
         ],

@@ -230,7 +230,8 @@ def _region_texts(answered: Answered, tag: str, rules: LabelRules) -> list[Found
     else:
         words = result.text or " ".join(found.label for found in result.objects)
         score = result.objects[0].score if result.objects else math.nan
-        boxes = [Box(answered.region.box_xyxy, words, score)] if words else []
+        tokens = tuple(token for said in result.objects for token in said.tokens)
+        boxes = [Box(answered.region.box_xyxy, words, score, tokens)] if words else []
     found = []
     for box in boxes:
         name = _sentence_class(box.label if tag in _NAMING_TAGS else "", rules)
@@ -295,8 +296,12 @@ def _owners(result: Result, finder: Result | None) -> list[Located | None]:
 
 def annotation_from_answers(
     answers: Sequence[Answered], rules: LabelRules, size_wh: SizeWh
-) -> sly.Annotation:
-    """One ``sly.Annotation`` of everything that was answered about one image."""
+) -> tuple[sly.Annotation, tuple[Located | None, ...]]:
+    """One ``sly.Annotation`` of everything that was answered about one image.
+
+    Beside it, for each of its labels, what the model located there; None for one that the SDK
+    made, of a label over the image's edge.
+    """
     found = [item for answered in answers for item in wanted_in(answered, rules, size_wh)]
     drawn = [
         (item, shapes)
@@ -309,11 +314,15 @@ def annotation_from_answers(
         rules.fixed_shapes,
     )
     labels = []
+    located: dict[int, Located] = {}
     for number, (item, shapes) in enumerate(drawn):
         title = titles[item.class_name, _shape_name(item.shape, rules)]
-        labels += _labels(item, shapes, title, f"object-{number}")
+        of_item = _labels(item, shapes, title, f"object-{number}")
+        labels += of_item
+        located |= dict.fromkeys(map(id, of_item), item.shape)
     tags = image_tags(answered.result for answered in answers)
-    return sly.Annotation((size_wh[1], size_wh[0]), labels, img_tags=tags)
+    annotation = sly.Annotation((size_wh[1], size_wh[0]), labels, img_tags=tags)
+    return annotation, tuple(located.get(id(label)) for label in annotation.labels)
 
 
 def wanted_in(answered: Answered, rules: LabelRules, size_wh: SizeWh) -> list[Found]:

@@ -226,13 +226,20 @@ class Call:
 class Predicted:
     """One image's annotation. ``timings_s`` are those of the batches it was part of.
 
-    ``results`` has one for each question, in pixels of the image, merged from its tiles.
+    ``answered`` has one for each question, in pixels of the image, merged from its tiles;
+    ``located`` for each label of the annotation what it was made of, None where that is unknown.
     """
 
     annotation: sly.Annotation
     notes: tuple[str, ...] = ()
     timings_s: Timings = field(default_factory=Timings)
-    results: tuple[Result, ...] = ()
+    answered: tuple[Answered, ...] = ()
+    located: tuple[Located | None, ...] = ()
+
+    @property
+    def results(self) -> tuple[Result, ...]:
+        """The result of each question."""
+        return tuple(one.result for one in self.answered)
 
 
 class Models(Protocol):
@@ -497,14 +504,14 @@ class Predictor:
             _answered(image, question, rules, results[place * per_view : (place + 1) * per_view])
             for place, question in enumerate(image.questions)
         ]
-        annotation = annotation_from_answers(answered, rules, image.picture.size_wh)
+        annotation, located = annotation_from_answers(answered, rules, image.picture.size_wh)
         timings_s = _slowest(results)
         self._watcher.stage("postprocess", time.perf_counter() - began)
         self._watcher.stage("vision", timings_s.vision)
         self._watcher.stage("prompt", timings_s.prompt)
         self._watcher.stage("decode", timings_s.decode)
         notes = tuple(dict.fromkeys(note for result in results for note in result.notes))
-        return Predicted(annotation, notes, timings_s, tuple(one.result for one in answered))
+        return Predicted(annotation, notes, timings_s, tuple(answered), located)
 
 
 def _asked(image: AnyImage, places: Sequence[int], preparer: Preparer, room: Room) -> _AskedImage:

@@ -273,7 +273,7 @@ def _join(pieces: Sequence[_Seen], cut_by: frozenset[int]) -> _Seen:
     if isinstance(best, Box):
         return _Seen(replace(best, box_xyxy=box), box, tiles, cut_by)
     rings = tuple(r for one in pieces if isinstance(one.shape, Polygon) for r in one.shape.rings_xy)
-    return _Seen(Polygon(rings, best.label, best.score), box, tiles, cut_by)
+    return _Seen(Polygon(rings, best.label, best.score, best.tokens), box, tiles, cut_by)
 
 
 def _once(seen: Sequence[_Seen]) -> list[_Seen]:

@@ -12,7 +12,7 @@ from typing import Any, Final, Literal
 
 from florence2.checkpoint.checkpoint import open_checkpoint
 from florence2.checkpoint.hub import ProgressCallback
-from florence2.conversion.kept import Calibration, Conversions, check_runtime
+from florence2.conversion.kept import Calibration, Conversions, check_choice
 from florence2.engine.answering import answer_all
 from florence2.engine.ask import AnyRegion, Ask, failure_of
 from florence2.engine.encoding import AnyImage
@@ -91,7 +91,7 @@ class Florence2:
             )
         chosen = choose_device(device)
         check_precision(precision, chosen)
-        check_runtime(runtime, chosen, precision)
+        check_choice(runtime, chosen, precision)
         checkpoint = open_checkpoint(name, cache_dir=cache_dir, offline=offline, progress=progress)
         kept = Conversions(None if cache_dir is None else Path(cache_dir), calibration)
         engine = load_engine(checkpoint, chosen, precision, cache_bytes, runtime, kept)

@@ -10,15 +10,19 @@ from itertools import chain
 from typing import Final
 
 from florence2.errors import RequestError
-from florence2.records import Box, Object, Polygon, Quad, Result, SizeWh, Text
-from florence2.tasks import BANNED_PHRASES, OutputKind, Task, TaskInput, find_task
-from florence2.tokenizer import (
+from florence2.records import (
     AnswerToken,
+    Box,
+    Object,
+    Polygon,
+    Quad,
+    Result,
+    SizeWh,
+    Text,
     TokenKind,
-    joined_text,
-    strip_dropped,
-    tokens_from_text,
 )
+from florence2.tasks import BANNED_PHRASES, OutputKind, Task, TaskInput, find_task
+from florence2.tokenizer import joined_text, strip_dropped, tokens_from_text
 from florence2.tokens import NUM_LOCATION_BINS, POLYGON_END, POLYGON_START, SEPARATOR
 
 NEAR_BINS: Final = 20
@@ -172,7 +176,8 @@ def _boxes(span: Span, label: str, size_wh: SizeWh, notes: Notes) -> Iterator[Bo
             continue
         notes.add(SWAPPED, int(x1 > x2 or y1 > y2))
         box_xyxy = (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
-        yield Box(box_xyxy, label, object_score(group, label_tokens))
+        score = object_score(group, label_tokens)
+        yield Box(box_xyxy, label, score, (*label_tokens, *group))
 
 
 def _quads(span: Span, label: str, size_wh: SizeWh, notes: Notes) -> Iterator[Quad]:
@@ -183,7 +188,8 @@ def _quads(span: Span, label: str, size_wh: SizeWh, notes: Notes) -> Iterator[Qu
             notes.add(NO_AREA)
             continue
         corners = (x1, y1, x2, y2, x3, y3, x4, y4)
-        yield Quad(corners, label, object_score(group, span.label_tokens))
+        score = object_score(group, span.label_tokens)
+        yield Quad(corners, label, score, (*span.label_tokens, *group))
 
 
 def _polygons(span: Span, label: str, size_wh: SizeWh, notes: Notes) -> Iterator[Polygon]:
@@ -193,7 +199,9 @@ def _polygons(span: Span, label: str, size_wh: SizeWh, notes: Notes) -> Iterator
         rings = [ring[: len(ring) // 2 * 2] for ring in outline if _is_ring(ring, notes)]
         if rings:
             shapes = tuple(tuple(_coordinates(ring, size_wh)) for ring in rings)
-            yield Polygon(shapes, label, object_score([*chain(*rings)], label_tokens))
+            place = [*chain(*rings)]
+            score = object_score(place, label_tokens)
+            yield Polygon(shapes, label, score, (*label_tokens, *place))
 
 
 def _outlines(span: Span, notes: Notes) -> list[list[list[AnswerToken]]]:
@@ -292,7 +300,7 @@ def _parse_text(tokens: list[AnswerToken], task: Task, notes: Notes) -> Parsed:
             # A region task repeats its region behind the words; other locations deserve a note.
             repeats = 4 if task.takes is TaskInput.REGION else span.num_locations + 1
             notes.add(LEFTOVER_LOCATIONS, span.num_locations % repeats)
-    objects = (Text(text, object_score((), words)),) if text else ()
+    objects = (Text(text, object_score((), words), tuple(words)),) if text else ()
     return Parsed(objects, text, notes.sentences())
 
 

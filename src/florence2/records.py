@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, Final
 
 from florence2.errors import RequestError, shown
@@ -30,17 +31,48 @@ class Region:
     box_xyxy: BoxXyxy
 
 
+class TokenKind(Enum):
+    """What a token of an answer is."""
+
+    TEXT = "text"
+    LOCATION = "location"
+    MARKER = "marker"
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerToken:
+    """One token of an answer, or one stretch of a raw string.
+
+    ``data`` is what it spells in UTF-8, possibly part of a character. ``location_bin`` is 0 to
+    999 for a location and None for the rest. ``log_prob`` is a natural logarithm, None if unknown;
+    ``near_log_prob`` that of the bin or one near it, the same as ``log_prob`` for the rest.
+    """
+
+    kind: TokenKind
+    data: bytes
+    location_bin: int | None = None
+    log_prob: float | None = None
+    near_log_prob: float | None = None
+
+
+Tokens = tuple[AnswerToken, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Box:
     """A labeled box.
 
     ``score`` is in [0, 1], see ``florence2.postprocess``; it is None for an object that was parsed
-    from a string, whose probabilities nobody knows.
+    from a string, whose probabilities nobody knows. ``tokens`` are those that spell the label and
+    the place, in this order, as of every object; in a cascade those of each step, one after the
+    other. Of an object that several tiles saw they are those of one of them. Objects are compared
+    without them.
     """
 
     box_xyxy: BoxXyxy
     label: str
     score: float | None
+    tokens: Tokens = field(default=(), repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +82,7 @@ class Quad:
     quad_xy: tuple[float, float, float, float, float, float, float, float]
     label: str
     score: float | None
+    tokens: Tokens = field(default=(), repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +92,7 @@ class Polygon:
     rings_xy: tuple[tuple[float, ...], ...]
     label: str
     score: float | None
+    tokens: Tokens = field(default=(), repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +101,7 @@ class Text:
 
     label: str
     score: float | None
+    tokens: Tokens = field(default=(), repr=False, compare=False)
 
 
 Object = Box | Quad | Polygon | Text

@@ -182,6 +182,18 @@ def parse_steps(name: str) -> tuple[Task, ...]:
     return tuple(steps)
 
 
+def next_tasks(task: Task) -> tuple[Task, ...]:
+    """The tasks that can be the next step of a cascade, behind ``task``."""
+    following = []
+    for one in TASKS:
+        try:
+            parse_steps(f"{task.token}+{one.token}")
+        except RequestError:
+            continue
+        following.append(one)
+    return tuple(following)
+
+
 def _is_caption(task: Task) -> bool:
     return task.takes is TaskInput.NONE and task.output is OutputKind.TEXT
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Any, Final
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from florence2.errors import CheckpointError, RequestError
+from florence2.records import AnswerToken, TokenKind
 from florence2.tokens import (
     ADDED_TOKENS,
     BOS,
@@ -40,30 +39,6 @@ MARKERS: Final = (
 _DROPPED_PATTERN: Final = re.compile("|".join(DROPPED_TOKENS))
 _TOKEN_PATTERN: Final = re.compile(r"<loc_(?P<bin>[0-9]{1,6})>|" + "|".join(MARKERS))
 _CONTROL_PATTERN: Final = re.compile("|".join((BOS, PAD, EOS, UNK, MASK, IMAGE)))
-
-
-class TokenKind(Enum):
-    """What a token of an answer is."""
-
-    TEXT = "text"
-    LOCATION = "location"
-    MARKER = "marker"
-
-
-@dataclass(frozen=True, slots=True)
-class AnswerToken:
-    """One token of an answer, or one stretch of a raw string.
-
-    ``data`` is what it spells in UTF-8, possibly part of a character. ``location_bin`` is 0 to
-    999 for a location and None for the rest. ``log_prob`` is a natural logarithm, None if unknown;
-    ``near_log_prob`` that of the bin or one near it, the same as ``log_prob`` for the rest.
-    """
-
-    kind: TokenKind
-    data: bytes
-    location_bin: int | None = None
-    log_prob: float | None = None
-    near_log_prob: float | None = None
 
 
 def strip_dropped(text: str) -> str:

@@ -18,8 +18,8 @@ from florence2.evaluation.detection import (
     rankings,
 )
 from florence2.postprocess import Notes, location_groups, object_score, split_spans
-from florence2.records import Result
-from florence2.tokenizer import AnswerToken, Vocabulary
+from florence2.records import AnswerToken, Result
+from florence2.tokenizer import Vocabulary
 
 LogProbs = Sequence[float]
 

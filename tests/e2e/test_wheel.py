@@ -25,6 +25,8 @@ DATA = [
     "serve/http/static/index.html",
     "serve/http/static/app.js",
     "serve/http/static/style.css",
+    "serve/http/samples/scene_bike.png",
+    "serve/http/samples/photo_table.jpg",
     "florence2/demo_checkpoint/model.safetensors",
 ]
 
@@ -87,10 +89,12 @@ def test_the_installed_command_labels_and_serves(installed, environment, tmp_pat
             said = iter(serving.stderr)
             url = next(match[0] for line in said if (match := re.search(r"http://[\d.:]+", line)))
             curl = next(said)
+            samples = requests.get(f"{url}/page/samples", timeout=60).json()
             with image.open("rb") as file:
                 answer = requests.post(f"{url}/inference_image", files={"files": file}, timeout=60)
         finally:
             serving.terminate()
     assert len(answer.json()["annotation"]["objects"]) == 4
+    assert sorted(samples) == sorted(path.name for path in (ROOT / "demo" / "images").iterdir())
     # The examples of the repository are not here.
     assert "files=@image.jpg" in curl

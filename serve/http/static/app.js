@@ -1,10 +1,13 @@
-// The page of GET /: ask about an image, show the answer, show the same request for a shell.
+// The page of GET /: ask about an image, show the answer, show the same request for others.
 //
 // Whatever comes from the app, from a file or from a field is put on the page as text, never as
 // markup.
 
+import { AnswerView, counted, element, row } from "./answer.js";
+import { curlCommand, pythonProgram, withThreshold } from "./commands.js";
+import { readMasks } from "./drawing.js";
+
 const $ = (id) => document.getElementById(id);
-const canvas = $("canvas"), brush = canvas.getContext("2d");
 const RETRY_MS = 3000;
 const INPUTS = {
   "nothing": "",
@@ -12,39 +15,39 @@ const INPUTS = {
   "region": "a region",
   "text or nothing": "a text, if you like",
 };
+const OUTLINES = ["polygons", "description_with_bboxes_or_polygons"];
+const GROUPS = {
+  "Find what is there": (task) => task.takes === "nothing" && task.gives !== "pure_text",
+  "Find what you name": (task) => task.takes.includes("text"),
+  "Say or read what the image holds": (task) =>
+    task.takes === "nothing" && task.gives === "pure_text",
+  "About a region": (task) => task.takes === "region",
+};
 
 let tasks = [];
-let file = null, image = null;  // What is asked about, and as it is shown: null if it cannot be.
-let objects = [], highlighted = -1;  // The answer's, with their masks decoded.
+let file = null;  // What is asked about; `url` is where a sample is from.
+let image = null;  // As it is shown: null if it cannot be.
 let draggedBox = null;
+let session = null;  // What runs: the model's name, its device, precision and runtime.
 let isReady = false, isAsking = false;
+let longest = 0;  // Seconds of the slowest answer about the image.
 
-// Text on the page
-
-function element(name, text = "", className = "") {
-  const made = document.createElement(name);
-  made.textContent = text;
-  made.className = className;
-  return made;
-}
-
-function row(...cells) {
-  const tr = document.createElement("tr");
-  for (const cell of cells) {
-    const td = document.createElement("td");
-    td.append(cell);
-    tr.append(td);
-  }
-  return tr;
-}
+const current = new AnswerView("This answer");
+const kept = new AnswerView("Kept answer");
+kept.root.hidden = true;
+kept.find(".remove").hidden = false;
+kept.find(".hint").hidden = true;
+$("answers").append(current.root, kept.root);
+const { canvas } = current.drawing, stage = current.find(".stage");
 
 function say(text, isError = false) {
   $("message").textContent = text;
   $("message").className = isError ? "bad" : "";
 }
 
-function showButton() {
-  $("ask").disabled = !isReady || isAsking;
+function showButtons() {
+  $("ask").disabled = $("load").disabled = !isReady || isAsking;
+  $("keep").disabled = !current.shown;
 }
 
 // The app's routes
@@ -62,38 +65,85 @@ async function call(path, options = { method: "POST" }) {
   throw Object.assign(new Error(message), { code: answer.code });
 }
 
+function friendly(task) {
+  const words = task.name.replaceAll("_", " ").replace(/\bocr\b/, "OCR");
+  return words[0].toUpperCase() + words.slice(1);
+}
+
+function grouped(among, chosen) {
+  return Object.entries(GROUPS).flatMap(([label, isIn]) => {
+    const listed = among.filter(isIn);
+    if (!listed.length) return [];
+    const group = Object.assign(document.createElement("optgroup"), { label });
+    group.append(...listed.map((task) => {
+      const isChosen = task.token === chosen;
+      return new Option(friendly(task), task.token, isChosen, isChosen);
+    }));
+    return [group];
+  });
+}
+
 async function showTasks() {
   const answer = await call("tasks", { method: "GET" });
   tasks = answer.tasks;
   $("version").textContent = answer.version;
-  $("task").replaceChildren(...tasks.map((task) => {
-    const isChosen = task.token === "<OD>";
-    return new Option(task.name.replaceAll("_", " "), task.token, isChosen, isChosen);
-  }));
+  $("task").replaceChildren(...grouped(tasks, "<OD>"));
+  showNextTasks();
   $("tasks").tBodies[0].replaceChildren(...tasks.map((task) =>
     row(element("code", task.token), INPUTS[task.takes] ?? task.takes, task.summary)));
 }
 
 async function showModel() {
-  let info;
   try {
-    info = await call("get_session_info");
+    session = await call("get_session_info");
   } catch (error) {
     $("state").textContent =
       error.code === "not_deployed" ? "No model is loaded yet" : error.message;
     setTimeout(showModel, RETRY_MS);
     return;
   }
-  $("model").textContent = info.model_name;
+  $("model").textContent = session.model_name;
   $("state").textContent = "Ready";
   $("state").className = "chip ready";
-  const facts = [info.device, info.precision.toLowerCase(), info.runtime];
+  const precision = session.precision.toLowerCase();
+  const facts = [session.device, precision, session.runtime];
   $("facts").replaceChildren(...facts.map((fact) => element("span", fact, "chip")));
-  $("warning").textContent = info.device_warning ?? "";
-  $("warning").hidden = !info.device_warning;
-  $("notes").replaceChildren(...info.notes.map((note) => element("p", `Note: ${note}`)));
+  $("warning").textContent = session.device_warning ?? "";
+  $("warning").hidden = !session.device_warning;
+  $("notes").replaceChildren(...session.notes.map((note) => element("p", `Note: ${note}`)));
+  chooseAmong("precision", session.precisions, precision);
+  chooseAmong("runtime", session.runtimes, session.runtime);
+  // Only "auto" and what it chooses is no choice.
+  $("runtime-row").hidden = session.runtimes.length < 3;
   isReady = true;
-  showButton();
+  showButtons();
+}
+
+function chooseAmong(id, names, chosen) {
+  $(id).replaceChildren(...names.map((name) => new Option(name, name, false, name === chosen)));
+}
+
+async function loadModel(event) {
+  event.preventDefault();
+  const { model_name, device } = session;
+  const precision = $("precision").value, runtime = $("runtime").value;
+  const state = { model_name, deploy_params: { device, precision, runtime } };
+  isReady = false;
+  showButtons();
+  $("state").textContent = "Loading…";
+  $("state").className = "chip waiting";
+  say(`Loading ${model_name} in ${precision}…`);
+  try {
+    await call("deploy_from_api", {
+      method: "POST",
+      headers: { "Content-Type": "application/json" },
+      body: JSON.stringify({ state }),
+    });
+    say("Loaded. Ask again to compare.");
+  } catch (error) {
+    say(error.message, true);
+  }
+  await showModel();
 }
 
 async function showSettings() {
@@ -106,268 +156,296 @@ async function showSettings() {
   }
 }
 
-// The question
+// The image
 
-const task = () => tasks.find((one) => one.token === $("task").value);
-const takesRegion = () => task()?.takes === "region";
-const region = () => $("region").value.split(/[\s,;]+/).filter(Boolean).map(Number);
-const isBox = (box) => box.length === 4 && box.every(Number.isFinite);
-
-function settings() {
-  const asked = { task_prompt: $("task").value };
-  const text = $("text").value.trim();
-  if (task().takes.includes("text") && text) asked.text = text;
-  // What is no box goes as it was typed, so that the app can say what is wrong with it.
-  const box = isBox(region()) ? region() : $("region").value.trim();
-  if (takesRegion() && box) asked.regions = [box];
-  const more = JSON.parse($("more").value.trim() || "{}");
-  if (more === null || typeof more !== "object" || Array.isArray(more)) throw new TypeError("more");
-  return Object.assign(asked, more);
+async function showSamples() {
+  const names = await call("page/samples", { method: "GET" });
+  $("samples").hidden = names.length === 0;
+  $("samples").lastElementChild.replaceChildren(...names.map((name) => {
+    const label = document.createElement("label"), url = `page/samples/${encodeURIComponent(name)}`;
+    const radio = Object.assign(document.createElement("input"),
+      { type: "radio", name: "sample", value: name });
+    const alt = name.replace(/\.\w+$/, "").replaceAll("_", " ");
+    label.append(radio, Object.assign(new Image(), { src: url, alt }));
+    radio.onchange = () => chooseSample(name, url);
+    return label;
+  }));
+  // So that the first thing to do may be to ask.
+  if (names.length && !file) $("samples").querySelector("input").click();
 }
 
-function showForm() {
-  const takes = task().takes;
-  $("text-row").hidden = !takes.includes("text");
-  $("text").required = takes === "text";
-  $("region-row").hidden = takes !== "region";
-  $("region").required = takes === "region";
-  $("summary").textContent = task().summary;
-  canvas.style.touchAction = takes === "region" ? "none" : "auto";
-  let asked = { task_prompt: $("task").value };
+async function chooseSample(name, url) {
+  $("file").value = "";
+  let blob;
   try {
-    asked = settings();
-  } catch {
-    // Asking says so; the command shows what can be understood.
+    const response = await fetch(url);
+    if (!response.ok) throw new Error(`status ${response.status}`);
+    blob = await response.blob();
+  } catch (error) {
+    return say(`The sample cannot be had: ${error.message}.`, true);
   }
-  const state = JSON.stringify({ settings: asked }).replaceAll("'", "'\\''");
-  const url = new URL("inference_image", location.href);
-  $("curl").textContent = `curl -F files=@image.jpg --form-string 'state=${state}' ${url}`;
-  draw();
+  const isChosen = document.querySelector("#samples input:checked")?.value === name;
+  const sample = new File([blob], name, { type: blob.type });
+  sample.url = new URL(url, location.href).href;
+  if (isChosen) await chooseFile(sample);
 }
 
 async function chooseFile(chosen) {
   if (!chosen) return;
   file = chosen;
+  if (!file.url) {
+    for (const radio of document.querySelectorAll("#samples input")) radio.checked = false;
+  }
+  longest = 0;
   clearAnswer();
   const opened = await createImageBitmap(chosen, { imageOrientation: "from-image" })
     .catch(() => null);
   if (file !== chosen) return;
   image = opened;
   if (!image) say("This browser cannot show the file; asking about it may work.");
-  $("hint").hidden = image !== null;
-  canvas.width = image ? image.width : 0;
-  canvas.height = image ? image.height : 0;
-  canvas.setAttribute("aria-label", image ? `The image ${chosen.name}` : "No image to show");
-  draw();
+  current.showImage(image, chosen.name);
+  showForm();
+}
+
+// Text that comes with an image, as from a word processor, is for the field it is pasted into.
+function pasteImage(event) {
+  const pasted = [...event.clipboardData.files].find((one) => one.type.startsWith("image/"));
+  if (!pasted || event.clipboardData.getData("text/plain")) return;
+  event.preventDefault();
+  $("file").value = "";
+  chooseFile(pasted);
+}
+
+function dropImage(event) {
+  const dropped = event.dataTransfer.files;
+  event.preventDefault();
+  stage.classList.remove("over");
+  if (!dropped.length) return;
+  $("file").files = dropped;
+  chooseFile(dropped[0]);
+}
+
+// The question
+
+const find = (token) => tasks.find((one) => one.token === token);
+const task = () => find($("task").value);
+const nextTask = () => find($("next").value);
+const takesText = () => task()?.takes.includes("text") ?? false;
+const takesRegion = () => task()?.takes === "region";
+const region = () => $("region").value.split(/[\s,;]+/).filter(Boolean).map(Number);
+const isBox = (box) => box.length === 4 && box.every(Number.isFinite);
+
+function showNextTasks() {
+  const following = tasks.filter((one) => task().next.includes(one.token));
+  const before = following.some((one) => one.token === $("next").value) ? $("next").value : "";
+  $("next").replaceChildren(new Option("nothing more", ""), ...grouped(following, before));
+  $("next-row").hidden = following.length === 0;
+}
+
+function addClass() {
+  const added = $("class-template").content.firstElementChild.cloneNode(true);
+  const number = $("class-rows").childElementCount + 1;
+  added.setAttribute("aria-label", `Class ${number}`);
+  added.querySelector("button").onclick = () => {
+    added.remove();
+    $("add-class").focus();
+    showForm();
+  };
+  $("class-rows").append(added);
+  added.querySelector("input").focus();
+}
+
+// Prompts by class; a class without prompts is asked for by its own name.
+function mapping() {
+  const prompts = new Map();
+  for (const one of $("class-rows").children) {
+    const [name, text] = [...one.querySelectorAll("input")].map((input) => input.value.trim());
+    if (name) prompts.set(name, [prompts.get(name), text || name].filter(Boolean).join("\n"));
+  }
+  return Object.fromEntries(prompts);
+}
+
+function settings() {
+  const asked = { task_prompt: [$("task").value, $("next").value].filter(Boolean).join("+") };
+  const text = $("text").value.trim(), classes = mapping();
+  if (takesText() && text) asked.text = text;
+  if (takesText() && Object.keys(classes).length) asked.mapping = classes;
+  // What is no box goes as it was typed, so that the app can say what is wrong with it.
+  const box = isBox(region()) ? region() : $("region").value.trim();
+  if (takesRegion() && box) asked.regions = [box];
+  if (givesOutlines() && $("geometry").value !== "polygon") asked.geometry = $("geometry").value;
+  const more = JSON.parse($("more").value.trim() || "{}");
+  if (more === null || typeof more !== "object" || Array.isArray(more)) throw new TypeError("more");
+  return { ...asked, ...more };
+}
+
+const givesOutlines = () => OUTLINES.includes((nextTask() ?? task())?.gives);
+
+function showForm() {
+  if (!task()) return;
+  $("text-row").hidden = $("text-help").hidden = $("classes").hidden = !takesText();
+  $("text").required = task().takes === "text" && Object.keys(mapping()).length === 0;
+  for (const one of $("class-rows").children) {
+    const [name, prompts] = one.querySelectorAll("input");
+    name.required = takesText() && prompts.value.trim() !== "";
+  }
+  $("region-row").hidden = !takesRegion();
+  $("region").required = takesRegion();
+  $("geometry-row").hidden = !givesOutlines();
+  const parts = [task().summary, nextTask() && `then ${nextTask().summary}`];
+  $("summary").textContent = parts.filter(Boolean).join(", ");
+  canvas.classList.toggle("drags", takesRegion());
+  showCommands();
+  showRegion();
+}
+
+function showRegion() {
+  const box = draggedBox || (takesRegion() ? region() : []);
+  current.drawing.region = isBox(box) ? box : null;
+  current.drawing.draw();
+}
+
+function showCommands() {
+  let asked = { task_prompt: $("task").value };
+  try {
+    asked = settings();
+  } catch {
+    // Asking says so; the commands show what can be understood.
+  }
+  const url = new URL("inference_image", location.href).href;
+  const sent = [url, file ?? { name: "image.jpg" }, withThreshold(asked, threshold())];
+  $("curl").textContent = curlCommand(...sent);
+  $("python").textContent = pythonProgram(...sent);
+}
+
+async function copy(event) {
+  await navigator.clipboard.writeText($(event.target.dataset.copies).textContent);
+  say("Copied.");
+}
+
+// The same in words, for who looks at two answers.
+function inWords(asked, model) {
+  const steps = asked.task_prompt.split("+").map((token) => find(token));
+  const names = steps.map((one) => (one ? friendly(one) : asked.task_prompt)).join(", then ");
+  const classes = Object.entries(asked.mapping ?? {})
+    .map(([name, prompts]) => `${name} (${String(prompts).replaceAll("\n", ", ")})`);
+  const boxes = (asked.regions ?? []).map((box) => `region ${box}`);
+  const facts = [asked.text, ...classes, ...boxes, file.name].filter(Boolean);
+  const { name, precision, device, runtime } = model ?? {};
+  const answeredBy = model ? `${name}, ${precision} on ${device} (${runtime})` : "";
+  return [names, ...facts, answeredBy].filter(Boolean).join(" · ");
 }
 
 async function ask(event) {
   event.preventDefault();
   clearAnswer();
   if (!file) return say("Choose an image first.", true);
-  const asked = file, body = new FormData();
-  body.append("files", asked);
+  const askedFile = file, body = new FormData();
+  let asked;
   try {
-    body.append("state", JSON.stringify({ settings: settings() }));
+    asked = settings();
   } catch {
     return say("More settings must be a JSON object; correct them.", true);
   }
+  body.append("files", askedFile);
+  body.append("state", JSON.stringify({ settings: asked, details: true }));
   isAsking = true;
-  showButton();
+  showButtons();
   say("Asking…");
   const start = performance.now();
   try {
-    const answer = await call("inference_image", { method: "POST", body });
+    const entry = await call("inference_image", { method: "POST", body });
     const seconds = (performance.now() - start) / 1000;
-    await Promise.all(answer.annotation.objects.map(async (object) => {
-      if (object.bitmap) masks.set(object, await readMask(object.bitmap));
-    }));
+    await readMasks(entry.annotation.objects);
     // The answer is about the image it was asked for, and another may be shown by now.
-    if (file === asked) showAnswer(answer, seconds);
+    if (file === askedFile) showAnswer(entry, asked, seconds);
   } catch (error) {
-    if (file === asked) say(error.message, true);
+    if (file === askedFile) say(error.message, true);
   } finally {
     isAsking = false;
-    showButton();
+    showButtons();
   }
 }
 
 // The answer
 
+const threshold = () => Number($("threshold").value);
+
 function clearAnswer() {
-  objects = [];
-  highlighted = -1;
-  hues.clear();
-  $("objects").hidden = $("raw").hidden = true;
-  $("tags").replaceChildren();
+  current.clear();
   say("");
-  draw();
+  showButtons();
 }
 
-function confidence(object) {
-  const tag = (object.tags || []).find((one) => one.name === "confidence");
-  return typeof tag?.value === "number" ? tag.value : null;
-}
-
-function objectRow(object, index) {
-  const score = confidence(object);
-  const texts = (object.tags || []).filter((tag) => tag.name !== "confidence")
-    .map((tag) => tag.value);
-  const tr = row(
-    [object.classTitle, ...texts].filter(Boolean).join(": "),
-    object.geometryType,
-    score === null ? "unknown" : score.toFixed(3),
-  );
-  const dot = element("span", "", "dot");
-  dot.style.background = `hsl(${hue(object.classTitle)} 90% 50%)`;
-  tr.firstChild.prepend(dot);
-  tr.tabIndex = 0;
-  const highlight = (which) => () => { highlighted = which; draw(); };
-  tr.onmouseenter = tr.onfocus = highlight(index);
-  tr.onmouseleave = tr.onblur = highlight(-1);
-  return tr;
-}
-
-function showAnswer(answer, seconds) {
-  const tags = answer.annotation.tags || [];
-  objects = answer.annotation.objects;
-  $("objects").tBodies[0].replaceChildren(...objects.map(objectRow));
-  $("objects").hidden = objects.length === 0;
-  $("tags").replaceChildren(...tags.map((tag) => {
-    const p = document.createElement("p");
-    p.append(element("b", tag.name), String(tag.value ?? ""));
-    return p;
-  }));
-  $("raw").hidden = false;
-  $("raw").lastElementChild.textContent = JSON.stringify(answer, null, 2);
-  const found = objects.length === 1 ? "1 object" : `${objects.length} objects`;
-  canvas.setAttribute("aria-label", `The image with ${found}; they are listed below`);
-  const result = objects.length || !tags.length ? found : "Answered";
-  const notes = (answer.notes || []).map((note) => ` Note: ${note}.`).join("");
-  say(`${result} in ${seconds.toFixed(1)} s.${notes}`);
-  draw();
-}
-
-// Drawing it on the image
-
-const masks = new WeakMap();  // By object: a canvas, opaque where the object is.
-const hues = new Map();  // By class, far from each other in the order of their appearance.
-
-function hue(className) {
-  if (!hues.has(className)) hues.set(className, (hues.size * 137.5 + 10) % 360);
-  return hues.get(className);
-}
-
-// A bitmap is a PNG in zlib in base64; its opaque or white pixels are the object.
-async function readMask(bitmap) {
-  const zipped = Uint8Array.from(atob(bitmap.data), (letter) => letter.charCodeAt(0));
-  const unzipped = new Blob([zipped]).stream().pipeThrough(new DecompressionStream("deflate"));
-  const png = await createImageBitmap(await new Response(unzipped).blob());
-  const mask = new OffscreenCanvas(png.width, png.height), maskBrush = mask.getContext("2d");
-  maskBrush.drawImage(png, 0, 0);
-  const pixels = maskBrush.getImageData(0, 0, png.width, png.height), values = pixels.data;
-  for (let i = 0; i < values.length; i += 4) {
-    values[i + 3] = values[i] && values[i + 3] ? 255 : 0;
-  }
-  maskBrush.putImageData(pixels, 0, 0);
-  return mask;
-}
-
-function corners(left, top, right, bottom) {
-  return [[left, top], [right, top], [right, bottom], [left, bottom]];
-}
-
-function rings(object) {
-  const mask = masks.get(object);
-  if (mask) {
-    const [left, top] = object.bitmap.origin;
-    return [corners(left, top, left + mask.width, top + mask.height)];
-  }
-  const { exterior = [], interior = [] } = object.points || {};
-  if (object.geometryType !== "rectangle") return [exterior, ...interior];
-  // The last row and column are inside.
-  const [[left, top], [right, bottom]] = exterior;
-  return [corners(left, top, right + 1, bottom + 1)];
-}
-
-function drawMask(object, color, opacity) {
-  const mask = masks.get(object);
-  const tinted = new OffscreenCanvas(mask.width, mask.height);
-  const tint = tinted.getContext("2d");
-  tint.drawImage(mask, 0, 0);
-  tint.globalCompositeOperation = "source-in";
-  tint.fillStyle = `hsl(${color} 90% 55% / ${opacity})`;
-  tint.fillRect(0, 0, tinted.width, tinted.height);
-  brush.drawImage(tinted, ...object.bitmap.origin);
-}
-
-function drawShape(object, color, isHighlighted, unit) {
-  brush.beginPath();
-  for (const ring of rings(object)) {
-    ring.forEach(([x, y], i) => (i ? brush.lineTo(x, y) : brush.moveTo(x, y)));
-    brush.closePath();
-  }
-  brush.fillStyle = `hsl(${color} 90% 55% / ${isHighlighted ? 0.45 : 0.15})`;
-  brush.fill("evenodd");
-  brush.lineWidth = (isHighlighted ? 4 : 2) * unit;
-  brush.strokeStyle = `hsl(${color} 90% 50%)`;
-  brush.stroke();
-}
-
-function drawName(object, color, unit) {
-  const ring = rings(object)[0];
-  if (!ring.length) return;
-  const score = confidence(object);
-  const text = object.classTitle + (score === null ? "" : ` ${score.toFixed(2)}`);
-  brush.font = `600 ${13 * unit}px system-ui, sans-serif`;
-  const width = brush.measureText(text).width + 10 * unit, height = 19 * unit;
-  const x = Math.max(0, Math.min(Math.min(...ring.map((p) => p[0])), canvas.width - width));
-  const y = Math.max(height, Math.min(...ring.map((p) => p[1])));
-  brush.fillStyle = `hsl(${color} 75% 30%)`;
-  brush.fillRect(x, y - height, width, height);
-  brush.fillStyle = "#fff";
-  brush.fillText(text, x + 5 * unit, y - 5 * unit);
-}
-
-function draw() {
-  if (!image) return;
-  brush.clearRect(0, 0, canvas.width, canvas.height);
-  brush.drawImage(image, 0, 0);
-  // Lines and letters keep their size on the screen, whatever the image's is.
-  const unit = canvas.width / (canvas.clientWidth || canvas.width);
-  objects.forEach((object, i) => {
-    const color = hue(object.classTitle), isHighlighted = i === highlighted;
-    if (masks.has(object)) drawMask(object, color, isHighlighted ? 0.75 : 0.45);
-    else drawShape(object, color, isHighlighted, unit);
+function showAnswer(entry, asked, seconds) {
+  const { objects, tags } = entry.annotation;
+  current.show({
+    entry,
+    seconds,
+    image,
+    name: file.name,
+    question: inWords(asked, entry.details?.model),
+    ownThresholds: new Set(Object.keys(asked.class_thresholds ?? {}).map((one) =>
+      one.toLowerCase())),
   });
-  objects.forEach((object) => drawName(object, hue(object.classTitle), unit));
-  const box = draggedBox || (takesRegion() ? region() : []);
-  if (!isBox(box)) return;
-  brush.setLineDash([6 * unit, 4 * unit]);
-  brush.lineWidth = 2 * unit;
-  brush.strokeStyle = "#fff";
-  brush.strokeRect(box[0], box[1], box[2] - box[0], box[3] - box[1]);
-  brush.setLineDash([]);
+  longest = Math.max(longest, seconds);
+  showTimes();
+  // On a small screen the picture is below the question.
+  stage.scrollIntoView({ block: "nearest" });
+  const found = counted(objects.length, "object");
+  const result = objects.length || !tags?.length ? found : "Answered";
+  const notes = (entry.notes || []).map((note) => ` Note: ${note}.`).join("");
+  say(`${result} in ${seconds.toFixed(1)} s.${notes}`);
 }
 
-// Dragging a region, dropping a file
-
-function pixelAt(event) {
-  const box = canvas.getBoundingClientRect(), scale = canvas.width / box.width;
-  const inside = (value, most) => Math.round(Math.max(0, Math.min(value * scale, most)));
-  return [inside(event.clientX - box.left, canvas.width),
-          inside(event.clientY - box.top, canvas.height)];
+function showTimes() {
+  const scale = Math.max(longest, kept.shown?.seconds ?? 0);
+  for (const view of [current, kept]) {
+    if (view.shown) view.showTimes(scale);
+  }
 }
+
+function keepAnswer() {
+  kept.threshold = threshold();
+  kept.showImage(current.shown.image, current.shown.name);
+  kept.show(current.shown);
+  kept.root.hidden = false;
+  document.body.classList.add("compares");
+  showTimes();
+  current.drawing.draw();
+  kept.drawing.draw();
+  say("Kept. Ask something else, or the same in another precision, to see both side by side.");
+}
+
+function removeKept() {
+  kept.clear();
+  kept.root.hidden = true;
+  document.body.classList.remove("compares");
+  current.drawing.draw();
+  $("keep").focus();
+}
+
+function filterAnswers() {
+  $("threshold-value").textContent = threshold().toFixed(2);
+  for (const view of [current, kept]) {
+    view.threshold = threshold();
+    view.filter();
+  }
+  showCommands();
+}
+
+// Dragging a region
 
 canvas.onpointerdown = (event) => {
   if (!image || !takesRegion()) return;
   canvas.setPointerCapture(event.pointerId);
-  draggedBox = [...pixelAt(event), ...pixelAt(event)];
+  const start = current.drawing.pixelAt(event);
+  draggedBox = [...start, ...start];
 };
 canvas.onpointermove = (event) => {
   if (!draggedBox) return;
-  draggedBox = [draggedBox[0], draggedBox[1], ...pixelAt(event)];
-  draw();
+  draggedBox = [draggedBox[0], draggedBox[1], ...current.drawing.pixelAt(event)];
+  showRegion();
 };
 canvas.onpointerup = () => {
   if (!draggedBox) return;
@@ -378,30 +456,36 @@ canvas.onpointerup = () => {
   if (box[0] < box[2] && box[1] < box[3]) $("region").value = box.join(", ");
   showForm();
 };
-canvas.onpointercancel = () => { draggedBox = null; draw(); };
+canvas.onpointercancel = () => { draggedBox = null; showRegion(); };
 
-const stage = $("stage");
-stage.ondragover = (event) => { event.preventDefault(); stage.classList.add("over"); };
-stage.ondragleave = () => stage.classList.remove("over");
-stage.ondrop = (event) => {
-  event.preventDefault();
-  stage.classList.remove("over");
-  const dropped = event.dataTransfer.files;
-  if (!dropped.length) return;
-  $("file").files = dropped;
-  chooseFile(dropped[0]);
+document.ondragover = (event) => { event.preventDefault(); stage.classList.add("over"); };
+document.ondragleave = (event) => {
+  if (!event.relatedTarget) stage.classList.remove("over");
 };
+document.ondrop = dropImage;
+document.onpaste = pasteImage;
 
 $("form").onsubmit = ask;
+$("deploy-form").onsubmit = loadModel;
 $("file").onchange = () => chooseFile($("file").files[0]);
+$("task").onchange = showNextTasks;
+$("add-class").onclick = () => { addClass(); showForm(); };
+$("threshold").oninput = filterAnswers;
+$("keep").onclick = keepAnswer;
+kept.find(".remove").onclick = removeKept;
 $("settings").ontoggle = showSettings;
-window.onresize = draw;
+for (const button of document.querySelectorAll(".copy")) {
+  // A browser lends the clipboard only to pages of this machine and of https.
+  button.hidden = !navigator.clipboard;
+  button.onclick = copy;
+}
+filterAnswers();
 chooseFile($("file").files[0]);
 try {
   await showTasks();
-  $("form").oninput = showForm;
+  $("form").oninput = $("form").onchange = showForm;
   showForm();
-  showModel();
+  await Promise.all([showModel(), showSamples()]);
 } catch (error) {
   say(error.message, true);
 }

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from florence2.api import RUNTIMES
-from florence2.conversion.kept import check_runtime
+from florence2.conversion.kept import check_choice
 from florence2.errors import RequestError, unknown_name
 from florence2.network.config import NetworkConfig, base_config, large_config, tiny_config
 from florence2.records import SizeWh
@@ -207,7 +207,7 @@ class BenchmarkPlan:
         for precision in axes.precisions:
             check_precision(precision, choose_device(self.device))
             for runtime in axes.runtimes:
-                check_runtime(runtime, choose_device(self.device), precision)
+                check_choice(runtime, choose_device(self.device), precision)
         longest = min(size_config(size).text.max_position_embeddings for size in axes.sizes)
         if max(axes.tokens) > longest:
             raise RequestError(

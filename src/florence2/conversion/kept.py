@@ -127,7 +127,7 @@ class Conversions:
         return self.calibration()
 
 
-def check_runtime(runtime: str, device: torch.device, precision: str) -> None:
+def check_choice(runtime: str, device: torch.device, precision: str) -> None:
     """DeviceError where a runtime does not run on the device, or not in the precision."""
     if runtime == "openvino":
         if device.type != "cpu":

@@ -311,10 +311,12 @@ def join_region_answers(
             )
         if task.output is OutputKind.TEXT:
             label = (answer.text if answer is not None else None) or ""
-            objects.append(Box(_box_of(found), label, found.score))
+            said = answer.objects if answer is not None else ()
+            tokens = (*found.tokens, *(token for one in said for token in one.tokens))
+            objects.append(Box(_box_of(found), label, found.score, tokens))
         elif answer is not None:
             objects += [
-                replace(polygon, label=found.label)
+                replace(polygon, label=found.label, tokens=(*found.tokens, *polygon.tokens))
                 for polygon in answer.objects
                 if isinstance(polygon, Polygon)
             ]

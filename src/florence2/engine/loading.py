@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from florence2.checkpoint.checkpoint import Checkpoint, load_weights
 from florence2.checkpoint.converted import Converted, read_converted
-from florence2.conversion.kept import Conversions, check_runtime, notes_of
+from florence2.conversion.kept import Conversions, check_choice, notes_of
 from florence2.engine.answering import answer, answer_all
 from florence2.engine.ask import Ask, Outcome
 from florence2.engine.encoding import EncodedImage
@@ -537,7 +537,7 @@ def _load_converted_folder(
             f"{checkpoint.folder} holds a network converted for OpenVINO, which runtime 'torch' "
             "does not run; use runtime 'openvino', or the checkpoint that it was made from."
         )
-    check_runtime("openvino", device, "auto")
+    check_choice("openvino", device, "auto")
     if precision not in ("auto", converted.precision):
         raise DeviceError(
             f"{checkpoint.folder} was converted to {converted.precision}, and {precision!r} was "

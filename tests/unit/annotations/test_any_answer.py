@@ -81,7 +81,9 @@ rules = st.builds(
 @settings(suppress_health_check=[HealthCheck.too_slow])
 @given(answers, rules)
 def test_every_answer_gives_an_annotation_that_clients_can_read(answered, label_rules):
-    annotation = annotation_from_answers(answered, label_rules, (WIDTH, HEIGHT))
+    annotation, located = annotation_from_answers(answered, label_rules, (WIDTH, HEIGHT))
+    assert len(located) == len(annotation.labels)
+    assert None not in located
     meta = ModelMeta()
     meta.learn(annotation)
     stored = json.loads(json.dumps(annotation.to_json(), allow_nan=False))
@@ -118,7 +120,7 @@ def test_an_outline_is_a_label_exactly_where_it_has_an_area(first, second, third
     answer = a_result("<REGION_TO_SEGMENTATION>", [shape], None)
     for geometry in ("polygon", "bitmap"):
         rules = LabelRules(geometry=geometry)
-        annotation = annotation_from_answers([Answered(answer)], rules, (WIDTH, HEIGHT))
+        annotation, _ = annotation_from_answers([Answered(answer)], rules, (WIDTH, HEIGHT))
         assert len(annotation.labels) == (doubled != 0)
 
 

@@ -18,7 +18,7 @@ def result(task, *objects, text=None, steps=()):
 
 def build(*answers, **rules):
     answered = [a if isinstance(a, Answered) else Answered(a) for a in answers]
-    return annotation_from_answers(answered, LabelRules(**rules), SIZE)
+    return annotation_from_answers(answered, LabelRules(**rules), SIZE)[0]
 
 
 def classes(*answers, **rules):

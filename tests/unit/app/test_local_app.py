@@ -58,6 +58,56 @@ def test_an_upload_is_answered_with_an_annotation(client, bike):
     assert classes_in(answer.json()) == ["arrow", "box", "star", "tree"]
 
 
+def without_ids(value):
+    """The same without what is new in every answer: the ids of labels."""
+    if isinstance(value, list):
+        return [without_ids(one) for one in value]
+    if isinstance(value, dict):
+        return {key: without_ids(one) for key, one in value.items() if key not in ("id", "key")}
+    return value
+
+
+def ask_state(client, image, state, route="/inference_image"):
+    files = [("files", ("a.png", image))]
+    return client.post(route, files=files, data={"state": json.dumps(state)})
+
+
+@pytest.mark.parametrize("route", ["/inference_image", "/inference_batch"])
+def test_details_are_beside_the_same_answer_for_those_who_ask(client, bike, route):
+    def entry(**state):
+        answer = ask_state(client, bike, state, route).json()
+        return answer if route == "/inference_image" else answer[0]
+
+    plain, detailed = entry(details=False), entry(details=True)
+    details = detailed.pop("details")
+    assert without_ids(detailed) == without_ids(plain) == without_ids(entry())
+    assert details["model"] == {
+        "name": "demo",
+        "device": "cpu",
+        "precision": "fp32",
+        "runtime": "torch",
+    }
+    assert len(details["objects"]) == len(plain["annotation"]["objects"])
+
+
+def test_details_of_a_run_are_those_of_its_entries(client, bike):
+    state = {"details": True}
+    begun = ask_state(client, bike, state, "/inference_batch_async").json()
+    asked = {"state": {"inference_request_uuid": begun["inference_request_uuid"]}}
+    wait_until(
+        lambda: not client.post("/get_inference_progress", json=asked).json()["is_inferring"]
+    )
+    [entry] = client.post("/pop_inference_results", json=asked).json()["pending_results"]
+    assert len(entry["details"]["objects"]) == len(entry["annotation"]["objects"]) > 0
+
+
+@pytest.mark.parametrize("wanted", ["yes", 1, [], {}])
+def test_details_are_wanted_or_not(client, bike, wanted):
+    answer = ask_state(client, bike, {"details": wanted})
+    assert answer.status_code == 400
+    assert "details is true or false" in answer.json()["message"]
+
+
 def test_settings_reach_the_model(client, bike):
     answer = ask(client, bike, mapping={"heaven": "star"})
     assert set(classes_in(answer.json())) == {"heaven"}
@@ -117,6 +167,24 @@ def test_the_model_before_runs_on_when_another_cannot_be_deployed(client, bike, 
     info = client.post("/get_deploy_info", json={}).json()
     assert (info["model_name"], info["device"], info["model_precision"]) == ("demo", "cpu", "FP32")
     assert ask(client, bike).status_code == 200
+
+
+def test_a_model_is_deployed_in_another_precision(client, app, bike):
+    def precision():
+        info = client.post("/get_session_info", json={}).json()
+        return info["precision"], ask_state(client, bike, {"details": True}).json()["details"][
+            "model"
+        ]["precision"]
+
+    named = client.post("/get_session_info", json={}).json()["precisions"]
+    assert named[:3] == ["auto", "fp32", "bf16"]
+    assert "fp16" not in named
+    assert deploy(client, "demo", precision="bf16").status_code == 200
+    assert precision() == ("BF16", "bf16")
+    assert deploy(client, "demo", precision="fp16").status_code == 400
+    assert precision() == ("BF16", "bf16")
+    assert deploy(client, "demo").status_code == 200
+    assert precision() == ("FP32", "fp32")
 
 
 def test_a_damaged_checkpoint_leaves_the_model_before_running(client, app, bike, tmp_path):

@@ -9,13 +9,21 @@ from pathlib import Path
 import pytest
 
 from florence2.engine.ask import Ask
-from florence2.errors import CheckpointError, DeviceError, RequestError, StoppedError
+from florence2.errors import (
+    CheckpointError,
+    DeviceError,
+    FlorenceError,
+    RequestError,
+    StoppedError,
+)
+from florence2.runtimes.openvino import cpu_computes_int8
 from serve import model_service
 from serve.model_service import (
     Deployment,
     IdleTimer,
     ModelChoice,
     check_runtime,
+    deployable_on,
     device_name,
     named_model,
     params_from_state,
@@ -52,13 +60,32 @@ def test_the_model_is_found_wherever_clients_name_it(given, name):
         ({"deploy_params": "cpu"}, "deploy_params"),
         ({"deploy_params": {"device": 0}}, "device"),
         ({"deploy_params": {"runtime": "TensorRT"}}, "PyTorch"),
+        ({"deploy_params": {"device": "cpu", "precision": "fp17"}}, "fp16"),
+        ({"deploy_params": {"device": "cpu", "precision": "fp16"}}, "for GPUs"),
+        ({"deploy_params": {"device": "cpu", "precision": 16}}, "auto, fp32"),
         ({"deploy_params": {"model_source": "Custom models"}}, "model_name"),
         ({"deploy_params": {"model_files": "x", "model_info": "y"}, "model_name": "z"}, "'z'"),
     ],
 )
 def test_what_cannot_be_deployed_is_said(state, says):
-    with pytest.raises(RequestError, match=says):
+    with pytest.raises(FlorenceError, match=says) as refused:
         params_from_state(state, MODELS)
+    assert isinstance(refused.value, RequestError | DeviceError)
+
+
+def test_a_precision_that_nobody_names_is_left_to_the_app():
+    params = [
+        params_from_state({"deploy_params": {"device": "cpu", **named}}, MODELS)
+        for named in ({}, {"precision": None}, {"precision": ""}, {"precision": "bf16"})
+    ]
+    assert [one.get("precision", "none") for one in params] == ["none", "none", "none", "bf16"]
+
+
+def test_what_can_be_deployed_depends_on_the_device():
+    assert deployable_on("cpu") == {
+        "runtimes": ["auto", "torch", "openvino"],
+        "precisions": ["auto", "fp32", "bf16", *["int8"] * cpu_computes_int8()],
+    }
 
 
 def test_another_checkpoint_must_be_allowed_by_its_exact_name():

@@ -245,6 +245,18 @@ def test_a_cascade_asks_about_every_detected_box_and_keeps_its_score(demo):
         assert alone.token_ids == step.token_ids
 
 
+@pytest.mark.parametrize("task", ["<REGION_TO_DESCRIPTION>", "<REGION_TO_SEGMENTATION>"])
+def test_an_object_of_a_cascade_has_the_tokens_of_each_step(demo, task):
+    joined = demo.run(f"<OD>+{task}", picture(14), max_new_tokens=24)
+    detection, *answers = joined.steps
+    said = [found for answer in answers for found in answer.objects]
+    assert [one.tokens for one in joined.objects] == [
+        (*before.tokens, *after.tokens)
+        for before, after in zip(detection.objects, said, strict=True)
+    ]
+    assert all(one.tokens for one in (*detection.objects, *said))
+
+
 def test_an_outline_without_points_has_no_region():
     empty = Polygon(rings_xy=(), label="cat", score=None)
     result = Result("<OD>", (10, 10), (empty,), None, "", (), truncated=False)

@@ -9,9 +9,9 @@ from PIL import Image
 
 from florence2.engine.ask import Ask
 from florence2.postprocess import parse
-from florence2.records import Failure, Result
+from florence2.records import AnswerToken, Failure, Result
 from florence2.tasks import find_task
-from florence2.tokenizer import AnswerToken, tokens_from_text
+from florence2.tokenizer import tokens_from_text
 from florence2_demo.drawing import draw_scene
 from florence2_demo.scene import make_scene
 from florence2_demo.truth import ground_truth

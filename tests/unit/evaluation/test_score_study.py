@@ -9,9 +9,9 @@ import pytest
 from florence2.errors import FlorenceError
 from florence2.evaluation.detection import ImageBoxes
 from florence2.postprocess import parse
-from florence2.records import Result
+from florence2.records import Result, TokenKind
 from florence2.tasks import find_task
-from florence2.tokenizer import TokenKind, tokens_from_text
+from florence2.tokenizer import tokens_from_text
 from florence2_demo.score_study import DEFINITIONS, OURS, ScoreStudy
 
 

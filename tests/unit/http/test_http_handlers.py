@@ -2,6 +2,7 @@
 
 import base64
 import json
+from contextlib import nullcontext
 
 import pytest
 from fastapi import Depends, FastAPI, UploadFile
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from florence2.errors import RequestError
-from florence2.tasks import TASKS, TaskInput, find_task
+from florence2.tasks import TASKS, TaskInput, find_task, parse_steps
 from serve.http.errors import TooLargeError
 from serve.http.guard import install_error_handlers
 from serve.http.handlers import (
@@ -231,7 +232,16 @@ def test_a_task_says_what_it_takes_and_gives():
         "takes": "text",
         "gives": "phrase_grounding",
         "summary": "boxes for the phrases of a text",
+        "next": [task.token for task in TASKS if task.takes is TaskInput.REGION],
     }
+
+
+def test_the_tasks_that_follow_another_make_a_cascade_with_it_and_no_others_do():
+    for entry in tasks_json()["tasks"]:
+        for task in TASKS:
+            can_follow = task.token in entry["next"]
+            with nullcontext() if can_follow else pytest.raises(RequestError):
+                parse_steps(f"{entry['token']}+{task.token}")
 
 
 def test_what_is_listed_is_plain_json():

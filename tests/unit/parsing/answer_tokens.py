@@ -1,6 +1,6 @@
 """Answer tokens made by hand."""
 
-from florence2.tokenizer import AnswerToken, TokenKind
+from florence2.records import AnswerToken, TokenKind
 from florence2.tokens import location_token
 
 

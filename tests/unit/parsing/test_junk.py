@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from florence2.postprocess import parse, parse_answer_text
-from florence2.records import Box, Polygon, Quad, Text
+from florence2.records import Box, Polygon, Quad, Text, TokenKind
 from florence2.tasks import TASKS, OutputKind
-from florence2.tokenizer import MARKERS, TokenKind
+from florence2.tokenizer import MARKERS
 
 LOG_PROBS = st.floats(max_value=0.0) | st.just(float("nan"))
 JUNK_TOKENS = st.lists(

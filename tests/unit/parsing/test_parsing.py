@@ -17,11 +17,13 @@ from florence2.postprocess import (
     TOO_GENERAL,
     UNLABELED,
     UNPLACED_TEXT,
+    object_score,
     parse,
     parse_answer_text,
 )
 from florence2.records import Box, Polygon, Quad, Result, Text
 from florence2.tasks import OutputKind, find_task
+from florence2.tokenizer import joined_text
 
 SIZE_WH = (1000, 2000)
 
@@ -237,3 +239,31 @@ def test_a_cascade_has_one_entry_per_step():
 def test_a_size_of_nothing_and_an_unknown_task_are_refused(task, size_wh, message):
     with pytest.raises(RequestError, match=message):
         parse_answer_text(task, "", size_wh)
+
+
+@pytest.mark.parametrize(
+    ("task", "answer", "spelled"),
+    [
+        ("<OD>", f"car{ONE}{locs(5, 6, 7, 8)}", [f"car{ONE}", f"car{locs(5, 6, 7, 8)}"]),
+        ("<OD>", f"car{ONE}dog{locs(5, 6, 7, 8)}", [f"car{ONE}", f"dog{locs(5, 6, 7, 8)}"]),
+        ("<REGION_PROPOSAL>", f"{ONE}{locs(5, 6)}", [ONE]),
+        ("<OCR_WITH_REGION>", f"STOP{Q}", [f"STOP{Q}"]),
+        (
+            "<OPEN_VOCABULARY_DETECTION>",
+            f"car<poly>{S}<sep>{locs(1, 2, 30, 2, 30, 40, 9)}</poly>",
+            [f"car{S}{locs(1, 2, 30, 2, 30, 40)}"],
+        ),
+        ("<CAPTION>", "a car", ["a car"]),
+        ("<REGION_TO_CATEGORY>", f"car{ONE}", ["car"]),
+    ],
+)
+def test_an_object_has_the_tokens_that_its_score_is_made_of(task, answer, spelled):
+    result = parse_answer_text(task, answer, SIZE_WH)
+    assert [joined_text(found.tokens) for found in result.objects] == spelled
+
+
+def test_a_score_can_be_computed_from_the_tokens_of_its_object():
+    tokens = tokens_of(("car", -0.5), (1, -1.0), (2, -2.0), (3, -3.0), (4, -2.0), ("dog", -9.0))
+    [found] = parse(tokens, find_task("<OD>"), SIZE_WH).objects
+    assert found.tokens == tuple(tokens[:5])
+    assert found.score == object_score(found.tokens[1:], found.tokens[:1]) == math.exp(-2.5)

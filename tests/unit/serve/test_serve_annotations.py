@@ -16,7 +16,7 @@ SENTENCE = "a small red car beside a tree"
 
 def build(*answers, classes=None, threshold=0.0):
     answered = [a if isinstance(a, Answered) else Answered(a) for a in answers]
-    return annotation_from_answers(answered, LabelRules(classes or {}, threshold), SIZE)
+    return annotation_from_answers(answered, LabelRules(classes or {}, threshold), SIZE)[0]
 
 
 def seen(annotation):

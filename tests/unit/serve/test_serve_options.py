@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 
 import pytest
 
@@ -71,3 +72,45 @@ def test_the_server_can_listen_on_an_address_of_ipv6(capsys):
         assert listener.family == socket.AF_INET6
     command.greet("::1", 8000, "demo")
     assert "http://[::1]:8000/inference_image" in capsys.readouterr().err
+
+
+@pytest.fixture
+def no_screen(monkeypatch):
+    monkeypatch.setattr("sys.platform", "linux")
+    for name in ("BROWSER", "DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def wait_for_the_browser():
+    for thread in threading.enumerate():
+        if thread.name == command.BROWSER_THREAD:
+            thread.join(10)
+
+
+def test_the_page_is_opened_in_a_browser_only_when_asked(start, no_screen, monkeypatch, tmp_path):
+    opened = tmp_path / "opened"
+    browser = tmp_path / "browser"
+    browser.write_text(f"#!/bin/sh\necho $1 >> {opened}\n", encoding="utf-8")
+    browser.chmod(0o755)
+    monkeypatch.setenv("BROWSER", f"{browser} %s")
+    assert start()[0] == 0
+    wait_for_the_browser()
+    assert not opened.exists()
+    code, written = start("--open", "--host", "0.0.0.0")
+    wait_for_the_browser()
+    address = opened.read_text(encoding="utf-8").strip()
+    assert code == 0
+    assert address.startswith("http://127.0.0.1:")
+    assert f"demo answers at {address};" in written.err
+
+
+def test_where_there_is_no_screen_the_address_is_said_and_no_terminal_taken(no_screen, capsys):
+    command.show_page("http://127.0.0.1:8000")
+    assert "There is no browser to open here." in capsys.readouterr().err
+
+
+def test_a_browser_that_fails_is_told_of(no_screen, monkeypatch, capsys):
+    monkeypatch.setenv("DISPLAY", ":0")
+    monkeypatch.setattr("webbrowser.open", lambda url: False)
+    command.show_page("http://127.0.0.1:8000")
+    assert "The page: http://127.0.0.1:8000" in capsys.readouterr().err

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from florence2.errors import CheckpointError, RequestError
-from florence2.tokenizer import TokenKind, Vocabulary
+from florence2.records import TokenKind
+from florence2.tokenizer import Vocabulary
 from florence2.tokens import ADDED_TOKENS, IMAGE, location_token
 
 TEXTS = [
