@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from serve.console import ERR
+from serve.console import ERR, say
 from serve.process import leave_cores_to_others
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ def load_model(name: str, device: str, runtime: str, precision: str = "auto") ->
         "precision": precision,
         "cache_bytes": _CACHE_BYTES,
         "calibration": calibration_scenes,
+        "notify": say,
     }
     with _bar(name) as progress:
         model = Florence2.load(name, **chosen, progress=progress)

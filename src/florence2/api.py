@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -71,6 +71,7 @@ class Florence2:
         progress: ProgressCallback | None = None,
         cache_bytes: int = CACHE_BYTES,
         calibration: Calibration | None = None,
+        notify: Callable[[str], None] = logger.info,
     ) -> Florence2:
         """Finds or downloads a checkpoint, loads it and checks that it answers.
 
@@ -80,7 +81,8 @@ class Florence2:
         auto, fp32, bf16, fp16, int8; only fp32 gives the reference's tokens, but for rounding ties,
         and ``auto`` is the fastest that this checkpoint is sane in, see ``choose_precision`` and
         ``load_engine``; int8 is the OpenVINO runtime's, and calibrated on the images that
-        ``calibration`` gives. Raises CheckpointError or DeviceError with one sentence.
+        ``calibration`` gives. ``notify`` is told what takes minutes, once, when a checkpoint is
+        converted. Raises CheckpointError or DeviceError with one sentence.
         """
         if runtime not in RUNTIMES:
             raise DeviceError(unknown_name("runtime", str(runtime), RUNTIMES))
@@ -93,7 +95,7 @@ class Florence2:
         check_precision(precision, chosen)
         check_choice(runtime, chosen, precision)
         checkpoint = open_checkpoint(name, cache_dir=cache_dir, offline=offline, progress=progress)
-        kept = Conversions(None if cache_dir is None else Path(cache_dir), calibration)
+        kept = Conversions(None if cache_dir is None else Path(cache_dir), calibration, notify)
         engine = load_engine(checkpoint, chosen, precision, cache_bytes, runtime, kept)
         used = engine.runtime
         logger.info(
