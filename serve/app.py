@@ -40,7 +40,6 @@ from serve.limits import held_bytes
 from serve.model_service import (
     AUTO,
     MAX_QUEUED,
-    PRECISION_NAMES,
     RUNTIME_NAMES,
     Deployment,
     ModelChoice,
@@ -201,7 +200,7 @@ class Florence2App(PromptBasedObjectDetection):  # type: ignore[misc]
         :type device: str
         :param runtime: PyTorch, OpenVINO or auto
         :type runtime: str
-        :param precision: fp32, bf16, fp16, int8 or auto; None: as the app was started
+        :param precision: fp32, bf16, fp16, int8, nf4 or auto; None: as the app was started
         :type precision: str
         """
         local = self._local or LocalServer(model_files["checkpoint"])
@@ -214,7 +213,7 @@ class Florence2App(PromptBasedObjectDetection):  # type: ignore[misc]
             self._is_cpu_asked_for,
         )
         model = self.deployment.switch(choice).model
-        self.model_precision = PRECISION_NAMES[model.precision]
+        self.model_precision = model.precision.upper()
         self.runtime = RUNTIME_NAMES[model.runtime]
         self._model_meta = self.model_meta
         self.metrics.set_model(model.name, model.device, model.precision, model.runtime)

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from florence2.checkpoint.hub import ProgressUpdate
 from florence2.errors import FlorenceError
-from serve.model_service import AUTO, DEFAULT_MODEL, PRECISION_NAMES, RUNTIME_NAMES
+from serve.model_service import AUTO, DEFAULT_MODEL, PRECISION_CHOICES, RUNTIME_NAMES
 from serve.sdk import sly  # noqa: F401  (the SDK's modules are imported after this door)
 
 # isort: split
@@ -22,15 +22,15 @@ _REFRESH_HELP: Final = (
     "downloaded again."
 )
 
-
 _RUNTIME_HELP: Final = (
     "auto: PyTorch on a GPU, and on a CPU the faster of the two, measured at the first start. "
     "OpenVINO converts the checkpoint at its first start, which takes minutes and a copy of its "
     "size on the disk."
 )
 _PRECISION_HELP: Final = (
-    "auto is as exact as labels need. int8 is for OpenVINO on a CPU: about twice as fast as bf16, "
-    "and less exact."
+    "auto is as exact as labels need. int8 on a CPU is OpenVINO's: about twice as fast as bf16, "
+    "and less exact. On a GPU int8 and nf4 keep the layers of the text network in 8 or 4 bits, "
+    "with :all the vision tower's too: less memory, and less exact."
 )
 
 
@@ -44,7 +44,7 @@ class Florence2Gui(ServingGUITemplate):  # type: ignore[misc]
         self.device_warning.hide()
         refresh = Field(self._refresh, title="Weights", description=_REFRESH_HELP)
         self.runtime_choice = SelectString([AUTO, *RUNTIME_NAMES.values()], widget_id="runtime")
-        self.precision_choice = SelectString([AUTO, *PRECISION_NAMES], widget_id="precision")
+        self.precision_choice = SelectString([AUTO, *PRECISION_CHOICES], widget_id="precision")
         runtime = Field(self.runtime_choice, title="Runtime", description=_RUNTIME_HELP)
         precision = Field(self.precision_choice, title="Precision", description=_PRECISION_HELP)
         return [runtime, precision, refresh, self.device_warning]

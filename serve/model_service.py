@@ -16,7 +16,13 @@ from florence2.api import RUNTIMES, Florence2
 from florence2.conversion.kept import check_choice
 from florence2.engine.scheduler import Observer, Scheduler
 from florence2.errors import DeviceError, RequestError, StoppedError, unknown_name
-from florence2.runtimes.device import check_precision, choose_device, missing_gpu
+from florence2.runtimes.device import (
+    PRECISIONS,
+    SCHEMES,
+    check_precision,
+    choose_device,
+    missing_gpu,
+)
 from serve.naming import FIXED_SHAPES, class_color
 from serve.predict.annotations import TAG_METAS
 from serve.sdk import sly
@@ -78,8 +84,11 @@ RUNTIME_NAMES: Final = {"torch": "PyTorch", "openvino": "OpenVINO"}
 _SDK_NAMES: Final = tuple(RUNTIME_NAMES.values())
 DEFAULT_MODEL: Final = "Florence-2-large"
 ALLOW_DEPLOY_VARIABLE: Final = "FLORENCE_ALLOW_DEPLOY"
-# As the SDK writes precisions.
-PRECISION_NAMES: Final = {"fp32": "FP32", "fp16": "FP16", "bf16": "BF16", "int8": "INT8"}
+PRECISION_CHOICES: Final = (
+    *PRECISIONS,
+    *(name for scheme in SCHEMES for name in (scheme, f"{scheme}:all")),
+)
+"""What pages offer, where a device has it; int8 and nf4 have more parts."""
 
 
 def device_name(device: object) -> str:
@@ -200,15 +209,11 @@ def _row_of(
     return named_model(name, models)
 
 
-# Those that a runtime has; which of them a device has is asked of it.
-_PRECISIONS: Final = ("fp32", "bf16", "fp16", "int8", "nf4")
-
-
 def deployable_on(device: str) -> dict[str, list[str]]:
     """The names of runtimes and precisions that a request can deploy on a device."""
     chosen = choose_device(device)
     runtimes = [name for name in RUNTIMES if _is_possible(name, chosen, AUTO)]
-    precisions = [name for name in _PRECISIONS if _is_possible(AUTO, chosen, name)]
+    precisions = [name for name in PRECISION_CHOICES if _is_possible(AUTO, chosen, name)]
     return {"runtimes": runtimes, "precisions": [AUTO, *precisions]}
 
 

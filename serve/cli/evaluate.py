@@ -33,7 +33,9 @@ def evaluate(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     runtime: Annotated[str, typer.Option(help="auto, torch or openvino.")] = "auto",
-    precision: Annotated[str, typer.Option(help="auto, fp32, bf16, fp16 or int8.")] = "auto",
+    precision: Annotated[
+        str, typer.Option(help="auto, fp32, bf16, fp16, int8, or on a GPU nf4.")
+    ] = "auto",
     beams: Annotated[int | None, typer.Option(min=1, help="Beams of the search.")] = None,
     batch: Annotated[int, typer.Option(min=1, max=256, help="Scenes per step.")] = 8,
     max_new_tokens: Annotated[

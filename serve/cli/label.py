@@ -65,7 +65,7 @@ RegionXyxy = Annotated[
 ModelName = Annotated[str, typer.Option(help="A name of `florence2 models`, hub id or folder.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Runtime = Annotated[str, typer.Option(help="auto, torch or openvino.")]
-Precision = Annotated[str, typer.Option(help="auto, fp32, bf16, fp16 or int8.")]
+Precision = Annotated[str, typer.Option(help="auto, fp32, bf16, fp16, int8, or on a GPU nf4.")]
 SettingsFile = Annotated[
     Path | None,
     typer.Option(

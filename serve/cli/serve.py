@@ -26,7 +26,7 @@ _SCREENS: Final = ("BROWSER", "DISPLAY", "WAYLAND_DISPLAY")
 
 ModelName = Annotated[str, typer.Option(help="A name of `florence2 models`, hub id or folder.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-Precision = Annotated[str, typer.Option(help="auto, fp32, bf16, fp16 or int8.")]
+Precision = Annotated[str, typer.Option(help="auto, fp32, bf16, fp16, int8, or on a GPU nf4.")]
 Runtime = Annotated[str, typer.Option(help="auto, torch or openvino.")]
 Host = Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 lets the whole network in.")]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free port.")]

@@ -21,7 +21,9 @@ from florence2.checkpoint.files import check_folder, read_json, write_whole
 from florence2.conversion.convert import Picture, Progress, convert
 from florence2.conversion.eight_bits import check_int8
 from florence2.errors import CheckpointError, DeviceError
+from florence2.runtimes.device import parse_quantization
 from florence2.runtimes.openvino import openvino
+from florence2.runtimes.quantization import check_quantization
 
 logger = logging.getLogger(__name__)
 
@@ -136,15 +138,16 @@ def check_choice(runtime: str, device: torch.device, precision: str) -> None:
                 "'cpu', or runtime 'torch'."
             )
         openvino()
-    if precision == "int8":
-        if device.type != "cpu" or runtime == "torch":
-            raise DeviceError(
-                "Precision 'int8' is for the OpenVINO runtime on a CPU, and runtime "
-                f"{runtime!r} on device '{device}' was chosen; leave the runtime out and use "
-                "device 'cpu', or another precision."
-            )
+    if precision == "int8" and device.type == "cpu" and runtime != "torch":
         openvino()
         check_int8()
+        return
+    if runtime == "openvino" and parse_quantization(precision, device):
+        raise DeviceError(
+            f"Precision {precision!r} is of the torch runtime, and runtime 'openvino' was chosen; "
+            "use precision 'int8', or leave the runtime out."
+        )
+    check_quantization(precision, device)
 
 
 def notes_of(converted: Converted) -> tuple[str, ...]:

@@ -36,7 +36,12 @@ from florence2.network.florence import Florence2Network
 from florence2.runtimes.base import Pixels
 from florence2.runtimes.cuda_graphs import GraphRunner
 from florence2.runtimes.decode_graphs import ROWS
-from florence2.runtimes.device import PRECISIONS, choose_precision
+from florence2.runtimes.device import (
+    PRECISIONS,
+    base_precision,
+    choose_precision,
+    parse_quantization,
+)
 from florence2.runtimes.openvino import ConvertedNetwork, OpenVinoRuntime, has_openvino
 from florence2.runtimes.torch import VISION_BUCKETS, TorchRuntime, computing, upload
 from florence2.tasks import TASKS
@@ -591,6 +596,8 @@ def chosen_runtime(
         return "torch" if runtime == "auto" else runtime
     if precision == "int8":
         return "openvino"
+    if parse_quantization(precision, device):
+        return "torch"
     d_model = checkpoint.config.text.d_model
     if d_model < MEASURED_FROM_D_MODEL:
         return "torch"
@@ -632,7 +639,7 @@ def _seconds_of(engine: Engine, picture: np.ndarray[Any, np.dtype[np.uint8]]) ->
 def _load(
     checkpoint: Checkpoint, device: torch.device, used: str, cache_bytes: int, is_free: bool
 ) -> Engine:
-    network = load_weights(checkpoint, PRECISIONS[used])
+    network = load_weights(checkpoint, PRECISIONS[base_precision(used, device)])
     checkpoint = replace(checkpoint, notes=(*checkpoint.notes, *network.notes))
     runtime = TorchRuntime(network, device, used)
     engine = Engine(
@@ -664,7 +671,7 @@ def check_against_fp32(checkpoint: Checkpoint, runtime: TorchRuntime, is_error: 
     """
     picture = open_image(probe_picture()).image
     error = error_against_fp32(runtime, checkpoint.image_processor.pixels(picture)[None])
-    limit = TOLERANCE[runtime.precision]
+    limit = TOLERANCE[runtime.base_precision]
     logger.info("%s in %s: features within %.2g of fp32", checkpoint.name, runtime.precision, error)
     if error > limit:
         found = (
@@ -682,7 +689,9 @@ def check_where_it_fits(
     checkpoint: Checkpoint, runtime: TorchRuntime, meter: MemoryMeter, is_error: bool
 ) -> bool:
     """``check_against_fp32`` in reduced precision where memory allows; whether it was made."""
-    if runtime.precision == "fp32":
+    # The products of quantised layers are checked as they are made, when there are exact ones.
+    is_quantized = runtime.quantization is not None and runtime.quantization.has_vision
+    if runtime.precision == "fp32" or is_quantized:
         return False
     free, needed = meter.free_bytes(), _ROOM_FOR_CHECK * float32_bytes(runtime.network)
     if free >= needed:

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 
@@ -120,11 +120,41 @@ PRECISIONS: Final = {
     "fp16": torch.float16,
 }
 
-INT8: Final = "int8"
-"""Weights, and in the vision tower activations too, in 8 bits: by the OpenVINO runtime."""
+SCHEMES: Final = ("int8", "nf4")
+"""Of 8 and 4 bits; ``int8`` alone is on a CPU the OpenVINO runtime's where there is one."""
+
+PARTS: Final = ("decoder", "text", "vision", "all")
 
 BF16_FROM_D_MODEL: Final = 512
 """Below, a step is many small operations, which reduced precision makes slower, not faster."""
+
+
+class Quantization(NamedTuple):
+    """Which layers are kept in how many bits: one of ``SCHEMES``, and one of ``PARTS``."""
+
+    scheme: str
+    part: str
+
+    @property
+    def has_vision(self) -> bool:
+        """Whether the vision tower's layers are among them."""
+        return self.part in ("vision", "all")
+
+    @property
+    def has_text(self) -> bool:
+        """Whether the encoder's and the decoder's are."""
+        return self.part in ("text", "all")
+
+
+def parse_quantization(precision: str, device: torch.device) -> Quantization | None:
+    """What one of ``SCHEMES`` asks for, alone or with one of ``PARTS`` as in ``int8:all``.
+
+    Alone it is the text network, on a CPU its decoder. None for every other precision.
+    """
+    scheme, colon, part = precision.partition(":")
+    if not colon:
+        part = "decoder" if device.type == "cpu" else "text"
+    return Quantization(scheme, part) if scheme in SCHEMES and part in PARTS else None
 
 
 def choose_device(name: str) -> torch.device:
@@ -149,8 +179,9 @@ def choose_device(name: str) -> torch.device:
 
 def check_precision(name: str, device: torch.device) -> None:
     """DeviceError for a precision that does not exist, or not on this device."""
-    if name not in ("auto", *PRECISIONS, INT8):
-        raise DeviceError(unknown_name("precision", str(name), ["auto", *PRECISIONS, INT8]))
+    is_known = name in ("auto", *PRECISIONS) or parse_quantization(str(name), device)
+    if not is_known:
+        raise DeviceError(unknown_name("precision", str(name), ["auto", *PRECISIONS, *SCHEMES]))
     if name == "fp16" and device.type == "cpu":
         raise DeviceError("Precision 'fp16' is for GPUs; on a CPU use 'fp32' or 'bf16'.")
 
@@ -167,6 +198,13 @@ def choose_precision(name: str, device: torch.device, d_model: int) -> str:
     if device.type == "cpu":
         return "bf16" if d_model >= BF16_FROM_D_MODEL and cpu_computes_bf16() else "fp32"
     return "bf16" if gpu_computes_bf16(device) else "fp16"
+
+
+def base_precision(name: str, device: torch.device) -> str:
+    """The precision of all that is not quantised: the name itself where nothing is."""
+    if name in PRECISIONS:
+        return name
+    return "bf16" if device.type == "cpu" or gpu_computes_bf16(device) else "fp16"
 
 
 def gpu_computes_bf16(device: torch.device) -> bool:

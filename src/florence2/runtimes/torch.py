@@ -22,7 +22,8 @@ from florence2.records import GenerationSettings
 from florence2.runtimes.base import ImageBytes, Mark, Pixels
 from florence2.runtimes.cuda_graphs import BucketedGraphs, GraphRunner, make_runner
 from florence2.runtimes.decode_graphs import RecordedBatchPool, most_idle_bytes
-from florence2.runtimes.device import PRECISIONS
+from florence2.runtimes.device import PRECISIONS, base_precision, parse_quantization
+from florence2.runtimes.quantization import quantize
 from florence2.tokens import PAD_ID
 
 Undo = Callable[[], None]
@@ -192,7 +193,10 @@ class CudaMark:
 
 
 class TorchRuntime:
-    """Runs a network whose weights are already on ``device`` in ``precision``.
+    """Runs a network on ``device`` in ``precision``.
+
+    Of a ``precision`` with 8 or 4 bits (see ``quantization``) these layers are replaced in
+    ``network``, and all others are in ``base_precision``.
 
     ``graphs`` records work as CUDA graphs on a GPU and just runs it on a CPU; whatever is recorded
     is forgotten when the weights move.
@@ -207,8 +211,12 @@ class TorchRuntime:
         precision: str,
         graphs: GraphRunner | None = None,
     ) -> None:
-        self.network = network.to(device=device, dtype=PRECISIONS[precision]).eval()
-        self.network.prepare_for_inference()
+        self.base_precision = base_precision(precision, device)
+        self.quantization = parse_quantization(precision, device)
+        self.network = network.to(dtype=PRECISIONS[self.base_precision]).eval()
+        if self.quantization is not None:
+            quantize(self.network, self.quantization, device)
+        self.network.to(device).prepare_for_inference()
         self.device = str(device)
         self.precision = precision
         self.graphs = make_runner(device) if graphs is None else graphs

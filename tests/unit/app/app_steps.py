@@ -59,7 +59,7 @@ def pressing_serve_deploys(app: Florence2App) -> None:
     app._download_pretrained_model = lambda files, *_: dict(files)
     app._load_model_headless = lambda **params: asked.append(params)
     app.gui.runtime_choice.set_value("OpenVINO")
-    app.gui.precision_choice.set_value("bf16")
+    app.gui.precision_choice.set_value("int8:all")
     app.gui.deploy_with_current_params()
     app.gui.change_model()
     app.gui.runtime_choice.set_value("auto")

@@ -14,6 +14,7 @@ import zlib
 from pathlib import Path
 
 import pytest
+import torch
 from asgi_requests import JSON, parts, scope_of
 from asgi_requests import ask as send_to
 from PIL import Image
@@ -207,6 +208,16 @@ def test_a_stopped_model_refuses_until_it_is_deployed_again(client, app, bike):
     assert all(answer.headers["Retry-After"] for answer in refused)
     assert deploy(client, "demo").status_code == 200
     assert ask(client, bike).status_code == 200
+
+
+def test_a_request_may_deploy_in_another_precision_and_is_told_which_runs(client, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert deploy(client, "demo", precision="nf4").status_code == 400
+    for asked, told in (("int8", "INT8"), ("bf16", "BF16"), (None, "FP32")):
+        assert deploy(client, "demo", runtime="torch", precision=asked).status_code == 200
+        info = client.post("/get_deploy_info", json={}).json()
+        session = client.post("/get_session_info", json={}).json()
+        assert (info["model_precision"], session["precision"]) == (told, told)
 
 
 def test_an_unavailable_device_is_refused_and_changes_nothing(client, bike):

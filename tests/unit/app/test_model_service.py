@@ -88,6 +88,14 @@ def test_what_can_be_deployed_depends_on_the_device():
     }
 
 
+@pytest.mark.parametrize(
+    ("precision", "says"), [("nf4", "is for GPUs"), ("int4", "Unknown precision"), (8, "'8'")]
+)
+def test_a_precision_that_cannot_be_had_is_said_before_anything_is_loaded(precision, says):
+    with pytest.raises(DeviceError, match=says):
+        params_from_state({"deploy_params": {"device": "cpu", "precision": precision}}, MODELS)
+
+
 def test_another_checkpoint_must_be_allowed_by_its_exact_name():
     allowed = ("demo", "someone/fine-tune")
     params = params_from_state({"model_name": "someone/fine-tune"}, MODELS, allowed)

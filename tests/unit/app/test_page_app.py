@@ -57,7 +57,7 @@ def test_serve_deploys_what_is_chosen_on_the_page(seen):
         "model_files": {"checkpoint": "Florence-2-large"},
         "device": "cpu",
         "runtime": "OpenVINO",
-        "precision": "bf16",
+        "precision": "int8:all",
     }
 
 

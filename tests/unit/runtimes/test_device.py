@@ -55,7 +55,7 @@ def test_precisions_are_for_devices():
     with pytest.raises(DeviceError, match="for GPUs"):
         choose_precision("fp16", cpu, 1024)
     with pytest.raises(DeviceError, match="Unknown precision"):
-        choose_precision("int8", cpu, 1024)
+        choose_precision("int4", cpu, 1024)
 
 
 @pytest.mark.parametrize(
