@@ -57,17 +57,27 @@ def nncf() -> Any:  # noqa: ANN401 - the library is optional
     return library
 
 
-def quantized(model: Any, inputs: Sequence[Any]) -> Any:  # noqa: ANN401
-    """Weights and activations in 8 bits, the ranges of the latter from ``inputs`` of the model."""
+def quantized(model: Any, inputs: Sequence[Any], only: str = "") -> Any:  # noqa: ANN401
+    """Weights and activations in 8 bits, the ranges of the latter from ``inputs`` of the model.
+
+    Of the products whose name begins with ``only``; of the others, the weights alone.
+    """
     library = nncf()
+    others = [
+        node.get_friendly_name()
+        for node in model.get_ops()
+        if node.get_type_name() == "MatMul" and not node.get_friendly_name().startswith(only)
+    ]
     with _quiet():
-        return library.quantize(
+        made = library.quantize(
             model,
             library.Dataset(list(inputs)),
             subset_size=len(inputs),
             model_type=library.ModelType.TRANSFORMER,
             preset=library.QuantizationPreset.MIXED,
+            ignored_scope=library.IgnoredScope(names=others) if others else None,
         )
+    return compressed(made) if others else made
 
 
 def compressed(model: Any) -> Any:  # noqa: ANN401
