@@ -78,11 +78,12 @@ class Florence2:
         ``name``: a checkpoint's name, a hub repository id, or a local folder. ``device``: auto,
         cpu, cuda, cuda:N. ``runtime``: torch; openvino, on a CPU, which converts the checkpoint at
         its first use; or auto, torch on a GPU and the faster of the two on a CPU. ``precision``:
-        auto, fp32, bf16, fp16, int8; only fp32 gives the reference's tokens, but for rounding ties,
-        and ``auto`` is the fastest that this checkpoint is sane in, see ``choose_precision`` and
-        ``load_engine``; int8 is the OpenVINO runtime's, and calibrated on the images that
-        ``calibration`` gives. ``notify`` is told what takes minutes, once, when a checkpoint is
-        converted. Raises CheckpointError or DeviceError with one sentence.
+        auto, fp32, bf16, fp16, int8, nf4; only fp32 gives the reference's tokens, but for rounding
+        ties, and ``auto`` is the fastest that this checkpoint is sane in, see ``choose_precision``
+        and ``load_engine``. On a CPU int8 is the OpenVINO runtime's, calibrated on the images that
+        ``calibration`` gives; int8 and nf4 of torch may name a part of the network, such as
+        int8:all, see ``runtimes.quantization``. ``notify`` is told what takes minutes, once, when a
+        checkpoint is converted. Raises CheckpointError or DeviceError with one sentence.
         """
         if runtime not in RUNTIMES:
             raise DeviceError(unknown_name("runtime", str(runtime), RUNTIMES))
