@@ -9,6 +9,7 @@ because programs that tests start compute as well.
 from __future__ import annotations
 
 import gc
+import importlib.util
 import os
 import sys
 
@@ -31,3 +32,50 @@ def pytest_collection_finish() -> None:
     """Collections, of which each app that stops makes one, pass over all that was imported."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", params=["torch", "openvino"])
+def runtime_name(request):
+    """The runtimes that must answer alike; tests that use it run once with each."""
+    if request.param == "openvino":
+        request.getfixturevalue("has_openvino")
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def has_openvino():
+    """For tests that need the library."""
+    _need("openvino", "pip install openvino")
+
+
+@pytest.fixture(scope="session")
+def has_nncf(has_openvino):
+    """For tests that convert to int8."""
+    _need("nncf", "pip install '.[int8]'")
+
+
+def _need(library, install):
+    """Skips what needs a library; ``FLORENCE_REQUIRE_OPENVINO`` says that it must be there."""
+    if importlib.util.find_spec(library) is None:
+        say = pytest.fail if os.environ.get("FLORENCE_REQUIRE_OPENVINO") else pytest.skip
+        say(f"The OpenVINO runtime is tested with {library}, which is not installed; {install}.")
+
+
+@pytest.fixture(scope="session")
+def conversions_dir(tmp_path_factory):
+    """A cache in which a checkpoint is converted once for all test processes."""
+    folder = tmp_path_factory.getbasetemp()
+    return (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "conversions"
+
+
+@pytest.fixture(scope="session")
+def load(runtime_name, conversions_dir):
+    """Loads a checkpoint on a CPU, in float32, with the runtime of the test."""
+    from florence2 import Florence2
+
+    def load(name):
+        return Florence2.load(
+            name, "cpu", runtime_name, precision="fp32", cache_dir=conversions_dir
+        )
+
+    return load

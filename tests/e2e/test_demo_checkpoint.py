@@ -32,6 +32,12 @@ def model():
 
 
 @pytest.fixture(scope="module")
+def either(load):
+    """The same with each runtime."""
+    return load("demo")
+
+
+@pytest.fixture(scope="module")
 def reference():
     transformers = pytest.importorskip("transformers")
     return transformers.Florence2ForConditionalGeneration.from_pretrained(
@@ -50,14 +56,14 @@ def test_it_is_small_and_holds_no_code():
     "token",
     ["<OD>", "<DETAILED_CAPTION>", "<OPEN_VOCABULARY_DETECTION>", "<REGION_TO_SEGMENTATION>"],
 )
-def test_the_reference_loads_it_and_generates_the_same_tokens(model, reference, token, num_beams):
+def test_the_reference_loads_it_and_generates_the_same_tokens(either, reference, token, num_beams):
     task = find_task(token)
     text = "orange star" if task.takes is TaskInput.TEXT else None
     region = Region(REGION) if task.takes is TaskInput.REGION else None
-    ours = model.run(token, str(IMAGE), text, region, num_beams=num_beams, max_new_tokens=LIMIT)
+    ours = either.run(token, str(IMAGE), text, region, num_beams=num_beams, max_new_tokens=LIMIT)
     assert len(ours.token_ids) > 3
 
-    checkpoint = model.engine.checkpoint
+    checkpoint = either.engine.checkpoint
     from florence2.images import open_image
 
     image = open_image(str(IMAGE))
@@ -103,26 +109,26 @@ def test_the_reference_processor_reads_its_tokenizer_and_image_settings(model):
     ] == model.engine.checkpoint.vocabulary.encode(sentence)
 
 
-def test_n_prompts_on_a_demo_image_run_the_tower_once(model):
-    encoded = model.encode(str(IMAGE))
+def test_n_prompts_on_a_demo_image_run_the_tower_once(either):
+    encoded = either.encode(str(IMAGE))
     names = ("star", "tree", "arrow", "blue arrow")
     asks = [Ask(encoded, "<OPEN_VOCABULARY_DETECTION>", name) for name in names]
-    together = model.run_many(asks)
+    together = either.run_many(asks)
     for ask, result in zip(asks, together, strict=True):
-        assert result.token_ids == model.run(ask.task, str(IMAGE), ask.text).token_ids
+        assert result.token_ids == either.run(ask.task, str(IMAGE), ask.text).token_ids
 
 
-def test_a_caption_cascade_grounds_what_it_said(model):
+def test_a_caption_cascade_grounds_what_it_said(either):
     name = "<CAPTION>+<CAPTION_TO_PHRASE_GROUNDING>"
-    result = model.run(name, str(IMAGE))
+    result = either.run(name, str(IMAGE))
     assert [step.task for step in result.steps] == name.split("+")
     assert result.text == result.steps[0].text
     assert result.objects == result.steps[1].objects
     assert set(result.to_dict()) == set(name.split("+"))
 
 
-def test_a_caption_before_a_region_step_is_grounded_on_the_way(model):
-    result = model.run("<CAPTION>+<REGION_TO_SEGMENTATION>", str(IMAGE), num_beams=1)
+def test_a_caption_before_a_region_step_is_grounded_on_the_way(either):
+    result = either.run("<CAPTION>+<REGION_TO_SEGMENTATION>", str(IMAGE), num_beams=1)
     assert [step.task for step in result.steps[:2]] == [
         "<CAPTION>",
         "<CAPTION_TO_PHRASE_GROUNDING>",
@@ -148,14 +154,14 @@ def processor():
 
 @pytest.mark.parametrize(("token", "text"), PLAIN)
 def test_plain_transformers_runs_it_as_it_runs_any_checkpoint(
-    model, reference, processor, token, text
+    either, reference, processor, token, text
 ):
     with Image.open(IMAGE) as opened:
         picture = opened.convert("RGB")
     inputs = processor(text=token + (text or ""), images=picture, return_tensors="pt")
     with torch.inference_mode():
         [row] = reference.generate(**inputs, max_new_tokens=find_task(token).max_new_tokens)
-    ours = model.run(token, str(IMAGE), text)
+    ours = either.run(token, str(IMAGE), text)
     assert list(ours.token_ids) == [token_id for token_id in row.tolist() if token_id > 2]
     answer = processor.decode(row, skip_special_tokens=False)
     parsed = processor.post_process_generation(answer, task=token, image_size=picture.size)

@@ -15,6 +15,9 @@ from florence2.tasks import TASKS, TaskInput
 from florence2_demo.drawing import draw_scene
 from florence2_demo.scene import make_scene
 
+TORCH_ONLY = pytest.mark.parametrize("runtime_name", ["torch"], indirect=True)
+"""For what is torch's own, and for what comes before a runtime is asked."""
+
 REGION = (20.0, 30.0, 150.0, 170.0)
 
 
@@ -116,6 +119,10 @@ class CountingRuntime:
     def __getattr__(self, name):
         return getattr(self._runtime, name)
 
+    def no_memory(self):
+        """As the runtime's libraries say it."""
+        return (torch.OutOfMemoryError if self.name == "torch" else MemoryError)("no memory left")
+
     @property
     def num_images(self):
         return sum(self.image_batches)
@@ -135,7 +142,7 @@ class CountingRuntime:
         self.check_device()
         self.images_tried.append(len(images))
         if len(images) > self.images_fail_above:
-            raise torch.OutOfMemoryError("no memory left")
+            raise self.no_memory()
         self.image_batches.append(len(images))
         return self._runtime.encode_bytes(images, table)
 
@@ -143,7 +150,7 @@ class CountingRuntime:
         self.check_device()
         self.tried.append(len(features))
         if len(features) > self.fail_above or self.misfit in map(len, prompt_ids):
-            raise torch.OutOfMemoryError("no memory left")
+            raise self.no_memory()
         self.batches.append(len(features))
         return self._runtime.start(features, prompt_ids, num_beams, max_new_tokens)
 

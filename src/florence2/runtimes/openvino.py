@@ -357,7 +357,10 @@ _ONE_THREAD = SharedSetting(_leave_cores_to_the_models)
 
 
 class OpenVinoRuntime:
-    """Runs a converted network on this machine's CPU; see ``Runtime``."""
+    """Runs a converted network on this machine's CPU; see ``Runtime``.
+
+    For one thread at a time, as an engine uses it: passes share what they read and write.
+    """
 
     name = "openvino"
     device = "cpu"

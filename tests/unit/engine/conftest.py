@@ -5,17 +5,15 @@ from __future__ import annotations
 import pytest
 from engine_tools import CountingRuntime, engine_on
 
-from florence2 import Florence2
-
 
 @pytest.fixture(scope="session")
-def model(checkpoint_folder):
-    return Florence2.load(checkpoint_folder, device="cpu")
+def model(load, checkpoint_folder):
+    return load(checkpoint_folder)
 
 
 @pytest.fixture
-def own_model(checkpoint_folder):
-    return Florence2.load(checkpoint_folder, device="cpu")
+def own_model(load, checkpoint_folder):
+    return load(checkpoint_folder)
 
 
 @pytest.fixture
@@ -30,6 +28,6 @@ def engine(request, model, runtime):
 
 
 @pytest.fixture(scope="session")
-def demo():
+def demo(load):
     """The trained demo checkpoint: its answers hold boxes."""
-    return Florence2.load("demo", device="cpu")
+    return load("demo")

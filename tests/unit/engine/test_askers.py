@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from engine_tools import (
+    TORCH_ONLY,
     Busy,
     CountingRuntime,
     answer_between,
@@ -178,6 +179,8 @@ def assert_comes_through(engine, error, work):
     assert isinstance(outcomes[0], Result)
 
 
+# The words of these errors are torch's.
+@TORCH_ONLY
 @pytest.mark.parametrize(("where", "at_call"), FAULTS.values(), ids=FAULTS)
 def test_what_a_caller_raises_comes_through(engine, error, where, at_call):
     asker = Faulty(where, at_call, error, captions(1, 1, 1))
@@ -213,6 +216,8 @@ NOT_THE_BATCHES = {
 }
 
 
+# The words of these errors are torch's.
+@TORCH_ONLY
 @pytest.mark.parametrize(("owner", "method"), NOT_THE_BATCHES.values(), ids=NOT_THE_BATCHES)
 def test_what_no_smaller_batch_would_help_comes_through(engine, error, monkeypatch, owner, method):
     def fails(*_):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import weakref
 
 import pytest
-import torch
 from engine_tools import (
+    TORCH_ONLY,
     Busy,
     answer_between,
     ask,
@@ -98,6 +98,8 @@ def test_prompts_that_did_not_fit_are_not_tried_in_that_number_again(engine, run
     assert runtime.tried == [8] + [4] * 8
 
 
+# Many passes, of which only the sizes are looked at.
+@TORCH_ONLY
 def test_when_memory_is_free_again_the_configured_batch_is_reached_again(engine, runtime):
     runtime.fail_above = 4
     answer_all(engine, short(8))
@@ -125,7 +127,7 @@ def test_prompts_that_did_not_fit_beside_others_lower_the_limit(engine, runtime,
     def crowded(features, *arguments):
         sessions[:] = [one for one in sessions if one() is not None]
         if sessions and len(features) > most_beside:
-            raise torch.OutOfMemoryError("no memory left")
+            raise runtime.no_memory()
         session = start(features, *arguments)
         sessions.append(weakref.ref(session))
         return session

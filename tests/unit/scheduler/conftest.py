@@ -8,13 +8,12 @@ import pytest
 from engine_tools import engine_on
 from scheduler_tools import Sender, WatchedRuntime
 
-from florence2 import Florence2
 from florence2.engine.scheduler import BatchReport, Scheduler
 
 
 @pytest.fixture(scope="session")
-def model():
-    return Florence2.load("demo", device="cpu")
+def model(load):
+    return load("demo")
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable
 
-import torch
 from engine_tools import CountingRuntime
 
 PATIENCE_S = 60.0
@@ -105,7 +104,7 @@ class WatchedRuntime(CountingRuntime):
 
     def start(self, *arguments):
         if self.open_sessions >= self.has_room_for:
-            raise torch.OutOfMemoryError("no memory left")
+            raise self.no_memory()
         session = super().start(*arguments)
         return WatchedSession(session, self, len(self.batches))
 
