@@ -13,6 +13,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -86,9 +87,12 @@ def convert(
     library = openvino()
     _check_request(checkpoint, precision, calibration)
     _check_target(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _check_room(checkpoint, precision, out.parent)
-    part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _check_room(checkpoint, precision, out.parent)
+        part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
+    except OSError as failed:
+        raise _not_written(out, failed) from failed
     try:
         progress("Reading the weights")
         network = load_weights(checkpoint, torch.float32).eval().requires_grad_(False)
@@ -117,13 +121,18 @@ def convert(
         converted.write(part)
         _put_in_place(part, out)
         return converted
-    except OSError as failed:
-        raise CheckpointError(
-            f"The converted checkpoint cannot be written to {out} ({failed.strerror or failed}); "
-            "make room there or name another folder."
-        ) from failed
+    except (OSError, SafetensorError) as failed:
+        raise _not_written(out, failed) from failed
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _not_written(out: Path, failed: Exception) -> CheckpointError:
+    why = getattr(failed, "strerror", None) or failed
+    return CheckpointError(
+        f"The converted checkpoint cannot be written to {out} ({why}); make room there or name "
+        "another folder."
+    )
 
 
 def _check_request(checkpoint: Checkpoint, precision: str, calibration: Sequence[Picture]) -> None:
@@ -223,7 +232,12 @@ def _write_models(
             model = in_8_bits[name](model)
         if precision in ("bf16", "int8"):
             _store_in_bf16(model)
-        openvino().save_model(model, folder / f"{name}.xml", compress_to_fp16=precision == "fp16")
+        path = folder / f"{name}.xml"
+        try:
+            openvino().save_model(model, path, compress_to_fp16=precision == "fp16")
+        except RuntimeError as error:
+            # A full disk, of which its stream says nothing else.
+            raise OSError(f"{path.name}: {error}") from error
         del model
         gc.collect()
 

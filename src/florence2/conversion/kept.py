@@ -6,6 +6,7 @@ import functools
 import json
 import logging
 import platform
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,7 @@ class Conversions:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with WeakFileLock(folder.parent / f".{precision}.lock"):
                 if not self._is_kept(folder):
+                    _clear(folder)
                     images, source = self._calibration(precision)
                     self.progress(f"Converting {checkpoint.name} to {precision} for OpenVINO, once")
                     convert(
@@ -86,7 +88,7 @@ class Conversions:
         """torch or openvino, as measured on this machine for this checkpoint and precision."""
         path = self._home(checkpoint) / _CHOICE
         machine = _machine()
-        known = read_json(path) if path.is_file() else {}
+        known = _read_choice(path)
         seconds = known.get(precision) if known.get("machine") == machine else None
         if seconds is None:
             folder = self.folder_for(checkpoint, precision)
@@ -97,7 +99,10 @@ class Conversions:
             }
             kept = known if known.get("machine") == machine else {}
             content = {**kept, "machine": machine, precision: seconds}
-            write_whole(path, json.dumps(content, indent=2) + "\n")
+            try:
+                write_whole(path, json.dumps(content, indent=2) + "\n")
+            except OSError as error:
+                logger.warning("%s cannot be written (%s); next time is measured anew", path, error)
         runtime = "openvino" if seconds["openvino"] < seconds["torch"] else "torch"
         logger.info(
             "%s in %s: an answer takes %.2f s with torch and %.2f s with openvino here",
@@ -127,6 +132,23 @@ class Conversions:
         if precision != "int8" or self.calibration is None:
             return (), ""
         return self.calibration()
+
+
+def _read_choice(path: Path) -> dict[str, Any]:
+    """What was measured; nothing where that cannot be read."""
+    try:
+        return read_json(path) if path.is_file() else {}
+    except CheckpointError as error:
+        logger.warning("%s What it says is measured anew.", error)
+        return {}
+
+
+def _clear(folder: Path) -> None:
+    """Removes what is no conversion in its place, and what killed processes left beside it."""
+    if not is_converted(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+    for left in folder.parent.glob(f".{folder.name}.*.part"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def check_choice(runtime: str, device: torch.device, precision: str) -> None:

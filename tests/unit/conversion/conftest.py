@@ -1,0 +1,40 @@
+"""A small checkpoint and its conversion, which tests copy before they change it."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from openvino_tools import write_small_checkpoint
+
+from florence2.checkpoint.checkpoint import open_checkpoint
+from florence2.conversion.convert import convert
+
+
+@pytest.fixture(autouse=True)
+def _openvino(has_openvino):
+    """Nothing here is to be had without the library."""
+
+
+@pytest.fixture(scope="session")
+def small_folder(has_openvino, tmp_path_factory):
+    return write_small_checkpoint(tmp_path_factory.mktemp("small") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def small(small_folder):
+    return open_checkpoint(small_folder)
+
+
+@pytest.fixture(scope="session")
+def whole(small, tmp_path_factory):
+    """Converted once."""
+    out = tmp_path_factory.mktemp("whole") / "tiny-openvino"
+    convert(small, "fp32", out)
+    return out
+
+
+@pytest.fixture
+def converted(whole, tmp_path):
+    """A copy of it, in another place and without the checkpoint that it was made from."""
+    return shutil.copytree(whole, tmp_path / "elsewhere")
