@@ -107,7 +107,7 @@ def convert(
         progress("Measuring the error against float32")
         error = _measured_error(network, checkpoint, precision, part, calibrated)
         converted = Converted(
-            source=checkpoint.name,
+            source=_source_name(checkpoint),
             revision=checkpoint.revision,
             source_sha256=source_hash(checkpoint.folder, check_folder(checkpoint.folder)),
             precision=precision,
@@ -125,6 +125,12 @@ def convert(
         raise _not_written(out, failed) from failed
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _source_name(checkpoint: Checkpoint) -> str:
+    """Of a folder its last part: where it lay says nothing where the conversion goes."""
+    folder = Path(checkpoint.name)
+    return folder.name if folder.is_dir() else checkpoint.name
 
 
 def _not_written(out: Path, failed: Exception) -> CheckpointError:

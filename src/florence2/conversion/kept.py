@@ -122,11 +122,12 @@ class Conversions:
         if not is_converted(folder):
             return False
         try:
-            read_converted(folder)
+            versions = read_converted(folder).versions
         except CheckpointError as error:
             self.progress(str(error))
             return False
-        return True
+        # Another version may not take the graphs of this one, and has better ones of its own.
+        return versions.get("openvino") == str(openvino().__version__)
 
     def _calibration(self, precision: str) -> tuple[Sequence[Picture], str]:
         if precision != "int8" or self.calibration is None:

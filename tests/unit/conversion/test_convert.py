@@ -50,7 +50,7 @@ def sha256(path):
 def test_the_manifest_says_what_was_made_from_what(small, whole):
     manifest = json.loads((whole / CONVERTED_NAME).read_text())
     assert manifest["format"] == FORMAT
-    assert manifest["source"] == small.name
+    assert manifest["source"] == small.folder.name
     assert manifest["revision"] is None
     assert manifest["precision"] == "fp32"
     assert manifest["size_wh"] == [64, 64]
@@ -82,7 +82,7 @@ def test_the_same_checkpoint_gives_the_same_networks(small, whole, tmp_path):
 def test_other_weights_are_another_source(small, whole, tmp_path):
     other = open_checkpoint(write_small_checkpoint(tmp_path / "tiny", seed=2))
     found = convert(other, "fp32", tmp_path / "out")
-    assert found.source == other.name
+    assert found.source == other.folder.name
     assert found.source_sha256 != read_converted(whole).source_sha256
 
 

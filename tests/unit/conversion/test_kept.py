@@ -93,7 +93,15 @@ def test_loading_converts_and_answers_as_torch_does(small_folder, tmp_path):
     assert answers[0] == answers[1] != ()
 
 
+def made_by_another_version(folder):
+    manifest = folder / CONVERTED_NAME
+    content = json.loads(manifest.read_text())
+    content["versions"]["openvino"] = "2024.1.0"
+    manifest.write_text(json.dumps(content))
+
+
 DAMAGES = {
+    "another version of the library made it": made_by_another_version,
     "a file is cut": lambda folder: (folder / "vision.bin").write_bytes(b"cut"),
     "a file is gone": lambda folder: (folder / "decoder.xml").unlink(),
     "the manifest is damaged": lambda folder: (folder / CONVERTED_NAME).write_text("{"),
