@@ -41,11 +41,12 @@ LIMITS: Final = {
     RUN_CHANGES: (400, 400),
     POST_FILES: (12, 12),
     CIRCLES: (0, 0),
-    SINGLE: (9, 8),
-    # Raised for the details of an answer: which tokens spell an object, and the page's tests.
-    "lines of the app": (13_750, 7_500),
-    "lines of the engine core": (11_750, 7_500),
-    "lines of the tests": (31_600, 18_000),
+    SINGLE: (8, 8),
+    # Raised for the details of an answer and the page that shows them, the OpenVINO runtime, 8 and
+    # 4 bits, and for the engine's tests, which run with both runtimes.
+    "lines of the app": (13_950, 7_500),
+    "lines of the engine core": (14_200, 7_500),
+    "lines of the tests": (33_700, 18_000),
 }
 
 
