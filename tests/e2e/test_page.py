@@ -678,7 +678,7 @@ def test_two_precisions_are_compared(page):
     page.get_by_role("button", name="Keep").click()
     page.get_by_text("Precision of the model").click()
     precision = field(page, "Precision")
-    assert precision.locator("option").all_inner_texts() == ["auto", "fp32", "bf16"]
+    assert precision.locator("option").all_inner_texts()[:3] == ["auto", "fp32", "bf16"]
     expect(precision).to_have_value("fp32")
     precision.select_option("bf16")
     page.get_by_role("button", name="Load").click()
