@@ -275,10 +275,7 @@ class ConvertedDecoder:
         own_mask.scatter_(3, chosen, HIDDEN)
         own = torch.full((token_ids.shape[1], token_ids.shape[1]), HIDDEN).fill_diagonal_(0.0)
         logits, hidden, new = self._run(vectors, caches, own_mask, own, cross_mask)
-        index = slots[:, None, :, None].expand(new[0][0].shape)
-        for cache, (key, value) in zip(caches, new, strict=True):
-            cache.own_key.scatter_(2, index, key)
-            cache.own_value.scatter_(2, index, value)
+        _put_beams(caches, new, slots)
         return self._exact(logits, hidden, num_exact)
 
     def _run(
@@ -328,6 +325,22 @@ class ConvertedDecoder:
         if not self._is_rescored:
             return logits
         return rescored(logits, hidden, self._embeddings.head, num_exact)
+
+
+def _put_beams(
+    caches: Sequence[LayerCache], new: Sequence[tuple[Tensor, Tensor]], slots: Tensor
+) -> None:
+    """New keys and values [B, heads, beams, head_dim] of each layer into ``slots`` [B, beams].
+
+    An item's slots are neighbours, and to copy them takes a tenth of what an index takes.
+    """
+    beams, capacity = slots.shape[1], caches[0].own_key.shape[2]
+    # Those of items that nobody waits for may be beyond the end.
+    starts = slots[:, 0].clamp(max=capacity - beams).tolist()
+    for cache, (key, value) in zip(caches, new, strict=True):
+        for item, start in enumerate(starts):
+            cache.own_key[item, :, start : start + beams] = key[item]
+            cache.own_value[item, :, start : start + beams] = value[item]
 
 
 class ConvertedSession(DecoderSession):
