@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
+from xml.etree import ElementTree
 
 import numpy as np
 import numpy.typing as npt
@@ -244,6 +245,7 @@ def _write_models(
         except RuntimeError as error:
             # A full disk, of which its stream says nothing else.
             raise OSError(f"{path.name}: {error}") from error
+        _keep_stored(path)
         del model
         gc.collect()
 
@@ -272,6 +274,24 @@ def _store_in_bf16(model: Any) -> None:  # noqa: ANN401
         widened = ops.convert(stored, library.Type.f32)
         for target in node.output(0).get_target_inputs():
             target.replace_source_output(widened.output(0))
+
+
+def _keep_stored(path: Path) -> None:
+    """Has OpenVINO keep weights in memory as they are stored, in the file of a saved model.
+
+    Without this attribute of a conversion from bf16 it makes float32 of them when it compiles, and
+    keeps both. Its library sets it for float16 only, and Python cannot set it on a node.
+    """
+    tree = ElementTree.parse(path)
+    layers = {layer.get("id"): layer for layer in tree.iterfind("layers/layer")}
+    for edge in tree.iterfind("edges/edge"):
+        source, target = layers[edge.get("from-layer")], layers[edge.get("to-layer")]
+        is_bf16 = source.find("output/port[@precision='BF16']") is not None
+        if source.get("type") == "Const" and target.get("type") == "Convert" and is_bf16:
+            info = ElementTree.Element("rt_info")
+            ElementTree.SubElement(info, "attribute", name="decompression", version="0")
+            target.insert(1, info)
+    tree.write(path)
 
 
 def _write_tables(network: Florence2Network, precision: str, folder: Path) -> None:
