@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections import namedtuple
+from xml.etree import ElementTree
 
 import numpy as np
 import openvino
@@ -110,6 +111,28 @@ def test_reduced_precision_is_smaller_and_measured(small, whole, tmp_path, preci
     model = Florence2.load(tmp_path / "out", "cpu")
     assert (model.runtime, model.precision, model.notes) == ("openvino", precision, ())
     assert model.run("<OD>", probe_picture(), max_new_tokens=8).token_ids
+
+
+@pytest.mark.parametrize("name", ["vision", "encoder", "decoder"])
+def test_weights_of_bf16_are_kept_as_they_are_stored(small, tmp_path, name):
+    """Without the mark, the library makes float32 of them in memory."""
+    convert(small, "bf16", tmp_path / "out")
+    tree = ElementTree.parse(tmp_path / "out" / f"{name}.xml")
+    layers = {layer.get("id"): layer for layer in tree.iterfind("layers/layer")}
+    stored = [key for key, layer in layers.items() if is_bf16_weight(layer)]
+    widened = [
+        layers[edge.get("to-layer")]
+        for edge in tree.iterfind("edges/edge")
+        if edge.get("from-layer") in stored
+    ]
+    assert len(widened) >= len(stored) > 0
+    marks = [layer.find("rt_info/attribute[@name='decompression']") for layer in widened]
+    assert None not in marks
+
+
+def is_bf16_weight(layer):
+    data = layer.find("data")
+    return layer.get("type") == "Const" and data.get("element_type") == "bf16"
 
 
 def test_the_demo_in_int8_is_near_float32_and_says_what_is_known(has_nncf, tmp_path):
