@@ -64,6 +64,7 @@ class Expected:
 
 
 @functools.cache
+@torch.inference_mode(False)
 def tiny_model(seed):
     """A random model with sharp distributions that ends its answers at various lengths."""
     text = {
@@ -105,6 +106,7 @@ def tiny_model(seed):
 
 
 @functools.cache
+@torch.inference_mode(False)
 def random_prompts(seed, items):
     """Random encoder states of 2 to 7 positions."""
     generator = torch.Generator().manual_seed(1000 + seed)
@@ -232,6 +234,7 @@ def naive_session(model, prompts, *_, **options):
 
 
 @functools.cache
+@torch.inference_mode(False)
 def our_network(model, device="cpu"):
     """Our network with the reference's weights."""
     network = Florence2Network(NetworkConfig.from_dict(model.config.to_dict()))
