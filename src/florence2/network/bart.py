@@ -320,11 +320,16 @@ class Stack(nn.Module):
 
     def check_length(self, length: int) -> None:
         """Raises when a sequence is longer than the position table."""
-        if length > self.limit:
-            raise RequestError(
-                f"This checkpoint reads and writes at most {self.limit} tokens, got {length}; "
-                "shorten the prompt or lower max_new_tokens."
-            )
+        check_positions(length, self.limit)
+
+
+def check_positions(length: int, limit: int) -> None:
+    """RequestError for a sequence that is longer than the position table."""
+    if length > limit:
+        raise RequestError(
+            f"This checkpoint reads and writes at most {limit} tokens, got {length}; "
+            "shorten the prompt or lower max_new_tokens."
+        )
 
 
 class Encoder(Stack):

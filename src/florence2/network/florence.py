@@ -210,12 +210,8 @@ class Florence2Network(nn.Module):
         """Makes ``lm_head`` use the shared embedding's weight."""
         self.lm_head.weight = self.model.language_model.shared.weight
 
-    @torch.inference_mode(False)
     def prepare_for_inference(self) -> Florence2Network:
-        """Freezes the weights and lays them out for speed; to be called again once moved.
-
-        What is laid out anew can be used outside of inference mode, wherever this was called.
-        """
+        """Freezes the weights and lays them out for speed; to be called again once moved."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from florence2.errors import CheckpointError, DeviceError, RequestError
+from florence2.errors import CheckpointError, DeviceError
 from florence2.generation.beam_search import LocationProbability
 from florence2.generation.decode import DecodeBatch
 from florence2.generation.kv_cache import HIDDEN, DecoderSession, additive
-from florence2.network.bart import POSITION_OFFSET, LayerCache
+from florence2.network.bart import POSITION_OFFSET, LayerCache, check_positions
 from florence2.network.config import TextConfig
 from florence2.network.florence import rescored
 from florence2.pixels import look_up
@@ -224,11 +224,7 @@ class ConvertedDecoder:
 
     def check_length(self, length: int) -> None:
         """See ``StepNetwork``."""
-        if length > self.position_limit:
-            raise RequestError(
-                f"This checkpoint reads and writes at most {self.position_limit} tokens, got "
-                f"{length}; shorten the prompt or lower max_new_tokens."
-            )
+        check_positions(length, self.position_limit)
 
     def prefill_logits(
         self,
