@@ -21,7 +21,7 @@ import torch
 from florence2.checkpoint.checkpoint import Checkpoint
 from florence2.errors import DeviceError
 from florence2.network.florence import Florence2Network
-from florence2.runtimes.openvino import CompiledModel, cpu_computes_int8
+from florence2.runtimes.openvino import CompiledModel, cpu_computes_int8, in_own_thread
 from florence2.tasks import TASKS
 
 INSTALL_NNCF: Final = 'pip install "serve-florence-2[int8]"'
@@ -68,8 +68,9 @@ def quantized(model: Any, inputs: Sequence[Any], only: str = "") -> Any:  # noqa
         for node in model.get_ops()
         if node.get_type_name() == "MatMul" and not node.get_friendly_name().startswith(only)
     ]
-    with _quiet():
-        made = library.quantize(
+
+    def quantize() -> Any:  # noqa: ANN401
+        return library.quantize(
             model,
             library.Dataset(list(inputs)),
             subset_size=len(inputs),
@@ -77,6 +78,10 @@ def quantized(model: Any, inputs: Sequence[Any], only: str = "") -> Any:  # noqa
             preset=library.QuantizationPreset.MIXED,
             ignored_scope=library.IgnoredScope(names=others) if others else None,
         )
+
+    # It runs the model in OpenVINOs of its own, several of them.
+    with _quiet():
+        made = in_own_thread(quantize)
     return compressed(made) if others else made
 
 

@@ -8,11 +8,14 @@ same code here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import torch
@@ -59,6 +62,41 @@ def openvino() -> Any:  # noqa: ANN401 - the library is optional
             f"install it with {INSTALL}, or use runtime 'torch'."
         ) from error
     return library
+
+
+Made = TypeVar("Made")
+
+
+def in_own_thread(work: Callable[[], Made]) -> Made:
+    """What ``work`` gives, done in a thread that ends with it.
+
+    OpenVINO's plugin for CPUs gives the thread that loads it another stack for signals. Where
+    several are loaded in one thread and not freed in the reverse order, that thread is left with
+    one that is gone, and the next signal, such as Ctrl-C, ends the process.
+    """
+    done: Future[Made] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - it is raised where the work is waited for
+            done.set_exception(error)
+
+    threading.Thread(target=run, name="openvino", daemon=True).start()
+    return done.result()
+
+
+@functools.cache
+def core() -> Any:  # noqa: ANN401 - the library is optional
+    """The library with its plugin for CPUs, once for all models, see ``in_own_thread``."""
+
+    def load() -> Any:  # noqa: ANN401
+        made = openvino().Core()
+        # The plugin is loaded when something is asked of it.
+        made.get_property("CPU", "FULL_DEVICE_NAME")
+        return made
+
+    return in_own_thread(load)
 
 
 def has_openvino() -> bool:
@@ -115,7 +153,6 @@ class CompiledModel:
 
     def __init__(self, path: Path, precision: str, threads: int) -> None:
         library = openvino()
-        core = library.Core()
         options = {
             "INFERENCE_PRECISION_HINT": compute_precision(precision),
             "INFERENCE_NUM_THREADS": threads,
@@ -125,7 +162,7 @@ class CompiledModel:
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": 32 if precision == "int8" else 0,
         }
         try:
-            self._compiled: Any = core.compile_model(core.read_model(path), "CPU", options)
+            self._compiled: Any = core().compile_model(core().read_model(path), "CPU", options)
         except RuntimeError as error:
             raise CheckpointError(
                 f"OpenVINO {library.__version__} cannot run {path}, which was converted by another "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -314,3 +316,29 @@ def test_a_cpu_says_whether_it_multiplies_8_bit_integers(tmp_path, text, is_so):
 
 def test_a_cpu_that_says_nothing_is_given_a_try(tmp_path):
     assert cpu_computes_int8(tmp_path / "nothing")
+
+
+AFTER_MODELS = """
+import gc, signal, sys
+from pathlib import Path
+from florence2.runtimes.openvino import CompiledModel
+
+handled = []
+signal.signal(signal.SIGINT, lambda *_: handled.append(True))
+models = [CompiledModel(Path(path), "fp32", 1) for path in sys.argv[1:]]
+while models:
+    models.pop(0).close()
+    gc.collect()
+signal.raise_signal(signal.SIGINT)
+print("handled" if handled else "not handled")
+"""
+
+
+def test_a_signal_is_handled_after_models_were_freed_in_the_order_of_their_making(tmp_path):
+    """As Ctrl-C in a script that has closed one model and opened another."""
+    twins_of(write_small_checkpoint(tmp_path / "small"), tmp_path / "converted")
+    paths = [str(path) for path in sorted((tmp_path / "converted").glob("*.xml"))]
+    done = subprocess.run(
+        [sys.executable, "-c", AFTER_MODELS, *paths], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "handled"), done.stderr

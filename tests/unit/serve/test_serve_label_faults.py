@@ -190,14 +190,6 @@ def test_a_run_without_any_stderr_is_finished(label, images, monkeypatch, report
     assert report_of(label(images).out)["labeled"] == 5
 
 
-@pytest.fixture
-def is_signal_safe():
-    """A signal ends a process in which NNCF has quantised: there, others test it."""
-    if "nncf" in sys.modules:
-        pytest.skip("NNCF has quantised in this process, which a signal would end")
-
-
-@pytest.mark.usefixtures("is_signal_safe")
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_signal_ends_the_run_after_its_batch_with_a_report(label, images, model, report_of, name):
     def answer(ask: Ask):
@@ -212,7 +204,6 @@ def test_a_signal_ends_the_run_after_its_batch_with_a_report(label, images, mode
     assert (report["labeled"], report["pending"]) == (3, 2)
 
 
-@pytest.mark.usefixtures("is_signal_safe")
 def test_a_closed_terminal_does_not_stop_what_was_started_to_outlive_it():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
