@@ -49,7 +49,7 @@ def benchmark(
 ) -> None:
     """Compare speed and memory with transformers' generate(), with random weights at full size.
 
-    Without axes a chosen selection is run, less than half an hour on two cores. Naming any of
+    Without axes a chosen selection is run, which takes two cores an hour or more. Naming any of
     --size, --runtime, --precision, --beams, --tokens, --prompts and --batch runs their
     combinations, by default base and large, fp32, 3 beams, 30 and 100 tokens, one prompt on one
     image.

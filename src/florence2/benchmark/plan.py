@@ -106,7 +106,7 @@ CHOSEN: Final = (
     Axes(("large",), ("openvino",), ("fp32", "bf16", "int8")),
     Axes(("large",), ("openvino",), ("int8",), prompts=(5,)),
 )
-"""A selection that two CPU cores finish in less than an hour and a half."""
+"""A selection for two CPU cores and an hour or more."""
 
 FULL: Final = (
     Axes(precisions=("fp32", "bf16"), batches=(1, 8, 32), prompts=(1, 5, 20), beams=(1, 3)),

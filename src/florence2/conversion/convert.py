@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import shutil
 import tempfile
@@ -237,7 +236,8 @@ def _write_models(
         model = make()
         if precision == "int8":
             model = in_8_bits[name](model)
-        if precision in ("bf16", "int8"):
+        is_bf16 = precision in ("bf16", "int8")
+        if is_bf16:
             _store_in_bf16(model)
         path = folder / f"{name}.xml"
         try:
@@ -245,9 +245,9 @@ def _write_models(
         except RuntimeError as error:
             # A full disk, of which its stream says nothing else.
             raise OSError(f"{path.name}: {error}") from error
-        _keep_stored(path)
+        if is_bf16:
+            _keep_stored(path)
         del model
-        gc.collect()
 
 
 _PARTS: Final = {

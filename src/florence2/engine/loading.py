@@ -478,7 +478,9 @@ def load_engine(
     that are far off are a warning.
     """
     if checkpoint.converted is not None:
-        engine = _load_converted_folder(checkpoint, device, precision, cache_bytes, runtime)
+        engine = _load_converted_folder(
+            checkpoint, checkpoint.converted, device, precision, cache_bytes, runtime
+        )
     else:
         conversions = conversions or Conversions()
         used = chosen_runtime(checkpoint, device, precision, runtime, conversions)
@@ -533,11 +535,15 @@ def _in_precision(
 
 
 def _load_converted_folder(
-    checkpoint: Checkpoint, device: torch.device, precision: str, cache_bytes: int, runtime: str
+    checkpoint: Checkpoint,
+    converted: Converted,
+    device: torch.device,
+    precision: str,
+    cache_bytes: int,
+    runtime: str,
 ) -> Engine:
     """What was converted by itself: it has one precision, and no weights for another runtime."""
-    converted = checkpoint.converted
-    if converted is None or runtime == "torch":
+    if runtime == "torch":
         raise DeviceError(
             f"{checkpoint.folder} holds a network converted for OpenVINO, which runtime 'torch' "
             "does not run; use runtime 'openvino', or the checkpoint that it was made from."
