@@ -4,7 +4,8 @@ python bench/house.py [--check] [--names] [--json FILE]
 
 Every figure is measured on the tree this file lies in. ``held`` is what CI holds today: with
 ``--check`` a figure above it ends the program with 1. Whoever makes a figure better lowers
-``held`` with it, until it meets ``goal``.
+``held`` with it, until it meets ``goal``. Lines are shown and not held: they follow what the
+program does, and a limit on them is met by crowding lines.
 """
 
 from __future__ import annotations
@@ -42,11 +43,6 @@ LIMITS: Final = {
     POST_FILES: (12, 12),
     CIRCLES: (0, 0),
     SINGLE: (8, 8),
-    # Raised for the details of an answer and the page that shows them, the OpenVINO runtime, 8 and
-    # 4 bits, and for the engine's tests, which run with both runtimes.
-    "lines of the app": (13_950, 7_500),
-    "lines of the engine core": (14_200, 7_500),
-    "lines of the tests": (33_700, 18_000),
 }
 
 
