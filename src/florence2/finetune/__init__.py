@@ -1,0 +1,1 @@
+"""A checkpoint taught with labeled images: LoRA adapters and full fine-tuning."""
