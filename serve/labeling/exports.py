@@ -19,6 +19,7 @@ import yaml
 from numpy.typing import NDArray
 
 from florence2.records import BoxXyxy, SizeWh
+from serve.labeled_data import same_objects
 from serve.labeling.project import DATASET, AnnotationError, GrowingProject
 from serve.predict.geometry import box_xyxy_from_rectangle_tlbr, ring_area
 from serve.sdk import sly
@@ -95,7 +96,7 @@ def exported_images(project: GrowingProject, changes: Counter[str]) -> Iterator[
 
 def _objects(labels: Sequence[sly.Label], changes: Counter[str]) -> list[ExportedObject]:
     objects = []
-    for parts in _same_object(labels):
+    for parts in same_objects(labels):
         tags = {tag.name: tag.value for tag in parts[0].tags}
         score = tags.pop(_SCORE, None)
         name, shape = parts[0].obj_class.name, parts[0].geometry
@@ -116,16 +117,6 @@ def _objects(labels: Sequence[sly.Label], changes: Counter[str]) -> list[Exporte
         )
         objects.append(ExportedObject(name, _around(xys), xys, area, score, tags))
     return objects
-
-
-def _same_object(labels: Sequence[sly.Label]) -> list[list[sly.Label]]:
-    """Outlines of one object have one binding key and class; everything else is one by itself."""
-    groups: dict[tuple[Any, ...], list[sly.Label]] = {}
-    for number, label in enumerate(labels):
-        is_part = label.binding_key is not None and not isinstance(label.geometry, sly.Rectangle)
-        key = (label.binding_key, label.obj_class.name) if is_part else (number,)
-        groups.setdefault(key, []).append(label)
-    return list(groups.values())
 
 
 def _rings_rc(

@@ -41,6 +41,9 @@ _TURNS: Final = {
     8: Image.Transpose.ROTATE_90,
 }
 
+# Those that make the width the height.
+_LYING: Final = frozenset(turn for number, turn in _TURNS.items() if number >= 5)
+
 _URL_PATTERN: Final = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]+://|data:)")
 
 # Pillow takes memory in blocks of 16 MB, which glibc keeps for the thread that gave them back: each
@@ -161,7 +164,8 @@ def open_image(
     if isinstance(source, (bytes, bytearray, memoryview)):
         return _from_file(io.BytesIO(source), "the image data", max_pixels, room)
     if isinstance(source, (str, os.PathLike)):
-        return _from_path(os.fspath(source), max_pixels, room)
+        with _opened_path(source) as (file, name):
+            return _from_file(file, name, max_pixels, room)
     raise ImageError(
         "An image is a path, bytes, a PIL image or a uint8 RGB array [height, width, 3], "
         f"and {type(source).__name__} was received; convert it first."
@@ -176,6 +180,20 @@ def check_header(file: BinaryIO, name: str = "the image", max_pixels: int = MAX_
     with _opened(file, name) as picture:
         _check_size(picture.size, name, max_pixels)
         return picture.size
+
+
+def upright_size(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> SizeWh:
+    """Width and height in pixels that ``open_image`` will give a file's image; nothing is decoded.
+
+    Raises ImageError for no image, or more than ``max_pixels``.
+    """
+    with _opened_path(path) as (file, name), _opened(file, name) as picture:
+        _check_size(picture.size, name, max_pixels)
+        width, height = picture.size
+        # Pillow gives a TIFF's size as it will be when it is loaded.
+        is_upright = picture.format == "TIFF"
+        turn = None if is_upright else _turn_of(picture, Image.Image.getexif)
+        return (height, width) if turn in _LYING else (width, height)
 
 
 def file_format(path: str | os.PathLike[str]) -> str | None:
@@ -200,7 +218,10 @@ def has_more_frames(path: str | os.PathLike[str]) -> bool:
         return False
 
 
-def _from_path(path: str, max_pixels: int, room: Room | None) -> LoadedImage:
+@contextmanager
+def _opened_path(path: str | os.PathLike[str]) -> Iterator[tuple[BinaryIO, str]]:
+    """An image's file and what to call it; ImageError for a path that leads to none."""
+    path = os.fspath(path)
     if not isinstance(path, str):
         raise ImageError("The path of an image must be text, not bytes; decode it first.")
     if _URL_PATTERN.match(path):
@@ -212,7 +233,7 @@ def _from_path(path: str, max_pixels: int, room: Room | None) -> LoadedImage:
     name = repr(path if len(path) <= 1000 else f"{path[:150]}...{path[-150:]}")
     try:
         with open(path, "rb") as file:
-            return _from_file(file, name, max_pixels, room)
+            yield file, name
     except FileNotFoundError as error:
         raise ImageError(f"There is no image {name}; check the path.") from error
     except (OSError, ValueError) as error:
@@ -281,12 +302,7 @@ def _decoded(picture: Image.Image, name: str, max_pixels: int, *, is_ours: bool)
         ) from error
     # A decoder may learn the true size only from the data itself.
     _check_size(picture.size, name, max_pixels)
-    try:
-        orientation = picture.getexif().get(_ORIENTATION_TAG)
-    except _DAMAGE:
-        # Damaged metadata is no reason to refuse pixels that are whole.
-        orientation = None
-    turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
+    turn = _turn_of(picture, type(picture).getexif)
     try:
         with _strict_decoding():
             rgb = _to_rgb(picture, depth, is_ours=is_ours)
@@ -296,6 +312,16 @@ def _decoded(picture: Image.Image, name: str, max_pixels: int, *, is_ours: bool)
             f"{picture.mode!r}; convert it to 8-bit RGB."
         ) from error
     return rgb if turn is None else rgb.transpose(turn)
+
+
+def _turn_of(picture: Image.Image, getexif: Callable[[Any], Image.Exif]) -> Image.Transpose | None:
+    """What turns a picture upright. A PNG's own ``getexif`` decodes it to its end."""
+    try:
+        orientation = getexif(picture).get(_ORIENTATION_TAG)
+    except _DAMAGE:
+        # Damaged metadata is no reason to refuse pixels that are whole.
+        return None
+    return _TURNS.get(orientation) if isinstance(orientation, int) else None
 
 
 def _from_array(array: np.ndarray[Any, Any], max_pixels: int, room: Room | None) -> LoadedImage:

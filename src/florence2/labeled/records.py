@@ -45,8 +45,10 @@ class WantedAnswer:
 class LabeledImage:
     """An image and what people say is in it; one without objects was looked at and has none.
 
-    ``name`` is unique in its data. ``dataset`` is the folder, split or dataset it came from, and ""
-    where there is none. ``tags`` are those of the image, with None for a tag without a value.
+    ``name`` is unique in its data. ``dataset`` is the folder, split or dataset it came from
+    ("parent/child" for one inside another), and "" where there is none. ``tags`` are those of the
+    image, with None for a tag without a value. Where there are ``answers``, ``objects`` are what
+    those that locate something say, read once more: train on the answers.
     """
 
     path: Path

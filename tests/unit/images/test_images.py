@@ -13,7 +13,7 @@ from image_tools import encoded, noise, rgb_of
 from PIL import Image, ImageFile
 
 from florence2.errors import ImageError
-from florence2.images import MAX_PIXELS, file_format, has_more_frames, open_image
+from florence2.images import MAX_PIXELS, file_format, has_more_frames, open_image, upright_size
 
 PIXELS = noise(30, 20)
 RGB = Image.fromarray(PIXELS)
@@ -268,3 +268,13 @@ def test_an_odd_path_is_one_short_sentence(path):
         open_image(path)
     assert len(str(raised.value)) < 400
     str(raised.value).encode()
+
+
+@pytest.mark.parametrize("orientation", range(10))
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+def test_the_upright_size_is_that_of_the_open_image(tmp_path, orientation, suffix):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"a.{suffix}"
+    RGB.save(path, exif=exif)
+    assert upright_size(path) == open_image(path).size_wh
