@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, NoReturn
 
 from florence2.engine.ask import Ask
@@ -40,6 +41,7 @@ from serve.settings import (
     is_form_for_masks,
     parse_settings,
     shown,
+    with_own,
 )
 
 # isort: split
@@ -53,14 +55,18 @@ _CONFIDENCES: Final = ("conf", "confidence", "confidence_threshold", "confidence
 _TASK_FIRST: Final = re.compile(r"\s*(<[^<>\s]+>(?:\s*\+\s*<[^<>\s]+>)*)(.*)", re.DOTALL)
 
 
-def merged_settings(state: State, defaults: State, sliding_window_mode: str) -> dict[str, Any]:
+def merged_settings(
+    state: State, defaults: State, sliding_window_mode: str, own: State = MappingProxyType({})
+) -> dict[str, Any]:
     """The client's settings with those of the file, as ``Inference._get_inference_settings``.
 
-    What form the client's own have is lost in the merge, so it is noted before.
+    What form the client's own have is lost in the merge, so it is noted before. ``own`` are those
+    of a fine-tune that is deployed.
     """
     merged = dict(state.get("settings") or {})
     if is_form_for_masks(merged):
         merged["class_suffix"] = BOX_SUFFIX
+    merged = with_own(merged, own) if own else merged
     if "rectangle" in state:
         merged["rectangle"] = state["rectangle"]
     if (confidence := merged.get("conf")) is not None:
@@ -110,8 +116,10 @@ class Answering:
         check_placement(state)
         # As they were sent first: the merge makes two different thresholds one.
         parse_settings(given or {})
-        sdk = self._sdk
-        return parse_settings(merged_settings(state, sdk.default_settings, sdk.sliding_window_mode))
+        sdk, own = self._sdk, self._meta.own_settings
+        return parse_settings(
+            merged_settings(state, sdk.default_settings, sdk.sliding_window_mode, own)
+        )
 
     def answer(
         self, images: Sequence[AnyImage], settings: Settings, call: Call

@@ -27,8 +27,10 @@ from fastapi import Request
 
 from florence2.budget import open_pixels
 from florence2.checkpoint.catalog import resolve
+from florence2.checkpoint.hub import ProgressCallback
 from florence2.engine.encoding import AnyImage
 from florence2.engine.scheduler import Priority
+from florence2.errors import RequestError
 from serve.answering import Answering, merged_settings, predict_path
 from serve.gui import Florence2Gui, log_download
 from serve.http.guard import Callers, Guard, Limits, install_error_handlers
@@ -39,6 +41,7 @@ from serve.http.sdk_routes import register_sdk_routes
 from serve.limits import held_bytes
 from serve.model_service import (
     AUTO,
+    CUSTOM,
     MAX_QUEUED,
     RUNTIME_NAMES,
     Deployment,
@@ -51,7 +54,9 @@ from serve.model_service import (
     named_model,
     params_for,
 )
+from serve.platform.experiments import FRAMEWORK
 from serve.platform.registry import InferenceRequest, RequestsManager
+from serve.platform.team_files import Fetched, fetch
 from serve.predict.predictor import Call, Predicted, Predictor
 from serve.process import end_process
 from serve.sdk import sly
@@ -63,6 +68,7 @@ from serve.sdk_overrides import (
     use_prompt_uploader,
 )
 from serve.settings import parse_settings
+from serve.settings.generated import text_with
 
 # isort: split
 from supervisely.app.fastapi.subapp import SUPERVISELY_SERVER_PATH_PREFIX, _MainServer
@@ -110,7 +116,7 @@ class LocalServer:
 class Florence2App(PromptBasedObjectDetection):  # type: ignore[misc]
     """Serves Florence-2 with the interface that the platform's tools expect."""
 
-    FRAMEWORK_NAME = "Florence-2"
+    FRAMEWORK_NAME = FRAMEWORK
     MODELS = str(_HERE / "models.json")
     APP_OPTIONS = str(_HERE / "app_options.yaml")
     INFERENCE_SETTINGS = str(_HERE / "inference_settings.yaml")
@@ -123,6 +129,7 @@ class Florence2App(PromptBasedObjectDetection):  # type: ignore[misc]
         self._local = local
         self._deploying = threading.Lock()
         self._meta = ModelMeta()
+        self._fetched: dict[str, Fetched] = {}
         self.metrics = Metrics()
         self.deployment = Deployment(
             self.metrics.observe_batch,
@@ -163,13 +170,47 @@ class Florence2App(PromptBasedObjectDetection):  # type: ignore[misc]
         """The checkpoint's files, whole and verified, with progress on the page."""
         name = model_files["checkpoint"]
         refresh = self.gui is not None and self.gui.refresh
-        progress = None if self.gui is None or not log_progress else self.gui.shows_download(name)
-        resolve(name, progress=progress or log_download(name), refresh=refresh)
+        resolve(name, progress=self._progress(name, log_progress), refresh=refresh)
         if self.gui is not None:
             self.gui.download_progress.hide()
         return dict(model_files)
 
+    def _download_custom_model(
+        self,
+        model_files: Mapping[str, str],
+        log_progress: bool = True,
+        model_source: str = CUSTOM,
+    ) -> dict[str, str]:
+        """The files that a fine-tune's checkpoint stands for, whole and verified, in "folder"."""
+        if self.api is None or (team_id := sly.env.team_id(raise_not_found=False)) is None:
+            raise RequestError(
+                "Custom models are in the team files of a platform, and this app has none of "
+                "them; start it with SERVER_ADDRESS, API_TOKEN and TEAM_ID, or with the folder of "
+                "the model itself."
+            )
+        checkpoint = model_files["checkpoint"]
+        progress = self._progress(str(checkpoint), log_progress)
+        home = Path(self.model_dir) / "fine-tunes"
+        try:
+            fetched = fetch(self.api, team_id, checkpoint, home, progress)
+            # Also the base of an adapter, before anything that runs is stopped for it.
+            resolve(fetched.folder, progress=progress)
+        finally:
+            if self.gui is not None:
+                self.gui.download_progress.hide()
+        folder = str(fetched.folder)
+        self._fetched[folder] = fetched
+        # The path in team files and not the file's here: a restarted app downloads it anew.
+        return {"checkpoint": checkpoint, "folder": folder}
+
+    def _progress(self, name: str, log_progress: bool) -> ProgressCallback:
+        gui: Florence2Gui | None = self.gui
+        return log_download(name) if gui is None or not log_progress else gui.shows_download(name)
+
     def _load_model_headless(self, **deploy_params: Any) -> None:  # noqa: ANN401
+        if deploy_params["model_source"] == CUSTOM:
+            fetched = self._fetched[deploy_params["model_files"]["folder"]]
+            deploy_params["model_info"] = fetched.model_info
         with self._deploying, kept_report(self, lambda: self.deployment.is_deployed):
             super()._load_model_headless(**deploy_params)
 
@@ -190,9 +231,9 @@ class Florence2App(PromptBasedObjectDetection):  # type: ignore[misc]
     ) -> None:
         """Loads a checkpoint in place of the one that runs.
 
-        :param model_files: the checkpoint's name under "checkpoint"
+        :param model_files: under "checkpoint" its name, or a fine-tune's path in team files
         :type model_files: dict
-        :param model_info: its row in models.json
+        :param model_info: its row in models.json, or the experiment of a fine-tune
         :type model_info: dict
         :param model_source: where it comes from
         :type model_source: str
@@ -205,14 +246,20 @@ class Florence2App(PromptBasedObjectDetection):  # type: ignore[misc]
         """
         local = self._local or LocalServer(model_files["checkpoint"])
         asked = engine_runtime(runtime)
+        fetched = self._fetched[model_files["folder"]] if model_source == CUSTOM else None
         choice = ModelChoice(
-            model_files["checkpoint"],
+            str(fetched.folder) if fetched else model_files["checkpoint"],
             device,
             precision or local.precision,
             local.runtime if asked == AUTO else asked,
             self._is_cpu_asked_for,
+            fetched.experiment.info.experiment_name if fetched else None,
         )
         model = self.deployment.switch(choice).model
+        if fetched is None:
+            self._meta.set_own()
+        else:
+            self._meta.set_own(fetched.model_meta.obj_classes, fetched.experiment.training.settings)
         self.model_precision = model.precision.upper()
         self.runtime = RUNTIME_NAMES[model.runtime]
         self._model_meta = self.model_meta
@@ -240,6 +287,7 @@ class Florence2App(PromptBasedObjectDetection):  # type: ignore[misc]
     def shutdown_model(self) -> None:
         """Stops and frees the model."""
         self.deployment.stop()
+        self._meta.set_own()
         self.metrics.clear_model()
         self._show_device_warning()
         super().shutdown_model()
@@ -280,14 +328,20 @@ class Florence2App(PromptBasedObjectDetection):  # type: ignore[misc]
     # What the SDK asks about the model
 
     @cached_property
-    def _default_settings(self) -> dict[str, Any]:
+    def file_settings(self) -> Mapping[str, Any]:
+        """The settings file's values, whatever model is deployed."""
         loaded: dict[str, Any] = yaml.safe_load(self._custom_inference_settings)
         return loaded
 
     @property
+    def custom_inference_settings(self) -> str:
+        """The settings file, in which a fine-tune has the task and prompts of its training."""
+        return text_with(self._custom_inference_settings, self._meta.own_settings)
+
+    @property
     def custom_inference_settings_dict(self) -> dict[str, Any]:
-        """The settings file's values."""
-        return copy.deepcopy(self._default_settings)
+        """The values of that file."""
+        return copy.deepcopy({**self.file_settings, **self._meta.own_settings})
 
     @property
     def api(self) -> sly.Api | None:
@@ -332,7 +386,8 @@ class Florence2App(PromptBasedObjectDetection):  # type: ignore[misc]
     # Answering in the SDK's terms
 
     def _get_inference_settings(self, state: dict[str, Any]) -> dict[str, Any]:
-        return merged_settings(state, self.custom_inference_settings_dict, self.sliding_window_mode)
+        mode = self.sliding_window_mode
+        return merged_settings(state, self.file_settings, mode, self._meta.own_settings)
 
     def _validate_settings(self, settings: Mapping[str, Any]) -> None:
         parse_settings(settings)

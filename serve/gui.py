@@ -1,18 +1,22 @@
-"""The page on the platform: the table of models, device, refreshing of weights, settings."""
+"""The page on the platform: the lists of models, device, refreshing of weights, settings."""
 
 from __future__ import annotations
 
+import html
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from florence2.checkpoint.hub import ProgressUpdate
-from florence2.errors import FlorenceError
-from serve.model_service import AUTO, DEFAULT_MODEL, PRECISION_CHOICES, RUNTIME_NAMES
+from florence2.errors import FlorenceError, RequestError
+from serve.model_service import AUTO, CUSTOM, DEFAULT_MODEL, PRECISION_CHOICES, RUNTIME_NAMES
+from serve.platform.experiments import Experiment
+from serve.platform.team_files import listed_in_time
 from serve.sdk import sly  # noqa: F401  (the SDK's modules are imported after this door)
+from serve.sdk_overrides import found_experiments
 
 # isort: split
-from supervisely.app.widgets import Checkbox, Field, SelectString, Text, Widget
+from supervisely.app.widgets import Button, Checkbox, Field, SelectString, Text, Widget
 from supervisely.nn.inference.gui.serving_gui_template import ServingGUITemplate
 
 logger = logging.getLogger(__name__)
@@ -37,6 +41,58 @@ _PRECISION_HELP: Final = (
 class Florence2Gui(ServingGUITemplate):  # type: ignore[misc]
     """The SDK's page with Florence-2-large chosen and a way to refresh the weights."""
 
+    def _initialize_layout(self) -> list[Widget]:
+        """The tabs; a platform that does not list the team's fine-tunes leaves theirs empty."""
+        found = listed_in_time(self.api, self.team_id)
+        try:
+            widgets = self._layout_with(found)
+        except Exception:
+            # Of the SDK's lists only that of the projects, for their pictures, asks the platform.
+            logger.warning("The projects of fine-tunes cannot be shown", exc_info=True)
+            for one in found:
+                one.info.project_id = None
+            widgets = self._layout_with(found)
+        self._describe(found)
+        return widgets
+
+    def _layout_with(self, found: Sequence[Experiment]) -> list[Widget]:
+        with found_experiments([one.info for one in found]):
+            widgets: list[Widget] = super()._initialize_layout()
+        return widgets
+
+    def _describe(self, found: Sequence[Experiment]) -> None:
+        """Says of each fine-tune in the list what it was trained for."""
+        experiments = {id(one.info): one for one in found}
+        selector = self.experiment_selector
+        for row in selector._rows:
+            one = experiments[id(row._experiment_info)]
+            # The SDK shows it as HTML, and anybody of the team may have written it.
+            name, model, summary = map(
+                html.escape, (one.info.experiment_name, one.info.model_name, one.training.summary)
+            )
+            row._model_wiget.text = f"<b>{name}</b><br>{model}<br>{summary}"
+        selector._rows_search_texts = [
+            row.search_text() + row._model_wiget.text for row in selector._rows
+        ]
+
+    def list_again(self) -> None:
+        """Looks for fine-tunes that were uploaded since the list was made."""
+        found = listed_in_time(self.api, self.team_id)
+        selector = self.experiment_selector
+        selector.table.clear()
+        selector._experiment_infos = [one.info for one in found]
+        selector.set_experiment_infos(selector._experiment_infos)
+        self._describe(found)
+
+    @property
+    def model_files(self) -> dict[str, str]:
+        """The files of what is chosen; RequestError where nothing is."""
+        is_custom = self.model_source == CUSTOM
+        if is_custom and self.experiment_selector.get_selected_experiment_info() is None:
+            raise RequestError("No custom model is chosen; choose one in the list, then Serve.")
+        files: dict[str, str] = super().model_files
+        return files
+
     def _initialize_extra_widgets(self) -> list[Widget]:
         self.pretrained_models_table.set_by_model_name(DEFAULT_MODEL)
         self._refresh = Checkbox("Refresh weights from the hub", widget_id="refresh_weights")
@@ -47,7 +103,9 @@ class Florence2Gui(ServingGUITemplate):  # type: ignore[misc]
         self.precision_choice = SelectString([AUTO, *PRECISION_CHOICES], widget_id="precision")
         runtime = Field(self.runtime_choice, title="Runtime", description=_RUNTIME_HELP)
         precision = Field(self.precision_choice, title="Precision", description=_PRECISION_HELP)
-        return [runtime, precision, refresh, self.device_warning]
+        look = Button("Look for new custom models", "text", widget_id="list_experiments")
+        look.click(self.list_again)
+        return [look, runtime, precision, refresh, self.device_warning]
 
     @property
     def runtime(self) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Final
 
 import torch
@@ -78,6 +79,8 @@ class IdleTimer:
 
 
 PRETRAINED: Final = "Pretrained models"
+CUSTOM: Final = "Custom models"
+"""Where models come from, as the SDK writes it: published ones, and fine-tunes in team files."""
 AUTO: Final = "auto"
 RUNTIME_NAMES: Final = {"torch": "PyTorch", "openvino": "OpenVINO"}
 """Runtimes of the engine, and as the SDK and the page write them."""
@@ -140,11 +143,23 @@ def params_for(
     row: dict[str, Any], device: object, runtime: object = None, precision: object = None
 ) -> dict[str, Any]:
     """What ``_load_model_headless`` takes for a row of ``models.json``."""
+    files = dict(row["meta"]["model_files"])
+    return _params(PRETRAINED, files, row, device, runtime, precision)
+
+
+def _params(
+    source: str,
+    files: dict[str, Any],
+    info: dict[str, Any],
+    device: object,
+    runtime: object,
+    precision: object,
+) -> dict[str, Any]:
     chosen = device_name(device)
     params: dict[str, Any] = {
-        "model_source": PRETRAINED,
-        "model_files": dict(row["meta"]["model_files"]),
-        "model_info": row,
+        "model_source": source,
+        "model_files": files,
+        "model_info": info,
         "device": chosen,
         "runtime": check_runtime(runtime),
     }
@@ -175,13 +190,17 @@ def params_from_state(
             '{"deploy_params": {"device": "cuda:0"}, "model_name": "Florence-2-base"}.'
         )
     source = given.get("model_source") or PRETRAINED
+    how = given.get("device"), given.get("runtime"), given.get("precision")
+    if source == CUSTOM:
+        files = given.get("model_files")
+        checkpoint = files.get("checkpoint") if isinstance(files, dict) else None
+        return _params(CUSTOM, {"checkpoint": checkpoint}, {}, *how)
     if source != PRETRAINED:
         raise RequestError(
-            f"Models come from the list of this app, and source {source!r} was received; send a "
-            "model_name."
+            f"Models come from the list of this app or from team files ({CUSTOM!r}), and source "
+            f"{source!r} was received; send a model_name."
         )
-    row = _row_of(state, given, models, allowed)
-    return params_for(row, given.get("device"), given.get("runtime"), given.get("precision"))
+    return params_for(_row_of(state, given, models, allowed), *how)
 
 
 def _row_of(
@@ -241,17 +260,32 @@ class ModelMeta:
     At most ``max_learnt`` classes are remembered beside the fixed ones; those seen longest ago go
     first. A class that is seen in a second shape becomes one of any shape, so that every
     annotation that was learnt can be read with a snapshot; a fixed class keeps its shape.
+
+    A fine-tune has classes of its own, and settings that it is asked with by default.
     """
+
+    own_settings: Mapping[str, object] = {}
+    """What the deployed model was trained to be asked with; nothing for a published one."""
 
     def __init__(self, max_learnt: int = MAX_LEARNT) -> None:
         self._max_learnt = max_learnt
         self._learnt: dict[str, sly.ObjClass] = {}
+        self._own: tuple[sly.ObjClass, ...] = ()
         self._lock = threading.Lock()
         self._snapshot: sly.ProjectMeta = _meta_of(())
 
     def snapshot(self) -> sly.ProjectMeta:
         """All classes and tags as they are now; it never changes."""
         return self._snapshot
+
+    def set_own(
+        self, classes: Iterable[sly.ObjClass] = (), settings: Mapping[str, object] | None = None
+    ) -> None:
+        """Those of the model that is deployed now, in the place of those of the one before."""
+        with self._lock:
+            self._own = tuple(one for one in classes if one.name not in FIXED_SHAPES)
+            self.own_settings = dict(settings or {})
+            self._snapshot = _meta_of(self._own, self._learnt)
 
     def learn(self, annotation: sly.Annotation) -> None:
         """Adds the classes of an annotation's labels."""
@@ -265,7 +299,7 @@ class ModelMeta:
             while len(self._learnt) > self._max_learnt:
                 self._learnt.pop(next(iter(self._learnt)))
             if self._shapes() != before:
-                self._snapshot = _meta_of(self._learnt.values())
+                self._snapshot = _meta_of(self._own, self._learnt)
 
     def _shapes(self) -> dict[str, type]:
         """To see a change by: to the SDK a class of any shape equals one of a certain shape."""
@@ -278,8 +312,14 @@ def _both(known: sly.ObjClass, seen: sly.ObjClass) -> sly.ObjClass:
     return known.clone(geometry_type=sly.AnyGeometry)
 
 
-def _meta_of(learnt: Iterable[sly.ObjClass]) -> sly.ProjectMeta:
-    return sly.ProjectMeta([*_FIXED, *learnt], tag_metas=list(TAG_METAS.values()))
+def _meta_of(
+    own: Iterable[sly.ObjClass], learnt: Mapping[str, sly.ObjClass] = MappingProxyType({})
+) -> sly.ProjectMeta:
+    """A fine-tune's own classes come first: they are what people look for in the list."""
+    first = [_both(one, learnt.get(one.name, one)) for one in own]
+    named = {one.name for one in first}
+    others = [one for one in learnt.values() if one.name not in named]
+    return sly.ProjectMeta([*first, *_FIXED, *others], tag_metas=list(TAG_METAS.values()))
 
 
 MAX_QUEUED: Final = 4096
@@ -298,7 +338,8 @@ NOT_DEPLOYED: Final = (
 class ModelChoice:
     """A checkpoint's name, id or folder, and how it is to run.
 
-    ``is_cpu_asked_for``: nobody is to be warned that it runs on the CPU.
+    ``is_cpu_asked_for``: nobody is to be warned that it runs on the CPU. ``title``: what people are
+    told in the place of a folder.
     """
 
     name: str
@@ -306,6 +347,12 @@ class ModelChoice:
     precision: str = "auto"
     runtime: str = "auto"
     is_cpu_asked_for: bool = False
+    title: str | None = None
+
+    @property
+    def shown(self) -> str:
+        """What people are told."""
+        return self.title or self.name
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -443,18 +490,20 @@ class Deployment:
             lost = self._current
             if lost is None or not lost.model.engine.is_lost:
                 return
-            logger.error("%s: its device failed; requests in hand failed with it", lost.choice.name)
+            logger.error(
+                "%s: its device failed; requests in hand failed with it", lost.choice.shown
+            )
             self._free()
             self._why_none = RELOADING
             hopeless = (
-                f"The device of {lost.choice.name} failed and the model cannot be loaded again in "
+                f"The device of {lost.choice.shown} failed and the model cannot be loaded again in "
                 "this process; start it anew."
             )
             if not self._has_reloaded:
                 self._has_reloaded = True
                 self._bring_back(lost.choice)
             if self._current is not None:
-                logger.warning("%s was loaded again and answers", lost.choice.name)
+                logger.warning("%s was loaded again and answers", lost.choice.shown)
                 return
             self._why_none = hopeless
         logger.error("%s", hopeless)
@@ -492,7 +541,7 @@ class Deployment:
             self._current = self._started(choice)
         # The error that is on its way up says why; that nothing runs now is for the log.
         except Exception:
-            logger.exception("%s could not be loaded again", choice.name)
+            logger.exception("%s could not be loaded again", choice.shown)
 
     def _freeze_idle(self) -> None:
         if self.is_deployed:
@@ -508,6 +557,7 @@ def _load(choice: ModelChoice) -> Florence2:
         choice.runtime,
         precision=choice.precision,
         calibration=calibration_scenes,
+        title=choice.title,
     )
 
 

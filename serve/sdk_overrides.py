@@ -28,9 +28,11 @@ from serve.sdk import sly
 
 # isort: split
 from supervisely.app.fastapi import subapp
+from supervisely.nn.experiments import ExperimentInfo
 from supervisely.nn.inference import PromptBasedObjectDetection
 from supervisely.nn.inference import gui as sdk_gui
 from supervisely.nn.inference import inference as sdk_inference
+from supervisely.nn.inference.gui import serving_gui_template
 from supervisely.nn.inference.uploader import Uploader
 
 SDK_VERSION: Final = "6.74.51"
@@ -68,6 +70,7 @@ _PAGE: Final = "tests/unit/app/test_page_app.py::"
 _HTTP: Final = "tests/unit/http/"
 _PLATFORM: Final = "tests/unit/platform/"
 _CONTRACT: Final = "tests/contract/"
+_CUSTOM: Final = _CONTRACT + "test_custom_models.py::"
 
 OVERRIDES: Final[tuple[Override, ...]] = (
     # Importing and starting
@@ -97,6 +100,28 @@ OVERRIDES: Final[tuple[Override, ...]] = (
         "A page without a way to compare the weights with the hub's, or a reason on it.",
         _PAGE + "test_large_is_chosen_among_exactly_four",
         "never: it is how the SDK has pages extended",
+    ),
+    Override(
+        "serving_gui_template.get_experiment_infos ServingGUITemplate._initialize_layout "
+        "ServingGUITemplate.experiment_selector",
+        "A page that cannot be made because the platform does not list files, or lists one that "
+        "is no experiment.",
+        _CUSTOM + "test_team_files_that_cannot_be_listed_leave_the_page_with_an_empty_tab",
+        "the SDK makes its page whatever the list of experiments does",
+    ),
+    Override(
+        "ExperimentSelector._rows ExperimentSelector._experiment_infos "
+        "ExperimentSelector._rows_search_texts ModelRow._experiment_info ModelRow._model_wiget",
+        "A list that says a model's name alone, as HTML that anybody of the team wrote, and that "
+        "is made once.",
+        _CUSTOM + "test_the_page_lists_fine_tunes_with_task_classes_and_metric",
+        "the SDK's list shows task, classes and metric as text, and can be made anew",
+    ),
+    Override(
+        "ServingGUITemplate.model_files",
+        "An error of the SDK's where nothing is chosen.",
+        _CUSTOM + "test_serving_without_a_choice_is_refused_with_a_sentence",
+        "the SDK says it in a sentence on the page",
     ),
     Override(
         "ServingGUITemplate.runtime ServingGUITemplate.get_params_from_gui",
@@ -176,6 +201,13 @@ OVERRIDES: Final[tuple[Override, ...]] = (
     ),
     # The model
     Override(
+        "Inference._download_custom_model",
+        "Files of fine-tunes that nobody has verified, all in one folder by their bare names, and "
+        "a checkpoint that is unpickled to look for more.",
+        _CUSTOM + "test_an_experiment_that_is_damaged_is_refused_and_the_model_runs_on",
+        "the SDK verifies what it downloads, and takes checkpoints that are folders",
+    ),
+    Override(
         "Inference._download_pretrained_model Inference._download_model_files",
         "Names of checkpoints opened as addresses, and files that nobody has verified.",
         _PAGE + "test_refreshing_is_asked_of_the_checkpoint",
@@ -221,7 +253,8 @@ OVERRIDES: Final[tuple[Override, ...]] = (
     ),
     # What clients are told
     Override(
-        "Inference.custom_inference_settings_dict Inference._custom_inference_settings",
+        "Inference.custom_inference_settings Inference.custom_inference_settings_dict "
+        "Inference._custom_inference_settings",
         "The settings file read anew for every request.",
         _CONTRACT + "test_sdk_shields.py::test_settings_of_one_request_do_not_reach_the_next",
         "the SDK reads it once and gives copies",
@@ -361,7 +394,7 @@ class SdkMethods:
     @cached_property
     def default_settings(self) -> dict[str, Any]:
         """The settings file's values."""
-        settings: dict[str, Any] = self._inference.custom_inference_settings_dict
+        settings: dict[str, Any] = self._inference.file_settings
         return settings
 
     @cached_property
@@ -435,6 +468,20 @@ def own_page(page: type) -> Iterator[None]:
         yield
     finally:
         sdk_gui.ServingGUITemplate = before
+
+
+@contextmanager
+def found_experiments(infos: list[ExperimentInfo]) -> Iterator[None]:
+    """Inside, a page that is made lists these fine-tunes, which were looked for before.
+
+    The SDK looks for them while it makes the page, where any failure is the end of the start.
+    """
+    before = serving_gui_template.get_experiment_infos
+    serving_gui_template.get_experiment_infos = lambda *_, **__: infos
+    try:
+        yield
+    finally:
+        serving_gui_template.get_experiment_infos = before
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from serve.settings.schema import (
     is_form_for_masks,
     parse_settings,
     raw_settings,
+    with_own,
 )
 from serve.settings.values import (
     Prompt,
@@ -34,4 +35,5 @@ __all__ = [
     "raw_settings",
     "shown",
     "split_phrases",
+    "with_own",
 ]

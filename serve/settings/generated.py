@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, cast
 
@@ -42,6 +43,16 @@ def yaml_text() -> str:
     return "\n".join(
         [_FIRST, *(_block(name) for name in edited if name not in LEFT_OUT), _OTHERS + nulls]
     )
+
+
+def text_with(text: str, values: Mapping[str, object]) -> str:
+    """The settings file with other values, its comments and everything else as they are."""
+    for name, value in values.items():
+        # JSON is YAML on one line; a backslash in it is none of the pattern's.
+        line = f"{name}: {json.dumps(value, ensure_ascii=False)}".replace("\\", r"\\")
+        text, count = re.subn(rf"^{name}: .*$", line, text, count=1, flags=re.MULTILINE)
+        text += "" if count else f"{name}: {json.dumps(value, ensure_ascii=False)}\n"
+    return text
 
 
 def docs_text() -> str:

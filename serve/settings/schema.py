@@ -312,6 +312,28 @@ def parse_settings(raw: Mapping[str, object] | None) -> Settings:
     return settings
 
 
+def with_own(raw: Mapping[str, object], own: Mapping[str, object]) -> dict[str, object]:
+    """What a client said, with what a fine-tune was trained to be asked where it asks nothing.
+
+    Clients send ``own`` back as they were offered it, so a question is what differs from it. One
+    with a question of its own has none of ``own``, which belongs to another question.
+    """
+    asked = {key for name in _QUESTION for key in SPELLINGS[name]}
+    said = {
+        key: value
+        for key, value in raw.items()
+        if key not in asked or key not in own or value != own[key]
+    }
+    if any(key in asked and not _is_missing(_FIELDS[key], value) for key, value in said.items()):
+        return said
+    given = {_FIELDS[key] for key in raw if key in _FIELDS and not _is_missing(key, raw[key])}
+    return {**raw, **{key: value for key, value in own.items() if _FIELDS[key] not in given}}
+
+
+_QUESTION: Final = ("task_prompt", "text", "mapping", "regions", "reference_bbox")
+_FIELDS: Final = {key: name for name, keys in SPELLINGS.items() for key in keys}
+
+
 def check_placement(state: Mapping[str, object]) -> None:
     """RequestError for settings that stand in a request beside ``settings``.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -72,6 +73,7 @@ class Florence2:
         cache_bytes: int = CACHE_BYTES,
         calibration: Calibration | None = None,
         notify: Callable[[str], None] = logger.info,
+        title: str | None = None,
     ) -> Florence2:
         """Finds or downloads a checkpoint, loads it and checks that it answers.
 
@@ -83,7 +85,8 @@ class Florence2:
         and ``load_engine``. On a CPU int8 is the OpenVINO runtime's, calibrated on the images that
         ``calibration`` gives; int8 and nf4 of torch may name a part of the network, such as
         int8:all, see ``runtimes.quantization``. ``notify`` is told what takes minutes, once, when a
-        checkpoint is converted. Raises CheckpointError or DeviceError with one sentence.
+        checkpoint is converted. ``title`` takes the place of a folder as its ``name``. Raises
+        CheckpointError or DeviceError with one sentence.
         """
         if runtime not in RUNTIMES:
             raise DeviceError(unknown_name("runtime", str(runtime), RUNTIMES))
@@ -96,6 +99,7 @@ class Florence2:
         check_precision(precision, chosen)
         check_choice(runtime, chosen, precision)
         checkpoint = open_checkpoint(name, cache_dir=cache_dir, offline=offline, progress=progress)
+        checkpoint = replace(checkpoint, name=title or checkpoint.name)
         kept = Conversions(None if cache_dir is None else Path(cache_dir), calibration, notify)
         engine = load_engine(checkpoint, chosen, precision, cache_bytes, runtime, kept)
         used = engine.runtime
