@@ -73,6 +73,7 @@ from serve.settings.generated import text_with
 # isort: split
 from supervisely.app.fastapi.subapp import SUPERVISELY_SERVER_PATH_PREFIX, _MainServer
 from supervisely.nn.inference import PromptBasedObjectDetection
+from supervisely.nn.utils import CheckpointInfo
 
 HOST_VARIABLE: Final = "FLORENCE_HOST"
 PORT_VARIABLE: Final = "FLORENCE_PORT"
@@ -209,10 +210,23 @@ class Florence2App(PromptBasedObjectDetection):  # type: ignore[misc]
 
     def _load_model_headless(self, **deploy_params: Any) -> None:  # noqa: ANN401
         if deploy_params["model_source"] == CUSTOM:
-            fetched = self._fetched[deploy_params["model_files"]["folder"]]
-            deploy_params["model_info"] = fetched.model_info
+            deploy_params["model_info"] = self._fetched_for(deploy_params).model_info
         with self._deploying, kept_report(self, lambda: self.deployment.is_deployed):
             super()._load_model_headless(**deploy_params)
+
+    def _set_checkpoint_info_custom_model(self, deploy_params: dict[str, Any]) -> None:
+        files, fetched = deploy_params["model_files"], self._fetched_for(deploy_params)
+        self.checkpoint_info = CheckpointInfo(
+            checkpoint_name=Path(files["checkpoint"]).name,
+            model_name=fetched.experiment.info.model_name,
+            architecture=FRAMEWORK,
+            checkpoint_url=fetched.checkpoint_url,
+            custom_checkpoint_path=files["checkpoint"],
+            model_source=CUSTOM,
+        )
+
+    def _fetched_for(self, deploy_params: Mapping[str, Any]) -> Fetched:
+        return self._fetched[deploy_params["model_files"]["folder"]]
 
     def _load_model(self, deploy_params: dict[str, Any]) -> None:
         deploy_params["device"] = device_name(deploy_params.get("device"))

@@ -41,9 +41,12 @@ _PRECISION_HELP: Final = (
 class Florence2Gui(ServingGUITemplate):  # type: ignore[misc]
     """The SDK's page with Florence-2-large chosen and a way to refresh the weights."""
 
+    list_patience_s = 20.0
+    """How long a start waits for the list of the team's fine-tunes."""
+
     def _initialize_layout(self) -> list[Widget]:
         """The tabs; a platform that does not list the team's fine-tunes leaves theirs empty."""
-        found = listed_in_time(self.api, self.team_id)
+        found = listed_in_time(self.api, self.team_id, self.list_patience_s)
         try:
             widgets = self._layout_with(found)
         except Exception:
@@ -77,7 +80,7 @@ class Florence2Gui(ServingGUITemplate):  # type: ignore[misc]
 
     def list_again(self) -> None:
         """Looks for fine-tunes that were uploaded since the list was made."""
-        found = listed_in_time(self.api, self.team_id)
+        found = listed_in_time(self.api, self.team_id, self.list_patience_s)
         selector = self.experiment_selector
         selector.table.clear()
         selector._experiment_infos = [one.info for one in found]

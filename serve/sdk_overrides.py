@@ -201,7 +201,7 @@ OVERRIDES: Final[tuple[Override, ...]] = (
     ),
     # The model
     Override(
-        "Inference._download_custom_model",
+        "Inference._download_custom_model Inference._set_checkpoint_info_custom_model",
         "Files of fine-tunes that nobody has verified, all in one folder by their bare names, and "
         "a checkpoint that is unpickled to look for more.",
         _CUSTOM + "test_an_experiment_that_is_damaged_is_refused_and_the_model_runs_on",

@@ -40,9 +40,8 @@ from supervisely.api.file_api import FileInfo
 
 logger = logging.getLogger(__name__)
 
-LIST_PATIENCE_S: Final = 20.0
-"""How long a page waits for the list of fine-tunes while it starts."""
-_WAITS_S: Final = (1.0, 4.0)
+# The SDK waits between its own tries already; these are for what broke off on its way.
+_WAITS_S: Final = (0.2, 1.0)
 _READ_BYTES: Final = 1024 * 1024
 _MAX_JSON_BYTES: Final = 32 * 1024 * 1024
 _LISTING_THREADS: Final = 8
@@ -50,6 +49,10 @@ _PART: Final = ".part"
 _SHOWN_HASH: Final = 12
 
 Result = TypeVar("Result")
+
+
+class TransferError(CheckpointError):
+    """A file came out of a transfer as another than it went in."""
 
 
 def find_experiments(api: sly.Api, team_id: int) -> list[Experiment]:
@@ -74,9 +77,7 @@ def find_experiments(api: sly.Api, team_id: int) -> list[Experiment]:
         return [found for found in threads.map(read, paths) if found is not None]
 
 
-def listed_in_time(
-    api: sly.Api, team_id: int, timeout_s: float = LIST_PATIENCE_S
-) -> list[Experiment]:
+def listed_in_time(api: sly.Api, team_id: int, timeout_s: float) -> list[Experiment]:
     """``find_experiments`` for a page: none where the platform fails or says nothing."""
     found: list[list[Experiment]] = []
 
@@ -134,13 +135,15 @@ def _json_at(api: sly.Api, team_id: int, path: str) -> Any:  # noqa: ANN401 - wh
 class Fetched:
     """A fine-tune on this machine: ``folder`` is what to load, ``model_meta`` its classes and tags.
 
-    ``artifacts_dir`` is where it is in the team files now, whatever the experiment says.
+    ``artifacts_dir`` is where it is in the team files now, whatever the experiment says, and
+    ``checkpoint_url`` where the platform shows its file.
     """
 
     experiment: Experiment
     folder: Path
     model_meta: sly.ProjectMeta
     artifacts_dir: str
+    checkpoint_url: str
 
     @property
     def model_info(self) -> dict[str, Any]:
@@ -202,7 +205,8 @@ def fetch(
                 raise
             raise cannot_write(folder, error) from error
         done += record.size
-    return Fetched(experiment, folder, meta, f"{artifacts}/")
+    url = api.file.get_url(infos[str(checkpoint)].id)
+    return Fetched(experiment, folder, meta, f"{artifacts}/", url)
 
 
 def _artifacts_of(checkpoint: object) -> PurePosixPath:
@@ -252,7 +256,12 @@ def _known(
         raise CheckpointError(
             f"{path} has {size} bytes in the team files instead of {record.size}; upload it again."
         )
-    return FileRecord(record.name, size, sha256=record.sha256 or _hex_of(infos[path].hash))
+    stored = _hex_of(infos[path].hash)
+    if None not in (record.sha256, stored) and record.sha256 != stored:
+        raise CheckpointError(
+            f"{path} was changed in the team files since it was uploaded; upload it again."
+        )
+    return FileRecord(record.name, size, sha256=record.sha256 or stored)
 
 
 def _hex_of(platform_hash: object) -> str | None:
@@ -290,7 +299,7 @@ def _bring(
         api.file.download(team_id, path, str(partial_file), progress_cb=count)
         fault = fault_of(partial_file, record, with_hash=record.sha256 is not None)
         if fault is not None:
-            raise CheckpointError(f"{path} {fault} when it is downloaded; upload it again.")
+            raise TransferError(f"{path} {fault} when it is downloaded; upload it again.")
 
     try:
         _tried(once)
@@ -305,9 +314,9 @@ def _tried(work: Callable[[], Result]) -> Result:
         try:
             return work()
         except Exception as error:
-            if platform_failure(error) is None and not isinstance(error, CheckpointError):
+            if platform_failure(error) is None and not isinstance(error, TransferError):
                 raise
-            logger.warning("%s Trying again in %.0f s.", error, wait_s)
+            logger.warning("%s Trying again in %g s.", error, wait_s)
             time.sleep(wait_s)
     return work()
 
@@ -377,7 +386,7 @@ def _send(
 
     info = api.file.upload(team_id, str(path), remote, progress_cb=count)
     if not _agrees(info, record):
-        raise CheckpointError(
+        raise TransferError(
             f"{remote} arrived with {info.sizeb} bytes or another hash, and {path} has "
             f"{record.size}; upload it again."
         )

@@ -11,6 +11,7 @@ from app_server import OUT_OF_REACH, SDK_ENVIRONMENT, AppServer
 from contract_calls import BIKE, App, classes_in
 from platform_double import SESSION_TOKEN, TOKEN, PlatformDouble
 from platform_seed import Seeded, seed
+from platform_state import TEAM_ID
 
 from florence2 import Florence2
 from serve.sdk import sly
@@ -57,7 +58,7 @@ def api(platform, monkeypatch) -> sly.Api:
 def running_app(running_platform, tmp_path_factory) -> Iterator[AppServer]:
     """``florence2 serve`` with the demo checkpoint, connected to the double."""
     env = {**SDK_ENVIRONMENT, "SERVER_ADDRESS": running_platform.address, "API_TOKEN": TOKEN}
-    env |= {"FLORENCE_ALLOW_SERVERS": OUT_OF_REACH}
+    env |= {"FLORENCE_ALLOW_SERVERS": OUT_OF_REACH, "TEAM_ID": str(TEAM_ID)}
     server = AppServer(tmp_path_factory.mktemp("app"), env)
     server.start()
     running_platform.app_url = server.url

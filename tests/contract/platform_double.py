@@ -23,6 +23,7 @@ from platform_state import (
     Json,
     PlatformState,
     Refused,
+    StoredFile,
     StoredImage,
 )
 from starlette.applications import Starlette
@@ -50,6 +51,7 @@ class Faults:
     statuses: dict[str, dict[int, int]] = field(default_factory=dict)
     gates: dict[str, threading.Event] = field(default_factory=dict)
     damaged: set[int] = field(default_factory=set)
+    cut: set[str] = field(default_factory=set)
     lost: set[str] = field(default_factory=set)
     seen: dict[str, int] = field(default_factory=dict)
 
@@ -77,6 +79,10 @@ class Faults:
     def damage(self, image_id: int) -> None:
         """From now on the bytes of this image are cut in half."""
         self.damaged.add(image_id)
+
+    def cut_file(self, path: str) -> None:
+        """From now on the bytes of this file of the team end in the middle."""
+        self.cut.add(path)
 
     def status_of_this_call(self, method: str) -> int | None:
         self.seen[method] = self.seen.get(method, 0) + 1
@@ -129,6 +135,8 @@ class PlatformDouble:
     async def _payload(self, request: Request) -> Any:
         if request.method == "GET":
             return dict(request.query_params)
+        if request.headers.get("content-type", "").startswith("multipart/form-data"):
+            return await _uploaded(request)
         return json.loads(await request.body() or b"{}")
 
     def _answer(self, name: str, payload: Any, headers: Any) -> Response:
@@ -162,6 +170,10 @@ class PlatformDouble:
             return result
         if isinstance(result, StoredImage):
             return Response(self._sent(result.id, result.content), media_type=result.mime)
+        if isinstance(result, StoredFile):
+            content = result.content
+            is_cut = result.path in self.faults.cut
+            return Response(content[: len(content) // 2] if is_cut else content)
         if isinstance(result, Parts):
             return self._multipart(result)
         return JSONResponse(result)
@@ -209,6 +221,17 @@ class PlatformDouble:
             timeout=60,
         )
         return _copied(answer)
+
+
+async def _uploaded(request: Request) -> Json:
+    """Files as the SDK sends them: name, folder and content, three parts for each."""
+    async with request.form(max_files=10_000, max_fields=30_000) as form:
+        parts = form.multi_items()
+        if [key for key, _ in parts] != ["name", "path", "file"] * (len(parts) // 3):
+            raise Refused("A file is sent as name, path and file, in this order.")
+        values = [one if isinstance(one, str) else await one.read() for _, one in parts]
+    files = list(zip(values[::3], values[1::3], values[2::3], strict=True))
+    return {"teamId": int(request.query_params["teamId"]), "files": files}
 
 
 def _copied(answer: requests.Response) -> Response:

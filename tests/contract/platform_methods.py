@@ -32,6 +32,25 @@ class Parts(dict[int, bytes]):
     """Contents by image id."""
 
 
+MODULE = {
+    "id": 1,
+    "name": "Serve Florence-2",
+    "slug": "serve-florence-2",
+    "config": {"categories": ["serve", "framework:Florence-2"]},
+}
+
+
+def modules_listed(state: PlatformState, payload: Json) -> Json:
+    is_ours = set(payload["categories"]) <= {*MODULE["config"]["categories"]}
+    return page([MODULE] if is_ours else [], {})
+
+
+def workspace_json(state: PlatformState, payload: Json) -> Json:
+    if payload["id"] != WORKSPACE_ID:
+        raise Refused(f"Workspace {payload['id']} is not found.", status=404)
+    return {"id": WORKSPACE_ID, "name": "labels", "description": "", **MINE}
+
+
 def page(rows: list[Json], payload: Json) -> Json:
     """One page with everything that passes the filters."""
     for rule in [*payload.get("filter", []), *payload.get("filters", [])]:
@@ -140,9 +159,20 @@ METHODS: dict[str, Callable[[PlatformState, Any], Any]] = {
     "tasks.data.get": lambda state, asked: {
         "result": {name: state.task_fields.get(name) for name in asked["fields"]}
     },
+    "tasks.run.app": lambda state, asked: [{"taskId": asked["agentId"]}],
     "tasks.meta.update": lambda state, asked: DONE,
     "tasks.output.set": lambda state, asked: DONE,
-    "file-storage.list": lambda state, asked: state.files,
+    "workspaces.info": workspace_json,
+    "ecosystem.list": modules_listed,
+    "file-storage.list": lambda state, asked: [
+        file.to_json()
+        for file in state.files_in(asked["teamId"], asked["path"], recursive=asked["recursive"])
+    ],
+    "file-storage.download": lambda state, asked: state.file(asked["teamId"], asked["path"]),
+    "file-storage.bulk.upload": lambda state, asked: [
+        state.add_file(asked["teamId"], folder + name, content).to_json()
+        for name, folder, content in asked["files"]
+    ],
     "images.info": lambda state, asked: image_json(state, state.image(asked["id"])),
     "images.list": lambda state, asked: page(
         [image_json(state, one) for one in state.images_of(state.dataset(asked["datasetId"]).id)],

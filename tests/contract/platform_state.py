@@ -70,6 +70,32 @@ class StoredImage:
 
 
 @dataclass
+class StoredFile:
+    """A file of the team."""
+
+    id: int
+    path: str
+    content: bytes
+
+    def to_json(self) -> Json:
+        name = self.path.rpartition("/")[2]
+        return {
+            "id": self.id,
+            "teamId": TEAM_ID,
+            "userId": USER_ID,
+            "name": name,
+            "path": self.path,
+            "storagePath": f"/storage/{self.id}",
+            "fullStorageUrl": f"/storage/{self.id}",
+            "hash": base64.b64encode(hashlib.sha256(self.content).digest()).decode(),
+            "meta": {"size": len(self.content), "ext": name.rpartition(".")[2], "mime": "any"},
+            "createdAt": MOMENT,
+            "updatedAt": MOMENT,
+            "isDir": False,
+        }
+
+
+@dataclass
 class Dataset:
     id: int
     name: str
@@ -95,7 +121,7 @@ class PlatformState:
         self.datasets: dict[int, Dataset] = {}
         self.images: dict[int, StoredImage] = {}
         self.task_fields: Json = {}
-        self.files: list[Json] = []
+        self.files: dict[str, StoredFile] = {}
 
     def new_id(self) -> int:
         return next(self._ids)
@@ -147,6 +173,29 @@ class PlatformState:
         image = StoredImage(self.new_id(), name, dataset_id, content, size_wh, mime, empty)
         self.images[image.id] = image
         return image
+
+    def add_file(self, team_id: Any, path: str, content: bytes) -> StoredFile:
+        """One more file of the team, in the place of another of this path."""
+        check_team(team_id)
+        parts = path.split("/")
+        if parts[0] or len(parts) < 2 or any(part in ("", ".", "..") for part in parts[1:]):
+            raise Refused(f"A path of a file begins with / and has no empty parts, not {path!r}.")
+        file = StoredFile(self.new_id(), path, content)
+        self.files[path] = file
+        return file
+
+    def files_in(self, team_id: Any, path: str, *, recursive: bool) -> list[StoredFile]:
+        """The file of a path, or those below a folder."""
+        check_team(team_id)
+        below = path.rstrip("/") + "/"
+        found = [file for file in self.files.values() if (file.path + "/").startswith(below)]
+        return [file for file in found if recursive or "/" not in file.path[len(below) :]]
+
+    def file(self, team_id: Any, path: Any) -> StoredFile:
+        check_team(team_id)
+        if path not in self.files:
+            raise Refused(f"File {path!r} is not found.", status=404)
+        return self.files[path]
 
     def set_meta(self, project: Project, meta: Json) -> Json:
         """Checks the meta and keeps it, with an id for whatever had none; the known keep theirs."""
@@ -212,6 +261,11 @@ class Refused(Exception):  # noqa: N818
     def __init__(self, text: str, *, status: int = 400, kind: str = "VALIDATION") -> None:
         super().__init__(text)
         self.status, self.kind = status, kind
+
+
+def check_team(team_id: Any) -> None:
+    if team_id != TEAM_ID:
+        raise Refused(f"Team {team_id!r} is not one of this account.", status=403)
 
 
 def check_meta(meta: Json) -> None:

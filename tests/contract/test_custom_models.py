@@ -1,0 +1,371 @@
+"""Fine-tunes in team files: uploaded, listed on the page, deployed by the SDK's own clients."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import requests
+import yaml
+from contract_calls import CITY, assert_refused, classes_in
+from platform_double import TASK_ID
+from platform_state import TEAM_ID, WORKSPACE_ID
+
+from florence2.errors import RequestError
+from serve.app import Florence2App
+from serve.gui import Florence2Gui
+from serve.platform.experiments import INFO_NAME, write_experiment
+from serve.platform.team_files import find_experiments, upload_experiment
+from serve.sdk import sly
+
+# isort: split
+from supervisely.app.singleton import Singleton
+from supervisely.nn.experiments import get_experiment_info_by_artifacts_dir, get_experiment_infos
+from supervisely.nn.inference.inference import AutoRestartInfo
+
+DEMO = Path(__file__).parents[2] / "demo" / "checkpoint"
+TRAINING = {
+    "model": "Florence-2-base",
+    "method": "full",
+    "tasks": ["<CAPTION_TO_PHRASE_GROUNDING>"],
+    "classes": ["vehicle", "moon"],
+    "prompts": {"vehicle": ["car", "house"]},
+    "metric": {"name": "mAP", "value": 0.8351},
+    "images": {"train": 90, "val": 10},
+}
+SETTINGS = {
+    "task_prompt": "<CAPTION_TO_PHRASE_GROUNDING>",
+    "mapping": {"vehicle": ["car", "house"], "moon": "moon"},
+}
+DEPLOYED_DEMO = {"deploy_params": {"device": "cpu"}, "model_name": "demo"}
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory) -> Path:
+    """What a training that ended has written: the demo checkpoint under another name."""
+    out = tmp_path_factory.mktemp("trained") / "street <b>"
+    shutil.copytree(DEMO, out / "best")
+    (out / "training.json").write_text(json.dumps(TRAINING), encoding="utf-8")
+    return write_experiment(out)
+
+
+@pytest.fixture
+def checkpoint(api, platform, experiment) -> str:
+    """Its path in the team files."""
+    return upload_experiment(api, TEAM_ID, experiment)
+
+
+@pytest.fixture
+def demo_again(app):
+    """The app of all tests has the demo checkpoint afterwards."""
+    yield
+    assert app.post("deploy_from_api", DEPLOYED_DEMO).status_code == 200
+
+
+def folder_of(checkpoint: str) -> str:
+    return checkpoint.rpartition("/checkpoints/")[0]
+
+
+def by_path(api, checkpoint):
+    api.nn.deploy(checkpoint, device="cpu", workspace_id=WORKSPACE_ID, agent_id=TASK_ID)
+
+
+def by_folder(api, checkpoint):
+    api.nn._deploy_api.load_custom_model(TASK_ID, TEAM_ID, folder_of(checkpoint), device="cpu")
+
+
+def by_experiment(api, checkpoint):
+    info = get_experiment_info_by_artifacts_dir(api, TEAM_ID, folder_of(checkpoint))
+    api.nn._deploy_api.load_custom_model_from_experiment_info(TASK_ID, info, device="cpu")
+
+
+def test_a_fine_tune_is_deployed_says_what_it_is_and_gives_way_again(
+    api, app, running_app, platform, checkpoint, demo_again
+):
+    by_path(api, checkpoint)
+    info = app.post("get_deploy_info").json()
+    expected = {
+        "model_source": "Custom models",
+        "checkpoint_name": "best.pt",
+        "custom_checkpoint_path": checkpoint,
+        "checkpoint_url": f"/files/{platform.state.files[checkpoint].id}",
+        "model_name": "Florence-2-base",
+        "architecture": "Florence-2",
+        "task_type": "prompt-based object detection",
+        "device": "cpu",
+    }
+    assert {name: info[name] for name in expected} == expected
+    session = app.post("get_session_info").json()
+    assert session["model_name"] == "street <b>"
+    model = api.nn.connect(TASK_ID)
+    assert model.get_classes()[:2] == ["vehicle", "moon"]
+    offered = yaml.safe_load(model.get_settings())
+    assert {name: offered[name] for name in SETTINGS} == SETTINGS
+    # Nothing said is what it was trained for; a question of one's own is that question.
+    own, back, other = (
+        app.upload_images([CITY], settings)[0]["annotation"]
+        for settings in ({}, offered, {"text": "car"})
+    )
+    assert set(classes_in(own)) == {"vehicle", "moon"}
+    assert classes_in(back) == classes_in(own)
+    assert classes_in(other) == ["car", "car"]
+
+    app.post("deploy_from_api", DEPLOYED_DEMO)
+    assert app.post("get_deploy_info").json()["model_source"] == "Pretrained models"
+    assert "vehicle" not in model.get_classes()[:2]
+    assert yaml.safe_load(model.get_settings())["task_prompt"] is None
+    assert classes_in(app.upload_images([CITY], {"text": "car"})[0]["annotation"]) == ["car", "car"]
+
+
+@pytest.mark.parametrize("deploy", [by_folder, by_experiment])
+def test_what_is_here_already_is_not_downloaded_again(
+    api, app, running_app, platform, checkpoint, demo_again, deploy
+):
+    deploy(api, checkpoint)
+    assert app.post("get_deploy_info").json()["custom_checkpoint_path"] == checkpoint
+    before = platform.count("file-storage.download")
+    deploy(api, checkpoint)
+    downloaded = [
+        call.payload["path"].rpartition("/")[2]
+        for call in platform.calls
+        if call.method == "file-storage.download"
+    ][before:]
+    assert set(downloaded) == {"experiment_info.json", "model_meta.json"}
+
+
+def changed(name, content):
+    def change(platform, folder):
+        platform.state.files[f"{folder}/{name}"].content = content
+
+    return change
+
+
+def removed(name):
+    return lambda platform, folder: platform.state.files.pop(f"{folder}/{name}")
+
+
+def told(**values):
+    """The experiment says something else."""
+
+    def change(platform, folder):
+        file = platform.state.files[f"{folder}/{INFO_NAME}"]
+        file.content = json.dumps(json.loads(file.content) | values).encode()
+
+    return change
+
+
+def cut(platform, folder):
+    # Of another content, or it is here already.
+    path = f"{folder}/checkpoints/best/merges.txt"
+    platform.state.files[path].content += b"\n"
+    info = platform.state.files[f"{folder}/{INFO_NAME}"]
+    content = json.loads(info.content)
+    content.pop("florence2")
+    info.content = json.dumps(content).encode()
+    platform.faults.cut_file(path)
+
+
+INNER = "checkpoints/best/model.safetensors"
+DAMAGED = {
+    "no experiment": (removed(INFO_NAME), "There is no /experiments/"),
+    "no checkpoint": (removed("checkpoints/best.pt"), "best.pt in the team files"),
+    "no JSON": (changed(INFO_NAME, b"{"), "is damaged: it is no JSON"),
+    "a list": (changed(INFO_NAME, b"[]"), "instead of an object"),
+    "nothing in it": (changed(INFO_NAME, b"{}"), "it is incomplete"),
+    "another framework's": (told(framework_name="RT-DETRv2"), "was trained with 'RT-DETRv2'"),
+    "no files": (told(model_files={}), "names no files"),
+    "a path out of it": (told(model_files={"a": "../a"}), "no file inside of it"),
+    "another checkpoint": (told(best_checkpoint="last.pt"), "lists the files of 'last.pt'"),
+    "settings of others": (told(florence2={"settings": {"conf": "a"}}), "cannot be used"),
+    "no weights": (removed(INNER), "is missing in the team files"),
+    "shorter weights": (changed(INNER, b"short"), "has 5 bytes in the team files instead of"),
+    "other classes": (changed("model_meta.json", b'{"classes": 3}'), "classes of the experiment"),
+    "changed": (changed("checkpoints/best/merges.txt", b"?" * 4050), "changed in the team files"),
+    "cut on its way": (cut, "when it is downloaded"),
+    "foreign files": (
+        told(model_files={"config": "model_meta.json"}, florence2={}),
+        "holds no config.json",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "sentence"), DAMAGED.values(), ids=DAMAGED)
+def test_an_experiment_that_is_damaged_is_refused_and_the_model_runs_on(
+    app, platform, checkpoint, damage, sentence
+):
+    damage(platform, folder_of(checkpoint))
+    state = {
+        "deploy_params": {
+            "model_source": "Custom models",
+            "model_files": {"checkpoint": checkpoint},
+            "device": "cpu",
+        }
+    }
+    assert_refused(app.post("deploy_from_api", state), says=sentence)
+    assert app.post("get_deploy_info").json()["checkpoint_name"] == "demo"
+    assert app.get("is_ready").status_code == 200
+
+
+@pytest.mark.parametrize("path", [None, 5, "best.pt", "/experiments/../checkpoints/best.pt", {}])
+def test_a_checkpoint_that_is_no_path_of_an_experiment_is_refused(app, path):
+    params = {"model_source": "Custom models", "model_files": {"checkpoint": path}}
+    answer = app.post("deploy_from_api", {"deploy_params": params})
+    assert_refused(answer, 400, says="named by its checkpoint in team files")
+
+
+def test_a_platform_that_fails_is_told_about(app, platform, checkpoint):
+    platform.faults.fail("file-storage.list", times=50, status=503)
+    params = {"model_source": "Custom models", "model_files": {"checkpoint": checkpoint}}
+    answer = app.post("deploy_from_api", {"deploy_params": params})
+    assert_refused(answer, 424, says="The platform did not give")
+
+
+# Uploading
+
+
+def test_an_upload_that_breaks_off_is_not_listed_and_goes_on_where_it_was(
+    api, platform, experiment
+):
+    platform.faults.fail("file-storage.bulk.upload", call=5, times=3)
+    with pytest.raises(requests.RequestException):
+        upload_experiment(api, TEAM_ID, experiment)
+    assert find_experiments(api, TEAM_ID) == []
+    assert len(platform.state.files) == 4
+    before, told = platform.count("file-storage.bulk.upload"), []
+    platform.faults.fail("file-storage.bulk.upload")
+    upload_experiment(api, TEAM_ID, experiment, told.append)
+    files = [path for path in experiment.rglob("*") if path.is_file()]
+    assert platform.count("file-storage.bulk.upload") - before == len(files) - 4 + 1
+    assert told[-1].done_bytes == told[-1].total_bytes == sum(one.stat().st_size for one in files)
+    uploaded = [one.path.rpartition("/")[2] for one in platform.state.files.values()]
+    assert uploaded[-1] == INFO_NAME
+    [listed] = find_experiments(api, TEAM_ID)
+    assert listed.training.metric == ("mAP", 0.8351)
+
+
+def test_the_sdk_lists_it_and_finds_its_files(api, platform, checkpoint):
+    [info] = get_experiment_infos(api, TEAM_ID, "Florence-2")
+    assert folder_of(checkpoint) + "/" == info.artifacts_dir
+    named = [info.model_meta, info.hyperparameters, *info.checkpoints, *info.model_files.values()]
+    assert all(info.artifacts_dir + name in platform.state.files for name in named)
+    assert info.evaluation_metrics == {"mAP": 0.8351}
+
+
+# The page
+
+
+@pytest.fixture
+def page(api, platform, monkeypatch, tmp_path):
+    """Makes the app with its page in this process."""
+    monkeypatch.setattr(Singleton, "_instances", {})
+    environment = {
+        "SERVER_ADDRESS": platform.address,
+        "API_TOKEN": api.token,
+        "TEAM_ID": str(TEAM_ID),
+        "SLY_APP_DATA_DIR": str(tmp_path),
+    }
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    made = []
+
+    def make() -> Florence2App:
+        made.append(Florence2App(use_gui=True, use_serving_gui_template=True))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.shutdown_model()
+
+
+def rows_of(app: Florence2App) -> list:
+    return app.gui.experiment_selector._rows
+
+
+FOREIGN = {
+    "/experiments/a/1_RT-DETRv2/experiment_info.json": {},
+    "/experiments/a/2_Florence-2/experiment_info.json": ["no object"],
+    "/experiments/a/3_Florence-2/experiment_info.json": {"framework_name": "Florence-2"},
+    "/experiments/notes.txt": "",
+}
+
+
+def test_the_page_lists_fine_tunes_with_task_classes_and_metric(page, platform, checkpoint):
+    for path, content in FOREIGN.items():
+        platform.state.add_file(TEAM_ID, path, json.dumps(content).encode())
+    # A copy of it, whose task and project the SDK's own list cannot take.
+    told(task_id=None, project_id="none")(platform, folder_of(checkpoint))
+    copied = platform.state.files[f"{folder_of(checkpoint)}/{INFO_NAME}"].content
+    platform.state.add_file(TEAM_ID, f"/experiments/b/4_Florence-2/{INFO_NAME}", copied)
+    app = page()
+    texts = {row._experiment_info.artifacts_dir: row._model_wiget.text for row in rows_of(app)}
+    assert texts.keys() == {f"{folder_of(checkpoint)}/", "/experiments/b/4_Florence-2/"}
+    for text in texts.values():
+        assert "<b>street &lt;b&gt;</b>" in text
+        assert "Florence-2-base" in text
+        assert "&lt;CAPTION_TO_PHRASE_GROUNDING&gt; · 2 classes: vehicle, moon · mAP 0.835" in text
+
+
+def test_a_fine_tune_that_is_chosen_on_the_page_is_served_and_comes_back_after_a_restart(
+    page, api, platform, experiment, tmp_path
+):
+    app = page()
+    assert rows_of(app) == []
+    checkpoint = upload_experiment(api, TEAM_ID, experiment)
+    app.gui.list_again()
+    app.gui.model_source_tabs.set_active_tab("Custom models")
+    app.gui.experiment_selector.table.select_row(0)
+    app.gui.deploy_with_current_params()
+    assert app.deployment.current.model.name == "street <b>"
+    assert app.checkpoint_info.custom_checkpoint_path == checkpoint
+    assert app.get_classes()[:2] == ["vehicle", "moon"]
+    assert "# What to look for" in app.custom_inference_settings
+    [shown] = [one for one in app.custom_inference_settings.splitlines() if "mapping:" in one]
+    assert shown == 'mapping: {"vehicle": ["car", "house"], "moon": "moon"}'
+
+    kept = json.loads(json.dumps(app._deploy_params))
+    app.shutdown_model()
+    assert app.get_classes()[0] == "object"
+    shutil.rmtree(tmp_path / "models")
+    app.autorestart = AutoRestartInfo(kept)
+    app._deploy_on_autorestart()
+    assert app.get_classes()[:2] == ["vehicle", "moon"]
+
+
+def test_serving_without_a_choice_is_refused_with_a_sentence(page):
+    app = page()
+    app.gui.model_source_tabs.set_active_tab("Custom models")
+    with pytest.raises(RequestError, match="No custom model is chosen"):
+        app.gui.deploy_with_current_params()
+    assert "No custom model is chosen" in app.gui._before_deploy_msg.text
+
+
+@pytest.mark.parametrize("method", ["file-storage.list", "file-storage.download"])
+def test_team_files_that_cannot_be_listed_leave_the_page_with_an_empty_tab(
+    page, platform, checkpoint, method
+):
+    platform.faults.fail(method, times=50)
+    app = page()
+    assert rows_of(app) == []
+    assert app.gui.model_source == "Pretrained models"
+
+
+def test_team_files_that_are_not_listed_in_time_keep_nobody_waiting(page, platform, monkeypatch):
+    monkeypatch.setattr(Florence2Gui, "list_patience_s", 0.2)
+    with platform.faults.held("file-storage.list"):
+        assert rows_of(page()) == []
+
+
+def test_projects_that_cannot_be_shown_leave_their_fine_tunes_in_the_list(
+    page, platform, checkpoint
+):
+    told(project_id=12)(platform, folder_of(checkpoint))
+    platform.faults.fail("projects.list", times=50)
+    assert len(rows_of(page())) == 1
+
+
+def test_a_meta_of_any_project_is_read_with_the_classes_of_the_model(experiment):
+    meta = sly.ProjectMeta.from_json(json.loads((experiment / "model_meta.json").read_text()))
+    assert [one.name for one in meta.obj_classes] == ["vehicle", "moon"]
+    assert {one.geometry_type for one in meta.obj_classes} == {sly.Rectangle}
