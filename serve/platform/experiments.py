@@ -51,7 +51,8 @@ BASE_FOLDER: Final = "base"
 _BEST: Final = f"{CHECKPOINTS}/best.pt"
 _OWN: Final = "florence2"
 _HYPERPARAMETERS: Final = "hyperparameters.yaml"
-_CARRIED: Final = ("report.html", "settings.yaml")
+_SETTINGS: Final = "settings.yaml"
+_CARRIED: Final = ("report.html", _SETTINGS)
 _READ_BYTES: Final = 4 * 1024 * 1024
 # A hard link to another disk, or on a file system that has none.
 _NO_LINKS: Final = {errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP}
@@ -139,7 +140,7 @@ def experiment_of(content: object, where: str) -> Experiment:
     known = own.get("files")
     records = tuple(_record(name, known, where) for name in names)
     _make_listable(info)
-    return Experiment(info, training_of(own, where), records)
+    return Experiment(info, training_of(own, where, own.get("settings")), records)
 
 
 def _make_listable(info: ExperimentInfo) -> None:
@@ -171,21 +172,22 @@ def _record(name: object, known: object, where: str) -> FileRecord:
     return FileRecord(str(path), size, sha256=sha256 or None)
 
 
-def training_of(content: Mapping[str, Any], where: str) -> Training:
+def training_of(content: Mapping[str, Any], where: str, settings: object = None) -> Training:
     """What a training says of itself; CheckpointError for what cannot be meant.
 
-    Keys: ``model`` (the base), ``method``, ``tasks`` (or one ``task``), ``classes``, ``metric``
-    (``name``, ``value``), and ``settings``. Without settings they are made of the first task that
-    can be asked of a whole image, with ``prompts`` by class where it takes words.
+    Keys: ``model`` (the base), ``method``, ``tasks``, ``classes``, ``prompts`` by class and
+    ``metric`` (``name``, ``value``); others are passed over. Without ``settings`` they are made of
+    the first task that can be asked of a whole image, with the prompts where it takes words.
     """
     try:
-        tasks = _texts(content.get("tasks") or content.get("task"))
+        tasks = _texts(content.get("tasks"))
         classes = tuple(dict.fromkeys(map(clean_class_name, _texts(content.get("classes")))))
         metric = content.get("metric")
         named = None if metric is None else (str(metric["name"]), float(metric["value"]))
-        settings = content.get("settings")
         if settings is None:
             settings = _settings_for(tasks, classes, content.get("prompts"))
+        if not isinstance(settings, Mapping):
+            raise ValueError(f"settings are keys with values, not {shown(settings)}")
         # What it says is offered to everyone who connects, so it has to be something.
         parse_settings(settings)
         base, method = str(content.get("model") or ""), str(content.get("method") or "")
@@ -253,15 +255,16 @@ def write_experiment(
 ) -> Path:
     """Writes a training's result as an experiment into ``out/experiment`` and returns that folder.
 
-    ``out`` holds ``training.json`` (see ``training_of``) and the checkpoint or the adapter in
-    ``best``. Weights are linked, not copied, where the disk can. A base that is a folder of this
-    machine comes along, as no other machine has it. ``name`` is what lists show, by default that of
-    ``out``; ``project_id`` and ``task_id`` are the platform's, where it has them. Raises
-    CheckpointError where something is missing, OSError where it cannot be written.
+    ``out`` holds ``training.json`` (see ``training_of``), the checkpoint or the adapter in
+    ``best``, and maybe ``settings.yaml``, which become the model's own. Weights are linked, not
+    copied, where the disk can. A base that is a folder of this machine comes along, as no other
+    machine has it. ``name`` is what lists show, by default that of ``out``; ``project_id`` and
+    ``task_id`` are the platform's, where it has them. Raises CheckpointError where something is
+    missing or cannot be used, OSError where it cannot be written.
     """
     out = out.expanduser().resolve()
     record = read_object(out / TRAINING_NAME)
-    training = training_of(record, str(out / TRAINING_NAME))
+    training = training_of(record, str(out / TRAINING_NAME), _settings_in(out))
     sources = dict(_files_of(out / BEST_FOLDER))
     target = out / EXPERIMENT_FOLDER
     shutil.rmtree(target, ignore_errors=True)
@@ -276,12 +279,13 @@ def write_experiment(
     title = name or out.name
     stem = str(task_id) if task_id is not None else f"{finished:%Y%m%d-%H%M%S}"
     parent = _path_part(title if project_id is None else f"{project_id}_{title}")
-    counts = record.get("images")
-    images = counts if isinstance(counts, Mapping) else {}
+    data = record.get("data")
+    counts = data if isinstance(data, Mapping) else {}
+    base = Path(training.base).name if Path(training.base).is_absolute() else training.base
     info = {
         "experiment_name": title,
         "framework_name": FRAMEWORK,
-        "model_name": training.base or FRAMEWORK,
+        "model_name": base or FRAMEWORK,
         "task_type": TASK_TYPE,
         "project_id": project_id,
         # What the SDK's list takes for a training that was no task of the platform.
@@ -294,9 +298,9 @@ def write_experiment(
         "best_checkpoint": PurePosixPath(_BEST).name,
         "hyperparameters": _HYPERPARAMETERS,
         "artifacts_dir": f"{EXPERIMENTS}/{parent}/{stem}_{FRAMEWORK}/",
-        "base_checkpoint": training.base or None,
-        "train_size": images.get("train"),
-        "val_size": images.get("val"),
+        "base_checkpoint": base or None,
+        "train_size": counts.get("training_images"),
+        "val_size": counts.get("validation_images"),
         "datetime": f"{finished:%Y-%m-%d %H:%M:%S}",
         "evaluation_metrics": dict([training.metric]) if training.metric else None,
         _OWN: {**training.to_json(), "files": files},
@@ -318,6 +322,20 @@ def write_experiment(
 _FILES: Final = PurePosixPath(CHECKPOINTS, BEST_FOLDER)
 
 
+def _settings_in(out: Path) -> object:
+    """What the file of settings beside a training says, if there is one."""
+    path = out / _SETTINGS
+    if not path.is_file():
+        return None
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{path} cannot be read as YAML ({error}); correct it.") from error
+    if not isinstance(loaded, dict):
+        return loaded
+    return {key: value for key, value in loaded.items() if value not in (None, "", [], {})}
+
+
 def _files_of(best: Path) -> Iterator[tuple[str, Path]]:
     """The files of a checkpoint or an adapter by their places in its folder."""
     if not best.is_dir():
@@ -332,9 +350,11 @@ def _files_of(best: Path) -> Iterator[tuple[str, Path]]:
         yield path.relative_to(best).as_posix(), path
     if not (best / ADAPTER_CONFIG).is_file() or (best / BASE_FOLDER).is_dir():
         return
+    beside = best.parent / BASE_FOLDER
     base = read_object(best / ADAPTER_CONFIG).get("base_model_name_or_path")
-    if isinstance(base, str) and Path(base).expanduser().is_dir():
-        whole = resolve(Path(base))
+    folder = beside if beside.is_dir() else Path(base if isinstance(base, str) else "")
+    if folder.is_absolute() and folder.is_dir():
+        whole = resolve(folder)
         for name in whole.files:
             yield f"{BASE_FOLDER}/{name}", whole.folder / name
 

@@ -83,7 +83,8 @@ def listed_in_time(api: sly.Api, team_id: int, timeout_s: float) -> list[Experim
 
     def find() -> None:
         try:
-            found.append(find_experiments(api, team_id))
+            quick = sly.Api(api.server_address, api.token, retry_count=2)
+            found.append(find_experiments(quick, team_id))
         except Exception as error:  # noqa: BLE001 - the SDK and its transport raise what they like
             logger.warning(
                 "The platform did not list the team's fine-tunes (%s: %s); they are missing on the "
@@ -93,7 +94,7 @@ def listed_in_time(api: sly.Api, team_id: int, timeout_s: float) -> list[Experim
             )
             found.append([])
 
-    # The SDK tries for minutes, with no limit to a try; nobody waits for this thread to end.
+    # The SDK has no limit of time to a try; nobody waits for this thread to end.
     asking = threading.Thread(target=find, name="list-experiments", daemon=True)
     asking.start()
     asking.join(timeout_s)

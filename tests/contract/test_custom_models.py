@@ -18,7 +18,6 @@ from serve.app import Florence2App
 from serve.gui import Florence2Gui
 from serve.platform.experiments import INFO_NAME, write_experiment
 from serve.platform.team_files import find_experiments, upload_experiment
-from serve.sdk import sly
 
 # isort: split
 from supervisely.app.singleton import Singleton
@@ -33,7 +32,8 @@ TRAINING = {
     "classes": ["vehicle", "moon"],
     "prompts": {"vehicle": ["car", "house"]},
     "metric": {"name": "mAP", "value": 0.8351},
-    "images": {"train": 90, "val": 10},
+    "data": {"training_images": 90, "validation_images": 10},
+    "settings": {"steps": 300},
 }
 SETTINGS = {
     "task_prompt": "<CAPTION_TO_PHRASE_GROUNDING>",
@@ -363,9 +363,3 @@ def test_projects_that_cannot_be_shown_leave_their_fine_tunes_in_the_list(
     told(project_id=12)(platform, folder_of(checkpoint))
     platform.faults.fail("projects.list", times=50)
     assert len(rows_of(page())) == 1
-
-
-def test_a_meta_of_any_project_is_read_with_the_classes_of_the_model(experiment):
-    meta = sly.ProjectMeta.from_json(json.loads((experiment / "model_meta.json").read_text()))
-    assert [one.name for one in meta.obj_classes] == ["vehicle", "moon"]
-    assert {one.geometry_type for one in meta.obj_classes} == {sly.Rectangle}

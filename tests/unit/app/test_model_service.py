@@ -63,7 +63,7 @@ def test_the_model_is_found_wherever_clients_name_it(given, name):
         ({"deploy_params": {"device": "cpu", "precision": "fp17"}}, "fp16"),
         ({"deploy_params": {"device": "cpu", "precision": "fp16"}}, "for GPUs"),
         ({"deploy_params": {"device": "cpu", "precision": 16}}, "auto, fp32"),
-        ({"deploy_params": {"model_source": "Custom models"}}, "model_name"),
+        ({"deploy_params": {"model_source": "External models"}}, "model_name"),
         ({"deploy_params": {"model_files": "x", "model_info": "y"}, "model_name": "z"}, "'z'"),
     ],
 )

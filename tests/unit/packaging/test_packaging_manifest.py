@@ -139,9 +139,9 @@ def test_the_sdks_selector_shows_one_table_with_all_rows():
     assert selected == {TASK_TYPE: {"other": ROWS}}
 
 
-def test_the_page_offers_the_published_checkpoints_only():
+def test_the_page_offers_the_published_checkpoints_and_the_teams_own():
     assert yaml_of(ROOT / "serve" / "app_options.yaml") == {
         "pretrained_models": "true",
-        "custom_models": "false",
+        "custom_models": "true",
         "supported_runtimes": ["pytorch"],
     }
