@@ -79,7 +79,7 @@ def load_model(name: str, device: str, runtime: str, precision: str = "auto") ->
         "calibration": calibration_scenes,
         "notify": say,
     }
-    with _bar(name) as progress:
+    with transfer_bar(f"Loading {name}") as progress:
         model = Florence2.load(name, **chosen, progress=progress)
     leave_cores_to_others(model.engine.checkpoint.config.text.d_model)
     return model
@@ -125,13 +125,13 @@ def fetch(name: str) -> None:
     """The checkpoint's files on this machine; CheckpointError when they cannot be had."""
     from florence2.checkpoint.catalog import resolve
 
-    with _bar(name) as progress:
+    with transfer_bar(f"Loading {name}") as progress:
         resolve(name, progress=progress)
 
 
 @contextmanager
-def _bar(name: str) -> Iterator[ProgressCallback | None]:
-    """A bar of a download for a person; a log has no use for one."""
+def transfer_bar(text: str) -> Iterator[ProgressCallback | None]:
+    """A bar of a transfer for a person; a log has no use for one."""
     if not ERR.is_terminal:
         yield None
         return
@@ -142,7 +142,7 @@ def _bar(name: str) -> Iterator[ProgressCallback | None]:
         TransferSpeedColumn(),
     )
     with Progress(*columns, console=ERR, transient=True) as bar:
-        task = bar.add_task(f"Loading {name}", total=None)
+        task = bar.add_task(text, total=None)
 
         def show(update: ProgressUpdate) -> None:
             bar.update(task, completed=update.done_bytes, total=update.total_bytes)

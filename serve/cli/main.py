@@ -19,7 +19,16 @@ from serve.process import bound_spinning
 from serve.version import VERSION
 
 _DEBUG: Final = "--debug"
-COMMANDS: Final = ("label", "serve", "info", "convert", "benchmark", "evaluate", "train")
+COMMANDS: Final = (
+    "label",
+    "serve",
+    "info",
+    "convert",
+    "benchmark",
+    "evaluate",
+    "train",
+    "upload_model",
+)
 """In the order in which ``florence2 --help`` lists them."""
 
 app = typer.Typer(

@@ -40,7 +40,7 @@ from supervisely.api.file_api import FileInfo
 
 logger = logging.getLogger(__name__)
 
-# The SDK waits between its own tries already; these are for what broke off on its way.
+# The SDK tries a call again by itself; these are for what broke off on its way.
 _WAITS_S: Final = (0.2, 1.0)
 _READ_BYTES: Final = 1024 * 1024
 _MAX_JSON_BYTES: Final = 32 * 1024 * 1024
@@ -83,8 +83,7 @@ def listed_in_time(api: sly.Api, team_id: int, timeout_s: float) -> list[Experim
 
     def find() -> None:
         try:
-            quick = sly.Api(api.server_address, api.token, retry_count=2)
-            found.append(find_experiments(quick, team_id))
+            found.append(_tried(partial(find_experiments, _asked_once(api), team_id)))
         except Exception as error:  # noqa: BLE001 - the SDK and its transport raise what they like
             logger.warning(
                 "The platform did not list the team's fine-tunes (%s: %s); they are missing on the "
@@ -309,6 +308,11 @@ def _bring(
         partial_file.unlink(missing_ok=True)
 
 
+def _asked_once(api: sly.Api) -> sly.Api:
+    """The same platform for calls that are tried again here."""
+    return sly.Api(api.server_address, api.token, retry_count=1, retry_sleep_sec=0)
+
+
 def _tried(work: Callable[[], Result]) -> Result:
     """Once more, and once more, after a failure of the platform or a transfer that is not whole."""
     for wait_s in _WAITS_S:
@@ -322,15 +326,15 @@ def _tried(work: Callable[[], Result]) -> Result:
     return work()
 
 
-def platform_of_environment() -> tuple[sly.Api, int]:
+def platform_of_environment(team_id: int | None = None) -> tuple[sly.Api, int]:
     """The platform and the team of the environment or ``~/supervisely.env``; RequestError."""
     if os.path.isfile(env := os.path.expanduser("~/supervisely.env")):
         load_dotenv(env)
-    team_id = sly.env.team_id(raise_not_found=False)
+    team_id = team_id or sly.env.team_id(raise_not_found=False)
     if not (os.environ.get("SERVER_ADDRESS") and os.environ.get("API_TOKEN") and team_id):
         raise RequestError(
-            "Uploading needs a platform, and SERVER_ADDRESS, API_TOKEN or TEAM_ID is not set; set "
-            "them in the environment or in ~/supervisely.env."
+            "Uploading needs a platform and a team, and SERVER_ADDRESS, API_TOKEN or TEAM_ID is "
+            "not set; set them in the environment or in ~/supervisely.env."
         )
     return sly.Api.from_env(), team_id
 
@@ -347,7 +351,7 @@ def upload_experiment(
     experiment = experiment_of(read_object(folder / INFO_NAME), str(folder / INFO_NAME))
     artifacts = PurePosixPath(experiment.info.artifacts_dir)
     # The SDK sends what is left of a body when it tries again, which is nothing.
-    once = sly.Api(api.server_address, api.token, retry_count=1)
+    once = _asked_once(api)
     infos = _tried(partial(_infos_in, once, team_id, artifacts))
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     files.sort(key=lambda path: path.name == INFO_NAME)

@@ -15,6 +15,7 @@ from platform_state import TEAM_ID, WORKSPACE_ID
 
 from florence2.errors import RequestError
 from serve.app import Florence2App
+from serve.cli.main import main
 from serve.gui import Florence2Gui
 from serve.platform.experiments import INFO_NAME, write_experiment
 from serve.platform.team_files import find_experiments, upload_experiment
@@ -243,6 +244,42 @@ def test_an_upload_that_breaks_off_is_not_listed_and_goes_on_where_it_was(
     assert uploaded[-1] == INFO_NAME
     [listed] = find_experiments(api, TEAM_ID)
     assert listed.training.metric == ("mAP", 0.8351)
+
+
+@pytest.fixture
+def uploads(platform, api, monkeypatch, tmp_path, capsys):
+    """``florence2 upload-model`` of a folder: its status, and what it prints."""
+    environment = {
+        "SERVER_ADDRESS": platform.address,
+        "API_TOKEN": api.token,
+        "HOME": str(tmp_path),
+    }
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TEAM_ID", raising=False)
+
+    def upload(out: Path, *options: str) -> tuple[object, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            main(["upload-model", str(out), *options])
+        printed = capsys.readouterr()
+        return ended.value.code, printed.out, printed.err
+
+    return upload
+
+
+def test_a_training_is_uploaded_by_a_command(api, platform, experiment, uploads, monkeypatch):
+    status, printed, said = uploads(experiment.parent, "--team", str(TEAM_ID), "--name", "Streets")
+    assert status == 0, said
+    assert printed.strip() in platform.state.files
+    assert [one.info.experiment_name for one in find_experiments(api, TEAM_ID)] == ["Streets"]
+    monkeypatch.setenv("TEAM_ID", "99")
+    status, printed, said = uploads(experiment.parent)
+    assert (status, printed) == (2, "")
+    assert "it refused the token or this account's rights" in said
+    monkeypatch.delenv("API_TOKEN")
+    status, printed, said = uploads(experiment.parent)
+    assert status == 2
+    assert "Uploading needs a platform and a team" in said
 
 
 def test_the_sdk_lists_it_and_finds_its_files(api, platform, checkpoint):

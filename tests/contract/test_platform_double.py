@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from contract_calls import annotation_of, meta_of
+from platform_state import TEAM_ID
 from requests.exceptions import HTTPError
 
 from serve.sdk import sly
@@ -115,3 +116,29 @@ def test_a_tag_is_added_to_an_object_that_is_there(api, seeded):
     assert {tag.name: tag.value for tag in label.tags} == {"reviewed": None, "state": "whole"}
     with pytest.raises(HTTPError, match="its value is 'odd'"):
         api.advanced.add_tag_to_object(tag_id, label.geometry.sly_id, "odd")
+
+
+def test_a_file_of_the_team_comes_back_as_it_was_and_is_listed(api, platform, tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"first")
+    sent = api.file.upload(TEAM_ID, str(tmp_path / "a.txt"), "/folder/inner/a.txt")
+    api.file.download(TEAM_ID, "/folder/inner/a.txt", str(tmp_path / "back.txt"))
+    assert (tmp_path / "back.txt").read_bytes() == b"first"
+    assert (sent.sizeb, sent.hash) == (5, sly.fs.get_file_hash(str(tmp_path / "a.txt")))
+    assert api.file.get_info_by_path(TEAM_ID, "/folder/inner/a.txt").id == sent.id
+    assert api.file.dir_exists(TEAM_ID, "/folder/")
+    assert [api.file.list(TEAM_ID, "/folder", recursive=deep) == [] for deep in (0, 1)] == [1, 0]
+
+
+MISPLACED = {
+    "an empty part": (TEAM_ID, "/folder//inner/a.txt", "has no empty parts"),
+    "out of its folder": (TEAM_ID, "/folder/../a.txt", "has no empty parts"),
+    "another team": (99, "/folder/a.txt", "not one of this account"),
+}
+
+
+@pytest.mark.parametrize(("team_id", "path", "sentence"), MISPLACED.values(), ids=MISPLACED)
+def test_a_file_without_a_place_is_refused(api, platform, tmp_path, team_id, path, sentence):
+    (tmp_path / "a.txt").write_bytes(b"first")
+    with pytest.raises(HTTPError, match=sentence):
+        api.file.upload(team_id, str(tmp_path / "a.txt"), path)
+    assert platform.state.files == {}

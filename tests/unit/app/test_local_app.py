@@ -170,6 +170,17 @@ def test_the_model_before_runs_on_when_another_cannot_be_deployed(client, bike, 
     assert ask(client, bike).status_code == 200
 
 
+def test_a_custom_model_needs_a_platform_and_without_one_nothing_changes(client, app):
+    params = {
+        "model_source": "Custom models",
+        "model_files": {"checkpoint": "/a/b/checkpoints/c.pt"},
+    }
+    answer = client.post("/deploy_from_api", json={"state": {"deploy_params": params}})
+    assert answer.status_code == 400
+    assert "team files of a platform, and this app has none" in answer.json()["message"]
+    assert client.post("/get_deploy_info", json={}).json()["model_name"] == "demo"
+
+
 def test_a_model_is_deployed_in_another_precision(client, app, bike):
     def precision():
         info = client.post("/get_session_info", json={}).json()

@@ -176,7 +176,10 @@ def emptied(out):
 
 UNUSABLE = {
     "no record": (without("training.json"), "cannot be read as JSON"),
-    "another kind of record": (lambda out: (out / "training.json").write_text("[]"), "a JSON object"),
+    "another kind of record": (
+        lambda out: (out / "training.json").write_text("[]"),
+        "a JSON object",
+    ),
     "no weights": (without("best"), "there is no such folder"),
     "an empty folder": (emptied, "it is empty"),
     "tasks of another kind": (saying(tasks=5), "a list of names is needed"),
