@@ -285,7 +285,8 @@ def _bring(
     if record.sha256 and target.is_file() and fault_of(target, record, with_hash=True) is None:
         tell(record.size)
         return
-    partial_file = target.with_name(target.name + _PART)
+    # Two requests may ask for the same model at once.
+    partial_file = target.with_name(f"{target.name}.{threading.get_ident()}{_PART}")
 
     def once() -> None:
         done = 0
@@ -350,7 +351,7 @@ def upload_experiment(
     """
     experiment = experiment_of(read_object(folder / INFO_NAME), str(folder / INFO_NAME))
     artifacts = PurePosixPath(experiment.info.artifacts_dir)
-    # The SDK sends what is left of a body when it tries again, which is nothing.
+    # Where the SDK tries again, it sends what is left of the body, nothing, and waits for ever.
     once = _asked_once(api)
     infos = _tried(partial(_infos_in, once, team_id, artifacts))
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
