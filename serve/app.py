@@ -267,7 +267,7 @@ class Florence2App(PromptBasedObjectDetection):  # type: ignore[misc]
             precision or local.precision,
             local.runtime if asked == AUTO else asked,
             self._is_cpu_asked_for,
-            fetched.experiment.info.experiment_name if fetched else None,
+            title=fetched.experiment.info.experiment_name if fetched else None,
         )
         model = self.deployment.switch(choice).model
         if fetched is None:
