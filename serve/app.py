@@ -51,8 +51,7 @@ from serve.model_service import (
     deployable_on,
     device_name,
     engine_runtime,
-    named_model,
-    params_for,
+    params_for_name,
 )
 from serve.platform.experiments import FRAMEWORK
 from serve.platform.registry import InferenceRequest, RequestsManager
@@ -294,8 +293,8 @@ class Florence2App(PromptBasedObjectDetection):  # type: ignore[misc]
     def _deploy_headless(
         self, model: str, device: str | None = None, runtime: str | None = None
     ) -> Florence2App:
-        """``Florence2App(model=...)`` of a program: any checkpoint that the engine can resolve."""
-        self.sdk.load(params_for(named_model(model, self.pretrained_models), device, runtime))
+        """``Florence2App(model=...)`` of a program: any checkpoint, or a path in team files."""
+        self.sdk.load(params_for_name(model, self.pretrained_models, device, runtime))
         return self
 
     def shutdown_model(self) -> None:
@@ -544,9 +543,8 @@ class Florence2App(PromptBasedObjectDetection):  # type: ignore[misc]
         return arguments, is_cli
 
     def _get_deploy_params_from_args(self) -> tuple[dict[str, Any], bool]:
-        row = named_model(self._args.model, self.pretrained_models)
         device = self._local.device if self._local is not None else self._args.device
-        return params_for(row, device), True
+        return params_for_name(self._args.model, self.pretrained_models, device), True
 
     def _inference_by_cli_deploy_args(self) -> None:
         if self._args.input is None:

@@ -25,6 +25,7 @@ from florence2.runtimes.device import (
     missing_gpu,
 )
 from serve.naming import FIXED_SHAPES, class_color
+from serve.platform.experiments import EXPERIMENTS
 from serve.predict.annotations import TAG_METAS
 from serve.sdk import sly
 
@@ -171,6 +172,15 @@ def _params(
         check_precision(asked, choose_device(chosen))
         check_choice(engine_runtime(runtime), choose_device(chosen), asked)
     return params
+
+
+def params_for_name(
+    name: str, models: Sequence[dict[str, Any]], device: object, runtime: object = None
+) -> dict[str, Any]:
+    """As ``params_for``, for any checkpoint's name or the path of a fine-tune in team files."""
+    if name.startswith(f"{EXPERIMENTS}/"):
+        return _params(CUSTOM, {"checkpoint": name}, {}, device, runtime, None)
+    return params_for(named_model(name, models), device, runtime)
 
 
 def params_from_state(

@@ -73,8 +73,8 @@ def by_path(api, checkpoint):
     api.nn.deploy(checkpoint, device="cpu", workspace_id=WORKSPACE_ID, agent_id=TASK_ID)
 
 
-def by_folder(api, checkpoint):
-    api.nn._deploy_api.load_custom_model(TASK_ID, TEAM_ID, folder_of(checkpoint), device="cpu")
+def by_session(api, checkpoint):
+    api.nn.connect(TASK_ID).load(checkpoint, device="cpu")
 
 
 def by_experiment(api, checkpoint):
@@ -120,10 +120,11 @@ def test_a_fine_tune_is_deployed_says_what_it_is_and_gives_way_again(
     assert classes_in(app.upload_images([CITY], {"text": "car"})[0]["annotation"]) == ["car", "car"]
 
 
-@pytest.mark.parametrize("deploy", [by_folder, by_experiment])
+@pytest.mark.parametrize("deploy", [by_session, by_experiment])
 def test_what_is_here_already_is_not_downloaded_again(
-    api, app, running_app, platform, checkpoint, demo_again, deploy
+    api, app, running_app, platform, checkpoint, demo_again, monkeypatch, deploy
 ):
+    monkeypatch.setenv("TEAM_ID", str(TEAM_ID))
     deploy(api, checkpoint)
     assert app.post("get_deploy_info").json()["custom_checkpoint_path"] == checkpoint
     before = platform.count("file-storage.download")
@@ -368,6 +369,12 @@ def test_a_fine_tune_that_is_chosen_on_the_page_is_served_and_comes_back_after_a
     app.autorestart = AutoRestartInfo(kept)
     app._deploy_on_autorestart()
     assert app.get_classes()[:2] == ["vehicle", "moon"]
+
+
+def test_a_program_deploys_by_a_path_in_team_files(page, checkpoint):
+    app = page()
+    app._deploy_headless(checkpoint, device="cpu")
+    assert app.checkpoint_info.custom_checkpoint_path == checkpoint
 
 
 def test_serving_without_a_choice_is_refused_with_a_sentence(page):
