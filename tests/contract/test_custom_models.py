@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import requests
+import torch
 import yaml
 from contract_calls import CITY, assert_refused, classes_in
 from platform_double import TASK_ID
 from platform_state import TEAM_ID, WORKSPACE_ID
+from safetensors.torch import save_file
 
 from florence2.errors import RequestError
 from serve.app import Florence2App
@@ -135,6 +137,28 @@ def test_what_is_here_already_is_not_downloaded_again(
         if call.method == "file-storage.download"
     ][before:]
     assert set(downloaded) == {"experiment_info.json", "model_meta.json"}
+
+
+@pytest.mark.parametrize("base", ["demo", str(DEMO)], ids=["by name", "a folder"])
+def test_an_adapter_is_deployed_with_its_base(api, app, platform, tmp_path, demo_again, base):
+    pytest.importorskip("florence2.checkpoint.adapters")
+    out = tmp_path / "adapter"
+    (out / "best").mkdir(parents=True)
+    width = json.loads((DEMO / "config.json").read_text())["text_config"]["d_model"]
+    layer = "base_model.model.model.language_model.encoder.layers.0.self_attn.q_proj"
+    halves = {"A": torch.ones(2, width), "B": torch.zeros(width, 2)}
+    named = {f"{layer}.lora_{half}.weight": tensor for half, tensor in halves.items()}
+    save_file(named, out / "best" / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
+    settings["base_model_name_or_path"] = base
+    (out / "best" / "adapter_config.json").write_text(json.dumps(settings))
+    (out / "training.json").write_text(json.dumps({**TRAINING, "method": "lora"}))
+    checkpoint = upload_experiment(api, TEAM_ID, write_experiment(out))
+    params = {"model_source": "Custom models", "model_files": {"checkpoint": checkpoint}}
+    answer = app.post("deploy_from_api", {"deploy_params": {**params, "device": "cpu"}})
+    assert answer.status_code == 200, answer.text
+    assert app.post("get_session_info").json()["model_name"] == "adapter"
+    assert "vehicle" in classes_in(app.upload_images([CITY], {})[0]["annotation"])
 
 
 def changed(name, content):
