@@ -10,7 +10,6 @@ which the SDK passes over.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -24,6 +23,7 @@ import torch
 import yaml
 
 from florence2.checkpoint.catalog import resolve
+from florence2.checkpoint.converted import file_sha256
 from florence2.checkpoint.files import ADAPTER_CONFIG, FileRecord, write_whole
 from florence2.errors import CheckpointError, FlorenceError, RequestError, shown
 from florence2.tasks import OutputKind, TaskInput, parse_steps
@@ -53,7 +53,6 @@ _OWN: Final = "florence2"
 _HYPERPARAMETERS: Final = "hyperparameters.yaml"
 _SETTINGS: Final = "settings.yaml"
 _CARRIED: Final = ("report.html", _SETTINGS)
-_READ_BYTES: Final = 4 * 1024 * 1024
 # A hard link to another disk, or on a file system that has none.
 _NO_LINKS: Final = {errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP}
 _BOXES: Final = {OutputKind.GROUNDING, OutputKind.LABELED_BOXES, OutputKind.BOXES}
@@ -273,7 +272,7 @@ def write_experiment(
     for inner, source in sources.items():
         placed = f"{CHECKPOINTS}/{BEST_FOLDER}/{inner}"
         _link(source, target / placed)
-        files[placed] = {"size": source.stat().st_size, "sha256": sha256_of(source)}
+        files[placed] = {"size": source.stat().st_size, "sha256": file_sha256(source)}
     meta = model_meta_of(training).to_json()
     finished = datetime.fromtimestamp((out / TRAINING_NAME).stat().st_mtime, UTC)
     title = name or out.name
@@ -390,12 +389,3 @@ def _json(content: object) -> str:
 def _path_part(name: str) -> str:
     """A name as one part of a path in team files."""
     return clean_class_name(name.replace("/", "_").strip(". ")) or FRAMEWORK
-
-
-def sha256_of(path: Path) -> str:
-    """The hash of a file in hex, read in parts."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(_READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()

@@ -19,6 +19,7 @@ from typing import Any, Final, TypeVar
 import requests
 from dotenv import load_dotenv
 
+from florence2.checkpoint.converted import file_sha256
 from florence2.checkpoint.files import FileRecord, fault_of
 from florence2.checkpoint.hub import ProgressCallback, ProgressUpdate, cannot_write
 from florence2.errors import CheckpointError, FlorenceError, RequestError, shown
@@ -30,7 +31,6 @@ from serve.platform.experiments import (
     Experiment,
     experiment_of,
     read_object,
-    sha256_of,
 )
 from serve.platform.failures import NotFoundError, platform_failure
 from serve.sdk import sly
@@ -359,7 +359,7 @@ def upload_experiment(
     total, done = sum(path.stat().st_size for path in files), 0
     for path in files:
         inner = path.relative_to(folder).as_posix()
-        record = FileRecord(inner, path.stat().st_size, sha256=sha256_of(path))
+        record = FileRecord(inner, path.stat().st_size, sha256=file_sha256(path))
         known = infos.get(str(artifacts / inner))
         if known is None or not _agrees(known, record):
 
