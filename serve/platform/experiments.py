@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -183,6 +184,9 @@ def training_of(content: Mapping[str, Any], where: str, settings: object = None)
         classes = tuple(dict.fromkeys(map(clean_class_name, _texts(content.get("classes")))))
         metric = content.get("metric")
         named = None if metric is None else (str(metric["name"]), float(metric["value"]))
+        if named is not None and not math.isfinite(named[1]):
+            # JSON has no such number, and the platform would read nothing of the file.
+            named = None
         if settings is None:
             settings = _settings_for(tasks, classes, content.get("prompts"))
         if not isinstance(settings, Mapping):

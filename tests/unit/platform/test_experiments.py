@@ -140,6 +140,11 @@ TASKS = {
         sly.AnyGeometry,
     ),
     "only a token of its own": ({"tasks": ["<DocVQA>"]}, {}, sly.Rectangle),
+    "a metric that is no number": (
+        {"metric": {"name": "mAP", "value": float("nan")}},
+        {"task_prompt": "<OD>"},
+        sly.Rectangle,
+    ),
     "no metric yet": ({"metric": None}, {"task_prompt": "<OD>"}, sly.Rectangle),
 }
 
@@ -148,6 +153,7 @@ TASKS = {
 def test_tasks_give_the_settings_and_the_shape_of_the_classes(says, settings, shape):
     training = training_of({**RECORD, **says}, "here")
     assert training.settings == settings
+    assert (training.metric is None) is ("metric" in says)
     meta = model_meta_of(training)
     assert {one.name: one.geometry_type for one in meta.obj_classes} == {"dog": shape, "cat": shape}
     assert meta.get_tag_meta("confidence") is not None
