@@ -13,7 +13,7 @@ from florence2.labeled.json_lines import json_lines_files, read_json_lines
 from florence2.labeled.reading import Collector, outlines_of_mask
 from florence2.labeled.records import LabeledData, LabeledImage, LabeledObject, Ring
 from florence2.labeled.yolo import read_yolo, yolo_file
-from florence2.records import SizeWh
+from florence2.records import BoxXyxy, SizeWh
 from serve.labeling.images import is_image
 from serve.labeling.project import project_folder
 from serve.predict.geometry import box_xyxy_from_rectangle_tlbr
@@ -130,29 +130,41 @@ def _add(
 def _objects(
     image: str, labels: Iterable[sly.Label], size_wh: SizeWh, collector: Collector
 ) -> Iterator[LabeledObject]:
-    for parts in same_objects(labels):
-        first = parts[0]
-        box, rings = None, []
-        if isinstance(first.geometry, sly.Rectangle):
-            shape = first.geometry
-            corners = (shape.top, shape.left, shape.bottom, shape.right)
-            box = box_xyxy_from_rectangle_tlbr(corners)
-        else:
-            drawn = [_rings(part.geometry) for part in parts]
-            if not all(isinstance(one, tuple) for one in drawn):
-                collector.leave_out(
-                    image,
-                    "Boxes, polygons and masks are read, and an object of class "
-                    f"{first.obj_class.name!r} is a {first.geometry.geometry_name()}.",
-                )
-                continue
-            rings = [ring for one in drawn if one is not None for ring in one]
-        texts = {tag.name: str(tag.value) for tag in first.tags if tag.value is not None}
+    for label, box, rings in shapes_of(labels):
+        if box is None and rings is None:
+            collector.leave_out(
+                image,
+                "Boxes, polygons and masks are read, and an object of class "
+                f"{label.obj_class.name!r} is a {label.geometry.geometry_name()}.",
+            )
+            continue
+        texts = {tag.name: str(tag.value) for tag in label.tags if tag.value is not None}
         found = collector.object(
-            image, first.obj_class.name, size_wh, box_xyxy=box, rings_xy=rings, texts=texts
+            image,
+            label.obj_class.name,
+            size_wh,
+            box_xyxy=box,
+            rings_xy=rings or (),
+            texts=texts,
         )
         if found is not None:
             yield found
+
+
+def shapes_of(
+    labels: Iterable[sly.Label],
+) -> Iterator[tuple[sly.Label, BoxXyxy | None, tuple[Ring, ...] | None]]:
+    """Each object's first label with its box or outlines; neither for lines, points and others."""
+    for parts in same_objects(labels):
+        shape = parts[0].geometry
+        if isinstance(shape, sly.Rectangle):
+            corners = (shape.top, shape.left, shape.bottom, shape.right)
+            yield parts[0], box_xyxy_from_rectangle_tlbr(corners), None
+            continue
+        drawn = [_rings(part.geometry) for part in parts]
+        known = [one for one in drawn if one is not None]
+        rings = tuple(ring for one in known for ring in one) if len(known) == len(drawn) else None
+        yield parts[0], None, rings
 
 
 def same_objects(labels: Iterable[sly.Label]) -> list[list[sly.Label]]:

@@ -41,9 +41,32 @@ def outline_iou(first: Iterable[Ring], second: Iterable[Ring]) -> float:
 
     A ring is (x1, y1, x2, y2, ...) in fractions of the image.
     """
-    masks = [_covered(rings) for rings in (first, second)]
-    union = np.count_nonzero(masks[0] | masks[1])
-    return float(np.count_nonzero(masks[0] & masks[1]) / union) if union else 0.0
+    return _mask_iou(_covered(first), _covered(second))
+
+
+def outline_ious(
+    first: Sequence[Sequence[Ring]], second: Sequence[Sequence[Ring]]
+) -> NDArray[np.float64]:
+    """The ``outline_iou`` [n, m] of each object, given by its rings, with each other one."""
+    ious = box_ious([_box_around(rings) for rings in first], [_box_around(r) for r in second])
+    rows, columns = np.nonzero(ious)
+    # A mask is a megabyte: those of one row and of all columns would be too many at once.
+    for row in np.unique(rows):
+        mask = _covered(first[row])
+        for column in columns[rows == row]:
+            ious[row, column] = _mask_iou(mask, _covered(second[column]))
+    return ious
+
+
+def _box_around(rings: Sequence[Ring]) -> Ring:
+    xs = [x for ring in rings for x in ring[0::2]] or [0.0]
+    ys = [y for ring in rings for y in ring[1::2]] or [0.0]
+    return min(xs), min(ys), max(xs), max(ys)
+
+
+def _mask_iou(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> float:
+    union = np.count_nonzero(first | second)
+    return float(np.count_nonzero(first & second) / union) if union else 0.0
 
 
 def _covered(rings: Iterable[Ring]) -> NDArray[np.uint8]:
@@ -57,21 +80,26 @@ def _covered(rings: Iterable[Ring]) -> NDArray[np.uint8]:
 
 
 def match_by_rank(ious: NDArray[np.float64], threshold: float) -> NDArray[np.bool_]:
-    """Which predictions [n] are right, as COCO decides: ``ious`` [n, m], best score first.
+    """Which predictions [n] are right, as COCO decides: ``ious`` [n, m], best score first."""
+    return matched_by_rank(ious, threshold) >= 0
+
+
+def matched_by_rank(ious: NDArray[np.float64], threshold: float) -> NDArray[np.int64]:
+    """The true box of each prediction [n], -1 for none: ``ious`` [n, m], best score first.
 
     Each prediction in turn takes the free true box it overlaps most, if by ``threshold``.
     """
-    right = np.zeros(len(ious), bool)
+    matched = np.full(len(ious), -1)
     if not ious.size:
-        return right
+        return matched
     free = np.array(ious, np.float64)
     for place in range(len(free)):
         # COCO gives equal overlaps to the later box.
         best = free.shape[1] - 1 - int(free[place, ::-1].argmax())
         if free[place, best] >= min(threshold, 1 - 1e-10):
-            right[place] = True
+            matched[place] = best
             free[:, best] = -1
-    return right
+    return matched
 
 
 def count_matches(
@@ -98,13 +126,24 @@ def count_matches(
 
 @dataclass(frozen=True, slots=True)
 class ImageBoxes:
-    """What was found in one image, and what is there. Boxes in any one unit."""
+    """What was found in one image, and what is there. Boxes in any one unit.
+
+    ``ious`` [found, there] are the overlaps to judge by, such as those of outlines; without them
+    those of the boxes are.
+    """
 
     boxes: tuple[BoxXyxy, ...]
     labels: tuple[str, ...]
     scores: tuple[float, ...]
     true_boxes: tuple[BoxXyxy, ...]
     true_labels: tuple[str, ...]
+    ious: NDArray[np.float64] | None = None
+
+    def overlaps(self, found: Sequence[int], there: Sequence[int]) -> NDArray[np.float64]:
+        """Those [n, m] of the things found and there with these numbers."""
+        if self.ious is not None:
+            return self.ious[np.ix_(found, there)]
+        return box_ious([self.boxes[n] for n in found], [self.true_boxes[m] for m in there])
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,18 +208,37 @@ class CalibrationError:
         total = float(counts.sum())
         if not total:
             return float("nan")
-        bins = np.minimum((self.scores * _BINS).astype(np.int64), _BINS - 1)
-        gaps = np.bincount(bins, weights=counts * (self.scores - self.right), minlength=_BINS)
+        gaps = np.bincount(self._bins, weights=counts * (self.scores - self.right), minlength=_BINS)
         return float(np.abs(gaps).sum() / total)
+
+    @property
+    def _bins(self) -> NDArray[np.int64]:
+        return np.minimum((self.scores * _BINS).astype(np.int64), _BINS - 1)
+
+    def table(self) -> list[tuple[float, int, float, float]]:
+        """Of each bin that has predictions: where it begins, their number, their mean score, and
+        the share of them that is right."""
+        bins = self._bins
+        return [
+            (
+                number / _BINS,
+                int(inside.sum()),
+                float(self.scores[inside].mean()),
+                float(self.right[inside].mean()),
+            )
+            for number in range(_BINS)
+            if (inside := bins == number).any()
+        ]
 
 
 def rankings(images: Sequence[ImageBoxes], thresholds: Sequence[float]) -> list[Ranking]:
     """One ranking per label that truly occurs; equal scores stay in the order of the images."""
     labels = sorted({name for image in images for name in image.true_labels})
-    return [_ranking(images, label, thresholds) for label in labels]
+    return [ranking(images, label, thresholds) for label in labels]
 
 
-def _ranking(images: Sequence[ImageBoxes], label: str, thresholds: Sequence[float]) -> Ranking:
+def ranking(images: Sequence[ImageBoxes], label: str, thresholds: Sequence[float]) -> Ranking:
+    """That of one label, which need not truly occur."""
     found = [_judged(image, label, thresholds) for image in images]
     scores = np.concatenate([scores for scores, _ in found])
     right = np.concatenate([right for _, right in found], axis=1)
@@ -198,19 +256,19 @@ def _judged(
     COCO counts the 100 best of an image and label.
     """
     own = [place for place, name in enumerate(image.labels) if name == label]
+    if not own:
+        return np.zeros(0), np.zeros((len(thresholds), 0), bool)
     scores = np.array([image.scores[place] for place in own], np.float64)
     order = np.argsort(-scores, kind="stable")[:_MOST_DETECTIONS]
-    names = zip(image.true_boxes, image.true_labels, strict=True)
-    ious = box_ious(
-        [image.boxes[own[place]] for place in order], [box for box, name in names if name == label]
-    )
+    true = [place for place, name in enumerate(image.true_labels) if name == label]
+    ious = image.overlaps([own[place] for place in order], true)
     return scores[order], np.stack([match_by_rank(ious, threshold) for threshold in thresholds])
 
 
 def pooled(images: Sequence[ImageBoxes], threshold: float = 0.5) -> CalibrationError:
     """The scores of all labels, also of those that never truly occur, which are wrong."""
     labels = sorted({name for image in images for name in (*image.labels, *image.true_labels)})
-    parts = [_ranking(images, label, (threshold,)) for label in labels]
+    parts = [ranking(images, label, (threshold,)) for label in labels]
     return CalibrationError(
         np.concatenate([np.zeros(0), *(part.scores for part in parts)]),
         np.concatenate([np.zeros(0, bool), *(part.right[0] for part in parts)]),

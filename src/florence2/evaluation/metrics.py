@@ -75,9 +75,16 @@ def estimate(metric: Metric, weights: Floats) -> Estimate:
     point = metric.value(np.ones(weights.shape[1]))
     if np.isnan(point):
         return Estimate(None, None, None, 0)
-    values = np.array([metric.value(row) for row in weights])
-    low, high = np.nanquantile(values, (0.025, 0.975)) if len(values) else (point, point)
-    return Estimate(point, float(low), float(high), metric.count)
+    return estimate_of(point, np.array([metric.value(row) for row in weights]), metric.count)
+
+
+def estimate_of(point: float, values: Floats, count: int) -> Estimate:
+    """A value on ``count`` things, with the quantiles of its ``values`` [R] over resamplings."""
+    if np.isnan(point):
+        return Estimate(None, None, None, 0)
+    known = values[~np.isnan(values)]
+    low, high = np.quantile(known, (0.025, 0.975)) if len(known) else (point, point)
+    return Estimate(float(point), float(low), float(high), count)
 
 
 def one_spaced(text: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -12,7 +12,7 @@ from florence2.errors import RequestError, shown
 from florence2.labeled.reading import Collector, find_image
 from florence2.labeled.records import LabeledData, LabeledImage, LabeledObject, WantedAnswer
 from florence2.postprocess import parse_answer_text
-from florence2.records import Box, Polygon, Quad, SizeWh
+from florence2.records import Box, Polygon, Quad, SizeWh, Text
 from florence2.tasks import TASKS, Task, TaskInput
 
 _CAPTION: Final = "<CAPTION>"
@@ -115,24 +115,29 @@ class _File:
     def _objects(
         self, image: str, wanted: WantedAnswer, size_wh: SizeWh
     ) -> tuple[LabeledObject, ...]:
-        task, text = task_of(wanted)
-        if task is None or task.token not in _LOCATING:
-            return ()
         objects = []
-        for found in parse_answer_text(task, wanted.suffix, size_wh).objects:
-            is_line = isinstance(found, Quad)
-            label = TEXT_CLASS if is_line else found.label
-            if isinstance(found, Box | Polygon | Quad):
-                placed = self.collector.object(
-                    image,
-                    " ".join((label or text).split()),
-                    size_wh,
-                    box_xyxy=found.box_xyxy if isinstance(found, Box) else None,
-                    rings_xy=_rings(found),
-                    texts={TEXT_CLASS: found.label} if is_line else None,
-                )
-                objects += [placed] if placed else []
+        for label, found in located_in(wanted, size_wh):
+            placed = self.collector.object(
+                image,
+                label,
+                size_wh,
+                box_xyxy=found.box_xyxy if isinstance(found, Box) else None,
+                rings_xy=_rings(found),
+                texts={TEXT_CLASS: found.label} if isinstance(found, Quad) else None,
+            )
+            objects += [placed] if placed else []
         return tuple(objects)
+
+
+def located_in(wanted: WantedAnswer, size_wh: SizeWh) -> Iterator[tuple[str, Box | Polygon | Quad]]:
+    """The class and place of everything that an answer to a task that locates classes says."""
+    task, text = task_of(wanted)
+    if task is None or task.token not in _LOCATING:
+        return
+    for found in parse_answer_text(task, wanted.suffix, size_wh).objects:
+        if not isinstance(found, Text):
+            label = TEXT_CLASS if isinstance(found, Quad) else found.label or text
+            yield " ".join(label.split()), found
 
 
 def task_of(wanted: WantedAnswer) -> tuple[Task | None, str]:
