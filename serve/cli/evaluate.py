@@ -1,16 +1,81 @@
-"""``florence2 evaluate``: how good a checkpoint's answers are, on scenes it has never seen."""
+"""``florence2 evaluate``: how good a checkpoint's answers are, on labeled data or drawn scenes."""
 
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Final
 
 import typer
 
 from florence2.errors import RequestError
-from serve.cli.loading import load_model
-from serve.console import ERR, OUT
+from serve.cli.loading import load_model, one_model
+from serve.console import ERR, OUT, say
+
+_FOR_SCENES: Final = ("scenes", "seed", "tasks", "compare_scores")
+_FOR_DATA: Final = ("task", "prompt", "class_", "settings_file", "threshold", "split", "out")
+
+Data = Annotated[
+    Path | None,
+    typer.Argument(
+        help="Labeled images: a Supervisely project, COCO file, YOLO's data.yaml, .jsonl file, or "
+        "the folder of one. Without it scenes are drawn."
+    ),
+]
+Model = Annotated[str, typer.Option(help="A name of `florence2 models`, hub id or folder.")]
+TaskName = Annotated[
+    str | None,
+    typer.Option(
+        help="What to ask about DATA. [default: what .jsonl lines ask; grounding with --class, "
+        "else <OD>]"
+    ),
+]
+Prompt = Annotated[str | None, typer.Option(help="What to look for, as `florence2 label` has it.")]
+Classes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--class",
+        metavar="NAME=PROMPT;...",
+        help="A class of DATA and the prompts for it. [default, where a task takes text: each "
+        "class by its name]",
+    ),
+]
+SettingsFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--settings",
+        metavar="FILE.yaml",
+        help="Settings as the app and `label` take them: thresholds, NMS, tiling, classes.",
+    ),
+]
+Threshold = Annotated[
+    float | None, typer.Option(help="Confidence from which on an object counts as found.")
+]
+Split = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SPLIT",
+        help="Only these images: dataset:NAME, tag:NAME, hash:0.2, file:NAMES.txt, or a NAME.",
+    ),
+]
+Out = Annotated[Path | None, typer.Option(help="A folder for report.html and evaluation.json.")]
+Scenes = Annotated[int, typer.Option(min=1, help="How many scenes to draw and ask about.")]
+Seed = Annotated[int, typer.Option(min=0, help="The first scene; training never sees these.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")]
+Tasks = Annotated[
+    str | None,
+    typer.Option(metavar="TASK,...", help="Only these tasks about scenes. [default: all 15]"),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+Runtime = Annotated[str, typer.Option(help="auto, torch or openvino.")]
+Precision = Annotated[str, typer.Option(help="auto, fp32, bf16, fp16, int8, or on a GPU nf4.")]
+Beams = Annotated[int | None, typer.Option(min=1, help="Beams of the search.")]
+Batch = Annotated[int, typer.Option(min=1, max=256, help="Images per step.")]
+Tokens = Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens.")]
+CompareScores = Annotated[
+    bool, typer.Option("--compare-scores", help="Compare ways to score a box; needs scenes, <OD>.")
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -18,45 +83,133 @@ def register(app: typer.Typer) -> None:
 
 
 def evaluate(
-    model: Annotated[
-        str, typer.Option(help="A name of `florence2 models`, hub id or folder.")
-    ] = "demo",
-    scenes: Annotated[
-        int, typer.Option(min=1, help="How many scenes to draw and ask about.")
-    ] = 500,
-    seed: Annotated[
-        int, typer.Option(min=0, help="The first scene; training never sees these.")
-    ] = 0,
-    file: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
-    tasks: Annotated[
-        str | None, typer.Option(metavar="TASK,...", help="Only these tasks. [default: all 15]")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    runtime: Annotated[str, typer.Option(help="auto, torch or openvino.")] = "auto",
-    precision: Annotated[
-        str, typer.Option(help="auto, fp32, bf16, fp16, int8, or on a GPU nf4.")
-    ] = "auto",
-    beams: Annotated[int | None, typer.Option(min=1, help="Beams of the search.")] = None,
-    batch: Annotated[int, typer.Option(min=1, max=256, help="Scenes per step.")] = 8,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Longest answer, in tokens.")
-    ] = None,
-    compare_scores: Annotated[
-        bool, typer.Option("--compare-scores", help="Compare ways to score a box; needs <OD>.")
-    ] = False,
+    context: typer.Context,
+    data: Data = None,
+    model: Model = "demo",
+    task: TaskName = None,
+    prompt: Prompt = None,
+    class_: Classes = None,
+    settings_file: SettingsFile = None,
+    threshold: Threshold = None,
+    split: Split = None,
+    out: Out = None,
+    scenes: Scenes = 500,
+    seed: Seed = 0,
+    file: JsonFile = None,
+    tasks: Tasks = None,
+    device: Device = "auto",
+    runtime: Runtime = "auto",
+    precision: Precision = "auto",
+    beams: Beams = None,
+    batch: Batch = 8,
+    max_new_tokens: Tokens = None,
+    compare_scores: CompareScores = False,
 ) -> None:
-    """Measure a checkpoint on drawn scenes that it was not trained on."""
-    from florence2_demo.evaluation import EvaluationPlan, evaluate_checkpoint, task_tokens
-
-    chosen = task_tokens((tasks or "").split(","))
-    plan = EvaluationPlan(scenes, seed, chosen, beams, batch, max_new_tokens, compare_scores)
+    """Measure a checkpoint on your own labeled images, or on drawn scenes it was not trained on."""
+    _check_options(context, has_data=data is not None)
     # A mistyped path is told before minutes of asking, not after them.
     if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
         raise RequestError(
             f"The figures go into a file in a folder that exists, and {str(file)!r} is none; "
             "choose another."
         )
+    if data is not None:
+        if out is not None and out.exists() and not out.is_dir():
+            raise RequestError(
+                f"The report goes into a folder, and {str(out)!r} is a file; choose another."
+            )
+        settings = {
+            "file": settings_file,
+            "task": task,
+            "prompt": prompt,
+            "threshold": threshold,
+            "num_beams": beams,
+            "max_new_tokens": max_new_tokens,
+        }
+        loaded = (model, device, runtime, precision)
+        command = shlex.join(["florence2", *(context.obj or ())])
+        _on_data(data, split, class_ or [], settings, loaded, batch, command, file, out)
+        return
+    from florence2_demo.evaluation import EvaluationPlan, evaluate_checkpoint, task_tokens
+
+    chosen = task_tokens((tasks or "").split(","))
+    plan = EvaluationPlan(scenes, seed, chosen, beams, batch, max_new_tokens, compare_scores)
     report = evaluate_checkpoint(load_model(model, device, runtime, precision), plan, ERR)
     report.show(OUT)
     if file is not None:
         file.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+def _check_options(context: typer.Context, *, has_data: bool) -> None:
+    """RequestError for an option of scenes beside data, or of data without any."""
+    for name in _FOR_SCENES if has_data else _FOR_DATA:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name != "DEFAULT":
+            option = {"class_": "class", "settings_file": "settings"}.get(name, name)
+            raise RequestError(
+                f"--{option.replace('_', '-')} is for "
+                + ("scenes, and labeled data was named; leave out one of them."
+                   if has_data else "labeled data, and none was named; name the folder or file.")
+            )  # fmt: skip
+
+
+def _on_data(
+    path: Path,
+    split: str | None,
+    classes: list[str],
+    options: dict[str, Any],
+    loaded: tuple[str, str, str, str],
+    batch: int,
+    command: str,
+    file: Path | None,
+    out: Path | None,
+) -> None:
+    from florence2.labeled.split import chosen_images
+    from florence2.tasks import TaskInput, parse_steps
+    from serve.evaluation import (
+        LabeledReport,
+        class_mapping,
+        evaluate_parts,
+        parts_of,
+        write_json,
+    )
+    from serve.labeled_data import open_labeled
+    from serve.labeling.settings import label_settings, read_classes
+    from serve.predict.predictor import Predictor
+
+    data = open_labeled(path)
+    if split is not None:
+        data = chosen_images(data, split)
+    mapping = read_classes(classes, by_semicolon=True)
+    task = options["task"]
+    if task and parse_steps(task)[0].takes is TaskInput.TEXT and not options["file"]:
+        mapping = mapping or ({} if options["prompt"] else class_mapping(data))
+    # Every object of the data is a region to ask about.
+    asks_regions = task is not None and parse_steps(task)[0].takes is TaskInput.REGION
+    region = "0,0,9,9" if asks_regions else None
+    settings = label_settings(classes=mapping, region=region, **options)
+    has_task = bool(task or mapping or options["prompt"] or options["file"])
+    parts = parts_of(data, settings, has_task=has_task)
+    models = one_model(*loaded)
+    checkpoint = models.current.model.engine.checkpoint
+    # No reader of these labels was told of classes before.
+    predictor = Predictor(models, fixed_shapes={})
+    reports = evaluate_parts(predictor, parts, batch=batch, console=ERR)
+    report = LabeledReport(
+        data,
+        {
+            "checkpoint": checkpoint.name,
+            "revision": checkpoint.revision,
+            "device": models.current.model.device,
+            "precision": models.current.model.precision,
+        },
+        tuple(reports),
+        command,
+    )
+    # The files first: whoever reads the table may leave before its end.
+    if file is not None:
+        write_json(file, report.to_dict())
+    if out is not None:
+        report.write(out)
+        say(f"The report is in {out / 'report.html'}")
+    report.show(OUT)

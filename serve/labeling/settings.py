@@ -31,7 +31,7 @@ def label_settings(
     file: Path | None = None,
     task: str | None = None,
     prompt: str | None = None,
-    classes: Sequence[str] = (),
+    classes: Sequence[str] | Mapping[str, Sequence[str]] = (),
     region: str | None = None,
     threshold: float | None = None,
     class_thresholds: Sequence[str] = (),
@@ -43,11 +43,13 @@ def label_settings(
 ) -> Settings:
     """The settings that a command line asks for, before a model is loaded.
 
-    Each option takes the place of its key in ``file``. Raises RequestError for a prompt, class,
+    Each option takes the place of its key in ``file``; ``classes`` are written as ``read_classes``
+    takes them, or have their prompts by name. Raises RequestError for a prompt, class,
     region or number that breaks a rule, and for settings that do not go together.
     """
     phrases = split_phrases(prompt) if prompt is not None else []
-    mapping = _mapping(classes)
+    named = classes if isinstance(classes, Mapping) else read_classes(classes)
+    mapping = {name: tuple(prompts) for name, prompts in named.items()}
     if task is None and file is None:
         task = GROUNDING if phrases or mapping else DETECTION
     steps = parse_steps(task) if task is not None else ()
@@ -115,13 +117,21 @@ def _read(file: Path) -> Mapping[str, object]:
     return given
 
 
-def _mapping(classes: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """``dog=puppy,hound`` as {"dog": ("puppy", "hound")}; ``dog`` alone asks for "dog"."""
+def read_classes(
+    classes: Sequence[str], *, by_semicolon: bool = False
+) -> dict[str, tuple[str, ...]]:
+    """``dog=puppy,hound`` as {"dog": ("puppy", "hound")}; ``dog`` alone asks for "dog".
+
+    With ``by_semicolon`` prompts that a semicolon stands between may have commas. Raises
+    RequestError for what is written in another way.
+    """
     named: list[tuple[str, list[str]]] = []
     for entry in classes:
         name, _, listed = entry.partition("=")
         name = clean_class_name(name) if name.strip() else ""
-        prompts = [" ".join(part.split()) for part in (listed or name).split(",") if part.strip()]
+        separator = ";" if by_semicolon and ";" in listed else ","
+        parts = (listed or name).split(separator)
+        prompts = [" ".join(part.split()) for part in parts if part.strip()]
         if not name or not prompts:
             raise RequestError(
                 f"A class is written NAME or NAME=prompt,prompt and {entry!r} is neither; "

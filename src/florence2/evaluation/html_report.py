@@ -23,7 +23,8 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
 table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto; }
 th, td { border-bottom: 1px solid var(--line); padding: .25rem .7rem; text-align: left; }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
+td.number, td.short { white-space: nowrap; }
 pre { border: 1px solid var(--line); padding: .6rem; overflow-x: auto; white-space: pre-wrap; }
 figure { display: inline-block; margin: .5rem 1rem .5rem 0; vertical-align: top; max-width: 30rem; }
 figure img { max-width: 100%; } figcaption { color: var(--soft); overflow-wrap: anywhere; }
@@ -37,6 +38,8 @@ _WIDTH, _HEIGHT = 520, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 12, 12, 44
 _TICKS: Final = 5
 _JPEG_QUALITY: Final = 85
+_SHORT: Final = 24
+"""Cells of so many characters stay on one line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,12 +137,11 @@ def escaped(text: str) -> str:
 
 
 def _row(tag: str, cells: Sequence[object], is_number: Sequence[bool]) -> str:
-    parts = [
-        f'<{tag} class="number">{_cell(cell)}</{tag}>'
-        if number
-        else f"<{tag}>{_cell(cell)}</{tag}>"
-        for cell, number in zip(cells, is_number, strict=True)
-    ]
+    parts = []
+    for cell, number in zip(cells, is_number, strict=True):
+        text = _cell(cell)
+        kind = "number" if number else "short" if len(text) <= _SHORT else ""
+        parts.append(f'<{tag} class="{kind}">{text}</{tag}>' if kind else f"<{tag}>{text}</{tag}>")
     return f"<tr>{''.join(parts)}</tr>"
 
 

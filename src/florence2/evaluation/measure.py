@@ -557,6 +557,11 @@ class TextEvaluation:
     answers: tuple[TextAnswer, ...]
     failed: tuple[LeftOut, ...] = ()
 
+    @property
+    def figures(self) -> tuple[TextFigures, ...]:
+        """Those of all first."""
+        return (self.total, *self.subjects)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers; an estimate is its value, its 95 % interval and its count."""
         return asdict(replace(self, answers=()))

@@ -22,7 +22,10 @@ from florence2.labeled.records import (
 from florence2.records import SizeWh
 
 _HEAD_BYTES: Final = 65536
-_KEY: Final = re.compile(rb'"(images|annotations|categories|info|licenses)"\s*:')
+_BEGINNING: Final = re.compile(
+    rb'"(annotations|categories|licenses)"\s*:\s*\[|"info"\s*:\s*\{|'
+    rb'"images"\s*:\s*\[\s*\{[^}]*"file_name"'
+)
 _CAPTION: Final = "<CAPTION>"
 # Where the images are, from the folder of the file: beside it, or as published sets have them.
 _IMAGE_FOLDERS: Final = (".", "images", "img", "data", "..", "../images", "../data")
@@ -44,7 +47,7 @@ def is_coco(path: Path) -> bool:
             head = file.read(_HEAD_BYTES)
     except OSError:
         return False
-    return head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{") and bool(_KEY.search(head))
+    return head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{") and bool(_BEGINNING.search(head))
 
 
 def read_coco(source: Path) -> LabeledData:

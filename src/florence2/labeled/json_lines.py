@@ -115,8 +115,10 @@ class _File:
     def _objects(
         self, image: str, wanted: WantedAnswer, size_wh: SizeWh
     ) -> tuple[LabeledObject, ...]:
+        task, _ = task_of(wanted)
         objects = []
-        for label, found in located_in(wanted, size_wh):
+        locates = task is not None and task.token in _LOCATING
+        for label, found in located_in(wanted, size_wh) if locates else ():
             placed = self.collector.object(
                 image,
                 label,
@@ -130,9 +132,9 @@ class _File:
 
 
 def located_in(wanted: WantedAnswer, size_wh: SizeWh) -> Iterator[tuple[str, Box | Polygon | Quad]]:
-    """The class and place of everything that an answer to a task that locates classes says."""
+    """What an answer to a published task locates: what it calls it, and where it is."""
     task, text = task_of(wanted)
-    if task is None or task.token not in _LOCATING:
+    if task is None:
         return
     for found in parse_answer_text(task, wanted.suffix, size_wh).objects:
         if not isinstance(found, Text):
