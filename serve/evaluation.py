@@ -485,7 +485,7 @@ class LabeledReport:
             if one.located is not None:
                 console.print(_figures_table(one.located))
                 total = one.located.total
-                if total.best_f1 is not None:
+                if total.best_f1:
                     console.print(
                         f"The best F1 of all is {total.best_f1:.3f}, from the score "
                         f"{total.best_threshold:.3f} on."

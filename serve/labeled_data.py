@@ -20,6 +20,8 @@ from serve.predict.geometry import box_xyxy_from_rectangle_tlbr
 from serve.sdk import sly
 
 _META: Final = "meta.json"
+# Of a label that a model made: no text about the object.
+_SCORE: Final = "confidence"
 _NESTED: Final = "datasets"
 # What the SDK raises on what is no annotation.
 _BROKEN: Final = (LookupError, ValueError, TypeError, AttributeError, RuntimeError, OSError)
@@ -138,7 +140,11 @@ def _objects(
                 f"{label.obj_class.name!r} is a {label.geometry.geometry_name()}.",
             )
             continue
-        texts = {tag.name: str(tag.value) for tag in label.tags if tag.value is not None}
+        texts = {
+            tag.name: str(tag.value)
+            for tag in label.tags
+            if tag.value is not None and tag.name != _SCORE
+        }
         found = collector.object(
             image,
             label.obj_class.name,

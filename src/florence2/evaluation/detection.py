@@ -166,10 +166,14 @@ class Ranking:
         hits = np.cumsum(self.right * counts, axis=1)
         seen = np.cumsum(counts)
         precision = np.divide(hits, seen, out=np.zeros_like(hits), where=seen > 0)
-        envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-        padded = np.pad(envelope, ((0, 0), (0, 1)))
-        places = [np.searchsorted(row / positives, _RECALLS) for row in hits]
-        return np.array([row[place].mean() for row, place in zip(padded, places, strict=True)])
+        # One more, of precision 0, for recalls that are not reached.
+        envelope = np.zeros((len(hits), len(counts) + 1))
+        np.maximum.accumulate(precision[:, ::-1], axis=1, out=envelope[:, -2::-1])
+        recalls = hits / positives
+        found = np.zeros(len(hits))
+        for number, row in enumerate(recalls):
+            found[number] = envelope[number].take(row.searchsorted(_RECALLS)).sum()
+        return found / len(_RECALLS)
 
 
 @dataclass(frozen=True, slots=True)
