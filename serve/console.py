@@ -61,12 +61,17 @@ OUT: Final = Console(highlight=False, soft_wrap=True)
 ERR: Final = Console(file=cast(IO[str], _Unheard()), highlight=False, soft_wrap=True)
 
 
+def printable(text: str) -> str:
+    """Text of others that commands no terminal: its control characters are written out."""
+    return text.translate(_SHOWN_CONTROLS)
+
+
 def say(text: str) -> None:
     """One line for the person at the terminal, printed as it is."""
-    ERR.print(text.translate(_SHOWN_CONTROLS), markup=False)
+    ERR.print(printable(text), markup=False)
 
 
 def complain(text: str) -> None:
     """One sentence about what went wrong."""
     style = None if os.environ.get("NO_COLOR") else "bold red"
-    ERR.print(text.translate(_SHOWN_CONTROLS), style=style, markup=False)
+    ERR.print(printable(text), style=style, markup=False)

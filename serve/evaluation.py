@@ -48,6 +48,7 @@ from florence2.labeled.records import (
 )
 from florence2.records import Box, Failure, Polygon, Quad, Region, Result, Text
 from florence2.tasks import OutputKind, Task, TaskInput
+from serve.console import printable
 from serve.labeled_data import shapes_of
 from serve.naming import OBJECT_CLASS
 from serve.predict.annotations import IMAGE_TEXT_TAGS
@@ -479,30 +480,22 @@ class LabeledReport:
 
     def show(self, console: Console) -> None:
         """Prints the figures, and what failed or was left out."""
-        console.print(self._headline(), markup=False)
+        _tell(console, self._headline())
         for one in self.parts:
-            console.print(one.part.task, markup=False)
+            _tell(console, one.part.task)
             if one.located is not None:
-                console.print(_figures_table(one.located))
-                total = one.located.total
-                if total.best_f1:
-                    console.print(
-                        f"The best F1 of all is {total.best_f1:.3f}, from the score "
-                        f"{total.best_threshold:.3f} on."
-                    )
-                if one.located.unlabeled:
-                    console.print(unlabeled_sentence(one.located), markup=False)
+                _show_located(console, one.located)
             if one.texts is not None:
                 table = Table(*TEXT_HEAD, box=None, pad_edge=False)
                 for row in map(text_row, one.texts.figures):
-                    table.add_row(*(escape(str(cell)) for cell in row))
+                    table.add_row(*(escape(printable(str(cell))) for cell in row))
                 console.print(table)
             for title, named in _named(self.data, one):
-                console.print(f"{title}: {len(named)}", markup=False)
+                _tell(console, f"{title}: {len(named)}")
                 for failed in named[:_SHOWN]:
-                    console.print(f"  {failed.name}: {failed.reason}", markup=False)
+                    _tell(console, f"  {failed.name}: {failed.reason}")
                 if len(named) > _SHOWN:
-                    console.print(f"  ... and {len(named) - _SHOWN} more", markup=False)
+                    _tell(console, f"  ... and {len(named) - _SHOWN} more")
 
     def write(self, out: Path) -> None:
         """``report.html`` and ``evaluation.json`` into a folder, which is made."""
@@ -543,12 +536,22 @@ def _named(data: LabeledData, one: PartReport) -> Iterator[tuple[str, Sequence[L
         yield "Left out of the data", data.left_out
 
 
-def _figures_table(evaluation: Evaluation) -> Table:
+def _tell(console: Console, text: str) -> None:
+    console.print(printable(text), markup=False)
+
+
+def _show_located(console: Console, evaluation: Evaluation) -> None:
     """Narrow enough for a terminal: intervals stand below the values."""
     names = {key: name for key, name in FIGURES.items() if key != "overlap"}
     head = ("class", "there", "found", *names.values())
     table = Table(*head, box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for one in (evaluation.total, *evaluation.classes):
         cells = (shown(getattr(one, key)).replace(" (", "\n").strip(")") for key in names)
-        table.add_row(escape(one.name), str(one.num_true), str(one.num_found), *cells)
-    return table
+        table.add_row(escape(printable(one.name)), str(one.num_true), str(one.num_found), *cells)
+    console.print(table)
+    total = evaluation.total
+    if total.best_f1:
+        best = f"{total.best_f1:.3f}, from the score {total.best_threshold:.3f} on"
+        _tell(console, f"The best F1 of all is {best}.")
+    if evaluation.unlabeled:
+        _tell(console, unlabeled_sentence(evaluation))

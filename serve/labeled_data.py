@@ -24,7 +24,9 @@ _META: Final = "meta.json"
 _SCORE: Final = "confidence"
 _NESTED: Final = "datasets"
 # What the SDK raises on what is no annotation.
-_BROKEN: Final = (LookupError, ValueError, TypeError, AttributeError, RuntimeError, OSError)
+_BROKEN: Final = (
+    LookupError, ValueError, TypeError, AttributeError, RuntimeError, ArithmeticError, OSError,
+)  # fmt: skip
 
 
 def open_labeled(path: Path) -> LabeledData:
@@ -66,7 +68,8 @@ def read_project(folder: Path) -> LabeledData:
     """
     try:
         meta = sly.ProjectMeta.from_json(json.loads((folder / _META).read_text("utf-8")))
-    except _BROKEN as error:
+    # The SDK has no class of its own for what it cannot read.
+    except Exception as error:
         raise RequestError(
             f"A project has its classes in {_META}, and that of {str(folder)!r} cannot be read "
             f"({type(error).__name__}: {error}); download the project again."
@@ -177,9 +180,10 @@ def same_objects(labels: Iterable[sly.Label]) -> list[list[sly.Label]]:
     """Outlines of one object have one binding key and class; everything else is one by itself."""
     groups: dict[tuple[Any, ...], list[sly.Label]] = {}
     for number, label in enumerate(labels):
-        is_part = label.binding_key is not None and not isinstance(label.geometry, sly.Rectangle)
-        key = (label.binding_key, label.obj_class.name) if is_part else (number,)
-        groups.setdefault(key, []).append(label)
+        key = label.binding_key
+        is_part = isinstance(key, str) and not isinstance(label.geometry, sly.Rectangle)
+        group = (key, label.obj_class.name) if is_part else (number,)
+        groups.setdefault(group, []).append(label)
     return list(groups.values())
 
 

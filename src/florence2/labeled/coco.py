@@ -95,11 +95,15 @@ class _File:
         elif source.is_dir() and file.parent != source:
             self._dataset = file.parent.relative_to(source).parts[0]
         self._folders = folders
-        entries = [one for one in content.get("categories") or [] if isinstance(one, dict)]
-        entries.sort(key=lambda one: str(one.get("id")).zfill(9))
-        self._categories = {
-            one.get("id"): " ".join(str(one.get("name")).split()) for one in entries
-        }
+        listed = content.get("categories")
+        entries = [
+            (one.get("id"), " ".join(str(one.get("name", "")).split()))
+            for one in (listed if isinstance(listed, list) else ())
+            if isinstance(one, dict) and isinstance(one.get("id"), int | str)
+        ]
+        # Numbers by their size, whether or not they are written as text.
+        entries.sort(key=lambda entry: str(entry[0]).zfill(9))
+        self._categories = {number: name for number, name in entries if name}
 
     def read(self) -> list[str]:
         """Adds everything; gives the classes in the order of their numbers."""
@@ -157,11 +161,12 @@ class _File:
     ) -> Iterator[LabeledObject]:
         if "caption" in one:
             return
-        label = self._categories.get(one.get("category_id"))
+        number = one.get("category_id")
+        label = self._categories.get(number) if isinstance(number, int | str) else None
         outline = one.get("segmentation")
         problem = None
         if not label:
-            problem = f"category_id {shown(one.get('category_id'))} is none of the categories"
+            problem = f"category_id {shown(number)} is none of the categories"
         elif one.get("iscrowd"):
             problem = f"a crowd of class {label!r} is no single object"
         elif not one.get("bbox") and not outline:
@@ -169,7 +174,7 @@ class _File:
         rings: Sequence[Sequence[float]] = ()
         try:
             rings = () if problem else _rings(outline, size_wh)
-        except (ValueError, TypeError, LookupError) as error:
+        except (ValueError, TypeError, LookupError, OverflowError) as error:
             problem = f"the segmentation of an object of class {label!r} is broken ({error})"
         if problem is not None or label is None:
             self._collector.leave_out(image, f"Annotation {one.get('id')}: {problem}.")

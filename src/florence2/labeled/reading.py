@@ -27,6 +27,7 @@ from florence2.records import BoxXyxy, SizeWh
 IMAGE_SUFFIXES: Final = frozenset((
     ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp",
 ))  # fmt: skip
+_MOST_REASON: Final = 600
 
 
 class Collector:
@@ -39,7 +40,11 @@ class Collector:
         self._left_out: list[LeftOut] = []
 
     def leave_out(self, name: str, reason: str) -> None:
-        self._left_out.append(LeftOut(name, reason))
+        """Names what is passed over; the reason becomes one line, whatever is quoted in it."""
+        line = " ".join(reason.split())
+        if len(line) > _MOST_REASON:
+            line = f"{line[: _MOST_REASON // 2]} ... {line[-_MOST_REASON // 2 :]}"
+        self._left_out.append(LeftOut(name, line))
 
     def size_of(self, path: Path, name: str) -> SizeWh | None:
         """The size of an upright image, from its header; None, and named, where there is none."""

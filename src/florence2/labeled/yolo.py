@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,13 +50,18 @@ def read_yolo(source: Path) -> LabeledData:
     content = yaml.safe_load(file.read_text("utf-8-sig"))
     names = _names(content, file)
     collector = Collector(source, "yolo")
-    reader = _Reader(file.parent, names, bool(content.get("kpt_shape")), collector)
+    reader = _Reader(
+        Path(os.path.abspath(file.parent)), names, bool(content.get("kpt_shape")), collector
+    )
     root = file.parent / str(content.get("path") or ".")
+    read: set[str] = set()
     for split in SPLITS:
         listed = content.get(split)
-        for place in listed if isinstance(listed, list) else [listed]:
-            if place is not None:
-                reader.read(split, root, str(place))
+        for place in map(str, filter(None, listed if isinstance(listed, list) else [listed])):
+            # Trainers refuse data without images to validate on, so small sets name train again.
+            if place not in read:
+                reader.read(split, root, place)
+            read.add(place)
     return collector.data(names.values())
 
 
@@ -84,7 +90,7 @@ class _Reader:
 
     def read(self, split: str, root: Path, place: str) -> None:
         """The images of a folder, or of a text file with a path on each line."""
-        path = next((one for one in self._places(root, place) if one.exists()), None)
+        path = next((one for one in self._places(root, place) if _exists(one)), None)
         if path is None:
             self.collector.leave_out(
                 f"{split}: {place}", f"{split} names {place!r}, and there is nothing."
@@ -99,7 +105,9 @@ class _Reader:
             # Exported as if from a folder beside it, which the trainers understand too.
             yield base / place.removeprefix("../")
 
-    def _add(self, split: str, path: Path) -> None:
+    def _add(self, split: str, listed: Path) -> None:
+        # One file may be written in many ways.
+        path = Path(os.path.abspath(listed))
         name = _name(path, self.base)
         if self.collector.is_known(name):
             self.collector.leave_out(
@@ -157,7 +165,17 @@ def _scaled(
 
 
 def _images_below(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    # Unlike Path's own, this walk passes over folders that cannot be read.
+    walked = (Path(root, name) for root, _, names in os.walk(folder) for name in names)
+    return sorted(path for path in walked if path.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        # A name too long, or with a zero byte.
+        return False
 
 
 def _listed(file: Path) -> Iterator[Path]:
@@ -168,7 +186,6 @@ def _listed(file: Path) -> Iterator[Path]:
 
 def _name(path: Path, base: Path) -> str:
     """Below the folder of the data.yaml, where it is."""
-    path = Path(*path.parts)
     return path.relative_to(base).as_posix() if path.is_relative_to(base) else path.as_posix()
 
 

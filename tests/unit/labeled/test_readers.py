@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from florence2.errors import RequestError
+from florence2.errors import FlorenceError, RequestError
 from florence2.labeled.records import WantedAnswer
 from serve.labeled_data import open_labeled
 from serve.sdk import sly
@@ -434,7 +434,7 @@ EDGE = {"category_id": 1, "bbox": [-10, -10, 20, 20]}
             id="no such folder",
         ),
         pytest.param(
-            lambda d: yolo(d, [YOLO_BOX], val="images/train"),
+            lambda d: yolo(d, [YOLO_BOX], val=["images/train/../train", "images/train"]),
             "images/train/a.png",
             "again in val",
             id="in two splits",
@@ -517,3 +517,61 @@ def test_data_that_cannot_be_used_is_one_sentence(tmp_path, write, words):
     with pytest.raises(RequestError, match=words) as caught:
         open_labeled(write(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+# What a program may write in the place of anything.
+ANYTHING = (None, True, -1, 1e400, "", "\x00\n", "x" * 5000, [], [None], {"a": 1}, "\ud800")
+
+
+def places_in(node, at=()):
+    yield at
+    children = (
+        node.items()
+        if isinstance(node, dict)
+        else enumerate(node)
+        if isinstance(node, list)
+        else ()
+    )
+    for key, child in children:
+        yield from places_in(child, (*at, key))
+
+
+def changed(node, at, value):
+    if not at:
+        return value
+    copy = dict(node) if isinstance(node, dict) else list(node)
+    copy[at[0]] = changed(node[at[0]], at[1:], value)
+    return copy
+
+
+FULL_COCO = [
+    COCO_BOX | {"attributes": {"text": "STOP"}},
+    {"category_id": 2, "segmentation": [list(RING)]},
+    {"category_id": 1, "segmentation": {"size": [48, 64], "counts": [3072]}},
+    {"caption": "A dog."},
+]
+FULL_PROJECT = [SLY_BOX, SLY_RING, SLY_RING | {"instance": "one"}]
+FULL_LINE = {"image": "a.png", "prefix": "<OD>", "suffix": f"dog{LOCATIONS}", "text": "A dog."}
+
+
+@pytest.mark.parametrize(
+    ("write", "file"),
+    [
+        pytest.param(lambda d: coco(d, FULL_COCO), "labels.json", id="COCO"),
+        pytest.param(lambda d: yolo(d, [YOLO_BOX], path=".", val=["b"]), "data.yaml", id="YOLO"),
+        pytest.param(lambda d: lines_of(d, FULL_LINE), "annotations.jsonl", id="lines"),
+        pytest.param(lambda d: project(d, FULL_PROJECT), "meta.json", id="classes"),
+        pytest.param(lambda d: project(d, FULL_PROJECT), "ds0/ann/a.png.json", id="annotation"),
+    ],
+)
+def test_whatever_stands_anywhere_is_read_or_told_in_one_line(tmp_path, write, file):
+    source, path = write(tmp_path), tmp_path / file
+    content = json.loads(path.read_text("utf-8"))
+    for place in places_in(content):
+        for value in ANYTHING:
+            path.write_text(json.dumps(changed(content, place, value)), "utf-8")
+            try:
+                said = [one.reason for one in open_labeled(source).left_out]
+            except FlorenceError as error:
+                said = [str(error)]
+            assert not any("\n" in sentence for sentence in said), (place, value)

@@ -242,6 +242,22 @@ def test_only_the_images_of_a_split_are_asked(tmp_path, model):
     assert sorted(color[0] for color in model.asked) == [0, 2]
 
 
+def test_what_a_run_labeled_is_labeled_data(tmp_path, model):
+    """Labels that nobody corrected are those that the same model gives."""
+    model.answer = lambda ask: result(
+        ask.task,
+        Box((4.0, 4.0, 20.0, 20.0), "dog", 0.9),
+        Polygon(((30.0, 10.0, 50.0, 10.0, 50.0, 40.0),), "cat", 0.8),
+    )
+    paint(tmp_path / "images/0.png", 0)
+    with pytest.raises(SystemExit):
+        main(["label", str(tmp_path / "images"), "--out", str(tmp_path / "labeled")])
+    content = evaluate(tmp_path / "labeled")
+    total = content["tasks"][0]["objects"]["total"]
+    assert content["format"] == "supervisely"
+    assert (total["num_true"], total["f1"]["value"], total["ap"]["value"]) == (2, 1.0, 1.0)
+
+
 def test_names_are_other_peoples(tmp_path, model, capsys):
     model.answer = boxes(("<img src=x onerror=1>", DOG, 0.9))
     folder = coco(
