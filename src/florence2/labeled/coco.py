@@ -27,8 +27,11 @@ _BEGINNING: Final = re.compile(
     rb'"images"\s*:\s*\[\s*\{[^}]*"file_name"'
 )
 _CAPTION: Final = "<CAPTION>"
-# Where the images are, from the folder of the file: beside it, or as published sets have them.
-_IMAGE_FOLDERS: Final = (".", "images", "img", "data", "..", "../images", "../data")
+# Where the images are, from the folder of the file: beside it, as published sets have them, or in
+# the project that ``florence2 label --coco`` writes beside its files.
+_IMAGE_FOLDERS: Final = (
+    ".", "images", "img", "data", "..", "../images", "../data", "../../../project/ds0/img",
+)  # fmt: skip
 _SPLIT_IN_NAME: Final = re.compile(r"_(train|val|valid|test)(\d{4})?$")
 
 

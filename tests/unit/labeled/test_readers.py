@@ -520,7 +520,7 @@ def test_data_that_cannot_be_used_is_one_sentence(tmp_path, write, words):
 
 
 # What a program may write in the place of anything.
-ANYTHING = (None, True, -1, 1e400, "", "\x00\n", "x" * 5000, [], [None], {"a": 1}, "\ud800")
+ANYTHING = (None, -1, 1e400, "\x00\n", [], {"a": 1}, "\ud800")
 
 
 def places_in(node, at=()):

@@ -250,12 +250,18 @@ def test_what_a_run_labeled_is_labeled_data(tmp_path, model):
         Polygon(((30.0, 10.0, 50.0, 10.0, 50.0, 40.0),), "cat", 0.8),
     )
     paint(tmp_path / "images/0.png", 0)
+    out = tmp_path / "labeled"
     with pytest.raises(SystemExit):
-        main(["label", str(tmp_path / "images"), "--out", str(tmp_path / "labeled")])
-    content = evaluate(tmp_path / "labeled")
-    total = content["tasks"][0]["objects"]["total"]
-    assert content["format"] == "supervisely"
-    assert (total["num_true"], total["f1"]["value"], total["ap"]["value"]) == (2, 1.0, 1.0)
+        main(["label", str(tmp_path / "images"), "--out", str(out), "--coco", "--yolo"])
+    for folder, data_format in (
+        (out, "supervisely"),
+        (out / "coco", "coco"),
+        (out / "yolo", "yolo"),
+    ):
+        content = evaluate(folder)
+        total = content["tasks"][0]["objects"]["total"]
+        assert content["format"] == data_format
+        assert (total["num_true"], total["f1"]["value"], total["ap"]["value"]) == (2, 1.0, 1.0)
 
 
 def test_names_are_other_peoples(tmp_path, model, capsys):
