@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -64,6 +64,8 @@ _OBJECT_TEXTS: Final = {"<REGION_TO_DESCRIPTION>": "description", "<REGION_TO_OC
 _CLASSLESS: Final = ("<REGION_PROPOSAL>", "<DENSE_REGION_CAPTION>", _OCR_LINES)
 _BULK: Final = Call(Priority.BULK)
 _SHOWN: Final = 10
+_FAILED: Final = "Images that could not be answered, in no figure"
+_LEFT_OUT: Final = "Left out of the data"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +94,7 @@ Questions = Mapping[str, Sequence[Question]]
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class TaskPlan:
     """One task: the images that are asked, with the objects that would be right answers.
 
     ``by`` says what is compared. Images are asked their ``questions``, by their names; where there
@@ -107,13 +109,13 @@ class Part:
     texts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
-def parts_of(data: LabeledData, settings: Settings, *, has_task: bool) -> list[Part]:
+def plans_of(data: LabeledData, settings: Settings, *, has_task: bool) -> list[TaskPlan]:
     """What is asked about labeled data: the task of the settings, or else what its lines ask.
 
     Raises RequestError where nothing that is labeled answers the task.
     """
     if has_task or data.format != "jsonl":
-        return [_settings_part(data, settings)]
+        return [_settings_plan(data, settings)]
     by_task: dict[str, list[tuple[LabeledImage, WantedAnswer]]] = {}
     for image in data.images:
         for wanted in image.answers:
@@ -121,7 +123,7 @@ def parts_of(data: LabeledData, settings: Settings, *, has_task: bool) -> list[P
             by_task.setdefault(task.token if task else _own_task(wanted), []).append(
                 (image, wanted)
             )
-    return [_lines_part(data, token, lines, settings) for token, lines in by_task.items()]
+    return [_lines_plan(data, token, lines, settings) for token, lines in by_task.items()]
 
 
 def class_mapping(data: LabeledData) -> dict[str, tuple[str, ...]]:
@@ -129,17 +131,17 @@ def class_mapping(data: LabeledData) -> dict[str, tuple[str, ...]]:
     return {name: (name.replace("_", " "),) for name in data.classes}
 
 
-def _settings_part(data: LabeledData, settings: Settings) -> Part:
+def _settings_plan(data: LabeledData, settings: Settings) -> TaskPlan:
     last = settings.steps[-1]
     if last.takes is TaskInput.REGION and len(settings.steps) == 1:
-        return _region_part(data, last, settings)
+        return _region_plan(data, last, settings)
     texts = {image.name: wanted for image in data.images if (wanted := _wanted_texts(image, last))}
     if last.output is OutputKind.TEXT and len(settings.steps) == 1:
         if not texts:
             tag = IMAGE_TEXT_TAGS[last.token]
             raise _nothing_labeled(last, f"image has a tag {tag!r} or an answer to it")
         images = tuple(image for image in data.images if image.name in texts)
-        return Part(last.token, replace(data, images=images), "texts", settings, texts=texts)
+        return TaskPlan(last.token, replace(data, images=images), "texts", settings, texts=texts)
     if last.token in _CLASSLESS:
         data = _classless(data, only_text=last.token == _OCR_LINES)
     else:
@@ -148,7 +150,7 @@ def _settings_part(data: LabeledData, settings: Settings) -> Part:
         raise _nothing_labeled(last, "object is labeled")
     by: Literal["boxes", "outlines"] = "outlines" if last.output is OutputKind.POLYGONS else "boxes"
     lines = texts if last.token == _OCR_LINES else {}
-    return Part(settings.task_prompt, data, by, settings, texts=lines)
+    return TaskPlan(settings.task_prompt, data, by, settings, texts=lines)
 
 
 def _nothing_labeled(task: Task, what: str) -> RequestError:
@@ -204,7 +206,7 @@ def _classless(data: LabeledData, *, only_text: bool) -> LabeledData:
     return replace(data, images=images, classes=(name,))
 
 
-def _region_part(data: LabeledData, task: Task, settings: Settings) -> Part:
+def _region_plan(data: LabeledData, task: Task, settings: Settings) -> TaskPlan:
     """A question about each object."""
     by: Literal["outlines", "texts"] = "texts" if task.output is OutputKind.TEXT else "outlines"
     questions: dict[str, list[Question]] = {}
@@ -226,7 +228,7 @@ def _region_part(data: LabeledData, task: Task, settings: Settings) -> Part:
         tag = _OBJECT_TEXTS.get(task.token)
         raise _nothing_labeled(task, f"object has a tag {tag!r}" if tag else "object is labeled")
     without = settings.model_copy(update={"regions": ()})
-    return Part(task.token, _only(data, questions), by, without, questions)
+    return TaskPlan(task.token, _only(data, questions), by, without, questions)
 
 
 def _only(data: LabeledData, questions: Questions) -> LabeledData:
@@ -240,19 +242,19 @@ def _own_task(wanted: WantedAnswer) -> str:
     return token + bracket
 
 
-def _lines_part(
+def _lines_plan(
     data: LabeledData,
     token: str,
     lines: Sequence[tuple[LabeledImage, WantedAnswer]],
     settings: Settings,
-) -> Part:
+) -> TaskPlan:
     """One task of lines of image, prefix and suffix."""
     task, _ = task_of(lines[0][1])
     has_place = task is not None and task.output is not OutputKind.TEXT
     if task is not None and task.takes is TaskInput.NONE:
         asked = settings.model_copy(update={"task_prompt": task.token})
         images = _with_objects(data, lines) if has_place else data
-        return _settings_part(images, asked)
+        return _settings_plan(images, asked)
     questions: dict[str, dict[tuple[object, ...], Question]] = {}
     for image, wanted in lines:
         question = _question(token, wanted)
@@ -263,12 +265,12 @@ def _lines_part(
         of_image[question.asked] = replace(question, wanted=texts)
     listed = {name: [*of_image.values()] for name, of_image in questions.items()}
     if not has_place or task is None:
-        return Part(token, _only(data, listed), "texts", settings, listed)
+        return TaskPlan(token, _only(data, listed), "texts", settings, listed)
     located = _with_objects(data, lines)
     if task.takes is TaskInput.REGION:
         located = _classless(located, only_text=False)
     outlined = task.output is OutputKind.POLYGONS
-    return Part(token, located, "outlines" if outlined else "boxes", settings, listed)
+    return TaskPlan(token, located, "outlines" if outlined else "boxes", settings, listed)
 
 
 def _question(token: str, wanted: WantedAnswer) -> Question:
@@ -303,7 +305,7 @@ def _with_objects(
 
 @dataclass(slots=True)
 class _Answers:
-    """What was answered about the images of one part; a few numbers for each."""
+    """What was answered about the images of one task; a few numbers for each."""
 
     located: dict[str, Sequence[Located] | Failure] = field(default_factory=dict)
     texts: list[TextAnswer] = field(default_factory=list)
@@ -317,10 +319,10 @@ class _Answers:
 
 
 @dataclass(frozen=True, slots=True)
-class PartReport:
+class TaskReport:
     """The figures of one task."""
 
-    part: Part
+    plan: TaskPlan
     located: Evaluation | None
     texts: TextEvaluation | None
 
@@ -331,66 +333,66 @@ class PartReport:
         return found.failed if found else ()
 
 
-def evaluate_parts(
-    predictor: Predictor, parts: Sequence[Part], *, batch: int, console: Console
-) -> list[PartReport]:
+def evaluate_tasks(
+    predictor: Predictor, plans: Sequence[TaskPlan], *, batch: int, console: Console
+) -> list[TaskReport]:
     """Asks everything, ``batch`` images at a time, and compares.
 
     Raises RequestError where not one image could be answered.
     """
     reports = []
-    total = sum(len(part.data.images) for part in parts)
+    total = sum(len(plan.data.images) for plan in plans)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("Asking", total=total)
-        for part in parts:
+        for plan in plans:
             answers = _Answers()
-            images = part.data.images
+            images = plan.data.images
             for start in range(0, len(images), batch):
                 group = images[start : start + batch]
-                ask = _ask_questions if part.questions else _ask_as_the_app
-                ask(predictor, part, group, answers)
+                ask = _ask_questions if plan.questions else _ask_as_the_app
+                ask(predictor, plan, group, answers)
                 bar.advance(task, len(group))
-            reports.append(_compared(part, answers))
+            reports.append(_compared(plan, answers))
     return reports
 
 
-def _compared(part: Part, answers: _Answers) -> PartReport:
+def _compared(plan: TaskPlan, answers: _Answers) -> TaskReport:
     located = None
-    if part.by != "texts":
+    if plan.by != "texts":
         located = measure(
-            part.data,
+            plan.data,
             answers.located,
-            by=part.by,
-            threshold=part.settings.confidence_threshold,
-            class_thresholds=part.settings.class_thresholds,
+            by=plan.by,
+            threshold=plan.settings.confidence_threshold,
+            class_thresholds=plan.settings.class_thresholds,
         )
     texts = None
-    if part.by == "texts" or answers.texts:
+    if plan.by == "texts" or answers.texts:
         failed = answers.failed()
         names = {one.name for one in failed}
         texts = measure_texts([one for one in answers.texts if one.image not in names], failed)
-    return PartReport(part, located, texts)
+    return TaskReport(plan, located, texts)
 
 
 def _ask_as_the_app(
-    predictor: Predictor, part: Part, group: Sequence[LabeledImage], answers: _Answers
+    predictor: Predictor, plan: TaskPlan, group: Sequence[LabeledImage], answers: _Answers
 ) -> None:
     """The labels that a user would get, also those below the threshold."""
     # What was labeled has no suffix.
     update = {"class_suffix": "", "confidence_threshold": 0.0, "class_thresholds": {}}
-    settings = part.settings.model_copy(update=update)
+    settings = plan.settings.model_copy(update=update)
     outcomes = predictor.predict([image.path for image in group], settings, _BULK)
     for image, outcome in zip(group, outcomes, strict=True):
         if isinstance(outcome, Failure):
             answers.located[image.name] = outcome
             continue
-        objects = _labels(outcome.annotation, part.data.classes)
+        objects = _labels(outcome.annotation, plan.data.classes)
         if settings.steps[-1].token in _CLASSLESS:
-            objects = [replace(one, label=part.data.classes[0]) for one in objects]
+            objects = [replace(one, label=plan.data.classes[0]) for one in objects]
         answers.located[image.name] = objects
-        if image.name in part.texts:
+        if image.name in plan.texts:
             said = "\n".join(_text(result) for result in outcome.results)
-            answers.texts.append(TextAnswer(image.name, part.task, part.texts[image.name], said))
+            answers.texts.append(TextAnswer(image.name, plan.task, plan.texts[image.name], said))
 
 
 def _labels(annotation: sly.Annotation, classes: Sequence[str]) -> list[Located]:
@@ -413,17 +415,17 @@ def _labels(annotation: sly.Annotation, classes: Sequence[str]) -> list[Located]
 
 
 def _ask_questions(
-    predictor: Predictor, part: Part, group: Sequence[LabeledImage], answers: _Answers
+    predictor: Predictor, plan: TaskPlan, group: Sequence[LabeledImage], answers: _Answers
 ) -> None:
-    asked = [(image, one) for image in group for one in part.questions[image.name]]
+    asked = [(image, one) for image in group for one in plan.questions[image.name]]
     asks = [
         Ask(
             image.path,
             one.task,
             one.text,
             one.region,
-            num_beams=part.settings.num_beams,
-            max_new_tokens=part.settings.max_new_tokens,
+            num_beams=plan.settings.num_beams,
+            max_new_tokens=plan.settings.max_new_tokens,
             is_custom=one.is_custom,
         )
         for image, one in asked
@@ -433,7 +435,7 @@ def _ask_questions(
         if isinstance(outcome, Failure):
             answers.located[image.name] = outcome
             continue
-        if part.by == "texts":
+        if plan.by == "texts":
             said = _text(outcome)
             answers.texts.append(TextAnswer(image.name, question.subject, question.wanted, said))
         for one in outcome.objects:
@@ -455,7 +457,7 @@ class LabeledReport:
 
     data: LabeledData
     checkpoint: Mapping[str, str | None]
-    parts: tuple[PartReport, ...]
+    tasks: tuple[TaskReport, ...]
     command: str
 
     def to_dict(self) -> dict[str, Any]:
@@ -469,20 +471,20 @@ class LabeledReport:
             "left_out": [{"name": one.name, "reason": one.reason} for one in self.data.left_out],
             "tasks": [
                 {
-                    "task": one.part.task,
-                    "settings": raw_settings(one.part.settings),
+                    "task": one.plan.task,
+                    "settings": raw_settings(one.plan.settings),
                     "objects": one.located and one.located.to_dict(),
                     "texts": one.texts and one.texts.to_dict(),
                 }
-                for one in self.parts
+                for one in self.tasks
             ],
         }
 
     def show(self, console: Console) -> None:
         """Prints the figures, and what failed or was left out."""
         _tell(console, self._headline())
-        for one in self.parts:
-            _tell(console, one.part.task)
+        for one in self.tasks:
+            _tell(console, one.plan.task)
             if one.located is not None:
                 _show_located(console, one.located)
             if one.texts is not None:
@@ -490,12 +492,8 @@ class LabeledReport:
                 for row in map(text_row, one.texts.figures):
                     table.add_row(*(escape(printable(str(cell))) for cell in row))
                 console.print(table)
-            for title, named in _named(self.data, one):
-                _tell(console, f"{title}: {len(named)}")
-                for failed in named[:_SHOWN]:
-                    _tell(console, f"  {failed.name}: {failed.reason}")
-                if len(named) > _SHOWN:
-                    _tell(console, f"  ... and {len(named) - _SHOWN} more")
+            _show_named(console, _FAILED, one.failed)
+        _show_named(console, _LEFT_OUT, self.data.left_out)
 
     def write(self, out: Path) -> None:
         """``report.html`` and ``evaluation.json`` into a folder, which is made."""
@@ -503,16 +501,16 @@ class LabeledReport:
         report = HtmlReport(f"{self.checkpoint['checkpoint']} on {self.data.source.name}")
         report.text(self._headline())
         report.code(self.command)
-        for one in self.parts:
-            report.section(one.part.task)
+        for one in self.tasks:
+            report.section(one.plan.task)
             if one.located is not None:
-                # The part's own images: without classes, objects have another label there.
-                images = {image.name: image for image in one.part.data.images}
+                # Of the task itself: without classes, objects have another label there.
+                images = {image.name: image for image in one.plan.data.images}
                 located_sections(report, one.located, images)
             if one.texts is not None:
                 text_sections(report, one.texts)
-            for title, named in _named(self.data, one):
-                named_section(report, title, named)
+            named_section(report, _FAILED, one.failed)
+        named_section(report, _LEFT_OUT, self.data.left_out)
         report.write(out / REPORT_FILE)
         write_json(out / JSON_FILE, self.to_dict())
 
@@ -529,11 +527,13 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _named(data: LabeledData, one: PartReport) -> Iterator[tuple[str, Sequence[LeftOut]]]:
-    if one.failed:
-        yield "Images that could not be answered, in no figure", one.failed
-    if data.left_out:
-        yield "Left out of the data", data.left_out
+def _show_named(console: Console, title: str, named: Sequence[LeftOut]) -> None:
+    if named:
+        _tell(console, f"{title}: {len(named)}")
+    for one in named[:_SHOWN]:
+        _tell(console, f"  {one.name}: {one.reason}")
+    if len(named) > _SHOWN:
+        _tell(console, f"  ... and {len(named) - _SHOWN} more")
 
 
 def _tell(console: Console, text: str) -> None:

@@ -169,8 +169,8 @@ def _on_data(
     from serve.evaluation import (
         LabeledReport,
         class_mapping,
-        evaluate_parts,
-        parts_of,
+        evaluate_tasks,
+        plans_of,
         write_json,
     )
     from serve.labeled_data import open_labeled
@@ -189,12 +189,12 @@ def _on_data(
     region = "0,0,9,9" if asks_regions else None
     settings = label_settings(classes=mapping, region=region, **options)
     has_task = bool(task or mapping or options["prompt"] or options["file"])
-    parts = parts_of(data, settings, has_task=has_task)
+    plans = plans_of(data, settings, has_task=has_task)
     models = one_model(*loaded)
     checkpoint = models.current.model.engine.checkpoint
     # No reader of these labels was told of classes before.
     predictor = Predictor(models, fixed_shapes={})
-    reports = evaluate_parts(predictor, parts, batch=batch, console=ERR)
+    reports = evaluate_tasks(predictor, plans, batch=batch, console=ERR)
     report = LabeledReport(
         data,
         {

@@ -296,6 +296,13 @@ def test_splits_of_published_layouts_are_datasets(tmp_path):
         assert [image.name for image in data.images] == [f"{split}/a.png" for split in splits]
 
 
+def test_other_json_files_beside_labels_are_passed_over(tmp_path):
+    coco(tmp_path, [COCO_BOX])
+    write_json(tmp_path / "evaluation.json", {"images": [{"name": "a.png"}], "tasks": []})
+    data = open_labeled(tmp_path)
+    assert (one_object(data).label, data.left_out) == ("dog", ())
+
+
 def test_splits_of_a_data_yaml_are_folders_and_lists(tmp_path):
     draw(tmp_path / "images/val/b.png")
     draw(tmp_path / "images/more/c.png")
