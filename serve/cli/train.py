@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -124,6 +124,9 @@ def train(
     threads: Annotated[int | None, typer.Option(min=1, help="Threads that compute.")] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes that open images.")] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Another seed, another order.")] = 0,
+    upload: Annotated[
+        bool, typer.Option("--upload", help="Then upload the model, as upload-model does.")
+    ] = False,
 ) -> None:
     """Train a checkpoint on your own labeled images; the best weights are in OUT/best.
 
@@ -132,10 +135,15 @@ def train(
     from florence2.finetune.augmentation import parse_augmentations
     from florence2.finetune.plan import LORA_TARGETS, FineTuningPlan, LoraSettings
     from florence2.labeled.split import split_data
+    from serve.cli.upload_model import upload_training
     from serve.labeled_data import open_labeled
+    from serve.platform.team_files import platform_of_environment
 
     if steps is not None and epochs is not None:
         raise RequestError("--steps and --epochs say the same; give one of them.")
+    if upload:
+        # Told now, and not after hours.
+        platform_of_environment(None)
     labeled = open_labeled(data)
     _tell_left_out(labeled)
     training, validation = split_data(labeled, val)
@@ -170,7 +178,9 @@ def train(
         workers=workers,
         seed=seed,
     )
-    _train(training, validation, plan, out, threads)
+    record = _train(training, validation, plan, out, threads)
+    if upload and record["status"] == "done":
+        upload_training(out)
 
 
 def _train(
@@ -179,7 +189,7 @@ def _train(
     plan: FineTuningPlan,
     out: Path,
     threads: int | None,
-) -> None:
+) -> dict[str, Any]:
     # peft imports it, and it misses something that no training here needs.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
@@ -210,6 +220,7 @@ def _train(
         OUT.print(f"{metric['name']} {metric['value']:.4f} at step {record['best_step']}")
         OUT.print(f"{out / 'best'}", markup=False)
     say(f"Report: {out / 'report.html'}")
+    return record
 
 
 Show = Callable[["Now"], None]

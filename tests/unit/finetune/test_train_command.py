@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from serve.cli.main import main
+from serve.platform.experiments import INFO_NAME, write_experiment
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +58,9 @@ def test_a_file_of_labels_becomes_an_adapter(coco, tiny_folder, tmp_path, capsys
     assert record["prompts"] == {"box": "a small box"}
     assert record["images"]["train"] + record["images"]["val"] == 6
     assert record["command"].startswith("florence2 ")
+    info = json.loads((write_experiment(out) / INFO_NAME).read_text())
+    assert info["model_name"] == tiny_folder.name
+    assert info["evaluation_metrics"] == {record["metric"]["name"]: record["metric"]["value"]}
     code, _, said = train(capsys, coco, *options, "--rank", 4)
     assert code == 2
     assert "lora rank is 4 now and was 16" in said
@@ -73,11 +77,13 @@ def test_a_file_of_labels_becomes_an_adapter(coco, tiny_folder, tmp_path, capsys
         (("--task", "OD", "--val", "hash:2"), "between 0 and 1"),
         (("--task", "OCR_WITH_REGION", "--method", "some"), "Unknown method 'some'"),
         ((), "at least one task"),
+        (("--task", "OD", "--upload"), "SERVER_ADDRESS"),
     ],
 )
 def test_what_cannot_be_done_is_one_sentence(
-    coco, tiny_folder, tmp_path, capsys, options, sentence
+    coco, tiny_folder, tmp_path, capsys, monkeypatch, options, sentence
 ):
+    monkeypatch.delenv("SERVER_ADDRESS", raising=False)
     given = ("--model", tiny_folder, "--out", tmp_path / "run", *options)
     code, _, said = train(capsys, coco, *given)
     assert code == 2
