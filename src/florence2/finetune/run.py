@@ -70,6 +70,11 @@ def fine_tune(
     """
     plan.check()
     device = choose_device(plan.device)
+    if device.index:
+        raise RequestError(
+            f"Training takes the first GPU that it sees, and {plan.device} was asked for; choose "
+            f"it by CUDA_VISIBLE_DEVICES={device.index} and --device cuda."
+        )
     checkpoint = open_checkpoint(plan.model)
     if plan.has_adapter and (checkpoint.folder / ADAPTER_CONFIG).is_file():
         raise RequestError(
@@ -85,6 +90,7 @@ def fine_tune(
     limits = TokenLimits.of(checkpoint, num_visual_tokens(checkpoint))
     learned, measured, left_out = _usable(data, plan, vocabulary, checkpoint, limits)
     _tell_left_out(left_out, watcher)
+    _tell_empty_classes(learned, vocabulary, watcher)
     for name in tuned.absent_targets:
         watcher.note(f"No layer is called {name}, so it gets no adapter.")
     record = _record(data, plan, checkpoint, vocabulary, command, len(learned), len(measured))
@@ -169,6 +175,19 @@ def _tell_left_out(left_out: Sequence[LeftOut], watcher: Watcher) -> None:
         watcher.note(f"{one.name}: {one.reason}")
     if len(left_out) > _NAMED:
         watcher.note(f"{len(left_out) - _NAMED} more are too long; {TRAINING} names them all.")
+
+
+def _tell_empty_classes(
+    images: Sequence[LabeledImage], vocabulary: Vocabulary, watcher: Watcher
+) -> None:
+    labeled = {thing.label for image in images for thing in image.objects}
+    empty = [name for name in vocabulary.classes if name not in labeled]
+    if empty and labeled:
+        more = f" and {len(empty) - _NAMED} more" if len(empty) > _NAMED else ""
+        watcher.note(
+            f"No image to learn from has an object of {', '.join(empty[:_NAMED])}{more}; what they "
+            "look like is not learned."
+        )
 
 
 def _check_folder(folder: Path, plan: FineTuningPlan, data: _Data) -> None:

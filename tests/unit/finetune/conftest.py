@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from openvino_tools import small_config, write_small_checkpoint
 
@@ -21,4 +23,7 @@ def scenes(tmp_path_factory):
     """Labeled images for training and for validation."""
     folder = tmp_path_factory.mktemp("scenes")
     scenes = (make_scene(seed, max_objects=2, size_wh=(96, 64)) for seed in range(8))
-    return split_data(labeled_scenes(scenes, folder), "hash:0.3")
+    data = labeled_scenes(scenes, folder)
+    training, validation = split_data(data, "hash:0.3")
+    classes = sorted({thing.label for image in training.images for thing in image.objects})
+    return tuple(replace(one, classes=tuple(classes)) for one in (training, validation))

@@ -446,11 +446,15 @@ def test_an_answer_that_is_too_long_is_named_and_left_out(scenes, plan, tmp_path
     assert record["images"]["train"] == len(data.images) - 1
 
 
-def test_targets_that_match_nothing_are_said(scenes, plan, tmp_path):
+def test_what_stays_without_effect_is_said(scenes, plan, tmp_path):
     notes = Notes()
     lora = LoraSettings(targets=("q_proj", "o_proj"))
-    fine_tune(*scenes, replace(plan, steps=1, lora=lora), tmp_path / "run", notes)
-    assert notes.sentences == ["No layer is called o_proj, so it gets no adapter."]
+    more = replace(scenes[0], classes=(*scenes[0].classes, "unicorn"))
+    fine_tune(more, scenes[1], replace(plan, steps=1, lora=lora), tmp_path / "run", notes)
+    assert notes.sentences == [
+        "No image to learn from has an object of unicorn; what they look like is not learned.",
+        "No layer is called o_proj, so it gets no adapter.",
+    ]
 
 
 def test_pairs_are_learned_as_they_are_written(scenes, plan, tmp_path):
