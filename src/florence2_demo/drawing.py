@@ -16,7 +16,7 @@ from florence2_demo import geometry
 from florence2_demo.geometry import Points, fill_polygon
 from florence2_demo.palette import Rgb, tone_rgb
 from florence2_demo.scene import Background, Finish, Scene, SceneObject
-from florence2_demo.shapes import shapes
+from florence2_demo.shapes import shape_of
 from florence2_demo.signs import TextLine, ink_mask
 
 Pixels = NDArray[np.uint8]
@@ -108,7 +108,7 @@ def draw_background(background: Background, size_wh: tuple[int, int], aspect: fl
 def draw_object(canvas: Pixels, thing: SceneObject, scene_wh: SizeWh) -> None:
     """Paint one object on ``canvas``, whose pixels cover the whole image."""
     size_wh = (canvas.shape[1], canvas.shape[0])
-    shape = shapes()[thing.kind]
+    shape = shape_of(thing.kind)
     scale = np.array(size_wh)
     outline_px = geometry.posed(shape.outline, thing.pose, scene_wh) * scale
     fill_polygon(canvas, outline_px, tone_rgb(thing.rgb, "outline"))

@@ -7,6 +7,7 @@ otherwise. ``drawing.draw_scene`` turns a scene into pixels, ``truth`` and ``exa
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -26,7 +27,7 @@ from florence2_demo.palette import (
     mixed,
     object_shade,
 )
-from florence2_demo.shapes import Shape, shapes
+from florence2_demo.shapes import Shape, shape_of
 from florence2_demo.signs import TextLine
 
 MIN_VISIBLE: Final = 0.62
@@ -113,16 +114,23 @@ class Scene:
 
 
 def make_scene(
-    seed: int, *, max_objects: int = MAX_OBJECTS, size_wh: SizeWh | None = None
+    seed: int,
+    *,
+    max_objects: int = MAX_OBJECTS,
+    size_wh: SizeWh | None = None,
+    kinds: Sequence[str] = KINDS,
 ) -> Scene:
-    """The scene of a seed: always the same for the same arguments."""
+    """The scene of a seed: always the same for the same arguments.
+
+    Things are of ``kinds``, those named more often more often; see ``shapes.EXTRA_KINDS`` too.
+    """
     rng = np.random.default_rng([seed, 0xF10])
     size = size_wh or _random_size(rng)
     background = _make_background(str(rng.choice(BACKGROUND_COLOURS)), rng)
     texts = signs.make_texts(rng, size)
     weights = np.array(_COUNT_WEIGHTS[: max(1, min(max_objects, MAX_OBJECTS))])
     count = int(rng.choice(len(weights), p=weights / weights.sum())) + 1
-    objects = _make_objects(rng, size, count, background.colour, texts)
+    objects = _make_objects(rng, size, count, background.colour, texts, kinds)
     return Scene(seed, size, background, objects, texts, _make_finish(rng))
 
 
@@ -168,19 +176,20 @@ def _make_objects(
     count: int,
     background_colour: str,
     texts: tuple[TextLine, ...],
+    kinds: Sequence[str],
 ) -> tuple[SceneObject, ...]:
     colours = [colour for colour in COLOURS if colour != background_colour]
     arrangement = _Arrangement(rng, size_wh, texts)
     placed = arrangement.placed
     for _ in range(count):
-        kind, colour = str(rng.choice(KINDS)), str(rng.choice(colours))
+        kind, colour = str(rng.choice(kinds)), str(rng.choice(colours))
         if placed and rng.random() < 0.35:
             example = placed[int(rng.integers(len(placed)))]
             kind = example.kind
             colour = example.colour if rng.random() < 0.6 else colour
         arrangement.add(kind, colour, _LARGEST_EXTENT[count - 1])
     if not placed:
-        return _make_objects(rng, size_wh, count, background_colour, texts)
+        return _make_objects(rng, size_wh, count, background_colour, texts, kinds)
     shares = arrangement.visible_shares()
     return tuple(replace(thing, visible=share) for thing, share in zip(placed, shares, strict=True))
 
@@ -206,7 +215,7 @@ class _Arrangement:
 
     def add(self, kind: str, colour: str, largest: float) -> None:
         """One object on top of those placed so far, unless no free place is found for it."""
-        rng, size_wh, shape = self._rng, self._size_wh, shapes()[kind]
+        rng, size_wh, shape = self._rng, self._size_wh, shape_of(kind)
         for attempt in range(_ATTEMPTS):
             shrink = 1 - 0.6 * attempt / _ATTEMPTS
             may_leave = self._min_visible < 0.9

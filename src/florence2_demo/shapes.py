@@ -244,3 +244,32 @@ def shapes() -> dict[str, Shape]:
         "flower": _flower(),
         "arrow": _arrow(),
     }
+
+
+def _boat() -> Shape:
+    hull = _points((-0.5, 0.16), (0.5, 0.16), (0.3, 0.5), (-0.32, 0.5))
+    sail = _points((-0.02, -0.5), (0.42, 0.08), (-0.02, 0.08))
+    jib = _points((-0.08, -0.36), (-0.08, 0.08), (-0.36, 0.08))
+    mast = rectangle(-0.1, -0.5, 0.0, 0.2)
+    outline = _union(hull, sail, jib, mast)
+    details = (
+        Detail(sail, "shine"),
+        Detail(jib, "dim"),
+        Detail(rectangle(-0.08, -0.5, -0.02, 0.16), "wood"),
+        Detail(_points((-0.45, 0.24), (0.45, 0.24), (0.42, 0.32), (-0.42, 0.32)), "mark"),
+    )
+    return Shape(outline, _coarse(outline), details, aspect=1.0, max_tilt=10, mirrors=True)
+
+
+EXTRA_KINDS: Final = ("boat",)
+"""Kinds that the demo checkpoint was not taught: in none of its scenes, for training it further."""
+
+
+@lru_cache(maxsize=1)
+def _extra_shapes() -> dict[str, Shape]:
+    return dict(zip(EXTRA_KINDS, (_boat(),), strict=True))
+
+
+def shape_of(kind: str) -> Shape:
+    """The shape of one of the twelve kinds, or of an extra one."""
+    return shapes().get(kind) or _extra_shapes()[kind]

@@ -167,6 +167,13 @@ _OUT_OF_MEMORY: Final = (
 )
 
 
+def is_memory_error(error: BaseException) -> bool:
+    """Whether torch or a library below it could not allocate; most say so only in words."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
 class HostMark:
     """A moment of a CPU, which is done with whatever was run before."""
 
@@ -324,11 +331,7 @@ class TorchRuntime:
 
     def is_out_of_memory(self, error: BaseException) -> bool:
         """Whether torch or a library below it could not allocate; most say so only in words."""
-        if isinstance(error, torch.OutOfMemoryError | MemoryError):
-            return True
-        return isinstance(error, RuntimeError) and any(
-            words in str(error) for words in _OUT_OF_MEMORY
-        )
+        return is_memory_error(error)
 
     def is_lost(self, error: BaseException) -> bool:
         """Whether the GPU answers nothing any more: tried, as texts and codes do not say it.

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from florence2 import Florence2
 from florence2.errors import RequestError
+from florence2_demo import train as train_command
 from florence2_demo.batches import GridTargets, grid_targets
 from florence2_demo.lexicon import COLOURS, KINDS, SIGN_WORDS
 from florence2_demo.scene import make_scene
@@ -149,3 +150,17 @@ def test_word_cells_lie_in_the_quads():
             assert x1 - 0.01 <= (column + 0.5) / 12 <= x2 + 0.01
             assert y1 - 0.01 <= (row + 0.5) / 12 <= y2 + 0.01
     assert covered > 30
+
+
+def test_its_command_trains_into_a_folder(monkeypatch, tmp_path):
+    trained = []
+    monkeypatch.setattr(train_command, "train", lambda *given: trained.append(given))
+    train_command.main([str(tmp_path), "--steps", "5", "--images", "2"])
+    assert trained == [(tmp_path, TrainingPlan(steps=5, images_per_batch=2))]
+
+
+def test_its_command_says_in_a_sentence_what_it_cannot_do(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        train_command.main([str(tmp_path), "--steps", "0"])
+    assert ended.value.code == 2
+    assert "Training needs at least 1 of steps" in capsys.readouterr().err
