@@ -22,9 +22,9 @@ import numpy as np
 from florence2.budget import open_pixels
 from florence2.engine.scheduler import Priority
 from florence2.errors import DeviceLostError, FlorenceError, NoRoomError, RequestError
-from florence2.evaluation.calibration import Curve, calibrated, calibration_curve
+from florence2.evaluation.calibration import MIN_JUDGED, Curve, calibrated, calibration_curve
 from florence2.evaluation.detection import CalibrationError, ImageBoxes, Ranking, rankings
-from florence2.evaluation.metrics import Estimate, Floats, Metric, estimate, resamplings
+from florence2.evaluation.metrics import Estimate, Floats, Metric, Ratio, estimate, resamplings
 from florence2.evaluation.operating_points import Counts, Objective, counts_at, simplest
 from florence2.images import open_image
 from florence2.labeled.records import LabeledData, LabeledImage, LeftOut
@@ -270,9 +270,7 @@ def _batch_answers(
             return _Viewed(labeled, failure=Failure(error.code, str(error)))
         views = tuple({view.box_xyxy: view for own in of_tilings for view in own}.values())
         pictures = tuple(view.picture for view in views)
-        image = OpenImage(
-            picture, views, pictures, questions_of(plan.settings), plan.settings
-        )
+        image = OpenImage(picture, views, pictures, questions_of(plan.settings), plan.settings)
         return _Viewed(labeled, image, of_tilings)
 
     with closing(in_parts(batch, open_one)) as parts:
@@ -370,24 +368,29 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class PromptFigures:
-    """How good prompts are; with a threshold from one half on the other half of the images."""
+    """How good prompts are: with a threshold from one half on the other half of the images, and the
+    F1 that they have without a threshold, tiling and any NMS but the usual.
+    """
 
     prompts: Prompts
     figures: Figures
-    note: str = ""
+    untuned_f1: Estimate
 
 
 @dataclass(frozen=True, slots=True)
 class ClassReport:
-    """What is known of a class, for who reads it."""
+    """What is known of a class. ``compared`` are its prompts one by one, then all together.
+
+    The errors (ECE) are those of the chosen prompts' scores: as the model gives them, and
+    calibrated by the other half of the images; None without a calibration.
+    """
 
     name: str
     num_objects: int
-    untuned: PromptFigures
-    alone: tuple[PromptFigures, ...]
+    compared: tuple[PromptFigures, ...]
     chosen: PromptFigures
     raw_error: Estimate
-    calibration_error: Estimate
+    calibrated_error: Estimate | None
     notes: tuple[str, ...] = ()
 
 
@@ -448,15 +451,17 @@ class Comparison:
             return found[0]
         # There is none of it in any image: whatever is found is wrong.
         numbers = np.repeat(np.arange(len(images)), [len(image.boxes) for image in images])
-        scores = np.array([score for image in images for score in image.scores], np.float64)
-        order = np.argsort(-scores, kind="stable")
-        wrong = np.zeros((1, len(scores)), bool)
-        return Ranking(scores[order], wrong, numbers[order], np.zeros(len(images)))
+        flat = np.array([score for image in images for score in image.scores], np.float64)
+        order = np.argsort(-flat, kind="stable")
+        wrong = np.zeros((1, len(flat)), bool)
+        return Ranking(flat[order], wrong, numbers[order], np.zeros(len(images)))
 
     def choose(self, weights: Floats) -> tuple[Choice, list[Floats]]:
         """What is best on the images with a weight [S], and every option's mean values [1 + R]."""
         chances = np.vstack([weights, _resampled(weights)])
-        options = [(tiling, nms) for tiling in range(len(self._plan.tilings)) for nms in self._plan.nms]
+        options = [
+            (tiling, nms) for tiling in range(len(self._plan.tilings)) for nms in self._plan.nms
+        ]
         choices: list[Choice] = []
         values: list[Floats] = []
         for tiling, nms in options:
@@ -530,9 +535,9 @@ class Comparison:
         in_units = replace(ranking, scores=calibrated(ranking.scores, own.curve))
         return counts_at(in_units, own.threshold)
 
-    def alone(self, name: str, choice: Choice, prompt: str, weights: Floats) -> Choice:
-        """One prompt of a class in the place of the chosen ones, with its best threshold."""
-        own = self._with_threshold(name, choice, (prompt,), None, weights)
+    def instead(self, name: str, choice: Choice, prompts: Prompts, weights: Floats) -> Choice:
+        """Other prompts of a class in the place of the chosen ones, with their best threshold."""
+        own = self._with_threshold(name, choice, prompts, None, weights)
         return replace(choice, of_class={**choice.of_class, name: own})
 
 
@@ -630,6 +635,10 @@ class _MeanF1:
         return float(np.nanmean(values)) if values else float("nan")
 
 
+def _ratios(counts: Counts) -> tuple[Ratio, Ratio, Ratio]:
+    return counts.precision, counts.recall, counts.f1
+
+
 @dataclass(frozen=True, slots=True)
 class _Reports:
     """Figures of every choice on the half of the images that it was not made on."""
@@ -645,18 +654,18 @@ class _Reports:
         own = self.choice.of_class[name]
         ranking = self.comparison.ranking(name, self.choice.tiling, self.choice.nms, own.prompts)
         prompts = self.plan.prompts[name]
-        plain = Choice(0, _UNTUNED_NMS, {name: ClassChoice(prompts)})
+        several = [(prompt,) for prompt in prompts] + ([prompts] if len(prompts) > 1 else [])
         num_objects = int(ranking.positives.sum())
+        chosen = Figures(*map(self._estimate, _ratios(self._chosen_counts(name))))
+        raw = CalibrationError(ranking.scores, ranking.right[0], ranking.images)
+        calibrated_error = self._calibrated_error(ranking) if own.curve else None
         return ClassReport(
             name=name,
             num_objects=num_objects,
-            untuned=PromptFigures(prompts, self._figures(self.comparison.counts(name, plain))),
-            alone=tuple(self._alone(name, prompt) for prompt in prompts),
-            chosen=PromptFigures(own.prompts, self._figures(self._chosen_counts(name))),
-            raw_error=self._estimate(self._calibration_error(ranking, is_raw=True, name=name)),
-            calibration_error=self._estimate(
-                self._calibration_error(ranking, is_raw=False, name=name)
-            ),
+            compared=tuple(self._compared(name, some) for some in several),
+            chosen=PromptFigures(own.prompts, chosen, self._untuned_f1(name, own.prompts)),
+            raw_error=self._estimate(raw),
+            calibrated_error=calibrated_error,
             notes=self._notes(name, num_objects),
         )
 
@@ -667,29 +676,34 @@ class _Reports:
         return self._crossed([self.comparison.counts(name, half) for half in self.of_halves])
 
     def _crossed(self, of_halves: Sequence[Counts]) -> Counts:
-        """Of each half what the other half's choice finds in it."""
+        """Of each half what the other half's choice finds in it; nothing of a class that is in one
+        half only, where nothing could be chosen for it on the other.
+        """
+        there = of_halves[0].there
+        if not (self.first @ there and (1 - self.first) @ there):
+            nothing = np.zeros_like(there)
+            return Counts(nothing, nothing, nothing)
         return of_halves[1].of_images(self.first, of_halves[0])
 
-    def _alone(self, name: str, prompt: str) -> PromptFigures:
+    def _compared(self, name: str, prompts: Prompts) -> PromptFigures:
         halves = (self.first, 1 - self.first)
-        chosen = [self.comparison.alone(name, self.choice, prompt, half) for half in halves]
-        counts = [self.comparison.counts(name, one) for one in chosen]
-        return PromptFigures((prompt,), self._figures(self._crossed(counts)))
+        chosen = [self.comparison.instead(name, self.choice, prompts, half) for half in halves]
+        counts = self._crossed([self.comparison.counts(name, one) for one in chosen])
+        figures = Figures(*map(self._estimate, _ratios(counts)))
+        return PromptFigures(prompts, figures, self._untuned_f1(name, prompts))
 
-    def _calibration_error(self, ranking: Ranking, *, is_raw: bool, name: str) -> CalibrationError:
-        scores = ranking.scores
-        if not is_raw:
-            # Judged by the curve of the other half, of the same prompts.
-            of_half = []
-            for half in (self.first, 1 - self.first):
-                is_in = half[ranking.images] > 0
-                curve = calibration_curve(scores[is_in], ranking.right[0][is_in])
-                of_half.append(calibrated(scores, curve))
-            scores = np.where(self.first[ranking.images] > 0, of_half[1], of_half[0])
-        return CalibrationError(scores, ranking.right[0], ranking.images)
+    def _untuned_f1(self, name: str, prompts: Prompts) -> Estimate:
+        untuned = Choice(0, _UNTUNED_NMS, {name: ClassChoice(prompts)})
+        return self._estimate(self.comparison.counts(name, untuned).f1)
 
-    def _figures(self, counts: Counts) -> Figures:
-        return Figures(*map(self._estimate, (counts.precision, counts.recall, counts.f1)))
+    def _calibrated_error(self, ranking: Ranking) -> Estimate:
+        of_half = []
+        for half in (self.first, 1 - self.first):
+            is_in = half[ranking.images] > 0
+            curve = calibration_curve(ranking.scores[is_in], ranking.right[0][is_in])
+            of_half.append(calibrated(ranking.scores, curve))
+        scores = np.where(self.first[ranking.images] > 0, of_half[1], of_half[0])
+        return self._estimate(CalibrationError(scores, ranking.right[0], ranking.images))
 
     def _estimate(self, metric: Metric) -> Estimate:
         return estimate(metric, self.weights)
@@ -704,15 +718,23 @@ class _Reports:
                 f"There are only {num_objects} labeled objects of it: its figures say little, and "
                 f"{FEW_OBJECTS} or more are better."
             )
+        there = self.comparison.counts(name, self.choice).there
+        if num_objects and not (self.first @ there and (1 - self.first) @ there):
+            notes.append(
+                "All labeled objects of it are in one half of the images, so nothing of it could "
+                "be measured on the other."
+            )
         if num_objects and own.curve is None:
-            notes.append("Too little was found of it to calibrate its scores.")
+            notes.append(
+                f"Fewer than {MIN_JUDGED} finds of it are too few to calibrate its scores."
+            )
         if num_objects and not own.is_met:
             notes.append(
                 f"No threshold reaches the precision of {self.plan.objective.floor:g}; it has the "
                 "one that comes nearest by F0.5."
             )
         others = {half.of_class[name].prompts for half in self.of_halves}
-        if num_objects and others != {own.prompts}:
+        if num_objects >= FEW_OBJECTS and others != {own.prompts}:
             named = " and ".join(sorted("; ".join(prompts) for prompts in others))
             notes.append(f"The halves of the images do not agree on the prompts: {named}.")
         return tuple(notes)

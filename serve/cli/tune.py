@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -17,10 +18,13 @@ if TYPE_CHECKING:
     from florence2.labeled.records import LabeledData, LabeledImage, LeftOut
     from serve.predict.predictor import Predictor
     from serve.settings import Tiling
-    from serve.tuning import ClassReport, PromptFigures, Tuned
+    from serve.tuning import Answers, ClassReport, PromptFigures, Tuned, TuningPlan
 
 DEFAULT_MODEL: Final = "Florence-2-large"
 _SHOWN: Final = 10
+_WIDTH: Final = 120
+_MIN_IMAGES: Final = 2
+_INTERRUPTED: Final = 130
 
 Data = Annotated[
     Path,
@@ -101,35 +105,26 @@ def tune(
     from florence2.evaluation.operating_points import Objective
     from florence2.labeled.split import chosen_images
     from serve.labeled_data import open_labeled
-    from serve.labeling.progress import progress_bar, stop_on_signals
-    from serve.tuning import TuningPlan, ask_all, classes_in, some_of, windows_for
+    from serve.tuning import TuningPlan, classes_in, some_of, windows_for
     from serve.tuning import tune as tune_by
 
-    objective = Objective.of(optimise)
-    thresholds = _nms(nms)
+    tried = _tilings(tiling), _nms(nms), Objective.of(optimise), iou, num_beams
     named = _named(class_ or ())
-    windows = _tilings(tiling)
     labeled = open_labeled(data)
     if split is not None:
         labeled = chosen_images(labeled, split)
     prompts, ignored = classes_in(labeled, named)
-    plan = TuningPlan(prompts, task, windows, thresholds, objective, iou, num_beams)
+    plan = TuningPlan(prompts, task, *tried)
     chosen = some_of(labeled.images, images)
     _say_what_is_used(labeled, chosen, ignored)
     predictor, input_wh = _loaded(model, device, runtime, precision)
     if tiling is None:
-        own = windows_for([image.size_wh for image in chosen], input_wh)
-        windows = (None,) if own is None else (None, own)
-        plan = TuningPlan(prompts, task, windows, thresholds, objective, iou, num_beams)
-    with stop_on_signals() as stop, progress_bar(len(chosen), "Asking") as advance:
-        with stop.after_batch():
-            answers = ask_all(predictor, chosen, plan, advance, stop)
-    _say_failed(answers.failed)
-    if answers.num_truncated:
-        say(f"{answers.num_truncated} answers were cut at their longest.")
-    if answers.is_interrupted and len(answers.images) < 2:
+        windows = windows_for([image.size_wh for image in chosen], input_wh)
+        plan = replace(plan, tilings=(None,) if windows is None else (None, windows))
+    answers = _asked(predictor, chosen, plan)
+    if answers.is_interrupted and len(answers.images) < _MIN_IMAGES:
         say("Interrupted before anything was known; nothing is written.")
-        raise typer.Exit(130)
+        raise typer.Exit(_INTERRUPTED)
     say(f"Comparing settings on {len(answers.images)} images ...")
     tuned = tune_by(answers, plan)
     _show(tuned)
@@ -138,10 +133,26 @@ def tune(
             f"Interrupted: this is what {tuned.num_images} of {len(chosen)} images say, and "
             "nothing is written."
         )
-        raise typer.Exit(130)
+        raise typer.Exit(_INTERRUPTED)
     _write(out, _file_text(tuned, model, data))
     say(f"Settings: {out}")
     raise typer.Exit(1 if answers.failed else 0)
+
+
+def _asked(predictor: Predictor, chosen: Sequence[LabeledImage], plan: TuningPlan) -> Answers:
+    from serve.labeling.progress import progress_bar, stop_on_signals
+    from serve.tuning import ask_all
+
+    with (
+        stop_on_signals() as stop,
+        progress_bar(len(chosen), "Asking") as advance,
+        stop.after_batch(),
+    ):
+        answers = ask_all(predictor, chosen, plan, advance, stop)
+    _say_left_out("Failed, and counted neither as found nor as missed", answers.failed)
+    if answers.num_truncated:
+        say(f"{answers.num_truncated} answers were cut at their longest.")
+    return answers
 
 
 def _check_out(out: Path, *, overwrite: bool) -> None:
@@ -216,10 +227,6 @@ def _say_what_is_used(
         say(f"Ignored, because --class does not name them: {named}.")
 
 
-def _say_failed(failed: Sequence[LeftOut]) -> None:
-    _say_left_out("Failed, and counted neither as found nor as missed", failed)
-
-
 def _say_left_out(what: str, left_out: Sequence[LeftOut]) -> None:
     if left_out:
         say(f"{what}: {len(left_out)}")
@@ -230,23 +237,28 @@ def _say_left_out(what: str, left_out: Sequence[LeftOut]) -> None:
 
 
 def _show(tuned: Tuned) -> None:
+    from rich.console import Console
     from rich.table import Table
+
+    # A row is one line, also where the terminal has to break it.
+    wide = Console(file=OUT.file, width=max(OUT.width, _WIDTH), highlight=False, soft_wrap=True)
 
     OUT.print(
         f"{tuned.num_images} images, {tuned.num_objects} objects. What was chosen on one half of "
-        "the images is measured on the other;\nbehind each figure its 95 % interval over images.",
+        "the images is measured on the other;\nin brackets 95 % intervals over images. Untuned: no "
+        "threshold, no tiling, NMS 0.7.",
         markup=False,
     )
     for report in tuned.classes:
         table = Table(title=f"{report.name}: {report.num_objects} objects", title_justify="left")
         table.add_column("prompts", overflow="fold")
-        for title in ("precision", "recall", "F1"):
-            table.add_column(title, justify="right")
-        for one in report.alone:
+        for title in ("precision", "recall", "F1", "F1 untuned"):
+            table.add_column(title, no_wrap=True)
+        for one in report.compared:
             table.add_row(*_cells("; ".join(one.prompts), one))
-        table.add_row(*_cells("all, without a threshold", report.untuned), style="dim")
+        table.add_section()
         table.add_row(*_cells(f"chosen: {'; '.join(report.chosen.prompts)}", report.chosen))
-        OUT.print(table)
+        wide.print(table)
         OUT.print(_in_words(tuned, report), markup=False)
         for note in report.notes:
             complain(f"{report.name}: {note}")
@@ -260,7 +272,7 @@ def _show(tuned: Tuned) -> None:
             f"{own} (chosen)" if option.is_chosen else own,
             _interval(option.value),
         )
-    OUT.print(table)
+    wide.print(table)
     OUT.print(f"Mean F1 of the classes: {_interval(tuned.mean_f1)}", markup=False)
 
 
@@ -268,16 +280,17 @@ def _cells(title: str, one: PromptFigures) -> list[Any]:
     from rich.text import Text
 
     figures = one.figures
-    return [Text(title), *map(_interval, (figures.precision, figures.recall, figures.f1))]
+    several = (figures.precision, figures.recall, figures.f1, one.untuned_f1)
+    return [Text(title), *map(_interval, several)]
 
 
 def _in_words(tuned: Tuned, report: ClassReport) -> str:
     own = tuned.choice.of_class[report.name]
     unit = "calibrated confidence" if own.curve else "score"
-    return (
-        f"Threshold: {own.threshold:g} ({unit}). Error of the scores (ECE): "
-        f"{_interval(report.raw_error)} raw, {_interval(report.calibration_error)} calibrated."
-    )
+    error = f"{_interval(report.raw_error)} raw"
+    if report.calibrated_error is not None:
+        error += f", {_interval(report.calibrated_error)} calibrated"
+    return f"Threshold: {own.threshold:g} ({unit}). Error of the scores (ECE): {error}."
 
 
 def _tiling_words(tiling: Tiling | None) -> str:
@@ -290,7 +303,7 @@ def _tiling_words(tiling: Tiling | None) -> str:
 def _interval(one: Estimate) -> str:
     if one.value is None:
         return "-"
-    return f"{one.value:.3f} ({one.low:.3f} to {one.high:.3f})"
+    return f"{one.value:.3f} ({one.low:.3f}–{one.high:.3f})"
 
 
 def _file_text(tuned: Tuned, model: str, data: Path) -> str:
@@ -310,7 +323,7 @@ def _file_text(tuned: Tuned, model: str, data: Path) -> str:
         ),
     ]
     head = "".join(f"# {' '.join(line.split())}\n" for line in lines)
-    body = yaml.safe_dump(
+    body: str = yaml.safe_dump(
         tuned.settings, sort_keys=False, allow_unicode=True, default_flow_style=None, width=100
     )
     return head + body

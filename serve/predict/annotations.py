@@ -45,8 +45,8 @@ __all__ = [
     "SAME_OBJECT_IOU",
     "TAG_METAS",
     "Answered",
-    "LabelRules",
     "Found",
+    "LabelRules",
     "annotation_from_answers",
     "each_once",
     "wanted_in",
@@ -74,8 +74,9 @@ class LabelRules:
     ``classes`` maps ``phrase_key`` of a label to a class. ``calibration`` has, for some classes,
     pairs of a raw score and the score that takes its place, straight lines between them. An object
     goes when its score is below the threshold of its class (``class_thresholds``, else
-    ``threshold``), when ``whitelist`` lacks its class, or when its box covers more than ``max_box_area`` of the image. Names are compared
-    cleaned, in any case, without ``class_suffix``; a whitelist may have them with it too.
+    ``threshold``), when ``whitelist`` lacks its class, or when its box covers more than
+    ``max_box_area`` of the image. Names are compared cleaned, in any case, without
+    ``class_suffix``; a whitelist may have them with it too.
     ``nms_threshold`` and ``containment_threshold``: see ``serve.predict.geometry``; None is off.
     ``fixed_shapes`` are the classes whose shape the readers of the annotation already know.
     """

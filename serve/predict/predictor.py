@@ -518,7 +518,9 @@ class Predictor:
         per_view = len(image.views)
         rules = rules_of(image.settings, self._fixed_shapes)
         answered = [
-            joined_answer(image, question, rules, results[place * per_view : (place + 1) * per_view])
+            joined_answer(
+                image, question, rules, results[place * per_view : (place + 1) * per_view]
+            )
             for place, question in enumerate(image.questions)
         ]
         annotation, located = annotation_from_answers(answered, rules, image.picture.size_wh)

@@ -66,7 +66,9 @@ def calibration_curve(scores: Floats, right: NDArray[np.bool_]) -> Curve | None:
     levels, of_level = np.unique(fitted, return_inverse=True)
     sums = np.bincount(of_level, np.add.reduceat(ascending, starts))
     raw = sums / np.bincount(of_level, counts)
-    pairs = {round(float(x), _DIGITS): round(float(y), _DIGITS) for x, y in zip(raw, levels, strict=True)}
+    pairs = {
+        round(float(x), _DIGITS): round(float(y), _DIGITS) for x, y in zip(raw, levels, strict=True)
+    }
     return tuple(pairs.items())
 
 
@@ -89,4 +91,5 @@ def calibrated(scores: Floats, curve: Sequence[tuple[float, float]] | None) -> F
     if curve is None:
         return scores
     raw, right = zip(*curve, strict=True)
-    return np.interp(scores, raw, right)
+    found: Floats = np.interp(scores, raw, right)
+    return found

@@ -54,8 +54,9 @@ def counts_at(ranking: Ranking, threshold: float) -> Counts:
     """
     is_kept = ranking.scores >= threshold
     images, size = ranking.images[is_kept], len(ranking.positives)
-    right = np.bincount(images, ranking.right[0][is_kept], size)
-    return Counts(right, np.bincount(images, minlength=size).astype(np.float64), ranking.positives)
+    right = np.bincount(images, ranking.right[0][is_kept].astype(np.float64), size)
+    found = np.bincount(images, minlength=size)
+    return Counts(right.astype(np.float64), found.astype(np.float64), ranking.positives)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +132,8 @@ class Objective:
 
 def _divided(part: Any, whole: Any) -> Floats:  # noqa: ANN401 - numbers or arrays
     part, whole = np.asarray(part, np.float64), np.asarray(whole, np.float64)
-    return np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)
+    shares: Floats = np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)
+    return shares
 
 
 def simplest(values: Floats, complexity: Sequence[Sequence[float]]) -> int:

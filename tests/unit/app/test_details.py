@@ -184,7 +184,9 @@ def test_steps_follow_each_other_and_the_regions_of_one_share_their_batch():
 def test_what_is_unknown_is_null():
     box = Box((0.0, 0.0, 4.0, 4.0), "cat", math.nan)
     result = plain("<CAPTION>", Timings(), Text("a cat", None))
-    predicted = Predicted(sly.Annotation((9, 9)), answered=(Answered(result),), located=(Found(box, "cat"), None))
+    predicted = Predicted(
+        sly.Annotation((9, 9)), answered=(Answered(result),), located=(Found(box, "cat"), None)
+    )
     told = details_of(replace(predicted))
     assert told["objects"] == [{"score": None, "tokens": []}] * 2
     assert told["texts"] == [{"tag": "caption", "text": "a cat", "score": None, "tokens": []}]
