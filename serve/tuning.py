@@ -382,7 +382,7 @@ class ClassReport:
     """What is known of a class. ``compared`` are its prompts one by one, then all together.
 
     The errors (ECE) are those of the chosen prompts' scores: as the model gives them, and
-    calibrated by the other half of the images; None without a calibration.
+    calibrated by the other half of the images; None where that has too few.
     """
 
     name: str
@@ -632,7 +632,8 @@ class _MeanF1:
 
     def value(self, weights: Floats) -> float:
         values = [one.f1.value(weights) for one in self.counts if one.there.any()]
-        return float(np.nanmean(values)) if values else float("nan")
+        known = [value for value in values if not math.isnan(value)]
+        return float(np.mean(known)) if known else float("nan")
 
 
 def _ratios(counts: Counts) -> tuple[Ratio, Ratio, Ratio]:
@@ -696,11 +697,14 @@ class _Reports:
         untuned = Choice(0, _UNTUNED_NMS, {name: ClassChoice(prompts)})
         return self._estimate(self.comparison.counts(name, untuned).f1)
 
-    def _calibrated_error(self, ranking: Ranking) -> Estimate:
+    def _calibrated_error(self, ranking: Ranking) -> Estimate | None:
+        """None where a half has too little to calibrate the other by."""
         of_half = []
         for half in (self.first, 1 - self.first):
             is_in = half[ranking.images] > 0
             curve = calibration_curve(ranking.scores[is_in], ranking.right[0][is_in])
+            if curve is None:
+                return None
             of_half.append(calibrated(ranking.scores, curve))
         scores = np.where(self.first[ranking.images] > 0, of_half[1], of_half[0])
         return self._estimate(CalibrationError(scores, ranking.right[0], ranking.images))

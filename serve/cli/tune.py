@@ -314,8 +314,8 @@ def _file_text(tuned: Tuned, model: str, data: Path) -> str:
         f"Made by florence2 tune for {model} on {data}: {tuned.num_images} images, "
         f"{tuned.num_objects} objects.",
         f"Mean F1 on images they were not chosen on: {_interval(tuned.mean_f1)}.",
-        "A threshold of a class is about its confidence after calibration; a calibration is true",
-        "of this model, task and kind of image only.",
+        "Where a class has a calibration, its threshold is about the calibrated confidence: they go",
+        "together, and are true of this model, task and kind of image only.",
         *(
             f"{report.name}: precision {_interval(report.chosen.figures.precision)}, "
             f"recall {_interval(report.chosen.figures.recall)}, {report.num_objects} objects"

@@ -236,7 +236,7 @@ def found_in(answered: Answered, rules: LabelRules) -> list[Found]:
 
 def _calibrated(item: Found, rules: LabelRules) -> Found:
     score = rules.calibrated(item.score, item.class_name)
-    if score == item.score:
+    if score is None or math.isnan(score) or score == item.score:
         return item
     return replace(item, shape=replace(item.shape, score=score), raw_score=item.score)
 

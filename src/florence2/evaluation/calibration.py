@@ -22,6 +22,7 @@ MIN_JUDGED: Final = 20
 MIN_IN_GROUP: Final = 10
 """So many answers of similar scores, or more, say together which share of them is right."""
 MAX_GROUPS: Final = 50
+_MARGIN: Final = 0.01
 _DIGITS: Final = 4
 
 
@@ -51,8 +52,9 @@ def calibration_curve(scores: Floats, right: NDArray[np.bool_]) -> Curve | None:
 
     Answers of similar scores are judged in groups of 10 or more. A group of n with k right counts
     as (k + 1/2) / (n + 1), because none of a few that is wrong proves nothing about the next one:
-    the curve says neither 0 nor 1. It rises with the raw score between the means of what isotonic
-    regression pools, and is level beyond the first and the last.
+    the curve says neither 0 nor 1. Between the means of what isotonic regression pools it is
+    straight, and beyond them it rises by 0.01 at most, so that a threshold can be anywhere and
+    equal scores only come of equal ones.
     """
     if len(scores) < MIN_JUDGED:
         return None
@@ -61,15 +63,19 @@ def calibration_curve(scores: Floats, right: NDArray[np.bool_]) -> Curve | None:
     starts = _group_starts(ascending)
     counts = np.diff([*starts, len(ascending)]).astype(np.float64)
     shares = (np.add.reduceat(hits, starts) + 0.5) / (counts + 1)
-    fitted = isotonic(shares, counts)
+    fitted = np.round(isotonic(shares, counts), _DIGITS)
     # One pair for each level, where its answers are on average.
     levels, of_level = np.unique(fitted, return_inverse=True)
     sums = np.bincount(of_level, np.add.reduceat(ascending, starts))
-    raw = sums / np.bincount(of_level, counts)
-    pairs = {
-        round(float(x), _DIGITS): round(float(y), _DIGITS) for x, y in zip(raw, levels, strict=True)
-    }
-    return tuple(pairs.items())
+    raw = (sums / np.bincount(of_level, counts)).tolist()
+    low, high = float(levels[0]), float(levels[-1])
+    pairs = [
+        (0.0, low - min(_MARGIN, low / 2)),
+        *zip(raw, levels.tolist(), strict=True),
+        (1.0, high + min(_MARGIN, (1 - high) / 2)),
+    ]
+    rounded = {round(x, _DIGITS): round(y, _DIGITS) for x, y in pairs}
+    return tuple(rounded.items())
 
 
 def _group_starts(ascending: Floats) -> list[int]:

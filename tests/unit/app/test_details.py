@@ -73,6 +73,7 @@ def test_every_label_has_its_exact_score_and_its_tokens(details, settings):
         {},
         {"nms_threshold": 0.3, "nms_across_classes": True},
         {"containment_threshold": 0.5},
+        {"nms_threshold": 0.3, "calibration": {"house": [[0.5, 0.3], [0.9, 0.7]]}},
         {"nms_threshold": "off", "max_box_area": 0.2},
         {"task_prompt": "<DENSE_REGION_CAPTION>"},
         {"task_prompt": STAR, "mapping": {"round": ["ball", "moon"], "house": ["house", "box"]}},
@@ -96,6 +97,20 @@ def test_a_threshold_leaves_what_is_left_of_an_answer_without_one(predictor, ima
         for threshold in (0.2, 0.4, 0.6, 0.8, 0.95):
             left = [one for one in everything if one[-1] >= threshold]
             assert labels(name, confidence_threshold=threshold) == left
+
+
+def test_a_calibrated_score_has_the_models_own_beside_it(details):
+    task = {"task_prompt": STAR, "mapping": {"sky": "star", "plant": "tree"}}
+    plain = details(**task)[1]["objects"]
+    predicted, found = details(**task, calibration={"sky": [[0.0, 0.1], [1.0, 0.6]]})
+    for label, before, after in zip(
+        predicted.annotation.labels, plain, found["objects"], strict=True
+    ):
+        if label.obj_class.name == "plant":
+            assert after == before
+        else:
+            assert after["score"] == pytest.approx(0.1 + before["score"] / 2)
+            assert after == {**before, "score": after["score"], "raw_score": before["score"]}
 
 
 def test_a_score_is_made_of_the_probabilities_that_are_told(details):
