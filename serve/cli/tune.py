@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     from florence2.labeled.records import LabeledData, LabeledImage, LeftOut
     from serve.predict.predictor import Predictor
     from serve.settings import Tiling
-    from serve.tuning import Answers, ClassReport, PromptFigures, Tuned, TuningPlan
+    from serve.tuning.asking import Answers
+    from serve.tuning.plan import TuningPlan
+    from serve.tuning.report import ClassReport, PromptFigures, Tuned
 
 DEFAULT_MODEL: Final = "Florence-2-large"
 _SHOWN: Final = 10
 _WIDTH: Final = 120
-_MIN_IMAGES: Final = 2
 _INTERRUPTED: Final = 130
 
 Data = Annotated[
@@ -105,8 +106,9 @@ def tune(
     from florence2.evaluation.operating_points import Objective
     from florence2.labeled.split import chosen_images
     from serve.labeled_data import open_labeled
-    from serve.tuning import TuningPlan, classes_in, some_of, windows_for
-    from serve.tuning import tune as tune_by
+    from serve.tuning.plan import TuningPlan, classes_in, some_of, windows_for
+    from serve.tuning.report import MIN_IMAGES
+    from serve.tuning.report import tune as tune_by
 
     tried = _tilings(tiling), _nms(nms), Objective.of(optimise), iou, num_beams
     named = _named(class_ or ())
@@ -122,7 +124,7 @@ def tune(
         windows = windows_for([image.size_wh for image in chosen], input_wh)
         plan = replace(plan, tilings=(None,) if windows is None else (None, windows))
     answers = _asked(predictor, chosen, plan)
-    if answers.is_interrupted and len(answers.images) < _MIN_IMAGES:
+    if answers.is_interrupted and len(answers.images) < MIN_IMAGES:
         say("Interrupted before anything was known; nothing is written.")
         raise typer.Exit(_INTERRUPTED)
     say(f"Comparing settings on {len(answers.images)} images ...")
@@ -141,7 +143,7 @@ def tune(
 
 def _asked(predictor: Predictor, chosen: Sequence[LabeledImage], plan: TuningPlan) -> Answers:
     from serve.labeling.progress import progress_bar, stop_on_signals
-    from serve.tuning import ask_all
+    from serve.tuning.asking import ask_all
 
     with (
         stop_on_signals() as stop,
@@ -314,8 +316,8 @@ def _file_text(tuned: Tuned, model: str, data: Path) -> str:
         f"Made by florence2 tune for {model} on {data}: {tuned.num_images} images, "
         f"{tuned.num_objects} objects.",
         f"Mean F1 on images they were not chosen on: {_interval(tuned.mean_f1)}.",
-        "Where a class has a calibration, its threshold is about the calibrated confidence: they go",
-        "together, and are true of this model, task and kind of image only.",
+        "Where a class has a calibration, its threshold is about the calibrated confidence: they",
+        "go together, and are true of this model, task and kind of image only.",
         *(
             f"{report.name}: precision {_interval(report.chosen.figures.precision)}, "
             f"recall {_interval(report.chosen.figures.recall)}, {report.num_objects} objects"

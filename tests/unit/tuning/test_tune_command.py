@@ -20,7 +20,8 @@ from serve.labeling.settings import label_settings
 from serve.model_service import Deployed, ModelChoice
 from serve.predict.predictor import Predictor
 from serve.settings import Tiling
-from serve.tuning import TuningPlan, ask_all
+from serve.tuning.asking import ask_all
+from serve.tuning.plan import TuningPlan
 
 SCENES = range(9_100, 9_112)
 GROUNDING = "<CAPTION_TO_PHRASE_GROUNDING>"
@@ -122,7 +123,7 @@ def test_ctrl_c_says_what_is_known_so_far_and_writes_nothing(run, scenes, tmp_pa
 
     words = [scenes, "--class", "moon", "--tiling", "off"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("serve.tuning._BATCH", 4)
+        patch.setattr("serve.tuning.asking.BATCH", 4)
         answers = Predictor.answers
         patch.setattr(
             Predictor, "answers", lambda *args: (interrupt(), answers(*args))[1]

@@ -14,15 +14,10 @@ from florence2.records import Box, Result
 from serve.predict.annotations import Answered, Found, annotation_from_answers
 from serve.predict.predictor import rules_of
 from serve.settings import Tiling, parse_settings
-from serve.tuning import (
-    Answers,
-    Comparison,
-    TuningPlan,
-    classes_in,
-    some_of,
-    tune,
-    windows_for,
-)
+from serve.tuning.asking import Answers
+from serve.tuning.comparison import Comparison
+from serve.tuning.plan import TuningPlan, classes_in, some_of, windows_for
+from serve.tuning.report import tune
 
 GROUNDING = "<CAPTION_TO_PHRASE_GROUNDING>"
 SIZE = (100, 100)
