@@ -176,7 +176,9 @@ class Comparison:
 
 
 def _boxes_of(image: LabeledImage, name: str) -> tuple[BoxXyxy, ...]:
-    return tuple(one.box_xyxy for one in image.objects if clean_class_name(one.label) == name)
+    key = name.casefold()
+    labels = ((clean_class_name(one.label).casefold(), one.box_xyxy) for one in image.objects)
+    return tuple(box_xyxy for label, box_xyxy in labels if label == key)
 
 
 def _resampled(weights: Floats) -> Floats:

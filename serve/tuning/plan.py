@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Final
 
-from florence2.errors import RequestError
+from florence2.errors import RequestError, unknown_name
 from florence2.evaluation.operating_points import Objective
 from florence2.labeled.records import LabeledData, LabeledImage
 from florence2.records import SizeWh
@@ -69,27 +69,26 @@ def classes_in(
 ) -> tuple[dict[str, Prompts], dict[str, int]]:
     """The prompts to try, by class as it is called in the data, and how many objects are ignored.
 
-    A class without prompts is asked for by its name; with nothing named, so is every class.
-    RequestError for data without objects, and for a class that it does not have.
+    A class without prompts is asked for by its name; with nothing named, so is every class that has
+    objects. Names are compared in any case. RequestError for data without objects, and for a class
+    that it does not have.
     """
-    counts = Counter(clean_class_name(one.label) for image in data.images for one in image.objects)
-    if not counts:
+    labels = [clean_class_name(one.label) for image in data.images for one in image.objects]
+    if not labels:
         raise RequestError(
             f"Tuning compares answers with labeled objects, and {str(data.source)!r} has none; "
             "label some first."
         )
-    known = dict.fromkeys([*map(clean_class_name, data.classes), *counts])
-    by_key = {name.casefold(): name for name in known}
+    known: dict[str, str] = {}
+    for name in (*map(clean_class_name, data.classes), *labels):
+        known.setdefault(name.casefold(), name)
+    counts = Counter(known[label.casefold()] for label in labels)
     chosen: dict[str, Prompts] = {}
-    for asked, prompts in named.items():
-        name = by_key.get(asked.casefold())
-        if name is None:
-            raise RequestError(
-                f"The classes of {str(data.source)!r} are {', '.join(known)}, and {asked!r} is "
-                "none of them; correct --class."
-            )
-        chosen[name] = prompts or (name,)
-    chosen = chosen or {name: (name,) for name in counts}
+    for asked, prompts in (named or dict.fromkeys(counts, ())).items():
+        found = known.get(asked.casefold())
+        if found is None:
+            raise RequestError(unknown_name("class", asked, known.values()))
+        chosen[found] = prompts or (found.replace("_", " "),)
     if not any(counts[name] for name in chosen):
         raise RequestError(
             f"Tuning compares answers with labeled objects, and there is none of "

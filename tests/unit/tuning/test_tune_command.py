@@ -138,7 +138,7 @@ def test_ctrl_c_says_what_is_known_so_far_and_writes_nothing(run, scenes, tmp_pa
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--class", "mon"], "and 'mon' is none of them; correct --class"),
+        (["--class", "mon"], "Unknown class 'mon'. Did you mean 'moon'?"),
         (["--class", "=moon"], 'A class is written NAME or NAME="prompt; prompt"'),
         (["--class", "moon="], "'moon=' is neither"),
         (["--class", "moon", "--optimise", "map"], "f1, precision or recall@P"),

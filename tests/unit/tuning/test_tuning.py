@@ -222,8 +222,8 @@ def test_fewer_than_two_images_are_refused(count):
 
 
 DATA = data(
-    labeled("a", ("dog", PLACES[0]), ("Cat", PLACES[1])), labeled("b", ("Cat", PLACES[0])),
-    classes=("dog", "Cat", "bird"),
+    labeled("a", ("dog", PLACES[0]), ("Cat", PLACES[1])), labeled("b", ("cat ", PLACES[0])),
+    classes=("dog", "Cat", "bird", "traffic_light"),
 )  # fmt: skip
 
 
@@ -234,8 +234,9 @@ DATA = data(
         pytest.param({"dog": ()}, {"dog": ("dog",)}, {"Cat": 2}, id="others are ignored"),
         pytest.param({"cat": ("kitten",)}, {"Cat": ("kitten",)}, {"dog": 1}, id="in any case"),
         pytest.param(
-            {"bird": ("bird",), "dog": ()}, {"bird": ("bird",), "dog": ("dog",)}, {"Cat": 2},
-            id="a class without objects",
+            {"traffic_light": (), "dog": ("hound",)},
+            {"traffic_light": ("traffic light",), "dog": ("hound",)}, {"Cat": 2},
+            id="a class without objects, by its name in words",
         ),
     ],
 )  # fmt: skip
@@ -246,7 +247,7 @@ def test_which_classes_are_tuned(named, prompts, ignored):
 @pytest.mark.parametrize(
     ("source", "named", "message"),
     [
-        (DATA, {"dgo": ()}, "are dog, Cat, bird, and 'dgo' is none of them"),
+        (DATA, {"dgo": ()}, "Unknown class 'dgo'. Did you mean 'dog'. Known: dog, Cat, bird"),
         (DATA, {"bird": ()}, "there is none of bird"),
         (data(labeled("a")), {}, "'labels' has none; label some first"),
     ],
