@@ -241,6 +241,7 @@ def _say_left_out(what: str, left_out: Sequence[LeftOut]) -> None:
 def _show(tuned: Tuned) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     # A row is one line, also where the terminal has to break it.
     wide = Console(file=OUT.file, width=max(OUT.width, _WIDTH), highlight=False, soft_wrap=True)
@@ -252,10 +253,11 @@ def _show(tuned: Tuned) -> None:
         markup=False,
     )
     for report in tuned.classes:
-        table = Table(title=f"{report.name}: {report.num_objects} objects", title_justify="left")
+        title = Text(f"{report.name}: {report.num_objects} objects")
+        table = Table(title=title, title_justify="left")
         table.add_column("prompts", overflow="fold")
-        for title in ("precision", "recall", "F1", "F1 untuned"):
-            table.add_column(title, no_wrap=True)
+        for figure in ("precision", "recall", "F1", "F1 untuned"):
+            table.add_column(figure, no_wrap=True)
         for one in report.compared:
             table.add_row(*_cells("; ".join(one.prompts), one))
         table.add_section()
@@ -265,8 +267,8 @@ def _show(tuned: Tuned) -> None:
         for note in report.notes:
             complain(f"{report.name}: {note}")
     table = Table(title="tiling and NMS, on the images they were chosen on", title_justify="left")
-    for title in ("tiling", "NMS", "mean of the classes"):
-        table.add_column(title)
+    for column in ("tiling", "NMS", "mean of the classes"):
+        table.add_column(column)
     for option in tuned.options:
         own = "off" if option.nms is None else f"{option.nms:g}"
         table.add_row(

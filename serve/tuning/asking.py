@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from florence2.budget import open_pixels
+from florence2.engine.encoding import EncodedImage
+from florence2.engine.engine import Encoded
 from florence2.engine.scheduler import Priority
 from florence2.errors import DeviceLostError, FlorenceError, NoRoomError, RequestError
 from florence2.images import open_image
@@ -102,19 +104,18 @@ _OfImage = tuple[dict[tuple[int, str, str], tuple[Found, ...]], int]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Viewed:
-    """An open image with all views of all tilings, and those of each; or why there is none."""
+    """An open image with all views of all tilings, or why there is none; and those of each."""
 
     labeled: LabeledImage
-    image: OpenImage | None = None
+    image: OpenImage | Failure
     of_tilings: tuple[tuple[View, ...], ...] = ()
-    failure: Failure | None = None
 
     @property
     def num_pixels(self) -> int:
-        return 0 if self.image is None else self.image.num_pixels
+        return 0 if isinstance(self.image, Failure) else self.image.num_pixels
 
     def close(self) -> None:
-        if self.image is not None:
+        if isinstance(self.image, OpenImage):
             self.image.close()
 
 
@@ -129,15 +130,16 @@ def _batch_answers(
         except NoRoomError:
             raise
         except FlorenceError as error:
-            return _Viewed(labeled, failure=Failure(error.code, str(error)))
+            return _Viewed(labeled, Failure(error.code, str(error)))
         try:
             of_tilings = tuple(views_of(picture, None, tiling) for tiling in plan.tilings)
         except FlorenceError as error:
             picture.close()
-            return _Viewed(labeled, failure=Failure(error.code, str(error)))
+            return _Viewed(labeled, Failure(error.code, str(error)))
         views = tuple({view.box_xyxy: view for own in of_tilings for view in own}.values())
         pictures = tuple(view.picture for view in views)
-        image = OpenImage(picture, views, pictures, questions_of(plan.settings), plan.settings)
+        questions = questions_of(plan.settings)
+        image = OpenImage(picture, views, pictures, questions, plan.settings)
         return _Viewed(labeled, image, of_tilings)
 
     with closing(in_parts(batch, open_one)) as parts:
@@ -148,27 +150,35 @@ def _batch_answers(
 def _part_answers(
     predictor: Predictor, part: Sequence[_Viewed]
 ) -> Iterator[tuple[LabeledImage, _OfImage | Failure]]:
-    views = [view for one in part if one.image is not None for view in one.image.views]
-    encoded = iter(predictor.encode([view.picture for view in views]) if views else ())
-    images: list[OpenImage] = []
-    asked: list[_Viewed] = []
+    opened = [one.image for one in part if isinstance(one.image, OpenImage)]
+    pictures = [view.picture for image in opened for view in image.views]
+    encoded = iter(predictor.encode(pictures) if pictures else ())
+    asked: list[tuple[_Viewed, OpenImage]] = []
     for one in part:
-        if one.image is None:
-            yield one.labeled, one.failure or Failure("internal", "The image could not be read.")
-            continue
-        pictures = [next(encoded) for _ in one.image.views]
-        problem = next((seen for seen in pictures if isinstance(seen, FlorenceError)), None)
-        if isinstance(problem, DeviceLostError):
-            raise problem
-        if problem is not None:
-            yield one.labeled, Failure(problem.code, str(problem))
-            continue
-        good = tuple(seen for seen in pictures if not isinstance(seen, FlorenceError))
-        images.append(replace(one.image, pictures=good))
-        asked.append(one)
-    answers = predictor.answers(images, Call(Priority.BULK)) if images else []
-    for one, image, own in zip(asked, images, answers, strict=True):
+        image = one.image
+        if isinstance(image, OpenImage):
+            image = _encoded(image, [next(encoded) for _ in image.views])
+        if isinstance(image, Failure):
+            yield one.labeled, image
+        else:
+            asked.append((one, image))
+    if not asked:
+        return
+    answers = predictor.answers([image for _, image in asked], Call(Priority.BULK))
+    for (one, image), own in zip(asked, answers, strict=True):
         yield one.labeled, _of_image(one, image, own)
+
+
+def _encoded(image: OpenImage, encoded: Sequence[Encoded]) -> OpenImage | Failure:
+    """The image with its views as the model sees them, or why one of them cannot be seen."""
+    pictures: list[EncodedImage] = []
+    for one in encoded:
+        if isinstance(one, DeviceLostError):
+            raise one
+        if isinstance(one, FlorenceError):
+            return Failure(one.code, str(one))
+        pictures.append(one)
+    return replace(image, pictures=tuple(pictures))
 
 
 def _of_image(
