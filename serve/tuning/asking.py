@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -90,8 +90,10 @@ def _batch_size(images: Sequence[LabeledImage], plan: TuningPlan) -> int:
     for image in images[:BATCH]:
         views = 1
         for tiling in plan.tilings:
-            if tiling is not None:
-                views += len(plan_tiles(image.size_wh, tiling.size_wh, tiling.overlap_wh))
+            # An image of too many tiles fails when its turn comes.
+            with suppress(RequestError):
+                if tiling is not None:
+                    views += len(plan_tiles(image.size_wh, tiling.size_wh, tiling.overlap_wh))
         asks += prompts * views
         if size and asks > _MAX_ASKS:
             break

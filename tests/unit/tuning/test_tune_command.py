@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import yaml
 
 from florence2 import Florence2
 from florence2.engine.scheduler import Scheduler
+from florence2.errors import RequestError
 from florence2_demo.labeled_scenes import write_labeled_scenes
 from serve.cli.loading import OneModel
 from serve.cli.main import main
@@ -115,6 +117,20 @@ def test_every_view_is_encoded_once_however_many_prompts(models, scenes, monkeyp
         (tiling, name, text)
         for tiling in range(3) for name, texts in prompts.items() for text in texts
     }  # fmt: skip
+
+
+def test_an_image_that_cannot_be_asked_about_is_named_and_the_others_are_asked(models, scenes):
+    images = list(open_labeled(scenes).images[:4])
+    images[1] = replace(images[1], path=images[1].path.with_name("gone.png"))
+    plan = TuningPlan({"moon": ("moon",)}, GROUNDING)
+    answers = ask_all(Predictor(models), images, plan)
+    assert [one.name for one in answers.failed] == [images[1].name]
+    assert "gone.png" in answers.failed[0].reason
+    assert answers.images == [images[0], *images[2:]]
+    assert [len(found) for found in answers.found.values()] == [3]
+    windows = replace(plan, tilings=(None, Tiling((32, 32), (31, 31))))
+    with pytest.raises(RequestError, match="at most 1024 tiles"):
+        ask_all(Predictor(models), images[:1], windows)
 
 
 def test_ctrl_c_says_what_is_known_so_far_and_writes_nothing(run, scenes, tmp_path, capsys):
