@@ -171,22 +171,11 @@ def _check_out(out: Path, *, overwrite: bool) -> None:
 
 
 def _named(classes: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """``dog="dog; puppy"`` as {"dog": ("dog", "puppy")}; no prompts for ``dog`` alone."""
-    from serve.naming import clean_class_name
-    from serve.settings import split_phrases
+    """Prompts by class; a class that is asked for by its name has none of its own."""
+    from serve.labeling.settings import read_classes
 
-    named: dict[str, tuple[str, ...]] = {}
-    for entry in classes:
-        name, separator, text = entry.partition("=")
-        if not name.strip() or (separator and not text.strip()):
-            raise RequestError(
-                f'A class is written NAME or NAME="prompt; prompt", and {entry!r} is neither; '
-                'write for example --class dog="dog; puppy".'
-            )
-        name = clean_class_name(name)
-        prompts = tuple(split_phrases(text)) if separator else ()
-        named[name] = tuple(dict.fromkeys((*named.get(name, ()), *prompts)))
-    return named
+    named = read_classes(classes, by_semicolon=True)
+    return {name: () if prompts == (name,) else prompts for name, prompts in named.items()}
 
 
 def _nms(listed: str) -> tuple[float | None, ...]:

@@ -10,7 +10,7 @@ from typing import Final
 import numpy as np
 
 from florence2.evaluation.calibration import Curve, calibrated, calibration_curve
-from florence2.evaluation.detection import ImageBoxes, Ranking, rankings
+from florence2.evaluation.detection import ImageBoxes, Ranking, ranking
 from florence2.evaluation.metrics import Floats, resamplings
 from florence2.evaluation.operating_points import Counts, counts_at, simplest
 from florence2.labeled.records import LabeledImage
@@ -80,15 +80,7 @@ class Comparison:
             scores = tuple(known_score(item.score) for item in kept)
             labels, true_labels = (name,) * len(boxes), (name,) * len(truth)
             images.append(ImageBoxes(boxes, labels, scores, truth, true_labels))
-        found = rankings(images, (self._plan.iou,))
-        if found:
-            return found[0]
-        # There is none of it in any image: whatever is found is wrong.
-        numbers = np.repeat(np.arange(len(images)), [len(image.boxes) for image in images])
-        flat = np.array([score for image in images for score in image.scores], np.float64)
-        order = np.argsort(-flat, kind="stable")
-        wrong = np.zeros((1, len(flat)), bool)
-        return Ranking(flat[order], wrong, numbers[order], np.zeros(len(images)))
+        return ranking(images, name, (self._plan.iou,))
 
     def choose(self, weights: Floats) -> tuple[Choice, list[Floats]]:
         """What is best on the images with a weight [S], and every option's mean values [1 + R]."""

@@ -155,8 +155,8 @@ def test_ctrl_c_says_what_is_known_so_far_and_writes_nothing(run, scenes, tmp_pa
     ("words", "message"),
     [
         (["--class", "mon"], "Unknown class 'mon'. Did you mean 'moon'?"),
-        (["--class", "=moon"], 'A class is written NAME or NAME="prompt; prompt"'),
-        (["--class", "moon="], "'moon=' is neither"),
+        (["--class", "=moon"], "'=moon' is neither"),
+        (["--class", "moon=star", "--class", "tree=star"], "A prompt belongs to one class"),
         (["--class", "moon", "--optimise", "map"], "f1, precision or recall@P"),
         (["--class", "moon", "--nms", "2"], "nms_threshold is a number from 0 to 1, or off"),
         (["--class", "moon", "--nms", ","], "--nms names thresholds"),
