@@ -26,6 +26,7 @@ COMMANDS: Final = (
     "convert",
     "benchmark",
     "evaluate",
+    "tune",
     "train",
     "upload_model",
 )

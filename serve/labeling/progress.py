@@ -35,7 +35,7 @@ class _RateColumn(ProgressColumn):
 
 
 @contextmanager
-def progress_bar(total: int) -> Iterator[Callable[[int], None]]:
+def progress_bar(total: int, doing: str = "Labeling") -> Iterator[Callable[[int], None]]:
     """A bar with rate and time left; without a terminal, a line every half minute.
 
     What it gives is told how many images were done since it was last told.
@@ -44,7 +44,7 @@ def progress_bar(total: int) -> Iterator[Callable[[int], None]]:
         yield _Lines(total)
         return
     columns = (
-        TextColumn("Labeling"),
+        TextColumn(doing),
         BarColumn(),
         MofNCompleteColumn(),
         _RateColumn(),

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
+import numpy as np
+
 from florence2.engine.ask import regions_of
 from florence2.records import Box, Polygon, Quad, Region, Result, SizeWh, Text
 from florence2.tasks import TaskInput, find_task
@@ -29,6 +31,7 @@ from serve.predict.geometry import (
     distinct,
     drawable_rings,
     is_finite,
+    known_score,
     mask_of_rings,
     outer_box,
     rectangle_tlbr_from_box_xyxy,
@@ -42,8 +45,10 @@ __all__ = [
     "SAME_OBJECT_IOU",
     "TAG_METAS",
     "Answered",
+    "Found",
     "LabelRules",
     "annotation_from_answers",
+    "each_once",
     "wanted_in",
 ]
 
@@ -66,10 +71,12 @@ class Answered:
 class LabelRules:
     """Which objects become labels, of which class and shape.
 
-    ``classes`` maps ``phrase_key`` of a label to a class. An object goes when its score is below
-    the threshold of its class (``class_thresholds``, else ``threshold``), when ``whitelist`` lacks
-    its class, or when its box covers more than ``max_box_area`` of the image. Names are compared
-    cleaned, in any case, without ``class_suffix``; a whitelist may have them with it too.
+    ``classes`` maps ``phrase_key`` of a label to a class. ``calibration`` has, for some classes,
+    pairs of a raw score and the score that takes its place, straight lines between them. An object
+    goes when its score is below the threshold of its class (``class_thresholds``, else
+    ``threshold``), when ``whitelist`` lacks its class, or when its box covers more than
+    ``max_box_area`` of the image. Names are compared cleaned, in any case, without
+    ``class_suffix``; a whitelist may have them with it too.
     ``nms_threshold`` and ``containment_threshold``: see ``serve.predict.geometry``; None is off.
     ``fixed_shapes`` are the classes whose shape the readers of the annotation already know.
     """
@@ -77,6 +84,7 @@ class LabelRules:
     classes: Mapping[str, str] = field(default_factory=dict)
     threshold: float = 0.0
     class_thresholds: Mapping[str, float] = field(default_factory=dict)
+    calibration: Mapping[str, Sequence[tuple[float, float]]] = field(default_factory=dict)
     whitelist: frozenset[str] | None = None
     class_suffix: str = ""
     geometry: Literal["polygon", "bitmap"] = "polygon"
@@ -90,12 +98,22 @@ class LabelRules:
     def __post_init__(self) -> None:
         thresholds = {_key(name): value for name, value in self.class_thresholds.items()}
         object.__setattr__(self, "class_thresholds", thresholds)
+        curves = {_key(name): curve for name, curve in self.calibration.items()}
+        object.__setattr__(self, "calibration", curves)
         object.__setattr__(self, "class_suffix", clean_suffix(self.class_suffix))
         if self.whitelist is not None:
             object.__setattr__(self, "whitelist", frozenset(map(_key, self.whitelist)))
 
     def threshold_of(self, class_name: str) -> float:
         return self.class_thresholds.get(_key(class_name), self.threshold)
+
+    def calibrated(self, score: float | None, class_name: str) -> float | None:
+        """The score that counts for one that the model gave to an object of a class."""
+        curve = self.calibration.get(_key(class_name))
+        if curve is None or score is None or not math.isfinite(score):
+            return score
+        raw, right = zip(*curve, strict=True)
+        return float(np.interp(score, raw, right))
 
     def wants(self, class_name: str, shape: str) -> bool:
         """Whether the whitelist has the class, as it is called or as its labels will be."""
@@ -174,7 +192,8 @@ class Found:
     """One located object.
 
     ``subject`` is what it was called, where its class says less. ``asked`` says that the user
-    pointed at the region, so that no other object makes it superfluous.
+    pointed at the region, so that no other object makes it superfluous. Where its class has a
+    calibration, the shape's score is a calibrated one, and ``raw_score`` the model's.
     """
 
     shape: Located
@@ -182,10 +201,16 @@ class Found:
     tags: tuple[tuple[str, str], ...] = ()
     subject: str = ""
     asked: bool = False
+    raw_score: float | None = None
 
     @property
     def score(self) -> float | None:
         return self.shape.score
+
+    @property
+    def model_score(self) -> float | None:
+        """As the model gave it."""
+        return self.shape.score if self.raw_score is None else self.raw_score
 
 
 def found_in(answered: Answered, rules: LabelRules) -> list[Found]:
@@ -204,7 +229,16 @@ def found_in(answered: Answered, rules: LabelRules) -> list[Found]:
             for shape in result.objects
             if not isinstance(shape, Text)
         ]
+    if rules.calibration:
+        found = [_calibrated(item, rules) for item in found]
     return [replace(item, asked=True) for item in found] if asked else found
+
+
+def _calibrated(item: Found, rules: LabelRules) -> Found:
+    score = rules.calibrated(item.score, item.class_name)
+    if score is None or math.isnan(score) or score == item.score:
+        return item
+    return replace(item, shape=replace(item.shape, score=score), raw_score=item.score)
 
 
 def _found(shape: Located, token: str, answered: Answered, rules: LabelRules) -> Found:
@@ -296,7 +330,7 @@ def _owners(result: Result, finder: Result | None) -> list[Located | None]:
 
 def annotation_from_answers(
     answers: Sequence[Answered], rules: LabelRules, size_wh: SizeWh
-) -> tuple[sly.Annotation, tuple[Located | None, ...]]:
+) -> tuple[sly.Annotation, tuple[Found | None, ...]]:
     """One ``sly.Annotation`` of everything that was answered about one image.
 
     Beside it, for each of its labels, what the model located there; None for one that the SDK
@@ -305,7 +339,7 @@ def annotation_from_answers(
     found = [item for answered in answers for item in wanted_in(answered, rules, size_wh)]
     drawn = [
         (item, shapes)
-        for item in _distinct(found, rules)
+        for item in each_once(found, rules)
         if (shapes := _geometries(item.shape, rules, size_wh))
     ]
     titles = class_titles(
@@ -314,12 +348,12 @@ def annotation_from_answers(
         rules.fixed_shapes,
     )
     labels = []
-    located: dict[int, Located] = {}
+    located: dict[int, Found] = {}
     for number, (item, shapes) in enumerate(drawn):
         title = titles[item.class_name, _shape_name(item.shape, rules)]
         of_item = _labels(item, shapes, title, f"object-{number}")
         labels += of_item
-        located |= dict.fromkeys(map(id, of_item), item.shape)
+        located |= dict.fromkeys(map(id, of_item), item)
     tags = image_tags(answered.result for answered in answers)
     annotation = sly.Annotation((size_wh[1], size_wh[0]), labels, img_tags=tags)
     return annotation, tuple(located.get(id(label)) for label in annotation.labels)
@@ -343,14 +377,17 @@ def _is_wanted(item: Found, rules: LabelRules, size_wh: SizeWh) -> bool:
     return item.asked or area_share(box, size_wh) <= rules.max_box_area
 
 
-def _distinct(found: list[Found], rules: LabelRules) -> list[Found]:
+def each_once(found: Sequence[Found], rules: LabelRules) -> list[Found]:
+    """What was found in an image, in order, and of several finds on one object the surest."""
+    # Of two that a calibration makes equal, the one that the model was surer of stays.
+    order = sorted(range(len(found)), key=lambda number: -known_score(found[number].model_score))
     kept = distinct(
-        [_find(item, number) for number, item in enumerate(found)],
+        [_find(found[number], number) for number in order],
         iou=rules.nms_threshold,
         containment_share=rules.containment_threshold,
         across_classes=rules.across_classes,
     )
-    return [found[number] for number in kept]
+    return [found[number] for number in sorted(order[place] for place in kept)]
 
 
 def _find(item: Found, number: int) -> Find:

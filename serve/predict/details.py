@@ -10,7 +10,7 @@ from typing import Any, Final
 from florence2.records import AnswerToken, Result, Text, Timings, TokenKind
 from florence2.tasks import find_task
 from serve.naming import clean_text
-from serve.predict.annotations import IMAGE_TEXT_TAGS, Answered
+from serve.predict.annotations import IMAGE_TEXT_TAGS, Answered, Found
 from serve.predict.predictor import Predicted
 
 _DIGITS: Final = 6
@@ -22,7 +22,8 @@ def details_of(predicted: Predicted) -> dict[str, Any]:
     - ``seconds`` of ``vision``, ``prompt`` and ``decode``, of the batches it was part of;
     - ``is_image_encoded_before``: its features were there, so there was no vision stage;
     - ``answers``: what the model generated, in the order of the questions and their steps;
-    - ``objects``: for each of the annotation's the exact score and the tokens that spell it;
+    - ``objects``: for each of the annotation's the exact score and the tokens that spell it, and
+      the ``raw_score`` of the model where a calibration made another one of it;
     - ``texts``: the same for the tags of the image.
 
     A ``probability`` is the model's for this very token, and ``near_probability`` that of its
@@ -35,8 +36,7 @@ def details_of(predicted: Predicted) -> dict[str, Any]:
         "is_image_encoded_before": timings_s.vision == 0.0,
         "answers": [answer for one in predicted.answered for answer in _answers(one)],
         "objects": [
-            _spelled(located.score, located.tokens) if located else _spelled(None, ())
-            for located in predicted.located
+            _object(located) if located else _spelled(None, ()) for located in predicted.located
         ],
         "texts": [text for result in predicted.results for text in _texts(result)],
     }
@@ -89,6 +89,11 @@ def _texts(result: Result) -> list[dict[str, Any]]:
         for found in first.objects
         if isinstance(found, Text)
     ]
+
+
+def _object(found: Found) -> dict[str, Any]:
+    spelled = _spelled(found.score, found.shape.tokens)
+    return spelled if found.raw_score is None else {**spelled, "raw_score": found.raw_score}
 
 
 def _spelled(score: float | None, tokens: Sequence[AnswerToken]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any, Final, Literal, Protocol, TypeVar
 from florence2.budget import WAIT_S, Budget, Hold, open_pixels
 from florence2.engine.ask import Ask
 from florence2.engine.encoding import AnyImage, EncodedImage, Preparer
+from florence2.engine.engine import Encoded
 from florence2.engine.scheduler import Priority
 from florence2.errors import (
     DeadlineError,
@@ -30,7 +31,13 @@ from florence2.tasks import TaskInput, parse_steps
 from serve.model_service import Deployed
 from serve.naming import FIXED_SHAPES
 from serve.platform.reference import resolve_reference
-from serve.predict.annotations import Answered, LabelRules, annotation_from_answers, wanted_in
+from serve.predict.annotations import (
+    Answered,
+    Found,
+    LabelRules,
+    annotation_from_answers,
+    wanted_in,
+)
 from serve.predict.full_queue import QUEUE_LIMIT_S, when_queue_has_room
 from serve.predict.geometry import Located
 from serve.predict.tiling import TileResult, View, can_tile, merge_tiles, moved, views_of
@@ -191,6 +198,7 @@ def rules_of(settings: Settings, fixed_shapes: Mapping[str, str] = FIXED_SHAPES)
         classes=settings.classes_by_phrase,
         threshold=settings.confidence_threshold,
         class_thresholds=settings.class_thresholds,
+        calibration=settings.calibration,
         whitelist=None if settings.classes is None else frozenset(settings.classes),
         class_suffix=settings.class_suffix,
         geometry=settings.geometry,
@@ -234,7 +242,7 @@ class Predicted:
     notes: tuple[str, ...] = ()
     timings_s: Timings = field(default_factory=Timings)
     answered: tuple[Answered, ...] = ()
-    located: tuple[Located | None, ...] = ()
+    located: tuple[Found | None, ...] = ()
 
     @property
     def results(self) -> tuple[Result, ...]:
@@ -283,7 +291,7 @@ class OpenImage:
 
     picture: LoadedImage
     views: tuple[View, ...]
-    pictures: tuple[LoadedImage | PreparedImage, ...]
+    pictures: tuple[LoadedImage | PreparedImage | EncodedImage, ...]
     questions: tuple[Question, ...]
     settings: Settings
     is_ours: bool = True
@@ -460,6 +468,15 @@ class Predictor:
             picture.close()
             raise
 
+    def encode(self, pictures: Sequence[LoadedImage]) -> list[Encoded]:
+        """What pictures look like to the model, in order, each looked at once.
+
+        For more questions about them than one batch has; why one cannot be seen is in its place.
+        """
+        deployed = self._models.current
+        self._models.wake()
+        return deployed.scheduler.call(partial(deployed.model.engine.encode, pictures))
+
     def answers(self, images: Sequence[OpenImage], call: Call) -> list[list[Result | Failure]]:
         """The model's answers to all asks of each image; closing the images is the caller's."""
         asks = [ask for image in images for ask in image.asks()]
@@ -501,7 +518,9 @@ class Predictor:
         per_view = len(image.views)
         rules = rules_of(image.settings, self._fixed_shapes)
         answered = [
-            _answered(image, question, rules, results[place * per_view : (place + 1) * per_view])
+            joined_answer(
+                image, question, rules, results[place * per_view : (place + 1) * per_view]
+            )
             for place, question in enumerate(image.questions)
         ]
         annotation, located = annotation_from_answers(answered, rules, image.picture.size_wh)
@@ -574,9 +593,10 @@ def _ready(
     return OpenImage(picture, views, pictures, questions_of(settings), settings, is_ours)
 
 
-def _answered(
+def joined_answer(
     image: OpenImage, question: Question, rules: LabelRules, results: Sequence[Result]
 ) -> Answered:
+    """What all views of an image, of which each has a result, say to one question."""
     size_wh = image.picture.size_wh
     placed = [
         moved(result, view.offset_xy, size_wh)

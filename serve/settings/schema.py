@@ -150,6 +150,10 @@ class Settings(_Keys):
     """Objects with a lower confidence are left out."""
     class_thresholds: values.Thresholds = _key({}, "mapping")
     """Other confidence thresholds for single classes, such as {dog: 0.4, car: 0.2}."""
+    calibration: values.Calibration = _key({}, "mapping")
+    """For single classes, how many of the objects with a raw score are right, as pairs, such as
+    {dog: [[0.2, 0.1], [0.7, 0.9]]}: what comes of it is the confidence, which thresholds are about;
+    florence2 tune measures it."""
     nms_threshold: ShareOrOff = _key(0.7, "0 to 1, or off", "iou", "iou_threshold")
     """Two boxes of a class with this IoU or more are one object, and the one with the higher
     confidence stays; off: both stay."""
@@ -309,6 +313,7 @@ def parse_settings(raw: Mapping[str, object] | None) -> Settings:
         }
     )
     _check_inputs(settings)
+    _check_calibration(settings)
     return settings
 
 
@@ -463,6 +468,23 @@ def _check_inputs(settings: Settings) -> None:
             f"{first.token} takes no region and got some; leave out the regions, or use "
             "rectangle to look at a part of the image."
         )
+
+
+def _check_calibration(settings: Settings) -> None:
+    """RequestError for a class that no answer will have.
+
+    Whoever picks a reference keeps the settings for everything else.
+    """
+    if settings.steps[0].takes is not TaskInput.TEXT or settings.reference is not None:
+        return
+    asked = dict.fromkeys(settings.classes_by_phrase.values())
+    known = {name.casefold() for name in asked}
+    for name in settings.calibration:
+        if name.casefold() not in known:
+            raise RequestError(
+                f"calibration is about classes that are asked for, and {name!r} is none of "
+                f"{shown(list(asked))}; leave it out, or give {name!r} a prompt in mapping."
+            )
 
 
 def raw_settings(settings: Settings) -> dict[str, object]:

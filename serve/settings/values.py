@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated, Any, Final, Literal
 
 import yaml
@@ -342,6 +343,40 @@ def _read_thresholds(value: object) -> dict[str, float]:
     return read
 
 
+Curve = tuple[tuple[float, float], ...]
+"""Pairs of a raw score and the share of such objects that are right, straight lines between."""
+
+
+def _read_calibration(value: object) -> dict[str, Curve]:
+    """A curve by class."""
+    read: dict[str, Curve] = {}
+    by_key: dict[str, Curve] = {}
+    for key, entry in read_table(value, "{dog: [[0.2, 0.1], [0.7, 0.9]]}").items():
+        name = read_class_name(key)
+        read[name] = curve = _read_curve(entry, f"The curve of {name!r} in ")
+        if by_key.setdefault(name.casefold(), curve) != curve:
+            raise RuleError(f" has two for {name!r}; keep one of them.", "A class has one curve, ")
+    check_count(len(read), MAX_LISTED, "classes", "list fewer")
+    return read
+
+
+def _read_curve(value: object, before: str) -> Curve:
+    pairs = value if isinstance(value, list | tuple) else ()
+    check_count(len(pairs), MAX_LISTED, "pairs", "use fewer", before)
+    try:
+        curve = tuple((_SHARE.validate_python(x), _SHARE.validate_python(y)) for x, y in pairs)
+    except (TypeError, ValueError):
+        curve = ()
+    steps = list(pairwise(curve))
+    if not curve or any(x >= next_x or y > next_y for (x, y), (next_x, next_y) in steps):
+        says = (
+            "a list of pairs [raw score, share that is right] from 0 to 1, in which raw scores "
+            "rise and shares do not fall"
+        )
+        raise refused(says, value, "[[0.2, 0.1], [0.7, 0.9]]", before)
+    return curve
+
+
 def _read_box(value: object) -> BoxXyxy:
     """(left, top, right, bottom) from [x1, y1, x2, y2], "x1,y1,x2,y2", or an SDK rectangle.
 
@@ -457,6 +492,7 @@ TaskPrompt = Annotated[str, BeforeValidator(_read_task)]
 Classes = Annotated[tuple[str, ...] | None, BeforeValidator(_read_classes)]
 Confidence = Annotated[Share, BeforeValidator(_read_confidence)]
 Thresholds = Annotated[dict[str, float], BeforeValidator(_read_thresholds)]
+Calibration = Annotated[dict[str, Curve], BeforeValidator(_read_calibration)]
 Suffix = Annotated[str, BeforeValidator(_read_suffix)]
 Rectangle = Annotated[BoxXyxy, BeforeValidator(_read_box)]
 Regions = Annotated[tuple[BoxXyxy, ...], BeforeValidator(_read_boxes)]

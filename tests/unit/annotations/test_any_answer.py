@@ -67,6 +67,7 @@ rules = st.builds(
     st.dictionaries(name, name, max_size=3),
     share,
     st.dictionaries(name, share, max_size=3),
+    st.dictionaries(name, st.tuples(st.tuples(share, share)), max_size=3),
     st.none() | st.frozensets(name, max_size=4),
     st.text(max_size=60),
     st.sampled_from(["polygon", "bitmap"]),

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from florence2.records import Box, Polygon, Quad, Region, Result, Text
@@ -32,6 +34,10 @@ def detected(*objects):
 TWO = detected(Box(BOX, "cat", 0.4), Box(BOX, "dog", 0.6))
 
 
+# Half of what a score is, and all the same above 0.6.
+CURVE = {"Cat": ((0.0, 0.0), (0.6, 0.3))}
+
+
 @pytest.mark.parametrize(
     ("answer", "rules", "names"),
     [
@@ -42,6 +48,19 @@ TWO = detected(Box(BOX, "cat", 0.4), Box(BOX, "dog", 0.6))
         ),
         pytest.param(
             TWO, {"class_thresholds": {" dog\n": 0.7}}, ["cat"], id="or higher, by the clean name"
+        ),
+        pytest.param(
+            TWO, {"calibration": CURVE, "threshold": 0.3}, ["dog"],
+            id="a threshold is about the calibrated score",
+        ),
+        pytest.param(
+            TWO, {"calibration": CURVE, "class_thresholds": {"cat": 0.2}}, ["cat", "dog"],
+            id="so is that of a class",
+        ),
+        pytest.param(
+            detected(Box(BOX, "cat", 0.9), Box(NEAR, "dog", 0.5)),
+            {"calibration": CURVE, "across_classes": True}, ["dog"],
+            id="of two classes the surer by the calibration",
         ),
         pytest.param(TWO, {"whitelist": frozenset({" cat "})}, ["cat"], id="whitelist, cleaned"),
         pytest.param(TWO, {"whitelist": frozenset({"Cat"})}, ["cat"], id="whitelist in any case"),
@@ -131,6 +150,35 @@ TWO = detected(Box(BOX, "cat", 0.4), Box(BOX, "dog", 0.6))
 )  # fmt: skip
 def test_which_objects_become_labels_and_of_which_class(answer, rules, names):
     assert classes(answer, **rules) == names
+
+
+@pytest.mark.parametrize(
+    ("score", "curve", "confidence", "raw_score"),
+    [
+        (0.4, CURVE["Cat"], 0.2, 0.4),
+        (0.9, CURVE["Cat"], 0.3, 0.9),
+        (0.1, ((0.5, 0.25), (0.9, 0.8)), 0.25, 0.1),
+        (0.7, ((0.5, 0.25), (0.9, 0.8)), 0.525, 0.7),
+        (0.4, ((0.0, 0.0), (1.0, 1.0)), 0.4, None),
+        (math.nan, CURVE["Cat"], None, None),
+        (None, CURVE["Cat"], None, None),
+    ],
+)
+def test_a_confidence_is_the_calibrated_score_and_the_models_is_kept(
+    score, curve, confidence, raw_score
+):
+    answer = Answered(detected(Box(BOX, "cat", score)))
+    rules = LabelRules(calibration={"cat": curve})
+    annotation, [found] = annotation_from_answers([answer], rules, SIZE)
+    tag = annotation.labels[0].tags.get("confidence")
+    assert (tag.value if tag else None) == (confidence and pytest.approx(confidence))
+    assert found.raw_score == raw_score
+
+
+def test_of_two_that_a_calibration_makes_equal_the_models_own_score_decides():
+    answer = detected(Box(NEAR, "cat", 0.7), Box(BOX, "cat", 0.9))
+    (label,) = build(answer, calibration=CURVE).labels
+    assert label.geometry.bottom == 49
 
 
 def test_two_regions_that_were_asked_about_both_have_their_label():

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from florence2.records import Box, Result, Text, Timings
-from serve.predict.annotations import Answered
+from serve.predict.annotations import Answered, Found
 from serve.predict.details import details_of
 from serve.predict.predictor import Predicted
 from serve.sdk import sly
@@ -73,6 +73,7 @@ def test_every_label_has_its_exact_score_and_its_tokens(details, settings):
         {},
         {"nms_threshold": 0.3, "nms_across_classes": True},
         {"containment_threshold": 0.5},
+        {"nms_threshold": 0.3, "calibration": {"house": [[0.5, 0.3], [0.9, 0.7]]}},
         {"nms_threshold": "off", "max_box_area": 0.2},
         {"task_prompt": "<DENSE_REGION_CAPTION>"},
         {"task_prompt": STAR, "mapping": {"round": ["ball", "moon"], "house": ["house", "box"]}},
@@ -96,6 +97,20 @@ def test_a_threshold_leaves_what_is_left_of_an_answer_without_one(predictor, ima
         for threshold in (0.2, 0.4, 0.6, 0.8, 0.95):
             left = [one for one in everything if one[-1] >= threshold]
             assert labels(name, confidence_threshold=threshold) == left
+
+
+def test_a_calibrated_score_has_the_models_own_beside_it(details):
+    task = {"task_prompt": STAR, "mapping": {"sky": "star", "plant": "tree"}}
+    plain = details(**task)[1]["objects"]
+    predicted, found = details(**task, calibration={"sky": [[0.0, 0.1], [1.0, 0.6]]})
+    for label, before, after in zip(
+        predicted.annotation.labels, plain, found["objects"], strict=True
+    ):
+        if label.obj_class.name == "plant":
+            assert after == before
+        else:
+            assert after["score"] == pytest.approx(0.1 + before["score"] / 2)
+            assert after == {**before, "score": after["score"], "raw_score": before["score"]}
 
 
 def test_a_score_is_made_of_the_probabilities_that_are_told(details):
@@ -184,7 +199,9 @@ def test_steps_follow_each_other_and_the_regions_of_one_share_their_batch():
 def test_what_is_unknown_is_null():
     box = Box((0.0, 0.0, 4.0, 4.0), "cat", math.nan)
     result = plain("<CAPTION>", Timings(), Text("a cat", None))
-    predicted = Predicted(sly.Annotation((9, 9)), answered=(Answered(result),), located=(box, None))
+    predicted = Predicted(
+        sly.Annotation((9, 9)), answered=(Answered(result),), located=(Found(box, "cat"), None)
+    )
     told = details_of(replace(predicted))
     assert told["objects"] == [{"score": None, "tokens": []}] * 2
     assert told["texts"] == [{"tag": "caption", "text": "a cat", "score": None, "tokens": []}]

@@ -101,6 +101,9 @@ USUAL = {
     "num_beams": st.integers(1, 32),
     "max_new_tokens": st.integers(1, 4096),
 }
+CURVES = st.dictionaries(SHARES, SHARES, min_size=1, max_size=4).map(
+    lambda pairs: list(zip(sorted(pairs), sorted(pairs.values()), strict=True))
+)
 OWN_NAMES = st.lists(CLASS_NAMES, min_size=1, max_size=4, unique_by=phrase_key).map(dict.fromkeys)
 KINDS = [
     st.fixed_dictionaries({"task": st.sampled_from([task.name for task in TASKS[:6]])}),
@@ -109,6 +112,12 @@ KINDS = [
         {"mapping": st.dictionaries(CLASS_NAMES, PHRASES, min_size=1, max_size=1)}
     ),
     st.fixed_dictionaries({"mapping": OWN_NAMES}),
+    st.fixed_dictionaries(
+        {
+            "mapping": st.just({"cat": None}),
+            "calibration": st.fixed_dictionaries({}, optional={"Cat": CURVES}),
+        }
+    ),
     st.fixed_dictionaries({"mode": st.just("text_prompt"), "text": PHRASES}),
     st.fixed_dictionaries({"regions": st.lists(BOXES, min_size=1, max_size=3)}),
     st.fixed_dictionaries(

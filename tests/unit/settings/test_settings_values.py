@@ -53,6 +53,19 @@ READ = {
         {"conf": 0.2, "class_thresholds": {"dog": 0.4}},
         {"confidence_threshold": 0.2, "class_thresholds": {"dog": 0.4}},
     ),
+    "calibration": (
+        {"calibration": {"dog": [[0.2, 0.1], [0.7, 0.9]], " big  cat ": [["0.5", 1]]}},
+        {"calibration": {"dog": ((0.2, 0.1), (0.7, 0.9)), "big cat": ((0.5, 1.0),)}},
+    ),
+    "calibration as a text": (
+        {"mapping": "dog: puppy", "calibration": "{Dog: [[0, 0.5], [1, 0.5]]}"},
+        {"mapping": {"dog": ("puppy",)}, "calibration": {"Dog": ((0.0, 0.5), (1.0, 0.5))}},
+    ),
+    "calibration of a class that a reference is not": (
+        REFERENCE | {"mapping": {"dog": None}, "calibration": {"dog": [[0.5, 0.5]]}},
+        {"calibration": {"dog": ((0.5, 0.5),)}},
+    ),
+    "no calibration": ({"calibration": None}, {"calibration": {}}),
     "thresholds by mode in a mapping": (
         {"confidence_threshold": {"reference_image": 0.9, "text_prompt": 0.1}},
         {"confidence_threshold": 0.1},
@@ -173,6 +186,19 @@ REFUSED = {
     "two places for a class": (
         {"conf": {"dog": 0.1}, "class_thresholds": {"dog": 0.2}},
         "for 'dog'",
+    ),
+    "curve that falls": ({"calibration": {"dog": [[0.2, 0.5], [0.7, 0.4]]}}, "shares do not fall"),
+    "curve that goes back": ({"calibration": {"dog": [[0.2, 0.1], [0.2, 0.4]]}}, "raw scores rise"),
+    "curve beyond 1": ({"calibration": {"dog": [[0.2, 1.1]]}}, "curve of 'dog' in calibration"),
+    "curve of three": ({"calibration": {"dog": [[0.2, 0.1, 0.3]]}}, "a list of pairs"),
+    "curve of one number": ({"calibration": {"dog": 0.5}}, "0.5 was received"),
+    "curve of nothing": ({"calibration": {"dog": []}}, "[] was received"),
+    "curve without classes": ({"calibration": [[0.2, 0.1]]}, "calibration is a mapping"),
+    "curve too long": ({"calibration": {"dog": [[0, 0]] * 1001}}, "at most 1000 pairs"),
+    "two curves": ({"calibration": {"dog": [[0, 0]], "Dog": [[0, 1]]}}, "two for 'Dog'"),
+    "curve of a class that is not asked for": (
+        {"text": "cat", "calibration": {"dog": [[0.2, 0.1]]}},
+        "'dog' is none of ['cat']; leave it out",
     ),
     "list of numbers": ({"conf": [0.1]}, "a mapping of them"),
     "true is not off": ({"iou": True}, "or off"),
