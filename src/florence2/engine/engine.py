@@ -194,7 +194,7 @@ class Engine:
         )
         # Two folders may have one name, and features of one device mean nothing on another.
         where = f"{runtime.name} {runtime.device} {runtime.precision}"
-        self._key_prefix = f"{checkpoint.folder}@{checkpoint.revision} {where}"
+        self._key_prefix = f"{checkpoint.identity} {where}"
 
     @property
     def image_batch(self) -> int:
