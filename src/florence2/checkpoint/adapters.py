@@ -32,10 +32,41 @@ from florence2.errors import CheckpointError, shown
 
 # What says how an adapter was made and trained, or what its files say by themselves.
 _OF_TRAINING: Final = frozenset(
-    ["auto_mapping", "base_model_name_or_path", "bias", "corda_config", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules", "task_type"]
+    [
+        "auto_mapping",
+        "base_model_name_or_path",
+        "bias",
+        "corda_config",
+        "eva_config",
+        "exclude_modules",
+        "fan_in_fan_out",
+        "inference_mode",
+        "layers_pattern",
+        "layers_to_transform",
+        "loftq_config",
+        "lora_dropout",
+        "lora_ga_config",
+        "megatron_core",
+        "modules_to_save",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "runtime_config",
+        "target_modules",
+        "task_type",
+    ]
 )
 _MERGED: Final = frozenset(
-    ["alpha_pattern", "init_lora_weights", "lora_alpha", "lora_bias", "r", "rank_pattern", "use_rslora"]
+    [
+        "alpha_pattern",
+        "init_lora_weights",
+        "lora_alpha",
+        "lora_bias",
+        "r",
+        "rank_pattern",
+        "use_rslora",
+    ]
 )
 _SHOWN: Final = {
     "use_dora": "DoRA",
@@ -187,8 +218,8 @@ def _changes(
             bias_place = place.removesuffix("weight") + "bias"
             if bias_place not in base or base[bias_place].shape != bias.shape:
                 raise CheckpointError(
-                    f"{adapter.path} adds a bias to {module}, which {adapter.base} has none of that "
-                    "size for; take the base that the adapter was made for."
+                    f"{adapter.path} adds to the bias of {module}, which {adapter.base} does not "
+                    "have; take the base that the adapter was made for."
                 )
             value = _value_in(changes, bias_place)
             changes[bias_place] = _Change(value, bias.float() * scaling)
@@ -219,25 +250,30 @@ def _sorted_parts(
                 raise _twice(adapter, f"{module}.lora_{key}")
             parts[key] = value
             continue
-        for part, what in _UNKNOWN_PARTS.items():
-            if part in name:
-                raise CheckpointError(
-                    f"{adapter.path} holds {name}, {what}, and only LoRA and rsLoRA are merged "
-                    "here; merge it into its base with the library that made it, and load the "
-                    "merged checkpoint."
-                )
+        _check_known(adapter, name)
         plain = _WRAPPED.sub("", name)
         if plain in values:
             raise _twice(adapter, plain)
         values[plain] = value
     for module, parts in halves.items():
-        for half in ("A", "B"):
-            if f"{half}.weight" not in parts:
-                raise CheckpointError(
-                    f"{adapter.path} lacks {module}.lora_{half}.weight, one half of a pair; copy "
-                    "the adapter again, or save it again."
-                )
+        missing = {"A.weight", "B.weight"} - parts.keys()
+        if missing:
+            raise CheckpointError(
+                f"{adapter.path} lacks {module}.lora_{missing.pop()}, one half of a pair; copy the "
+                "adapter again, or save it again."
+            )
     return halves, values
+
+
+def _check_known(adapter: Adapter, name: str) -> None:
+    """CheckpointError for a part of an adapter that is neither LoRA nor a whole weight."""
+    for part, what in _UNKNOWN_PARTS.items():
+        if part in name:
+            raise CheckpointError(
+                f"{adapter.path} holds {name}, {what}, and only LoRA and rsLoRA are merged here; "
+                "merge it into its base with the library that made it, and load the merged "
+                "checkpoint."
+            )
 
 
 def _native_places(

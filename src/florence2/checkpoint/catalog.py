@@ -150,7 +150,7 @@ def resolve_adapter(
     offline: bool | None = None,
     progress: ProgressCallback | None = None,
 ) -> CheckpointFiles:
-    """As ``resolve``, of an adapter alone: its base is at hand. CheckpointError for what is none."""
+    """As ``resolve``, of an adapter whose base is at hand; CheckpointError for what is none."""
     files = _Wanted(cache_dir, offline, progress, "size", False).find(name)
     if not files.is_adapter:
         raise CheckpointError(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from torch import Tensor
 
 from florence2.checkpoint.adapters import Adapter, merged_weights, read_adapter
 from florence2.checkpoint.catalog import Verify, published_name, resolve, resolve_adapter
@@ -39,8 +40,8 @@ _TAKEN_OVER: Final = ("num_beams", "early_stopping", "no_repeat_ngram_size", "le
 class Checkpoint:
     """Everything about a checkpoint but its weights. ``revision`` is its commit, if known.
 
-    Of an adapter ``folder`` is that of its base, and so is what is read there. ``notes``: what its files say that is not obeyed, a sentence each; those about its weights are
-    the loaded network's.
+    Of an adapter ``folder`` is that of its base, and so is what is read there. ``notes``: what its
+    files say that is not obeyed, a sentence each; those about its weights are the loaded network's.
     """
 
     name: str
@@ -168,11 +169,16 @@ def _check_tokens(base: Checkpoint, folder: Path) -> None:
     for token_id in range(max(own.size, known.size)):
         if own.bytes_of(token_id) != known.bytes_of(token_id) and token_id not in images:
             raise CheckpointError(
-                f"The tokenizer in {folder} has {own.bytes_of(token_id).decode(errors='replace')!r} "
-                f"as token {token_id}, and that of {base.name}, into which this adapter is merged, "
-                f"has {known.bytes_of(token_id).decode(errors='replace')!r}; merge it with the "
-                "library that made it, and load the merged checkpoint."
+                f"The tokenizer in {folder} has {_token(own, token_id)} as token {token_id}, and "
+                f"that of {base.name}, into which this adapter is merged, has "
+                f"{_token(known, token_id)}; merge it with the library that made it, and load the "
+                "merged checkpoint."
             )
+
+
+def _token(vocabulary: Vocabulary, token_id: int) -> str:
+    spelled = vocabulary.bytes_of(token_id)
+    return repr(spelled.decode(errors="replace")) if spelled else "none"
 
 
 def _notes(
@@ -218,8 +224,8 @@ def load_weights(checkpoint: Checkpoint, dtype: torch.dtype) -> Florence2Network
     """
     state = read_weights(checkpoint.folder)
     if checkpoint.adapter is not None:
-        whole = whole_state(state)
-        state = whole | merged_weights(checkpoint.adapter, whole)
+        state = whole_state(state)
+        state |= changed_weights(checkpoint, state)
     network = build_network(checkpoint.config, state, dtype)
     vocabulary, rows = checkpoint.vocabulary, network.config.text.vocab_size
     # Visual features are put in front of a prompt, so <image> itself is never looked up.
@@ -230,6 +236,14 @@ def load_weights(checkpoint: Checkpoint, dtype: torch.dtype) -> Florence2Network
             f"have rows for {rows}; put the tokenizer files that belong to these weights there."
         )
     return network
+
+
+def changed_weights(checkpoint: Checkpoint, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a checkpoint's adapter makes of its base's ``whole_state``; nothing without one.
+
+    In float32, see ``merged_weights``.
+    """
+    return {} if checkpoint.adapter is None else merged_weights(checkpoint.adapter, whole)
 
 
 def generation_settings(
