@@ -176,6 +176,9 @@ class Settings(_Keys):
     """Width of the search; empty: as the checkpoint says, mostly 3."""
     max_new_tokens: Annotated[int, *whole(1, 1_000_000)] | None = _key(None, "whole number")
     """Longest answer in tokens; empty: as the task needs."""
+    model: values.ModelName = _key(None, "text")
+    """Which adapter answers, by its name among those that the server was started with; empty: none
+    of them."""
     rectangle: values.Rectangle | None = _key(None, "box")
     """Only this part of the image is looked at, such as [10, 20, 200, 180]."""
     reference: Reference | None = None
@@ -468,6 +471,9 @@ def _check_inputs(settings: Settings) -> None:
 def raw_settings(settings: Settings) -> dict[str, object]:
     """Settings as a request would spell them: plain JSON types that parse to the same settings."""
     raw = settings.model_dump(mode="json", exclude={"reference"})
+    if settings.model is None:
+        # Whoever compares with what was written before there were adapters finds the same.
+        del raw["model"]
     if settings.nms_threshold is None:
         raw["nms_threshold"] = "off"
     if (tiling := settings.tiling) is not None:

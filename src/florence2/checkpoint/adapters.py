@@ -120,6 +120,15 @@ class Adapter:
             f"into {self.base}{revision}."
         )
 
+    def to_dict(self) -> dict[str, str | None]:
+        """What tells it from others, as plain JSON."""
+        return {
+            "folder": str(self.folder),
+            "sha256": self.sha256,
+            "base": self.base,
+            "base_revision": self.base_revision,
+        }
+
     def joined_hash(self, base_hash: str) -> str:
         """One hash of the base's and of all that is merged into it."""
         text = f"{base_hash} {self.sha256} {self.config_sha256}"
@@ -221,8 +230,7 @@ def _changes(
                     f"{adapter.path} adds to the bias of {module}, which {adapter.base} does not "
                     "have; take the base that the adapter was made for."
                 )
-            value = _value_in(changes, bias_place)
-            changes[bias_place] = _Change(value, bias.float() * scaling)
+            changes[bias_place] = _Change(_value_in(changes, bias_place), bias.float() * scaling)
     if not changes:
         raise CheckpointError(
             f"{adapter.path} changes nothing of {adapter.base}; save the adapter again, or load "

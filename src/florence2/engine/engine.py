@@ -185,8 +185,8 @@ class NamedModel:
 class Engine:
     """One checkpoint on one runtime, and its adapters on others of the same device and precision.
 
-    Calls from several threads wait for each other. An error after which the device answers nothing more is a DeviceLostError, then and for every
-    later call.
+    Calls from several threads wait for each other. An error after which the device answers nothing
+    more is a DeviceLostError, then and for every later call.
     """
 
     def __init__(
@@ -293,8 +293,8 @@ class Engine:
         """The images' visual tokens, in order; each content is run through the tower once.
 
         The tower is that of ``model``, without one the checkpoint's own. The next images, and then
-        those that come later, are opened and scaled while the tower runs. ``stops`` has one Stop per image; an image given up, or that cannot be opened, has
-        the reason in its place.
+        those that come later, are opened and scaled while the tower runs. ``stops`` has one Stop
+        per image; an image given up, or that cannot be opened, has the reason in its place.
         """
         encoded: dict[int, Encoded] = {}
         places: dict[object, list[int]] = {}

@@ -156,14 +156,11 @@ class Attention(nn.Module):
                 setattr(part, name, nn.Parameter(value, requires_grad=False))
 
     def fuse_as(self, other: Attention) -> None:
-        """As ``fuse``; the layout of another attention is taken over where its weights are."""
+        """As ``fuse`` and ``choose_form`` of an attention of this size, whose weights may be these."""
         if self.shares(other):
             self._fused = other._fused
         else:
             self.fuse()
-
-    def take_form_of(self, other: Attention) -> None:
-        """Takes the choice of an attention of the same size."""
         self._fused_transposed = other._fused_transposed
 
     def _input_parts(self) -> tuple[Linear, Linear, Linear]:

@@ -250,15 +250,13 @@ class Florence2Network(nn.Module):
 
     def lay_out_as(self, base: Florence2Network) -> None:
         """Lays the weights out for speed, but for those it shares with ``base``, which has."""
-        pairs = list(zip(self.modules(), base.modules(), strict=True))
-        for module, of_base in pairs:
+        for module, of_base in zip(self.modules(), base.modules(), strict=True):
             if isinstance(module, nn.Conv2d):
                 module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            elif isinstance(module, Attention) and isinstance(of_base, Attention):
-                module.fuse_as(of_base)
-        for module, of_base in pairs:
-            if isinstance(module, (Attention, Linear)):
-                module.take_form_of(of_base)
+            elif isinstance(module, Attention):
+                module.fuse_as(cast(Attention, of_base))
+            elif isinstance(module, Linear):
+                module.take_form_of(cast(Linear, of_base))
 
     def _attentions(self) -> list[Attention]:
         return [module for module in self.modules() if isinstance(module, Attention)]
