@@ -156,7 +156,7 @@ class Attention(nn.Module):
                 setattr(part, name, nn.Parameter(value, requires_grad=False))
 
     def fuse_as(self, other: Attention) -> None:
-        """As ``fuse`` and ``choose_form`` of an attention of this size, whose weights may be these."""
+        """As ``fuse`` and ``choose_form``, of an attention of this size that may share its own."""
         if self.shares(other):
             self._fused = other._fused
         else:
