@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from florence2.tokenizer import Vocabulary
+
 DEMO = Path(__file__).parents[2] / "demo" / "checkpoint"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFT = "base_model.model."
@@ -22,16 +24,18 @@ PUBLIC_TARGETS = ["q_proj", "o_proj", "k_proj", "v_proj", "linear", "Conv2d", "f
 
 @functools.cache
 @torch.inference_mode(False)
-def reference_model(folder=DEMO):
+def reference_model(folder):
     """A checkpoint as transformers loads it; to be copied before it is changed."""
     from transformers import Florence2ForConditionalGeneration
 
     model = Florence2ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    # A small checkpoint's config may not say which of its tokens stands for the image.
+    model.config.image_token_id = Vocabulary.from_folder(folder).image_id
     return model.eval()
 
 
 @torch.inference_mode(False)
-def peft_adapter(folder, base=DEMO, seed=0, scale=0.05, named=None, **config):
+def peft_adapter(folder, base, seed=0, scale=0.1, **config):
     """An adapter with random values, as peft saves it; the unmerged model of peft."""
     from peft import LoraConfig, get_peft_model
 
@@ -44,8 +48,6 @@ def peft_adapter(folder, base=DEMO, seed=0, scale=0.05, named=None, **config):
             elif weight.requires_grad:
                 weight += torch.randn_like(weight) * scale / 5
     model.save_pretrained(folder)
-    # As it was loaded from: a name, or a path of the machine it was trained on.
-    change_config(folder, base_model_name_or_path=str(named or base))
     return model.eval()
 
 
