@@ -234,6 +234,8 @@ class Florence2App(PromptBasedObjectDetection):  # type: ignore[misc]
         deploy_params["device"] = device_name(deploy_params.get("device"))
         deploy_params["runtime"] = check_runtime(deploy_params.get("runtime"))
         super()._load_model(deploy_params)
+        # What /get_deploy_info says.
+        deploy_params |= _adapters_of(self.deployment.current.model)
 
     def load_model(
         self,

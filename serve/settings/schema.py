@@ -471,9 +471,6 @@ def _check_inputs(settings: Settings) -> None:
 def raw_settings(settings: Settings) -> dict[str, object]:
     """Settings as a request would spell them: plain JSON types that parse to the same settings."""
     raw = settings.model_dump(mode="json", exclude={"reference"})
-    if settings.model is None:
-        # Whoever compares with what was written before there were adapters finds the same.
-        del raw["model"]
     if settings.nms_threshold is None:
         raw["nms_threshold"] = "off"
     if (tiling := settings.tiling) is not None:

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from florence2.checkpoint.adapters import Adapter, merged_weights, read_adapter
-from florence2.checkpoint.catalog import Verify, published_name, resolve, resolve_adapter
+from florence2.checkpoint.catalog import (
+    Verify,
+    base_name,
+    published_name,
+    resolve,
+    resolve_adapter,
+)
 from florence2.checkpoint.converted import Converted, read_converted, source_hash
 from florence2.checkpoint.files import (
     ADAPTER_CONFIG,
@@ -132,9 +138,9 @@ def _opened(files: CheckpointFiles) -> Checkpoint:
 def _with_adapter(base: Checkpoint, files: CheckpointFiles) -> Checkpoint:
     """The base with an adapter to be merged into it; CheckpointError if the two do not fit."""
     adapter = read_adapter(files, base.name, base.revision)
-    named = adapter.settings.get("base_model_name_or_path")
+    named, revision = (adapter.settings.get(key) for key in ("base_model_name_or_path", "revision"))
     notes = [adapter.note]
-    if isinstance(named, str) and named != base.name:
+    if isinstance(named, str) and base_name(named, revision) != base.name:
         meant, given = published_name(named), published_name(base.name)
         if meant and given and meant != given:
             raise CheckpointError(
@@ -143,11 +149,10 @@ def _with_adapter(base: Checkpoint, files: CheckpointFiles) -> Checkpoint:
             )
         if meant is None or given is None:
             notes.append(f"{ADAPTER_CONFIG} in {files.folder} names its base as {named}.")
-    revision = adapter.settings.get("revision")
-    if revision and base.revision and revision != base.revision:
-        notes.append(
-            f"{ADAPTER_CONFIG} in {files.folder} was made for revision {revision} of its base."
-        )
+        if revision and base.revision and revision != base.revision:
+            notes.append(
+                f"The adapter in {files.folder} was made for revision {revision} of its base."
+            )
     _check_tokens(base, files.folder)
     if image_processor_file(files.folder) is not None:
         processor = ImageProcessor.from_folder(files.folder)
