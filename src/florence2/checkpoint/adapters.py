@@ -31,43 +31,17 @@ from florence2.checkpoint.weights import (
 from florence2.errors import CheckpointError, shown
 
 # What says how an adapter was made and trained, or what its files say by themselves.
-_OF_TRAINING: Final = frozenset(
-    [
-        "auto_mapping",
-        "base_model_name_or_path",
-        "bias",
-        "corda_config",
-        "eva_config",
-        "exclude_modules",
-        "fan_in_fan_out",
-        "inference_mode",
-        "layers_pattern",
-        "layers_to_transform",
-        "loftq_config",
-        "lora_dropout",
-        "lora_ga_config",
-        "megatron_core",
-        "modules_to_save",
-        "peft_type",
-        "peft_version",
-        "qalora_group_size",
-        "revision",
-        "runtime_config",
-        "target_modules",
-        "task_type",
-    ]
-)
-_MERGED: Final = frozenset(
-    [
-        "alpha_pattern",
-        "init_lora_weights",
-        "lora_alpha",
-        "lora_bias",
-        "r",
-        "rank_pattern",
-        "use_rslora",
-    ]
-)
+_OF_TRAINING: Final = frozenset({
+    "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "eva_config",
+    "exclude_modules", "fan_in_fan_out", "inference_mode", "layers_pattern",
+    "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core",
+    "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "revision",
+    "runtime_config", "target_modules", "task_type",
+})  # fmt: skip
+_MERGED: Final = frozenset({
+    "alpha_pattern", "init_lora_weights", "lora_alpha", "lora_bias", "r", "rank_pattern",
+    "use_rslora",
+})  # fmt: skip
 _SHOWN: Final = {
     "use_dora": "DoRA",
     "use_qalora": "QALoRA",
