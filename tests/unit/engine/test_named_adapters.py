@@ -212,7 +212,7 @@ def test_reduced_precision_is_that_of_the_base(base, folders):
 
 
 def test_another_runtime_holds_each_as_a_whole_and_says_so(has_openvino, base, folders, tmp_path):
-    chosen = {name: folders[name] for name in ("cats", "towers")}
+    chosen = {"cats": folders["cats"]}
     model = Florence2.load(
         base, "cpu", "openvino", precision="fp32", cache_dir=tmp_path, adapters=chosen
     )
@@ -222,4 +222,4 @@ def test_another_runtime_holds_each_as_a_whole_and_says_so(has_openvino, base, f
             [one.token_ids for one in either.run_many(asks_of(name))] for either in (model, exact)
         )
         assert found == expected
-    assert sum("holds all weights of this adapter once more" in note for note in model.notes) == 2
+    assert sum("holds all weights of this adapter once more" in note for note in model.notes) == 1
