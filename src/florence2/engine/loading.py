@@ -686,9 +686,9 @@ def _load(
 
     def beside(adapter: Checkpoint, changed: Mapping[str, Tensor]) -> Runtime:
         if runtime.quantization is None:
-            return AdapterRuntime(runtime, changed)
+            return AdapterRuntime(runtime, changed, len(adapters))
         merged = load_weights(adapter, PRECISIONS[runtime.base_precision])
-        return TorchRuntime(merged, device, used)
+        return TorchRuntime(merged, device, used, idle_share=len(adapters))
 
     engine = Engine(
         checkpoint,
@@ -706,7 +706,9 @@ def _load(
             meter = CudaMeter(device)
             with runtime.computing():
                 check_where_it_fits(checkpoint, runtime, meter, is_free)
-                _take_over(engine, measured_batches(checkpoint, runtime, meter, cache_bytes))
+                # All adapters together keep as much while idle as their base does.
+                kept = runtime.most_idle_bytes + runtime.most_prompt_bytes if adapters else 0
+                _take_over(engine, measured_batches(checkpoint, runtime, meter, cache_bytes + kept))
     except BaseException:
         engine.close()
         raise

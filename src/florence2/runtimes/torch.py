@@ -200,6 +200,7 @@ class TorchRuntime:
 
     ``graphs`` records work as CUDA graphs on a GPU and just runs it on a CPU; whatever is recorded
     is forgotten when the weights move. ``is_laid_out``: the network is as it is to be already.
+    ``idle_share``: among how many the memory is shared that recordings may keep while idle.
     """
 
     name = "torch"
@@ -212,6 +213,7 @@ class TorchRuntime:
         graphs: GraphRunner | None = None,
         *,
         is_laid_out: bool = False,
+        idle_share: int = 1,
     ) -> None:
         self.base_precision = base_precision(precision, device)
         self.quantization = parse_quantization(precision, device)
@@ -225,7 +227,7 @@ class TorchRuntime:
         self.precision = precision
         self.graphs = make_runner(device) if graphs is None else graphs
         self._device = device
-        self.most_idle_bytes = most_idle_bytes(device)
+        self.most_idle_bytes = most_idle_bytes(device) // idle_share
         self.most_prompt_bytes = self.most_idle_bytes // 2
         self.vision_graphs = BucketedGraphs("vision", self.graphs, VISION_BUCKETS)
         self.prompt_graphs = BucketedGraphs(
@@ -404,9 +406,16 @@ class AdapterRuntime(TorchRuntime):
     ``base`` has no quantised layers. What moves its weights is called for the base first.
     """
 
-    def __init__(self, base: TorchRuntime, changed: Mapping[str, Tensor]) -> None:
-        network, device = base.network.sharing(changed), torch.device(base.device)
-        super().__init__(network, device, base.precision, is_laid_out=True)
+    def __init__(
+        self, base: TorchRuntime, changed: Mapping[str, Tensor], idle_share: int = 1
+    ) -> None:
+        super().__init__(
+            base.network.sharing(changed),
+            torch.device(base.device),
+            base.precision,
+            is_laid_out=True,
+            idle_share=idle_share,
+        )
         self._base = base
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import shutil
 
@@ -397,15 +398,14 @@ def test_where_a_base_is_found(tmp_path, monkeypatch):
 MISSING = {
     "a published name": (
         {"base_model_name_or_path": "microsoft/Florence-2-base"},
-        "holds an "
-        "adapter of Florence-2-base, which cannot be had (Florence-2-base is not on this machine",
+        "an adapter of Florence-2-base, which cannot be had (Florence-2-base is not on this",
     ),
     "another revision of it": (
         {"base_model_name_or_path": "microsoft/Florence-2-base", "revision": "refs/pr/6"},
         "an adapter of microsoft/Florence-2-base@refs/pr/6, which cannot be had",
     ),
     "nothing": ({"base_model_name_or_path": None}, "must name the adapter's base, and is None"),
-    "an adapter": ({"base_model_name_or_path": "OTHER"}, "is an adapter itself"),
+    "an adapter": ({"base_model_name_or_path": "OTHER"}, "is an adapter itself; put its full"),
 }
 
 
@@ -417,11 +417,7 @@ def test_a_base_that_cannot_be_had(tmp_path, monkeypatch, case):
     folder = write_adapter(tmp_path / "adapters" / "cats")
     other = write_adapter(tmp_path / "other")
     change_config(folder, **{k: str(other) if v == "OTHER" else v for k, v in changes.items()})
-    said = refusal(folder)
-    assert words in said
-    assert (
-        f"put {'the base checkpoint' if case != 'an adapter' else 'its full weights'} into " in said
-    )
+    assert words in refusal(folder)
 
 
 def test_the_base_at_hand_is_taken_unless_another_one_is_named(tmp_path):
@@ -430,9 +426,7 @@ def test_the_base_at_hand_is_taken_unless_another_one_is_named(tmp_path):
     opened = open_adapter(folder, base)
     assert (opened.name, opened.folder) == (str(folder), base.folder)
     assert "names its base as /content/base" in opened.notes[1]
-    named = base.__class__(
-        **{**{n: getattr(base, n) for n in base.__slots__}, "name": "Florence-2-base"}
-    )
+    named = dataclasses.replace(base, name="Florence-2-base")
     change_config(folder, base_model_name_or_path="florence-community/Florence-2-large")
     with pytest.raises(CheckpointError, match="was made for florence-community/Florence-2-large"):
         open_adapter(folder, named)
