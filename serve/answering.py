@@ -200,12 +200,14 @@ class Answering:
             return None
         model = self._deployment.current.model
         runtime = model.engine.runtime.name
-        return {
+        asked = {
             "name": model.name,
             "device": model.device,
             "precision": model.precision,
             "runtime": runtime,
         }
+        adapter = self.settings_of(state).model
+        return asked if adapter is None else {**asked, "adapter": adapter}
 
     def _in_batches(
         self,

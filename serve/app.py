@@ -25,6 +25,7 @@ import uvicorn
 import yaml
 from fastapi import Request
 
+from florence2.api import Florence2
 from florence2.budget import open_pixels
 from florence2.checkpoint.catalog import resolve
 from florence2.checkpoint.hub import ProgressCallback
@@ -98,7 +99,8 @@ class LocalServer:
     """Serving without the platform: which model, how, and the socket to listen on.
 
     ``callers`` and ``servers`` of None are those of the environment. ``allow_deploy`` are
-    checkpoints that requests may deploy beside the published ones.
+    checkpoints that requests may deploy beside the published ones; ``adapters`` are those of
+    ``model`` that requests may name, each a name and a folder or hub id.
     """
 
     model: str
@@ -111,6 +113,7 @@ class LocalServer:
     callers: Callers | None = None
     servers: Servers | None = None
     allow_deploy: tuple[str, ...] = ()
+    adapters: tuple[tuple[str, str], ...] = ()
 
 
 class Florence2App(PromptBasedObjectDetection):  # type: ignore[misc]
@@ -231,6 +234,8 @@ class Florence2App(PromptBasedObjectDetection):  # type: ignore[misc]
         deploy_params["device"] = device_name(deploy_params.get("device"))
         deploy_params["runtime"] = check_runtime(deploy_params.get("runtime"))
         super()._load_model(deploy_params)
+        # What /get_deploy_info says.
+        deploy_params |= _adapters_of(self.deployment.current.model)
 
     def load_model(
         self,
@@ -267,6 +272,7 @@ class Florence2App(PromptBasedObjectDetection):  # type: ignore[misc]
             local.runtime if asked == AUTO else asked,
             self._is_cpu_asked_for,
             title=fetched.experiment.info.experiment_name if fetched else None,
+            adapters=local.adapters if model_files["checkpoint"] == local.model else (),
         )
         model = self.deployment.switch(choice).model
         if fetched is None:
@@ -386,6 +392,7 @@ class Florence2App(PromptBasedObjectDetection):  # type: ignore[misc]
         info["precision"] = self.model_precision
         info["runtime"] = model.runtime
         info["notes"] = list(model.notes)
+        info |= _adapters_of(model)
         info |= deployable_on(model.device)
         info["self_test_s"] = round(model.engine.self_test_s, 3)
         if self.deployment.device_warning:
@@ -551,6 +558,20 @@ class Florence2App(PromptBasedObjectDetection):  # type: ignore[misc]
             super()._inference_by_cli_deploy_args()
             return
         sys.exit(predict_path(self.answering, self._args))
+
+
+def _adapters_of(model: Florence2) -> dict[str, Any]:
+    """The adapter that was deployed, and those that requests may name."""
+    engine = model.engine
+    alone, named = engine.checkpoint.adapter, engine.adapters
+    found: dict[str, Any] = {} if alone is None else {"adapter": alone.to_dict()}
+    if named:
+        found["adapters"] = {
+            name: one.checkpoint.adapter.to_dict()
+            for name, one in named.items()
+            if one.checkpoint.adapter is not None
+        }
+    return found
 
 
 def _names_device(words: Sequence[str]) -> bool:

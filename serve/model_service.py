@@ -358,6 +358,8 @@ class ModelChoice:
     runtime: str = "auto"
     is_cpu_asked_for: bool = False
     title: str | None = None
+    adapters: tuple[tuple[str, str], ...] = ()
+    """Names that requests may give, each with an adapter's folder or hub id."""
 
     @property
     def shown(self) -> str:
@@ -568,6 +570,7 @@ def _load(choice: ModelChoice) -> Florence2:
         precision=choice.precision,
         calibration=calibration_scenes,
         title=choice.title,
+        adapters=dict(choice.adapters),
     )
 
 

@@ -18,6 +18,13 @@ from serve.console import OUT, say
 TaskName = Annotated[str, typer.Option(help="The task that was asked, for example <OD>.")]
 Size = Annotated[str, typer.Option(metavar="WxH", help="The image's size in pixels.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write here instead of stdout.")]
+ModelNames = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="NAME...",
+        help="Instead of all names: these on this machine; also hub ids, folders and adapters.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -106,9 +113,9 @@ def tasks_markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def models(as_json: AsJson = False) -> None:
+def models(names: ModelNames = None, as_json: AsJson = False) -> None:
     """List the checkpoints by name: hub repository, size, and whether they are here, complete."""
-    _show(_model_rows(), as_json)
+    _show([_row_of(name) for name in names] if names else _model_rows(), as_json)
 
 
 def _model_rows() -> list[dict[str, Any]]:
@@ -135,6 +142,28 @@ def _model_rows() -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _row_of(name: str) -> dict[str, Any]:
+    """A checkpoint on this machine, or CheckpointError; of an adapter also its file and base."""
+    from florence2.checkpoint.adapters import read_adapter
+    from florence2.checkpoint.catalog import resolve
+
+    found = resolve(name, offline=True)
+    row: dict[str, Any] = {
+        "model": name,
+        "folder": str(found.folder),
+        "revision": found.revision or "",
+        "size_mb": round(sum((found.folder / file).stat().st_size for file in found.files) / 1e6),
+        "adapter_sha256": "",
+        "base": "",
+        "base_revision": "",
+    }
+    if found.base is not None:
+        adapter = read_adapter(found, found.base.name, found.base.revision)
+        row["adapter_sha256"] = adapter.sha256
+        row |= {"base": adapter.base, "base_revision": adapter.base_revision or ""}
+    return row
 
 
 def _show(rows: list[dict[str, Any]], as_json: bool) -> None:

@@ -19,6 +19,7 @@ from serve.process import leave_cores_to_others
 
 if TYPE_CHECKING:
     from florence2.api import Florence2
+    from florence2.checkpoint.files import CheckpointFiles
     from florence2.checkpoint.hub import ProgressCallback, ProgressUpdate
     from serve.model_service import Deployed
 
@@ -33,16 +34,28 @@ _CACHE_BYTES: Final = 0
 def fingerprint(name: str) -> str | None:
     """What tells two checkpoints of one name apart; None while it is not on this machine.
 
+    Of an adapter its base's and its own.
+
     The commit it came from, else a hash of its weights: of all of a small file, of 64 blocks
     spread over a large one.
     """
     from florence2.checkpoint.catalog import resolve
+    from florence2.checkpoint.files import ADAPTER_CONFIG
     from florence2.errors import CheckpointError
 
     try:
         found = resolve(name, offline=True)
     except CheckpointError:
         return None
+    if found.base is None:
+        return _fingerprint_of(found)
+    # How strongly an adapter counts stands in its config.
+    config = weights_hash(found.folder / ADAPTER_CONFIG)
+    several = f"{_fingerprint_of(found.base)} {_fingerprint_of(found)} {config}"
+    return hashlib.blake2b(several.encode(), digest_size=16).hexdigest()
+
+
+def _fingerprint_of(found: CheckpointFiles) -> str:
     if found.revision is not None:
         return found.revision
     weights = [file for file in found.files if file.endswith((".safetensors", ".bin"))]

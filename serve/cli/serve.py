@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -59,6 +60,15 @@ AllowDeploy = Annotated[
     typer.Option(help="A hub id or folder that requests may deploy, besides the published ones."),
 ]
 
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter",
+        metavar="NAME=DIR",
+        help="A LoRA adapter of the model that requests may name (settings: {model: NAME}); can be "
+        "given more than once.",
+    ),
+]
 OpenPage = Annotated[
     bool, typer.Option("--open", help="Open the page in a browser; without one, only say where.")
 ]
@@ -80,6 +90,7 @@ def serve(
     allow_host: AllowHost = None,
     allow_server: AllowServer = None,
     allow_deploy: AllowDeploy = None,
+    adapter: Adapters = None,
     open_megapixels: Megapixels = None,
     held_mib: HeldMib = None,
     open_page: OpenPage = False,
@@ -93,6 +104,7 @@ def serve(
         # The SDK writes a line of JSON for every step, which is for the platform's log.
         sly.logger.setLevel("WARNING")
         choose_device(device)
+        adapters = named_adapters(adapter or ())
         from serve.http.guard import Callers
         from serve.http.json_bodies import Servers
 
@@ -114,6 +126,7 @@ def serve(
                 callers,
                 servers,
                 tuple(allow_deploy or ()),
+                adapters,
             )
         )
         url = greet(host, listener.getsockname()[1], model)
@@ -123,6 +136,25 @@ def serve(
                 target=show_page, args=(url,), name=BROWSER_THREAD, daemon=True
             ).start()
         app.serve()
+
+
+def named_adapters(options: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """The names and folders of ``--adapter`` options; RequestError for what is none."""
+    found: dict[str, str] = {}
+    for option in options:
+        name, _, folder = (part.strip() for part in option.partition("="))
+        if not name or not folder:
+            raise RequestError(
+                f"An adapter is given as NAME=DIR, and {option!r} was received; write for example "
+                "--adapter cats=adapters/cats."
+            )
+        if name in found:
+            raise RequestError(
+                f"An adapter has a name of its own, and {name!r} stands for {found[name]} and for "
+                f"{folder}; give one of them another name."
+            )
+        found[name] = folder
+    return tuple(found.items())
 
 
 def _set_budgets(open_megapixels: int | None, held_mib: int | None) -> None:

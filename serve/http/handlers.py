@@ -184,7 +184,8 @@ def _questions(server: FastAPI, services: Services) -> None:
         def answer(is_gone: Callable[[], bool]) -> dict[str, str]:
             task, text = task_and_text(state.get("text_prompt"))
             with _image_of(state, request, services, is_gone) as image:
-                ask = Ask(image, task, text, state.get("region"))
+                named = state.get("model") or None
+                ask = Ask(image, task, text, state.get("region"), adapter=named)
                 return {"answer": answering.answer_question(ask, state, is_gone)}
 
         return await waiting.run_wanted(request, answer)

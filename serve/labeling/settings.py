@@ -95,6 +95,12 @@ def label_settings(
             f"Images of the platform are not looked at here, and {str(file)!r} has a "
             "reference_image_id; leave it out, and reference_bbox is a box on every image."
         )
+    if settings.model is not None:
+        raise RequestError(
+            f"The model that labels a folder is given by --model, and {str(file)!r} names the "
+            f"adapter {settings.model!r} of a server; leave model out, and name the adapter's "
+            "folder with --model."
+        )
     return settings
 
 

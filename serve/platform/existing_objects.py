@@ -223,6 +223,7 @@ class TaggingRun:
                 region=region,
                 num_beams=self._settings.num_beams,
                 max_new_tokens=self._settings.max_new_tokens,
+                adapter=self._settings.model,
             )
             for one in fetched
             if isinstance(one, ImageLabels) and one.image is not None

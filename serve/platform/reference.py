@@ -61,7 +61,11 @@ def resolve_reference(
 
 def _category(reference: Reference, settings: Settings, ask: AskAll, image: AnyImage) -> str:
     question = Ask(
-        image, _CATEGORY_TASK, region=Region(reference.box_xyxy), num_beams=settings.num_beams
+        image,
+        _CATEGORY_TASK,
+        region=Region(reference.box_xyxy),
+        num_beams=settings.num_beams,
+        adapter=settings.model,
     )
     [answer] = ask([question])
     if isinstance(answer, Failure):

@@ -307,6 +307,7 @@ class OpenImage:
                     question.region,
                     num_beams=self.settings.num_beams,
                     max_new_tokens=self.settings.max_new_tokens,
+                    adapter=self.settings.model,
                 )
 
     @property
@@ -425,6 +426,8 @@ class Predictor:
         Raises RequestError for settings that fit no image, QueueFullError, NoRoomError,
         StoppedError.
         """
+        if settings.model is not None:
+            self._models.current.model.engine.model_of(settings.model)
         if settings.reference is not None:
             if settings.reference.image_id is None and len(images) > 1:
                 return [self._with_own_reference(image, settings, call) for image in images]

@@ -180,6 +180,9 @@ class Settings(_Keys):
     """Width of the search; empty: as the checkpoint says, mostly 3."""
     max_new_tokens: Annotated[int, *whole(1, 1_000_000)] | None = _key(None, "whole number")
     """Longest answer in tokens; empty: as the task needs."""
+    model: values.ModelName = _key(None, "text")
+    """Which adapter answers, by its name among those that the server was started with; empty: none
+    of them."""
     rectangle: values.Rectangle | None = _key(None, "box")
     """Only this part of the image is looked at, such as [10, 20, 200, 180]."""
     reference: Reference | None = None

@@ -31,6 +31,7 @@ MAX_CLASS_NAME: Final = 1000
 MAX_CLASSES: Final = 100
 MAX_PROMPTS: Final = 20
 MAX_TEXT: Final = 120_000
+MAX_MODEL_NAME: Final = 1000
 
 NOTHING: Final = ("", "none", "null", "~")
 """Words that mean that nothing was given."""
@@ -488,6 +489,13 @@ def _without_empty(entries: Mapping[object, object]) -> dict[object, object]:
     return {key: value for key, value in entries.items() if value not in (None, "")}
 
 
+def _read_model(value: object) -> str | None:
+    if value is None or (isinstance(value, str) and len(value) <= MAX_MODEL_NAME):
+        return None if value is None else value.strip()
+    raise refused("a name", value, "cats")
+
+
+ModelName = Annotated[str | None, BeforeValidator(_read_model)]
 TaskPrompt = Annotated[str, BeforeValidator(_read_task)]
 Classes = Annotated[tuple[str, ...] | None, BeforeValidator(_read_classes)]
 Confidence = Annotated[Share, BeforeValidator(_read_confidence)]

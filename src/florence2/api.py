@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from florence2.checkpoint.checkpoint import open_checkpoint
+from florence2.checkpoint.checkpoint import Checkpoint, open_adapter, open_checkpoint
 from florence2.checkpoint.hub import ProgressCallback
 from florence2.conversion.kept import Calibration, Conversions, check_choice
 from florence2.engine.answering import answer_all
@@ -74,6 +74,7 @@ class Florence2:
         calibration: Calibration | None = None,
         notify: Callable[[str], None] = logger.info,
         title: str | None = None,
+        adapters: Mapping[str, str | Path] | None = None,
     ) -> Florence2:
         """Finds or downloads a checkpoint, loads it and checks that it answers.
 
@@ -85,7 +86,9 @@ class Florence2:
         and ``load_engine``. On a CPU int8 is the OpenVINO runtime's, calibrated on the images that
         ``calibration`` gives; int8 and nf4 of torch may name a part of the network, such as
         int8:all, see ``runtimes.quantization``. ``notify`` is told what takes minutes, once, when a
-        checkpoint is converted. ``title`` takes the place of a folder as its ``name``. Raises
+        checkpoint is converted. ``title`` takes the place of a folder as its ``name``.
+        ``adapters``: LoRA adapters of this checkpoint by names of your choice, each a folder or hub
+        id; they share its weights, and ``adapter=`` of any call names the one that answers. Raises
         CheckpointError or DeviceError with one sentence.
         """
         if runtime not in RUNTIMES:
@@ -99,9 +102,15 @@ class Florence2:
         check_precision(precision, chosen)
         check_choice(runtime, chosen, precision)
         checkpoint = open_checkpoint(name, cache_dir=cache_dir, offline=offline, progress=progress)
+        opened = {
+            named: open_adapter(
+                folder, checkpoint, cache_dir=cache_dir, offline=offline, progress=progress
+            )
+            for named, folder in _checked_names(adapters or {}, checkpoint).items()
+        }
         checkpoint = replace(checkpoint, name=title or checkpoint.name)
         kept = Conversions(None if cache_dir is None else Path(cache_dir), calibration, notify)
-        engine = load_engine(checkpoint, chosen, precision, cache_bytes, runtime, kept)
+        engine = load_engine(checkpoint, chosen, precision, cache_bytes, runtime, kept, opened)
         used = engine.runtime
         logger.info(
             "%s is ready on %s in %s by %s", checkpoint.name, chosen, used.precision, used.name
@@ -130,8 +139,16 @@ class Florence2:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the checkpoint's files ask for or hold that is not used, a sentence each."""
-        return self.engine.checkpoint.notes
+        """What the checkpoint's files ask for or hold that is not used, a sentence each.
+
+        Of an adapter also which file is merged into which base.
+        """
+        return self.engine.notes
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the adapters it was loaded with."""
+        return tuple(self.engine.adapters)
 
     def close(self) -> None:
         """Frees the weights, so that another checkpoint has room; afterwards nothing is answered.
@@ -140,12 +157,17 @@ class Florence2:
         """
         self.engine.close()
 
-    def encode(self, image: Images) -> Any:
-        """Runs the vision tower once; give the result to any method in the image's place."""
+    def encode(self, image: Images, adapter: str | None = None) -> Any:
+        """Runs the vision tower once; give the result to any method in the image's place.
+
+        An adapter that changes the tower has features of its own; all others share those of the
+        checkpoint.
+        """
+        model = self.engine.model_of(adapter)
         if isinstance(image, list | tuple):
-            encoded = self.engine.encode(image)
+            encoded = self.engine.encode(image, model=model)
             return [_valued(value, source) for value, source in zip(encoded, image, strict=True)]
-        [single] = self.engine.encode([image])
+        [single] = self.engine.encode([image], model=model)
         if isinstance(single, FlorenceError):
             raise single
         return single
@@ -249,6 +271,18 @@ class Florence2:
     def propose_regions(self, image: Images, **search: Any) -> Any:
         """Boxes of whatever is there, without labels."""
         return self.run("<REGION_PROPOSAL>", image, **search)
+
+
+def _checked_names(
+    adapters: Mapping[str, str | Path], checkpoint: Checkpoint
+) -> Mapping[str, str | Path]:
+    for name in adapters:
+        if not isinstance(name, str) or not name.strip() or name == checkpoint.name:
+            raise CheckpointError(
+                f"An adapter has a name of its own, and {shown(name)} was received; write for "
+                'example adapters={"cats": "path/to/the/adapter"}.'
+            )
+    return adapters
 
 
 def _named(classes: Sequence[str]) -> list[str]:

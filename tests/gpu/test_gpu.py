@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from adapter_tools import QUERY, pair, write_adapter
 from recorders import CUDA, GPU, TABLE, pixels_of
 
 from florence2 import Ask, Florence2
@@ -37,8 +38,8 @@ def load():
     """Loads the demo checkpoint, which is closed when the test is over."""
     loaded = []
 
-    def make(device="cuda", precision="fp32"):
-        loaded.append(Florence2.load("demo", device=device, precision=precision))
+    def make(device="cuda", precision="fp32", name="demo", **options):
+        loaded.append(Florence2.load(name, device=device, precision=precision, **options))
         return loaded[-1]
 
     yield make
@@ -234,3 +235,23 @@ def test_batches_are_measured_and_fit(load):
     asks = drawn(*range(engine.image_batch), tasks=["<OD>"])
     asks = [asks[n % len(asks)] for n in range(engine.prompt_batch)]
     assert all(result.task == "<OD>" for result in model.run_many(asks))
+
+
+def test_adapters_beside_their_base_answer_as_alone_and_share_its_weights(load, tmp_path):
+    head = "lm_head", ((2, 192), (1984, 2))
+    folders = {
+        "query": write_adapter(tmp_path / "query", pair(QUERY), lora_alpha=60),
+        "head": write_adapter(tmp_path / "head", pair(*head), lora_alpha=20),
+    }
+    alone = {name: token_ids(load(name=folder), drawn(1, 2)) for name, folder in folders.items()}
+    model = load(adapters=folders)
+    runtimes = [one.runtime for one in model.engine.adapters.values()]
+    own_bytes = [runtime.weight_bytes for runtime in runtimes]
+    assert max(own_bytes) < model.engine.runtime.weight_bytes / 8
+    for _ in range(2):
+        for name in folders:
+            assert token_ids(model, drawn(1, 2, adapter=name)) == alone[name]
+        model.engine.park()
+        assert sum(runtime.weight_bytes for runtime in runtimes) == 0
+        model.engine.resume()
+        assert [runtime.weight_bytes for runtime in runtimes] == own_bytes

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -14,7 +14,9 @@ from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
 from florence2.checkpoint.files import (
+    ADAPTER_CONFIG,
     CONFIG,
+    CONVERTED_NAME,
     MANIFEST_NAME,
     SAFETENSORS,
     CheckpointFiles,
@@ -36,7 +38,7 @@ from florence2.checkpoint.hub import (
     is_offline,
     list_checkpoint,
 )
-from florence2.errors import CheckpointError, HubUnreachableError, unknown_name
+from florence2.errors import CheckpointError, HubUnreachableError, shown, unknown_name
 
 _log = logging.getLogger(__name__)
 
@@ -100,6 +102,10 @@ PROJECT_ROOT: Final = _PACKAGE.parents[1]
 _DEMO_FOLDER: Final = Path("demo", "checkpoint")
 _DEMO_IN_WHEEL: Final = "demo_checkpoint"
 
+BASE_FOLDER: Final = "base"
+"""Inside an adapter's folder, or beside it: the checkpoint that it is merged into."""
+
+_PUBLISHERS: Final = ("microsoft", "florence-community")
 _REPOSITORY: Final = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 _PINS: Final = "pins.json"
@@ -126,34 +132,118 @@ def resolve(
     """The whole, verified files of a checkpoint; downloads what is missing.
 
     ``name``: one of ``CHECKPOINT_NAMES``, a local folder, or ``owner/name[@revision]`` on the
-    hub. ``offline=None`` follows ``HF_HUB_OFFLINE``. ``verify="full"`` hashes every file that
-    has a manifest, "size" compares lengths; a download is always hashed. ``refresh`` hashes them
-    all and asks the hub which commit an unpinned repository is at now; without a connection it
-    keeps what is here. Raises CheckpointError.
+    hub. An adapter comes with its ``base``, which is found or downloaded too. ``offline=None``
+    follows ``HF_HUB_OFFLINE``. ``verify="full"`` hashes every file that has a manifest, "size"
+    compares lengths; a download is always hashed. ``refresh`` hashes them all and asks the hub
+    which commit an unpinned repository is at now; without a connection it keeps what is here.
+    Raises CheckpointError.
     """
-    verify = "full" if refresh else verify
-    text = str(name)
-    if text == DEMO:
-        return _from_folder(DEMO, _demo_folder(), verify, "demo")
-    known = KNOWN_BY_NAME.get(text)
-    if known is not None:
-        repository, revision = known.repository, known.revision
-    elif _is_folder(folder := _expanded(text)):
-        return _from_folder(text, folder, verify, "folder")
-    else:
-        match = _REPOSITORY.fullmatch(text)
-        if isinstance(name, Path) or match is None or text.startswith(".") or ".." in text:
-            raise _no_such(text)
-        repository, revision = match[1], match[2] or constants.DEFAULT_REVISION
-    return _HubCheckpoint(
-        text,
-        repository,
-        revision,
-        known,
-        default_cache_dir() if cache_dir is None else _expanded(cache_dir),
-        verify,
-        may_have_moved=refresh and _COMMIT.fullmatch(revision) is None,
-    ).find(is_offline(offline), progress)
+    wanted = _Wanted(cache_dir, offline, progress, "full" if refresh else verify, refresh)
+    files = wanted.find(name)
+    return replace(files, base=_base_of(files, wanted)) if files.is_adapter else files
+
+
+def resolve_adapter(
+    name: str | Path,
+    *,
+    cache_dir: str | Path | None = None,
+    offline: bool | None = None,
+    progress: ProgressCallback | None = None,
+) -> CheckpointFiles:
+    """As ``resolve``, of an adapter whose base is at hand; CheckpointError for what is none."""
+    files = _Wanted(cache_dir, offline, progress, "size", False).find(name)
+    if not files.is_adapter:
+        raise CheckpointError(
+            f"An adapter is a folder with {ADAPTER_CONFIG} and the adapter's weights, and "
+            f"{files.folder} holds a whole checkpoint; load that as the model."
+        )
+    return files
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """How files are to be found and verified; as the arguments of ``resolve``."""
+
+    cache_dir: str | Path | None
+    offline: bool | None
+    progress: ProgressCallback | None
+    verify: Verify
+    refresh: bool
+
+    def find(self, name: str | Path) -> CheckpointFiles:
+        """The files that go by a name, an adapter's without its base."""
+        text = str(name)
+        if text == DEMO:
+            return _from_folder(DEMO, _demo_folder(), self.verify, "demo")
+        known = KNOWN_BY_NAME.get(text)
+        if known is not None:
+            repository, revision = known.repository, known.revision
+        elif _is_folder(folder := _expanded(text)):
+            return _from_folder(text, folder, self.verify, "folder")
+        else:
+            match = _REPOSITORY.fullmatch(text)
+            if isinstance(name, Path) or match is None or text.startswith(".") or ".." in text:
+                raise _no_such(text)
+            repository, revision = match[1], match[2] or constants.DEFAULT_REVISION
+        return _HubCheckpoint(
+            text,
+            repository,
+            revision,
+            known,
+            default_cache_dir() if self.cache_dir is None else _expanded(self.cache_dir),
+            self.verify,
+            may_have_moved=self.refresh and _COMMIT.fullmatch(revision) is None,
+        ).find(is_offline(self.offline), self.progress)
+
+
+def _base_of(adapter: CheckpointFiles, wanted: _Wanted) -> CheckpointFiles:
+    """The checkpoint that an adapter is merged into: in ``base`` with it, or as its config says."""
+    config = adapter.folder / ADAPTER_CONFIG
+    settings = read_json(config)
+    named, revision = settings.get("base_model_name_or_path"), settings.get("revision")
+    beside = (adapter.folder / BASE_FOLDER, adapter.folder.parent / BASE_FOLDER)
+    here = next((str(folder) for folder in beside if (folder / CONFIG).is_file()), None)
+    if here is None and (not isinstance(named, str) or not named.strip()):
+        raise CheckpointError(
+            f"base_model_name_or_path in {config} must name the adapter's base, and is "
+            f"{shown(named)}; put the base checkpoint into {beside[0]}."
+        )
+    name = here or base_name(str(named), revision)
+    try:
+        base = wanted.find(name)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{adapter.folder} holds an adapter of {name}, which cannot be had "
+            f"({str(error).rstrip('.')}); put the base checkpoint into {beside[0]}."
+        ) from error
+    if base.is_adapter or CONVERTED_NAME in base.files:
+        what = "an adapter itself" if base.is_adapter else "converted for OpenVINO"
+        raise CheckpointError(
+            f"An adapter is merged into full weights, and {base.folder}, the base of the one in "
+            f"{adapter.folder}, is {what}; put its full weights into {beside[0]}."
+        )
+    return base
+
+
+def base_name(named: str, revision: object = None) -> str:
+    """The name of the base that an adapter's config names, with the revision it names if any.
+
+    The repository of one of the four names is that name, without a revision or at the pinned one.
+    """
+    if named == DEMO or (named not in KNOWN_BY_NAME and _is_folder(_expanded(named))):
+        return named
+    repository = KNOWN_BY_NAME[named].repository if named in KNOWN_BY_NAME else named
+    for known in KNOWN_CHECKPOINTS:
+        if known.repository == repository and revision in (None, known.revision):
+            return known.name
+    is_repository = _REPOSITORY.fullmatch(repository) is not None
+    return f"{repository}@{revision}" if revision and is_repository else repository
+
+
+def published_name(name: str) -> str | None:
+    """Which of the four published checkpoints a name or repository is, in either layout."""
+    owner, _, own = name.partition("@")[0].rpartition("/")
+    return own if own in KNOWN_BY_NAME and owner in ("", *_PUBLISHERS) else None
 
 
 def _expanded(path: str | Path) -> Path:

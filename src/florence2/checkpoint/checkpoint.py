@@ -8,12 +8,27 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from torch import Tensor
 
-from florence2.checkpoint.catalog import Verify, resolve
-from florence2.checkpoint.converted import Converted, read_converted
-from florence2.checkpoint.files import ADAPTER_CONFIG, CONFIG, CONVERTED_NAME, read_json
+from florence2.checkpoint.adapters import Adapter, merged_weights, read_adapter
+from florence2.checkpoint.catalog import (
+    Verify,
+    base_name,
+    published_name,
+    resolve,
+    resolve_adapter,
+)
+from florence2.checkpoint.converted import Converted, read_converted, source_hash
+from florence2.checkpoint.files import (
+    ADAPTER_CONFIG,
+    CONFIG,
+    CONVERTED_NAME,
+    CheckpointFiles,
+    check_folder,
+    read_json,
+)
 from florence2.checkpoint.hub import ProgressCallback
-from florence2.checkpoint.weights import build_network, read_weights
+from florence2.checkpoint.weights import build_network, read_weights, whole_state
 from florence2.errors import CheckpointError, shown
 from florence2.network.config import NetworkConfig, is_original_config
 from florence2.network.florence import Florence2Network
@@ -31,8 +46,8 @@ _TAKEN_OVER: Final = ("num_beams", "early_stopping", "no_repeat_ngram_size", "le
 class Checkpoint:
     """Everything about a checkpoint but its weights. ``revision`` is its commit, if known.
 
-    ``notes``: what its files say that is not obeyed, a sentence each; those about its weights are
-    the loaded network's.
+    Of an adapter ``folder`` is that of its base, and so is what is read there. ``notes``: what its
+    files say that is not obeyed, a sentence each; those about its weights are the loaded network's.
     """
 
     name: str
@@ -45,6 +60,19 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     converted: Converted | None = None
     """Where the folder holds a converted network in the place of weights."""
+    adapter: Adapter | None = None
+    """What is merged into the folder's weights."""
+
+    @property
+    def identity(self) -> str:
+        """What tells these weights from any others on this machine."""
+        base = f"{self.folder}@{self.revision}"
+        return base if self.adapter is None else f"{base} {self.adapter.joined_hash(base)}"
+
+    def source_hash(self, of_folder: str | None = None) -> str:
+        """One hash of the files it is loaded from; ``of_folder`` where the folder's is known."""
+        known = of_folder or source_hash(self.folder, check_folder(self.folder))
+        return known if self.adapter is None else self.adapter.joined_hash(known)
 
 
 def open_checkpoint(
@@ -60,6 +88,34 @@ def open_checkpoint(
     Raises CheckpointError naming the file that is missing, damaged or says something unusable.
     """
     files = resolve(name, cache_dir=cache_dir, offline=offline, progress=progress, verify=verify)
+    if files.base is not None:
+        return _with_adapter(_opened(files.base), files)
+    return _opened(files)
+
+
+def open_adapter(
+    name: str | Path,
+    base: Checkpoint,
+    *,
+    cache_dir: str | Path | None = None,
+    offline: bool | None = None,
+    progress: ProgressCallback | None = None,
+) -> Checkpoint:
+    """An adapter of a base that is at hand, whatever path its config has; as ``open_checkpoint``.
+
+    CheckpointError where its config names another one of the published checkpoints.
+    """
+    if base.adapter is not None or base.converted is not None:
+        what = "an adapter" if base.adapter else "a network converted for OpenVINO"
+        raise CheckpointError(
+            f"Adapters are merged into full weights, and {base.name} is {what}; name the base "
+            "itself as the model."
+        )
+    files = resolve_adapter(name, cache_dir=cache_dir, offline=offline, progress=progress)
+    return _with_adapter(base, files)
+
+
+def _opened(files: CheckpointFiles) -> Checkpoint:
     config = read_json(files.folder / CONFIG)
     is_weightless = CONVERTED_NAME in files.files
     chosen = files.folder / _GENERATION_CONFIG
@@ -77,6 +133,57 @@ def open_checkpoint(
     )
     _check_image_size(checkpoint)
     return checkpoint
+
+
+def _with_adapter(base: Checkpoint, files: CheckpointFiles) -> Checkpoint:
+    """The base with an adapter to be merged into it; CheckpointError if the two do not fit."""
+    adapter = read_adapter(files, base.name, base.revision)
+    named, revision = (adapter.settings.get(key) for key in ("base_model_name_or_path", "revision"))
+    notes = [adapter.note]
+    if isinstance(named, str) and base_name(named, revision) != base.name:
+        meant, given = published_name(named), published_name(base.name)
+        if meant and given and meant != given:
+            raise CheckpointError(
+                f"The adapter in {files.folder} was made for {named}, and {base.name} is the "
+                "model; load the adapter with its own base."
+            )
+        if meant is None or given is None:
+            notes.append(f"{ADAPTER_CONFIG} in {files.folder} names its base as {named}.")
+        if revision and base.revision and revision != base.revision:
+            notes.append(
+                f"The adapter in {files.folder} was made for revision {revision} of its base."
+            )
+    _check_tokens(base, files.folder)
+    if image_processor_file(files.folder) is not None:
+        processor = ImageProcessor.from_folder(files.folder)
+        if processor != base.image_processor:
+            raise CheckpointError(
+                f"{image_processor_file(files.folder)} prepares images in another way than "
+                f"{base.name}, into which this adapter is merged; put that file into the base's "
+                "folder, or remove it here."
+            )
+    return replace(base, name=files.name, notes=(*base.notes, *notes), adapter=adapter)
+
+
+def _check_tokens(base: Checkpoint, folder: Path) -> None:
+    """CheckpointError where an adapter comes with tokens that its base does not have."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        return
+    own, known = Vocabulary.from_folder(folder), base.vocabulary
+    images = {own.image_id, known.image_id}
+    for token_id in range(max(own.size, known.size)):
+        if own.bytes_of(token_id) != known.bytes_of(token_id) and token_id not in images:
+            raise CheckpointError(
+                f"The tokenizer in {folder} has {_token(own, token_id)} as token {token_id}, and "
+                f"that of {base.name}, into which this adapter is merged, has "
+                f"{_token(known, token_id)}; merge it with the library that made it, and load the "
+                "merged checkpoint."
+            )
+
+
+def _token(vocabulary: Vocabulary, token_id: int) -> str:
+    spelled = vocabulary.bytes_of(token_id)
+    return repr(spelled.decode(errors="replace")) if spelled else "none"
 
 
 def _notes(
@@ -120,7 +227,11 @@ def load_weights(checkpoint: Checkpoint, dtype: torch.dtype) -> Florence2Network
 
     Raises CheckpointError if the weights do not fit the config, or the words do not fit them.
     """
-    network = build_network(checkpoint.config, read_weights(checkpoint.folder), dtype)
+    state = read_weights(checkpoint.folder)
+    if checkpoint.adapter is not None:
+        state = whole_state(state)
+        state |= changed_weights(checkpoint, state)
+    network = build_network(checkpoint.config, state, dtype)
     vocabulary, rows = checkpoint.vocabulary, network.config.text.vocab_size
     # Visual features are put in front of a prompt, so <image> itself is never looked up.
     is_image_last = vocabulary.image_id == vocabulary.size - 1
@@ -130,6 +241,14 @@ def load_weights(checkpoint: Checkpoint, dtype: torch.dtype) -> Florence2Network
             f"have rows for {rows}; put the tokenizer files that belong to these weights there."
         )
     return network
+
+
+def changed_weights(checkpoint: Checkpoint, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a checkpoint's adapter makes of its base's ``whole_state``; nothing without one.
+
+    In float32, see ``merged_weights``.
+    """
+    return {} if checkpoint.adapter is None else merged_weights(checkpoint.adapter, whole)
 
 
 def generation_settings(

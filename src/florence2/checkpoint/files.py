@@ -25,7 +25,6 @@ CONVERTED_NAME: Final = "florence2-openvino.json"
 """The manifest of a converted network, which stands for weights where there are none."""
 SAFETENSORS: Final = "model.safetensors"
 PICKLED: Final = "pytorch_model.bin"
-MERGING: Final = "docs/checkpoints.md, Merging an adapter"
 
 _TOKENIZERS: Final = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 _SMALL_FILES: Final = (
@@ -39,10 +38,11 @@ _SMALL_FILES: Final = (
     "merges.txt",
     "added_tokens.json",
     "special_tokens_map.json",
-    # Only for the note that it is not applied: beside full weights it is a trace of their making.
+    # Beside full weights it is a trace of their making, and only for the note that it is unused.
     ADAPTER_CONFIG,
 )
-_ADAPTER_WEIGHTS: Final = ("adapter_model.safetensors", "adapter_model.bin")
+ADAPTER_WEIGHTS: Final = ("adapter_model.safetensors", "adapter_model.bin")
+"""An adapter's weights, in the order in which they are looked for."""
 
 # The order in which weights are looked for: a format's one file, then its index with parts.
 _WEIGHTS: Final = tuple(
@@ -89,6 +89,7 @@ class CheckpointFiles:
     """Where a checkpoint's files are. ``revision`` is the commit they came from, if known.
 
     ``source`` is "hub", "hub cache" (the hub client's own cache, offline), "folder" or "demo".
+    ``base``: of an adapter, the checkpoint that it is merged into.
     """
 
     name: str
@@ -96,6 +97,12 @@ class CheckpointFiles:
     revision: str | None
     files: tuple[str, ...]
     source: str
+    base: CheckpointFiles | None = None
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the weights are an adapter's alone."""
+        return not set(ADAPTER_WEIGHTS).isdisjoint(self.files)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -139,18 +146,15 @@ def read_json(path: Path) -> dict[str, Any]:
 def choose_files(names: Iterable[str], source: str) -> tuple[str, ...]:
     """The files of a repository or a folder that loading needs: small ones first, weights last.
 
-    One format of weights, see ``weight_files``. Raises CheckpointError if a file that is always
-    needed is missing, or for a LoRA adapter without full weights.
+    One format of weights, see ``weight_files``; where there are none, a converted network or an
+    adapter. Raises CheckpointError if a file that is always needed is missing.
     """
     present = set(names)
     weights = weight_files(present)
     if not weights and CONVERTED_NAME in present:
         weights = (CONVERTED_NAME,)
-    if not weights and not present.isdisjoint((ADAPTER_CONFIG, *_ADAPTER_WEIGHTS)):
-        raise CheckpointError(
-            f"{source} holds a LoRA adapter alone, and only full weights can be loaded; merge it "
-            f"into its base model and save that, after untying lm_head ({MERGING})."
-        )
+    if not weights and not present.isdisjoint((ADAPTER_CONFIG, *ADAPTER_WEIGHTS)):
+        return _adapter_files(present, source)
     if CONFIG not in present:
         raise CheckpointError(f"{source} holds no {CONFIG}; a checkpoint needs it, so add it.")
     if not any(present.issuperset(tokenizer) for tokenizer in _TOKENIZERS):
@@ -161,6 +165,21 @@ def choose_files(names: Iterable[str], source: str) -> tuple[str, ...]:
     if not weights:
         raise CheckpointError(_no_weights(present, source))
     return tuple(name for name in _SMALL_FILES if name in present) + weights
+
+
+def _adapter_files(present: set[str], source: str) -> tuple[str, ...]:
+    weights = next((name for name in ADAPTER_WEIGHTS if name in present), None)
+    if weights is None:
+        raise CheckpointError(
+            f"{source} holds {ADAPTER_CONFIG} and neither full weights nor {ADAPTER_WEIGHTS[0]}; "
+            "add the adapter's weights."
+        )
+    if ADAPTER_CONFIG not in present:
+        raise CheckpointError(
+            f"{source} holds {weights} without {ADAPTER_CONFIG}, which says how strongly an "
+            "adapter counts and what it belongs to; add that file."
+        )
+    return (*(name for name in _SMALL_FILES if name in present), weights)
 
 
 def small_files(folder: Path) -> tuple[str, ...]:
@@ -216,7 +235,7 @@ def check_folder(folder: Path) -> tuple[str, ...]:
     names = choose_files(present, str(folder))
     for name in names:
         _check_is_itself(folder / name)
-    read_json(folder / CONFIG)
+    read_json(folder / (CONFIG if CONFIG in names else ADAPTER_CONFIG))
     for name in names:
         if name.endswith(".safetensors"):
             _check_safetensors(folder / name)
@@ -231,7 +250,7 @@ def check_folder(folder: Path) -> tuple[str, ...]:
 def _check_links(folder: Path, present: Iterable[str]) -> None:
     """CheckpointError where a file that loading would take is a link to nothing."""
     broken = [path.name for path in folder.iterdir() if path.is_symlink() and not path.exists()]
-    weights = () if weight_files(present) else weight_files(broken)
+    weights = () if weight_files(present) else (*weight_files(broken), *ADAPTER_WEIGHTS)
     for name in sorted({*_SMALL_FILES, *weights}.intersection(broken)):
         raise CheckpointError(
             f"The checkpoint file {folder / name} is a link to {os.readlink(folder / name)}, which "

@@ -15,12 +15,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from florence2.checkpoint.files import MERGING, PICKLED, SAFETENSORS, weight_files
+from florence2.checkpoint.files import PICKLED, SAFETENSORS, weight_files
 from florence2.errors import CheckpointError
 from florence2.network.config import NetworkConfig
 from florence2.network.florence import Florence2Network, temporal_table
 
-__all__ = ["build_network", "read_weights"]
+__all__ = ["build_network", "read_file", "read_weights", "whole_state"]
 
 Layout = Literal["native", "original"]
 
@@ -155,8 +155,8 @@ def _check_plain(names: Iterable[str]) -> None:
     for name in names:
         if _ADAPTER.search(name):
             raise CheckpointError(
-                f"The weights hold {name}, part of an adapter that is not merged, and only full "
-                f"weights can be loaded; merge it after untying lm_head ({MERGING}) and save that."
+                f"The weights hold {name}, part of an adapter that is not merged, among full "
+                "weights; save the adapter by itself (save_pretrained of peft) and load that."
             )
         if _QUANTISED.search(name):
             raise CheckpointError(
@@ -210,7 +210,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
             "none; download the checkpoint completely."
         )
     path = folder / files[0]
-    return _read_shards(path) if path.suffix == ".json" else _read_file(path)
+    return _read_shards(path) if path.suffix == ".json" else read_file(path)
 
 
 def build_network(
@@ -223,13 +223,11 @@ def build_network(
     embedding is kept apart. What no network has is left out, which the network's ``notes`` say.
     The state is copied, never shared.
     """
-    native = convert_state(state)
-    embedding = _embedding(native)
-    head = native.get(HEAD, embedding)
+    filled = whole_state(state)
+    embedding, head = filled[SHARED], filled[HEAD]
     config = config.with_vocab_size(embedding.shape[0])
     with torch.device("meta"):
         network = Florence2Network(config)
-    filled = {**native, **dict.fromkeys(EMBEDDINGS, embedding), HEAD: head}
     vision = config.vision
     if FRAMES not in filled:
         filled[FRAMES] = temporal_table(vision.max_temporal_embeddings, vision.embed_dim[-1])
@@ -250,7 +248,15 @@ def build_network(
     return network.eval()
 
 
-def _read_file(path: Path) -> dict[str, Tensor]:
+def whole_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state under native names, with each tied copy of the embedding that a file left out."""
+    native = convert_state(state)
+    embedding = _embedding(native)
+    return {**native, **dict.fromkeys(EMBEDDINGS, embedding), HEAD: native.get(HEAD, embedding)}
+
+
+def read_file(path: Path) -> dict[str, Tensor]:
+    """The tensors of one file, as ``read_weights``."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -291,11 +297,11 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
                 f"The index {index} may only name files of its own folder, got {name!r}; "
                 "download the checkpoint again."
             )
-        state.update(_read_file(index.parent / name))
+        state.update(read_file(index.parent / name))
     absent = sorted(set(places) - set(state))
     if absent:
         raise CheckpointError(
-            f"The index {index} names {_listed(absent)}, which its files do not hold; "
+            f"The index {index} names {listed(absent)}, which its files do not hold; "
             "download the checkpoint again."
         )
     return state
@@ -329,14 +335,14 @@ def _leave_unused(expected: Mapping[str, Tensor], received: dict[str, Tensor]) -
     of_more_layers = [name for name in unused if _NUMBER.sub("#", name) in kinds]
     if of_more_layers:
         raise CheckpointError(
-            f"The weights hold {_listed(of_more_layers)}, more layers than config.json asks for; "
+            f"The weights hold {listed(of_more_layers)}, more layers than config.json asks for; "
             "check that both come from the same checkpoint."
         )
     for name in unused:
         del received[name]
     if not unused:
         return ()
-    return (f"The weights hold {_listed(unused)}, which Florence-2 does not use; left out.",)
+    return (f"The weights hold {listed(unused)}, which Florence-2 does not use; left out.",)
 
 
 def _check_state(expected: Mapping[str, Tensor], received: Mapping[str, Tensor]) -> None:
@@ -349,7 +355,7 @@ def _check_state(expected: Mapping[str, Tensor], received: Mapping[str, Tensor])
     missing = sorted(set(expected) - set(received))
     if missing:
         raise CheckpointError(
-            f"The weights lack {_listed(missing)}, which config.json asks for; "
+            f"The weights lack {listed(missing)}, which config.json asks for; "
             "check that both come from the same checkpoint."
         )
     for name, value in received.items():
@@ -360,7 +366,7 @@ def _check_state(expected: Mapping[str, Tensor], received: Mapping[str, Tensor])
             )
 
 
-def _listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str]) -> str:
     """The first few names and how many more."""
     names = list(names)
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""

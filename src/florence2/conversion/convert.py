@@ -22,9 +22,8 @@ from florence2.checkpoint.converted import (
     Converted,
     is_converted,
     record_of,
-    source_hash,
 )
-from florence2.checkpoint.files import check_folder, small_files
+from florence2.checkpoint.files import small_files
 from florence2.checkpoint.hub import megabytes
 from florence2.conversion.eight_bits import (
     check_int8,
@@ -109,7 +108,7 @@ def convert(
         converted = Converted(
             source=_source_name(checkpoint),
             revision=checkpoint.revision,
-            source_sha256=source_hash(checkpoint.folder, check_folder(checkpoint.folder)),
+            source_sha256=checkpoint.source_hash(),
             precision=precision,
             size_wh=checkpoint.image_processor.size_wh,
             versions=versions,

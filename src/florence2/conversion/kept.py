@@ -115,7 +115,8 @@ class Conversions:
 
     def _home(self, checkpoint: Checkpoint) -> Path:
         cache = default_cache_dir() if self.cache_dir is None else self.cache_dir
-        found = _source_hash(checkpoint.folder, _stamp(checkpoint.folder))[:_SHOWN_HASH]
+        of_folder = _source_hash(checkpoint.folder, _stamp(checkpoint.folder))
+        found = checkpoint.source_hash(of_folder)[:_SHOWN_HASH]
         return cache / FOLDER / f"{Path(checkpoint.name).name}-{found}"
 
     def _is_kept(self, folder: Path) -> bool:

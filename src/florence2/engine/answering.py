@@ -7,10 +7,10 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from florence2.engine.ask import Ask, Cascade, Outcome, Prompt
-from florence2.engine.engine import Asker, Encoded, Engine, out_of_memory
+from florence2.engine.engine import Asker, Encoded, Engine, NamedModel, out_of_memory
 from florence2.errors import FlorenceError, RequestError, as_value
 from florence2.generation.decode import DecodeLoop, EncodedItems, Session
 from florence2.records import Answer, GenerationSettings, Timings
@@ -31,13 +31,13 @@ def answer_all(engine: Engine, asks: Sequence[Ask]) -> list[Outcome]:
 def answer(engine: Engine, asker: Asker[Any]) -> None:
     """Answers what the asker asks until nothing more comes and everything is settled.
 
-    A row of the batch whose answer is complete is given to the next prompt with the same search
-    settings.
+    A row of the batch whose answer is complete is given to the next prompt of the same adapter
+    with the same search settings.
     """
     prompts = PromptQueue(engine, asker)
-    while (settings := prompts.next_settings()) is not None:
+    while (kind := prompts.next_kind()) is not None:
         with engine.in_use():
-            PromptSearch(engine, prompts, asker, settings).run()
+            PromptSearch(engine, prompts, asker, kind).run()
 
 
 class _List(Asker[int]):
@@ -55,6 +55,13 @@ class _List(Asker[int]):
         self.outcomes[key] = outcome
 
 
+class SearchKind(NamedTuple):
+    """What prompts have in common that can share a batch."""
+
+    model: NamedModel
+    settings: GenerationSettings
+
+
 class PromptQueue:
     """The prompts of what an asker asks: images are encoded as asks come, outcomes handed back."""
 
@@ -63,17 +70,17 @@ class PromptQueue:
         self._asker = asker
         self._ready: deque[Prompt] = deque()
 
-    def next_settings(self) -> GenerationSettings | None:
-        """Those of the prompt that waits longest; None when no more come."""
+    def next_kind(self) -> SearchKind | None:
+        """That of the prompt that waits longest; None when no more come."""
         while not self._ready and self._add_asks(self._engine.prompt_batch):
             pass
-        return self._ready[0].settings if self._ready else None
+        return self._kind_of(self._ready[0]) if self._ready else None
 
-    def take(self, room: int, settings: GenerationSettings) -> list[Prompt]:
-        """The next prompts with these settings, and further asks' if no other prompt waits."""
-        taken = self._take_ready(room, settings)
+    def take(self, room: int, kind: SearchKind) -> list[Prompt]:
+        """The next prompts of this kind, and further asks' if no other prompt waits."""
+        taken = self._take_ready(room, kind)
         while len(taken) < room and not self._ready and self._add_asks(room - len(taken)):
-            taken += self._take_ready(room - len(taken), settings)
+            taken += self._take_ready(room - len(taken), kind)
         return taken
 
     def settle(self, prompt: Prompt, outcome: Outcome) -> None:
@@ -83,13 +90,11 @@ class PromptQueue:
 
     def _add_asks(self, room: int) -> bool:
         asks = self._asker.next_asks(room)
-        # A list may hold anything: what is no Ask has no image to encode.
-        known = [ask for _, ask in asks if isinstance(ask, Ask)]
-        images, stops = [ask.image for ask in known], [ask.stop for ask in known]
-        encoded = iter(self._engine.encode(images, stops, self._asker))
+        encoded = self._encoded([ask for _, ask in asks])
         begun: list[Cascade] = []
-        for key, ask in asks:
-            found = self._begun(key, ask, next(encoded)) if isinstance(ask, Ask) else _no_ask(ask)
+        for place, (key, ask) in enumerate(asks):
+            known = place in encoded
+            found = self._begun(key, ask, encoded[place]) if known else _no_ask(ask)
             if isinstance(found, Cascade):
                 begun.append(found)
             else:
@@ -97,6 +102,25 @@ class PromptQueue:
         for cascade in begun:
             self._go_on(cascade)
         return bool(asks)
+
+    def _encoded(self, asks: Sequence[Ask]) -> dict[int, Encoded]:
+        """The image of each ask by its place, from the tower of its adapter."""
+        places: dict[NamedModel, list[int]] = {}
+        encoded: dict[int, Encoded] = {}
+        for place, ask in enumerate(asks):
+            # A list may hold anything: what is no Ask has no image to encode.
+            if isinstance(ask, Ask):
+                try:
+                    model = self._engine.model_of(ask.adapter)
+                except RequestError as error:
+                    encoded[place] = as_value(error)
+                else:
+                    places.setdefault(model.encoder, []).append(place)
+        for encoder, listed in places.items():
+            images, stops = [asks[at].image for at in listed], [asks[at].stop for at in listed]
+            found = self._engine.encode(images, stops, self._asker, encoder)
+            encoded |= zip(listed, found, strict=True)
+        return encoded
 
     def _begun(self, key: object, ask: Ask, image: Encoded) -> Cascade | FlorenceError:
         # Before the image's own error: an image that several asks gave up has only one's reason.
@@ -106,8 +130,9 @@ class PromptQueue:
         if isinstance(image, FlorenceError):
             return image
         try:
-            self._engine.check_image(image)
-            return Cascade(key, ask, image, self._engine.checkpoint)
+            model = self._engine.model_of(ask.adapter)
+            self._engine.check_image(image, model)
+            return Cascade(key, ask, image, model.checkpoint)
         except FlorenceError as error:
             return as_value(error)
 
@@ -116,18 +141,21 @@ class PromptQueue:
         if cascade.outcome is not None:
             self._asker.settle(cascade.key, cascade.outcome)
 
-    def _take_ready(self, room: int, settings: GenerationSettings) -> list[Prompt]:
+    def _kind_of(self, prompt: Prompt) -> SearchKind:
+        return SearchKind(self._engine.model_of(prompt.adapter), prompt.settings)
+
+    def _take_ready(self, room: int, kind: SearchKind) -> list[Prompt]:
         taken: list[Prompt] = []
         passed: list[Prompt] = []
         while self._ready and len(taken) < room:
             prompt = self._ready.popleft()
-            (taken if prompt.settings == settings else passed).append(prompt)
+            (taken if self._kind_of(prompt) == kind else passed).append(prompt)
         self._ready.extendleft(reversed(passed))
         return taken
 
 
 class PromptSearch:
-    """Answers prompts of like settings until no more come, as the source of a decode loop.
+    """Answers prompts of one kind until no more come, as the source of a decode loop.
 
     Running out of memory starts over, with half as many prompts at a time, what was under way;
     one that does not fit alone fails alone. The engine's limit is lowered to what fitted then,
@@ -141,12 +169,13 @@ class PromptSearch:
         engine: Engine,
         prompts: PromptQueue,
         asker: Asker[Any],
-        settings: GenerationSettings,
+        kind: SearchKind,
     ) -> None:
         self._engine = engine
         self._prompts = prompts
         self._asker = asker
-        self._settings = settings
+        self._kind = kind
+        self._runtime = kind.model.runtime
         self._limit = engine.prompt_limit
         self._is_within = self._limit.num_searches > 0
         self._room = self._limit.now
@@ -168,7 +197,7 @@ class PromptSearch:
         try:
             while not self._runs_to_its_end():
                 # Outside any handler: a traceback would keep the failed batch's tensors alive.
-                self._engine.runtime.free_memory()
+                self._engine.free_memory()
                 self._start_over()
         finally:
             self._limit.num_searches -= 1
@@ -193,7 +222,7 @@ class PromptSearch:
         session = self._session_of(prompts, max(limits))
         if session is None:
             # Beside those in hand there is no room: once they are done there may be.
-            self._engine.runtime.free_memory()
+            self._engine.free_memory()
             self._again = prompts + self._again
             self._is_crowded = True
             together = len(self._in_hand) + len(prompts)
@@ -222,10 +251,10 @@ class PromptSearch:
             self._prompts.settle(item, outcome)
 
     def _runs_to_its_end(self) -> bool:
-        engine, runtime = self._engine, self._engine.runtime
+        runtime = self._runtime
         loop = DecodeLoop(
             self,
-            runtime.decode_batch(self._settings, engine.location_probability),
+            runtime.decode_batch(self._kind.settings, self._engine.location_probability),
             max_rows=self._room,
             least_room=self._least_room(),
         )
@@ -272,7 +301,7 @@ class PromptSearch:
 
     def _session_of(self, prompts: list[Prompt], max_new_tokens: int) -> Session | None:
         """The prompts encoded; None where there is no room for them beside those in hand."""
-        runtime, is_alone = self._engine.runtime, not self._in_hand
+        runtime, is_alone = self._runtime, not self._in_hand
         if is_alone:
             self._in_hand |= dict.fromkeys(prompts, (0.0, 0.0))
         try:
@@ -280,7 +309,7 @@ class PromptSearch:
             session = runtime.start(
                 [prompt.image.features for prompt in prompts],
                 [prompt.prompt_ids for prompt in prompts],
-                self._settings.num_beams,
+                self._kind.settings.num_beams,
                 max_new_tokens,
             )
             self._limit.begun(len(prompts), start, runtime.mark())
@@ -301,7 +330,7 @@ class PromptSearch:
                 break
             else:
                 with self._askers_code():
-                    taken = self._prompts.take(missing, self._settings)
+                    taken = self._prompts.take(missing, self._kind)
             if not taken:
                 break
             with self._askers_code():

@@ -64,7 +64,8 @@ class Ask:
     A setting of None is the checkpoint's own; ``max_new_tokens`` of None is the task's own budget.
     ``is_custom`` says that ``task`` is a fine-tune's own token, which is passed on as it is and
     answered with text. ``stop`` is asked before every pass of the network: once it gives an error
-    nobody waits for the answer any longer, and that error is the answer.
+    nobody waits for the answer any longer, and that error is the answer. ``adapter`` is one of
+    those that the checkpoint was loaded with; None is the checkpoint itself.
     """
 
     image: AnyImage
@@ -78,6 +79,7 @@ class Ask:
     no_repeat_ngram_size: int | None = None
     is_custom: bool = False
     stop: Stop | None = field(default=None, repr=False)
+    adapter: str | None = None
 
     def settings(self, defaults: GenerationSettings) -> GenerationSettings:
         """The checkpoint's search settings with this ask's own put over them."""
@@ -130,6 +132,11 @@ class Prompt:
     def image(self) -> EncodedImage:
         """What it is about."""
         return self.cascade.image
+
+    @property
+    def adapter(self) -> str | None:
+        """The one that answers it."""
+        return self.cascade.ask.adapter
 
     def given_up(self) -> FlorenceError | None:
         """Why nobody waits for the answer any longer."""

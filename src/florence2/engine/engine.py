@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Final, Generic, TypeVar
 
@@ -22,6 +22,8 @@ from florence2.errors import (
     FlorenceError,
     OutOfMemoryError,
     RequestError,
+    shown,
+    unknown_name,
 )
 from florence2.generation.beam_search import LocationProbability
 from florence2.images import identity
@@ -161,11 +163,30 @@ def out_of_memory(device: str) -> OutOfMemoryError:
     )
 
 
-class Engine:
-    """One checkpoint on one runtime. Calls from several threads wait for each other.
+@dataclass(frozen=True, slots=True, eq=False)
+class NamedModel:
+    """What an ask's ``adapter`` stands for: the engine's checkpoint, or that with an adapter.
 
-    An error after which the device answers nothing more is a DeviceLostError, then and for every
-    later call.
+    ``key_prefix`` begins the keys of what its own vision tower encodes. ``base``: the model whose
+    tower encodes its images, where the adapter leaves the tower as it is.
+    """
+
+    checkpoint: Checkpoint
+    runtime: Runtime
+    key_prefix: str
+    base: NamedModel | None = None
+
+    @property
+    def encoder(self) -> NamedModel:
+        """Whose vision tower encodes its images."""
+        return self.base or self
+
+
+class Engine:
+    """One checkpoint on one runtime, and its adapters on others of the same device and precision.
+
+    Calls from several threads wait for each other. An error after which the device answers nothing
+    more is a DeviceLostError, then and for every later call.
     """
 
     def __init__(
@@ -192,9 +213,52 @@ class Engine:
         self.location_probability: Final = LocationProbability(
             checkpoint.vocabulary.first_location_id, NEAR_BINS
         )
-        # Two folders may have one name, and features of one device mean nothing on another.
-        where = f"{runtime.name} {runtime.device} {runtime.precision}"
-        self._key_prefix = f"{checkpoint.folder}@{checkpoint.revision} {where}"
+        self._own: Final = NamedModel(checkpoint, runtime, _key_prefix(checkpoint, runtime))
+        self._adapters: dict[str, NamedModel] = {}
+
+    @property
+    def adapters(self) -> Mapping[str, NamedModel]:
+        """By the names that asks call them by."""
+        return self._adapters
+
+    def add_adapter(
+        self, name: str, checkpoint: Checkpoint, runtime: Runtime, *, has_own_tower: bool
+    ) -> None:
+        """An adapter of the checkpoint; ``has_own_tower`` if it changes what encodes images."""
+        prefix = _key_prefix(checkpoint, runtime)
+        base = None if has_own_tower else self._own
+        self._adapters[name] = NamedModel(checkpoint, runtime, prefix, base)
+
+    def model_of(self, adapter: str | None) -> NamedModel:
+        """What an ask's ``adapter`` stands for; RequestError for a name that there is not."""
+        if adapter is None or adapter == self.checkpoint.name:
+            return self._own
+        if not isinstance(adapter, str) or adapter not in self._adapters:
+            received = adapter if isinstance(adapter, str) else shown(adapter)
+            known = [self.checkpoint.name, *self._adapters]
+            raise RequestError(unknown_name("adapter", received, known))
+        return self._adapters[adapter]
+
+    def _runtimes(self) -> list[Runtime]:
+        """The checkpoint's own first, whose weights the others may share."""
+        return [self.runtime, *(model.runtime for model in self._adapters.values())]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Of the checkpoint and of its adapters, see ``Checkpoint``."""
+        own = self.checkpoint.notes
+        of_adapters = (
+            f"Adapter {name}: {note}"
+            for name, model in self._adapters.items()
+            for note in model.checkpoint.notes
+            if note not in own
+        )
+        return (*own, *of_adapters)
+
+    def free_memory(self) -> None:
+        """Gives cached device memory back before a smaller batch is tried."""
+        for runtime in self._runtimes():
+            runtime.free_memory()
 
     @property
     def image_batch(self) -> int:
@@ -224,12 +288,13 @@ class Engine:
         images: Sequence[AnyImage],
         stops: Sequence[Stop | None] | None = None,
         asker: Asker[Any] | None = None,
+        model: NamedModel | None = None,
     ) -> list[Encoded]:
         """The images' visual tokens, in order; each content is run through the tower once.
 
-        The next images, and then those that come later, are opened and scaled while the tower
-        runs. ``stops`` has one Stop per image; an image given up, or that cannot be opened, has
-        the reason in its place.
+        The tower is that of ``model``, without one the checkpoint's own. The next images, and then
+        those that come later, are opened and scaled while the tower runs. ``stops`` has one Stop
+        per image; an image given up, or that cannot be opened, has the reason in its place.
         """
         encoded: dict[int, Encoded] = {}
         places: dict[object, list[int]] = {}
@@ -245,7 +310,9 @@ class Engine:
         waiting = [None] * len(images) if stops is None else stops
         shared = {key: [waiting[place] for place in listed] for key, listed in places.items()}
         if sources:
-            for key, found in self._encode_sources(sources, shared, asker or Asker()).items():
+            encoder = (model or self._own).encoder
+            done = self._encode_sources(sources, shared, asker or Asker(), encoder)
+            for key, found in done.items():
                 encoded |= dict.fromkeys(places[key], found)
         return [encoded[place] for place in range(len(images))]
 
@@ -254,6 +321,7 @@ class Engine:
         left: dict[object, AnySource],
         stops: Mapping[object, Sequence[Stop | None]],
         asker: Asker[Any],
+        encoder: NamedModel,
     ) -> dict[object, Encoded]:
         """What comes of each source, in passes of the tower."""
         done: dict[object, Encoded] = {}
@@ -275,7 +343,7 @@ class Engine:
                 self.preparer.ahead(left.values(), owner)
                 looked_up: dict[object, PreparedImage | Encoded] = {}
                 for key in part:
-                    looked_up[key] = self._look_up(left[key], found)
+                    looked_up[key] = self._look_up(left[key], found, encoder)
                     del left[key]
                     asker.before_pass()
                 coming = asker.coming_images()
@@ -286,7 +354,7 @@ class Engine:
                     for one in looked_up.values()
                     if isinstance(one, PreparedImage)
                 }
-                encoded = self._encode_prepared(list(missing.values()), asker)
+                encoded = self._encode_prepared(list(missing.values()), asker, encoder)
                 by_content = dict(zip(missing, encoded, strict=True))
                 found |= {
                     content: one
@@ -302,11 +370,11 @@ class Engine:
         return done
 
     def _look_up(
-        self, source: AnySource, found: dict[str, EncodedImage]
+        self, source: AnySource, found: dict[str, EncodedImage], encoder: NamedModel
     ) -> PreparedImage | Encoded:
         """The features of an image if they are known, else the image ready for the tower."""
         content = self.preparer.known_hash(source)
-        if content is not None and (known := self._known(content, found)) is not None:
+        if content is not None and (known := self._known(content, found, encoder)) is not None:
             return known
         try:
             prepared = self.preparer.take(source)
@@ -317,15 +385,19 @@ class Engine:
             )
         if isinstance(prepared, FlorenceError):
             return prepared
-        return self._known(prepared.content_hash, found) or prepared
+        return self._known(prepared.content_hash, found, encoder) or prepared
 
-    def _known(self, content: str, found: dict[str, EncodedImage]) -> EncodedImage | None:
-        known = found.get(content) or self.cache.get(f"{self._key_prefix}:{content}")
+    def _known(
+        self, content: str, found: dict[str, EncodedImage], encoder: NamedModel
+    ) -> EncodedImage | None:
+        known = found.get(content) or self.cache.get(f"{encoder.key_prefix}:{content}")
         if known is not None:
             found[content] = known
         return known
 
-    def _encode_prepared(self, left: Sequence[PreparedImage], asker: Asker[Any]) -> list[Encoded]:
+    def _encode_prepared(
+        self, left: Sequence[PreparedImage], asker: Asker[Any], encoder: NamedModel
+    ) -> list[Encoded]:
         """What comes of these images; one that does not fit into memory alone has an error."""
         encoded: list[Encoded] = []
         limit = self.image_limit
@@ -336,16 +408,18 @@ class Engine:
                     limit.catch_up()
                 size = limit.pass_size(is_awaited=asker.is_awaited)
                 part, left = left[:size], left[size:]
-                encoded += self._encode_in_parts(part)
+                encoded += self._encode_in_parts(part, encoder)
             if left:
                 asker.before_pass()
         return encoded
 
-    def _encode_in_parts(self, images: Sequence[PreparedImage]) -> Sequence[Encoded]:
+    def _encode_in_parts(
+        self, images: Sequence[PreparedImage], encoder: NamedModel
+    ) -> Sequence[Encoded]:
         """One pass of the tower, or several where memory ends; the limit learns from it."""
         limit = self.image_limit
         try:
-            encoded = self._run_tower(images)
+            encoded = self._run_tower(images, encoder)
         except (RuntimeError, MemoryError) as error:
             if not self.runtime.is_out_of_memory(error):
                 raise
@@ -356,36 +430,37 @@ class Engine:
             limit.fitted(len(images))
             return encoded
         # Outside the handler: its traceback would keep the failed batch's tensors alive.
-        self.runtime.free_memory()
+        self.free_memory()
         if len(images) == 1:
             return [out_of_memory(self.runtime.device)]
         size = limit.smaller(len(images))
         limit.lower(size)
         parts = [images[first : first + size] for first in range(0, len(images), size)]
-        return [one for part in parts for one in self._encode_in_parts(part)]
+        return [one for part in parts for one in self._encode_in_parts(part, encoder)]
 
-    def _run_tower(self, part: Sequence[PreparedImage]) -> list[EncodedImage]:
+    def _run_tower(self, part: Sequence[PreparedImage], encoder: NamedModel) -> list[EncodedImage]:
         """One pass of the tower. Nothing that an asker gave is called in it."""
         table = self.checkpoint.image_processor.lookup_table
         began, start = time.perf_counter(), self.runtime.mark()
-        features = self.runtime.encode_bytes(np.stack([image.scaled for image in part]), table)
+        features = encoder.runtime.encode_bytes(np.stack([image.scaled for image in part]), table)
         spent = time.perf_counter() - began
         self.image_limit.begun(len(part), start, self.runtime.mark())
         encoded: list[EncodedImage] = []
         for image, row in zip(part, features, strict=True):
             # A row of a batch keeps the whole batch alive; the cache counts one image's bytes.
             own = row.clone() if len(part) > 1 else row
-            kept = EncodedImage(own, image.size_wh, f"{self._key_prefix}:{image.content_hash}")
+            kept = EncodedImage(own, image.size_wh, f"{encoder.key_prefix}:{image.content_hash}")
             self.cache.put(kept)
             encoded.append(replace(kept, vision_s=spent))
         return encoded
 
-    def check_image(self, image: EncodedImage) -> None:
+    def check_image(self, image: EncodedImage, model: NamedModel | None = None) -> None:
         """RequestError for features of another checkpoint or device, which mean nothing here."""
-        if not image.key.startswith(f"{self._key_prefix}:"):
+        used = model or self._own
+        if not image.key.startswith(f"{used.encoder.key_prefix}:"):
             raise RequestError(
                 f"An encoded image belongs to the checkpoint and device that encoded it, and this "
-                f"one is not of {self.checkpoint.name} on {self.runtime.device}; encode the image "
+                f"one is not of {used.checkpoint.name} on {self.runtime.device}; encode the image "
                 "again."
             )
 
@@ -417,7 +492,7 @@ class Engine:
     @property
     def memory_bytes(self) -> int:
         """Memory the weights and the cached features take on the device now."""
-        return self.runtime.weight_bytes + self.cache.num_bytes
+        return sum(one.weight_bytes for one in self._runtimes()) + self.cache.num_bytes
 
     @property
     def is_parked(self) -> bool:
@@ -434,7 +509,8 @@ class Engine:
                 self.cache.clear()
                 # First: weights that were moved only in part are all brought back.
                 self._is_parked = True
-                self.runtime.park()
+                for runtime in self._runtimes():
+                    runtime.park()
 
     def resume(self) -> None:
         """Brings parked weights back to the device; CheckpointError once closed."""
@@ -447,14 +523,13 @@ class Engine:
             self._is_closed = True
             self.cache.clear()
             self.preparer.close()
-            try:
-                self.runtime.close()
-            except RuntimeError as error:
-                if not self.runtime.is_lost(error):
-                    raise
-                logger.warning(
-                    "The memory of %s could not be freed: %s", self.runtime.device, error
-                )
+            for runtime in self._runtimes():
+                try:
+                    runtime.close()
+                except RuntimeError as error:
+                    if not runtime.is_lost(error):
+                        raise
+                    logger.warning("The memory of %s could not be freed: %s", runtime.device, error)
 
     def _wake(self) -> None:
         if self._is_closed:
@@ -463,8 +538,14 @@ class Engine:
                 "was; load it again."
             )
         if self._is_parked:
-            self.runtime.resume()
+            for runtime in self._runtimes():
+                runtime.resume()
             self._is_parked = False
+
+
+def _key_prefix(checkpoint: Checkpoint, runtime: Runtime) -> str:
+    # Two folders may have one name, and features of one device mean nothing on another.
+    return f"{checkpoint.identity} {runtime.name} {runtime.device} {runtime.precision}"
 
 
 def _loss(device: str, error: RuntimeError) -> str:

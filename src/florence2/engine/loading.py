@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, Protocol, cast
 
 import numpy as np
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from florence2.checkpoint.checkpoint import Checkpoint, load_weights
+from florence2.checkpoint.checkpoint import Checkpoint, changed_weights, load_weights
 from florence2.checkpoint.converted import Converted, read_converted
+from florence2.checkpoint.weights import read_weights, whole_state
 from florence2.conversion.kept import Conversions, check_choice, notes_of
 from florence2.engine.answering import answer, answer_all
 from florence2.engine.ask import Ask, Outcome
@@ -33,7 +35,7 @@ from florence2.errors import (
 from florence2.generation.decode import generate
 from florence2.images import open_image
 from florence2.network.florence import Florence2Network
-from florence2.runtimes.base import Pixels
+from florence2.runtimes.base import Pixels, Runtime
 from florence2.runtimes.cuda_graphs import GraphRunner
 from florence2.runtimes.decode_graphs import ROWS
 from florence2.runtimes.device import (
@@ -43,7 +45,13 @@ from florence2.runtimes.device import (
     parse_quantization,
 )
 from florence2.runtimes.openvino import ConvertedNetwork, OpenVinoRuntime, has_openvino
-from florence2.runtimes.torch import VISION_BUCKETS, TorchRuntime, computing, upload
+from florence2.runtimes.torch import (
+    VISION_BUCKETS,
+    AdapterRuntime,
+    TorchRuntime,
+    computing,
+    upload,
+)
 from florence2.tasks import TASKS
 from florence2.tokens import BOS_ID, EOS_ID
 
@@ -282,7 +290,8 @@ def _longest_answer_bytes(checkpoint: Checkpoint, runtime: TorchRuntime) -> int:
 TOLERANCE: Final = {"fp32": 1e-4, "fp16": 0.02, "bf16": 0.1}
 """The largest sane error of the visual tokens: several times what rounding alone makes."""
 
-_VISION: Final = ("network.model.vision_tower.", "network.model.multi_modal_projector.")
+_TOWER: Final = ("model.vision_tower.", "model.multi_modal_projector.")
+_VISION: Final = tuple(f"network.{start}" for start in _TOWER)
 
 
 class _Vision(nn.Module):
@@ -335,27 +344,29 @@ _BEAMS: Final = (1, 3)
 _TASKS: Final = ("<CAPTION>", "<OD>")
 
 
-def self_test(engine: Engine) -> float:
+def self_test(engine: Engine, adapter: str | None = None) -> float:
     """One short generation, and its seconds; CheckpointError when it is no real answer.
 
     Catches weights that load and yet are useless: NaN, nothing at all, or ``<s>`` for ever.
     Numbers that are not finite are a PrecisionError where the precision may be why.
     """
     began = time.perf_counter()
-    encoded = _encoded(engine, probe_picture())
+    name = engine.model_of(adapter).checkpoint.name
+    encoded = _encoded(engine, probe_picture(), adapter)
     if not bool(torch.isfinite(encoded.features).all()):
-        raise _not_finite(engine, "its visual features are not finite numbers")
-    [result] = answer_all(engine, [Ask(encoded, "<CAPTION>", num_beams=1, max_new_tokens=8)])
+        raise _not_finite(engine, name, "its visual features are not finite numbers")
+    ask = Ask(encoded, "<CAPTION>", num_beams=1, max_new_tokens=8, adapter=adapter)
+    [result] = answer_all(engine, [ask])
     if isinstance(result, NotFiniteError):
-        raise _not_finite(engine, "its answer to <CAPTION> is not made of finite numbers")
+        raise _not_finite(engine, name, "its answer to <CAPTION> is not made of finite numbers")
     if isinstance(result, FlorenceError):
         raise result
     if not result.token_ids:
-        raise CheckpointError(_useless(engine, "its answer to <CAPTION> is empty"))
+        raise CheckpointError(_useless(engine, name, "its answer to <CAPTION> is empty"))
     return time.perf_counter() - began
 
 
-def check_recordings(engine: Engine, graphs: GraphRunner) -> None:
+def check_recordings(engine: Engine, graphs: GraphRunner, adapter: str | None = None) -> None:
     """Turns recording off unless recorded work gives the tokens of the same work unrecorded.
 
     Captions and boxes of two pictures, greedy and with beams, of prompts that start together and of
@@ -364,27 +375,28 @@ def check_recordings(engine: Engine, graphs: GraphRunner) -> None:
     if not graphs.is_enabled:
         return
     try:
-        recorded = [_answers(engine) for _ in range(_ROUNDS)][-1]
+        recorded = [_answers(engine, adapter) for _ in range(_ROUNDS)][-1]
     except RuntimeError as error:
         graphs.give_up(f"recorded work failed: {error}")
         return
     with graphs.plainly():
-        expected = _answers(engine)
+        expected = _answers(engine, adapter)
     if recorded != expected:
         graphs.give_up("recorded work gave other tokens than the same work unrecorded")
 
 
-def _answers(engine: Engine) -> list[tuple[int, ...] | str]:
+def _answers(engine: Engine, adapter: str | None) -> list[tuple[int, ...] | str]:
     """The tokens of each prompt, or why it has none."""
     # One after the other, and of two pictures: a recording that does nothing would go unseen
     # where it is asked for what it was recorded with.
     engine.cache.clear()
-    pictures = [_encoded(engine, picture) for picture in (probe_picture(), 255 - probe_picture())]
+    probes = (probe_picture(), 255 - probe_picture())
+    pictures = [_encoded(engine, picture, adapter) for picture in probes]
     found: list[tuple[int, ...] | str] = []
     for beams in _BEAMS:
         first, later = (
             [
-                Ask(image, task, num_beams=beams, max_new_tokens=_TOKENS)
+                Ask(image, task, num_beams=beams, max_new_tokens=_TOKENS, adapter=adapter)
                 for task, image in zip(_TASKS, images, strict=True)
             ]
             for images in (pictures, pictures[::-1])
@@ -396,8 +408,10 @@ def _answers(engine: Engine) -> list[tuple[int, ...] | str]:
     return found
 
 
-def _encoded(engine: Engine, picture: np.ndarray[Any, np.dtype[np.uint8]]) -> EncodedImage:
-    [encoded] = engine.encode([open_image(picture)])
+def _encoded(
+    engine: Engine, picture: np.ndarray[Any, np.dtype[np.uint8]], adapter: str | None
+) -> EncodedImage:
+    [encoded] = engine.encode([open_image(picture)], model=engine.model_of(adapter))
     if isinstance(encoded, FlorenceError):
         raise encoded
     return encoded
@@ -434,17 +448,17 @@ def probe_picture() -> np.ndarray[Any, np.dtype[np.uint8]]:
     return np.stack(np.broadcast_arrays(gradient[:, None], gradient[None], np.uint8(96)), 2)
 
 
-def _not_finite(engine: Engine, why: str) -> CheckpointError:
+def _not_finite(engine: Engine, name: str, why: str) -> CheckpointError:
     kind = CheckpointError if engine.runtime.precision == "fp32" else PrecisionError
-    return kind(_useless(engine, why))
+    return kind(_useless(engine, name, why))
 
 
-def _useless(engine: Engine, why: str) -> str:
+def _useless(engine: Engine, name: str, why: str) -> str:
     advice = "download it again"
     if engine.runtime.precision != "fp32":
         advice += " or use precision fp32"
     return (
-        f"Checkpoint {engine.checkpoint.name} loads but does not answer in "
+        f"Checkpoint {name} loads but does not answer in "
         f"{engine.runtime.precision}: {why}; {advice}."
     )
 
@@ -467,8 +481,11 @@ def load_engine(
     cache_bytes: int,
     runtime: str = "auto",
     conversions: Conversions | None = None,
+    adapters: Mapping[str, Checkpoint] = MappingProxyType({}),
 ) -> Engine:
     """An engine on ``device`` that has answered once; what its checkpoint notes is logged.
+
+    ``adapters`` of this checkpoint, by the names that asks call them by.
 
     ``runtime``: torch, openvino (on a CPU; converts the checkpoint at first, see ``Conversions``),
     or auto, the faster of the two as far as it is known or worth measuring. ``precision`` as for
@@ -485,19 +502,25 @@ def load_engine(
         conversions = conversions or Conversions()
         used = chosen_runtime(checkpoint, device, precision, runtime, conversions)
         if used == "openvino":
-            engine = _load_openvino(checkpoint, device, precision, cache_bytes, conversions)
+            engine = _load_openvino(
+                checkpoint, device, precision, cache_bytes, conversions, adapters
+            )
         else:
-            engine = _load_torch(checkpoint, device, precision, cache_bytes)
-    for note in engine.checkpoint.notes:
+            engine = _load_torch(checkpoint, device, precision, cache_bytes, adapters)
+    for note in engine.notes:
         logger.warning("Checkpoint %s: %s", checkpoint.name, note)
     return engine
 
 
 def _load_torch(
-    checkpoint: Checkpoint, device: torch.device, precision: str, cache_bytes: int
+    checkpoint: Checkpoint,
+    device: torch.device,
+    precision: str,
+    cache_bytes: int,
+    adapters: Mapping[str, Checkpoint],
 ) -> Engine:
     def load(used: str, is_free: bool) -> Engine:
-        return _load(checkpoint, device, used, cache_bytes, is_free)
+        return _load(checkpoint, device, used, cache_bytes, is_free, adapters)
 
     return _in_precision(checkpoint, device, precision, load)
 
@@ -508,12 +531,19 @@ def _load_openvino(
     precision: str,
     cache_bytes: int,
     conversions: Conversions,
+    adapters: Mapping[str, Checkpoint],
 ) -> Engine:
-    """Its conversion, made where there is none yet."""
+    """Its conversion, made where there is none yet, and one for every adapter."""
+
+    def converted(adapter: Checkpoint, used: str) -> Runtime:
+        folder = conversions.folder_for(adapter, used)
+        return OpenVinoRuntime(ConvertedNetwork(folder, adapter.config.text, used))
 
     def load(used: str, is_free: bool) -> Engine:
         folder = conversions.folder_for(checkpoint, used)
-        return _load_converted(checkpoint, folder, read_converted(folder), cache_bytes)
+        engine = _load_converted(checkpoint, folder, read_converted(folder), cache_bytes)
+        _add_adapters(engine, adapters, lambda adapter, _: converted(adapter, used))
+        return engine
 
     return _in_precision(checkpoint, device, precision, load)
 
@@ -622,7 +652,7 @@ def _answer_s(checkpoint: Checkpoint, used: str, folder: Path | None) -> float:
     the cores meanwhile.
     """
     if folder is None:
-        engine = _load(checkpoint, torch.device("cpu"), used, 0, False)
+        engine = _load(checkpoint, torch.device("cpu"), used, 0, False, {})
     else:
         engine = _load_converted(checkpoint, folder, read_converted(folder), 0)
     try:
@@ -643,11 +673,23 @@ def _seconds_of(engine: Engine, picture: np.ndarray[Any, np.dtype[np.uint8]]) ->
 
 
 def _load(
-    checkpoint: Checkpoint, device: torch.device, used: str, cache_bytes: int, is_free: bool
+    checkpoint: Checkpoint,
+    device: torch.device,
+    used: str,
+    cache_bytes: int,
+    is_free: bool,
+    adapters: Mapping[str, Checkpoint],
 ) -> Engine:
     network = load_weights(checkpoint, PRECISIONS[base_precision(used, device)])
     checkpoint = replace(checkpoint, notes=(*checkpoint.notes, *network.notes))
     runtime = TorchRuntime(network, device, used)
+
+    def beside(adapter: Checkpoint, changed: Mapping[str, Tensor]) -> Runtime:
+        if runtime.quantization is None:
+            return AdapterRuntime(runtime, changed, len(adapters))
+        merged = load_weights(adapter, PRECISIONS[runtime.base_precision])
+        return TorchRuntime(merged, device, used, idle_share=len(adapters))
+
     engine = Engine(
         checkpoint,
         runtime,
@@ -659,14 +701,50 @@ def _load(
         engine.self_test_s = self_test(engine)
         if device.type == "cuda":
             check_recordings(engine, runtime.graphs)
+        _add_adapters(engine, adapters, beside)
+        if device.type == "cuda":
             meter = CudaMeter(device)
             with runtime.computing():
                 check_where_it_fits(checkpoint, runtime, meter, is_free)
-                _take_over(engine, measured_batches(checkpoint, runtime, meter, cache_bytes))
+                # All adapters together keep as much while idle as their base does.
+                kept = runtime.most_idle_bytes + runtime.most_prompt_bytes if adapters else 0
+                _take_over(engine, measured_batches(checkpoint, runtime, meter, cache_bytes + kept))
     except BaseException:
         engine.close()
         raise
     return engine
+
+
+def _add_adapters(
+    engine: Engine,
+    adapters: Mapping[str, Checkpoint],
+    runtime_of: Callable[[Checkpoint, Mapping[str, Tensor]], Runtime],
+) -> None:
+    """Loads adapters beside their base; each has answered once then.
+
+    ``runtime_of`` takes an adapter's checkpoint and the weights that it changes, in float32.
+    """
+    if not adapters:
+        return
+    try:
+        whole = whole_state(read_weights(engine.checkpoint.folder))
+        for name, checkpoint in adapters.items():
+            changed = changed_weights(checkpoint, whole)
+            runtime = runtime_of(checkpoint, changed)
+            if not isinstance(runtime, AdapterRuntime):
+                note = (
+                    f"Runtime {runtime.name} in {runtime.precision} holds all weights of this "
+                    "adapter once more; with torch in fp32, bf16 or fp16 it shares its base's."
+                )
+                checkpoint = replace(checkpoint, notes=(*checkpoint.notes, note))
+            has_own_tower = any(changed_name.startswith(_TOWER) for changed_name in changed)
+            engine.add_adapter(name, checkpoint, runtime, has_own_tower=has_own_tower)
+            self_test(engine, name)
+            if isinstance(runtime, TorchRuntime):
+                check_recordings(engine, runtime.graphs, name)
+    except BaseException:
+        engine.close()
+        raise
 
 
 def check_against_fp32(checkpoint: Checkpoint, runtime: TorchRuntime, is_error: bool) -> float:

@@ -82,6 +82,10 @@ class Linear(nn.Linear):
         """Takes the choice for this weight out of those made for all."""
         self.transposed = forms.get((self.weight.dtype, self.weight.shape), ())
 
+    def take_form_of(self, other: Linear) -> None:
+        """Takes the choice of a layer with a weight of the same precision and shape."""
+        self.transposed = other.transposed
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear:
         self.transposed = ()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -123,7 +127,7 @@ class Attention(nn.Module):
         Theirs become views of it, so it takes no memory of its own. Moving or casting the module
         undoes it, and gradients are computed without it.
         """
-        parts = (self.q_proj, self.k_proj, self.v_proj)
+        parts = self._input_parts()
         weight = torch.cat([part.weight.detach() for part in parts])
         bias = torch.cat([part.bias.detach() for part in parts])
         for part, rows, offset in zip(parts, weight.chunk(3), bias.chunk(3), strict=True):
@@ -135,6 +139,32 @@ class Attention(nn.Module):
         if self._fused is not None:
             weight = self._fused[0]
             self._fused_transposed = forms.get((weight.dtype, weight.shape), ())
+
+    def shares(self, other: Attention) -> bool:
+        """Whether the input projections are another attention's own."""
+        parts, others = self._input_parts(), other._input_parts()
+        return all(
+            part.weight is its.weight and part.bias is its.bias
+            for part, its in zip(parts, others, strict=True)
+        )
+
+    def own_projections(self) -> None:
+        """Gives the input projections parameters of their own, whose values may still be shared."""
+        for part in self._input_parts():
+            for name in ("weight", "bias"):
+                value = getattr(part, name).detach()
+                setattr(part, name, nn.Parameter(value, requires_grad=False))
+
+    def fuse_as(self, other: Attention) -> None:
+        """As ``fuse`` and ``choose_form``, of an attention of this size that may share its own."""
+        if self.shares(other):
+            self._fused = other._fused
+        else:
+            self.fuse()
+        self._fused_transposed = other._fused_transposed
+
+    def _input_parts(self) -> tuple[Linear, Linear, Linear]:
+        return self.q_proj, self.k_proj, self.v_proj
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Attention:
         self._fused, self._fused_transposed = None, ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Final, cast
@@ -223,6 +224,42 @@ class Florence2Network(nn.Module):
         ]
         self.take_forms(choose_forms([weight for weight in weights if weight is not None]))
         return self.eval().requires_grad_(False)
+
+    def sharing(self, changed: Mapping[str, Tensor]) -> Florence2Network:
+        """A network with ``changed`` values of some weights, and this one's own for all others.
+
+        ``changed`` has names of ``state_dict``, any precision and device; this network is laid out
+        for inference. The three input projections of an attention are one weight: with one of them
+        changed, the other network has all three of its own. Its other weights are this one's
+        parameters themselves, which move with it; once they have, ``lay_out_as`` is to be called.
+        """
+        held = {id(value): value for value in (*self.parameters(), *self.buffers())}
+        other = copy.deepcopy(self, held)
+        for name, value in changed.items():
+            path, _, own = name.rpartition(".")
+            module = other.get_submodule(path)
+            before = getattr(module, own)
+            value = value.to(before.device, before.dtype)
+            is_weight = isinstance(before, nn.Parameter)
+            setattr(module, own, nn.Parameter(value, requires_grad=False) if is_weight else value)
+        for attention, of_this in zip(other._attentions(), self._attentions(), strict=True):
+            if not attention.shares(of_this):
+                attention.own_projections()
+        other.lay_out_as(self)
+        return other.eval()
+
+    def lay_out_as(self, base: Florence2Network) -> None:
+        """Lays the weights out for speed, but for those it shares with ``base``, which has."""
+        for module, of_base in zip(self.modules(), base.modules(), strict=True):
+            if isinstance(module, nn.Conv2d):
+                module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            elif isinstance(module, Attention):
+                module.fuse_as(cast(Attention, of_base))
+            elif isinstance(module, Linear):
+                module.take_form_of(cast(Linear, of_base))
+
+    def _attentions(self) -> list[Attention]:
+        return [module for module in self.modules() if isinstance(module, Attention)]
 
     def take_forms(self, forms: Mapping[WeightKind, TransposedCounts]) -> None:
         """Has every layer of a decoder step multiply few rows in the form chosen for its weight."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Final
 
@@ -206,7 +206,8 @@ class TorchRuntime:
     ``network``, and all others are in ``base_precision``.
 
     ``graphs`` records work as CUDA graphs on a GPU and just runs it on a CPU; whatever is recorded
-    is forgotten when the weights move.
+    is forgotten when the weights move. ``is_laid_out``: the network is as it is to be already.
+    ``idle_share``: among how many the memory is shared that recordings may keep while idle.
     """
 
     name = "torch"
@@ -217,18 +218,23 @@ class TorchRuntime:
         device: torch.device,
         precision: str,
         graphs: GraphRunner | None = None,
+        *,
+        is_laid_out: bool = False,
+        idle_share: int = 1,
     ) -> None:
         self.base_precision = base_precision(precision, device)
         self.quantization = parse_quantization(precision, device)
-        self.network = network.to(dtype=PRECISIONS[self.base_precision]).eval()
-        if self.quantization is not None:
-            quantize(self.network, self.quantization, device)
-        self.network.to(device).prepare_for_inference()
+        self.network = network
+        if not is_laid_out:
+            network.to(dtype=PRECISIONS[self.base_precision]).eval()
+            if self.quantization is not None:
+                quantize(network, self.quantization, device)
+            network.to(device).prepare_for_inference()
         self.device = str(device)
         self.precision = precision
         self.graphs = make_runner(device) if graphs is None else graphs
         self._device = device
-        self.most_idle_bytes = most_idle_bytes(device)
+        self.most_idle_bytes = most_idle_bytes(device) // idle_share
         self.most_prompt_bytes = self.most_idle_bytes // 2
         self.vision_graphs = BucketedGraphs("vision", self.graphs, VISION_BUCKETS)
         self.prompt_graphs = BucketedGraphs(
@@ -395,3 +401,37 @@ class TorchRuntime:
         self._forget_recordings()
         self.network.to("meta")
         self.free_memory()
+
+
+class AdapterRuntime(TorchRuntime):
+    """An adapter beside its base, whose weights it shares but for those that it changes.
+
+    ``base`` has no quantised layers. What moves its weights is called for the base first.
+    """
+
+    def __init__(
+        self, base: TorchRuntime, changed: Mapping[str, Tensor], idle_share: int = 1
+    ) -> None:
+        super().__init__(
+            base.network.sharing(changed),
+            torch.device(base.device),
+            base.precision,
+            is_laid_out=True,
+            idle_share=idle_share,
+        )
+        self._base = base
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of the weights that are not the base's."""
+        if self.network.device.type != self._device.type:
+            return 0
+        shared = set(map(id, self._base.network.parameters()))
+        own = [weight for weight in self.network.parameters() if id(weight) not in shared]
+        return sum(weight.numel() * weight.element_size() for weight in own)
+
+    @torch.inference_mode(False)
+    def resume(self) -> None:
+        """Moves parked weights back to the device; the base's are there."""
+        self.network.to(self._device)
+        self.network.lay_out_as(self._base.network)

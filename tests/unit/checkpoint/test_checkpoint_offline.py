@@ -181,10 +181,13 @@ UNUSABLE = [
     ),
     ({WEIGHTS: None, "pytorch_model.bin": b""}, "is empty (0 bytes)"),
     (
-        {**NO_WEIGHTS, "adapter_config.json": b"{}", "adapter_model.safetensors": weights(9)},
-        "holds a LoRA adapter alone",
+        {**NO_WEIGHTS, "adapter_config.json": b"{}"},
+        "adapter_config.json and neither full weights nor adapter_model.safetensors",
     ),
-    ({**NO_WEIGHTS, "adapter_model.bin": b"PK", "config.json": None}, "a LoRA adapter alone"),
+    (
+        {**NO_WEIGHTS, "adapter_model.bin": b"PK", "config.json": None},
+        "holds adapter_model.bin without adapter_config.json",
+    ),
     ({**NO_WEIGHTS, "florence.safetensors": weights(9)}, "only florence.safetensors; if that"),
     (shards({}), "lists no weights"),
     (shards({"a": PART}), f"lacks {PART}"),

@@ -230,13 +230,23 @@ def test_cache_that_cannot_be_written(hub, tmp_path):
     assert "cannot be stored" in failure(cache_dir=tmp_path / "file")
 
 
-def test_repository_without_weights_or_with_an_adapter(hub, cache):
+def test_repository_without_weights(hub, cache):
     hub.add("a/none", files(**NO_WEIGHTS))
     assert "holds no weights" in failure("a/none", cache_dir=cache)
-    adapter = {"adapter_config.json": b"{}", "adapter_model.safetensors": weights(9)}
-    hub.add("a/lora", files(**NO_WEIGHTS, **adapter))
-    assert "LoRA adapter alone" in failure("a/lora", cache_dir=cache)
+    hub.add("a/lora", files(**NO_WEIGHTS, **{"adapter_model.safetensors": weights(9)}))
+    assert "without adapter_config.json" in failure("a/lora", cache_dir=cache)
     assert hub.served == []
+
+
+def test_an_adapter_is_downloaded_with_its_base(hub, cache):
+    config = json.dumps({"base_model_name_or_path": REPOSITORY, "revision": None}).encode()
+    adapter = {"adapter_config.json": config, "adapter_model.safetensors": weights(9)}
+    commit = hub.add("a/lora", adapter).commit
+    found = resolve("a/lora", cache_dir=cache)
+    assert (found.revision, found.files) == (commit, tuple(adapter))
+    assert found.base is not None
+    assert found.base == resolve(REPOSITORY, cache_dir=cache)
+    assert resolve("a/lora", cache_dir=cache, offline=True) == found
 
 
 def test_pickled_weights_only_without_safetensors(hub, cache):

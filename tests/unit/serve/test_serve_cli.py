@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import subprocess
 import sys
 
 import pytest
+from adapter_tools import write_adapter
 
 from florence2.tasks import TASKS
 from serve.cli.main import main
@@ -33,6 +35,18 @@ def test_models_says_what_is_complete_on_this_machine(capsys, tmp_path, monkeypa
     assert rows["Florence-2-large"]["complete_here"] == "no"
     assert rows["Florence-2-large"]["size_mb"] == 1554
     assert "demo" in rows
+
+
+def test_models_says_what_an_adapter_is_merged_into(capsys, tmp_path):
+    folder = write_adapter(tmp_path / "cats")
+    assert run("models", str(folder), "demo", "--json") == 0
+    adapter, demo = json.loads(capsys.readouterr().out)
+    weights = (folder / "adapter_model.safetensors").read_bytes()
+    assert adapter["adapter_sha256"] == hashlib.sha256(weights).hexdigest()
+    assert (adapter["model"], adapter["base"]) == (str(folder), "demo")
+    assert (demo["model"], demo["base"]) == ("demo", "")
+    assert run("models", str(tmp_path / "nothing")) == 2
+    assert "does not exist" in capsys.readouterr().err
 
 
 def test_the_quick_commands_wait_for_nothing_slow():

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from adapter_tools import DEMO, pair, write_adapter
 from label_fakes import files_below, paint, read_project
 
 from florence2.checkpoint.files import CheckpointFiles
@@ -171,6 +173,25 @@ def test_a_fingerprint_is_of_whichever_files_hold_the_weights(tmp_path, monkeypa
     assert first is not None
     (tmp_path / names[-1]).write_bytes(bytes(49) + b"x")
     assert loading.fingerprint("mine") not in (first, None)
+
+
+def test_a_fingerprint_of_an_adapter_is_its_own_its_configs_and_its_bases(tmp_path):
+    import serve.cli.loading as loading
+
+    other = shutil.copytree(DEMO, tmp_path / "other")
+    weights = other / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    kinds = {
+        "one": write_adapter(tmp_path / "one"),
+        "the same elsewhere": write_adapter(tmp_path / "copy"),
+        "other weights": write_adapter(tmp_path / "weights", pair(seed=1)),
+        "another alpha": write_adapter(tmp_path / "alpha", lora_alpha=9),
+        "another base": write_adapter(tmp_path / "based", base=str(other)),
+    }
+    prints = {name: loading.fingerprint(str(folder)) for name, folder in kinds.items()}
+    assert prints.pop("the same elsewhere") == prints["one"]
+    assert len(set(prints.values()) - {None}) == len(prints)
 
 
 def test_precision_reaches_the_model(label, images, monkeypatch):

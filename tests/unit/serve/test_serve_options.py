@@ -48,9 +48,22 @@ def test_options_can_be_given_more_than_once(start):
     assert set(Started.local.servers.allowed.values()) == {"https://app.example.org"}
 
 
+def test_adapters_are_given_by_name(start):
+    start("--adapter", "cats=a/b=c", "--adapter", " dogs = me/lora@main")
+    assert Started.local.adapters == (("cats", "a/b=c"), ("dogs", "me/lora@main"))
+
+
+def test_two_adapters_of_one_name(start):
+    code, written = start("--adapter", "cats=a", "--adapter", "cats=b")
+    assert code == 2
+    assert "'cats' stands for a and for b; give one of them another name" in written.err
+
+
 @pytest.mark.parametrize(
     ("option", "value", "says"),
     [
+        ("--adapter", "cats", "given as NAME=DIR, and 'cats' was received"),
+        ("--adapter", "=dir", "given as NAME=DIR, and '=dir' was received"),
         ("--allow-host", "http://a.example", "a name or an address alone"),
         ("--allow-server", "a.example/path", "an address such as"),
     ],

@@ -92,6 +92,8 @@ READ = {
         {"classes": ["object"], "mapping": {"object": "dog", "other": "cat"}},
         {"classes": ("object",), "mapping": {"object": ("dog",), "other": ("cat",)}},
     ),
+    "an adapter": ({"model": " cats "}, {"model": "cats"}),
+    "no adapter": ({"model": ""}, {"model": None}),
     "mapping in JSON": (
         {"mapping": '{"dog": ["puppy"], "cat": "kitten. tom"}'},
         {"mapping": {"dog": ("puppy",), "cat": ("kitten", "tom")}},
@@ -208,6 +210,7 @@ REFUSED = {
     "half a character": ({"mode": "\ud800"}, "Unknown mode '\\ud800'; known are"),
     "mode": ({"mode": "bbox"}, "known are text_prompt, reference_image."),
     "inference mode": ({"inference_mode": "tiles"}, "full_image"),
+    "number for an adapter": ({"model": 7}, "model is a name, and 7 was received"),
     "suffix of lines": ({"class_suffix": "a\nb"}, "at most 30 plain characters"),
     "suffix of digits": ({"class_suffix": 7}, "7 was received"),
     "number for a task": ({"task": 7}, "name of a task"),
