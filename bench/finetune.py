@@ -12,7 +12,6 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -32,14 +31,11 @@ from florence2.labeled.records import LabeledData
 from florence2.runtimes.torch import normalise
 from florence2.tasks import find_task
 from florence2.tokens import PAD_ID
-from florence2_demo.labeled import labeled_scenes
+from florence2_demo.labeled_scenes import NEW_KIND, labeled_scenes, scenes_with_new_kind
 from florence2_demo.lexicon import KINDS
-from florence2_demo.scene import Scene, make_scene
-from florence2_demo.shapes import EXTRA_KINDS
 
 # Any id that no prompt has.
 _IMAGE_ID: Final = 51_000
-_NEW = EXTRA_KINDS[0]
 _TASK = "<OD>"
 _FIRST_TRAINING = 2_000_000
 _FIRST_VALIDATION = 2_500_000
@@ -59,18 +55,6 @@ class _Printed(Watcher):
         print(sentence)
 
 
-def with_new_kind(first: int, count: int, *, share: float = 1.0) -> Iterator[Scene]:
-    """Scenes of which ``share`` has a thing of the new kind at least, the rest only known ones."""
-    seed, found = first, 0
-    while found < count:
-        is_new = found < round(share * count)
-        scene = make_scene(seed, kinds=(_NEW,) * 6 + KINDS if is_new else KINDS)
-        seed += 1
-        if not is_new or any(thing.kind == _NEW for thing in scene.objects):
-            found += 1
-            yield scene
-
-
 def measure(tuned: FineTuned, data: LabeledData) -> tuple[float, float]:
     """Recall of the new kind at an overlap of one half, and mAP of the twelve others."""
     vocabulary = Vocabulary(data.classes)
@@ -78,14 +62,20 @@ def measure(tuned: FineTuned, data: LabeledData) -> tuple[float, float]:
     with engine_of(tuned.checkpoint, tuned.merged_state(), torch.device("cpu")) as engine:
         found = validator.measure(engine).tasks[0].by_class
     known = [found[kind].average_precision for kind in KINDS if kind in found]
-    return found[_NEW].recall, statistics.fmean(known)
+    return found[NEW_KIND].recall, statistics.fmean(known)
 
 
 def teach_a_class(folder: Path, steps: int, batch: int, rate: float | None) -> None:
     """300 steps on scenes of which half have boats; the other half is replay."""
-    training = labeled_scenes(with_new_kind(_FIRST_TRAINING, 400, share=0.5), folder / "training")
-    validation = labeled_scenes(with_new_kind(_FIRST_VALIDATION, 40, share=0.5), folder / "val")
-    held_out = labeled_scenes(with_new_kind(_FIRST_HELD_OUT, 200, share=0.5), folder / "held-out")
+    training = labeled_scenes(
+        scenes_with_new_kind(_FIRST_TRAINING, 400, share=0.5), folder / "training"
+    )
+    validation = labeled_scenes(
+        scenes_with_new_kind(_FIRST_VALIDATION, 40, share=0.5), folder / "val"
+    )
+    held_out = labeled_scenes(
+        scenes_with_new_kind(_FIRST_HELD_OUT, 200, share=0.5), folder / "held-out"
+    )
     plan = FineTuningPlan(
         "demo",
         (_TASK,),
@@ -107,7 +97,9 @@ def teach_a_class(folder: Path, steps: int, batch: int, rate: float | None) -> N
     print(
         f"{steps} steps of {batch} images: {spent_s:.0f} s with {torch.get_num_threads()} threads"
     )
-    print(f"recall of {_NEW}s at IoU 0.5, 200 held-out scenes: {before[0]:.3f} -> {after[0]:.3f}")
+    print(
+        f"recall of {NEW_KIND}s at IoU 0.5, 200 held-out scenes: {before[0]:.3f} -> {after[0]:.3f}"
+    )
     print(f"mAP of the twelve known kinds: {before[1]:.4f} -> {after[1]:.4f}")
 
 

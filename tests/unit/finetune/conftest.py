@@ -8,7 +8,7 @@ import pytest
 from openvino_tools import small_config, write_small_checkpoint
 
 from florence2.labeled.split import split_data
-from florence2_demo.labeled import labeled_scenes
+from florence2_demo.labeled_scenes import labeled_scenes
 from florence2_demo.scene import make_scene
 
 

@@ -15,6 +15,7 @@ from florence2 import Florence2
 from florence2.engine.scheduler import Scheduler
 from florence2.errors import RequestError
 from florence2_demo.labeled_scenes import write_labeled_scenes
+from florence2_demo.scene import make_scene
 from serve.cli.loading import OneModel
 from serve.cli.main import main
 from serve.labeled_data import open_labeled
@@ -40,7 +41,7 @@ def models():
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory) -> Path:
-    return write_labeled_scenes(tmp_path_factory.mktemp("scenes"), SCENES)
+    return write_labeled_scenes(tmp_path_factory.mktemp("scenes"), map(make_scene, SCENES))
 
 
 @pytest.fixture
