@@ -19,9 +19,10 @@ Curve = tuple[tuple[float, float], ...]
 
 MIN_JUDGED: Final = 20
 """With fewer judged answers there is no curve."""
-MIN_IN_GROUP: Final = 10
+MIN_IN_GROUP: Final = 5
 """So many answers of similar scores, or more, say together which share of them is right."""
 MAX_GROUPS: Final = 50
+_ADDED: Final = 2
 _MARGIN: Final = 0.01
 _DIGITS: Final = 4
 
@@ -50,11 +51,11 @@ def isotonic(values: Floats, weights: Floats) -> Floats:
 def calibration_curve(scores: Floats, right: NDArray[np.bool_]) -> Curve | None:
     """How many of the answers with a score [D] are right [D]; None with too few to say.
 
-    Answers of similar scores are judged in groups of 10 or more. A group of n with k right counts
-    as (k + 1/2) / (n + 1), because none of a few that is wrong proves nothing about the next one:
-    the curve says neither 0 nor 1. Between the means of what isotonic regression pools it is
-    straight, and beyond them it rises by 0.01 at most, so that a threshold can be anywhere and
-    equal scores only come of equal ones.
+    Answers of similar scores are judged in groups of 5 or more, to each of which two are added that
+    are right as often as their scores say: a few that are all right prove little about the next.
+    No share is surer than that half an error is among all answers. Between the means of what
+    isotonic regression pools the curve is straight, and beyond them it rises by 0.01 at most, so
+    that a threshold can be anywhere and equal scores only come of equal ones.
     """
     if len(scores) < MIN_JUDGED:
         return None
@@ -62,20 +63,20 @@ def calibration_curve(scores: Floats, right: NDArray[np.bool_]) -> Curve | None:
     ascending, hits = scores[order], right[order].astype(np.float64)
     starts = _group_starts(ascending)
     counts = np.diff([*starts, len(ascending)]).astype(np.float64)
-    shares = (np.add.reduceat(hits, starts) + 0.5) / (counts + 1)
-    fitted = np.round(isotonic(shares, counts), _DIGITS)
+    sums = np.add.reduceat(ascending, starts)
+    expected = _ADDED * sums / counts
+    shares = (np.add.reduceat(hits, starts) + expected) / (counts + _ADDED)
+    surest = 0.5 / (len(scores) + 1)
+    fitted = np.round(np.clip(isotonic(shares, counts), surest, 1 - surest), _DIGITS)
     # One pair for each level, where its answers are on average.
     levels, of_level = np.unique(fitted, return_inverse=True)
-    sums = np.bincount(of_level, np.add.reduceat(ascending, starts))
-    raw = (sums / np.bincount(of_level, counts)).tolist()
+    raw = np.bincount(of_level, sums) / np.bincount(of_level, counts)
     low, high = float(levels[0]), float(levels[-1])
-    pairs = [
-        (0.0, low - min(_MARGIN, low / 2)),
-        *zip(raw, levels.tolist(), strict=True),
-        (1.0, high + min(_MARGIN, (1 - high) / 2)),
-    ]
-    rounded = {round(x, _DIGITS): round(y, _DIGITS) for x, y in pairs}
-    return tuple(rounded.items())
+    pairs = {0.0: round(low - min(_MARGIN, low / 2), _DIGITS)}
+    for x, y in zip(raw.tolist(), levels.tolist(), strict=True):
+        pairs[round(x, _DIGITS)] = round(y, _DIGITS)
+    pairs.setdefault(1.0, round(high + min(_MARGIN, (1 - high) / 2), _DIGITS))
+    return tuple(pairs.items())
 
 
 def _group_starts(ascending: Floats) -> list[int]:

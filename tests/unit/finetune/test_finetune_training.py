@@ -14,7 +14,7 @@ from openvino_tools import write_small_checkpoint
 from peft import PeftModel
 
 from florence2 import Florence2
-from florence2.checkpoint.checkpoint import open_checkpoint
+from florence2.checkpoint.checkpoint import load_weights, open_checkpoint
 from florence2.checkpoint.weights import build_network, read_weights
 from florence2.errors import RequestError
 from florence2.finetune import trainer
@@ -201,13 +201,15 @@ def test_a_training_leaves_an_adapter_its_figures_and_a_report(finished, tiny_fo
     assert page.count("<img") == 2
 
 
-def test_its_adapter_is_peft_s(finished, tiny_folder, plan):
+def test_its_adapter_is_peft_s_and_is_loaded_like_a_checkpoint(finished, tiny_folder, plan):
+    best = finished[0] / "best"
     tuned = make_model(open_checkpoint(tiny_folder), replace(plan, method="full"))
-    model = PeftModel.from_pretrained(tuned.florence, finished[0] / "best")
-    changed = model.merge_and_unload().state_dict()
-    before = read_weights(tiny_folder)
+    expected = PeftModel.from_pretrained(tuned.florence, best).merge_and_unload().state_dict()
+    found = load_weights(open_checkpoint(best), torch.float32).native_state()
     name = "model.language_model.decoder.layers.0.fc1.weight"
-    assert not torch.equal(changed[name], before[name])
+    assert not torch.equal(found[name], read_weights(tiny_folder)[name])
+    for name, value in found.items():
+        assert torch.allclose(value, expected[name], atol=1e-6), name
 
 
 class KilledError(Exception):

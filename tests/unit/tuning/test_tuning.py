@@ -180,7 +180,7 @@ def test_a_calibrated_score_is_worth_what_it_says():
         "dog", recall=0.8, wrong=1.0, right_score=(0.2, 0.6), wrong_score=(0.0, 0.4)
     )
     [report] = world.tuned("dog").classes
-    assert report.calibrated_error.value < 0.1 < 0.2 < report.raw_error.value
+    assert report.calibrated_error.value < 0.13 < 0.2 < report.raw_error.value
 
 
 @pytest.mark.parametrize(
