@@ -22,6 +22,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint as recomputed
 from transformers import Florence2Config, Florence2ForConditionalGeneration
 
+from florence2.checkpoint.catalog import CHECKPOINT_NAMES
 from florence2.checkpoint.checkpoint import Checkpoint, load_weights
 from florence2.checkpoint.files import ADAPTER_CONFIG, CONFIG, SAFETENSORS, small_files, write_whole
 from florence2.errors import RequestError
@@ -250,6 +251,11 @@ def make_model(checkpoint: Checkpoint, plan: FineTuningPlan) -> FineTuned:
 def _with_adapter(
     florence: Florence2ForConditionalGeneration, checkpoint: Checkpoint, plan: FineTuningPlan
 ) -> tuple[PeftModel, tuple[str, ...]]:
+    if checkpoint.adapter is not None:
+        raise RequestError(
+            f"An adapter is learned for full weights, and {checkpoint.name} is an adapter itself; "
+            "train its base, or all weights with --method full."
+        )
     present, absent = split_targets(florence, plan.lora, plan.freeze_vision)
     if not present:
         raise RequestError(
@@ -278,8 +284,11 @@ def _with_adapter(
 
 
 def _base_name(checkpoint: Checkpoint) -> str:
-    """What the adapter's users name the base by: a name, or the path of a folder."""
-    if Path(checkpoint.name).is_dir():
+    """What the adapter's users name the base by: a name, or the path of a folder.
+
+    A name of ours is that checkpoint's also where a folder is called so.
+    """
+    if checkpoint.name not in CHECKPOINT_NAMES and Path(checkpoint.name).is_dir():
         return str(Path(checkpoint.name).absolute())
     return checkpoint.name
 
