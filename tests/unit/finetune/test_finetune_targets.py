@@ -153,8 +153,7 @@ def test_a_region_is_asked_about_where_its_answer_is_known(task):
 
 def test_a_region_has_the_outline_of_its_object():
     questions = asked("<REGION_TO_SEGMENTATION>")
-    assert_near(boxes(questions[0]) if False else [one.region_xyxy for one in questions],
-                boxes(CAT, DOG, SIGN))  # fmt: skip
+    assert_near([one.region_xyxy for one in questions], boxes(CAT, DOG, SIGN))
     [found] = read(questions[1]).objects
     assert_near(found.rings_xy, [SQUARE])
 
