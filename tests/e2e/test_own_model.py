@@ -1,4 +1,4 @@
-"""A model of one's own, as the README has it: label, correct, train, evaluate, tune, label the rest.
+"""A model of one's own, as the README has it: label, correct, train, evaluate, tune, label on.
 
 With few steps: that they teach something is measured by ``bench/finetune.py``.
 """
