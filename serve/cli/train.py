@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import shlex
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -64,6 +63,7 @@ Targets = Annotated[
 
 
 def train(
+    context: typer.Context,
     data: Data,
     model: Model,
     out: Out,
@@ -178,7 +178,8 @@ def train(
         workers=workers,
         seed=seed,
     )
-    record = _train(training, validation, plan, out, threads)
+    command = shlex.join(["florence2", *(context.obj or ())])
+    record = _train(training, validation, plan, out, command, threads)
     if upload and record["status"] == "done":
         upload_training(out)
 
@@ -188,6 +189,7 @@ def _train(
     validation: LabeledData,
     plan: FineTuningPlan,
     out: Path,
+    command: str,
     threads: int | None,
 ) -> dict[str, Any]:
     # peft imports it, and it misses something that no training here needs.
@@ -209,7 +211,6 @@ def _train(
         torch.set_num_threads(threads)
     else:
         leave_cores_to_others(open_checkpoint(plan.model).config.text.d_model)
-    command = shlex.join(["florence2", *sys.argv[1:]])
     with stop_on_signals() as switch, switch.after_batch(), _shown(plan.steps) as show:
         watcher = _watcher(switch, show)
         record = fine_tune(training, validation, plan, out, watcher, command)
