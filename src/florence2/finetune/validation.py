@@ -15,8 +15,8 @@ from florence2.checkpoint.checkpoint import Checkpoint
 from florence2.checkpoint.weights import build_network
 from florence2.engine.answering import answer_all
 from florence2.engine.ask import Ask
+from florence2.engine.batch_sizes import image_batch, prompt_batch
 from florence2.engine.engine import Engine
-from florence2.engine.loading import image_batch, prompt_batch
 from florence2.errors import FlorenceError, RequestError
 from florence2.evaluation.detection import (
     IOU_THRESHOLDS,

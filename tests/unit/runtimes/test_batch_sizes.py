@@ -11,7 +11,7 @@ from recorders import CPU
 from florence2 import Florence2
 from florence2.checkpoint.checkpoint import load_weights, open_checkpoint
 from florence2.engine import loading
-from florence2.engine.loading import (
+from florence2.engine.batch_sizes import (
     MOST_IMAGES,
     MOST_PROMPTS,
     BatchSizes,
