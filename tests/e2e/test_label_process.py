@@ -1,27 +1,24 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
-import resource
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from label_with_fake_model import Command, Commands
 from PIL import Image
-
-SCRIPT = Path(__file__).with_name("label_with_fake_model.py")
 
 
 class Runs:
     """Runs of one command line, and what they left."""
 
-    def __init__(self, folder: Path, count: int) -> None:
+    def __init__(self, commands: Commands, folder: Path, count: int) -> None:
+        self._commands = commands
         self.images, self.out, self.log = folder / "images", folder / "out", folder / "log"
         self.images.mkdir()
         for number in range(count):
@@ -29,20 +26,14 @@ class Runs:
             image.save(self.images / f"{number:05}.png")
         self.count = count
 
-    def start(self, *options: str, seconds: float = 0.0) -> subprocess.Popen:
-        command = [sys.executable, str(SCRIPT), str(seconds), str(self.log)]
-        command += ["label", str(self.images), "--out", str(self.out), "--batch", "4", *options]
-        return subprocess.Popen(
-            command,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
+    def start(
+        self, *options: str, seconds: float = 0.0, max_file_bytes: int | None = None
+    ) -> Command:
+        words = ["label", str(self.images), "--out", str(self.out), "--batch", "4", *options]
+        return self._commands.start(words, seconds, self.log, max_file_bytes)
 
     def finish(self, *options: str) -> tuple[int, str]:
-        process = self.start(*options)
-        _, err = process.communicate(timeout=300)
-        return process.returncode, err
+        return self.start(*options).finish()
 
     def asked(self) -> Counter[int]:
         return (
@@ -51,14 +42,14 @@ class Runs:
             else Counter()
         )
 
-    def wait_for(self, images: int, process: subprocess.Popen) -> None:
+    def wait_for(self, images: int, process: Command) -> None:
         deadline = time.monotonic() + 120
         while sum(self.asked().values()) < images:
             assert process.poll() is None, process.stderr.read()
             assert time.monotonic() < deadline
             time.sleep(0.005)
 
-    def wait_for_journal(self, process: subprocess.Popen) -> None:
+    def wait_for_journal(self, process: Command) -> None:
         while not (self.out / "journal.jsonl").exists():
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.005)
@@ -82,9 +73,16 @@ class Runs:
         assert (report["failed"], report["pending"]) == (0, 0)
 
 
+@pytest.fixture(scope="module")
+def commands():
+    started = Commands()
+    yield started
+    started.close()
+
+
 @pytest.fixture
-def runs(tmp_path):
-    return lambda count: Runs(tmp_path, count)
+def runs(commands, tmp_path):
+    return lambda count, folder=tmp_path: Runs(commands, folder, count)
 
 
 def test_killed_again_and_again_nothing_is_lost_and_nothing_done_twice(runs):
@@ -99,7 +97,6 @@ def test_killed_again_and_again_nothing_is_lost_and_nothing_done_twice(runs):
             time.sleep(0.002)
         time.sleep(chance.random() * 0.08)
         process.kill()
-        process.communicate()
         assert _done(work.out) > done, "what was journaled before stays"
         done = _done(work.out)
     before = _stamps(work.out)
@@ -130,8 +127,8 @@ def test_ctrl_c_finishes_the_batch_reports_and_says_how_to_go_on(runs):
     process = work.start("--coco", seconds=0.5)
     work.wait_for(4, process)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+    code, err = process.finish()
+    assert code == 130, err
     report = json.loads((work.out / "report.json").read_text())
     assert report["this_run"]["interrupted"]
     assert report["pending"] == 40 - report["images"] > 0
@@ -154,8 +151,8 @@ def test_a_second_ctrl_c_stops_at_once_and_loses_nothing(runs):
     time.sleep(1)
     process.send_signal(signal.SIGINT)
     started = time.monotonic()
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+    code, err = process.finish()
+    assert code == 130, err
     assert time.monotonic() - started < 60
     assert work.finish()[0] == 0
     work.check_complete()
@@ -167,7 +164,6 @@ def test_two_runs_at_once_into_one_folder(runs):
     work.wait_for_journal(first)
     code, err = work.finish()
     first.kill()
-    first.communicate()
     assert code == 2
     assert "in use by another" in err
     assert work.finish()[0] == 0, "a killed run leaves no lock behind"
@@ -175,19 +171,16 @@ def test_two_runs_at_once_into_one_folder(runs):
 
 
 def test_memory_does_not_grow_with_the_folder(runs, tmp_path):
-    """Peak memory of a run over 1000 images against one over 50."""
+    """Peak memory of a run over 600 images against one over 50."""
     peaks = {}
-    for count in (50, 1000):
+    for count in (50, 600):
         folder = tmp_path / str(count)
         folder.mkdir()
-        work = Runs(folder, count)
-        process = work.start()
-        _, err = process.stderr.read(), None
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        assert process.returncode == 0, err
-        peaks[count] = usage.ru_maxrss / 1024
-    assert peaks[1000] < peaks[50] + 12, peaks
+        process = runs(count, folder).start()
+        code, err = process.finish()
+        assert code == 0, err
+        peaks[count] = process.peak_kib / 1024
+    assert peaks[600] < peaks[50] + 8, peaks
 
 
 def test_a_reader_that_leaves_costs_neither_the_report_nor_the_exports(runs):
@@ -195,7 +188,7 @@ def test_a_reader_that_leaves_costs_neither_the_report_nor_the_exports(runs):
     work = runs(8)
     process = work.start("--coco")
     process.stderr.close()
-    assert process.wait(timeout=120) == 0
+    assert process.wait() == 0
     work.check_complete()
     assert (work.out / "coco").is_dir()
 
@@ -204,21 +197,9 @@ def test_a_reader_that_leaves_costs_neither_the_report_nor_the_exports(runs):
 def test_a_file_size_limit_in_the_middle_is_a_sentence(runs):
     """The nearest thing to a full disk that needs no disk of its own."""
     work = runs(8)
-    command = [sys.executable, str(SCRIPT), "0", str(work.log), "label", str(work.images)]
-
-    def limit() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))
-
-    done = subprocess.run(
-        [*command, "--out", str(work.out), "--batch", "4"],
-        capture_output=True,
-        text=True,
-        preexec_fn=limit,
-        check=False,
-    )
-    assert done.returncode in (1, 2)
-    assert "Traceback" not in done.stderr
-    assert "File too large" in done.stderr
+    code, err = work.start(max_file_bytes=1500).finish()
+    assert code in (1, 2)
+    assert "Traceback" not in err
+    assert "File too large" in err
     assert work.finish()[0] == 0
     work.check_complete()
