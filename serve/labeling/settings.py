@@ -90,6 +90,12 @@ def label_settings(
     # Only a request of one client has a suffix that it does not name.
     raw.setdefault("class_suffix", None)
     settings = parse_settings(raw)
+    _check_is_for_folders(settings, file)
+    return settings
+
+
+def _check_is_for_folders(settings: Settings, file: Path) -> None:
+    """RequestError for what only a server can do."""
     if settings.reference is not None and settings.reference.image_id is not None:
         raise RequestError(
             f"Images of the platform are not looked at here, and {str(file)!r} has a "
@@ -101,7 +107,6 @@ def label_settings(
             f"adapter {settings.model!r} of a server; leave model out, and name the adapter's "
             "folder with --model."
         )
-    return settings
 
 
 def _read(file: Path) -> Mapping[str, object]:
