@@ -11,6 +11,7 @@ import typer
 
 from florence2.errors import RequestError
 from serve.cli.loading import load_model, one_model
+from serve.cli.options import Batch, Beams, Device, ModelName, Precision, Runtime, Tokens
 from serve.console import ERR, OUT, say
 
 _FOR_SCENES: Final = ("scenes", "seed", "tasks", "compare_scores")
@@ -23,7 +24,6 @@ Data = Annotated[
         "the folder of one. Without it scenes are drawn."
     ),
 ]
-Model = Annotated[str, typer.Option(help="A name of `florence2 models`, hub id or folder.")]
 TaskName = Annotated[
     str | None,
     typer.Option(
@@ -67,12 +67,6 @@ Tasks = Annotated[
     str | None,
     typer.Option(metavar="TASK,...", help="Only these tasks about scenes. [default: all 15]"),
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-Runtime = Annotated[str, typer.Option(help="auto, torch or openvino.")]
-Precision = Annotated[str, typer.Option(help="auto, fp32, bf16, fp16, int8, or on a GPU nf4.")]
-Beams = Annotated[int | None, typer.Option(min=1, help="Beams of the search.")]
-Batch = Annotated[int, typer.Option(min=1, max=256, help="Images per step.")]
-Tokens = Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens.")]
 CompareScores = Annotated[
     bool, typer.Option("--compare-scores", help="Compare ways to score a box; needs scenes, <OD>.")
 ]
@@ -85,7 +79,7 @@ def register(app: typer.Typer) -> None:
 def evaluate(
     context: typer.Context,
     data: Data = None,
-    model: Model = "demo",
+    model: ModelName = "demo",
     task: TaskName = None,
     prompt: Prompt = None,
     class_: Classes = None,

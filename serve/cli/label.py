@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperCommand
 
 from serve.cli.loading import fingerprint, one_model
+from serve.cli.options import Batch, Beams, Device, ModelName, Precision, Runtime, Tokens
 
 if TYPE_CHECKING:
     from serve.predict.predictor import Predictor
@@ -62,10 +63,6 @@ Classes = Annotated[
 RegionXyxy = Annotated[
     str | None, typer.Option(metavar="X1,Y1,X2,Y2", help="In pixels, for tasks about a region.")
 ]
-ModelName = Annotated[str, typer.Option(help="A name of `florence2 models`, hub id or folder.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-Runtime = Annotated[str, typer.Option(help="auto, torch or openvino.")]
-Precision = Annotated[str, typer.Option(help="auto, fp32, bf16, fp16, int8, or on a GPU nf4.")]
 SettingsFile = Annotated[
     Path | None,
     typer.Option(
@@ -83,9 +80,6 @@ Nms = Annotated[str | None, typer.Option(metavar="0.7|off")]
 GeometryName = Annotated[str | None, typer.Option(metavar="polygon|bitmap")]
 TilingWindows = Annotated[str | None, typer.Option("--tiling", metavar="SIZE|MAPPING|off")]
 Threshold = Annotated[float, typer.Option(help="Drop objects with a lower confidence.")]
-Batch = Annotated[int, typer.Option(min=1, max=256, help="Images per step.")]
-Beams = Annotated[int | None, typer.Option(min=1, help="Beams of the search.")]
-Tokens = Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens.")]
 Recursive = Annotated[bool, typer.Option("--recursive", help="Look into subfolders too.")]
 Link = Annotated[bool, typer.Option("--link", help="Link images into the project, not copy.")]
 Coco = Annotated[bool, typer.Option("--coco", help="Write COCO files too.")]

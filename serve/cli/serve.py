@@ -14,6 +14,7 @@ import typer
 
 from florence2.errors import RequestError
 from serve.cli.loading import fetch
+from serve.cli.options import Device, ModelName, Precision, Runtime
 from serve.console import say
 
 DEFAULT_MODEL: Final = "demo"
@@ -25,10 +26,6 @@ BROWSER_THREAD: Final = "browser"
 # What says that there is a screen; without one a text browser would take the terminal.
 _SCREENS: Final = ("BROWSER", "DISPLAY", "WAYLAND_DISPLAY")
 
-ModelName = Annotated[str, typer.Option(help="A name of `florence2 models`, hub id or folder.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-Precision = Annotated[str, typer.Option(help="auto, fp32, bf16, fp16, int8, or on a GPU nf4.")]
-Runtime = Annotated[str, typer.Option(help="auto, torch or openvino.")]
 Host = Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 lets the whole network in.")]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free port.")]
 MaxBatch = Annotated[

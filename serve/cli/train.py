@@ -60,6 +60,53 @@ Targets = Annotated[
         help="Layers that get an adapter. [default: q_proj,k_proj,v_proj,out_proj,fc1,fc2]",
     ),
 ]
+Method = Annotated[str, typer.Option(help="lora (an adapter) or full (all weights).")]
+Val = Annotated[
+    str | None,
+    typer.Option(
+        help="Images to measure on: dataset:NAME, tag:NAME, hash:0.2 or file:NAMES.txt. "
+        "[default: a dataset called val, else a fifth by hash]"
+    ),
+]
+Steps = Annotated[int | None, typer.Option(min=1, help="Updates of the weights.")]
+Epochs = Annotated[
+    float | None, typer.Option(min=0.01, help="Instead: passes over the images. [default: 10]")
+]
+StepImages = Annotated[int, typer.Option(min=1, help="Images of each step.")]
+AtOnce = Annotated[
+    int | None,
+    typer.Option(min=1, help="Of them together in memory. [default: found by trying]"),
+]
+Prompts = Annotated[int, typer.Option(min=1, help="Questions about each image.")]
+Rate = Annotated[
+    float | None,
+    typer.Option(help="Highest learning rate. [default: 3e-4 for lora, 1e-5 for full]"),
+]
+Schedule = Annotated[str, typer.Option(help="linear, cosine or constant.")]
+WarmUp = Annotated[float, typer.Option(help="Share of the steps to reach the rate in.")]
+Rank = Annotated[int, typer.Option(min=1, help="Rank of the adapter.")]
+Alpha = Annotated[float, typer.Option(help="Its scale is alpha/rank.")]
+Dropout = Annotated[float, typer.Option(help="Of the adapter's input, or of the text network.")]
+RsLora = Annotated[bool, typer.Option("--rslora", help="Scale by alpha/sqrt(rank) instead.")]
+FreezeVision = Annotated[
+    bool, typer.Option("--freeze-vision", help="Train the network of text only.")
+]
+Augment = Annotated[str, typer.Option(metavar="NAME,...", help="flip, crop, colour, or none.")]
+MixedPrecision = Annotated[str, typer.Option(help="auto, fp32, or mixed with fp32: bf16 or fp16.")]
+Checkpointing = Annotated[
+    bool, typer.Option("--checkpointing", help="Less memory, more time: recompute activations.")
+]
+ValidateEvery = Annotated[
+    int | None, typer.Option(min=1, help="Steps between measurements. [default: a tenth]")
+]
+ValImages = Annotated[int, typer.Option(min=1, help="Measure on at most so many images.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads that compute.")]
+Workers = Annotated[int, typer.Option(min=0, help="Processes that open images.")]
+Seed = Annotated[int, typer.Option(min=0, help="Another seed, another order.")]
+Upload = Annotated[
+    bool, typer.Option("--upload", help="Then upload the model, as upload-model does.")
+]
 
 
 def train(
@@ -68,65 +115,33 @@ def train(
     model: Model,
     out: Out,
     tasks: Tasks = None,
-    method: Annotated[str, typer.Option(help="lora (an adapter) or full (all weights).")] = "lora",
+    method: Method = "lora",
     classes: Classes = None,
-    val: Annotated[
-        str | None,
-        typer.Option(
-            help="Images to measure on: dataset:NAME, tag:NAME, hash:0.2 or file:NAMES.txt. "
-            "[default: a dataset called val, else a fifth by hash]"
-        ),
-    ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Updates of the weights.")] = None,
-    epochs: Annotated[
-        float | None, typer.Option(min=0.01, help="Instead: passes over the images. [default: 10]")
-    ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images of each step.")] = 8,
-    at_once: Annotated[
-        int | None,
-        typer.Option(min=1, help="Of them together in memory. [default: found by trying]"),
-    ] = None,
-    prompts: Annotated[int, typer.Option(min=1, help="Questions about each image.")] = 2,
-    rate: Annotated[
-        float | None,
-        typer.Option(help="Highest learning rate. [default: 3e-4 for lora, 1e-5 for full]"),
-    ] = None,
-    schedule: Annotated[str, typer.Option(help="linear, cosine or constant.")] = "linear",
-    warm_up: Annotated[float, typer.Option(help="Share of the steps to reach the rate in.")] = 0.05,
-    rank: Annotated[int, typer.Option(min=1, help="Rank of the adapter.")] = 16,
-    alpha: Annotated[float, typer.Option(help="Its scale is alpha/rank.")] = 32.0,
-    dropout: Annotated[
-        float, typer.Option(help="Of the adapter's input, or of the text network.")
-    ] = 0.05,
-    rslora: Annotated[
-        bool, typer.Option("--rslora", help="Scale by alpha/sqrt(rank) instead.")
-    ] = False,
+    val: Val = None,
+    steps: Steps = None,
+    epochs: Epochs = None,
+    batch: StepImages = 8,
+    at_once: AtOnce = None,
+    prompts: Prompts = 2,
+    rate: Rate = None,
+    schedule: Schedule = "linear",
+    warm_up: WarmUp = 0.05,
+    rank: Rank = 16,
+    alpha: Alpha = 32.0,
+    dropout: Dropout = 0.05,
+    rslora: RsLora = False,
     lora_targets: Targets = None,
-    freeze_vision: Annotated[
-        bool, typer.Option("--freeze-vision", help="Train the network of text only.")
-    ] = False,
-    augment: Annotated[
-        str, typer.Option(metavar="NAME,...", help="flip, crop, colour, or none.")
-    ] = "flip,crop,colour",
-    precision: Annotated[
-        str, typer.Option(help="auto, fp32, or mixed with fp32: bf16 or fp16.")
-    ] = "auto",
-    checkpointing: Annotated[
-        bool, typer.Option("--checkpointing", help="Less memory, more time: recompute activations.")
-    ] = False,
-    validate_every: Annotated[
-        int | None, typer.Option(min=1, help="Steps between measurements. [default: a tenth]")
-    ] = None,
-    val_images: Annotated[
-        int, typer.Option(min=1, help="Measure on at most so many images.")
-    ] = 100,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads that compute.")] = None,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that open images.")] = 0,
-    seed: Annotated[int, typer.Option(min=0, help="Another seed, another order.")] = 0,
-    upload: Annotated[
-        bool, typer.Option("--upload", help="Then upload the model, as upload-model does.")
-    ] = False,
+    freeze_vision: FreezeVision = False,
+    augment: Augment = "flip,crop,colour",
+    precision: MixedPrecision = "auto",
+    checkpointing: Checkpointing = False,
+    validate_every: ValidateEvery = None,
+    val_images: ValImages = 100,
+    device: Device = "auto",
+    threads: Threads = None,
+    workers: Workers = 0,
+    seed: Seed = 0,
+    upload: Upload = False,
 ) -> None:
     """Train a checkpoint on your own labeled images; the best weights are in OUT/best.
 

@@ -11,6 +11,7 @@ import typer
 
 from florence2.errors import RequestError
 from serve.cli.loading import one_model
+from serve.cli.options import Beams, Device, ModelName, Precision, Runtime
 from serve.console import OUT, complain, say
 
 if TYPE_CHECKING:
@@ -43,7 +44,6 @@ Classes = Annotated[
         "its name. [default: all classes, by their names]",
     ),
 ]
-ModelName = Annotated[str, typer.Option(help="A name of `florence2 models`, hub id or folder.")]
 TaskName = Annotated[str, typer.Option(help="A task that takes text and finds places.")]
 Optimise = Annotated[
     str,
@@ -72,10 +72,6 @@ Tilings = Annotated[
 Iou = Annotated[
     float, typer.Option(min=0.05, max=1.0, help="The IoU from which a box found is right.")
 ]
-Beams = Annotated[int | None, typer.Option(min=1, help="Beams of the search.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-Runtime = Annotated[str, typer.Option(help="auto, torch or openvino.")]
-Precision = Annotated[str, typer.Option(help="auto, fp32, bf16, fp16, int8, or on a GPU nf4.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace FILE.yaml if it is there.")]
 
 

@@ -1,0 +1,15 @@
+"""Options that several commands have, said once."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+ModelName = Annotated[str, typer.Option(help="A name of `florence2 models`, hub id or folder.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+Runtime = Annotated[str, typer.Option(help="auto, torch or openvino.")]
+Precision = Annotated[str, typer.Option(help="auto, fp32, bf16, fp16, int8, or on a GPU nf4.")]
+Batch = Annotated[int, typer.Option(min=1, max=256, help="Images per step.")]
+Beams = Annotated[int | None, typer.Option(min=1, help="Beams of the search.")]
+Tokens = Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens.")]
