@@ -37,6 +37,11 @@ _PRECISION_HELP: Final = (
     "with :all the vision tower's too: less memory, and less exact."
 )
 
+_UNLISTED: Final = (
+    "The platform did not list the team's custom models, so some may be missing; look for them "
+    "again in a moment."
+)
+
 
 class Florence2Gui(ServingGUITemplate):  # type: ignore[misc]
     """The SDK's page with Florence-2-large chosen and a way to refresh the weights."""
@@ -46,7 +51,8 @@ class Florence2Gui(ServingGUITemplate):  # type: ignore[misc]
 
     def _initialize_layout(self) -> list[Widget]:
         """The tabs; a platform that does not list the team's fine-tunes leaves theirs empty."""
-        found = listed_in_time(self.api, self.team_id, self.list_patience_s)
+        listed = listed_in_time(self.api, self.team_id, self.list_patience_s)
+        found = listed or []
         try:
             widgets = self._layout_with(found)
         except Exception:
@@ -56,7 +62,9 @@ class Florence2Gui(ServingGUITemplate):  # type: ignore[misc]
                 one.info.project_id = None
             widgets = self._layout_with(found)
         self._describe(found)
-        return widgets
+        self.unlisted = Text(_UNLISTED, "warning", widget_id="unlisted_experiments")
+        self._tell_whether_listed(listed)
+        return [*widgets, self.unlisted]
 
     def _layout_with(self, found: Sequence[Experiment]) -> list[Widget]:
         with found_experiments([one.info for one in found]):
@@ -79,13 +87,22 @@ class Florence2Gui(ServingGUITemplate):  # type: ignore[misc]
         ]
 
     def list_again(self) -> None:
-        """Looks for fine-tunes that were uploaded since the list was made."""
+        """Looks for fine-tunes that were uploaded since the list was made; else it stays."""
         found = listed_in_time(self.api, self.team_id, self.list_patience_s)
+        self._tell_whether_listed(found)
+        if found is None:
+            return
         selector = self.experiment_selector
         selector.table.clear()
         selector._experiment_infos = [one.info for one in found]
         selector.set_experiment_infos(selector._experiment_infos)
         self._describe(found)
+
+    def _tell_whether_listed(self, listed: Sequence[Experiment] | None) -> None:
+        if listed is None:
+            self.unlisted.show()
+        else:
+            self.unlisted.hide()
 
     @property
     def model_files(self) -> dict[str, str]:

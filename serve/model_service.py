@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -178,7 +179,7 @@ def params_for_name(
     name: str, models: Sequence[dict[str, Any]], device: object, runtime: object = None
 ) -> dict[str, Any]:
     """As ``params_for``, for any checkpoint's name or the path of a fine-tune in team files."""
-    if name.startswith(f"{EXPERIMENTS}/"):
+    if name.startswith(f"{EXPERIMENTS}/") and not Path(name).is_dir():
         return _params(CUSTOM, {"checkpoint": name}, {}, device, runtime, None)
     return params_for(named_model(name, models), device, runtime)
 

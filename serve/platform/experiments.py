@@ -194,7 +194,15 @@ def training_of(content: Mapping[str, Any], where: str, settings: object = None)
         # What it says is offered to everyone who connects, so it has to be something.
         parse_settings(settings)
         base, method = str(content.get("model") or ""), str(content.get("method") or "")
-    except (TypeError, ValueError, KeyError, AttributeError, FlorenceError) as error:
+    except (
+        TypeError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+        FlorenceError,
+    ) as error:
         raise CheckpointError(
             f"What {where} says of its training cannot be used ({error}); correct it, or upload "
             "the fine-tune again with florence2 upload-model."

@@ -65,7 +65,7 @@ def find_experiments(api: sly.Api, team_id: int) -> list[Experiment]:
 
     def read(path: str) -> Experiment | None:
         try:
-            found = _read_experiment(api, team_id, path)
+            found = _tried(partial(_read_experiment, api, team_id, path))
         except (FlorenceError, requests.RequestException) as error:
             logger.warning("%s is not listed: %s", path, error)
             return None
@@ -77,9 +77,9 @@ def find_experiments(api: sly.Api, team_id: int) -> list[Experiment]:
         return [found for found in threads.map(read, paths) if found is not None]
 
 
-def listed_in_time(api: sly.Api, team_id: int, timeout_s: float) -> list[Experiment]:
-    """``find_experiments`` for a page: none where the platform fails or says nothing."""
-    found: list[list[Experiment]] = []
+def listed_in_time(api: sly.Api, team_id: int, timeout_s: float) -> list[Experiment] | None:
+    """``find_experiments`` for a page; None where the platform fails or says nothing."""
+    found: list[list[Experiment] | None] = []
 
     def find() -> None:
         try:
@@ -91,7 +91,7 @@ def listed_in_time(api: sly.Api, team_id: int, timeout_s: float) -> list[Experim
                 type(error).__name__,
                 error,
             )
-            found.append([])
+            found.append(None)
 
     # The SDK has no limit of time to a try; nobody waits for this thread to end.
     asking = threading.Thread(target=find, name="list-experiments", daemon=True)
@@ -103,7 +103,7 @@ def listed_in_time(api: sly.Api, team_id: int, timeout_s: float) -> list[Experim
             "the page until it is asked again.",
             timeout_s,
         )
-        return []
+        return None
     return found[0]
 
 
@@ -127,7 +127,7 @@ def _json_at(api: sly.Api, team_id: int, path: str) -> Any:  # noqa: ANN401 - wh
                 raise CheckpointError(f"{path} is larger than any experiment; choose another.")
     try:
         return json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: it is no JSON; upload it again.") from error
 
 

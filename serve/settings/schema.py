@@ -324,13 +324,15 @@ def with_own(raw: Mapping[str, object], own: Mapping[str, object]) -> dict[str, 
     """What a client said, with what a fine-tune was trained to be asked where it asks nothing.
 
     Clients send ``own`` back as they were offered it, so a question is what differs from it. One
-    with a question of its own has none of ``own``, which belongs to another question.
+    with a question of its own has none of ``own``, which belongs to another question: nor what
+    goes with its classes and prompts, where that comes back as it was offered.
     """
     asked = {key for name in _QUESTION for key in SPELLINGS[name]}
+    tied = asked | {key for name in _OF_QUESTION for key in SPELLINGS[name]}
     said = {
         key: value
         for key, value in raw.items()
-        if key not in asked or key not in own or value != own[key]
+        if key not in tied or key not in own or value != own[key]
     }
     if any(key in asked and not _is_missing(_FIELDS[key], value) for key, value in said.items()):
         return said
@@ -339,6 +341,8 @@ def with_own(raw: Mapping[str, object], own: Mapping[str, object]) -> dict[str, 
 
 
 _QUESTION: Final = ("task_prompt", "text", "mapping", "regions", "reference_bbox")
+_OF_QUESTION: Final = ("calibration", "class_thresholds")
+"""What was chosen for the classes and prompts of a question, and says nothing of another."""
 _FIELDS: Final = {key: name for name, keys in SPELLINGS.items() for key in keys}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -141,12 +142,11 @@ def test_what_is_here_already_is_not_downloaded_again(
 
 @pytest.mark.parametrize("base", ["demo", str(DEMO)], ids=["by name", "a folder"])
 def test_an_adapter_is_deployed_with_its_base(api, app, platform, tmp_path, demo_again, base):
-    pytest.importorskip("florence2.checkpoint.adapters")
     out = tmp_path / "adapter"
     (out / "best").mkdir(parents=True)
     width = json.loads((DEMO / "config.json").read_text())["text_config"]["d_model"]
     layer = "base_model.model.model.language_model.encoder.layers.0.self_attn.q_proj"
-    halves = {"A": torch.ones(2, width), "B": torch.zeros(width, 2)}
+    halves = {"A": torch.ones(2, width), "B": torch.full((width, 2), 1e-4)}
     named = {f"{layer}.lora_{half}.weight": tensor for half, tensor in halves.items()}
     save_file(named, out / "best" / "adapter_model.safetensors")
     settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
@@ -157,7 +157,10 @@ def test_an_adapter_is_deployed_with_its_base(api, app, platform, tmp_path, demo
     params = {"model_source": "Custom models", "model_files": {"checkpoint": checkpoint}}
     answer = app.post("deploy_from_api", {"deploy_params": {**params, "device": "cpu"}})
     assert answer.status_code == 200, answer.text
-    assert app.post("get_session_info").json()["model_name"] == "adapter"
+    session = app.post("get_session_info").json()
+    assert session["model_name"] == "adapter"
+    weights = (out / "best" / "adapter_model.safetensors").read_bytes()
+    assert session["adapter"]["sha256"] == hashlib.sha256(weights).hexdigest()
     assert "vehicle" in classes_in(app.upload_images([CITY], {})[0]["annotation"])
 
 
@@ -422,7 +425,19 @@ def test_team_files_that_cannot_be_listed_leave_the_page_with_an_empty_tab(
 def test_team_files_that_are_not_listed_in_time_keep_nobody_waiting(page, platform, monkeypatch):
     monkeypatch.setattr(Florence2Gui, "list_patience_s", 0.2)
     with platform.faults.held("file-storage.list"):
-        assert rows_of(page()) == []
+        app = page()
+        assert rows_of(app) == []
+    assert not app.gui.unlisted.is_hidden()
+
+
+def test_a_list_that_cannot_be_made_again_stays_and_is_said(page, platform, checkpoint):
+    app = page()
+    assert len(rows_of(app)) == 1
+    assert app.gui.unlisted.is_hidden()
+    platform.faults.fail("file-storage.list", times=50)
+    app.gui.list_again()
+    assert len(rows_of(app)) == 1
+    assert not app.gui.unlisted.is_hidden()
 
 
 def test_projects_that_cannot_be_shown_leave_their_fine_tunes_in_the_list(

@@ -15,6 +15,8 @@ OWN = {
     "task_prompt": GROUNDING,
     "mapping": {"dog": ["puppy", "hound"]},
     "confidence_threshold": 0.3,
+    "class_thresholds": {"dog": 0.4},
+    "calibration": {"dog": [[0.2, 0.1], [0.9, 0.8]]},
 }
 TRAINED = Settings(**OWN)
 OFFERED = {**DEFAULTS, **OWN}
@@ -48,6 +50,10 @@ CLIENTS = {
     "a text in what was offered": (
         {**OFFERED, "text": "car"},
         Settings(task_prompt=GROUNDING, text="car", confidence_threshold=0.3),
+    ),
+    "another mapping in what was offered": (
+        {**OFFERED, "mapping": {"cat": "kitten"}},
+        Settings(task_prompt=GROUNDING, mapping={"cat": "kitten"}, confidence_threshold=0.3),
     ),
     "another mapping": (
         {"mapping": {"cat": "kitten"}},
