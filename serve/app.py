@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -73,7 +73,7 @@ from serve.settings.generated import text_with
 # isort: split
 from supervisely.app.fastapi.subapp import SUPERVISELY_SERVER_PATH_PREFIX, _MainServer
 from supervisely.nn.inference import PromptBasedObjectDetection
-from supervisely.nn.utils import CheckpointInfo
+from supervisely.nn.utils import CheckpointInfo, DeployInfo
 
 HOST_VARIABLE: Final = "FLORENCE_HOST"
 PORT_VARIABLE: Final = "FLORENCE_PORT"
@@ -197,6 +197,7 @@ class Florence2App(PromptBasedObjectDetection):  # type: ignore[misc]
         try:
             fetched = fetch(self.api, team_id, checkpoint, home, progress)
             # Also the base of an adapter, before anything that runs is stopped for it.
+            self.sdk.check_base(fetched.folder)
             resolve(fetched.folder, progress=progress)
         finally:
             if self.gui is not None:
@@ -234,8 +235,12 @@ class Florence2App(PromptBasedObjectDetection):  # type: ignore[misc]
         deploy_params["device"] = device_name(deploy_params.get("device"))
         deploy_params["runtime"] = check_runtime(deploy_params.get("runtime"))
         super()._load_model(deploy_params)
-        # What /get_deploy_info says.
-        deploy_params |= _adapters_of(self.deployment.current.model)
+
+    def _get_deploy_info(self) -> DeployInfo:
+        info = super()._get_deploy_info()
+        # Not kept with the parameters: what an earlier model had would stay with the next one.
+        adapters = _adapters_of(self.deployment.current.model)
+        return replace(info, deploy_params={**info.deploy_params, **adapters})
 
     def load_model(
         self,

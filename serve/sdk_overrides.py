@@ -18,10 +18,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
-from florence2.checkpoint.catalog import DEMO
+from florence2.checkpoint.catalog import BASE_FOLDER, CHECKPOINT_NAMES, DEMO, base_names
+from florence2.checkpoint.files import ADAPTER_CONFIG
+from florence2.errors import RequestError
 from serve.http.json_bodies import entries_of
 from serve.model_service import ALLOW_DEPLOY_VARIABLE, params_from_state
 from serve.sdk import sly
@@ -343,6 +346,12 @@ OVERRIDES: Final[tuple[Override, ...]] = (
         "test_a_cache_that_fails_after_the_answer_is_logged_and_costs_no_connection",
         "the SDK checks what its cache is asked for",
     ),
+    Override(
+        "Inference._get_deploy_info",
+        "Nothing said of an adapter, or of one that an earlier model had.",
+        _CONTRACT + "test_custom_models.py::test_an_adapter_is_deployed_with_its_base",
+        "the SDK asks the app what else there is to say of a deployment",
+    ),
     # The SDK's command line
     Override(
         "Inference._parse_cli_deploy_args Inference._args Inference._is_cli_deploy",
@@ -432,6 +441,22 @@ class SdkMethods:
         params["model_files"] = self._inference._download_model_files(params)
         self._inference._load_model_headless(**params)
         self._inference._schedule_freeze_on_inactivity()
+
+    def check_base(self, folder: Path) -> None:
+        """RequestError for an adapter of the team whose base this app may not load.
+
+        Anybody of the team may have written it, and its base is downloaded and opened too.
+        """
+        if not (folder / ADAPTER_CONFIG).is_file():
+            return
+        name = base_names(folder)[0]
+        if Path(name).is_relative_to(folder) or name in (*CHECKPOINT_NAMES, *self._deployable()):
+            return
+        raise RequestError(
+            "An adapter of the team files is merged into a published checkpoint or into what lies "
+            f"in {BASE_FOLDER} with it, and this one names {name}; upload it with its base, or "
+            f"start the app with that name in --allow-deploy or {ALLOW_DEPLOY_VARIABLE}."
+        )
 
     def _deployable(self) -> tuple[str, ...]:
         """What a request may deploy besides ``models.json``."""

@@ -41,7 +41,7 @@ from serve.platform.images import Target, failed_download
 from serve.platform.registry import InferenceRequest, RequestsManager
 from serve.sdk import sly
 from serve.sdk_overrides import SdkMethods
-from serve.settings import check_placement, shown
+from serve.settings import check_placement, parse_settings, shown
 from serve.version import VERSION
 
 
@@ -173,6 +173,14 @@ def _image_ids(server: FastAPI, services: Services) -> None:
         return await entries_of(request)
 
 
+def _adapter_of(state: Mapping[str, Any]) -> str | None:
+    """The adapter that a question names, beside or in its ``settings``; RequestError."""
+    settings = state.get("settings")
+    within = settings.get("model") if isinstance(settings, Mapping) else None
+    named = state.get("model")
+    return parse_settings({"model": within if named in (None, "") else named}).model
+
+
 def _questions(server: FastAPI, services: Services) -> None:
     waiting = Waiting()
     answering = services.answering
@@ -184,8 +192,7 @@ def _questions(server: FastAPI, services: Services) -> None:
         def answer(is_gone: Callable[[], bool]) -> dict[str, str]:
             task, text = task_and_text(state.get("text_prompt"))
             with _image_of(state, request, services, is_gone) as image:
-                named = state.get("model") or None
-                ask = Ask(image, task, text, state.get("region"), adapter=named)
+                ask = Ask(image, task, text, state.get("region"), adapter=_adapter_of(state))
                 return {"answer": answering.answer_question(ask, state, is_gone)}
 
         return await waiting.run_wanted(request, answer)

@@ -23,7 +23,7 @@ from typing import Any, Final
 import torch
 import yaml
 
-from florence2.checkpoint.catalog import resolve
+from florence2.checkpoint.catalog import BASE_FOLDER, CHECKPOINT_NAMES, base_names, resolve
 from florence2.checkpoint.converted import file_sha256
 from florence2.checkpoint.files import ADAPTER_CONFIG, FileRecord, write_whole
 from florence2.errors import CheckpointError, FlorenceError, RequestError, shown
@@ -47,7 +47,6 @@ EXPERIMENT_FOLDER: Final = "experiment"
 """Where ``write_experiment`` writes, in the folder of a training."""
 TRAINING_NAME: Final = "training.json"
 BEST_FOLDER: Final = "best"
-BASE_FOLDER: Final = "base"
 
 _BEST: Final = f"{CHECKPOINTS}/best.pt"
 _OWN: Final = "florence2"
@@ -361,10 +360,9 @@ def _files_of(best: Path) -> Iterator[tuple[str, Path]]:
         yield path.relative_to(best).as_posix(), path
     if not (best / ADAPTER_CONFIG).is_file() or (best / BASE_FOLDER).is_dir():
         return
-    beside = best.parent / BASE_FOLDER
-    base = read_object(best / ADAPTER_CONFIG).get("base_model_name_or_path")
-    folder = beside if beside.is_dir() else Path(base if isinstance(base, str) else "")
-    if folder.is_absolute() and folder.is_dir():
+    # What has a name is there on other machines too; a folder of this one is not.
+    bases = [name for name in base_names(best) if name not in CHECKPOINT_NAMES]
+    if folder := next((name for name in bases if Path(name).is_dir()), None):
         whole = resolve(folder)
         for name in whole.files:
             yield f"{BASE_FOLDER}/{name}", whole.folder / name

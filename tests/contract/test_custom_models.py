@@ -140,9 +140,8 @@ def test_what_is_here_already_is_not_downloaded_again(
     assert set(downloaded) == {"experiment_info.json", "model_meta.json"}
 
 
-@pytest.mark.parametrize("base", ["demo", str(DEMO)], ids=["by name", "a folder"])
-def test_an_adapter_is_deployed_with_its_base(api, app, platform, tmp_path, demo_again, base):
-    out = tmp_path / "adapter"
+def write_training(out, base):
+    """A training of an adapter that changes the base a little."""
     (out / "best").mkdir(parents=True)
     width = json.loads((DEMO / "config.json").read_text())["text_config"]["d_model"]
     layer = "base_model.model.model.language_model.encoder.layers.0.self_attn.q_proj"
@@ -153,6 +152,12 @@ def test_an_adapter_is_deployed_with_its_base(api, app, platform, tmp_path, demo
     settings["base_model_name_or_path"] = base
     (out / "best" / "adapter_config.json").write_text(json.dumps(settings))
     (out / "training.json").write_text(json.dumps({**TRAINING, "method": "lora"}))
+    return out
+
+
+@pytest.mark.parametrize("base", ["demo", str(DEMO)], ids=["by name", "a folder"])
+def test_an_adapter_is_deployed_with_its_base(api, app, platform, tmp_path, demo_again, base):
+    out = write_training(tmp_path / "adapter", base)
     checkpoint = upload_experiment(api, TEAM_ID, write_experiment(out))
     params = {"model_source": "Custom models", "model_files": {"checkpoint": checkpoint}}
     answer = app.post("deploy_from_api", {"deploy_params": {**params, "device": "cpu"}})
@@ -162,6 +167,16 @@ def test_an_adapter_is_deployed_with_its_base(api, app, platform, tmp_path, demo
     weights = (out / "best" / "adapter_model.safetensors").read_bytes()
     assert session["adapter"]["sha256"] == hashlib.sha256(weights).hexdigest()
     assert "vehicle" in classes_in(app.upload_images([CITY], {})[0]["annotation"])
+
+
+def test_an_adapter_of_a_base_that_nobody_allowed_is_refused(api, app, tmp_path, demo_again):
+    out = write_training(tmp_path / "adapter", "someone/huge-model")
+    checkpoint = upload_experiment(api, TEAM_ID, write_experiment(out))
+    params = {"model_source": "Custom models", "model_files": {"checkpoint": checkpoint}}
+    answer = app.post("deploy_from_api", {"deploy_params": {**params, "device": "cpu"}})
+    assert answer.status_code == 400
+    assert "this one names someone/huge-model; upload it with its base" in answer.text
+    assert app.post("get_session_info").json()["model_name"] == "demo"
 
 
 def changed(name, content):

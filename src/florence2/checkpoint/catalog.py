@@ -197,32 +197,52 @@ class _Wanted:
 
 
 def _base_of(adapter: CheckpointFiles, wanted: _Wanted) -> CheckpointFiles:
-    """The checkpoint that an adapter is merged into: in ``base`` with it, or as its config says."""
-    config = adapter.folder / ADAPTER_CONFIG
-    settings = read_json(config)
-    named, revision = settings.get("base_model_name_or_path"), settings.get("revision")
-    beside = (adapter.folder / BASE_FOLDER, adapter.folder.parent / BASE_FOLDER)
-    here = next((str(folder) for folder in beside if (folder / CONFIG).is_file()), None)
-    if here is None and (not isinstance(named, str) or not named.strip()):
-        raise CheckpointError(
-            f"base_model_name_or_path in {config} must name the adapter's base, and is "
-            f"{shown(named)}; put the base checkpoint into {beside[0]}."
-        )
-    name = here or base_name(str(named), revision)
-    try:
-        base = wanted.find(name)
-    except CheckpointError as error:
+    """The checkpoint that an adapter is merged into: the first of ``base_names`` that is there."""
+    inside = adapter.folder / BASE_FOLDER
+    faults: list[tuple[str, CheckpointError]] = []
+    for name in base_names(adapter.folder):
+        try:
+            base = wanted.find(name)
+            break
+        except CheckpointError as error:
+            faults.append((name, error))
+    else:
+        name, fault = faults[0]
         raise CheckpointError(
             f"{adapter.folder} holds an adapter of {name}, which cannot be had "
-            f"({str(error).rstrip('.')}); put the base checkpoint into {beside[0]}."
-        ) from error
+            f"({str(fault).rstrip('.')}); put the base checkpoint into {inside}."
+        ) from fault
     if base.is_adapter or CONVERTED_NAME in base.files:
         what = "an adapter itself" if base.is_adapter else "converted for OpenVINO"
         raise CheckpointError(
             f"An adapter is merged into full weights, and {base.folder}, the base of the one in "
-            f"{adapter.folder}, is {what}; put its full weights into {beside[0]}."
+            f"{adapter.folder}, is {what}; put its full weights into {inside}."
         )
     return base
+
+
+def base_names(folder: Path) -> tuple[str, ...]:
+    """Where the base of the adapter in ``folder`` may be, the place that counts first first.
+
+    In ``base`` in its folder alone; else what its config names, and where that cannot be had in
+    ``base`` beside it. Raises CheckpointError where there is no such place.
+    """
+    inside, beside = folder / BASE_FOLDER, folder.parent / BASE_FOLDER
+    if (inside / CONFIG).is_file():
+        return (str(inside),)
+    config = folder / ADAPTER_CONFIG
+    settings = read_json(config)
+    named, revision = settings.get("base_model_name_or_path"), settings.get("revision")
+    is_named = isinstance(named, str) and named.strip()
+    found = [base_name(str(named), revision)] if is_named else []
+    if (beside / CONFIG).is_file():
+        found.append(str(beside))
+    if not found:
+        raise CheckpointError(
+            f"base_model_name_or_path in {config} must name the adapter's base, and is "
+            f"{shown(named)}; put the base checkpoint into {inside}."
+        )
+    return tuple(found)
 
 
 def base_name(named: str, revision: object = None) -> str:
@@ -402,10 +422,11 @@ class _HubCheckpoint:
         folder = self.home / (commit or self.revision)
         if folder.is_dir():
             return self._placed_by_hand(folder, commit, why)
-        cached = try_to_load_from_cache(self.repository, CONFIG, revision=self.revision)
-        if isinstance(cached, str):
-            snapshot = Path(cached).parent
-            return self._placed_by_hand(snapshot, snapshot.name, why, "hub cache")
+        for config in (CONFIG, ADAPTER_CONFIG):
+            cached = try_to_load_from_cache(self.repository, config, revision=self.revision)
+            if isinstance(cached, str):
+                snapshot = Path(cached).parent
+                return self._placed_by_hand(snapshot, snapshot.name, why, "hub cache")
         raise CheckpointError(
             f"{self.name} is not on this machine and {why}; connect once, or copy its files by "
             f"hand into {folder}, or give a folder with them as the name."

@@ -422,3 +422,13 @@ def test_an_action_that_fails_does_not_end_the_timer():
     for _ in range(2):
         timer.touch(0.01)
         assert acted.acquire(timeout=10)
+
+
+def test_a_folder_of_this_machine_is_no_path_in_team_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(model_service, "EXPERIMENTS", str(tmp_path))
+    folder = tmp_path / "run" / "best"
+    folder.mkdir(parents=True)
+    here = model_service.params_for_name(str(folder), [], "cpu")
+    assert here["model_source"] == model_service.PRETRAINED
+    there = model_service.params_for_name(f"{tmp_path}/1_Florence-2/checkpoints/best.pt", [], "cpu")
+    assert there["model_source"] == model_service.CUSTOM

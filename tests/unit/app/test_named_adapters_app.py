@@ -67,7 +67,9 @@ def test_questions_name_one_too(client, image_path):
         return client.post("/visual_question_answering", json={"state": asked})
 
     assert answer().json() == answer(model=None).json() != answer(model="cats").json()
-    assert answer(model="cat").status_code == 400
+    assert answer(settings={"model": "cats"}).json() == answer(model="cats").json()
+    for wrong in ({"model": "cat"}, {"settings": {"model": "cat"}}, {"model": [1]}):
+        assert answer(**wrong).status_code == 400
 
 
 def test_what_is_deployed_is_told(client, folders):

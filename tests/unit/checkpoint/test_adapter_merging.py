@@ -389,6 +389,10 @@ def test_where_a_base_is_found(tmp_path, monkeypatch):
     ) in refusal(folder)
     beside = shutil.copytree(DEMO, folder.parent / "base")
     assert resolve(folder).base.folder == beside
+    # What it names is at hand, so a folder that happens to be called so is not taken for it.
+    change_config(folder, base_model_name_or_path="demo")
+    assert resolve(folder).base == resolve("demo")
+    change_config(folder, base_model_name_or_path="/content/base")
     inside = shutil.copytree(DEMO, folder / "base")
     assert resolve(folder).base.folder == inside
     assert f"is merged into {inside}." in open_checkpoint(folder).notes[0]
