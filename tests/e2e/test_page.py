@@ -380,6 +380,39 @@ def test_settings_that_are_no_object_are_not_sent(page, more):
     assert settings_shown(page) == {"task_prompt": "<OD>"}
 
 
+LATE_MODEL = """
+const fetchNow = window.fetch;
+window.fetch = async (url, options) => {
+  if (String(url).includes("get_session_info"))
+    await new Promise((done) => setTimeout(done, 400));
+  return fetchNow(url, options);
+};
+window.places = new Set();
+const look = () => {
+  const first = document.querySelector("#samples input");
+  if (first) window.places.add(first.getBoundingClientRect().top);
+  requestAnimationFrame(look);
+};
+look();
+"""
+
+
+def test_samples_stay_where_they_are_first_seen_however_late_the_model_is_described(
+    new_page, app, console
+):
+    page = new_page()
+    page.add_init_script(LATE_MODEL)
+
+    def warned(route):
+        route.fulfill(json=route.fetch().json() | {"device_warning": "It is slow."})
+
+    page.route("**/get_session_info", warned)
+    page.goto(app.url)
+    expect(page.get_by_text("It is slow.")).to_be_visible()
+    expect(page.get_by_role("img", name=f"The image {SAMPLES[0]}")).to_be_visible()
+    assert len(page.evaluate("[...window.places]")) == 1
+
+
 def test_an_app_that_is_gone_is_said(page, console):
     choose(page, TABLE)
     page.route("**/inference_image", lambda route: route.abort())

@@ -158,8 +158,7 @@ async function showSettings() {
 
 // The image
 
-async function showSamples() {
-  const names = await call("page/samples", { method: "GET" });
+function showSamples(names) {
   $("samples").hidden = names.length === 0;
   $("samples").lastElementChild.replaceChildren(...names.map((name) => {
     const label = document.createElement("label"), url = `page/samples/${encodeURIComponent(name)}`;
@@ -485,7 +484,9 @@ try {
   await showTasks();
   $("form").oninput = $("form").onchange = showForm;
   showForm();
-  await Promise.all([showModel(), showSamples()]);
+  // What is to be clicked comes last: the notes about the model would move it from under the mouse.
+  const [names] = await Promise.all([call("page/samples", { method: "GET" }), showModel()]);
+  showSamples(names);
 } catch (error) {
   say(error.message, true);
 }
