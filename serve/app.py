@@ -32,6 +32,7 @@ from florence2.checkpoint.hub import ProgressCallback
 from florence2.engine.encoding import AnyImage
 from florence2.engine.scheduler import Priority
 from florence2.errors import RequestError
+from florence2.runtimes.device import choose_devices
 from serve.answering import Answering, merged_settings, predict_path
 from serve.gui import Florence2Gui, log_download
 from serve.http.guard import Callers, Guard, Limits, install_error_handlers
@@ -43,6 +44,7 @@ from serve.limits import held_bytes
 from serve.model_service import (
     AUTO,
     CUSTOM,
+    DEVICES_VARIABLE,
     MAX_QUEUED,
     RUNTIME_NAMES,
     Deployment,
@@ -100,7 +102,8 @@ class LocalServer:
 
     ``callers`` and ``servers`` of None are those of the environment. ``allow_deploy`` are
     checkpoints that requests may deploy beside the published ones; ``adapters`` are those of
-    ``model`` that requests may name, each a name and a folder or hub id.
+    ``model`` that requests may name, each a name and a folder or hub id; ``other_devices`` answer
+    beside ``device``.
     """
 
     model: str
@@ -114,6 +117,7 @@ class LocalServer:
     servers: Servers | None = None
     allow_deploy: tuple[str, ...] = ()
     adapters: tuple[tuple[str, str], ...] = ()
+    other_devices: tuple[str, ...] = ()
 
 
 class Florence2App(PromptBasedObjectDetection):  # type: ignore[misc]
@@ -278,6 +282,7 @@ class Florence2App(PromptBasedObjectDetection):  # type: ignore[misc]
             self._is_cpu_asked_for,
             title=fetched.experiment.info.experiment_name if fetched else None,
             adapters=local.adapters if model_files["checkpoint"] == local.model else (),
+            other_devices=self._others_beside(device),
         )
         model = self.deployment.switch(choice).model
         if fetched is None:
@@ -289,6 +294,18 @@ class Florence2App(PromptBasedObjectDetection):  # type: ignore[misc]
         self._model_meta = self.model_meta
         self.metrics.set_model(model.name, model.device, model.precision, model.runtime)
         self._show_device_warning()
+
+    def _others_beside(self, device: str) -> tuple[str, ...]:
+        """The devices that answer beside the chosen one, where the app has several."""
+        if self._local is not None:
+            listed = [self._local.device, *self._local.other_devices]
+        else:
+            listed = [*choose_devices(os.environ.get(DEVICES_VARIABLE) or device)]
+        [chosen] = choose_devices(device)
+        if chosen not in listed:
+            return ()
+        listed.remove(chosen)
+        return tuple(listed)
 
     @property
     def _is_cpu_asked_for(self) -> bool:
@@ -394,6 +411,7 @@ class Florence2App(PromptBasedObjectDetection):  # type: ignore[misc]
         info["app_name"] = "Serve Florence-2"
         info["model_name"] = model.name
         info["device"] = model.device
+        info["devices"] = [model.device, *self.deployment.current.choice.other_devices]
         info["precision"] = self.model_precision
         info["runtime"] = model.runtime
         info["notes"] = list(model.notes)

@@ -25,6 +25,7 @@ from florence2.runtimes.device import (
     choose_device,
     missing_gpu,
 )
+from florence2.workers import DeviceWorker, WorkerPlan, share_cores
 from serve.naming import FIXED_SHAPES, class_color
 from serve.platform.experiments import EXPERIMENTS
 from serve.predict.annotations import TAG_METAS
@@ -89,6 +90,8 @@ RUNTIME_NAMES: Final = {"torch": "PyTorch", "openvino": "OpenVINO"}
 _SDK_NAMES: Final = tuple(RUNTIME_NAMES.values())
 DEFAULT_MODEL: Final = "Florence-2-large"
 ALLOW_DEPLOY_VARIABLE: Final = "FLORENCE_ALLOW_DEPLOY"
+DEVICES_VARIABLE: Final = "FLORENCE_DEVICES"
+"""All devices that an app on the platform uses beside the one that is chosen: all, or a list."""
 PRECISION_CHOICES: Final = (
     *PRECISIONS,
     *(name for scheme in SCHEMES for name in (scheme, f"{scheme}:all")),
@@ -361,6 +364,8 @@ class ModelChoice:
     title: str | None = None
     adapters: tuple[tuple[str, str], ...] = ()
     """Names that requests may give, each with an adapter's folder or hub id."""
+    other_devices: tuple[str, ...] = ()
+    """Further devices, each with a process of its own that answers beside this one."""
 
     @property
     def shown(self) -> str:
@@ -483,7 +488,7 @@ class Deployment:
                 return "The model is in memory already; the next request brings it back."
             if current.model.device == "cpu":
                 return f"The model runs on {current.model.device}, so there is no device to free."
-            current.scheduler.call(current.model.engine.park)
+            current.scheduler.park()
             self._is_frozen = True
         return "The model was moved to memory; the next request brings it back."
 
@@ -494,7 +499,7 @@ class Deployment:
         with self._lock:
             current = self._current
             if self._is_frozen and current is not None:
-                current.scheduler.call(current.model.engine.resume)
+                current.scheduler.resume()
             self._is_frozen = False
 
     def reload(self) -> None:
@@ -534,6 +539,7 @@ class Deployment:
         # Every thread that computes gets workers of its own from OpenMP, and with more workers
         # than cores it puts them to sleep between any two operations: a request then takes three
         # times as long. So the thread that loads ends, and its workers with it.
+        cores = share_cores(choice.device, choice.other_devices)
         with ThreadPoolExecutor(1, thread_name_prefix="load") as loading:
             model = loading.submit(self._load, choice).result()
         scheduler = Scheduler(
@@ -542,6 +548,7 @@ class Deployment:
             max_queued=self._max_queued,
             observer=self._observer,
             on_lost=self._on_lost,
+            others=others_of(model, choice, cores, max_batch=self._max_batch),
         )
         return Deployed(choice, model, scheduler)
 
@@ -559,6 +566,39 @@ class Deployment:
     def _freeze_idle(self) -> None:
         if self.is_deployed:
             logger.info(self.freeze())
+
+
+def others_of(
+    model: Florence2,
+    choice: ModelChoice,
+    cores: Sequence[tuple[int, ...] | None],
+    *,
+    max_batch: int | None = None,
+    has_clicks: bool = True,
+) -> list[DeviceWorker]:
+    """The choice's other devices, each to run what ``model`` turned out to be.
+
+    ``cores`` are those of every device, the model's own first, see ``share_cores``.
+    """
+    return [
+        DeviceWorker(
+            WorkerPlan(
+                choice.name,
+                device,
+                # What was measured and chosen for the first holds for all.
+                model.runtime,
+                model.precision,
+                choice.title,
+                choice.adapters,
+                max_batch,
+                model.engine.cache.max_bytes,
+                has_clicks,
+                own_cores,
+            ),
+            model.engine.preparer,
+        )
+        for device, own_cores in zip(choice.other_devices, cores[1:], strict=True)
+    ]
 
 
 def _load(choice: ModelChoice) -> Florence2:

@@ -82,7 +82,9 @@ class FakeModel:
 
         patch.setattr(Florence2, "load", staticmethod(load))
         patch.setattr(
-            scheduler, "Scheduler", lambda engine, **_: SimpleNamespace(run=run, close=lambda: None)
+            scheduler,
+            "Scheduler",
+            lambda engine, **_: SimpleNamespace(run=run, close=lambda: None, num_devices=1),
         )
         return loads
 

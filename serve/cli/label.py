@@ -8,8 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 from typer.core import TyperCommand
 
-from serve.cli.loading import fingerprint, one_model
-from serve.cli.options import Batch, Beams, Device, ModelName, Precision, Runtime, Tokens
+from serve.cli.loading import fingerprint, first_and_others, one_model
+from serve.cli.options import (
+    Batch,
+    Beams,
+    Device,
+    Devices,
+    ModelName,
+    Precision,
+    Runtime,
+    Tokens,
+)
 
 if TYPE_CHECKING:
     from serve.predict.predictor import Predictor
@@ -111,6 +120,7 @@ def label(
     region: RegionXyxy = None,
     model: ModelName = DEFAULT_MODEL,
     device: Device = "auto",
+    devices: Devices = None,
     runtime: Runtime = "auto",
     precision: Precision = "auto",
     settings_file: SettingsFile = None,
@@ -166,9 +176,10 @@ def label(
         overwrite=overwrite,
         arguments=tuple(context.obj or ()),
     )
+    first, others = first_and_others(device, devices)
     source = ModelSource(
         model,
-        load=lambda: _predictor(model, device, runtime, precision),
+        load=lambda: _predictor(model, first, runtime, precision, others),
         fingerprint=lambda: fingerprint(model),
     )
     raise typer.Exit(label_folder(settings, job, source).exit_code)
@@ -179,9 +190,11 @@ def _is_given(context: typer.Context, name: str) -> bool:
     return source is not None and source.name != "DEFAULT"
 
 
-def _predictor(name: str, device: str, runtime: str, precision: str) -> Predictor:
+def _predictor(
+    name: str, device: str, runtime: str, precision: str, others: tuple[str, ...]
+) -> Predictor:
     """The same way to labels as the server's, with one model that stays."""
     from serve.predict.predictor import Predictor
 
     # No reader of these labels was told of classes before.
-    return Predictor(one_model(name, device, runtime, precision), fixed_shapes={})
+    return Predictor(one_model(name, device, runtime, precision, others), fixed_shapes={})

@@ -108,16 +108,36 @@ class OneModel:
         """It is awake."""
 
 
-def one_model(name: str, device: str, runtime: str, precision: str) -> OneModel:
-    """The model behind a scheduler of its own.
+def first_and_others(device: str, devices: str | None) -> tuple[str, tuple[str, ...]]:
+    """What ``--device`` and ``--devices`` say; DeviceError, also where both are given."""
+    if devices is None:
+        return device, ()
+    from florence2.errors import DeviceError
+    from florence2.runtimes.device import choose_devices
+
+    if device != "auto":
+        raise DeviceError(
+            f"--devices takes the place of --device, and {device!r} and {devices!r} were given; "
+            "leave one out."
+        )
+    first, *others = choose_devices(devices)
+    return first, tuple(others)
+
+
+def one_model(
+    name: str, device: str, runtime: str, precision: str, other_devices: tuple[str, ...] = ()
+) -> OneModel:
+    """The model behind a scheduler of its own, ``other_devices`` beside it.
 
     Every thread that computes gets workers of its own from OpenMP, and with more workers than
     cores each operation waits for some to wake: so the thread that loads ends, and its workers
     with it. It is left behind by who presses Ctrl-C.
     """
     from florence2.engine.scheduler import Scheduler
-    from serve.model_service import Deployed, ModelChoice
+    from florence2.workers import share_cores
+    from serve.model_service import Deployed, ModelChoice, others_of
 
+    cores = share_cores(device, other_devices)
     loading: Future[Florence2] = Future()
 
     def load() -> None:
@@ -128,10 +148,12 @@ def one_model(name: str, device: str, runtime: str, precision: str) -> OneModel:
 
     threading.Thread(target=load, name="load", daemon=True).start()
     model = loading.result()
-    scheduler = Scheduler(model.engine, has_clicks=False)
+    choice = ModelChoice(name, device, precision, runtime, other_devices=other_devices)
+    others = others_of(model, choice, cores, has_clicks=False)
+    scheduler = Scheduler(model.engine, has_clicks=False, others=others)
     # A thread that computes must not meet the end of the interpreter.
     atexit.register(scheduler.close)
-    return OneModel(Deployed(ModelChoice(name, device, precision, runtime), model, scheduler))
+    return OneModel(Deployed(choice, model, scheduler))
 
 
 def fetch(name: str) -> None:

@@ -8,6 +8,10 @@ import typer
 
 ModelName = Annotated[str, typer.Option(help="A name of `florence2 models`, hub id or folder.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+Devices = Annotated[
+    str | None,
+    typer.Option(help="Several at once, in place of --device: all, or cuda:0,cuda:1, ..."),
+]
 Runtime = Annotated[str, typer.Option(help="auto, torch or openvino.")]
 Precision = Annotated[str, typer.Option(help="auto, fp32, bf16, fp16, int8, or on a GPU nf4.")]
 Batch = Annotated[int, typer.Option(min=1, max=256, help="Images per step.")]

@@ -13,8 +13,8 @@ from typing import Annotated, Final
 import typer
 
 from florence2.errors import RequestError
-from serve.cli.loading import fetch
-from serve.cli.options import Device, ModelName, Precision, Runtime
+from serve.cli.loading import fetch, first_and_others
+from serve.cli.options import Device, Devices, ModelName, Precision, Runtime
 from serve.console import say
 
 DEFAULT_MODEL: Final = "demo"
@@ -78,6 +78,7 @@ def register(app: typer.Typer) -> None:
 def serve(
     model: ModelName = DEFAULT_MODEL,
     device: Device = "auto",
+    devices: Devices = None,
     precision: Precision = "auto",
     runtime: Runtime = "auto",
     host: Host = "127.0.0.1",
@@ -100,7 +101,8 @@ def serve(
 
         # The SDK writes a line of JSON for every step, which is for the platform's log.
         sly.logger.setLevel("WARNING")
-        choose_device(device)
+        first, others = first_and_others(device, devices)
+        choose_device(first)
         adapters = named_adapters(adapter or ())
         from serve.http.guard import Callers
         from serve.http.json_bodies import Servers
@@ -114,7 +116,7 @@ def serve(
         app = Florence2App(
             local=LocalServer(
                 model,
-                device,
+                first,
                 precision,
                 runtime,
                 max_batch,
@@ -124,6 +126,7 @@ def serve(
                 servers,
                 tuple(allow_deploy or ()),
                 adapters,
+                others,
             )
         )
         url = greet(host, listener.getsockname()[1], model)

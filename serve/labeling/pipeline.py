@@ -11,8 +11,9 @@ import math
 import os
 import re
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,6 +116,8 @@ def label_images(files: Iterable[ImageFile], run: Labeling, *, batch: int) -> No
     Raises RequestError, with nothing journaled, when not one image could be asked as planned.
     """
     started = time.perf_counter()
+    num_devices = run.predictor.num_devices
+    batch *= num_devices
     # OpenCV's own would take the cores from the model's; images are drawn side by side anyway.
     cv2.setNumThreads(1)
     is_first = not run.journal.totals.images
@@ -122,7 +125,7 @@ def label_images(files: Iterable[ImageFile], run: Labeling, *, batch: int) -> No
         files,
         lambda loaded: _made_ready(loaded, run),
         threads=_READERS,
-        ahead=batch + _AHEAD,
+        ahead=batch * _at_once(num_devices) + _AHEAD,
         budget=open_pixels(),
     )
     with ThreadPoolExecutor(_DRAWERS, thread_name_prefix="draw") as drawers:
@@ -132,10 +135,11 @@ def label_images(files: Iterable[ImageFile], run: Labeling, *, batch: int) -> No
                 Settler[_Answered](lambda one: _settle(one, run, drawers), 1, "write") as settler,
                 closing(in_hand),
                 closing(_batches(in_hand, batch)) as batches,
+                closing(
+                    _asked(batches, run, _at_once(num_devices), is_first=is_first)
+                ) as all_asked,
             ):
-                for group in batches:
-                    answered = _ask(group, run, is_first=is_first)
-                    is_first = False
+                for answered in all_asked:
                     settler.put(answered)
                     if run.should_stop():
                         run.counts.interrupted = True
@@ -184,6 +188,39 @@ def _batches(in_hand: Iterator[_InHand | None], size: int) -> Generator[list[_In
     finally:
         for one in group:
             one.close()
+
+
+def _at_once(num_devices: int) -> int:
+    """Batches that are asked at once: with several devices none waits for the end of one."""
+    return 1 if num_devices == 1 else 2
+
+
+def _asked(
+    batches: Iterator[list[_InHand]], run: Labeling, at_once: int, *, is_first: bool
+) -> Generator[_Answered]:
+    """The batches with their answers, in order; the first alone, as it may show that none can be.
+
+    Close it to give up what is not begun.
+    """
+    if at_once == 1:
+        for number, group in enumerate(batches):
+            yield _ask(group, run, is_first=is_first and number == 0)
+        return
+    asking: deque[tuple[list[_InHand], Future[_Answered]]] = deque()
+    with ThreadPoolExecutor(at_once, thread_name_prefix="ask") as askers:
+        try:
+            for number, group in enumerate(batches):
+                begun = askers.submit(_ask, group, run, is_first=is_first and number == 0)
+                asking.append((group, begun))
+                if number == 0 or len(asking) == at_once:
+                    yield asking.popleft()[1].result()
+            while asking:
+                yield asking.popleft()[1].result()
+        finally:
+            wait(begun for _, begun in asking if not begun.cancel())
+            for group, _ in asking:
+                for one in group:
+                    one.close()
 
 
 def _ask(group: Sequence[_InHand], run: Labeling, *, is_first: bool) -> _Answered:

@@ -471,6 +471,11 @@ class Predictor:
             picture.close()
             raise
 
+    @property
+    def num_devices(self) -> int:
+        """How many answer side by side."""
+        return self._models.current.scheduler.num_devices
+
     def encode(self, pictures: Sequence[LoadedImage]) -> list[Encoded]:
         """What pictures look like to the model, in order, each looked at once.
 

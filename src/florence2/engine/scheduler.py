@@ -7,13 +7,20 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from florence2.engine.answering import answer
 from florence2.engine.ask import Ask, Outcome
 from florence2.engine.encoding import AnyImage
 from florence2.engine.engine import Asker, Engine
-from florence2.engine.work_queue import Action, Priority, QueuedAsk, Request, WorkQueue
+from florence2.engine.work_queue import (
+    FIRST_DEVICE,
+    Action,
+    Priority,
+    QueuedAsk,
+    Request,
+    WorkQueue,
+)
 from florence2.errors import (
     FlorenceError,
     InternalError,
@@ -25,7 +32,7 @@ from florence2.errors import (
 from florence2.images import identity
 from florence2.records import Failure, Result
 
-__all__ = ["BatchReport", "Observer", "Priority", "Scheduler"]
+__all__ = ["BatchReport", "Observer", "OtherDevice", "Priority", "Scheduler"]
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +64,22 @@ class BatchReport:
 
 
 Observer = Callable[[BatchReport], None]
+
+
+class OtherDevice(Protocol):
+    """A device beside the scheduler's own that takes asks of the same queue."""
+
+    def start(self, queue: WorkQueue, number: int, observer: Observer | None) -> None:
+        """Begins to answer; ``number`` is what the queue knows the device by."""
+
+    def park(self) -> None:
+        """Moves the weights from the device to memory."""
+
+    def resume(self) -> None:
+        """Moves them back."""
+
+    def close(self) -> None:
+        """Answers nothing more; the queue is closed already."""
 
 
 class AskBatch(Asker[QueuedAsk]):
@@ -202,6 +225,7 @@ class Scheduler:
     on a further request of it is refused. ``observer`` is called on the model's thread after every
     batch, just before the callers get their answers; ``on_lost`` once, on the same thread, when
     the engine's device has failed for good and the asks in hand have got that as their answer.
+    ``others`` answer beside it, each a device.
     Without ``has_clicks`` nobody waits for the end of a pass, so that batches are as large as was
     asked, whatever the pace of the machine, and their answers the same to the last digit.
     """
@@ -215,14 +239,24 @@ class Scheduler:
         observer: Observer | None = None,
         on_lost: Callable[[], None] | None = None,
         has_clicks: bool = True,
+        others: Sequence[OtherDevice] = (),
     ) -> None:
         self._engine = engine
+        self._others = tuple(others)
         self._has_clicks = has_clicks
         self._observer = observer
         self._on_lost = on_lost
-        self._queue = WorkQueue(max_batch or engine.prompt_batch, max_queued)
+        most = max_batch or engine.prompt_batch
+        self._queue = WorkQueue(most, max_queued, self.num_devices)
         self._thread = threading.Thread(target=self._work, name="florence2-model", daemon=True)
         self._thread.start()
+        for number, other in enumerate(self._others, start=FIRST_DEVICE + 1):
+            other.start(self._queue, number, observer)
+
+    @property
+    def num_devices(self) -> int:
+        """How many answer side by side."""
+        return 1 + len(self._others)
 
     @property
     def queue_depth(self) -> int:
@@ -279,6 +313,18 @@ class Scheduler:
         self._queue.add_action(waiting)
         return waiting.done.result()
 
+    def park(self) -> None:
+        """Moves the weights from all devices to memory, after the batch in hand."""
+        self.call(self._engine.park)
+        for other in self._others:
+            other.park()
+
+    def resume(self) -> None:
+        """Moves the weights back to their devices."""
+        self.call(self._engine.resume)
+        for other in self._others:
+            other.resume()
+
     def close(self) -> None:
         """Answers nothing more: whoever waits gets StoppedError, the batch in hand is given up.
 
@@ -287,6 +333,8 @@ class Scheduler:
         self._queue.close()
         if threading.current_thread() is not self._thread:
             self._thread.join()
+        for other in self._others:
+            other.close()
 
     def _work(self) -> None:
         try:

@@ -6,7 +6,7 @@ import logging
 import math
 import threading
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ from itertools import islice
 from typing import Any, Final, Generic, TypeVar
 
 from florence2.engine.ask import Ask, Outcome, failure_of
-from florence2.engine.encoding import AnyImage
+from florence2.engine.encoding import AnyImage, EncodedImage
 from florence2.errors import (
     DeadlineError,
     FlorenceError,
@@ -28,6 +28,7 @@ from florence2.errors import (
     stopped,
 )
 from florence2.images import identity
+from florence2.pixels import PreparedImage
 from florence2.records import Failure, Result
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,12 @@ GATHER_S: Final = 0.003
 RETRY_AFTER_S: Final = (1.0, 60.0)
 FIRST_RETRY_AFTER_S: Final = 5.0
 """What a full queue says before any batch has shown how fast answers come."""
+
+FIRST_DEVICE: Final = 0
+"""The device of this process, where actions are done and encoded images are; others have 1, 2, …"""
+
+MAX_PLACES: Final = 10_000
+"""Images of which it is remembered which device has seen them."""
 
 
 class Priority(IntEnum):
@@ -78,6 +85,7 @@ class Request:
         self.arrived = time.monotonic()
         self.parts = _by_image(asks, max_batch)
         self.num_waiting = len(asks)
+        self._asked_again: set[int] = set()
         self._deadline_s = deadline_s
         self._should_stop = should_stop
         self._results: list[Result | Failure | None] = [None] * len(asks)
@@ -102,7 +110,19 @@ class Request:
         self.num_waiting -= len(part[:room])
         return [QueuedAsk(self, place) for place in part[:room]]
 
-    def settle(self, place: int, outcome: Outcome) -> None:
+    def may_ask_again(self, place: int) -> bool:
+        """Whether this is the first time that an ask was lost with the process that had it."""
+        if place in self._asked_again:
+            return False
+        self._asked_again.add(place)
+        return True
+
+    @property
+    def next_image(self) -> object:
+        """That of the asks whose turn comes next."""
+        return getattr(self.asks[self.parts[0][0]], "image", None)
+
+    def settle(self, place: int, outcome: Outcome | Failure) -> None:
         """Notes the answer to one ask."""
         if self._results[place] is not None:
             return
@@ -191,6 +211,10 @@ def _watched(ask: Ask, reasons: list[FlorenceError]) -> Ask:
     return replace(ask, stop=stop)
 
 
+def _content_of(image: object) -> object:
+    return image.content_hash if isinstance(image, PreparedImage) else identity(image)
+
+
 def _by_image(asks: Sequence[Ask], max_batch: int) -> deque[list[int]]:
     places: dict[object, list[int]] = {}
     for place, ask in enumerate(asks):
@@ -221,15 +245,21 @@ class Action(Generic[T]):
 
 
 class WorkQueue:
-    """What the model's thread does next: actions first, then asks. Safe between threads.
+    """What a device does next: actions first, then asks. Safe between threads.
+
+    The devices of one model share a queue. What comes next goes to whoever asks for work first,
+    but someone at the screen is answered by the device that has seen the image, if that is idle.
 
     ``max_batch`` and ``max_queued`` are counted in asks; from ``max_queued`` waiting asks of a
     priority on a further request of it is refused. By priority: someone at the screen is not
     refused because a run fills the queue.
     """
 
-    def __init__(self, max_batch: int, max_queued: int) -> None:
+    def __init__(self, max_batch: int, max_queued: int, num_devices: int = 1) -> None:
         self.max_batch = max_batch
+        self._num_devices = num_devices
+        self._idle: set[int] = set()
+        self._seen_by: OrderedDict[object, int] = OrderedDict()
         self._max_queued = max_queued
         self._changed = threading.Condition()
         self._is_closed = False
@@ -267,14 +297,14 @@ class WorkQueue:
                 )
             self._open.add(request)
             self._requests[request.priority].append(request)
-            self._changed.notify()
+            self._changed.notify_all()
 
     def add_action(self, action: Action[Any]) -> None:
         """Has an action done before all asks that wait; StoppedError once closed."""
         with self._changed:
             self._check_open()
             self._actions.append(action)
-            self._changed.notify()
+            self._changed.notify_all()
 
     def remove(self, request: Request, reason: FlorenceError) -> None:
         """Leaves nothing of a request behind; what has no answer yet is given up."""
@@ -295,42 +325,65 @@ class WorkQueue:
                 self.remove(request, stopped())
             while self._actions:
                 self._actions.popleft().done.set_exception(stopped())
-            self._changed.notify()
+            self._changed.notify_all()
 
-    def next_work(self) -> Action[Any] | list[QueuedAsk]:
-        """Waits for an action, or else the asks that begin a batch; none once closed."""
+    def next_work(
+        self, device: int = FIRST_DEVICE, wait_s: float | None = None
+    ) -> Action[Any] | list[QueuedAsk]:
+        """Waits for an action, or else the asks that begin a batch; none once closed.
+
+        Nor are there any when another device was faster, or after ``wait_s``.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: self._is_closed or self._actions or self.num_waiting)
-            if self._last_num_requests > 1:
-                self._changed.wait_for(self._are_enough_here, GATHER_S)
+            self._idle.add(device)
+            try:
+                self._changed.wait_for(lambda: self._is_closed or self._has_work(device), wait_s)
+                if self._last_num_requests > 1:
+                    self._changed.wait_for(self._are_enough_here, GATHER_S)
+            finally:
+                self._idle.discard(device)
             if self._is_closed:
                 return []
-            if self._actions:
+            if device == FIRST_DEVICE and self._actions:
                 return self._actions.popleft()
-            if asks := self._first_asks():
+            if asks := self._first_asks(device):
                 self._last_priority = asks[0].request.priority
                 self._last_num_requests = len({one.request for one in asks})
             return asks
 
-    def joining(self, priority: Priority, room: int, num_in_hand: int) -> list[QueuedAsk]:
+    def joining(
+        self, priority: Priority, room: int, num_in_hand: int, device: int = FIRST_DEVICE
+    ) -> list[QueuedAsk]:
         """Asks that join a batch while rows of it are free; none when others' turn is due."""
         with self._changed:
             is_due = bool(self._is_closed or self._actions or self._postponed)
             if priority is Priority.INTERACTIVE:
                 is_due = is_due or bool(self._requests[Priority.BULK])
-            return [] if is_due else self._pick(priority, min(room, self.max_batch - num_in_hand))
+            limit = min(room, self.max_batch - num_in_hand)
+            return [] if is_due else self._pick(priority, limit, device)
 
-    def clicks(self) -> list[QueuedAsk]:
+    def clicks(self, device: int = FIRST_DEVICE) -> list[QueuedAsk]:
         """Interactive asks, which are answered within a bulk batch."""
         with self._changed:
-            return self._pick(Priority.INTERACTIVE, self.max_batch)
+            return self._pick(Priority.INTERACTIVE, self.max_batch, device)
+
+    def ask_again(self, asks: Iterable[QueuedAsk]) -> None:
+        """Asks whose process ended before it had answered; one that has lost two has failed."""
+        with self._changed:
+            for queued in asks:
+                if queued.request.may_ask_again(queued.place):
+                    self._postponed.append(queued)
+                else:
+                    queued.request.settle(queued.place, InternalError())
+            self._postponed = [one for one in self._postponed if not one.request.is_done]
+            self._changed.notify_all()
 
     def postpone(self, asks: Iterable[QueuedAsk]) -> None:
         """Asks that had no room beside a batch in hand, whose turn is right after it."""
         with self._changed:
             self._postponed += [one for one in asks if not one.request.is_done]
 
-    def settle(self, outcomes: Iterable[tuple[QueuedAsk, Outcome]]) -> None:
+    def settle(self, outcomes: Iterable[tuple[QueuedAsk, Outcome | Failure]]) -> None:
         """Gives asks their outcomes."""
         with self._changed:
             for queued, outcome in outcomes:
@@ -371,31 +424,64 @@ class WorkQueue:
         is_enough = num_requests >= self._last_num_requests
         return self._is_closed or bool(self._actions) or bool(self._postponed) or is_enough
 
-    def _first_asks(self) -> list[QueuedAsk]:
+    def _has_work(self, device: int) -> bool:
+        if self._postponed or (device == FIRST_DEVICE and self._actions):
+            return True
+        return any(self._request_for(device, priority) is not None for priority in Priority)
+
+    def _first_asks(self, device: int) -> list[QueuedAsk]:
         if self._postponed:
             postponed, self._postponed = self._postponed, []
             return postponed
         # After a click comes a bulk batch, in which clicks go on being answered: both get on.
         is_bulk_due = self._last_priority is Priority.INTERACTIVE
         for priority in sorted(Priority, reverse=is_bulk_due):
-            if asks := self._pick(priority, self.max_batch):
+            if asks := self._pick(priority, self.max_batch, device):
                 return asks
         return []
 
-    def _pick(self, priority: Priority, limit: int) -> list[QueuedAsk]:
+    def _pick(self, priority: Priority, limit: int, device: int) -> list[QueuedAsk]:
         """Up to ``limit`` asks: one image of each request in turn, until the batch is full."""
         picked: list[QueuedAsk] = []
         requests = self._requests[priority]
-        while requests and len(picked) < limit:
+        # What is left is shared, so that no device waits at the end for what another one has.
+        limit = min(limit, math.ceil(self._num_waiting(priority) / self._num_devices))
+        while len(picked) < limit and (request := self._request_for(device, priority)):
+            self._note_seen(request.next_image, device)
             room = limit - len(picked)
-            is_cut = len(requests[0].parts[0]) > room
-            picked += requests[0].take(room)
-            if not requests[0].parts:
-                requests.popleft()
-            elif not is_cut:
+            is_cut = len(request.parts[0]) > room
+            picked += request.take(room)
+            if is_cut:
                 # A request cut by a full batch stays first: the rest of that image comes next.
-                requests.rotate(-1)
+                break
+            requests.remove(request)
+            if request.parts:
+                requests.append(request)
         return picked
+
+    def _request_for(self, device: int, priority: Priority) -> Request | None:
+        """The first whose next asks a device may take."""
+        requests = self._requests[priority]
+        if self._num_devices == 1:
+            return requests[0] if requests else None
+        return next((one for one in requests if self._is_for(device, one)), None)
+
+    def _is_for(self, device: int, request: Request) -> bool:
+        image = request.next_image
+        if isinstance(image, EncodedImage):
+            return device == FIRST_DEVICE
+        if request.priority is Priority.BULK:
+            return True
+        owner = self._seen_by.get(_content_of(image), device)
+        return owner == device or owner not in self._idle
+
+    def _note_seen(self, image: object, device: int) -> None:
+        if self._num_devices == 1:
+            return
+        self._seen_by[_content_of(image)] = device
+        self._seen_by.move_to_end(_content_of(image))
+        if len(self._seen_by) > MAX_PLACES:
+            self._seen_by.popitem(last=False)
 
     def _images(self, requests: Iterable[Request]) -> Iterator[AnyImage]:
         for request in requests:

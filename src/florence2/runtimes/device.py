@@ -177,6 +177,19 @@ def choose_device(name: str) -> torch.device:
     return torch.device(kind if kind == "cpu" or not index else name)
 
 
+def choose_devices(names: str) -> tuple[str, ...]:
+    """The devices that ``all``, or a list such as ``cuda:0,cuda:1``, stands for; DeviceError.
+
+    ``all`` are the GPUs of this machine, or the CPU where there is none. One that is named twice
+    runs two processes.
+    """
+    if names.strip().lower() == "all":
+        num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        return tuple(f"cuda:{number}" for number in range(num_gpus)) or ("cpu",)
+    listed = tuple(str(choose_device(name.strip())) for name in names.split(","))
+    return tuple("cuda:0" if name == "cuda" else name for name in listed)
+
+
 def check_precision(name: str, device: torch.device) -> None:
     """DeviceError for a precision that does not exist, or not on this device."""
     is_known = name in ("auto", *PRECISIONS) or parse_quantization(str(name), device)

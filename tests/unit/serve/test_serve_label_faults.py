@@ -198,7 +198,12 @@ def test_a_signal_ends_the_run_after_its_batch_with_a_report(label, images, mode
         return one_box(ask)
 
     model.answer = answer
-    done = label(images, "--batch", "1")
+    # Under nohup a hangup is ignored, and stays so.
+    before = signal.signal(getattr(signal, name), signal.default_int_handler)
+    try:
+        done = label(images, "--batch", "1")
+    finally:
+        signal.signal(getattr(signal, name), before)
     assert done.code == 130
     report = report_of(done.out)
     assert (report["labeled"], report["pending"]) == (3, 2)
