@@ -228,19 +228,20 @@ class DeviceWorker:
             self._ask(connection, joining, hands)
 
     def _ask(self, connection: Connection, asks: Sequence[QueuedAsk], hands: _Hands) -> None:
-        by_image: dict[object, list[QueuedAsk]] = {}
-        for queued in asks:
-            by_image.setdefault(identity(getattr(queued.ask, "image", None)), []).append(queued)
-        for together in by_image.values():
-            numbers = hands.add(together)
+        by_image: dict[object, list[int]] = {}
+        # All of them first: what is in no hands would be lost with the process.
+        for number, queued in hands.add(asks):
+            image = getattr(queued.ask, "image", None)
+            by_image.setdefault(identity(image), []).append(number)
+        for numbers in by_image.values():
+            together = [hands.asked[number] for number in numbers]
             try:
                 sent = self._sendable([one.ask for one in together])
             except FlorenceError as error:
                 self._queue.settle([(one, error) for one in together])
                 hands.drop(numbers)
                 continue
-            message = ("ask", together[0].request.priority, numbers, sent)
-            self._send(connection, message)
+            self._send(connection, ("ask", together[0].request.priority, numbers, sent))
 
     def _sendable(self, asks: list[Ask]) -> list[Ask]:
         """The asks with their image made ready, once for all."""
@@ -303,11 +304,12 @@ class _Hands:
     num_answered: int = 0
     _last: int = 0
 
-    def add(self, asks: Sequence[QueuedAsk]) -> list[int]:
-        numbers = list(range(self._last, self._last + len(asks)))
+    def add(self, asks: Sequence[QueuedAsk]) -> list[tuple[int, QueuedAsk]]:
+        """Each with the number that the process knows it by."""
+        numbered = list(enumerate(asks, start=self._last))
         self._last += len(asks)
-        self.asked |= zip(numbers, asks, strict=True)
-        return numbers
+        self.asked.update(numbered)
+        return numbered
 
     def drop(self, numbers: Sequence[int]) -> None:
         for number in numbers:
