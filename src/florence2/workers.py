@@ -176,7 +176,9 @@ class DeviceWorker:
         ours, theirs = socket.socketpair()
         with theirs:
             command = [sys.executable, "-m", "florence2.workers", str(theirs.fileno())]
-            process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
+            # The platform starts the app from a clone, where the package is not installed.
+            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+            process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()])
         connection = Connection(ours.detach())
         try:
             connection.send_bytes(pickle.dumps(self.plan))

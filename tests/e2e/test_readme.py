@@ -22,7 +22,8 @@ def blocks(language: str) -> list[str]:
 
 def commands() -> list[list[str]]:
     """Every ``florence2 ...`` line, as words without comments and redirections."""
-    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    joined = [re.sub(r"\\\n\s*", "", block) for block in blocks("bash")]
+    lines = [line for block in joined for line in block.splitlines()]
     own = [line for line in lines if line.split(" ")[0].rsplit("/", 1)[-1] == "florence2"]
     return [shlex.split(line.split(" < ")[0], comments=True)[1:] for line in own]
 

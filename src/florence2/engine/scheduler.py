@@ -242,7 +242,8 @@ class Scheduler:
         others: Sequence[OtherDevice] = (),
     ) -> None:
         self._engine = engine
-        self._others = tuple(others)
+        self.others = tuple(others)
+        """The devices that answer beside this one."""
         self._has_clicks = has_clicks
         self._observer = observer
         self._on_lost = on_lost
@@ -250,13 +251,13 @@ class Scheduler:
         self._queue = WorkQueue(most, max_queued, self.num_devices)
         self._thread = threading.Thread(target=self._work, name="florence2-model", daemon=True)
         self._thread.start()
-        for number, other in enumerate(self._others, start=FIRST_DEVICE + 1):
+        for number, other in enumerate(self.others, start=FIRST_DEVICE + 1):
             other.start(self._queue, number, observer)
 
     @property
     def num_devices(self) -> int:
         """How many answer side by side."""
-        return 1 + len(self._others)
+        return 1 + len(self.others)
 
     @property
     def queue_depth(self) -> int:
@@ -316,13 +317,13 @@ class Scheduler:
     def park(self) -> None:
         """Moves the weights from all devices to memory, after the batch in hand."""
         self.call(self._engine.park)
-        for other in self._others:
+        for other in self.others:
             other.park()
 
     def resume(self) -> None:
         """Moves the weights back to their devices."""
         self.call(self._engine.resume)
-        for other in self._others:
+        for other in self.others:
             other.resume()
 
     def close(self) -> None:
@@ -333,7 +334,7 @@ class Scheduler:
         self._queue.close()
         if threading.current_thread() is not self._thread:
             self._thread.join()
-        for other in self._others:
+        for other in self.others:
             other.close()
 
     def _work(self) -> None:
