@@ -17,9 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from florence2.checkpoint.checkpoint import Checkpoint, changed_weights, load_weights
+from florence2.checkpoint.checkpoint import (
+    Checkpoint,
+    changed_weights,
+    network_of,
+    read_whole,
+)
 from florence2.checkpoint.converted import Converted, read_converted
-from florence2.checkpoint.weights import read_weights, whole_state
 from florence2.conversion.kept import Conversions, check_choice, notes_of
 from florence2.engine.answering import answer, answer_all
 from florence2.engine.ask import Ask, Outcome
@@ -50,7 +54,12 @@ from florence2.runtimes.device import (
     choose_precision,
     parse_quantization,
 )
-from florence2.runtimes.openvino import ConvertedNetwork, OpenVinoRuntime, has_openvino
+from florence2.runtimes.openvino import (
+    MODELS,
+    ConvertedNetwork,
+    OpenVinoRuntime,
+    has_openvino,
+)
 from florence2.runtimes.torch import (
     AdapterRuntime,
     TorchRuntime,
@@ -308,17 +317,28 @@ def _load_openvino(
 ) -> Engine:
     """Its conversion, made where there is none yet, and one for every adapter."""
 
-    def converted(adapter: Checkpoint, used: str) -> Runtime:
-        folder = conversions.folder_for(adapter, used)
-        return OpenVinoRuntime(ConvertedNetwork(folder, adapter.config.text, used))
-
     def load(used: str, is_free: bool) -> Engine:
         folder = conversions.folder_for(checkpoint, used)
-        engine = _load_converted(checkpoint, folder, read_converted(folder), cache_bytes)
-        _add_adapters(engine, adapters, lambda adapter, _: converted(adapter, used))
+        converted = read_converted(folder)
+
+        def beside(adapter: Checkpoint) -> tuple[Runtime, bool]:
+            own_folder = conversions.folder_for(adapter, used)
+            runtime = OpenVinoRuntime(ConvertedNetwork(own_folder, adapter.config.text, used))
+            # No weights are read to see what was changed.
+            return runtime, _tower_sha256(read_converted(own_folder)) != _tower_sha256(converted)
+
+        engine = _load_converted(checkpoint, folder, converted, cache_bytes)
+        _add_adapters(engine, adapters, beside)
         return engine
 
     return _in_precision(checkpoint, device, precision, load)
+
+
+_TOWER_FILE: Final = f"{MODELS[0]}.bin"
+
+
+def _tower_sha256(converted: Converted) -> str | None:
+    return next(record.sha256 for record in converted.files if record.name == _TOWER_FILE)
 
 
 def _in_precision(
@@ -453,15 +473,23 @@ def _load(
     is_free: bool,
     adapters: Mapping[str, Checkpoint],
 ) -> Engine:
-    network = load_weights(checkpoint, PRECISIONS[base_precision(used, device)])
+    dtype = PRECISIONS[base_precision(used, device)]
+    whole = read_whole(checkpoint)
+    network = network_of(checkpoint, {**whole, **changed_weights(checkpoint, whole)}, dtype)
     checkpoint = replace(checkpoint, notes=(*checkpoint.notes, *network.notes))
     runtime = TorchRuntime(network, device, used)
+    if not adapters:
+        # Read into memory, from some kinds of files.
+        whole = {}
 
-    def beside(adapter: Checkpoint, changed: Mapping[str, Tensor]) -> Runtime:
+    def beside(adapter: Checkpoint) -> tuple[Runtime, bool]:
+        changed = changed_weights(adapter, whole)
+        has_own_tower = any(name.startswith(_TOWER) for name in changed)
         if runtime.quantization is None:
-            return AdapterRuntime(runtime, changed, len(adapters))
-        merged = load_weights(adapter, PRECISIONS[runtime.base_precision])
-        return TorchRuntime(merged, device, used, idle_share=len(adapters))
+            return AdapterRuntime(runtime, changed, len(adapters)), has_own_tower
+        merged = network_of(adapter, {**whole, **changed}, dtype)
+        own_runtime = TorchRuntime(merged, device, used, idle_share=len(adapters))
+        return own_runtime, has_own_tower
 
     engine = Engine(
         checkpoint,
@@ -491,26 +519,21 @@ def _load(
 def _add_adapters(
     engine: Engine,
     adapters: Mapping[str, Checkpoint],
-    runtime_of: Callable[[Checkpoint, Mapping[str, Tensor]], Runtime],
+    beside: Callable[[Checkpoint], tuple[Runtime, bool]],
 ) -> None:
     """Loads adapters beside their base; each has answered once then.
 
-    ``runtime_of`` takes an adapter's checkpoint and the weights that it changes, in float32.
+    ``beside`` gives an adapter's runtime, and whether its vision tower is not the base's.
     """
-    if not adapters:
-        return
     try:
-        whole = whole_state(read_weights(engine.checkpoint.folder))
         for name, checkpoint in adapters.items():
-            changed = changed_weights(checkpoint, whole)
-            runtime = runtime_of(checkpoint, changed)
+            runtime, has_own_tower = beside(checkpoint)
             if not isinstance(runtime, AdapterRuntime):
                 note = (
                     f"Runtime {runtime.name} in {runtime.precision} holds all weights of this "
                     "adapter once more; with torch in fp32, bf16 or fp16 it shares its base's."
                 )
                 checkpoint = replace(checkpoint, notes=(*checkpoint.notes, note))
-            has_own_tower = any(changed_name.startswith(_TOWER) for changed_name in changed)
             engine.add_adapter(name, checkpoint, runtime, has_own_tower=has_own_tower)
             self_test(engine, name)
             if isinstance(runtime, TorchRuntime):

@@ -110,7 +110,7 @@ def test_the_loaded_model_reports_the_precision_in_use(half_precision, overflowi
 
 
 def runtime_of(checkpoint, precision):
-    return TorchRuntime(loading.load_weights(checkpoint, PRECISIONS[precision]), CPU, precision)
+    return TorchRuntime(load_weights(checkpoint, PRECISIONS[precision]), CPU, precision)
 
 
 def test_features_that_are_close_enough_pass(checkpoint_folder):
