@@ -30,7 +30,7 @@ from serve.platform.experiments import (
     INFO_NAME,
     Experiment,
     experiment_of,
-    read_object,
+    read_training,
 )
 from serve.platform.failures import NotFoundError, platform_failure
 from serve.sdk import sly
@@ -349,7 +349,7 @@ def upload_experiment(
     ``experiment_info.json`` comes last: only a whole experiment is listed. Raises CheckpointError
     where a file is not there as it is here, and what the SDK raises where the platform fails.
     """
-    experiment = experiment_of(read_object(folder / INFO_NAME), str(folder / INFO_NAME))
+    experiment = experiment_of(read_training(folder / INFO_NAME), str(folder / INFO_NAME))
     artifacts = PurePosixPath(experiment.info.artifacts_dir)
     # Where the SDK tries again, it sends what is left of the body, nothing, and waits for ever.
     once = _asked_once(api)

@@ -1,4 +1,4 @@
-"""From a checkpoint's files to an engine that has answered: runtime, precision, batches, adapters."""
+"""From a checkpoint to an engine that has answered: runtime, precision, batches, adapters."""
 
 from __future__ import annotations
 
