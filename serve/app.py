@@ -58,7 +58,7 @@ from serve.model_service import (
 )
 from serve.platform.experiments import FRAMEWORK
 from serve.platform.registry import InferenceRequest, RequestsManager
-from serve.platform.team_files import Fetched, fetch
+from serve.platform.team_files import Fetched, fetch, remove_superseded
 from serve.predict.predictor import Call, Predicted, Predictor
 from serve.process import end_process
 from serve.sdk import sly
@@ -197,9 +197,8 @@ class Florence2App(PromptBasedObjectDetection):  # type: ignore[misc]
             )
         checkpoint = model_files["checkpoint"]
         progress = self._progress(str(checkpoint), log_progress)
-        home = Path(self.model_dir) / "fine-tunes"
         try:
-            fetched = fetch(self.api, team_id, checkpoint, home, progress)
+            fetched = fetch(self.api, team_id, checkpoint, self._fine_tunes, progress)
             # Also the base of an adapter, before anything that runs is stopped for it.
             self.sdk.check_base(fetched.folder)
             resolve(fetched.folder, progress=progress)
@@ -210,6 +209,11 @@ class Florence2App(PromptBasedObjectDetection):  # type: ignore[misc]
         self._fetched[folder] = fetched
         # The path in team files and not the file's here: a restarted app downloads it anew.
         return {"checkpoint": checkpoint, "folder": folder}
+
+    @property
+    def _fine_tunes(self) -> Path:
+        """Where they are downloaded to."""
+        return Path(self.model_dir) / "fine-tunes"
 
     def _progress(self, name: str, log_progress: bool) -> ProgressCallback:
         gui: Florence2Gui | None = self.gui
@@ -285,6 +289,8 @@ class Florence2App(PromptBasedObjectDetection):  # type: ignore[misc]
             other_devices=self._others_beside(device),
         )
         model = self.deployment.switch(choice).model
+        if fetched is not None:
+            remove_superseded(fetched, self._fine_tunes)
         if fetched is None:
             self._meta.set_own()
         else:
