@@ -343,22 +343,24 @@ def _locked(descriptor: int) -> bool:
 def remove_superseded(fetched: Fetched, home: Path) -> None:
     """Removes the earlier versions of a fine-tune that answers now, and what downloads left.
 
-    What is being downloaded stays, also by another process. What cannot be removed is logged.
+    What is being downloaded stays, also by another process. A disk that fails is logged.
     """
     version = fetched.folder.parent
-    others = [one for one in version.parent.iterdir() if _VERSION.fullmatch(one.name)]
-    for earlier in others:
-        if earlier == version or not (earlier / fetched.folder.name).is_dir():
-            continue
-        if not any(map(_is_written, earlier.rglob(f"*{_PART}"))):
-            logger.info("%s is removed: a newer version of it is deployed", earlier)
-            shutil.rmtree(earlier, onerror=_log_failed)
-    for part in home.rglob(f"*{_PART}"):
-        if not _is_written(part):
-            try:
+    try:
+        for earlier in list(version.parent.iterdir()):
+            is_version = (
+                _VERSION.fullmatch(earlier.name) and (earlier / fetched.folder.name).is_dir()
+            )
+            if not is_version or earlier == version:
+                continue
+            if not any(map(_is_written, earlier.rglob(f"*{_PART}"))):
+                logger.info("%s is removed: a newer version of it is deployed", earlier)
+                shutil.rmtree(earlier)
+        for part in list(home.rglob(f"*{_PART}")):
+            if not _is_written(part):
                 part.unlink(missing_ok=True)
-            except OSError as error:
-                logger.warning("%s cannot be removed: %s", part, error)
+    except OSError as error:
+        logger.warning("What %s takes the place of is not removed: %s", version, error)
 
 
 def _is_written(part: Path) -> bool:
@@ -368,10 +370,6 @@ def _is_written(part: Path) -> bool:
     except OSError:
         # Done meanwhile, or nobody's to read.
         return True
-
-
-def _log_failed(_work: object, path: str, failed: tuple[object, BaseException, object]) -> None:
-    logger.warning("%s cannot be removed: %s", path, failed[1])
 
 
 def _asked_once(api: sly.Api) -> sly.Api:
