@@ -143,7 +143,7 @@ class Florence2App(PromptBasedObjectDetection):  # type: ignore[misc]
             max_queued=local.max_queued if local else MAX_QUEUED,
             on_hopeless=self.end_when_answered,
         )
-        self._meta = ModelMeta(own_classes=lambda: self.deployment.own_classes)
+        self._meta = ModelMeta(own_classes=self.deployment.own_classes)
         self.predictor = Predictor(self.deployment, self.metrics)
         self.sdk = SdkMethods(self, local.allow_deploy if local else ())
         self.answering = Answering(self.predictor, self.deployment, self._meta, self.sdk)

@@ -442,7 +442,6 @@ class Deployment:
         """Whether the weights are away from the device until the next request."""
         return self._is_frozen
 
-    @property
     def own_classes(self) -> tuple[sly.ObjClass, ...]:
         """Of the deployed model; nothing without one."""
         current = self._current

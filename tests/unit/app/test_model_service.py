@@ -218,7 +218,7 @@ def test_what_is_a_fine_tunes_own_comes_and_goes_with_it(models):
     kite, boat = (sly.ObjClass(name, sly.Rectangle) for name in ("kite", "boat"))
 
     def own() -> tuple[list[str], dict[str, object]]:
-        return [one.name for one in models.own_classes], dict(models.own_settings)
+        return [one.name for one in models.own_classes()], dict(models.own_settings)
 
     assert own() == ([], {})
     kites = {"own_classes": (kite,), "own_settings": {"task_prompt": "<OD>"}}
