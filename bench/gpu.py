@@ -30,7 +30,7 @@ from gpu_measures import (
 )
 
 from florence2.benchmark.run import write_checkpoint
-from florence2.engine.loading import check_against_fp32
+from florence2.engine.checks import check_against_fp32
 
 
 def measure(folder: Path, device: str, precision: str, axes: Axes) -> dict[str, Any]:

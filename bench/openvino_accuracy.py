@@ -27,7 +27,7 @@ import torch
 
 from florence2 import Ask, Failure, Florence2, Result
 from florence2.engine.ask import as_region, prompt_sentence
-from florence2.engine.loading import probe_picture
+from florence2.engine.checks import probe_picture
 from florence2.tasks import find_task
 from florence2.tokens import EOS_ID
 from florence2_demo.calibration import calibration_scenes

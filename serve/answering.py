@@ -116,7 +116,7 @@ class Answering:
         check_placement(state)
         # As they were sent first: the merge makes two different thresholds one.
         parse_settings(given or {})
-        sdk, own = self._sdk, self._meta.own_settings
+        sdk, own = self._sdk, self._deployment.own_settings
         return parse_settings(
             merged_settings(state, sdk.default_settings, sdk.sliding_window_mode, own)
         )

@@ -58,7 +58,7 @@ from serve.model_service import (
 )
 from serve.platform.experiments import FRAMEWORK
 from serve.platform.registry import InferenceRequest, RequestsManager
-from serve.platform.team_files import Fetched, fetch
+from serve.platform.team_files import Fetched, fetch, remove_superseded
 from serve.predict.predictor import Call, Predicted, Predictor
 from serve.process import end_process
 from serve.sdk import sly
@@ -135,7 +135,6 @@ class Florence2App(PromptBasedObjectDetection):  # type: ignore[misc]
         # All of it before the SDK's constructor, which may load a model.
         self._local = local
         self._deploying = threading.Lock()
-        self._meta = ModelMeta()
         self._fetched: dict[str, Fetched] = {}
         self.metrics = Metrics()
         self.deployment = Deployment(
@@ -144,6 +143,7 @@ class Florence2App(PromptBasedObjectDetection):  # type: ignore[misc]
             max_queued=local.max_queued if local else MAX_QUEUED,
             on_hopeless=self.end_when_answered,
         )
+        self._meta = ModelMeta(own_classes=self.deployment.own_classes)
         self.predictor = Predictor(self.deployment, self.metrics)
         self.sdk = SdkMethods(self, local.allow_deploy if local else ())
         self.answering = Answering(self.predictor, self.deployment, self._meta, self.sdk)
@@ -197,9 +197,8 @@ class Florence2App(PromptBasedObjectDetection):  # type: ignore[misc]
             )
         checkpoint = model_files["checkpoint"]
         progress = self._progress(str(checkpoint), log_progress)
-        home = Path(self.model_dir) / "fine-tunes"
         try:
-            fetched = fetch(self.api, team_id, checkpoint, home, progress)
+            fetched = fetch(self.api, team_id, checkpoint, self._fine_tunes, progress)
             # Also the base of an adapter, before anything that runs is stopped for it.
             self.sdk.check_base(fetched.folder)
             resolve(fetched.folder, progress=progress)
@@ -210,6 +209,11 @@ class Florence2App(PromptBasedObjectDetection):  # type: ignore[misc]
         self._fetched[folder] = fetched
         # The path in team files and not the file's here: a restarted app downloads it anew.
         return {"checkpoint": checkpoint, "folder": folder}
+
+    @property
+    def _fine_tunes(self) -> Path:
+        """Where they are downloaded to."""
+        return Path(self.model_dir) / "fine-tunes"
 
     def _progress(self, name: str, log_progress: bool) -> ProgressCallback:
         gui: Florence2Gui | None = self.gui
@@ -280,15 +284,19 @@ class Florence2App(PromptBasedObjectDetection):  # type: ignore[misc]
             precision or local.precision,
             local.runtime if asked == AUTO else asked,
             self._is_cpu_asked_for,
-            title=fetched.experiment.info.experiment_name if fetched else None,
             adapters=local.adapters if model_files["checkpoint"] == local.model else (),
             other_devices=self._others_beside(device),
         )
+        if fetched is not None:
+            choice = replace(
+                choice,
+                title=fetched.experiment.info.experiment_name,
+                own_classes=tuple(fetched.model_meta.obj_classes),
+                own_settings=fetched.experiment.training.settings,
+            )
         model = self.deployment.switch(choice).model
-        if fetched is None:
-            self._meta.set_own()
-        else:
-            self._meta.set_own(fetched.model_meta.obj_classes, fetched.experiment.training.settings)
+        if fetched is not None:
+            remove_superseded(fetched, self._fine_tunes)
         self.model_precision = model.precision.upper()
         self.runtime = RUNTIME_NAMES[model.runtime]
         self._model_meta = self.model_meta
@@ -328,7 +336,6 @@ class Florence2App(PromptBasedObjectDetection):  # type: ignore[misc]
     def shutdown_model(self) -> None:
         """Stops and frees the model."""
         self.deployment.stop()
-        self._meta.set_own()
         self.metrics.clear_model()
         self._show_device_warning()
         super().shutdown_model()
@@ -377,12 +384,12 @@ class Florence2App(PromptBasedObjectDetection):  # type: ignore[misc]
     @property
     def custom_inference_settings(self) -> str:
         """The settings file, in which a fine-tune has the task and prompts of its training."""
-        return text_with(self._custom_inference_settings, self._meta.own_settings)
+        return text_with(self._custom_inference_settings, self.deployment.own_settings)
 
     @property
     def custom_inference_settings_dict(self) -> dict[str, Any]:
         """The values of that file."""
-        return copy.deepcopy({**self.file_settings, **self._meta.own_settings})
+        return copy.deepcopy({**self.file_settings, **self.deployment.own_settings})
 
     @property
     def api(self) -> sly.Api | None:
@@ -430,7 +437,7 @@ class Florence2App(PromptBasedObjectDetection):  # type: ignore[misc]
 
     def _get_inference_settings(self, state: dict[str, Any]) -> dict[str, Any]:
         mode = self.sliding_window_mode
-        return merged_settings(state, self.file_settings, mode, self._meta.own_settings)
+        return merged_settings(state, self.file_settings, mode, self.deployment.own_settings)
 
     def _validate_settings(self, settings: Mapping[str, Any]) -> None:
         parse_settings(settings)

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -275,14 +275,16 @@ class ModelMeta:
     first. A class that is seen in a second shape becomes one of any shape, so that every
     annotation that was learnt can be read with a snapshot; a fixed class keeps its shape.
 
-    A fine-tune has classes of its own, and settings that it is asked with by default.
+    ``own_classes`` gives those of the model that is deployed now: a fine-tune has some.
     """
 
-    own_settings: Mapping[str, object] = {}
-    """What the deployed model was trained to be asked with; nothing for a published one."""
-
-    def __init__(self, max_learnt: int = MAX_LEARNT) -> None:
+    def __init__(
+        self,
+        max_learnt: int = MAX_LEARNT,
+        own_classes: Callable[[], tuple[sly.ObjClass, ...]] = tuple,
+    ) -> None:
         self._max_learnt = max_learnt
+        self._own_classes = own_classes
         self._learnt: dict[str, sly.ObjClass] = {}
         self._own: tuple[sly.ObjClass, ...] = ()
         self._lock = threading.Lock()
@@ -290,16 +292,12 @@ class ModelMeta:
 
     def snapshot(self) -> sly.ProjectMeta:
         """All classes and tags as they are now; it never changes."""
-        return self._snapshot
-
-    def set_own(
-        self, classes: Iterable[sly.ObjClass] = (), settings: Mapping[str, object] | None = None
-    ) -> None:
-        """Those of the model that is deployed now, in the place of those of the one before."""
+        own = self._own_classes()
         with self._lock:
-            self._own = tuple(one for one in classes if one.name not in FIXED_SHAPES)
-            self.own_settings = dict(settings or {})
-            self._snapshot = _meta_of(self._own, self._learnt)
+            if own is not self._own:
+                self._own = own
+                self._snapshot = _meta_of(own, self._learnt)
+            return self._snapshot
 
     def learn(self, annotation: sly.Annotation) -> None:
         """Adds the classes of an annotation's labels."""
@@ -330,7 +328,7 @@ def _meta_of(
     own: Iterable[sly.ObjClass], learnt: Mapping[str, sly.ObjClass] = MappingProxyType({})
 ) -> sly.ProjectMeta:
     """A fine-tune's own classes come first: they are what people look for in the list."""
-    first = [_both(one, learnt.get(one.name, one)) for one in own]
+    first = [_both(one, learnt.get(one.name, one)) for one in own if one.name not in FIXED_SHAPES]
     named = {one.name for one in first}
     others = [one for one in learnt.values() if one.name not in named]
     return sly.ProjectMeta([*first, *_FIXED, *others], tag_metas=list(TAG_METAS.values()))
@@ -366,6 +364,10 @@ class ModelChoice:
     """Names that requests may give, each with an adapter's folder or hub id."""
     other_devices: tuple[str, ...] = ()
     """Further devices, each with a process of its own that answers beside this one."""
+    own_classes: tuple[sly.ObjClass, ...] = field(default=(), compare=False)
+    """What a fine-tune finds; of a published model nothing is known."""
+    own_settings: Mapping[str, object] = field(default_factory=dict, compare=False)
+    """What a fine-tune was trained to be asked with."""
 
     @property
     def shown(self) -> str:
@@ -439,6 +441,17 @@ class Deployment:
     def is_frozen(self) -> bool:
         """Whether the weights are away from the device until the next request."""
         return self._is_frozen
+
+    def own_classes(self) -> tuple[sly.ObjClass, ...]:
+        """Of the deployed model; nothing without one."""
+        current = self._current
+        return () if current is None else current.choice.own_classes
+
+    @property
+    def own_settings(self) -> Mapping[str, object]:
+        """Of the deployed model; nothing without one."""
+        current = self._current
+        return {} if current is None else current.choice.own_settings
 
     @property
     def device_bytes(self) -> float:

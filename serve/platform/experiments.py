@@ -25,7 +25,7 @@ import yaml
 
 from florence2.checkpoint.catalog import BASE_FOLDER, CHECKPOINT_NAMES, base_names, resolve
 from florence2.checkpoint.converted import file_sha256
-from florence2.checkpoint.files import ADAPTER_CONFIG, FileRecord, write_whole
+from florence2.checkpoint.files import ADAPTER_CONFIG, FileRecord, read_json, write_whole
 from florence2.errors import CheckpointError, FlorenceError, RequestError, shown
 from florence2.tasks import OutputKind, TaskInput, parse_steps
 from serve.naming import class_color, clean_class_name
@@ -273,7 +273,7 @@ def write_experiment(
     missing or cannot be used, OSError where it cannot be written.
     """
     out = out.expanduser().resolve()
-    record = read_object(out / TRAINING_NAME)
+    record = read_training(out / TRAINING_NAME)
     training = training_of(record, str(out / TRAINING_NAME), _settings_in(out))
     sources = dict(_files_of(out / BEST_FOLDER))
     target = out / EXPERIMENT_FOLDER
@@ -368,18 +368,11 @@ def _files_of(best: Path) -> Iterator[tuple[str, Path]]:
             yield f"{BASE_FOLDER}/{name}", whole.folder / name
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; CheckpointError where there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read as JSON ({error}); name a folder that florence2 train wrote to "
-            "until its end."
-        ) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not {shown(content)}; correct it.")
-    return content
+def read_training(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a training; CheckpointError where there is none."""
+    return read_json(
+        path, "training's file", "name a folder that florence2 train wrote to until its end"
+    )
 
 
 def _link(source: Path, target: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Final
 
 import httpx
@@ -76,17 +74,6 @@ def platform_failure(error: BaseException) -> Failure | None:
         f"The platform did not give or take what this needs: {reason}; see that it is there for "
         "this app, and send it again.",
     )
-
-
-@contextmanager
-def raise_platform_failure() -> Iterator[None]:
-    """Around calls of the platform: what it fails with becomes an error with one sentence."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, FlorenceError) or (failure := platform_failure(error)) is None:
-            raise
-        raise FailedImageError(failure) from error
 
 
 def _reason_of(error: BaseException) -> str | None:

@@ -7,10 +7,14 @@ import hashlib
 import json
 import logging
 import os
+import re
+import shutil
+import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -30,13 +34,16 @@ from serve.platform.experiments import (
     INFO_NAME,
     Experiment,
     experiment_of,
-    read_object,
+    read_training,
 )
 from serve.platform.failures import NotFoundError, platform_failure
 from serve.sdk import sly
 
 # isort: split
 from supervisely.api.file_api import FileInfo
+
+if sys.platform != "win32":
+    import fcntl
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +54,7 @@ _MAX_JSON_BYTES: Final = 32 * 1024 * 1024
 _LISTING_THREADS: Final = 8
 _PART: Final = ".part"
 _SHOWN_HASH: Final = 12
+_VERSION: Final = re.compile(rf"[0-9a-f]{{{_SHOWN_HASH}}}")
 
 Result = TypeVar("Result")
 
@@ -285,10 +293,8 @@ def _bring(
     if record.sha256 and target.is_file() and fault_of(target, record, with_hash=True) is None:
         tell(record.size)
         return
-    # Two requests may ask for the same model at once.
-    partial_file = target.with_name(f"{target.name}.{threading.get_ident()}{_PART}")
 
-    def once() -> None:
+    def once(part: Path) -> None:
         done = 0
 
         def count(size: int) -> None:
@@ -296,17 +302,74 @@ def _bring(
             done += size
             tell(done)
 
-        target.parent.mkdir(parents=True, exist_ok=True)
-        api.file.download(team_id, path, str(partial_file), progress_cb=count)
-        fault = fault_of(partial_file, record, with_hash=record.sha256 is not None)
+        api.file.download(team_id, path, str(part), progress_cb=count)
+        fault = fault_of(part, record, with_hash=record.sha256 is not None)
         if fault is not None:
             raise TransferError(f"{path} {fault} when it is downloaded; upload it again.")
 
+    with _part_of(target) as part:
+        _tried(partial(once, part))
+        os.replace(part, target)
+
+
+@contextmanager
+def _part_of(target: Path) -> Iterator[Path]:
+    """A file to download into, locked for so long: one that is not was left by a killed process."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Two requests may ask for the same model at once.
+    part = target.with_name(f"{target.name}.{os.getpid()}-{threading.get_ident()}{_PART}")
     try:
-        _tried(once)
-        os.replace(partial_file, target)
+        if sys.platform == "win32":
+            # An open file can neither be moved nor removed there.
+            yield part
+        else:
+            with part.open("wb") as stream:
+                _locked(stream.fileno())
+                yield part
     finally:
-        partial_file.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
+
+
+def _locked(descriptor: int) -> bool:
+    """Locks an open file, where nobody else has; the system lets go when the process ends."""
+    if sys.platform != "win32":
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+    return True
+
+
+def remove_superseded(fetched: Fetched, home: Path) -> None:
+    """Removes the earlier versions of a fine-tune that answers now, and what downloads left.
+
+    What is being downloaded stays, also by another process. A disk that fails is logged.
+    """
+    version = fetched.folder.parent
+    try:
+        for earlier in list(version.parent.iterdir()):
+            is_version = (
+                _VERSION.fullmatch(earlier.name) and (earlier / fetched.folder.name).is_dir()
+            )
+            if not is_version or earlier == version:
+                continue
+            if not any(map(_is_written, earlier.rglob(f"*{_PART}"))):
+                logger.info("%s is removed: a newer version of it is deployed", earlier)
+                shutil.rmtree(earlier)
+        for part in list(home.rglob(f"*{_PART}")):
+            if not _is_written(part):
+                part.unlink(missing_ok=True)
+    except OSError as error:
+        logger.warning("What %s takes the place of is not removed: %s", version, error)
+
+
+def _is_written(part: Path) -> bool:
+    try:
+        with part.open("rb") as stream:
+            return not _locked(stream.fileno())
+    except OSError:
+        # Done meanwhile, or nobody's to read.
+        return True
 
 
 def _asked_once(api: sly.Api) -> sly.Api:
@@ -349,7 +412,7 @@ def upload_experiment(
     ``experiment_info.json`` comes last: only a whole experiment is listed. Raises CheckpointError
     where a file is not there as it is here, and what the SDK raises where the platform fails.
     """
-    experiment = experiment_of(read_object(folder / INFO_NAME), str(folder / INFO_NAME))
+    experiment = experiment_of(read_training(folder / INFO_NAME), str(folder / INFO_NAME))
     artifacts = PurePosixPath(experiment.info.artifacts_dir)
     # Where the SDK tries again, it sends what is left of the body, nothing, and waits for ever.
     once = _asked_once(api)

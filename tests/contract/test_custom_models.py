@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import shutil
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 import requests
@@ -138,6 +139,47 @@ def test_what_is_here_already_is_not_downloaded_again(
         if call.method == "file-storage.download"
     ][before:]
     assert set(downloaded) == {"experiment_info.json", "model_meta.json"}
+
+
+def test_a_version_that_was_superseded_is_removed_once_the_new_one_answers(
+    api, app, running_app, platform, demo_again, tmp_path
+):
+    out = tmp_path / "harbour"
+    shutil.copytree(DEMO, out / "best")
+    (out / "training.json").write_text(json.dumps(TRAINING), encoding="utf-8")
+    checkpoint = upload_experiment(api, TEAM_ID, write_experiment(out))
+    by_path(api, checkpoint)
+    [fine_tunes] = Path(running_app.environment["SLY_APP_DATA_DIR"]).rglob("fine-tunes")
+    home = fine_tunes / str(TEAM_ID)
+    versions = home.joinpath(*PurePosixPath(folder_of(checkpoint)).parts[1:])
+    [first] = versions.iterdir()
+    another = home / "experiments" / "other" / "0123456789ab" / "best" / "model.safetensors"
+    left = [first / "best" / "model.safetensors.1-1.part", another.with_suffix(".1-1.part")]
+    for file in (another, *left):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"part")
+    written = another.with_suffix(".2-2.part")
+
+    (out / "best" / "notes.json").write_text("{}")
+    upload_experiment(api, TEAM_ID, write_experiment(out))
+    path = f"{folder_of(checkpoint)}/checkpoints/best/notes.json"
+    right = platform.state.files[path].content
+    # One that is refused takes nothing away.
+    platform.state.files[path].content = b"[]"
+    files = {"checkpoint": checkpoint}
+    params = {"model_source": "Custom models", "model_files": files, "device": "cpu"}
+    refused = app.post("deploy_from_api", {"deploy_params": params})
+    assert_refused(refused, says="changed in the team files")
+    assert first.is_dir()
+    platform.state.files[path].content = right
+    with written.open("wb") as stream:
+        fcntl.flock(stream.fileno(), fcntl.LOCK_EX)
+        by_path(api, checkpoint)
+        [second] = versions.iterdir()
+        assert second != first
+        assert (second / "best" / "notes.json").is_file()
+        assert [one.exists() for one in (another, written, *left)] == [True, True, False, False]
+    assert app.post("get_deploy_info").json()["custom_checkpoint_path"] == checkpoint
 
 
 def write_training(out, base):

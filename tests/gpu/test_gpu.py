@@ -10,7 +10,7 @@ from recorders import CUDA, GPU, TABLE, pixels_of
 
 from florence2 import Ask, Florence2
 from florence2.engine.batch_sizes import CudaMeter
-from florence2.engine.loading import TOLERANCE, error_against_fp32
+from florence2.engine.checks import TOLERANCE, error_against_fp32
 from florence2.network.config import base_config
 from florence2.network.florence import Florence2Network
 from florence2.runtimes.device import PRECISIONS

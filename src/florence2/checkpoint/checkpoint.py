@@ -227,10 +227,19 @@ def load_weights(checkpoint: Checkpoint, dtype: torch.dtype) -> Florence2Network
 
     Raises CheckpointError if the weights do not fit the config, or the words do not fit them.
     """
-    state = read_weights(checkpoint.folder)
-    if checkpoint.adapter is not None:
-        state = whole_state(state)
-        state |= changed_weights(checkpoint, state)
+    whole = read_whole(checkpoint)
+    return network_of(checkpoint, {**whole, **changed_weights(checkpoint, whole)}, dtype)
+
+
+def read_whole(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The ``whole_state`` in a checkpoint's folder, which of an adapter is its base's."""
+    return whole_state(read_weights(checkpoint.folder))
+
+
+def network_of(
+    checkpoint: Checkpoint, state: Mapping[str, Tensor], dtype: torch.dtype
+) -> Florence2Network:
+    """The checkpoint's network with the weights of a state; as ``load_weights``, which reads it."""
     network = build_network(checkpoint.config, state, dtype)
     vocabulary, rows = checkpoint.vocabulary, network.config.text.vocab_size
     # Visual features are put in front of a prompt, so <image> itself is never looked up.

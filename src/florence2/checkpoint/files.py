@@ -126,19 +126,21 @@ def read_manifest(path: Path) -> Manifest | None:
     return manifest if content.get("format") == _MANIFEST_FORMAT else None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; CheckpointError naming the file when it holds none."""
+def read_json(
+    path: Path, what: str = "checkpoint file", advice: str = "put a whole copy in its place"
+) -> dict[str, Any]:
+    """A JSON object from a file; CheckpointError naming the file when it holds none.
+
+    ``what`` the file is, and what to do about it, for people.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         _log.info("Reading %s: %s", path, error)
-        raise CheckpointError(
-            f"The checkpoint file {path} cannot be read as JSON; put a whole copy in its place."
-        ) from error
+        raise CheckpointError(f"The {what} {path} cannot be read as JSON; {advice}.") from error
     if not isinstance(content, dict):
         raise CheckpointError(
-            f"The checkpoint file {path} must hold a JSON object, got a "
-            f"{type(content).__name__}; put the published file in its place."
+            f"The {what} {path} must hold a JSON object, got a {type(content).__name__}; {advice}."
         )
     return content
 

@@ -113,13 +113,9 @@ class Attention(nn.Module):
         self.v_proj = Linear(dim, dim)
         self.q_proj = Linear(dim, dim)
         self.out_proj = Linear(dim, dim)
-        self._fused: tuple[Tensor, Tensor] | None = None
+        self.fused: tuple[Tensor, Tensor] | None = None
+        """The three input projections as one weight [3 * dim, dim] and one bias, see ``fuse``."""
         self._fused_transposed: TransposedCounts = ()
-
-    @property
-    def fused_weight(self) -> Tensor | None:
-        """The three input projections as one weight [3 * dim, dim], see ``fuse``."""
-        return None if self._fused is None else self._fused[0]
 
     def fuse(self) -> None:
         """Lays the three input projections out as one weight.
@@ -132,12 +128,12 @@ class Attention(nn.Module):
         bias = torch.cat([part.bias.detach() for part in parts])
         for part, rows, offset in zip(parts, weight.chunk(3), bias.chunk(3), strict=True):
             part.weight.data, part.bias.data = rows, offset
-        self._fused = weight, bias
+        self.fused = weight, bias
 
     def choose_form(self, forms: Mapping[WeightKind, TransposedCounts]) -> None:
         """Takes the choice for the fused weight out of those made for all."""
-        if self._fused is not None:
-            weight = self._fused[0]
+        if self.fused is not None:
+            weight = self.fused[0]
             self._fused_transposed = forms.get((weight.dtype, weight.shape), ())
 
     def shares(self, other: Attention) -> bool:
@@ -158,7 +154,7 @@ class Attention(nn.Module):
     def fuse_as(self, other: Attention) -> None:
         """As ``fuse`` and ``choose_form``, of an attention of this size that may share its own."""
         if self.shares(other):
-            self._fused = other._fused
+            self.fused = other.fused
         else:
             self.fuse()
         self._fused_transposed = other._fused_transposed
@@ -167,7 +163,7 @@ class Attention(nn.Module):
         return self.q_proj, self.k_proj, self.v_proj
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Attention:
-        self._fused, self._fused_transposed = None, ()
+        self.fused, self._fused_transposed = None, ()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
@@ -177,18 +173,18 @@ class Attention(nn.Module):
 
     def project_key_value(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """[B, L, dim] -> keys and values, each [B, heads, L, head_dim]."""
-        if self._fused is None or torch.is_grad_enabled():
+        if self.fused is None or torch.is_grad_enabled():
             key, value = self.k_proj(hidden), self.v_proj(hidden)
             return self._heads(key, 1)[0], self._heads(value, 1)[0]
-        weight, bias = (part[hidden.shape[-1] :] for part in self._fused)
+        weight, bias = (part[hidden.shape[-1] :] for part in self.fused)
         key, value = self._heads(_product(hidden, weight, bias, ()), 2)
         return key, value
 
     def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, L, dim] -> queries, keys and values, each [B, heads, L, head_dim]."""
-        if self._fused is None or torch.is_grad_enabled():
+        if self.fused is None or torch.is_grad_enabled():
             return self.project_query(hidden), *self.project_key_value(hidden)
-        fused = _product(hidden, *self._fused, self._fused_transposed)
+        fused = _product(hidden, *self.fused, self._fused_transposed)
         query, key, value = self._heads(fused, 3)
         return query, key, value
 

@@ -219,7 +219,7 @@ class Florence2Network(nn.Module):
             elif isinstance(module, Attention):
                 module.fuse()
         weights = [
-            layer.fused_weight if isinstance(layer, Attention) else layer.weight
+            layer.fused and layer.fused[0] if isinstance(layer, Attention) else layer.weight
             for layer in self._layers_of_step()
         ]
         self.take_forms(choose_forms([weight for weight in weights if weight is not None]))
@@ -233,7 +233,9 @@ class Florence2Network(nn.Module):
         changed, the other network has all three of its own. Its other weights are this one's
         parameters themselves, which move with it; once they have, ``lay_out_as`` is to be called.
         """
-        held = {id(value): value for value in (*self.parameters(), *self.buffers())}
+        # Kept out of the copy; to torch what is fused is no parameter.
+        fused = [one.fused for one in self._attentions() if one.fused is not None]
+        held = {id(value): value for value in (*self.parameters(), *self.buffers(), *fused)}
         other = copy.deepcopy(self, held)
         for name, value in changed.items():
             path, _, own = name.rpartition(".")

@@ -205,7 +205,7 @@ class QuantizedAttention(Attention):
         # The projections that the constructor makes are what is replaced here.
         nn.Module.__init__(self)
         self.heads = attention.heads
-        self._fused, self._fused_transposed = None, ()
+        self.fused, self._fused_transposed = None, ()
         query, key, value = attention.q_proj, attention.k_proj, attention.v_proj
         together = [[query], [key, value]] if is_cross else [[query, key, value]]
         self.in_proj = nn.ModuleList(make(layers) for layers in together)

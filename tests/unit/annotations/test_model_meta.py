@@ -100,17 +100,19 @@ def test_many_threads_learn_without_losing_a_class(geometry):
 
 
 def test_classes_of_a_fine_tune_come_first_and_go_with_it_but_for_what_answers_had():
-    meta = ModelMeta()
-    own = [sly.ObjClass("kite", sly.Rectangle, [1, 2, 3]), sly.ObjClass("boat", sly.Rectangle)]
-    meta.set_own([*own, sly.ObjClass("text", sly.Rectangle)], {"task_prompt": "<OD>"})
+    own = [
+        sly.ObjClass("kite", sly.Rectangle, [1, 2, 3]),
+        sly.ObjClass("boat", sly.Rectangle),
+        sly.ObjClass("text", sly.Rectangle),
+    ]
+    deployed = [tuple(own)]
+    meta = ModelMeta(own_classes=lambda: deployed[0])
     assert list(shapes(meta)) == ["kite", "boat", *FIXED]
     assert shapes(meta)["text"] is sly.Polygon
     assert meta.snapshot().get_obj_class("kite").color == [1, 2, 3]
-    assert meta.own_settings == {"task_prompt": "<OD>"}
     for one in (annotation(("kite", OUTLINE), ("cat", BOX)), annotation(("cat", BOX))):
         meta.learn(one)
     assert shapes(meta)["kite"] is sly.AnyGeometry
     assert list(shapes(meta)) == ["kite", "boat", *FIXED, "cat"]
-    meta.set_own()
+    deployed[0] = ()
     assert shapes(meta) == {**FIXED, "kite": sly.Polygon, "cat": sly.Rectangle}
-    assert meta.own_settings == {}

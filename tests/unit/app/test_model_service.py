@@ -28,6 +28,7 @@ from serve.model_service import (
     named_model,
     params_from_state,
 )
+from serve.sdk import sly
 
 MODELS = json.loads(Path(model_service.__file__).with_name("models.json").read_text())
 
@@ -211,6 +212,25 @@ def test_the_model_before_comes_back_when_the_next_fails(models, diary):
         models.switch(ModelChoice("broken"))
     assert diary == ["load base", "free base", "load broken", "load base"]
     assert models.current.choice == ModelChoice("base", "cpu")
+
+
+def test_what_is_a_fine_tunes_own_comes_and_goes_with_it(models):
+    kite, boat = (sly.ObjClass(name, sly.Rectangle) for name in ("kite", "boat"))
+
+    def own() -> tuple[list[str], dict[str, object]]:
+        return [one.name for one in models.own_classes()], dict(models.own_settings)
+
+    assert own() == ([], {})
+    kites = {"own_classes": (kite,), "own_settings": {"task_prompt": "<OD>"}}
+    models.switch(ModelChoice("kites", "cpu", **kites))
+    with pytest.raises(CheckpointError):
+        models.switch(ModelChoice("broken", own_classes=(boat,), own_settings={"text": "boat"}))
+    assert own() == (["kite"], {"task_prompt": "<OD>"})
+    models.switch(ModelChoice("base", "cpu"))
+    assert own() == ([], {})
+    models.switch(ModelChoice("kites", "cpu", **kites))
+    models.stop()
+    assert own() == ([], {})
 
 
 def test_a_first_model_that_fails_leaves_nothing(models):

@@ -23,7 +23,7 @@ from florence2.checkpoint.checkpoint import open_checkpoint
 from florence2.checkpoint.converted import FORMAT, is_converted, read_converted
 from florence2.checkpoint.files import CONVERTED_NAME
 from florence2.conversion.convert import CALIBRATION_IMAGES, CONVERTED_PRECISIONS, convert
-from florence2.engine.loading import probe_picture
+from florence2.engine.checks import probe_picture
 from florence2.errors import CheckpointError, DeviceError, FlorenceError
 from florence2.runtimes import openvino as runtime_module
 from florence2_demo.drawing import draw_scene

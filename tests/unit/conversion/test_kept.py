@@ -19,6 +19,7 @@ from florence2.checkpoint.converted import read_converted
 from florence2.checkpoint.files import CONVERTED_NAME
 from florence2.conversion.kept import FOLDER, Conversions, check_choice
 from florence2.engine import loading
+from florence2.engine.checks import probe_picture
 from florence2.engine.loading import MEASURED_FROM_D_MODEL, chosen_runtime
 from florence2.errors import CheckpointError, DeviceError
 
@@ -87,8 +88,7 @@ def test_loading_converts_and_answers_as_torch_does(small_folder, tmp_path):
     }
     assert [model.runtime for model in found.values()] == list(found)
     answers = [
-        model.run("<OD>", loading.probe_picture(), max_new_tokens=20).token_ids
-        for model in found.values()
+        model.run("<OD>", probe_picture(), max_new_tokens=20).token_ids for model in found.values()
     ]
     assert answers[0] == answers[1] != ()
 

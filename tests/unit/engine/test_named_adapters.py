@@ -9,6 +9,7 @@ from engine_tools import CountingRuntime, captions, codes, essence, picture
 from openvino_tools import write_small_checkpoint
 
 from florence2 import Ask, Florence2
+from florence2.checkpoint import checkpoint
 from florence2.engine.answering import answer_all
 from florence2.engine.engine import Engine
 from florence2.errors import CheckpointError, RequestError
@@ -151,10 +152,19 @@ def test_unchanged_weights_are_in_memory_once(model):
     total = sum(runtime.weight_bytes for runtime in runtimes)
     assert engine.memory_bytes - engine.cache.num_bytes == total
     fused = [
-        runtime.network.get_submodule(ATTENTION.removesuffix(".")).fused_weight.data_ptr()
+        runtime.network.get_submodule(ATTENTION.removesuffix(".")).fused[0].data_ptr()
         for runtime in runtimes
     ]
     assert fused[0] == fused[2] == fused[3] != fused[1]
+
+
+def test_no_weight_is_copied_to_be_shared(model, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("A copy of a weight, even one that is dropped at once, takes memory.")
+
+    monkeypatch.setattr(torch.Tensor, "__deepcopy__", refuse)
+    network = model.engine.runtime.network
+    assert pointers(network.sharing({})) == pointers(network)
 
 
 def test_parked_weights_come_back_shared(base, folders, alone):
@@ -203,16 +213,35 @@ def test_what_is_loaded_is_noted(model, folders):
         )
 
 
-def test_reduced_precision_is_that_of_the_base(base, folders):
-    both = Florence2.load(base, "cpu", "torch", precision="bf16", adapters=folders)
-    solo = Florence2.load(folders["cats"], "cpu", "torch", precision="bf16")
-    asks = asks_of("cats")
-    found = [essence(one) for one in both.run_many(asks)]
+QUANTISED = {
+    # precision: the adapters that hold all weights once more
+    "bf16": [],
+    "int8": [*CHANGED],
+}
+
+
+@pytest.mark.parametrize(("precision", "held"), QUANTISED.items(), ids=QUANTISED)
+def test_the_base_is_read_once_for_all(base, folders, monkeypatch, precision, held):
+    read, read_folders = checkpoint.read_weights, []
+    monkeypatch.setattr(
+        checkpoint, "read_weights", lambda folder: read_folders.append(folder) or read(folder)
+    )
+    monkeypatch.setattr("florence2.runtimes.quantization.cpu_computes_bf16", lambda: True)
+    both = Florence2.load(base, "cpu", "torch", precision=precision, adapters=folders)
+    assert read_folders == [base]
+    assert [note.split(": ")[0] for note in both.notes if "once more" in note] == [
+        f"Adapter {name}" for name in held
+    ]
+    assert [name for name in CHANGED if both.engine.model_of(name).base is None] == ["towers"]
+    solo = Florence2.load(folders["dogs"], "cpu", "torch", precision=precision)
+    found = [essence(one) for one in both.run_many(asks_of("dogs"))]
     assert found == [essence(one) for one in solo.run_many(asks_of(None))]
 
 
-def test_another_runtime_holds_each_as_a_whole_and_says_so(has_openvino, base, folders, tmp_path):
-    chosen = {"cats": folders["cats"]}
+def test_another_runtime_holds_each_as_a_whole_and_says_so(
+    has_openvino, base, folders, tmp_path, monkeypatch
+):
+    chosen = {name: folders[name] for name in ("cats", "towers")}
     model = Florence2.load(
         base, "cpu", "openvino", precision="fp32", cache_dir=tmp_path, adapters=chosen
     )
@@ -222,4 +251,11 @@ def test_another_runtime_holds_each_as_a_whole_and_says_so(has_openvino, base, f
             [one.token_ids for one in either.run_many(asks_of(name))] for either in (model, exact)
         )
         assert found == expected
-    assert sum("holds all weights of this adapter once more" in note for note in model.notes) == 1
+    assert sum("holds all weights of this adapter once more" in note for note in model.notes) == 2
+    assert [name for name in chosen if model.engine.model_of(name).base is None] == ["towers"]
+
+    def refuse(folder):
+        raise AssertionError(f"{folder} is read, though all of it is converted")
+
+    monkeypatch.setattr(checkpoint, "read_weights", refuse)
+    Florence2.load(base, "cpu", "openvino", precision="fp32", cache_dir=tmp_path, adapters=chosen)

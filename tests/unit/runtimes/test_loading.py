@@ -15,17 +15,17 @@ from safetensors.torch import load_file, save_file
 
 from florence2 import Florence2
 from florence2.checkpoint.checkpoint import load_weights, open_checkpoint
-from florence2.engine import loading
-from florence2.engine.engine import Engine
-from florence2.engine.loading import (
+from florence2.engine import checks, loading
+from florence2.engine.checks import (
     TOLERANCE,
     check_against_fp32,
     check_recordings,
     check_where_it_fits,
     error_against_fp32,
     float32_bytes,
-    load_engine,
 )
+from florence2.engine.engine import Engine
+from florence2.engine.loading import load_engine
 from florence2.errors import CheckpointError, PrecisionError
 from florence2.network.config import tiny_config
 from florence2.network.florence import Florence2Network
@@ -110,7 +110,7 @@ def test_the_loaded_model_reports_the_precision_in_use(half_precision, overflowi
 
 
 def runtime_of(checkpoint, precision):
-    return TorchRuntime(loading.load_weights(checkpoint, PRECISIONS[precision]), CPU, precision)
+    return TorchRuntime(load_weights(checkpoint, PRECISIONS[precision]), CPU, precision)
 
 
 def test_features_that_are_close_enough_pass(checkpoint_folder):
@@ -122,7 +122,7 @@ def test_features_that_are_close_enough_pass(checkpoint_folder):
 def test_features_that_are_far_off_are_an_error_or_a_warning(
     checkpoint_folder, monkeypatch, caplog
 ):
-    monkeypatch.setitem(loading.TOLERANCE, "bf16", 1e-6)
+    monkeypatch.setitem(checks.TOLERANCE, "bf16", 1e-6)
     checkpoint = open_checkpoint(checkpoint_folder)
     runtime = runtime_of(checkpoint, "bf16")
     with pytest.raises(PrecisionError, match=r"at most 1e-06 from those in fp32.* and are 0\.0"):
@@ -162,7 +162,7 @@ CHECKS = {
 def test_a_load_does_not_fail_for_lack_of_room_to_check(
     checkpoint_folder, monkeypatch, precision, free, check, is_made
 ):
-    monkeypatch.setattr(loading, "check_against_fp32", check)
+    monkeypatch.setattr(checks, "check_against_fp32", check)
     checkpoint = open_checkpoint(checkpoint_folder)
     runtime = runtime_of(checkpoint, precision)
     assert check_where_it_fits(checkpoint, runtime, Room(free), is_error=True) is is_made

@@ -15,8 +15,8 @@ from torch import nn
 from florence2 import Florence2
 from florence2.checkpoint.checkpoint import load_weights, open_checkpoint
 from florence2.conversion.kept import check_choice
+from florence2.engine.checks import check_where_it_fits, self_test
 from florence2.engine.engine import Engine
-from florence2.engine.loading import check_where_it_fits, self_test
 from florence2.errors import DeviceError, PrecisionError
 from florence2.network.config import tiny_config
 from florence2.network.florence import Florence2Network
