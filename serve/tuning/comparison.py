@@ -80,7 +80,7 @@ class Comparison:
             scores = tuple(known_score(item.score) for item in kept)
             labels, true_labels = (name,) * len(boxes), (name,) * len(truth)
             images.append(ImageBoxes(boxes, labels, scores, truth, true_labels))
-        return ranking(images, name, (self._plan.iou,))
+        return ranking(images, name, (self._plan.iou,), most=None)
 
     def choose(self, weights: Floats) -> tuple[Choice, list[Floats]]:
         """What is best on the images with a weight [S], and every option's mean values [1 + R]."""

@@ -214,8 +214,7 @@ class _Reports:
         """
         there = of_halves[0].there
         if not (self.first @ there and (1 - self.first) @ there):
-            nothing = np.zeros_like(there)
-            return Counts(nothing, nothing, nothing)
+            return Counts.none(len(there))
         return of_halves[1].of_images(self.first, of_halves[0])
 
     def _compared(self, name: str, prompts: Prompts) -> PromptFigures:
