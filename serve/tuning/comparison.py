@@ -161,6 +161,15 @@ class Comparison:
         in_units = replace(ranking, scores=calibrated(ranking.scores, own.curve))
         return counts_at(in_units, own.threshold)
 
+    def is_found(self, name: str) -> bool:
+        """Whether any prompt of a class, with any tiling, finds an object of it."""
+        return any(
+            self.ranking(name, tiling, nms, (prompt,)).right.any()
+            for tiling in range(len(self._plan.tilings))
+            for nms in self._plan.nms
+            for prompt in self._plan.prompts[name]
+        )
+
     def instead(self, name: str, choice: Choice, prompts: Prompts, weights: Floats) -> Choice:
         """Other prompts of a class in the place of the chosen ones, with their best threshold."""
         own = self._with_threshold(name, choice, prompts, None, weights)
