@@ -76,7 +76,8 @@ def counts_at(ranking: Ranking, threshold: float) -> Counts:
 
     def of_images(values: NDArray[Any]) -> Floats:
         weights = values[is_kept].astype(np.float64)
-        return np.bincount(ranking.images[is_kept], weights, len(ranking.positives))
+        sums: Any = np.bincount(ranking.images[is_kept], weights, len(ranking.positives))
+        return np.asarray(sums, np.float64)
 
     return Counts(
         right=of_images(ranking.right[0]),
