@@ -101,8 +101,20 @@ def _read_dataset(folder: Path, dataset: str, meta: sly.ProjectMeta, collector: 
         if not file.exists():
             # As earlier versions of the SDK named them.
             file = file.with_name(f"{path.stem}.json")
+        if not file.exists():
+            collector.leave_out(
+                name,
+                f"An image has an annotation in a file, and {path.name}.json is not there; "
+                "download the project again.",
+            )
+            continue
         try:
-            annotation = sly.Annotation.from_json(json.loads(file.read_text("utf-8")), meta)
+            content = json.loads(file.read_text("utf-8"))
+            for of_deleted in _take_deleted(content, meta):
+                collector.leave_out(
+                    name, f"An object has a class of {_META}, and {of_deleted!r} is none."
+                )
+            annotation = sly.Annotation.from_json(content, meta)
         except _BROKEN as error:
             collector.leave_out(
                 name,
@@ -111,6 +123,23 @@ def _read_dataset(folder: Path, dataset: str, meta: sly.ProjectMeta, collector: 
             )
             continue
         _add(path, name, dataset, annotation, collector)
+
+
+def _take_deleted(content: Any, meta: sly.ProjectMeta) -> list[str]:  # noqa: ANN401 - JSON
+    """Takes objects of classes that the project does not have any more; gives the classes.
+
+    One of them would make the SDK refuse the whole annotation.
+    """
+    taken = []
+    kept = []
+    for one in content["objects"]:
+        title = one.get("classTitle")
+        if isinstance(title, str) and meta.get_obj_class(title) is None:
+            taken.append(title)
+        else:
+            kept.append(one)
+    content["objects"] = kept
+    return taken
 
 
 def _add(

@@ -310,6 +310,7 @@ def _file_text(tuned: Tuned, model: str, data: Path) -> str:
             f"recall {_interval(report.chosen.figures.recall)}, {report.num_objects} objects"
             for report in tuned.classes
         ),
+        *(f"{report.name}: {note}" for report in tuned.classes for note in report.notes),
     ]
     head = "".join(f"# {' '.join(line.split())}\n" for line in lines)
     body: str = yaml.safe_dump(

@@ -12,6 +12,7 @@ import yaml
 from florence2.errors import RequestError, shown
 from florence2.records import check_region
 from florence2.tasks import Task, TaskInput, parse_steps
+from serve.console import say
 from serve.naming import clean_class_name
 from serve.settings import (
     Settings,
@@ -81,7 +82,7 @@ def label_settings(
     if file is None:
         # Checked above by the rules of the command line, which are older than those of requests.
         return parse_settings(others).model_copy(update=own)
-    given = _read(file)
+    given = _without_other_questions(_read(file), mapping, task, file)
     replaced = {name for key in (*own, *others) for name in SPELLINGS[key]}
     raw = {key: value for key, value in given.items() if key not in replaced} | own | others
     if phrases or mapping:
@@ -126,6 +127,54 @@ def _read(file: Path) -> Mapping[str, object]:
             f"{shown(given)}; write for example `task_prompt: <OD>`."
         )
     return given
+
+
+def _without_other_questions(
+    given: Mapping[str, object],
+    mapping: Mapping[str, tuple[str, ...]],
+    task: str | None,
+    file: Path,
+) -> Mapping[str, object]:
+    """What a file says, without calibrations of other prompts or another task than are asked for.
+
+    Thresholds of the same classes go with them: they are about calibrated scores. What is dropped
+    is said.
+    """
+    curves, thresholds = given.get("calibration"), given.get("class_thresholds")
+    if not isinstance(curves, Mapping) or not (mapping or task):
+        return given
+    asked_key, task_key = (
+        next((key for key in SPELLINGS[name] if given.get(key)), None)
+        for name in ("mapping", "task_prompt")
+    )
+    asked = parse_settings({"mapping": given[asked_key]}).mapping if asked_key else {}
+    is_other_task = (
+        task is not None
+        and task_key is not None
+        and parse_steps(task) != parse_steps(str(given[task_key]))
+    )
+    before = {name.casefold(): prompts for name, prompts in asked.items()}
+    now = {name.casefold(): prompts for name, prompts in (mapping or asked).items()}
+    dropped = [
+        name
+        for name in map(str, curves)
+        if is_other_task
+        or (name.casefold() in before and now.get(name.casefold()) != before[name.casefold()])
+    ]
+    if not dropped:
+        return given
+    say(
+        f"The calibration in {str(file)!r} of {', '.join(dropped)} is not about what is asked here "
+        "and is left out with its threshold: without one, confidence is the model's own score."
+    )
+    keys = {name.casefold() for name in dropped}
+
+    def kept(of_classes: object) -> object:
+        if not isinstance(of_classes, Mapping):
+            return of_classes
+        return {key: one for key, one in of_classes.items() if str(key).casefold() not in keys}
+
+    return {**given, "calibration": kept(curves), "class_thresholds": kept(thresholds)}
 
 
 def read_classes(

@@ -80,7 +80,7 @@ class Comparison:
             scores = tuple(known_score(item.score) for item in kept)
             labels, true_labels = (name,) * len(boxes), (name,) * len(truth)
             images.append(ImageBoxes(boxes, labels, scores, truth, true_labels))
-        return ranking(images, name, (self._plan.iou,))
+        return ranking(images, name, (self._plan.iou,), most=None)
 
     def choose(self, weights: Floats) -> tuple[Choice, list[Floats]]:
         """What is best on the images with a weight [S], and every option's mean values [1 + R]."""
@@ -160,6 +160,15 @@ class Comparison:
         ranking = self.ranking(name, choice.tiling, choice.nms, own.prompts)
         in_units = replace(ranking, scores=calibrated(ranking.scores, own.curve))
         return counts_at(in_units, own.threshold)
+
+    def is_found(self, name: str) -> bool:
+        """Whether any prompt of a class, with any tiling, finds an object of it."""
+        return any(
+            self.ranking(name, tiling, nms, (prompt,)).right.any()
+            for tiling in range(len(self._plan.tilings))
+            for nms in self._plan.nms
+            for prompt in self._plan.prompts[name]
+        )
 
     def instead(self, name: str, choice: Choice, prompts: Prompts, weights: Floats) -> Choice:
         """Other prompts of a class in the place of the chosen ones, with their best threshold."""

@@ -214,8 +214,7 @@ class _Reports:
         """
         there = of_halves[0].there
         if not (self.first @ there and (1 - self.first) @ there):
-            nothing = np.zeros_like(there)
-            return Counts(nothing, nothing, nothing)
+            return Counts.none(len(there))
         return of_halves[1].of_images(self.first, of_halves[0])
 
     def _compared(self, name: str, prompts: Prompts) -> PromptFigures:
@@ -254,17 +253,25 @@ class _Reports:
                 f"There are only {num_objects} labeled objects of it: its figures say little, and "
                 f"{FEW_OBJECTS} or more are better."
             )
+        is_unknown = bool(num_objects) and not self.comparison.is_found(name)
+        if is_unknown:
+            task = self.plan.task
+            notes.append(
+                f"No prompt found a single labeled object of it, so the model does not know it "
+                f"by these words under {task}: try other prompts, or teach it with `florence2 "
+                f'train DATA --task "{task}"`.'
+            )
         there = self.comparison.counts(name, self.choice).there
         if num_objects and not (self.first @ there and (1 - self.first) @ there):
             notes.append(
                 "All labeled objects of it are in one half of the images, so nothing of it could "
                 "be measured on the other."
             )
-        if num_objects and own.curve is None:
+        if num_objects and own.curve is None and not is_unknown:
             notes.append(
                 f"Fewer than {MIN_JUDGED} finds of it are too few to calibrate its scores."
             )
-        if num_objects and not own.is_met:
+        if num_objects and not own.is_met and not is_unknown:
             notes.append(
                 f"No threshold reaches the precision of {self.plan.objective.floor:g}; it has the "
                 "one that comes nearest by F0.5."

@@ -16,10 +16,11 @@ from florence2.records import BoxXyxy
 Boxes = Sequence[Sequence[float]]
 Ring = Sequence[float]
 
+COCO_DETECTIONS: Final = 100
+"""COCO's average precision is of so many of the best predictions of each image and label."""
 IOU_THRESHOLDS: Final = tuple(round(0.5 + 0.05 * step, 2) for step in range(10))
 _RASTER: Final = 1000
 _SUBPIXEL_BITS: Final = 4
-_MOST_DETECTIONS: Final = 100
 _RECALLS: Final = np.linspace(0, 1, 101)
 _BINS: Final = 10
 
@@ -79,15 +80,11 @@ def _covered(rings: Iterable[Ring]) -> NDArray[np.uint8]:
     return mask
 
 
-def match_by_rank(ious: NDArray[np.float64], threshold: float) -> NDArray[np.bool_]:
-    """Which predictions [n] are right, as COCO decides: ``ious`` [n, m], best score first."""
-    return matched_by_rank(ious, threshold) >= 0
-
-
 def matched_by_rank(ious: NDArray[np.float64], threshold: float) -> NDArray[np.int64]:
     """The true box of each prediction [n], -1 for none: ``ious`` [n, m], best score first.
 
-    Each prediction in turn takes the free true box it overlaps most, if by ``threshold``.
+    As COCO decides: each prediction in turn takes the free true box that it overlaps most, if by
+    ``threshold``.
     """
     matched = np.full(len(ious), -1)
     if not ious.size:
@@ -150,12 +147,16 @@ class ImageBoxes:
 class Ranking:
     """All predictions of one label [D], best score first: their scores, whether right [T, D] at
     each threshold, of which image [D]; and the number of true boxes in each image [S].
+
+    ``overlaps`` [D] are those with the true box that each is right about by the first threshold, 0
+    for wrong ones.
     """
 
     scores: Floats
     right: NDArray[np.bool_]
     images: NDArray[np.int64]
     positives: Floats
+    overlaps: Floats
 
     def average_precisions(self, weights: Floats) -> Floats | None:
         """COCO's 101-point interpolation at each threshold [T]; None without true boxes."""
@@ -241,32 +242,43 @@ def rankings(images: Sequence[ImageBoxes], thresholds: Sequence[float]) -> list[
     return [ranking(images, label, thresholds) for label in labels]
 
 
-def ranking(images: Sequence[ImageBoxes], label: str, thresholds: Sequence[float]) -> Ranking:
-    """That of one label, which need not truly occur."""
-    found = [_judged(image, label, thresholds) for image in images]
-    scores = np.concatenate([scores for scores, _ in found])
-    right = np.concatenate([right for _, right in found], axis=1)
-    numbers = np.repeat(np.arange(len(found)), [len(scores) for scores, _ in found])
+def ranking(
+    images: Sequence[ImageBoxes],
+    label: str,
+    thresholds: Sequence[float],
+    most: int | None = COCO_DETECTIONS,
+) -> Ranking:
+    """That of one label, which need not truly occur.
+
+    Of each image the ``most`` best predictions are ranked, by default as many as COCO's average
+    precision counts; None: all.
+    """
+    found = [_judged(image, label, thresholds, most) for image in images]
+    scores, right, overlaps = (np.concatenate(part, axis=-1) for part in zip(*found, strict=True))
+    numbers = np.repeat(np.arange(len(found)), [len(scores) for scores, _, _ in found])
     positives = np.array([image.true_labels.count(label) for image in images], np.float64)
     order = np.argsort(-scores, kind="stable")
-    return Ranking(scores[order], right[:, order], numbers[order], positives)
+    return Ranking(scores[order], right[:, order], numbers[order], positives, overlaps[order])
 
 
 def _judged(
-    image: ImageBoxes, label: str, thresholds: Sequence[float]
-) -> tuple[Floats, NDArray[np.bool_]]:
-    """Scores [D] of one image's predictions of a label, best first, and whether right [T, D].
-
-    COCO counts the 100 best of an image and label.
+    image: ImageBoxes, label: str, thresholds: Sequence[float], most: int | None
+) -> tuple[Floats, NDArray[np.bool_], Floats]:
+    """Scores [D] of one image's predictions of a label, best first, whether right [T, D], and the
+    overlaps [D] of those that are right by the first threshold.
     """
     own = [place for place, name in enumerate(image.labels) if name == label]
     if not own:
-        return np.zeros(0), np.zeros((len(thresholds), 0), bool)
+        return np.zeros(0), np.zeros((len(thresholds), 0), bool), np.zeros(0)
     scores = np.array([image.scores[place] for place in own], np.float64)
-    order = np.argsort(-scores, kind="stable")[:_MOST_DETECTIONS]
+    order = np.argsort(-scores, kind="stable")[:most]
     true = [place for place, name in enumerate(image.true_labels) if name == label]
     ious = image.overlaps([own[place] for place in order], true)
-    return scores[order], np.stack([match_by_rank(ious, threshold) for threshold in thresholds])
+    matched = np.stack([matched_by_rank(ious, threshold) for threshold in thresholds])
+    overlaps = np.zeros(len(order))
+    rows = np.flatnonzero(matched[0] >= 0)
+    overlaps[rows] = ious[rows, matched[0][rows]]
+    return scores[order], matched >= 0, overlaps
 
 
 def pooled(images: Sequence[ImageBoxes], threshold: float = 0.5) -> CalibrationError:

@@ -18,16 +18,19 @@ from typing import Final
 from PIL import Image
 
 _STYLE: Final = """
-:root { color-scheme: light dark; --line: #8884; --soft: #888; }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; }
+:root { color-scheme: light dark; --line: #8884; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 78rem; padding: 0 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
 table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto; }
 th, td { border-bottom: 1px solid var(--line); padding: .25rem .7rem; text-align: left; }
+th:first-child, td:first-child { position: sticky; left: 0; background: Canvas; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
-td.number, td.short { white-space: nowrap; }
-pre { border: 1px solid var(--line); padding: .6rem; overflow-x: auto; white-space: pre-wrap; }
-figure { display: inline-block; margin: .5rem 1rem .5rem 0; vertical-align: top; max-width: 30rem; }
-figure img { max-width: 100%; } figcaption { color: var(--soft); overflow-wrap: anywhere; }
+td.number, td.short { white-space: pre; }
+pre { border: 1px solid var(--line); padding: .6rem; white-space: pre-wrap; }
+pre, figcaption { overflow-wrap: anywhere; }
+figure { display: inline-block; margin: .5rem 1rem .5rem 0; max-width: min(30rem, 100%); }
+figure { vertical-align: top; } figure img { max-width: 100%; } figcaption { opacity: .8; }
+svg { max-width: 100%; height: auto; }
 svg text { font: 12px system-ui, sans-serif; fill: currentColor; }
 """
 # Distinct for people who see few colours too, on light and on dark.
@@ -39,7 +42,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 12, 12, 44
 _TICKS: Final = 5
 _JPEG_QUALITY: Final = 85
 _SHORT: Final = 24
-"""Cells of so many characters stay on one line."""
+"""Cells of so many characters have the lines that they have, and no others."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -34,6 +34,7 @@ from florence2.evaluation.metrics import (
     one_spaced,
     resamplings,
 )
+from florence2.evaluation.operating_points import Counts, counts_at
 from florence2.labeled.records import LabeledData, LabeledImage, LabeledObject, LeftOut, Ring
 from florence2.records import Box, BoxXyxy, Failure, Polygon, Quad, SizeWh
 
@@ -306,38 +307,17 @@ def _in_fractions(rings: Iterable[Ring], size_wh: SizeWh) -> list[Ring]:
     return [tuple(v / size_wh[place % 2] for place, v in enumerate(ring)) for ring in rings]
 
 
-@dataclass(frozen=True, slots=True)
-class _Counts:
-    """Of each image [S]: right and found by the threshold, there, and the IoUs of the right."""
-
-    right: Floats
-    found: Floats
-    there: Floats
-    overlap: Floats
-
-    def __add__(self, other: _Counts) -> _Counts:
-        pairs = ((getattr(self, one.name), getattr(other, one.name)) for one in fields(self))
-        return _Counts(*(own + others for own, others in pairs))
-
-    def estimates(self, weights: Floats) -> dict[str, Estimate]:
-        ratios = {
-            "precision": Ratio(self.right, self.found),
-            "recall": Ratio(self.right, self.there),
-            # The harmonic mean of both.
-            "f1": Ratio(2 * self.right, self.found + self.there),
-            "overlap": Ratio(self.overlap, self.right),
-        }
-        return {name: estimate(ratio, weights) for name, ratio in ratios.items()}
-
-
 def _all_figures(
     compared: Sequence[ImageBoxes], thresholds: Mapping[str, float], weights: Floats
 ) -> tuple[tuple[ClassFigures, ...], ClassFigures]:
     every = np.vstack([np.ones(len(compared)), weights])
-    ranked = {name: ranking(compared, name, IOU_THRESHOLDS) for name in thresholds}
-    counts = {name: _counted(compared, name, value) for name, value in thresholds.items()}
+    ranked = {name: ranking(compared, name, (FOUND_IOU,), most=None) for name in thresholds}
+    counts = {name: counts_at(ranked[name], value) for name, value in thresholds.items()}
     # [1 + R, T] of each class; the first row is the data itself.
-    precisions = {name: _average_precisions(one, every) for name, one in ranked.items()}
+    precisions = {
+        name: _average_precisions(ranking(compared, name, IOU_THRESHOLDS), every)
+        for name in thresholds
+    }
     classes = tuple(
         _figures(
             name,
@@ -359,7 +339,7 @@ def _all_figures(
     total = _figures(
         ALL,
         tuple(ranked.values()),
-        _sum_of(counts.values(), len(compared)),
+        sum(counts.values(), Counts.none(len(compared))),
         mean,
         limits.pop() if len(limits) == 1 else None,
         weights,
@@ -367,17 +347,10 @@ def _all_figures(
     return classes, total
 
 
-def _sum_of(counts: Iterable[_Counts], num_images: int) -> _Counts:
-    total = _Counts(*(np.zeros(num_images) for _ in fields(_Counts)))
-    for one in counts:
-        total += one
-    return total
-
-
 def _figures(
     name: str,
     ranked: Sequence[Ranking],
-    counts: _Counts,
+    counts: Counts,
     precisions: Floats,
     threshold: float | None,
     weights: Floats,
@@ -396,7 +369,10 @@ def _figures(
         threshold,
         ap50=estimate_of(precisions[0, 0], precisions[1:, 0], num_true),
         ap=estimate_of(precisions[0].mean(), precisions[1:].mean(axis=1), num_true),
-        **counts.estimates(weights),
+        precision=estimate(counts.precision, weights),
+        recall=estimate(counts.recall, weights),
+        f1=estimate(counts.f1, weights),
+        overlap=estimate(counts.mean_overlap, weights),
         best_f1=best_f1,
         best_threshold=best_threshold,
         ece=estimate(pooled, weights),
@@ -433,21 +409,6 @@ def _curve(pooled: CalibrationError, num_true: int) -> tuple[tuple[float, float]
     hits = np.cumsum(pooled.right[order])
     places = np.unique(np.linspace(0, len(order) - 1, _CURVE_POINTS).round().astype(int))
     return tuple((float(hits[n] / num_true), float(hits[n] / (n + 1))) for n in places)
-
-
-def _counted(compared: Sequence[ImageBoxes], name: str, threshold: float) -> _Counts:
-    counts = _Counts(*(np.zeros(len(compared)) for _ in fields(_Counts)))
-    for number, image in enumerate(compared):
-        own = _kept(image, {name: threshold})
-        true = [place for place, label in enumerate(image.true_labels) if label == name]
-        counts.found[number], counts.there[number] = len(own), len(true)
-        if own and true:
-            ious = image.overlaps(own, true)
-            matched = matched_by_rank(ious, FOUND_IOU)
-            rows = np.flatnonzero(matched >= 0)
-            counts.right[number] = len(rows)
-            counts.overlap[number] = ious[rows, matched[rows]].sum()
-    return counts
 
 
 def _kept(image: ImageBoxes, thresholds: Mapping[str, float]) -> list[int]:

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from florence2.errors import RequestError
 from florence2.evaluation.detection import Ranking
@@ -22,11 +23,23 @@ _DIGITS: Final = 4
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """How many objects of each image [S] were found and right, were found, and are there."""
+    """Of each image [S]: how many objects were found and right, were found, and are there.
+
+    ``overlap`` is the sum of the IoUs of those that are right.
+    """
 
     right: Floats
     found: Floats
     there: Floats
+    overlap: Floats
+
+    @classmethod
+    def none(cls, num_images: int) -> Counts:
+        """Nothing found, and nothing there."""
+        return cls(*(np.zeros(num_images) for _ in fields(cls)))
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*(own + others for own, others in self._with(other)))
 
     @property
     def precision(self) -> Ratio:
@@ -41,10 +54,17 @@ class Counts:
         """The harmonic mean of precision and recall."""
         return Ratio(2 * self.right, self.found + self.there)
 
+    @property
+    def mean_overlap(self) -> Ratio:
+        """The mean IoU of what was rightly found."""
+        return Ratio(self.overlap, self.right)
+
     def of_images(self, is_chosen: Floats, others: Counts) -> Counts:
         """These of the images whose weight [S] is not 0, and ``others`` of the rest."""
-        pairs = ((self.right, others.right), (self.found, others.found), (self.there, others.there))
-        return Counts(*(np.where(is_chosen > 0, own, other) for own, other in pairs))
+        return Counts(*(np.where(is_chosen > 0, own, other) for own, other in self._with(others)))
+
+    def _with(self, other: Counts) -> Iterator[tuple[Floats, Floats]]:
+        return ((getattr(self, one.name), getattr(other, one.name)) for one in fields(self))
 
 
 def counts_at(ranking: Ranking, threshold: float) -> Counts:
@@ -53,10 +73,18 @@ def counts_at(ranking: Ranking, threshold: float) -> Counts:
     A match does not depend on anything with a lower score.
     """
     is_kept = ranking.scores >= threshold
-    images, size = ranking.images[is_kept], len(ranking.positives)
-    right = np.bincount(images, ranking.right[0][is_kept].astype(np.float64), size)
-    found = np.bincount(images, minlength=size)
-    return Counts(right.astype(np.float64), found.astype(np.float64), ranking.positives)
+
+    def of_images(values: NDArray[Any]) -> Floats:
+        weights = values[is_kept].astype(np.float64)
+        sums: Any = np.bincount(ranking.images[is_kept], weights, len(ranking.positives))
+        return np.asarray(sums, np.float64)
+
+    return Counts(
+        right=of_images(ranking.right[0]),
+        found=of_images(np.ones(len(is_kept))),
+        there=ranking.positives,
+        overlap=of_images(ranking.overlaps),
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,8 @@ _MOST_CONFUSED: Final = 25
 _MOST_CURVES: Final = 8
 _MOST_UNLABELED: Final = 10
 _RIGHT, _TRUE, _WRONG, _MISSED = "#0072b2", "#009e73", "#d52b00", "#e6b800"
+_EDGE: Final = "#202020"
+_MOST_SAID: Final = 4
 _UNIT: Final = (0.0, 1.0)
 
 
@@ -47,7 +49,8 @@ def located_sections(
     report.text(
         f"{len(evaluation.images)} images with {total.num_true} labeled objects; overlaps are of "
         f"{evaluation.by}. Each figure has its 95 % interval over images drawn anew. Precision, "
-        "recall and F1 are at an overlap of 0.5, of what has the score of the threshold."
+        "recall and F1 are at an overlap of 0.5, of what has at least the score of the threshold; "
+        "IoU is the mean overlap of what was rightly found."
     )
     if evaluation.unlabeled:
         report.text(unlabeled_sentence(evaluation))
@@ -59,6 +62,8 @@ def located_sections(
     ]
     if curves:
         report.section("Precision and recall")
+        if len(evaluation.classes) > _MOST_CURVES:
+            report.text(f"Of the {_MOST_CURVES} classes with the most labeled objects.")
         report.curves(curves, "recall", "precision", x_range=_UNIT, y_range=_UNIT)
     _calibration(report, evaluation)
     report.section("Confusion")
@@ -99,7 +104,8 @@ _FIGURE_HEAD: Final = (
 
 def _figure_row(one: ClassFigures) -> tuple[object, ...]:
     """One class, or all, under ``_FIGURE_HEAD``."""
-    estimates = (shown(getattr(one, key)) for key in FIGURES)
+    # Beside each other, values and intervals are wider than a page.
+    estimates = (shown(getattr(one, key)).replace(" (", "\n(") for key in FIGURES)
     return (
         one.name,
         one.num_true,
@@ -139,8 +145,8 @@ def _calibration(report: HtmlReport, evaluation: Evaluation) -> None:
         return
     report.section("Calibration")
     report.text(
-        "A score says the truth where of what has it that share is right: the line of the "
-        "diagonal. ECE is the mean distance from it."
+        "Scores can be trusted where the share that is right equals them, on the diagonal: of what "
+        "has a score of 0.8 four in five are right. ECE is the mean distance from it."
     )
     points = [(one.score, one.right) for one in total.reliability]
     report.curves(
@@ -203,7 +209,7 @@ def _worst_images(
         "class. Yellow: there and not found."
     )
     for one in worst:
-        caption = f"{one.name}: {one.right} right, {one.wrong} wrong, {one.missed} missed"
+        caption = _caption(one, images[one.name])
         try:
             with open_image(images[one.name].path) as opened:
                 picture = drawn(opened.image, images[one.name], one)
@@ -211,6 +217,26 @@ def _worst_images(
             report.text(f"{caption} ({error})")
             continue
         report.picture(picture, caption)
+
+
+def _caption(mistakes: ImageMistakes, image: LabeledImage) -> str:
+    """How many are right, wrong and missed, and which the first mistakes are."""
+    said = []
+    for found, true in mistakes.pairs:
+        called = "" if found is None else mistakes.found[found].label
+        there = "" if true is None else image.objects[true].label
+        if called and there and class_key(called) != class_key(there):
+            said.append(f"{there} called {called}")
+        elif not there:
+            said.append(f"{called} not there")
+        elif not called:
+            said.append(f"{there} missed")
+    more = len(said) - _MOST_SAID
+    named = ", ".join(said[:_MOST_SAID]) + (f" and {more} more" if more > 0 else "")
+    return (
+        f"{mistakes.name}: {mistakes.right} right, {mistakes.wrong} wrong, {mistakes.missed} "
+        f"missed ({named})"
+    )
 
 
 def drawn(picture: Image.Image, image: LabeledImage, mistakes: ImageMistakes) -> Image.Image:
@@ -221,6 +247,8 @@ def drawn(picture: Image.Image, image: LabeledImage, mistakes: ImageMistakes) ->
     for rings, color in _lines(image, mistakes):
         for ring in rings:
             points = [value * scale for value in (*ring, *ring[:2])]
+            # A dark edge, for colors that are the image's own too.
+            draw.line(points, fill=_EDGE, width=4)
             draw.line(points, fill=color, width=2)
     return small
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -22,11 +22,12 @@ from florence2.evaluation.detection import (
     IOU_THRESHOLDS,
     ImageBoxes,
     MeanAveragePrecision,
-    count_matches,
     outline_iou,
+    ranking,
     rankings,
 )
 from florence2.evaluation.metrics import character_errors
+from florence2.evaluation.operating_points import Counts, counts_at
 from florence2.finetune.targets import Question, Vocabulary, questions_about
 from florence2.labeled.records import LabeledImage
 from florence2.postprocess import parse_answer_text
@@ -196,7 +197,8 @@ def _quality(name: str, samples: Sequence[Sample], classes: Sequence[str]) -> Ta
     if output in (OutputKind.LABELED_BOXES, OutputKind.GROUNDING, OutputKind.BOXES_OR_POLYGONS):
         return _of_boxes(name, samples, classes)
     if output is OutputKind.BOXES:
-        recall = _recall(_image_boxes(samples))
+        images = _image_boxes(samples)
+        recall = _recall(images, _true_labels(images))
         return TaskQuality(name, "recall at IoU 0.5", recall, _count(samples), recall)
     if output is OutputKind.POLYGONS:
         ious = [_outline_overlap(one) for one in samples]
@@ -243,15 +245,15 @@ def _image_boxes(samples: Sequence[Sample]) -> list[ImageBoxes]:
 def _of_boxes(name: str, samples: Sequence[Sample], classes: Sequence[str]) -> TaskQuality:
     images = _image_boxes(samples)
     ranked = rankings(images, IOU_THRESHOLDS)
-    labels = sorted({label for image in images for label in image.true_labels})
+    labels = _true_labels(images)
     weights = np.ones(len(images))
     by_class = {
         label: ClassQuality(
-            MeanAveragePrecision([ranking]).value(weights),
-            _recall(images, label),
+            MeanAveragePrecision([of_label]).value(weights),
+            _recall(images, [label]),
             sum(image.true_labels.count(label) for image in images),
         )
-        for label, ranking in zip(labels, ranked, strict=True)
+        for label, of_label in zip(labels, ranked, strict=True)
         if label in classes or not classes
     }
     value = MeanAveragePrecision(ranked).value(weights)
@@ -262,7 +264,7 @@ def _of_boxes(name: str, samples: Sequence[Sample], classes: Sequence[str]) -> T
         "mAP",
         nothing if math.isnan(value) else value,
         _count(samples),
-        _recall(images),
+        _recall(images, labels),
         by_class,
     )
 
@@ -271,21 +273,16 @@ def _count(samples: Sequence[Sample]) -> int:
     return sum(len(one.wanted.objects) for one in samples)
 
 
-def _recall(images: Sequence[ImageBoxes], label: str | None = None) -> float:
-    """The share of true boxes, of one class or of all, that were found; 1 where there are none."""
-    matches = total = 0
-    for image in images:
-        found = [at for at, name in enumerate(image.labels) if label in (None, name)]
-        wanted = [at for at, name in enumerate(image.true_labels) if label in (None, name)]
-        total += len(wanted)
-        matches += count_matches(
-            [image.boxes[at] for at in found],
-            [image.labels[at] for at in found],
-            [image.true_boxes[at] for at in wanted],
-            [image.true_labels[at] for at in wanted],
-            _FOUND_IOU,
-        )
-    return matches / total if total else 1.0
+def _recall(images: Sequence[ImageBoxes], labels: Iterable[str]) -> float:
+    """The share of true boxes of some classes that were found; 1 where there are none."""
+    ranked = [ranking(images, label, (_FOUND_IOU,), most=None) for label in labels]
+    counts = sum((counts_at(one, 0.0) for one in ranked), Counts.none(len(images)))
+    recall = counts.recall.value(np.ones(len(images)))
+    return 1.0 if math.isnan(recall) else recall
+
+
+def _true_labels(images: Sequence[ImageBoxes]) -> list[str]:
+    return sorted({label for image in images for label in image.true_labels})
 
 
 def _outline_overlap(sample: Sample) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, Final
 
 import numpy as np
@@ -119,12 +119,20 @@ class _File:
                     f"annotations[{number}]",
                     f"An annotation has an image_id, and {shown(one)} has none.",
                 )
+        listed: dict[object, str] = {}
         for number, image in enumerate(self._content["images"]):
             name = image.get("file_name") if isinstance(image, dict) else None
             if not isinstance(name, str) or not name or not isinstance(image.get("id"), int | str):
                 self._collector.leave_out(
                     f"images[{number}]",
                     f"An image has an id and a file_name, and {shown(image)} lacks one.",
+                )
+                continue
+            if listed.setdefault(image["id"], name) != name:
+                self._collector.leave_out(
+                    name,
+                    f"An id is one image's, and {shown(image['id'])} is that of "
+                    f"{listed[image['id']]!r} already; number the images anew.",
                 )
                 continue
             self._add(image, name, of_image.pop(image["id"], []))
@@ -137,6 +145,9 @@ class _File:
 
     def _add(self, image: Mapping[str, Any], name: str, annotations: Sequence[Any]) -> None:
         path = find_image(name, self._folders)
+        if PureWindowsPath(name).root and path != Path(name):
+            # Of another machine: here the image has no such folder, and perhaps a second entry.
+            name = path.name
         unique = f"{self._dataset}/{name}" if self._dataset else name
         size_wh = self._collector.size_of(path, unique)
         if size_wh is None:
@@ -174,6 +185,8 @@ class _File:
             problem = f"a crowd of class {label!r} is no single object"
         elif not one.get("bbox") and not outline:
             problem = f"an object of class {label!r} has neither bbox nor segmentation"
+        elif one.get("bbox") and _corners(one["bbox"]) is None:
+            problem = f"a bbox is [x, y, width, height] in numbers, and {shown(one['bbox'])} is not"
         rings: Sequence[Sequence[float]] = ()
         try:
             rings = () if problem else _rings(outline, size_wh)
@@ -193,12 +206,12 @@ class _File:
             yield found
 
 
-def _corners(box: object) -> Sequence[float]:
-    """Corners of [x, y, width, height]; nothing, which has no area, for anything else."""
+def _corners(box: object) -> Sequence[float] | None:
+    """Corners of [x, y, width, height]; None for anything else."""
     if not isinstance(box, list) or len(box) != 4:
-        return ()
+        return None
     if not all(isinstance(value, int | float) for value in box):
-        return ()
+        return None
     x, y, width, height = box
     return x, y, x + width, y + height
 

@@ -47,8 +47,10 @@ def read_yolo(source: Path) -> LabeledData:
             "YOLO's labels have a data.yaml with names and folders (train, val), and "
             f"{str(source)!r} is none; name it."
         )
-    content = yaml.safe_load(file.read_text("utf-8-sig"))
-    names = _names(content, file)
+    text = file.read_text("utf-8-sig")
+    content = yaml.safe_load(text)
+    # As they are written: YAML takes on for true, and 007 for a number.
+    names = _names(yaml.load(text, yaml.BaseLoader), file)
     collector = Collector(source, "yolo")
     reader = _Reader(
         Path(os.path.abspath(file.parent)), names, bool(content.get("kpt_shape")), collector
@@ -140,7 +142,7 @@ class _Reader:
             places = [float(value) for value in columns[1:]]
             box, ring = _scaled(places[:4] if self.has_keypoints else places, size_wh)
         except LookupError:
-            problem = f"class {columns[0]} is none of the {len(self.names)} names"
+            problem = f"of class {columns[0]}, which is none of the {len(self.names)} names"
         except (ValueError, OverflowError):
             problem = "neither a class and a box nor a class and an outline"
         else:

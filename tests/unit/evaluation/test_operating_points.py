@@ -16,33 +16,43 @@ RANKING = Ranking(
     right=np.array([[True, True, False, True, False]]),
     images=np.array([0, 1, 0, 2, 2]),
     positives=np.array([1.0, 2.0, 1.0]),
+    overlaps=np.array([0.9, 0.7, 0.0, 0.5, 0.0]),
 )
 ALL = np.ones(3)
 
 
 @pytest.mark.parametrize(
-    ("threshold", "precision", "recall", "f1"),
+    ("threshold", "precision", "recall", "f1", "overlap"),
     [
-        (0.0, 3 / 5, 3 / 4, 6 / 9),
-        (0.6, 3 / 4, 3 / 4, 6 / 8),
-        (0.61, 1.0, 2 / 4, 4 / 6),
-        (0.95, float("nan"), 0.0, 0.0),
+        (0.0, 3 / 5, 3 / 4, 6 / 9, 0.7),
+        (0.6, 3 / 4, 3 / 4, 6 / 8, 0.7),
+        (0.61, 1.0, 2 / 4, 4 / 6, 0.8),
+        (0.95, float("nan"), 0.0, 0.0, float("nan")),
     ],
 )
-def test_precision_and_recall_at_a_threshold(threshold, precision, recall, f1):
+def test_precision_recall_and_overlap_at_a_threshold(threshold, precision, recall, f1, overlap):
     counts = counts_at(RANKING, threshold)
-    values = [one.value(ALL) for one in (counts.precision, counts.recall, counts.f1)]
-    assert values == pytest.approx([precision, recall, f1], nan_ok=True)
+    ratios = (counts.precision, counts.recall, counts.f1, counts.mean_overlap)
+    values = [one.value(ALL) for one in ratios]
+    assert values == pytest.approx([precision, recall, f1, overlap], nan_ok=True)
+
+
+def test_counts_add_up_and_none_is_nothing():
+    total = sum([counts_at(RANKING, 0.0)] * 2, Counts.none(3))
+    assert total.right.tolist() == [2, 2, 2]
+    assert total.found.tolist() == [4, 2, 4]
+    assert total.overlap.tolist() == pytest.approx([1.8, 1.4, 1.0])
 
 
 def test_an_interval_is_one_over_images():
-    counts = Counts(np.array([9.0, 1.0]), np.array([10.0, 10.0]), np.array([10.0, 10.0]))
+    right, ten = np.array([9.0, 1.0]), np.array([10.0, 10.0])
+    counts = Counts(right, found=ten, there=ten, overlap=right)
     found = estimate(counts.f1, resamplings(2, 0))
     assert (found.value, found.low, found.high, found.count) == (0.5, 0.1, 0.9, 40)
 
 
 def test_each_image_has_the_counts_of_its_half():
-    first, second = (Counts(*[np.full(3, value)] * 3) for value in (1.0, 2.0))
+    first, second = (Counts(*[np.full(3, value)] * 4) for value in (1.0, 2.0))
     mixed = first.of_images(np.array([1.0, 0.0, 1.0]), second)
     assert mixed.found.tolist() == mixed.right.tolist() == mixed.there.tolist() == [1, 2, 1]
 
@@ -70,7 +80,11 @@ def test_the_best_threshold(name, weights, threshold, is_met):
 
 def test_a_precision_that_is_out_of_reach_gives_way_to_f05_and_is_worth_less_than_any_recall():
     wrong_first = Ranking(
-        np.array([0.9, 0.5]), np.array([[False, True]]), np.array([0, 0]), np.ones(1)
+        np.array([0.9, 0.5]),
+        np.array([[False, True]]),
+        np.array([0, 0]),
+        np.ones(1),
+        np.array([0.0, 0.8]),
     )
     objective = Objective.of("recall@0.9")
     assert objective.threshold(wrong_first, np.ones(1)) == 0.0

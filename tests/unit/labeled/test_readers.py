@@ -363,7 +363,7 @@ EDGE = {"category_id": 1, "bbox": [-10, -10, 20, 20]}
         pytest.param(
             lambda d: coco(d, [COCO_BOX, COCO_BOX | {"bbox": ["a", 1, 2, 3]}]),
             "a.png",
-            "area",
+            "in numbers",
             id="no numbers",
         ),
         pytest.param(
@@ -425,7 +425,7 @@ EDGE = {"category_id": 1, "bbox": [-10, -10, 20, 20]}
         pytest.param(
             lambda d: yolo(d, [YOLO_BOX, "5 0.1 0.1 0.1 0.1"]),
             "images/train/a.png",
-            "class 5 is none of the 2",
+            "of class 5, which is none of the 2",
             id="no such class",
         ),
         pytest.param(
@@ -470,6 +470,37 @@ def test_what_cannot_be_used_is_named_and_the_rest_is_read(tmp_path, write, plac
     (left_out,) = [one for one in data.left_out if one.name == place]
     assert re.search(words, left_out.reason)
     assert left_out.reason.endswith(".")
+
+
+def test_an_object_of_a_deleted_class_is_named_and_the_others_are_read(tmp_path):
+    data = open_labeled(project(tmp_path, [SLY_BOX, SLY_RING | {"classTitle": "fox"}]))
+    assert one_object(data).label == "dog"
+    (left_out,) = data.left_out
+    assert (left_out.name, "'fox'" in left_out.reason) == ("ds0/a.png", True)
+
+
+def test_entries_for_one_image_are_one_image_and_for_one_number_one_too(tmp_path):
+    draw(tmp_path / "b.png")
+    images = [
+        {"id": 1, "file_name": "a.png"},
+        {"id": 2, "file_name": "/data/of/others/a.png"},
+        {"id": 3, "file_name": r"D:\images\a.png"},
+        {"id": 1, "file_name": "b.png"},
+    ]
+    other = COCO_BOX | {"image_id": 3, "category_id": 2}
+    data = open_labeled(coco(tmp_path, [COCO_BOX, other], images))
+    (image,) = data.images
+    assert (image.name, [one.label for one in image.objects]) == ("a.png", ["dog", "cat"])
+    (left_out,) = data.left_out
+    assert (left_out.name, "1 is that of 'a.png' already" in left_out.reason) == ("b.png", True)
+
+
+def test_names_of_yaml_are_what_is_written(tmp_path):
+    file = yolo(tmp_path, [YOLO_BOX])
+    file.write_text("train: images/train\nnames: {0: on, 1: yes, 2: 007, 3: 'a, \"b\"'}\n", "utf-8")
+    data = open_labeled(file)
+    assert data.classes == ("on", "yes", "007", 'a, "b"')
+    assert one_object(data).label == "on"
 
 
 def test_a_box_over_the_edge_is_cut_off(tmp_path):

@@ -184,6 +184,47 @@ def test_an_option_takes_the_place_of_its_key_in_the_file(file, words, changes):
     assert label_settings(file=file, **words) == parse_settings({**IN_FILE, **changes})
 
 
+CURVES = {"dog": [[0.2, 0.1], [0.7, 0.9]], "Cat": [[0.0, 0.5]]}
+TUNED = {
+    "task_prompt": "<CAPTION_TO_PHRASE_GROUNDING>",
+    "mapping": {"dog": ["puppy"], "Cat": ["cat"]},
+    "class_thresholds": {"dog": 0.8, "Cat": 0.6},
+    "calibration": CURVES,
+}
+
+
+@pytest.mark.parametrize(
+    ("words", "kept"),
+    [
+        ({"threshold": 0.1}, {"dog", "Cat"}),
+        ({"task": "<CAPTION_TO_PHRASE_GROUNDING>"}, {"dog", "Cat"}),
+        ({"classes": ["other=fox"]}, set()),
+        ({"classes": ["other=fox", "DOG=puppy"]}, {"dog"}),
+        ({"classes": ["dog=hound", "Cat"]}, set()),
+        ({"classes": ["dog=hound", "Cat=cat"]}, {"Cat"}),
+        ({"task": "<OPEN_VOCABULARY_DETECTION>"}, set()),
+    ],
+)
+def test_a_calibration_is_not_used_for_another_question_than_it_was_measured_with(
+    tmp_path, capsys, words, kept
+):
+    path = tmp_path / "tuned.yaml"
+    path.write_text(yaml.safe_dump(TUNED))
+    settings = label_settings(file=path, **words)
+    assert set(settings.calibration) == set(settings.class_thresholds) == kept
+    said = capsys.readouterr().err
+    assert all(name in said for name in CURVES.keys() - kept)
+    assert bool(said) is (kept != CURVES.keys())
+
+
+def test_a_calibration_without_prompts_beside_it_is_for_the_classes_that_are_asked(tmp_path):
+    path = tmp_path / "tuned.yaml"
+    path.write_text(yaml.safe_dump({"calibration": {"dog": CURVES["dog"]}}))
+    assert set(label_settings(file=path, classes=["dog=hound"]).calibration) == {"dog"}
+    with pytest.raises(RequestError, match="'dog' is none of"):
+        label_settings(file=path, classes=["fox"])
+
+
 def test_what_is_looked_for_takes_the_place_of_a_reference(tmp_path):
     path = tmp_path / "settings.yaml"
     path.write_text("reference_bbox: [1, 2, 30, 40]\n")
