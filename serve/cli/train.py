@@ -70,7 +70,8 @@ Val = Annotated[
 ]
 Steps = Annotated[int | None, typer.Option(min=1, help="Updates of the weights.")]
 Epochs = Annotated[
-    float | None, typer.Option(min=0.01, help="Instead: passes over the images. [default: 10]")
+    float | None,
+    typer.Option(min=0.01, max=1e6, help="Instead: passes over the images. [default: 10]"),
 ]
 StepImages = Annotated[int, typer.Option(min=1, help="Images of each step.")]
 AtOnce = Annotated[

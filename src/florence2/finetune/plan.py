@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
@@ -90,6 +91,11 @@ class FineTuningPlan:
                 raise RequestError(
                     f"{name} must be a share from 0 to below 1, and {shown(share)} was received."
                 )
+        if not 0 < self.lora.alpha < math.inf:
+            raise RequestError(
+                f"alpha must be a number above 0, and {shown(self.lora.alpha)} was received; twice "
+                "the rank is usual."
+            )
         if self.rate is not None and not 0 < self.rate < 1:
             raise RequestError(
                 f"A learning rate must be between 0 and 1, and {shown(self.rate)} was received; "

@@ -13,6 +13,8 @@ from florence2.evaluation.html_report import COLORS, Curve, HtmlReport
 from florence2.images import open_image
 
 _PICTURE_PX: Final = 420
+_FONT_PX: Final = 20
+"""The page shows two pictures in half of their width."""
 _WORDS: Final = 300
 
 
@@ -125,9 +127,9 @@ def _side_by_side(
 def _write(canvas: ImageDraw.ImageDraw, at_xy: tuple[float, float], text: str, color: str) -> None:
     if not text:
         return
-    box = canvas.textbbox(at_xy, text)
+    box = canvas.textbbox(at_xy, text, font_size=_FONT_PX)
     canvas.rectangle(box, fill=color)
-    canvas.text(at_xy, text, fill="white")
+    canvas.text(at_xy, text, fill="white", font_size=_FONT_PX)
 
 
 def _flat(settings: Mapping[str, Any], before: str = "") -> list[tuple[str, str]]:

@@ -14,18 +14,19 @@ import transformers
 
 from florence2.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from florence2.checkpoint.files import ADAPTER_CONFIG, read_json, write_whole
-from florence2.errors import RequestError
-from florence2.finetune.examples import Examples, TokenLimits, usable_images
+from florence2.errors import ImageError, RequestError
+from florence2.finetune.examples import Examples, Spelled, TokenLimits, usable_images
 from florence2.finetune.model import make_model
 from florence2.finetune.plan import FineTuningPlan, fingerprint, first_difference
 from florence2.finetune.report import write_report
-from florence2.finetune.targets import Vocabulary
+from florence2.finetune.targets import Vocabulary, questions_about
 from florence2.finetune.trainer import BEST, FineTuner, Progress, Watcher
 from florence2.finetune.validation import Sample, Validation, Validator
+from florence2.images import open_image
 from florence2.labeled.records import LabeledData, LabeledImage, LeftOut
 from florence2.records import Box, Object, Polygon, Quad
 from florence2.runtimes.device import choose_device
-from florence2.tasks import TaskInput
+from florence2.tasks import Task, TaskInput
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,8 @@ TRAINING: Final = "training.json"
 REPORT: Final = "report.html"
 _CURVES: Final = "state/curves.json"
 _NAMED: Final = 3
+# A resume keeps them: they belong to weights that were saved.
+_OF_THE_BEST: Final = ("started", "metric", "best_step", "by_task")
 _NEEDS_CLASSES: Final = ("<CAPTION_TO_PHRASE_GROUNDING>", "<OPEN_VOCABULARY_DETECTION>")
 
 
@@ -93,11 +96,16 @@ def fine_tune(
     _tell_empty_classes(learned, vocabulary, watcher)
     for name in tuned.absent_targets:
         watcher.note(f"No layer is called {name}, so it gets no adapter.")
+    validator = Validator(
+        measured,
+        plan.published_tasks(),
+        vocabulary,
+        fits=lambda question: Spelled.of(question, checkpoint).fits(limits),
+    )
     record = _record(data, plan, checkpoint, vocabulary, command, len(learned), len(measured))
-    record["left_out"] = [asdict(one) for one in left_out]
+    record["left_out"] = [asdict(one) for one in (*training.left_out, *left_out)]
     _begin(folder, record)
     examples = Examples(learned, vocabulary, checkpoint, limits, plan)
-    validator = Validator(measured, plan.published_tasks(), vocabulary)
     keeper = _Keeper(folder, record, watcher)
     tuner = make_tuner(tuned, plan, folder, examples, validator, device, keeper)
     tuner.run()
@@ -150,10 +158,11 @@ def _usable(
         raise RequestError("Training needs at least one task, such as --task <OD>; name one.")
     training, too_long = usable_images(data.training, tasks, vocabulary, checkpoint, limits)
     measured, also = usable_images(data.validation, tasks, vocabulary, checkpoint, limits)
-    has_labels = any(image.objects or image.answers or image.tags for image in data.training)
-    if not training or not has_labels:
-        asked = ", ".join(task.token for task in tasks) or "its pairs"
-        texts = [task.token for task in tasks if task.takes is TaskInput.REGION]
+    # A task that no label answers would be taught to say nothing, and measured as perfect.
+    unanswered = [task for task in tasks if not _answers(task, data.training, vocabulary)]
+    if not training or unanswered:
+        asked = ", ".join(task.token for task in unanswered) or "its pairs"
+        texts = [task.token for task in unanswered if task.takes is TaskInput.REGION]
         hint = f" ({texts[0]} needs objects)" if texts and not training else ""
         raise RequestError(
             f"{data.source} has {len(data.training)} images to train on and no labels that answer "
@@ -167,14 +176,46 @@ def _usable(
         )
     # Spread over all of them, and always the same ones.
     step = max(1, len(measured) // plan.validation_images)
-    return training, measured[::step][: plan.validation_images], [*too_long, *also]
+    measured = measured[::step][: plan.validation_images]
+    damaged: list[LeftOut] = []
+    training, measured = (_readable(images, damaged) for images in (training, measured))
+    if not training or not measured:
+        raise RequestError(
+            f"Training needs images to learn from and to measure on, and on one side none can be "
+            f"read (such as {damaged[0].name}: {damaged[0].reason}); mend them."
+        )
+    return training, measured, [*damaged, *too_long, *also]
+
+
+def _answers(task: Task, images: Sequence[LabeledImage], vocabulary: Vocabulary) -> bool:
+    """Whether some label of the images answers a task, or they bring answers of their own."""
+    return any(
+        image.answers or any(one.answer for one in questions_about(image, [task], vocabulary))
+        for image in images
+    )
+
+
+def _readable(images: Sequence[LabeledImage], damaged: list[LeftOut]) -> list[LabeledImage]:
+    """Those that can be opened whole: a header says nothing of what is cut off behind it.
+
+    One that cannot would end the training in the step that meets it.
+    """
+    readable = []
+    for image in images:
+        try:
+            open_image(image.path)
+        except ImageError as error:
+            damaged.append(LeftOut(image.name, str(error)))
+        else:
+            readable.append(image)
+    return readable
 
 
 def _tell_left_out(left_out: Sequence[LeftOut], watcher: Watcher) -> None:
     for one in left_out[:_NAMED]:
         watcher.note(f"{one.name}: {one.reason}")
     if len(left_out) > _NAMED:
-        watcher.note(f"{len(left_out) - _NAMED} more are too long; {TRAINING} names them all.")
+        watcher.note(f"{len(left_out) - _NAMED} more are left out; {TRAINING} names them all.")
 
 
 def _tell_empty_classes(
@@ -194,7 +235,14 @@ def _check_folder(folder: Path, plan: FineTuningPlan, data: _Data) -> None:
     """RequestError where the folder holds another training, or something else."""
     path = folder / TRAINING
     if not path.is_file():
-        if folder.is_dir() and any(folder.iterdir()):
+        if folder.exists() and not folder.is_dir():
+            raise RequestError(
+                f"A training has a folder of its own, and {folder} is a file; name another one "
+                "with --out."
+            )
+        # What a kill or a full disk left of the first file of a training is no one's.
+        partial = f"{TRAINING}.*.new"
+        if folder.is_dir() and any(not one.match(partial) for one in folder.iterdir()):
             raise RequestError(
                 f"{folder} holds other files, and a training needs a folder of its own; name "
                 "another one with --out."
@@ -250,7 +298,7 @@ def _begin(folder: Path, record: dict[str, Any]) -> None:
     path = folder / TRAINING
     if path.is_file():
         kept = read_json(path)
-        record |= {name: kept[name] for name in ("started", "metric", "best_step") if name in kept}
+        record |= {name: kept[name] for name in _OF_THE_BEST if name in kept}
     write_whole(path, json.dumps(record, indent=2) + "\n")
 
 

@@ -34,12 +34,15 @@ logger = logging.getLogger(__name__)
 
 _STATE: Final = "state"
 _WRITING: Final = "writing"
+_OLD: Final = "writing-old"
 BEST: Final = "best"
 _LINES: Final = 200
 """How many points a curve has."""
 _QUALITY: Final = "quality"
 _MEMORY_SHARE: Final = 0.6
 """Of what is free; the rest is for the work itself, and for others."""
+_ROOM_BYTES: Final = 2**20
+"""With less left, a disk is as good as full."""
 _MEMINFO: Final = Path("/proc/meminfo")
 _AVAILABLE: Final = "MemAvailable:"
 
@@ -124,6 +127,10 @@ class FineTuner(Trainer):  # type: ignore[misc]
     def run(self) -> None:
         """Trains to the end, or until the watcher stops it; goes on from a whole saved state."""
         shutil.rmtree(self.states / _WRITING, ignore_errors=True)
+        old = self.states / _OLD
+        if old.is_dir() and not (self.folder / BEST).exists():
+            # Killed between the two steps that exchange the best weights.
+            os.replace(old, self.folder / BEST)
         found = get_last_checkpoint(str(self.states)) if self.states.is_dir() else None
         if found is not None:
             step = found.rsplit("-", 1)[-1]
@@ -278,7 +285,7 @@ class FineTuner(Trainer):  # type: ignore[misc]
             writing.mkdir(parents=True)
             write(writing)
             _to_disk(writing)
-            old = self.states / f"{_WRITING}-old"
+            old = self.states / _OLD
             shutil.rmtree(old, ignore_errors=True)
             if folder.exists():
                 os.replace(folder, old)
@@ -288,9 +295,9 @@ class FineTuner(Trainer):  # type: ignore[misc]
             if isinstance(error, RuntimeError) and is_memory_error(error):
                 raise
             raise TrainingError(
-                f"{folder} could not be written ({_reason(error)}), so training has stopped and "
-                f"nothing is half-written; {_kept(self.folder)} Make room, and run the same "
-                "command again."
+                f"{folder} could not be written ({_reason(error, self.folder)}), so training has "
+                f"stopped and nothing is half-written; {_kept(self.folder)} Make room, and run the "
+                "same command again."
             ) from error
         finally:
             shutil.rmtree(writing, ignore_errors=True)
@@ -331,12 +338,21 @@ def _to_disk(folder: Path) -> None:
                 os.fsync(file.fileno())
 
 
-def _reason(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+def _reason(error: BaseException, folder: Path) -> str:
+    # What writes weights says of a full disk only where it noticed.
+    is_full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+    if is_full or os.strerror(errno.ENOSPC) in str(error) or _is_full(folder):
         return "the disk is full"
     if isinstance(error, OSError):
         return error.strerror or str(error)
     return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _is_full(folder: Path) -> bool:
+    try:
+        return shutil.disk_usage(folder).free < _ROOM_BYTES
+    except OSError:
+        return False
 
 
 def _kept(folder: Path) -> str:

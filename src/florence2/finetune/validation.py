@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -114,7 +114,10 @@ def engine_of(
 
 
 class Validator:
-    """The images that a training is measured on, with all their questions."""
+    """The images that a training is measured on, with all their questions that fit the network.
+
+    RequestError, before anything is trained, for a question that cannot be asked.
+    """
 
     def __init__(
         self,
@@ -122,22 +125,24 @@ class Validator:
         tasks: Sequence[Task],
         vocabulary: Vocabulary,
         *,
+        fits: Callable[[Question], bool] = lambda _: True,
         num_samples: int = 12,
     ) -> None:
         self.images = images
         self.vocabulary = vocabulary
         self._num_samples = num_samples
         self._asked = [
-            (image, question)
+            (image, question, _ask(image, question))
             for image in images
             for question in questions_about(image, tasks, vocabulary)
+            if fits(question)
         ]
 
     def measure(self, engine: Engine) -> Validation:
         """Asks everything; RequestError or whatever else an answer failed with."""
-        outcomes = answer_all(engine, [_ask(image, one) for image, one in self._asked])
+        outcomes = answer_all(engine, [ask for _, _, ask in self._asked])
         by_task: dict[str, list[Sample]] = {}
-        for (image, question), outcome in zip(self._asked, outcomes, strict=True):
+        for (image, question, _), outcome in zip(self._asked, outcomes, strict=True):
             if isinstance(outcome, FlorenceError):
                 raise outcome
             wanted = _wanted(question, outcome.size_wh)

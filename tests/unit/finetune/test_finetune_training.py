@@ -12,6 +12,7 @@ import pytest
 import torch
 from openvino_tools import write_small_checkpoint
 from peft import PeftModel
+from tiny_checkpoint import original_files
 
 from florence2 import Florence2
 from florence2.checkpoint.checkpoint import load_weights, open_checkpoint
@@ -24,7 +25,7 @@ from florence2.finetune.plan import FineTuningPlan, LoraSettings
 from florence2.finetune.run import fine_tune, num_visual_tokens
 from florence2.finetune.targets import Vocabulary
 from florence2.finetune.trainer import FineTuner, TrainingError, Watcher
-from florence2.labeled.records import LabeledImage, WantedAnswer
+from florence2.labeled.records import LabeledImage, LeftOut, WantedAnswer
 from florence2.runtimes.torch import normalise
 from florence2.tokens import PAD_ID
 
@@ -251,6 +252,12 @@ def test_a_training_that_was_killed_ends_as_one_that_was_not(finished, scenes, p
     curves = json.loads((folder / "state" / "curves.json").read_text())
     assert [step for step, _ in curves["losses"]] == [1, 2, 3, 4]
     assert record["status"] == "done"
+    assert (record["by_task"], record["best_step"]) == (
+        finished[1]["by_task"],
+        finished[1]["best_step"],
+    )
+    # Nothing is better then: what is known of the best weights stays.
+    assert fine_tune(*scenes, plan, folder, Notes())["by_task"] == record["by_task"]
 
 
 def read_weights_of_adapter(folder):
@@ -408,6 +415,10 @@ def without_objects(data):
         ),
         (lambda data: data, {"tasks": ()}, "at least one task"),
         (lambda data: data, {"tasks": ("<REGION_TO_OCR>",)}, "<REGION_TO_OCR> needs objects"),
+        # Answers of nothing would be all that is learned.
+        (lambda data: data, {"tasks": ("<OCR>",)}, "no labels that answer <OCR>"),
+        (lambda data: data, {"tasks": ("<OD>", "<CAPTION>")}, "no labels that answer <CAPTION>"),
+        (lambda data: data, {"lora": LoraSettings(alpha=float("nan"))}, "alpha must be a number"),
         (lambda data: data, {"prompts_by_class": {"dog": "a dog"}}, "class 'dog', which the data"),
         (lambda data: data, {"method": "qlora"}, "Unknown method 'qlora'"),
         (lambda data: data, {"steps": 0}, "steps must be at least 1"),
@@ -432,6 +443,8 @@ def test_one_image_alone_is_nothing_to_measure_on(scenes, plan, tmp_path):
 
 def test_a_folder_with_other_files_is_not_written_into(scenes, plan, tmp_path):
     (tmp_path / "mine.txt").touch()
+    with pytest.raises(RequestError, match=r"mine.txt is a file; name another one"):
+        fine_tune(*scenes, plan, tmp_path / "mine.txt", Notes())
     with pytest.raises(RequestError, match="holds other files"):
         fine_tune(*scenes, plan, tmp_path, Notes())
 
@@ -446,6 +459,38 @@ def test_an_answer_that_is_too_long_is_named_and_left_out(scenes, plan, tmp_path
     assert [one["name"] for one in record["left_out"]] == ["long"]
     assert "positions for 48" in notes.sentences[0]
     assert record["images"]["train"] == len(data.images) - 1
+
+
+def test_an_image_that_is_cut_off_is_named_and_left_out(scenes, plan, tmp_path):
+    cut = tmp_path / "cut.png"
+    first, *others = scenes[0].images
+    cut.write_bytes(first.path.read_bytes()[:400])
+    given = LeftOut("other.png", "It is none.")
+    data = replace(
+        scenes[0], images=(replace(first, path=cut, name="cut"), *others), left_out=(given,)
+    )
+    notes = Notes()
+    record = fine_tune(data, scenes[1], replace(plan, steps=1), tmp_path / "run", notes)
+    assert [one["name"] for one in record["left_out"]] == ["other.png", "cut"]
+    assert "is cut or damaged" in notes.sentences[0]
+    assert record["images"]["train"] == len(others)
+    only = replace(data, images=data.images[:1])
+    with pytest.raises(RequestError, match="on one side none can be read"):
+        fine_tune(only, scenes[1], replace(plan, steps=1), tmp_path / "none", Notes())
+
+
+def test_what_a_kill_left_of_the_first_file_or_between_two_weights_is_mended(
+    scenes, plan, finished, tmp_path
+):
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    (begun / "training.json.7.new").touch()
+    assert fine_tune(*scenes, replace(plan, steps=1), begun, Notes())["status"] == "done"
+    run = shutil.copytree(finished[0], tmp_path / "run")
+    (run / "best").rename(run / "state" / "writing-old")
+    fine_tune(*scenes, plan, run, Notes())
+    weights = [read_weights_of_adapter(folder / "best") for folder in (run, finished[0])]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
 def test_what_stays_without_effect_is_said(scenes, plan, tmp_path):
@@ -469,6 +514,22 @@ def test_pairs_are_learned_as_they_are_written(scenes, plan, tmp_path):
     assert [one["task"] for one in record["by_task"]] == ["pairs", "<OD>"]
 
 
+def with_answer(data, *answers):
+    return replace(data, images=tuple(replace(one, answers=answers) for one in data.images))
+
+
+def test_pairs_that_cannot_be_asked_do_not_end_a_training_on_its_way(scenes, plan, tmp_path):
+    plan = replace(plan, tasks=(), steps=1)
+    short, long = WantedAnswer("<DocVQA>What?", "a car"), WantedAnswer("<DocVQA>" + "a " * 99, "b")
+    data = [with_answer(one, short, long) for one in scenes]
+    record = fine_tune(*data, plan, tmp_path / "run", Notes())
+    assert record["by_task"][0]["count"] == len(scenes[1].images[: plan.validation_images])
+    bare = [with_answer(one, WantedAnswer("What is it?", "a car")) for one in scenes]
+    with pytest.raises(RequestError, match="does not begin with a task"):
+        fine_tune(*bare, plan, tmp_path / "bare", Notes())
+    assert not (tmp_path / "bare").exists()
+
+
 def test_examples_come_in_the_same_order_and_each_before_any_again(scenes, plan, tiny_folder):
     long = replace(plan, steps=20)
     count = len(scenes[0].images)
@@ -488,3 +549,22 @@ def test_an_output_projection_of_its_own_stays_apart(tmp_path, scenes, plan):
     before = read_weights(folder)
     assert state["lm_head.weight"].shape == before["lm_head.weight"].shape
     assert not torch.equal(state["lm_head.weight"], state["model.language_model.shared.weight"])
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_checkpoint_in_the_original_layout_is_trained_as_in_the_native_one(
+    scenes, plan, tiny_folder, tmp_path, method
+):
+    files = original_files(load_weights(open_checkpoint(tiny_folder), torch.float32))
+    folder = shutil.copytree(tiny_folder, tmp_path / "original")
+    for name in ("config.json", "generation_config.json", "model.safetensors"):
+        (folder / name).write_bytes(files[name])
+    values = []
+    for number, model in enumerate((folder, tiny_folder)):
+        notes = Notes()
+        given = replace(plan, model=str(model), method=method, steps=2)
+        fine_tune(*scenes, given, tmp_path / f"run-{number}", notes)
+        values.append([loss for _, loss in notes.losses])
+        best = load_weights(open_checkpoint(tmp_path / f"run-{number}" / "best"), torch.float32)
+        values[-1] += [value.abs().sum().item() for value in best.native_state().values()]
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
