@@ -35,10 +35,15 @@ def parse_augmentations(text: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Augmentation:
-    """Which changes are made. ``has_text`` says that tasks ask for what is written."""
+    """Which changes are made.
+
+    ``has_text`` says that tasks ask for what is written; ``caption_tags`` are the tags of an image
+    whose sentences are taught, which may say where something is.
+    """
 
     kinds: tuple[str, ...]
     has_text: bool = False
+    caption_tags: frozenset[str] = frozenset()
 
     def apply(
         self, picture: Image.Image, image: LabeledImage, rng: np.random.Generator
@@ -48,7 +53,8 @@ class Augmentation:
         Text is not mirrored, and where answers are kept as they are written (pairs and captions)
         nothing moves, because what they say of places would no longer be true.
         """
-        may_move = not image.answers and not any(image.tags.values())
+        is_described = any(image.tags.get(name) for name in self.caption_tags)
+        may_move = not image.answers and not is_described
         is_read = self.has_text and any(thing.texts.get("text") for thing in image.objects)
         # Drawn whether used or not, so that a step sees the same numbers with other settings.
         flips, crops = rng.random() < 0.5, rng.random() < 0.5

@@ -16,6 +16,7 @@ from florence2.checkpoint.checkpoint import Checkpoint
 from florence2.finetune.augmentation import Augmentation
 from florence2.finetune.plan import FineTuningPlan
 from florence2.finetune.targets import (
+    IMAGE_TEXTS,
     READING,
     Question,
     Vocabulary,
@@ -125,7 +126,8 @@ class Examples(Dataset[Example]):
         self.plan = plan
         self.tasks = plan.published_tasks()
         has_text = any(task.token in READING for task in self.tasks)
-        self.augmentation = Augmentation(plan.augmentations, has_text)
+        caption_tags = [name for task in self.tasks for name in IMAGE_TEXTS.get(task.token, ())]
+        self.augmentation = Augmentation(plan.augmentations, has_text, frozenset(caption_tags))
         self._order = lru_cache(maxsize=2)(self._shuffled)
 
     def __len__(self) -> int:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import transformers
+from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
 from florence2.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from florence2.checkpoint.files import ADAPTER_CONFIG, read_json, write_whole
@@ -32,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 TRAINING: Final = "training.json"
 REPORT: Final = "report.html"
+_LOCK: Final = ".lock"
 _CURVES: Final = "state/curves.json"
 _NAMED: Final = 3
 # A resume keeps them: they belong to weights that were saved.
@@ -104,13 +107,14 @@ def fine_tune(
     )
     record = _record(data, plan, checkpoint, vocabulary, command, len(learned), len(measured))
     record["left_out"] = [asdict(one) for one in (*training.left_out, *left_out)]
-    _begin(folder, record)
-    examples = Examples(learned, vocabulary, checkpoint, limits, plan)
-    keeper = _Keeper(folder, record, watcher)
-    tuner = make_tuner(tuned, plan, folder, examples, validator, device, keeper)
-    tuner.run()
-    is_done = tuner.state.global_step >= plan.steps
-    return keeper.finish(tuner.state.global_step, is_done=is_done)
+    with _only_training(folder):
+        _begin(folder, record)
+        examples = Examples(learned, vocabulary, checkpoint, limits, plan)
+        keeper = _Keeper(folder, record, watcher)
+        tuner = make_tuner(tuned, plan, folder, examples, validator, device, keeper)
+        tuner.run()
+        is_done = tuner.state.global_step >= plan.steps
+        return keeper.finish(tuner.state.global_step, is_done=is_done)
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,8 +245,8 @@ def _check_folder(folder: Path, plan: FineTuningPlan, data: _Data) -> None:
                 "with --out."
             )
         # What a kill or a full disk left of the first file of a training is no one's.
-        partial = f"{TRAINING}.*.new"
-        if folder.is_dir() and any(not one.match(partial) for one in folder.iterdir()):
+        ours = (f"{TRAINING}.*.new", _LOCK)
+        if folder.is_dir() and any(not any(map(one.match, ours)) for one in folder.iterdir()):
             raise RequestError(
                 f"{folder} holds other files, and a training needs a folder of its own; name "
                 "another one with --out."
@@ -293,8 +297,22 @@ def _record(
     }
 
 
-def _begin(folder: Path, record: dict[str, Any]) -> None:
+@contextmanager
+def _only_training(folder: Path) -> Iterator[None]:
+    """Nobody else trains into the folder meanwhile; RequestError where somebody does."""
     folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as held:
+        try:
+            held.enter_context(WeakFileLock(folder / _LOCK, timeout=1.0))
+        except TimeoutError as error:
+            raise RequestError(
+                f"Another training is at work in {folder}; wait for its end, or name another "
+                "folder with --out."
+            ) from error
+        yield
+
+
+def _begin(folder: Path, record: dict[str, Any]) -> None:
     path = folder / TRAINING
     if path.is_file():
         kept = read_json(path)

@@ -78,9 +78,12 @@ def test_outlines_end_where_the_image_does(ring, expected):
     assert corners == {tuple(point) for point in np.reshape(expected, (-1, 2)).astype(float)}
 
 
+CAPTION_TAGS = frozenset({"caption"})
+
+
 def places(image, kinds=("flip", "crop", "colour"), has_text=False, seeds=range(40)):
     """Every place that the first thing of an image comes to."""
-    way = Augmentation(kinds, has_text)
+    way = Augmentation(kinds, has_text, CAPTION_TAGS)
     picture = painted(*image.objects)[0]
     changed = [way.apply(picture, image, np.random.default_rng(seed)) for seed in seeds]
     return {labels.objects[0].box_xyxy for _, labels in changed if labels.objects}
@@ -96,6 +99,13 @@ def places(image, kinds=("flip", "crop", "colour"), has_text=False, seeds=range(
             LabeledImage("x", "x", SIZE, (thing(80, 40, 120, 60),), {"caption": "left"}),
             False,
             False,
+        ),
+        # A person's own tag, or a sentence that no task of this training asks for.
+        (LabeledImage("x", "x", SIZE, (thing(80, 40, 120, 60),), {"split": "val"}), False, True),
+        (
+            LabeledImage("x", "x", SIZE, (thing(80, 40, 120, 60),), {"detailed_caption": "left"}),
+            False,
+            True,
         ),
         (
             LabeledImage(

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from huggingface_hub.utils import WeakFileLock
 from openvino_tools import write_small_checkpoint
 from peft import PeftModel
 from tiny_checkpoint import original_files
@@ -447,6 +448,13 @@ def test_a_folder_with_other_files_is_not_written_into(scenes, plan, tmp_path):
         fine_tune(*scenes, plan, tmp_path / "mine.txt", Notes())
     with pytest.raises(RequestError, match="holds other files"):
         fine_tune(*scenes, plan, tmp_path, Notes())
+
+
+def test_two_trainings_do_not_write_into_one_folder(scenes, plan, tmp_path):
+    (tmp_path / "out").mkdir()
+    with WeakFileLock(tmp_path / "out" / ".lock"), pytest.raises(RequestError, match="at work in"):
+        fine_tune(*scenes, plan, tmp_path / "out", Notes())
+    assert not (tmp_path / "out" / "training.json").exists()
 
 
 def test_an_answer_that_is_too_long_is_named_and_left_out(scenes, plan, tmp_path):
