@@ -6,7 +6,7 @@ import hashlib
 import json
 import secrets
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Final, Literal
@@ -38,9 +38,11 @@ def now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def with_run_tag(annotation: sly.Annotation, run_id: str) -> sly.Annotation:
-    """The annotation with the run's id as a tag of each label."""
-    tag = sly.Tag(RUN_TAG, run_id)
+def with_run_tag(
+    annotation: sly.Annotation, run_id: str, meta: sly.TagMeta = RUN_TAG
+) -> sly.Annotation:
+    """The annotation with the run's id as a tag of each label; ``meta`` as the project has it."""
+    tag = sly.Tag(meta, run_id)
     return annotation.clone(labels=[label.add_tag(tag) for label in annotation.labels])
 
 
@@ -215,6 +217,13 @@ class Manifest:
 
 
 _SHOWN: Final = 60
+
+
+def newest_first(manifests: Iterable[Manifest]) -> list[Manifest]:
+    """By when they were started; of two in one second the later one of ``manifests``."""
+    numbered = enumerate(manifests)
+    ordered = sorted(numbered, key=lambda pair: (pair[1].started, pair[0]), reverse=True)
+    return [one for _, one in ordered]
 
 
 @dataclass(slots=True)

@@ -25,6 +25,7 @@ from serve.provenance import (
     RunState,
     Written,
     new_run_id,
+    newest_first,
     now,
     sort_labels,
 )
@@ -257,8 +258,7 @@ def runs_of(api: sly.Api, project_id: int) -> list[Manifest]:
     """The runs over a project that its custom data know, the newest first; NotFoundError."""
     stored = (_info_of(api, project_id).custom_data or {}).get(CUSTOM_DATA_KEY)
     found = stored.values() if isinstance(stored, dict) else ()
-    manifests = [one for one in map(Manifest.of_json, found) if one is not None]
-    return sorted(manifests, key=lambda one: one.started, reverse=True)
+    return newest_first(one for one in map(Manifest.of_json, found) if one is not None)
 
 
 def find_run(api: sly.Api, project_id: int, run_id: str) -> Manifest:

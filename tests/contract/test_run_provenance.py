@@ -6,8 +6,10 @@ import json
 
 import pytest
 from contract_calls import annotation_of, assert_refused, meta_of
+from platform_double import TOKEN
 from platform_state import TEAM_ID
 
+from serve.cli.main import main
 from serve.platform.run_records import CUSTOM_DATA_KEY
 from serve.provenance import RUN_TAG
 from serve.sdk import sly
@@ -315,3 +317,39 @@ def test_runs_are_listed_the_newest_first(run, app, seeded):
     run(upload_mode="append")
     listed = app.post("list_runs", {"project_id": seeded.project_id}).json()
     assert [one["state"] for one in listed] == ["done"]
+
+
+@pytest.fixture
+def command(api, platform, seeded, monkeypatch, capsys):
+    """A ``florence2`` command about the project: its exit code and what it prints."""
+    monkeypatch.setenv("SERVER_ADDRESS", platform.address)
+    monkeypatch.setenv("API_TOKEN", TOKEN)
+
+    def call(name, *words):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main([name, str(seeded.project_id), *words])
+        heard = capsys.readouterr()
+        return ended.value.code, heard.out + heard.err
+
+    return call
+
+
+def test_the_commands_list_and_undo_runs_of_the_platform(run, command, platform, seeded):
+    manifest = run(upload_mode="append")
+    code, said = command("runs")
+    assert (code, said.split()[:3]) == (0, [manifest["run"], manifest["started"], "done"])
+    code, said = command("undo", "--run", manifest["run"], "--show")
+    assert (code, f"{manifest['counts']['labels']} labels would be" in said) == (0, True)
+    assert len(figures(platform, seeded.labeled_id)) == 4
+    assert command("undo", "--run", manifest["run"])[0] == 0
+    assert len(figures(platform, seeded.labeled_id)) == 1
+    assert "undone" in command("runs")[1]
+
+
+def test_commands_say_what_is_missing(command, monkeypatch):
+    code, said = command("undo", "--run", "0123abcd")
+    assert (code, "knows no run" in said) == (2, True)
+    monkeypatch.delenv("API_TOKEN")
+    code, said = command("runs")
+    assert (code, "API_TOKEN is not set" in said) == (2, True)
