@@ -10,7 +10,7 @@ import json
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Final
@@ -55,6 +55,8 @@ class _ProjectBooks:
     saved_at: float = field(default_factory=time.monotonic)
     counts: Counter[str] = field(default_factory=Counter)
     is_announced: bool = False
+    has_written: bool = False
+    team_id: int | None = None
 
 
 class RunRecord:
@@ -103,7 +105,9 @@ class RunRecord:
             name = next((one for one in _tag_names(annotation, self.run_id)), None)
             if name is not None and name != books.manifest.run_tag:
                 books.manifest = replace(books.manifest, run_tag=name)
-        self._written[image_id] = Written.of(annotation.to_json(), books.manifest.run_tag)
+        written = Written.of(annotation.to_json(), books.manifest.run_tag)
+        self._written[image_id] = written
+        books.has_written |= bool(written.labels or written.image_tags)
         if self._num_images > 1 and not books.is_announced:
             # A run that is killed is known all the same.
             books.is_announced = True
@@ -166,10 +170,13 @@ class RunRecord:
         if error is not None and self._num_settled < self._num_images:
             state = "failed"
         for project_id, books in self._books.items():
-            self._save_lines(project_id, books)
             counts = {name: count for name, count in books.counts.items() if count}
             manifest = books.manifest.ended(state, counts, None if error is None else str(error))
-            self._keep_manifest(project_id, manifest, is_over=True)
+            if self._num_images > 1:
+                self._save_lines(project_id, books)
+            elif not books.has_written:
+                continue
+            self._keep_manifest(project_id, manifest, books.lines)
 
     def _books_of(self, project_id: int) -> _ProjectBooks:
         books = self._books.get(project_id)
@@ -194,12 +201,19 @@ class RunRecord:
         books.num_files += 1
         books.lines.clear()
 
-    def _keep_manifest(self, project_id: int, manifest: Manifest, *, is_over: bool = False) -> None:
+    def _keep_manifest(
+        self, project_id: int, manifest: Manifest, lines: Sequence[str] | None = None
+    ) -> None:
+        """In the custom data; with ``lines``, that are not in team files yet, there too.
+
+        For one image, which somebody waits for, that is one file.
+        """
         try:
             keep_manifest(self._api, project_id, manifest)
-            if is_over:
+            if lines is not None:
                 path = f"{_folder(project_id, self.run_id)}/{_MANIFEST}"
-                text = json.dumps(manifest.to_json(), ensure_ascii=False, indent=2)
+                stored = {**manifest.to_json(), "images": [json.loads(line) for line in lines]}
+                text = json.dumps(stored, ensure_ascii=False, indent=2)
                 write_text(self._api, self._team_of(project_id), path, text)
         except Exception as error:  # noqa: BLE001  (as above)
             sly.logger.warning(
@@ -208,7 +222,10 @@ class RunRecord:
             )
 
     def _team_of(self, project_id: int) -> int:
-        return _team_of(self._api, project_id)
+        books = self._books_of(project_id)
+        if books.team_id is None:
+            books.team_id = _team_of(self._api, project_id)
+        return books.team_id
 
 
 def _tag_names(annotation: sly.Annotation, run_id: str) -> Iterator[str]:
@@ -245,9 +262,16 @@ def keep_manifest(api: sly.Api, project_id: int, manifest: Manifest) -> None:
         data = dict(_info_of(api, project_id).custom_data or {})
         runs = data.get(CUSTOM_DATA_KEY)
         runs = {**runs, manifest.run: stored} if isinstance(runs, dict) else {manifest.run: stored}
-        newest = sorted(runs, key=lambda run: _started(runs[run]))[-MAX_RUNS:]
-        data[CUSTOM_DATA_KEY] = {run: runs[run] for run in newest}
+        # Clicks in an annotation tool are many, and must not hide the runs over projects.
+        ordered = sorted(runs, key=lambda run: (_is_over_many(runs[run]), _started(runs[run])))
+        gone = set(ordered[:-MAX_RUNS])
+        data[CUSTOM_DATA_KEY] = {run: one for run, one in runs.items() if run not in gone}
         api.project.update_custom_data(project_id, data, silent=True)
+
+
+def _is_over_many(stored: object) -> bool:
+    counts = stored.get("counts") if isinstance(stored, dict) else None
+    return not isinstance(counts, dict) or counts.get("images") != 1
 
 
 def _started(stored: object) -> str:
@@ -294,9 +318,7 @@ def image_lines(api: sly.Api, project_id: int, run_id: str) -> Iterator[ImageLin
     texts = read_texts(api, _team_of(api, project_id), _folder(project_id, run_id))
     lines: dict[int, ImageLine] = {}
     for path, text in texts.items():
-        if path.endswith(_MANIFEST):
-            continue
-        for row in map(_json, text.splitlines()):
+        for row in _rows(path, text):
             if not isinstance(row, dict) or not isinstance(row.get("image_id"), int):
                 continue
             written = Written(tuple(row.get("labels", ())), tuple(row.get("image_tags", ())))
@@ -305,6 +327,14 @@ def image_lines(api: sly.Api, project_id: int, run_id: str) -> Iterator[ImageLin
                     row["image_id"], str(row.get("name")), row.get("copied_to"), written
                 )
     yield from lines.values()
+
+
+def _rows(path: str, text: str) -> Sequence[object]:
+    if not path.endswith(_MANIFEST):
+        return [_json(line) for line in text.splitlines()]
+    manifest = _json(text)
+    rows = manifest.get("images") if isinstance(manifest, dict) else None
+    return rows if isinstance(rows, list) else []
 
 
 def _json(text: str) -> object:

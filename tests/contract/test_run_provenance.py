@@ -255,6 +255,18 @@ def test_replace_own_takes_the_place_of_unchanged_labels_of_earlier_runs_only(
     assert len(figures(platform, seeded.labeled_id)) == len(kept)
 
 
+def test_one_image_in_an_annotation_tool_is_a_run_too(app, undo, platform, seeded):
+    asked = {"image_id": seeded.labeled_id, "upload_mode": "append", "settings": {"num_beams": 1}}
+    app.post("inference_image_id", asked)
+    own = ("projects.editInfo", "file-storage.bulk.upload")
+    assert [platform.count(method) for method in own] == [1, 1]
+    [run_id] = _runs(platform, seeded.project_id)
+    told = undo(run_id)
+    assert (told["deleted"], told["kept"]) == (3, 0)
+    app.post("inference_image_id", {**asked, "settings": {"conf": 1.0}})
+    assert list(_runs(platform, seeded.project_id)) == [run_id], "it wrote nothing"
+
+
 def test_skip_labeled_leaves_images_with_labels_alone(run, platform, seeded):
     before = list(figures(platform, seeded.labeled_id))
     manifest = run(upload_mode="skip_labeled")
