@@ -6,6 +6,7 @@ The runs are made by the app's own code with a model that invents boxes; what is
 with its downloads, comparisons and deletions, over HTTP to a process thread of this machine.
 """
 
+# ruff: noqa: E402 - the path to the double comes first
 from __future__ import annotations
 
 import argparse
