@@ -32,10 +32,10 @@ def _runs_of(project: str) -> list[Manifest]:
         from serve.labeling.undo import runs_in
 
         return runs_in(place)
-    from serve.platform.failures import raise_platform_failure
+    from serve.cli.loading import platform_failures_told
     from serve.platform.run_records import runs_of
     from serve.platform.team_files import api_of_environment
 
     api = api_of_environment()
-    with raise_platform_failure():
+    with platform_failures_told():
         return runs_of(api, place)

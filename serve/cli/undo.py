@@ -34,10 +34,10 @@ def _undone(project: str, run: str, *, show: bool) -> Undone:
         from serve.labeling.undo import undo_in
 
         return undo_in(place, run, show=show)
-    from serve.platform.failures import raise_platform_failure
+    from serve.cli.loading import platform_failures_told
     from serve.platform.team_files import api_of_environment
     from serve.platform.undo import undo_run
 
     api = api_of_environment()
-    with raise_platform_failure():
+    with platform_failures_told():
         return undo_run(api, place, run, show=show)
