@@ -131,63 +131,65 @@ def test_a_persons_tag_of_the_same_name_and_another_type_stays_as_it_is(run, und
     assert undo(manifest["run"])["deleted"] == manifest["counts"]["labels"]
 
 
-def move(figure, meta):
+def move(figure):
     figure["points"]["exterior"][0][0] += 3
 
 
-def rename(figure, meta):
+def rename(figure):
     figure["classTitle"] = "outline2"
 
 
-def review(figure, meta):
+def review(figure):
     figure["tags"].append({"id": 1, "name": "reviewed", "value": None})
 
 
-def adopt(figure, meta):
+def adopt(figure):
     figure["tags"] = [tag for tag in figure["tags"] if tag["name"] != RUN_TAG.name]
 
 
-def rescore(figure, meta):
+def rescore(figure):
     [score] = [tag for tag in figure["tags"] if tag["name"] == "confidence"]
     score["value"] = 1
 
 
+# What somebody does to a label of a run, and whether it is named as one that stays.
 CHANGES = {
-    "moved": (move, 1, 0),
-    "of another class": (rename, 1, 0),
-    "given a tag": (review, 1, 0),
-    "its score set": (rescore, 1, 0),
-    "the tag taken off": (adopt, 0, 1),
+    "moved": (move, True),
+    "of another class": (rename, True),
+    "given a tag": (review, True),
+    "its score set": (rescore, True),
+    "the tag of the run taken off": (adopt, False),
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
-def test_undo_deletes_what_nobody_changed_and_names_the_rest(run, undo, platform, seeded, change):
+def test_undo_deletes_what_nobody_changed_and_names_the_rest(run, undo, platform, seeded):
     manifest = run(upload_mode="append")
-    changing, kept, gone = CHANGES[change]
-    theirs, first, *_ = figures(platform, seeded.labeled_id)
-    changing(first, None)
+    theirs, copied, *_ = figures(platform, seeded.labeled_id)
+    copy = {**copied, "id": platform.state.new_id()}
+    figures(platform, seeded.labeled_id).append(copy)
+    written = [one for key in seeded.image_ids.values() for one in figures(platform, key)]
+    changed = dict(
+        zip(CHANGES, [one for one in written if one not in (theirs, copied, copy)], strict=False)
+    )
+    for name, (change, _) in CHANGES.items():
+        change(changed[name])
+    before = json.dumps(written)
 
     shown = undo(manifest["run"], show=True)
-    assert len(figures(platform, seeded.labeled_id)) == 4
+    assert json.dumps(written) == before
     told = undo(manifest["run"])
 
-    assert (shown["deleted"], shown["kept"]) == (told["deleted"], told["kept"])
-    assert told["deleted"] == manifest["counts"]["labels"] - 1
-    assert (told["kept"], told["gone"], told["failed"]) == (kept, gone, [])
-    assert figures(platform, seeded.labeled_id) == [theirs, first]
-    if kept:
-        assert str(first["id"]) in told["kept_labels"][0]
+    num_deleted = manifest["counts"]["labels"] - len(CHANGES)
+    for answer in (shown, told):
+        assert (answer["deleted"], answer["kept"], answer["gone"]) == (num_deleted, 5, 1)
+    assert told["failed"] == []
+    left = [one["id"] for key in seeded.image_ids.values() for one in figures(platform, key)]
+    assert set(left) == {theirs["id"], copy["id"], *(one["id"] for one in changed.values())}
+    kept = "; ".join(told["kept_labels"])
+    for name, (_, is_named) in CHANGES.items():
+        assert (f"label {changed[name]['id']} " in kept) is is_named, name
     [state] = {one["state"] for one in _runs(platform, seeded.project_id).values()}
-    assert state == ("undone in part" if kept else "undone")
-
-
-def test_a_run_of_which_a_label_was_copied_by_a_person_keeps_the_copy(run, undo, platform, seeded):
-    manifest = run(upload_mode="append")
-    objects = figures(platform, seeded.labeled_id)
-    objects.append({**objects[1], "id": platform.state.new_id()})
-    told = undo(manifest["run"])
-    assert (told["deleted"], told["kept"]) == (manifest["counts"]["labels"], 1)
+    assert state == "undone in part"
 
 
 def test_a_later_append_does_not_hide_what_the_first_run_wrote(run, undo, api, platform, seeded):
@@ -202,6 +204,28 @@ def test_a_later_append_does_not_hide_what_the_first_run_wrote(run, undo, api, p
         if run_tags(label)
     ]
     assert len(left) == second["counts"]["labels"]
+
+
+@pytest.mark.parametrize(
+    ("task", "geometry"), [("segmentation", "polygon"), ("segmentation", "bitmap"), ("ocr", "")]
+)
+def test_outlines_masks_and_lines_of_text_are_known_again(
+    app, undo, platform, seeded, task, geometry
+):
+    tasks = {
+        "segmentation": {"task": "<REFERRING_EXPRESSION_SEGMENTATION>", "text": "car"},
+        "ocr": {"task": "<OCR_WITH_REGION>"},
+    }
+    settings = {**tasks[task], "geometry": geometry, "num_beams": 1}
+    ids = [seeded.labeled_id, seeded.image_ids["scene_street.jpg"]]
+    asked = {"image_ids": ids, "upload_mode": "append", "settings": settings}
+    progress, _ = app.done("inference_batch_ids_async", asked)
+    assert progress["exception"] is None
+    [(run_id, manifest)] = _runs(platform, seeded.project_id).items()
+    told = undo(run_id)
+    assert told["deleted"] == manifest["counts"]["labels"] > 0
+    assert (told["kept"], told["gone"]) == (0, 0)
+    assert [len(figures(platform, key)) for key in ids] == [1, 0]
 
 
 def test_captions_are_undone_too(run, undo, api, seeded):
@@ -235,7 +259,7 @@ def test_replace_own_takes_the_place_of_unchanged_labels_of_earlier_runs_only(
 ):
     run(upload_mode="append")
     theirs, changed, *_ = figures(platform, seeded.labeled_id)
-    move(changed, None)
+    move(changed)
     changed_at = [list(point) for point in changed["points"]["exterior"]]
 
     second = run(upload_mode="replace_own", settings={"text": "moon"})
