@@ -291,11 +291,15 @@ def test_one_image_in_an_annotation_tool_is_a_run_too(app, undo, platform, seede
     assert list(_runs(platform, seeded.project_id)) == [run_id], "it wrote nothing"
 
 
-def test_skip_labeled_leaves_images_with_labels_alone(run, platform, seeded):
+def test_skip_labeled_leaves_images_with_labels_alone(app, run, platform, seeded):
     before = list(figures(platform, seeded.labeled_id))
     manifest = run(upload_mode="skip_labeled")
     assert figures(platform, seeded.labeled_id) == before
     assert manifest["counts"]["skipped"] == 1
+    asked = {"image_ids": [seeded.labeled_id], "upload_mode": "skip_labeled"}
+    progress, [entry] = app.done("inference_batch_ids_async", asked)
+    assert (progress["stage"], progress["exception"]) == ("Finished", None)
+    assert (entry["skipped"], entry["annotation"]) == (True, None)
     assert manifest["counts"]["labeled"] == 4
 
 
