@@ -261,7 +261,22 @@ class Answering:
             budget=held_bytes(),
             task_id=self._sdk.task_id,
             default_batch_size=self._sdk.batch_size,
+            model_of=self._model_of,
         )
+
+    def _model_of(self, settings: Settings) -> dict[str, str]:
+        """The model that answers now, by what tells it from others."""
+        current = self._deployment.current
+        checkpoint = current.model.engine.model_of(settings.model).checkpoint
+        told = {
+            "name": current.choice.shown,
+            "revision": current.model.engine.checkpoint.revision,
+            "adapter": None if checkpoint.adapter is None else checkpoint.name,
+            "adapter_sha256": None if checkpoint.adapter is None else checkpoint.adapter.sha256,
+            "precision": current.model.precision,
+            "runtime": current.model.runtime,
+        }
+        return {key: value for key, value in told.items() if value is not None}
 
 
 def wants_details(state: State) -> bool:

@@ -1,4 +1,4 @@
-"""Loading a model for a command, with a bar while its files are downloaded."""
+"""What commands share: loading a model, a bar for transfers, failures of the platform."""
 
 from __future__ import annotations
 
@@ -183,3 +183,17 @@ def transfer_bar(text: str) -> Iterator[ProgressCallback | None]:
             bar.update(task, completed=update.done_bytes, total=update.total_bytes)
 
         yield show
+
+
+@contextmanager
+def platform_failures_told() -> Iterator[None]:
+    """Around calls of the platform: what it fails with becomes an error with one sentence."""
+    from florence2.errors import FlorenceError
+    from serve.platform.failures import FailedImageError, platform_failure
+
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, FlorenceError) or (failure := platform_failure(error)) is None:
+            raise
+        raise FailedImageError(failure) from error

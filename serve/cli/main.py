@@ -29,6 +29,8 @@ COMMANDS: Final = (
     "tune",
     "train",
     "upload_model",
+    "runs",
+    "undo",
 )
 """In the order in which ``florence2 --help`` lists them."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -17,3 +18,16 @@ Precision = Annotated[str, typer.Option(help="auto, fp32, bf16, fp16, int8, or o
 Batch = Annotated[int, typer.Option(min=1, max=256, help="Images per step.")]
 Beams = Annotated[int | None, typer.Option(min=1, help="Beams of the search.")]
 Tokens = Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens.")]
+Labeled = Annotated[
+    str,
+    typer.Argument(
+        metavar="PROJECT",
+        help="The folder that florence2 label wrote to, or the id of a project of the platform.",
+    ),
+]
+
+
+def project_or_folder(named: str) -> int | Path:
+    """An id of the platform for digits, unless there is such a folder."""
+    folder = Path(named)
+    return int(named) if named.isascii() and named.isdigit() and not folder.exists() else folder

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from florence2.errors import FlorenceError
 from serve.console import OUT, say
 
 Out = Annotated[Path, typer.Argument(help="The folder that florence2 train wrote to.")]
@@ -45,29 +42,16 @@ def upload_training(
 
     Prints the path that ``api.nn.deploy`` takes.
     """
-    from serve.cli.loading import transfer_bar
+    from serve.cli.loading import platform_failures_told, transfer_bar
     from serve.platform.experiments import write_experiment
     from serve.platform.team_files import platform_of_environment, upload_experiment
 
     api, team = platform_of_environment(team_id)
     folder = write_experiment(out, name=name, project_id=project_id)
-    with _failures_in_a_sentence(), transfer_bar(f"Uploading {folder.parent.name}") as progress:
+    with platform_failures_told(), transfer_bar(f"Uploading {folder.parent.name}") as progress:
         checkpoint = upload_experiment(api, team, folder, progress)
     say(
         f"Uploaded to team {team}; choose it among the custom models of Serve Florence-2, or "
         "deploy it by this path:"
     )
     OUT.print(checkpoint, markup=False)
-
-
-@contextmanager
-def _failures_in_a_sentence() -> Iterator[None]:
-    """Around calls of the platform: what it fails with becomes an error with one sentence."""
-    from serve.platform.failures import FailedImageError, platform_failure
-
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, FlorenceError) or (failure := platform_failure(error)) is None:
-            raise
-        raise FailedImageError(failure) from error

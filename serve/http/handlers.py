@@ -39,6 +39,7 @@ from serve.model_service import Deployment
 from serve.platform.failures import FailedImageError, NotFoundError
 from serve.platform.images import Target, failed_download
 from serve.platform.registry import InferenceRequest, RequestsManager
+from serve.platform.undo import runs_asked_for, undo_of
 from serve.sdk import sly
 from serve.sdk_overrides import SdkMethods
 from serve.settings import check_placement, parse_settings, shown
@@ -96,6 +97,7 @@ def register_routes(server: FastAPI, services: Services, *, with_page: bool) -> 
     _batches(server, services)
     _image_ids(server, services)
     _questions(server, services)
+    _runs(server, services)
     _model(server, services)
     if with_page:
         register_page(server)
@@ -219,6 +221,22 @@ def _questions(server: FastAPI, services: Services) -> None:
     def tag_objects_async(request: Request) -> dict[str, str]:
         return services.schedule(
             answering.run_tag_objects, services.api_of(request), request.state.state
+        )
+
+
+def _runs(server: FastAPI, services: Services) -> None:
+    waiting = Waiting()
+
+    @server.post("/list_runs")
+    async def list_runs(request: Request) -> list[dict[str, Any]]:
+        api, state = services.api_of(request), request.state.state
+        return await waiting.run(lambda: [one.to_json() for one in runs_asked_for(api, state)])
+
+    @server.post("/undo_run")
+    async def undo_run(request: Request) -> dict[str, Any]:
+        api, state = services.api_of(request), request.state.state
+        return await waiting.run_wanted(
+            request, lambda is_gone: undo_of(api, state, is_gone).to_json()
         )
 
 

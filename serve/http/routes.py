@@ -72,6 +72,8 @@ ROUTES: Final[tuple[Route, ...]] = (
     Route("/run_speedtest", Takes.STATE, waits=True),
     Route("/tag_objects", Takes.STATE, waits=True),
     Route("/tag_objects_async", Takes.STATE),
+    Route("/list_runs", Takes.STATE, waits=True),
+    Route("/undo_run", Takes.STATE, waits=True),
     Route("/smart_cache", Takes.STATE, waits=True),
     Route("/smart_cache_files", Takes.FORM, waits=True),
     Route("/inference_image", Takes.FORM, waits=True),

@@ -27,16 +27,18 @@ _FORMAT: Final = 1
 # A power cut takes what was written last, so that is looked at closely.
 _CHECKED_CLOSELY: Final = 64
 
-State = Literal["labeled", "empty", "failed"]
+State = Literal["labeled", "empty", "failed", "undone"]
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
     """``empty``: looked, found nothing. ``failed``: not looked at, for the reason given.
+    ``undone``: as if it had never been looked at.
 
     ``size_bytes``, ``mtime_ns`` and ``hash`` are the image file's when it was labeled, the
-    ``labels_`` ones those of the annotation that was written. Journals of earlier versions lack
-    them.
+    ``labels_`` ones those of the annotation that was written. ``run`` is the id of the run that
+    wrote it, ``labels`` and ``image_tags`` the digests of what it wrote. Journals of earlier
+    versions lack them.
     """
 
     image: str
@@ -53,6 +55,9 @@ class Entry:
     hash: str = ""
     labels_bytes: int = 0
     labels_hash: str = ""
+    run: str = ""
+    labels: Sequence[str] = ()
+    image_tags: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +139,8 @@ class Journal:
         """Totals without the lines that later ones took the place of."""
         self.totals = Totals()
         for _, entry in _last_entries(self._path):
+            if entry.state == "undone":
+                continue
             if entry.state == "failed" or self.is_settled(entry.image):
                 self.totals.add(entry)
 
@@ -172,6 +179,8 @@ class Journal:
 
     def _read(self, is_kept: IsKept) -> None:
         for from_end, entry in _last_entries(self._path):
+            if entry.state == "undone":
+                continue
             if entry.state == "failed" or is_kept(entry, from_end <= _CHECKED_CLOSELY):
                 self._take(entry)
             else:
@@ -295,6 +304,24 @@ def _last_entries(path: Path) -> Iterator[tuple[int, Entry]]:
     for place, entry in enumerate(_entries(path)):
         if last[_digest(entry.image)] == place:
             yield number - place + 1, entry
+
+
+def entries_of_run(path: Path, run_id: str) -> Iterator[Entry]:
+    """What holds of a run: entries that no later line took the place of."""
+    for _, entry in _last_entries(path):
+        if entry.run == run_id and entry.state != "undone":
+            yield entry
+
+
+def append_entries(path: Path, entries: Iterable[Entry]) -> None:
+    """Lines behind a journal that nobody has open, on the disk when this returns."""
+    whole = _length_of_whole_lines(path)
+    with path.open("r+b") as file:
+        file.truncate(whole)
+        file.seek(whole)
+        file.write("".join(json.dumps(_compact(entry)) + "\n" for entry in entries).encode())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _length_of_whole_lines(path: Path) -> int:

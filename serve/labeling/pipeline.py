@@ -50,7 +50,10 @@ _HOPELESS: Final = ("bad_request", "bad_checkpoint", "bad_device")
 
 @dataclass(frozen=True, slots=True)
 class Labeling:
-    """What a run works with, and whom it tells. Previews are drawn into ``previews``, if any."""
+    """What a run works with, and whom it tells. Previews are drawn into ``previews``, if any.
+
+    ``run_id`` is noted beside all that is written.
+    """
 
     predictor: Predictor
     settings: Settings
@@ -59,6 +62,7 @@ class Labeling:
     on_images: Callable[[int], None]
     should_stop: Callable[[], bool]
     counts: RunCounts
+    run_id: str
     previews: Path | None = None
 
 
@@ -304,19 +308,22 @@ def _settle(batch: _Answered, run: Labeling, drawers: ThreadPoolExecutor) -> Non
         for one, _ in batch:
             one.close()
     run.counts.images += len(entries)
+    run.counts.outcomes.update(entry.state for entry in entries)
+    run.counts.outcomes["labels"] += sum(entry.objects for entry in entries)
     run.on_images(len(entries))
 
 
 def _entry(one: _InHand, outcome: Predicted | Failure | FlorenceError, run: Labeling) -> Entry:
     file = one.file
     if not isinstance(outcome, Predicted):
-        return _failed(file, outcome)
+        return _failed(file, outcome, run.run_id)
     annotation = outcome.annotation
     try:
         stamp = one.stamp or stamp_of(file.path)
-        stored = run.project.add(file, annotation, stamp, run.journal.source_of(file.key))
+        before = run.journal.source_of(file.key)
+        stored = run.project.add(file, annotation, stamp, before, run.run_id)
     except ImageError as problem:
-        return _failed(file, problem)
+        return _failed(file, problem, run.run_id)
     objects = len(annotation.labels)
     return Entry(
         image=file.key,
@@ -331,6 +338,9 @@ def _entry(one: _InHand, outcome: Predicted | Failure | FlorenceError, run: Labe
         hash=stored.hash,
         labels_bytes=stored.labels_bytes,
         labels_hash=stored.labels_hash,
+        run=run.run_id,
+        labels=stored.written.labels,
+        image_tags=stored.written.image_tags,
     )
 
 
@@ -345,6 +355,8 @@ def _notes(results: Sequence[Result], size_wh: SizeWh) -> tuple[str, ...]:
     return tuple(dict.fromkeys(notes))
 
 
-def _failed(file: ImageFile, problem: FlorenceError | Failure) -> Entry:
+def _failed(file: ImageFile, problem: FlorenceError | Failure, run_id: str) -> Entry:
     message = problem.message if isinstance(problem, Failure) else str(problem)
-    return Entry(file.key, file.name, "failed", code=problem.code, message=message[:500])
+    return Entry(
+        file.key, file.name, "failed", code=problem.code, message=message[:500], run=run_id
+    )

@@ -16,6 +16,7 @@ from florence2.errors import ImageError
 from florence2.images import open_image
 from florence2.opencv import cv2
 from serve.labeling.project import AnnotationError, GrowingProject
+from serve.provenance import RUN_TAG
 from serve.sdk import sly
 
 PREVIEWS_DIR: Final = "previews"
@@ -147,6 +148,7 @@ def _font(height: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 def _title(label: sly.Label) -> str:
     tags = {tag.name: tag.value for tag in label.tags}
     score = tags.pop("confidence", None)
+    tags.pop(RUN_TAG.name, None)
     parts = [label.obj_class.name, *(str(value)[:60] for value in tags.values())]
     if score is not None:
         parts.append(f"{score:.2f}")

@@ -16,7 +16,9 @@ from serve.labeling.files import Stamp, Workspace, hash_of, hash_of_text, stamp_
 from serve.labeling.images import ImageFile, is_image
 from serve.labeling.journal import Entry, Source
 from serve.naming import class_color
+from serve.platform.upload import compatible_tag_meta
 from serve.predict.annotations import TAG_METAS
+from serve.provenance import RUN_TAG, Written, with_run_tag
 from serve.sdk import sly
 
 PROJECT_DIR: Final = "project"
@@ -41,11 +43,12 @@ def project_folder(root: Path) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class StoredImage:
-    """The hash of an image that was written, and the size and hash of its labels."""
+    """The hash of an image that was written, the size and hash of its labels, and what they are."""
 
     hash: str
     labels_bytes: int
     labels_hash: str
+    written: Written
 
 
 class GrowingProject:
@@ -63,6 +66,7 @@ class GrowingProject:
         self._images = self.folder / DATASET / "img"
         self._annotations = self.folder / DATASET / "ann"
         self._meta = self._stored_meta()
+        self._run_tag: sly.TagMeta | None = None
 
     @property
     def meta(self) -> sly.ProjectMeta:
@@ -120,8 +124,22 @@ class GrowingProject:
         """Adds classes before any image has them, in the user's order."""
         self._grow([sly.ObjClass(name, geometry, class_color(name)) for name in class_names])
 
+    def tag_runs(self) -> str:
+        """From now on labels say which run wrote them; the name of the tag that does."""
+        self._run_tag = compatible_tag_meta(RUN_TAG, self._meta)
+        if self._meta.get_tag_meta(self._run_tag.name) is None:
+            self._meta = self._meta.add_tag_meta(self._run_tag)
+            self._write_meta()
+        name: str = self._run_tag.name
+        return name
+
     def add(
-        self, file: ImageFile, annotation: sly.Annotation, stamp: Stamp, before: Source | None
+        self,
+        file: ImageFile,
+        annotation: sly.Annotation,
+        stamp: Stamp,
+        before: Source | None,
+        run_id: str,
     ) -> StoredImage:
         """Writes an image and its labels; ``before`` is what the journal knows of earlier ones.
 
@@ -129,7 +147,10 @@ class GrowingProject:
         tells, or cannot be read; the project is then as if it had never been added.
         """
         self._grow([label.obj_class for label in annotation.labels])
-        text = json.dumps(annotation.to_json(), ensure_ascii=False)
+        if self._run_tag is not None:
+            annotation = with_run_tag(annotation, run_id, self._run_tag)
+        stored = annotation.to_json()
+        text = json.dumps(stored, ensure_ascii=False)
         path = self.annotation_path(file.name)
         _check_same(file.path, stamp)
         self._keep_edited(path, text, before.labels_hash if before else "")
@@ -141,7 +162,9 @@ class GrowingProject:
             path.unlink(missing_ok=True)
             self.image_path(file.name).unlink(missing_ok=True)
             raise
-        return StoredImage(found, len(text.encode("utf-8")), hash_of_text(text))
+        run_tag = None if self._run_tag is None else self._run_tag.name
+        written = Written.of(stored, run_tag)
+        return StoredImage(found, len(text.encode("utf-8")), hash_of_text(text), written)
 
     def sync(self) -> None:
         """Returns once all that was added is on the disk."""
@@ -187,8 +210,11 @@ class GrowingProject:
                 others = [c if c.name != known.name else anything for c in self._meta.obj_classes]
                 self._meta = self._meta.clone(obj_classes=others)
         if self._meta is not before or not self._meta_path.exists():
-            text = json.dumps(self._meta.to_json(), ensure_ascii=False, indent=2)
-            self._workspace.write_text(self._meta_path, text)
+            self._write_meta()
+
+    def _write_meta(self) -> None:
+        text = json.dumps(self._meta.to_json(), ensure_ascii=False, indent=2)
+        self._workspace.write_text(self._meta_path, text)
 
 
 def _check_same(path: Path, stamp: Stamp) -> None:

@@ -7,7 +7,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -236,6 +236,7 @@ class RunCounts:
     images: int = 0
     seconds: float = 0.0
     interrupted: bool = False
+    outcomes: Counter[str] = field(default_factory=Counter)
 
     @property
     def images_per_second(self) -> float:

@@ -46,8 +46,10 @@ from serve.labeling.report import (
     write_report,
 )
 from serve.labeling.settings import journal_settings
+from serve.labeling.undo import keep_manifest
 from serve.naming import possible_titles
 from serve.predict.predictor import Predictor, rules_of
+from serve.provenance import RUN_TAG, Manifest, RunState, new_run_id, now
 from serve.sdk import sly
 from serve.settings import Settings
 
@@ -138,7 +140,7 @@ class ModelSource:
     fingerprint: Callable[[], str | None] = lambda: None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _OpenRun:
     """What is open while a run goes on."""
 
@@ -146,6 +148,8 @@ class _OpenRun:
     job: Job
     project: GrowingProject
     journal: Journal
+    manifest: Manifest
+    workspace: Workspace
     changed: set[str] = field(default_factory=set)
 
     def pending(self) -> Iterator[ImageFile]:
@@ -226,8 +230,9 @@ def _run(
                 f"{len(journal.lost)} images were labeled and their files in the project are gone "
                 f"or damaged; they count as not labeled: {named(journal.lost)}"
             )
-        run = _OpenRun(settings, job, project, journal)
+        run = _OpenRun(settings, job, project, journal, _manifest(settings, noted), workspace)
         counts, error = _work(run, model, stop)
+        _end_manifest(run, counts, error)
         if journal.renewed:
             journal.recount()
         report = _report(run, counts, noted, error)
@@ -323,6 +328,7 @@ def _work(run: _OpenRun, model: ModelSource, stop: StopSwitch) -> tuple[RunCount
                 advance,
                 stop,
                 counts,
+                run.manifest.run,
                 previews=run.job.out / PREVIEWS_DIR if run.job.draw else None,
             )
             with stop.after_batch():
@@ -350,8 +356,37 @@ def _unless_first(run: _OpenRun, error: Exception) -> str:
     return f"Something unexpected happened ({type(error).__name__}: {error}; {where})."
 
 
+def _manifest(settings: Settings, noted: dict[str, Any]) -> Manifest:
+    told = ("task", "prompts", "model", "checkpoint")
+    return Manifest(
+        run=new_run_id(),
+        model={"name": noted["model"], "checkpoint": noted["checkpoint"]},
+        task=noted["task"],
+        prompts=noted["prompts"],
+        settings={key: value for key, value in noted.items() if key not in told},
+        run_tag=RUN_TAG.name if settings.run_tag else None,
+        started=now(),
+    )
+
+
+def _end_manifest(run: _OpenRun, counts: RunCounts, error: str | None) -> None:
+    """A run that labeled nothing is not noted."""
+    if not counts.outcomes and error is None:
+        return
+    state: RunState = "stopped" if counts.interrupted else "failed" if error else "done"
+    ended = run.manifest.ended(state, {"images": counts.images, **counts.outcomes}, error)
+    try:
+        keep_manifest(run.workspace, ended)
+    except OSError as problem:
+        complain(f"The end of run {ended.run} could not be noted ({problem.strerror}).")
+
+
 def _prepare(run: _OpenRun) -> None:
     run.project.create()
+    if run.settings.run_tag:
+        run.manifest = replace(run.manifest, run_tag=run.project.tag_runs())
+    # Before its first label: a run that is killed is known all the same.
+    keep_manifest(run.workspace, run.manifest)
     if run.job.draw:
         (run.job.out / PREVIEWS_DIR).mkdir(exist_ok=True)
     shape = _SHAPES.get(run.settings.steps[-1].output)

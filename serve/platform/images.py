@@ -86,7 +86,7 @@ def resolve(api: sly.Api | None, source: Source) -> Images:
 
 
 def _by_ids(api: sly.Api, image_ids: Sequence[int]) -> Images:
-    infos = _infos(api, image_ids)
+    infos = image_infos(api, image_ids)
     if not infos:
         raise NotFoundError(_missing_image(image_ids[0]).message)
     dataset_ids = dict.fromkeys(info.dataset_id for info in infos.values())
@@ -108,7 +108,7 @@ def _missing_image(image_id: int) -> Failure:
     )
 
 
-def _infos(api: sly.Api, image_ids: Sequence[int]) -> dict[int, sly.ImageInfo]:
+def image_infos(api: sly.Api, image_ids: Iterable[int]) -> dict[int, sly.ImageInfo]:
     """The images that exist. The SDK's own batch call raises for all of them when one does not."""
     infos: dict[int, sly.ImageInfo] = {}
     waiting = dict.fromkeys(image_ids)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from typing import Final
 
 from florence2.engine.encoding import AnyImage
@@ -12,7 +12,7 @@ from florence2.engine.scheduler import Priority
 from florence2.errors import DeviceLostError, FlorenceError
 from florence2.records import Failure
 from serve.platform.failures import FailedImageError, failure_json, failure_of
-from serve.platform.images import download_images, resolve
+from serve.platform.images import Target, download_images, resolve
 from serve.platform.pipeline import (
     Batch,
     fetch_ahead,
@@ -22,6 +22,7 @@ from serve.platform.reference import resolve_reference
 from serve.platform.registry import AWAITED, InferenceRequest
 from serve.platform.request_state import Destination, Source, State, batch_size_of
 from serve.platform.run import Ledger, RunServices
+from serve.platform.run_records import RunRecord
 from serve.platform.upload import Labeled, Uploading, entry_of
 from serve.predict.full_queue import FULL_CODES, when_queue_has_room
 from serve.predict.predictor import Call, Deadline, Predicted
@@ -93,11 +94,21 @@ class PredictionRun:
         self._settings = self._settings_of(state)
         images = resolve(api, source)
         self._uploading: Uploading | None = None
+        self._record: RunRecord | None = None
+        self._skipped: tuple[Target, ...] = ()
+        targets = images.targets
         if destination.mode is not None:
-            images = images.without_repeats()
-            self._uploading = Uploading(services, api, destination, request)
-        self._targets = images.targets
-        self._is_bulk = len(images.targets) > 1
+            targets = images.without_repeats().targets
+            mode = destination.mode
+            if mode == "skip_labeled":
+                self._skipped = tuple(one for one in targets if _has_labels(one))
+                targets = tuple(one for one in targets if not _has_labels(one))
+            model = services.model_of(self._settings)
+            total = len(targets) + len(self._skipped)
+            self._record = RunRecord(api, self._settings, model, mode, total)
+            self._uploading = Uploading(services, api, destination, request, self._record)
+        self._targets = targets
+        self._is_bulk = len(targets) > 1
         request.context.setdefault("dataset_info", {}).update(images.datasets)
 
     def _settings_of(self, state: State) -> Settings:
@@ -121,14 +132,19 @@ class PredictionRun:
             is_bulk=self._is_bulk,
         )
         with (
+            ExitStack() as books,
             Ledger(self._request, len(self._targets), lost, must_be_whole=must_be_whole) as ledger,
             Settler[Settled](lambda settled: self._settle(settled, ledger)) as settler,
             closing(fetched),
         ):
+            if self._record is not None:
+                books.enter_context(self._record)
+                self._skip()
             for batch, images in fetched:
                 if self._uploading is None:
                     self._wait_while_paused()
                 if self._request.is_stopped():
+                    self._stop_record()
                     break
                 try:
                     outcomes = self._predict(images)
@@ -137,6 +153,29 @@ class PredictionRun:
                     settler.put((batch, [failure_of(error, "The device failed")] * len(batch)))
                     raise
                 settler.put((batch, outcomes))
+
+    def _skip(self) -> None:
+        """Images that have labels already are done."""
+        entries = [entry_of(target, skipped=True) for target in self._skipped]
+        self._request.add_results(entries)
+        for target in self._skipped:
+            self._note(target, is_skipped=True)
+
+    def _note(
+        self, target: Target, failure: Failure | None = None, *, is_skipped: bool = False
+    ) -> None:
+        """What became of an image, in the record of a run that writes."""
+        if self._record is None or self._uploading is None:
+            return
+        project_id, copied_to = self._uploading.written_to(target)
+        if target.project_id is not None:
+            self._record.settled(
+                project_id, target, failure, copied_to=copied_to, is_skipped=is_skipped
+            )
+
+    def _stop_record(self) -> None:
+        if self._record is not None:
+            self._record.stopped()
 
     def _download(self, batch: Batch) -> list[AnyImage]:
         """An image or a Failure for every target of the batch."""
@@ -215,8 +254,10 @@ class PredictionRun:
             if isinstance(result, Failure):
                 if ledger.add_failure(target, result):
                     entries.append(entry_of(target, error=failure_json(result)))
+                    self._note(target, result)
                 continue
             num_done += 1
+            self._note(target)
             if self._uploading is None:
                 notes = {"notes": list(result.notes)} if result.notes else {}
                 entries.append(entry_of(target, result.annotation, **notes))
@@ -229,3 +270,7 @@ class PredictionRun:
                     f"{MAX_FAILED_BATCHES} batches in a row could not be uploaded: {last.message}",
                 )
             )
+
+
+def _has_labels(target: Target) -> bool:
+    return target.info is not None and bool(target.info.labels_count)

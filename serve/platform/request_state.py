@@ -9,11 +9,13 @@ from typing import Final, Literal
 from florence2.errors import RequestError, shown, unknown_name
 
 State = Mapping[str, object]
-UploadMode = Literal["append", "iou_merge", "replace", "create"]
+UploadMode = Literal["append", "iou_merge", "replace", "create", "skip_labeled", "replace_own"]
 
 MAX_BATCH_SIZE: Final = 256
 DEFAULT_MERGE_IOU: Final = 0.9
-UPLOAD_MODES: Final[tuple[UploadMode, ...]] = ("append", "iou_merge", "replace", "create")
+UPLOAD_MODES: Final[tuple[UploadMode, ...]] = (
+    "append", "iou_merge", "replace", "create", "skip_labeled", "replace_own"
+)  # fmt: skip
 IMAGE_ID_KEYS: Final = ("batch_ids", "image_ids", "images_ids", "imageIds", "image_id", "imageId")
 PROJECT_ID_KEYS: Final = ("projectId", "project_id")
 DATASET_ID_KEYS: Final = ("dataset_ids", "datasetIds")
@@ -58,6 +60,9 @@ class Source:
 @dataclass(frozen=True, slots=True)
 class Destination:
     """Where labels go. ``mode`` of None: they are returned and nothing is changed.
+
+    ``skip_labeled`` appends, to images without labels only; ``replace_own`` appends in the place
+    of what earlier runs wrote and nobody has changed since.
 
     ``iou``: predictions that overlap an existing label of their class by this or more are left
     out; None keeps all. ``suffix`` goes behind names that the project has with another meaning.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Final
 
@@ -33,7 +33,8 @@ class RunServices:
     ``predict`` and ``ask`` give an outcome for each image or question, in order. ``settings_of``
     makes settings of a request's state; what it raises ends the run. ``upload`` is the SDK's
     ``upload_predictions``, bound to the app. ``budget`` is of the bytes of images that the process
-    holds. ``task_id`` names created projects.
+    holds. ``task_id`` names created projects. ``model_of`` tells for a run's manifest which model
+    answers.
     """
 
     predict: Callable[[Sequence[AnyImage], Settings, Call], Sequence[Predicted | Failure]]
@@ -43,6 +44,7 @@ class RunServices:
     budget: Budget
     task_id: int | None
     default_batch_size: int
+    model_of: Callable[[Settings], Mapping[str, Any]] = field(default=lambda settings: {})
 
 
 class Ledger:

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 from typing import Any, Final, TypeVar
 
 import requests
@@ -388,6 +389,42 @@ def _tried(work: Callable[[], Result]) -> Result:
             logger.warning("%s Trying again in %g s.", error, wait_s)
             time.sleep(wait_s)
     return work()
+
+
+def write_text(api: sly.Api, team_id: int, path: str, text: str) -> None:
+    """A file of the team with this text; raises what the SDK raises where the platform fails."""
+    once = _asked_once(api)
+    with TemporaryDirectory() as folder:
+        local = Path(folder) / PurePosixPath(path).name
+        local.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
+        _tried(partial(once.file.upload, team_id, str(local), path))
+
+
+def read_texts(api: sly.Api, team_id: int, folder: str) -> dict[str, str]:
+    """The text of every file below a folder, by path, in order of the paths."""
+    listed = api.file.list(team_id, f"{folder}/", recursive=True, return_type="fileinfo")
+
+    def read(path: str) -> str:
+        answer = api.post("file-storage.download", {"teamId": team_id, "path": path})
+        content: bytes = answer.content
+        return content.decode("utf-8", "replace")
+
+    paths = sorted(info.path for info in listed)
+    with ThreadPoolExecutor(_LISTING_THREADS) as threads:
+        texts = threads.map(lambda path: _tried(partial(read, path)), paths)
+        return dict(zip(paths, texts, strict=True))
+
+
+def api_of_environment() -> sly.Api:
+    """The platform of the environment or ``~/supervisely.env``; RequestError."""
+    if os.path.isfile(env := os.path.expanduser("~/supervisely.env")):
+        load_dotenv(env)
+    if not (os.environ.get("SERVER_ADDRESS") and os.environ.get("API_TOKEN")):
+        raise RequestError(
+            "A project of the platform needs its address and a token, and SERVER_ADDRESS or "
+            "API_TOKEN is not set; set them in the environment or in ~/supervisely.env."
+        )
+    return sly.Api.from_env()
 
 
 def platform_of_environment(team_id: int | None = None) -> tuple[sly.Api, int]:

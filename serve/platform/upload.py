@@ -18,6 +18,8 @@ from serve.platform.images import Target
 from serve.platform.registry import InferenceRequest
 from serve.platform.request_state import Destination
 from serve.platform.run import RunServices
+from serve.platform.run_records import OwnLabels, RunRecord
+from serve.provenance import with_run_tag
 from serve.sdk import sly
 
 sdk = sly.nn.inference.inference
@@ -111,10 +113,11 @@ def uploaded_entry(target: Target) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Labeled:
-    """An image and its new labels."""
+    """An image and its new labels; ``source_id`` is the image's that it is a copy of, if it is."""
 
     target: Target
     annotation: sly.Annotation
+    source_id: int | None = None
 
 
 Step = Callable[[list[Labeled]], list[Labeled]]
@@ -123,7 +126,8 @@ Step = Callable[[list[Labeled]], list[Labeled]]
 class Uploading:
     """The uploads of one run, called from one thread. Results are added to the request.
 
-    ``num_lost_batches``: how many of the last batches failed as a whole.
+    What is written is noted in ``record``. ``num_lost_batches``: how many of the last batches
+    failed as a whole.
     """
 
     def __init__(
@@ -132,8 +136,11 @@ class Uploading:
         api: sly.Api,
         destination: Destination,
         request: InferenceRequest,
+        record: RunRecord,
     ) -> None:
         self.num_lost_batches = 0
+        self._record = record
+        self._own: dict[int, OwnLabels] = {}
         self._services = services
         self._api = api
         self._destination = destination
@@ -142,6 +149,9 @@ class Uploading:
 
     def upload(self, batch: Sequence[Labeled]) -> dict[int, Failure]:
         """The failures by image id."""
+        if self._record.writes_tag:
+            run_id = self._record.run_id
+            batch = [Labeled(one.target, with_run_tag(one.annotation, run_id)) for one in batch]
         groups: dict[int | None, list[Labeled]] = defaultdict(list)
         for labeled in batch:
             groups[labeled.target.dataset_id].append(labeled)
@@ -152,6 +162,17 @@ class Uploading:
             is_lost = all(one.target.image_id in failures for one in batch)
             self.num_lost_batches = self.num_lost_batches + 1 if is_lost else 0
         return failures
+
+    def written_to(self, target: Target) -> tuple[int | None, int | None]:
+        """The project that has an image's new labels, and the dataset of the image's copy if it is
+        one that has them; None for a project that is not made yet."""
+        output = self._destination.project_id
+        if output is None and self._destination.mode != "create":
+            output = target.project_id
+        if output == target.project_id:
+            return output, None
+        created = self._request.context.get("created_dataset", {})
+        return output, created.get(target.dataset_id)
 
     def _upload_dataset(self, group: list[Labeled]) -> dict[int, Failure]:
         # What is there already is looked up once, before anything is sent: after an upload that
@@ -209,16 +230,45 @@ class Uploading:
 
     def _send(self, group: list[Labeled]) -> list[Labeled]:
         output = self._output_project(group[0].target)
-        if output is None and self._destination.mode in ("append", "iou_merge"):
+        if output is None and self._destination.mode not in ("replace", "create"):
             # Where nothing is added, the labels that are there are not written anew either.
             empty = [
                 one for one in group if not one.annotation.labels and not one.annotation.img_tags
             ]
+            if self._destination.mode == "replace_own":
+                changed = self._without_own(group)
+                empty = [one for one in empty if one.target.image_id not in changed]
             self._request.add_results([uploaded_entry(one.target) for one in empty])
             group = [one for one in group if one not in empty]
         if group:
             self._call_sdk(group, output or group[0].target.project_id, dst_project_id=output)
         return group
+
+    def _without_own(self, group: list[Labeled]) -> set[int]:
+        """Puts what is to stay of the images' labels where the SDK appends to it.
+
+        The ids of the images of which something goes.
+        """
+        first = group[0].target
+        if first.project_id is None:
+            return set()
+        own = self._own.get(first.project_id)
+        if own is None:
+            own = OwnLabels(self._api, first.project_id, but_run=self._record.run_id)
+            self._own[first.project_id] = own
+        meta = self._meta(first.project_id, is_fresh=True)
+        known = self._request.context.setdefault("annotation", {})
+        ids = [one.target.image_id for one in group]
+        changed: set[int] = set()
+        stored = self._api.annotation.download_json_batch(first.dataset_id, ids)
+        for image_id, before in zip(ids, stored, strict=True):
+            left = own.without(image_id, before)
+            if left is not before:
+                changed.add(image_id)
+            # After an upload that failed, labels that are there may be this run's own.
+            if image_id not in known:
+                known[image_id] = sly.Annotation.from_json(left, meta)
+        return changed
 
     def _send_again(self, group: list[Labeled]) -> list[Labeled]:
         """Labels the copy that a failed upload has left behind, rather than copy once more."""
@@ -231,16 +281,17 @@ class Uploading:
             copy = self._api.image.get_info_by_name(created, target.name)
         if copy is None:
             return self._send(group)
-        there = Labeled(Target(copy.id, output, copy), labeled.annotation)
+        there = Labeled(Target(copy.id, output, copy), labeled.annotation, target.image_id)
         self._call_sdk([there], output, upload_mode="replace", inference_request=None)
         self._request.add_results([uploaded_entry(target)])
         return group
 
     def _call_sdk(self, group: list[Labeled], project_id: int | None, **changed: object) -> None:
         context = self._request.context
+        mode = self._destination.mode
         options: dict[str, Any] = {
             "api": self._api,
-            "upload_mode": self._destination.mode,
+            "upload_mode": "append" if mode in ("skip_labeled", "replace_own") else mode,
             "context": context,
             "inference_request": self._request,
             "model_prediction_suffix": self._destination.suffix,
@@ -260,6 +311,9 @@ class Uploading:
                 for one in group:
                     prediction = prediction_of(one.target)
                     prediction.annotation, _ = self._fitted(one.annotation, meta)
+                    if project_id is not None:
+                        source_id = one.source_id or one.target.image_id
+                        self._record.before_upload(project_id, source_id, prediction.annotation)
                     predictions.append(prediction)
                 self._services.upload(predictions=predictions, **options)
         finally:

@@ -183,6 +183,9 @@ class Settings(_Keys):
     model: values.ModelName = _key(None, "text")
     """Which adapter answers, by its name among those that the server was started with; empty: none
     of them."""
+    run_tag: Flag | None = _key(None, "true or false")
+    """Whether each label that a run writes has the run's id in a tag florence2_run, which finds and
+    undoes them; empty: on the platform yes, in a folder no."""
     rectangle: values.Rectangle | None = _key(None, "box")
     """Only this part of the image is looked at, such as [10, 20, 200, 180]."""
     reference: Reference | None = None

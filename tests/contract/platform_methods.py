@@ -76,7 +76,8 @@ def project_json(state: PlatformState, project: Project) -> Json:
     count = sum(len(state.images_of(row.id)) for row in datasets)
     own = {"id": project.id, "name": project.name, "description": "", "type": project.type}
     counts = {"datasetsCount": len(datasets), "imagesCount": count, "itemsCount": count}
-    return {**own, **MINE, **counts, "settings": project.settings}
+    extra = {"settings": project.settings, "customData": project.custom_data}
+    return {**own, **MINE, **counts, **extra}
 
 
 def annotation_json(image: StoredImage) -> Json:
@@ -106,6 +107,23 @@ def images_add(state: PlatformState, payload: Json) -> list[Json]:
 
 def project_settings_update(state: PlatformState, payload: Json) -> Json:
     state.project(payload["id"]).settings = payload["settings"]
+    return DONE
+
+
+def project_info_edit(state: PlatformState, payload: Json) -> Json:
+    project = state.project(payload["id"])
+    project.custom_data = copy.deepcopy(payload["customData"])
+    return project_json(state, project)
+
+
+def figures_remove(state: PlatformState, payload: Json) -> Json:
+    state.remove_figures(payload["figureIds"])
+    return DONE
+
+
+def image_tag_remove(state: PlatformState, payload: Json) -> Json:
+    tags = state.image(payload["imageId"]).annotation["tags"]
+    tags[:] = [tag for tag in tags if tag["id"] != payload["id"]]
     return DONE
 
 
@@ -204,6 +222,9 @@ METHODS: dict[str, Callable[[PlatformState, Any], Any]] = {
         state.project(asked["id"]), asked["meta"]
     ),
     "projects.settings.update": project_settings_update,
+    "projects.editInfo": project_info_edit,
+    "figures.bulk.remove": figures_remove,
+    "image-tags.remove-from-image": image_tag_remove,
     "annotations.info": lambda state, asked: annotation_json(state.image(asked["imageId"])),
     "annotations.bulk.info": lambda state, asked: [
         annotation_json(state.image(key)) for key in asked["imageIds"]

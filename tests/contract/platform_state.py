@@ -110,6 +110,7 @@ class Project:
     meta: Json
     settings: Json = field(default_factory=dict)
     type: str = "images"
+    custom_data: Json = field(default_factory=dict)
 
 
 class PlatformState:
@@ -247,6 +248,21 @@ class PlatformState:
                 if figure["id"] == key:
                     return image, figure
         raise Refused(f"Figure {key} is not found.", status=404)
+
+    def remove_figures(self, keys: list[Any]) -> None:
+        """All of them or, where there is none of a key, none."""
+        wanted = set(keys)
+        holders = [
+            image
+            for image in self.images.values()
+            if any(figure["id"] in wanted for figure in image.annotation["objects"])
+        ]
+        found = {figure["id"] for image in holders for figure in image.annotation["objects"]}
+        if missing := wanted - found:
+            raise Refused(f"Figures {sorted(missing)} are not found.", status=404)
+        for image in holders:
+            objects = image.annotation["objects"]
+            objects[:] = [figure for figure in objects if figure["id"] not in wanted]
 
 
 def _row(rows: dict[int, Any], key: Any, kind: str) -> Any:

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("next_request_works")
 
 def test_the_lists_here_leave_out_no_route_that_takes_a_state():
     known = {*STATE_PATHS, *REQUEST_PATHS, "clear_inference_request"}
-    own = {"tag_objects", "tag_objects_async"}
+    own = {"tag_objects", "tag_objects_async", "list_runs", "undo_run"}
     assert {route.path[1:] for route in ROUTES if route.takes is Takes.STATE} <= known | own
 
 

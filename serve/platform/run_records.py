@@ -1,0 +1,373 @@
+"""What is kept of runs on the platform: summaries in the project, image by image in team files.
+
+A run's manifest stands in the custom data of the project under ``florence2_runs``, by its id, and
+beside it in the team files are lines about each image: ``/florence2/runs/PROJECT/RUN``.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import Any, Final
+
+from florence2.records import Failure
+from serve.platform.failures import NotFoundError
+from serve.platform.images import Target
+from serve.platform.team_files import read_texts, write_text
+from serve.provenance import (
+    RUN_TAG,
+    Manifest,
+    RunState,
+    Written,
+    new_run_id,
+    newest_first,
+    now,
+    sort_labels,
+)
+from serve.sdk import sly
+from serve.settings import Settings, parse_settings, raw_settings
+
+CUSTOM_DATA_KEY: Final = "florence2_runs"
+MAX_RUNS: Final = 100
+"""In the custom data of a project; of older runs only the team files know."""
+_MAX_SETTINGS: Final = 4000
+_FOLDER: Final = "/florence2/runs"
+_MANIFEST: Final = "manifest.json"
+_SAVE_AFTER_S: Final = 30.0
+_SAVE_AFTER_IMAGES: Final = 1000
+
+# Custom data are read, added to and written back as a whole.
+_custom_data_lock: Final = threading.Lock()
+
+
+@dataclass(slots=True)
+class _ProjectBooks:
+    """One run's books about one project. ``lines`` are those that are not in team files yet."""
+
+    manifest: Manifest
+    lines: list[str] = field(default_factory=list)
+    num_files: int = 0
+    saved_at: float = field(default_factory=time.monotonic)
+    counts: Counter[str] = field(default_factory=Counter)
+    is_announced: bool = False
+    has_written: bool = False
+    team_id: int | None = None
+
+
+class RunRecord:
+    """The books of one run that writes to the platform; a context around its work.
+
+    What cannot be kept is told in the log and ends no run: its labels are there.
+    """
+
+    def __init__(
+        self,
+        api: sly.Api,
+        settings: Settings,
+        model: Mapping[str, Any],
+        mode: str | None,
+        num_images: int,
+    ) -> None:
+        default = raw_settings(parse_settings({}))
+        self.run_id = new_run_id()
+        self.writes_tag = settings.run_tag is not False
+        self._api = api
+        self._num_images = num_images
+        self._written: dict[int, Written] = {}
+        self._books: dict[int, _ProjectBooks] = {}
+        self._early: list[tuple[dict[str, Any], Counter[str]]] = []
+        self._num_settled = 0
+        self._is_stopped = False
+        self._manifest = Manifest(
+            run=self.run_id,
+            model=model,
+            task=settings.task_prompt,
+            prompts=[prompt.text for prompt in settings.prompts if prompt.text],
+            settings={
+                key: value
+                for key, value in raw_settings(settings).items()
+                if value != default.get(key)
+            },
+            run_tag=RUN_TAG.name if self.writes_tag else None,
+            started=now(),
+            mode=mode,
+        )
+
+    def before_upload(self, project_id: int, image_id: int, annotation: sly.Annotation) -> None:
+        """Remembers what is written now, under the names that the project has for it."""
+        books = self._books_of(project_id)
+        if self.writes_tag:
+            name = next((one for one in _tag_names(annotation, self.run_id)), None)
+            if name is not None and name != books.manifest.run_tag:
+                books.manifest = replace(books.manifest, run_tag=name)
+        written = Written.of(annotation.to_json(), books.manifest.run_tag)
+        self._written[image_id] = written
+        books.has_written |= bool(written.labels or written.image_tags)
+        if self._num_images > 1 and not books.is_announced:
+            # A run that is killed is known all the same.
+            books.is_announced = True
+            self._keep_manifest(project_id, books.manifest)
+
+    def settled(
+        self,
+        project_id: int | None,
+        target: Target,
+        failure: Failure | None = None,
+        *,
+        copied_to: int | None = None,
+        is_skipped: bool = False,
+    ) -> None:
+        """What became of an image; ``copied_to`` is the dataset of the copy that has the labels."""
+        written = self._written.pop(target.image_id, Written())
+        self._num_settled += 1
+        outcome = "skipped" if is_skipped else "failed" if failure is not None else "labeled"
+        if outcome == "labeled" and not (written.labels or written.image_tags):
+            outcome = "empty"
+        line: dict[str, Any] = {
+            "image_id": target.image_id,
+            "name": target.name,
+            "outcome": outcome,
+            "copied_to": copied_to,
+            "labels": written.labels,
+            "image_tags": written.image_tags,
+        }
+        if failure is not None:
+            line |= {"code": failure.code, "message": failure.message[:500]}
+        line = {key: value for key, value in line.items() if value not in (None, ())}
+        counts = Counter({"images": 1, outcome: 1})
+        if failure is None:
+            counts["labels"] = len(written.labels)
+        if project_id is None:
+            # The project that images are copied to is made with the first one that has labels.
+            self._early.append((line, counts))
+            return
+        books = self._books_of(project_id)
+        books.lines.append(json.dumps(line, ensure_ascii=False))
+        books.counts += counts
+        is_due = time.monotonic() - books.saved_at >= _SAVE_AFTER_S
+        if self._num_images > 1 and (is_due or len(books.lines) >= _SAVE_AFTER_IMAGES):
+            self._save_lines(project_id, books)
+
+    def stopped(self) -> None:
+        """The run ends before its last image because it was asked to."""
+        self._is_stopped = True
+
+    def __enter__(self) -> RunRecord:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        state: RunState = "stopped" if self._is_stopped else "done"
+        if error is not None and self._num_settled < self._num_images:
+            state = "failed"
+        for project_id, books in self._books.items():
+            counts = {name: count for name, count in books.counts.items() if count}
+            manifest = books.manifest.ended(state, counts, None if error is None else str(error))
+            if self._num_images > 1:
+                self._save_lines(project_id, books)
+            elif not books.has_written:
+                continue
+            self._keep_manifest(project_id, manifest, books.lines)
+
+    def _books_of(self, project_id: int) -> _ProjectBooks:
+        books = self._books.get(project_id)
+        if books is None:
+            books = self._books[project_id] = _ProjectBooks(self._manifest)
+            for line, counts in self._early:
+                books.lines.append(json.dumps(line, ensure_ascii=False))
+                books.counts += counts
+            self._early.clear()
+        return books
+
+    def _save_lines(self, project_id: int, books: _ProjectBooks) -> None:
+        books.saved_at = time.monotonic()
+        if not books.lines:
+            return
+        path = f"{_folder(project_id, self.run_id)}/images-{books.num_files:06}.jsonl"
+        try:
+            write_text(self._api, self._team_of(project_id), path, "\n".join(books.lines) + "\n")
+        except Exception as error:  # noqa: BLE001  (the SDK and its transport raise anything)
+            sly.logger.warning(f"What run {self.run_id} did is not in {path} yet: {error!r}")
+            return
+        books.num_files += 1
+        books.lines.clear()
+
+    def _keep_manifest(
+        self, project_id: int, manifest: Manifest, lines: Sequence[str] | None = None
+    ) -> None:
+        """In the custom data; with ``lines``, that are not in team files yet, there too.
+
+        For one image, which somebody waits for, that is one file.
+        """
+        try:
+            keep_manifest(self._api, project_id, manifest)
+            if lines is not None:
+                path = f"{_folder(project_id, self.run_id)}/{_MANIFEST}"
+                stored = {**manifest.to_json(), "images": [json.loads(line) for line in lines]}
+                text = json.dumps(stored, ensure_ascii=False, indent=2)
+                write_text(self._api, self._team_of(project_id), path, text)
+        except Exception as error:  # noqa: BLE001  (as above)
+            sly.logger.warning(
+                f"The manifest of run {self.run_id} cannot be kept in project {project_id}: "
+                f"{error!r}"
+            )
+
+    def _team_of(self, project_id: int) -> int:
+        books = self._books_of(project_id)
+        if books.team_id is None:
+            books.team_id = _team_of(self._api, project_id)
+        return books.team_id
+
+
+def _tag_names(annotation: sly.Annotation, run_id: str) -> Iterator[str]:
+    for label in annotation.labels:
+        for tag in label.tags:
+            if tag.value == run_id and tag.meta.name.startswith(RUN_TAG.name):
+                yield tag.meta.name
+
+
+def _folder(project_id: int, run_id: str) -> str:
+    return f"{_FOLDER}/{project_id}/{run_id}"
+
+
+def _info_of(api: sly.Api, project_id: int) -> sly.ProjectInfo:
+    info = api.project.get_info_by_id(project_id)
+    if info is None:
+        raise NotFoundError(
+            f"Project {project_id} does not exist or is not visible to this account; check the id."
+        )
+    return info
+
+
+def _team_of(api: sly.Api, project_id: int) -> int:
+    team_id: int = _info_of(api, project_id).team_id
+    return team_id
+
+
+def keep_manifest(api: sly.Api, project_id: int, manifest: Manifest) -> None:
+    """The manifest in the project's custom data, in the place of an earlier one of the run."""
+    stored = manifest.to_json()
+    if len(json.dumps(stored["settings"])) > _MAX_SETTINGS:
+        stored["settings"] = {}
+    with _custom_data_lock:
+        data = dict(_info_of(api, project_id).custom_data or {})
+        runs = data.get(CUSTOM_DATA_KEY)
+        runs = {**runs, manifest.run: stored} if isinstance(runs, dict) else {manifest.run: stored}
+        # Clicks in an annotation tool are many, and must not hide the runs over projects.
+        ordered = sorted(runs, key=lambda run: (_is_over_many(runs[run]), _started(runs[run])))
+        gone = set(ordered[:-MAX_RUNS])
+        data[CUSTOM_DATA_KEY] = {run: one for run, one in runs.items() if run not in gone}
+        api.project.update_custom_data(project_id, data, silent=True)
+
+
+def _is_over_many(stored: object) -> bool:
+    counts = stored.get("counts") if isinstance(stored, dict) else None
+    return not isinstance(counts, dict) or counts.get("images") != 1
+
+
+def _started(stored: object) -> str:
+    return str(stored.get("started")) if isinstance(stored, dict) else ""
+
+
+def runs_of(api: sly.Api, project_id: int) -> list[Manifest]:
+    """The runs over a project that its custom data know, the newest first; NotFoundError."""
+    stored = (_info_of(api, project_id).custom_data or {}).get(CUSTOM_DATA_KEY)
+    found = stored.values() if isinstance(stored, dict) else ()
+    return newest_first(one for one in map(Manifest.of_json, found) if one is not None)
+
+
+def find_run(api: sly.Api, project_id: int, run_id: str) -> Manifest:
+    """A run over a project by its id; NotFoundError names those that there are."""
+    known = runs_of(api, project_id)
+    for manifest in known:
+        if manifest.run == run_id:
+            return manifest
+    if run_id.isalnum():
+        texts = read_texts(api, _team_of(api, project_id), _folder(project_id, run_id))
+        for path, text in texts.items():
+            if path.endswith(_MANIFEST) and (old := Manifest.of_json(_json(text))) is not None:
+                return old
+    named = ", ".join(one.run for one in known[:10])
+    raise NotFoundError(
+        f"Project {project_id} knows no run {run_id!r}; "
+        + (f"choose one of {named}." if named else "no run is noted in it.")
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ImageLine:
+    """What a run wrote on one image; ``copied_to`` is the dataset of its copy, if that has it."""
+
+    image_id: int
+    name: str
+    copied_to: int | None
+    written: Written
+
+
+def image_lines(api: sly.Api, project_id: int, run_id: str) -> Iterator[ImageLine]:
+    """The images on which a run wrote something; a later line about an image has the say."""
+    texts = read_texts(api, _team_of(api, project_id), _folder(project_id, run_id))
+    lines: dict[int, ImageLine] = {}
+    for path, text in texts.items():
+        for row in _rows(path, text):
+            if not isinstance(row, dict) or not isinstance(row.get("image_id"), int):
+                continue
+            written = Written(tuple(row.get("labels", ())), tuple(row.get("image_tags", ())))
+            if written.labels or written.image_tags:
+                lines[row["image_id"]] = ImageLine(
+                    row["image_id"], str(row.get("name")), row.get("copied_to"), written
+                )
+    yield from lines.values()
+
+
+def _rows(path: str, text: str) -> Sequence[object]:
+    if not path.endswith(_MANIFEST):
+        return [_json(line) for line in text.splitlines()]
+    manifest = _json(text)
+    rows = manifest.get("images") if isinstance(manifest, dict) else None
+    return rows if isinstance(rows, list) else []
+
+
+def _json(text: str) -> object:
+    try:
+        found: object = json.loads(text)
+    except ValueError:
+        return None
+    return found
+
+
+class OwnLabels:
+    """What runs before this one wrote on the images of a project, and nobody has changed since."""
+
+    def __init__(self, api: sly.Api, project_id: int, but_run: str) -> None:
+        self._written: dict[int, list[tuple[str, str | None, Written]]] = defaultdict(list)
+        for manifest in runs_of(api, project_id):
+            if manifest.run in (but_run,) or manifest.state == "undone":
+                continue
+            for line in image_lines(api, project_id, manifest.run):
+                if line.copied_to is None:
+                    self._written[line.image_id].append(
+                        (manifest.run, manifest.run_tag, line.written)
+                    )
+
+    def without(self, image_id: int, annotation: dict[str, Any]) -> dict[str, Any]:
+        """An annotation's JSON without them; the very same object where there are none."""
+        for run_id, run_tag, written in self._written.get(image_id, ()):
+            found = sort_labels(annotation, run_id, run_tag, written)
+            if found.unchanged or found.image_tags:
+                labels, tags = annotation["objects"], annotation.get("tags", [])
+                annotation = {
+                    **annotation,
+                    "objects": [one for at, one in enumerate(labels) if at not in found.unchanged],
+                    "tags": [one for at, one in enumerate(tags) if at not in found.image_tags],
+                }
+        return annotation
