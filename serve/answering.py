@@ -262,6 +262,7 @@ class Answering:
             task_id=self._sdk.task_id,
             default_batch_size=self._sdk.batch_size,
             model_of=self._model_of,
+            num_devices=self._deployment.num_devices,
         )
 
     def _model_of(self, settings: Settings) -> dict[str, str]:

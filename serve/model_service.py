@@ -432,6 +432,12 @@ class Deployment:
         return self._current is not None
 
     @property
+    def num_devices(self) -> int:
+        """How many answer side by side."""
+        current = self._current
+        return 1 if current is None else current.scheduler.num_devices
+
+    @property
     def is_ready(self) -> bool:
         """Whether a request would be answered: a model is deployed, and its device works."""
         current = self._current

@@ -130,7 +130,8 @@ class TaggingRun:
         if isinstance(settings, Mapping):
             settings = {key: value for key, value in settings.items() if key != "task_prompt"}
         self._settings = services.settings_of({"settings": settings})
-        self._batch_size = batch_size_of(state, services.default_batch_size)
+        asked_size = batch_size_of(state, services.default_batch_size)
+        self._batch_size = asked_size * services.num_devices
         self._targets = resolve(api, Source.of_either(state)).without_repeats().targets
         self._writers: dict[int | None, TagWriter] = {}
 

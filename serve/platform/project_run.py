@@ -90,7 +90,8 @@ class PredictionRun:
         self._api = api
         self._request = request
         self._deadline = deadline
-        self._batch_size = batch_size_of(state, services.default_batch_size)
+        asked_size = batch_size_of(state, services.default_batch_size)
+        self._batch_size = asked_size * services.num_devices
         self._settings = self._settings_of(state)
         images = resolve(api, source)
         self._uploading: Uploading | None = None

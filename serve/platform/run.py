@@ -34,7 +34,7 @@ class RunServices:
     makes settings of a request's state; what it raises ends the run. ``upload`` is the SDK's
     ``upload_predictions``, bound to the app. ``budget`` is of the bytes of images that the process
     holds. ``task_id`` names created projects. ``model_of`` tells for a run's manifest which model
-    answers.
+    answers. Each of the ``num_devices`` that answer side by side gets a batch.
     """
 
     predict: Callable[[Sequence[AnyImage], Settings, Call], Sequence[Predicted | Failure]]
@@ -45,6 +45,7 @@ class RunServices:
     task_id: int | None
     default_batch_size: int
     model_of: Callable[[Settings], Mapping[str, Any]] = field(default=lambda settings: {})
+    num_devices: int = 1
 
 
 class Ledger:
