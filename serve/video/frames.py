@@ -6,8 +6,10 @@ A frame's index is its place among all that can be decoded, from 0, as in annota
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -218,9 +220,7 @@ def _packets(container: InputContainer, stream: VideoStream) -> Iterator[Any]:
             return
 
 
-def _decoded(
-    container: InputContainer, stream: VideoStream
-) -> Generator[tuple[VideoFrame, int]]:
+def _decoded(container: InputContainer, stream: VideoStream) -> Generator[tuple[VideoFrame, int]]:
     """Frames in the order in which they are shown, each with how many packets before were bad."""
     import av
 
@@ -252,21 +252,69 @@ def _flushed(stream: VideoStream) -> list[VideoFrame]:
         return []
 
 
-def _placed(
-    clip: Clip, after: Place | None
-) -> Generator[tuple[VideoFrame, Place, int]]:
+def _placed(clip: Clip, after: Place | None) -> Generator[tuple[VideoFrame, Place, int]]:
     """Decoded frames with their places, those behind ``after``.
 
     Where the file's time stamps allow, decoding begins shortly before; else at the start.
     """
+    if after is not None:
+        with _opened(clip.path) as (container, stream):
+            frames = _decoded(container, stream)
+            if _is_found(frames, container, stream, after):
+                yield from _from_here(frames, after, clip)
+                return
     with _opened(clip.path) as (container, stream):
         frames = _decoded(container, stream)
-        if after is not None and not _is_found(frames, container, stream, after):
-            container, stream = _again(container, clip, stream)
-            frames = _decoded(container, stream)
-            for _ in zip(range(after.index + 1), frames, strict=False):
-                pass
-        last = after
-        for frame, damaged in frames:
-            last = _place_of(frame, last, clip.rate)
-            yield frame, last, damaged
+        if after is not None:
+            deque(islice(frames, after.index + 1), maxlen=0)
+        yield from _from_here(frames, after, clip)
+
+
+def _from_here(
+    frames: Iterator[tuple[VideoFrame, int]], last: Place | None, clip: Clip
+) -> Generator[tuple[VideoFrame, Place, int]]:
+    for frame, damaged in frames:
+        last = _place_of(frame, last, clip.rate)
+        yield frame, last, damaged
+
+
+def _is_found(
+    frames: Iterator[tuple[VideoFrame, int]],
+    container: InputContainer,
+    stream: VideoStream,
+    place: Place,
+) -> bool:
+    """Whether the next of ``frames`` is the one behind ``place``, found by its time stamp."""
+    import av
+
+    if place.pts is None:
+        return False
+    try:
+        container.seek(place.pts, stream=stream)
+    except av.FFmpegError:
+        return False
+    for frame, _ in frames:
+        if frame.pts is None or frame.pts > place.pts:
+            return False
+        if frame.pts == place.pts:
+            return True
+    return False
+
+
+def _place_of(frame: VideoFrame, last: Place | None, rate: float) -> Place:
+    """Where a frame is, by the one before it; a time stamp that does not grow is none."""
+    index = 0 if last is None else last.index + 1
+    earliest_s = float("-inf") if last is None else last.time_s
+    time_s = frame.time
+    if time_s is None or time_s <= earliest_s:
+        time_s = 0.0 if last is None else last.time_s + 1 / rate
+        return Place(index, None, time_s)
+    is_known = last is None or last.pts is not None
+    return Place(index, frame.pts if is_known else None, time_s)
+
+
+def _upright(frame: VideoFrame, clip: Clip) -> NDArray[np.uint8]:
+    """The frame as players show it; one of another size than the first is scaled to that."""
+    width, height = clip.stored_wh
+    scaled = frame.reformat(width=width, height=height, format="rgb24")
+    return np.ascontiguousarray(np.rot90(scaled.to_ndarray(), clip.turns))

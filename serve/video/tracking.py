@@ -1,0 +1,229 @@
+"""What was found in some frames, followed through all of them: each object keeps its number.
+
+Each class is followed on its own, so that two things of different classes that cross are never
+taken for each other. The tracker is ``trackers``' BoT-SORT without the motion of the camera;
+``bench/video.py`` compares it with others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+import numpy as np
+
+from florence2.records import BoxXyxy
+from serve.video.journal import Detection, Seen
+
+LOST_S: Final = 1.0
+"""How long an object may be out of sight and keep its number."""
+# A surer one begins a track, a less sure one only goes on with one.
+_SURE_SCORE: Final = 0.1
+# Of an object that was found once, nobody knows whether it is there.
+_LEAST_FOUND: Final = 2
+# The unit in which trackers counts how long something may be lost.
+_TRACKERS_RATE: Final = 30.0
+
+TrackKey = tuple[str, int]
+"""A class and a number in it."""
+
+
+class Tracker(Protocol):
+    """Follows the boxes of one class through the frames that are asked about."""
+
+    def follow(self, found: list[Detection], time_s: float) -> list[int | None]:
+        """The number of each box, None where it is not followed."""
+
+
+MakeTracker = Callable[[float], Tracker]
+"""Makes one for so many asked frames a second."""
+
+
+class BotSort:
+    """``trackers``' BoT-SORT, or another tracker of that package, made by ``make``."""
+
+    def __init__(self, asked_rate: float, make: Callable[..., Any] | None = None) -> None:
+        import trackers
+
+        lost_s = max(LOST_S, _LEAST_FOUND / asked_rate)
+        self._tracker = (make or _bot_sort(trackers))(
+            lost_track_buffer=math.ceil(lost_s * _TRACKERS_RATE), frame_rate=asked_rate
+        )
+
+    def follow(self, found: list[Detection], time_s: float) -> list[int | None]:
+        import supervision
+
+        detections = supervision.Detections(
+            xyxy=np.array([one.box_xyxy for one in found], np.float64).reshape(-1, 4),
+            confidence=np.array([one.score for one in found], np.float64),
+            # It comes back in another order.
+            class_id=np.arange(len(found)),
+        )
+        followed = self._tracker.update(detections, timestamp=time_s)
+        numbers: list[int | None] = [None] * len(found)
+        if len(followed):
+            for place, number in zip(followed.class_id, followed.tracker_id, strict=True):
+                numbers[int(place)] = int(number) if number >= 0 else None
+        return numbers
+
+
+def _bot_sort(trackers: Any) -> Callable[..., Any]:  # noqa: ANN401 - a package without types
+    def make(**rates: Any) -> Any:  # noqa: ANN401
+        return trackers.BoTSORTTracker(
+            minimum_consecutive_frames=1,
+            track_activation_threshold=_SURE_SCORE,
+            high_conf_det_threshold=_SURE_SCORE,
+            # Of a whole frame it would need the pixels, which nobody keeps.
+            enable_cmc=False,
+            **rates,
+        )
+
+    return make
+
+
+@dataclass(slots=True)
+class Track:
+    """One object. ``number`` is its place in the order in which objects appear, from 1."""
+
+    class_name: str
+    number: int
+    num_found: int = 0
+    score_sum: float = 0.0
+
+    @property
+    def score(self) -> float:
+        """The mean of its detections' scores."""
+        return self.score_sum / self.num_found
+
+
+def find_tracks(
+    seen: Iterable[Seen], asked_rate: float, make: MakeTracker = BotSort
+) -> tuple[dict[TrackKey, Track], int]:
+    """Every object that was found more than once, in the order in which they appear, and how many
+    boxes belong to none. In a range of one frame, every object counts."""
+    tracks: dict[TrackKey, Track] = {}
+    num_asked = loose = 0
+    for frame, keys in _keyed(seen, asked_rate, make):
+        num_asked += frame.failed is None
+        for one, key in zip(frame.found, keys, strict=True):
+            if key is None:
+                loose += 1
+                continue
+            track = tracks.setdefault(key, Track(one.class_name, 0))
+            track.num_found += 1
+            track.score_sum += one.score
+    least = _LEAST_FOUND if num_asked > 1 else 1
+    kept = {key: track for key, track in tracks.items() if track.num_found >= least}
+    for number, track in enumerate(kept.values(), 1):
+        track.number = number
+    return kept, loose + sum(one.num_found for one in tracks.values() if one.num_found < least)
+
+
+@dataclass(frozen=True, slots=True)
+class FollowedFrame:
+    """The boxes of a frame by the object that they belong to."""
+
+    index: int
+    boxes: Mapping[TrackKey, BoxXyxy]
+
+
+def followed_frames(
+    seen: Iterable[Seen],
+    tracks: Mapping[TrackKey, Track],
+    asked_rate: float,
+    make: MakeTracker = BotSort,
+) -> Iterator[FollowedFrame]:
+    """Every frame in which an object is, in order; between two asked frames, boxes move straight.
+
+    An object that was not found for a while and then was again is taken to have been there. What
+    is in memory does not grow with the video.
+    """
+    window = _Window(max(LOST_S, _LEAST_FOUND / asked_rate))
+    for frame, keys in _keyed(seen, asked_rate, make):
+        window.add(frame)
+        for one, key in zip(frame.found, keys, strict=True):
+            if key is not None and key in tracks:
+                window.put(key, one.box_xyxy)
+        yield from window.settled()
+    yield from window.rest()
+
+
+def _keyed(
+    seen: Iterable[Seen], asked_rate: float, make: MakeTracker
+) -> Iterator[tuple[Seen, list[TrackKey | None]]]:
+    """Frames with the object of each box; a frame that failed is as if it had not been asked."""
+    trackers: dict[str, Tracker] = {}
+    for frame in seen:
+        if frame.failed is not None:
+            yield frame, []
+            continue
+        by_class: dict[str, list[int]] = {name: [] for name in trackers}
+        for place, one in enumerate(frame.found):
+            by_class.setdefault(one.class_name, []).append(place)
+        keys: list[TrackKey | None] = [None] * len(frame.found)
+        for name, places in by_class.items():
+            tracker = trackers.get(name) or trackers.setdefault(name, make(asked_rate))
+            numbers = tracker.follow([frame.found[place] for place in places], frame.place.time_s)
+            for place, number in zip(places, numbers, strict=True):
+                keys[place] = None if number is None else (name, number)
+        yield frame, keys
+
+
+@dataclass(slots=True)
+class _Frame:
+    index: int
+    time_s: float
+    boxes: dict[TrackKey, BoxXyxy] = field(default_factory=dict)
+
+
+class _Window:
+    """The frames into which a box may still be put, because its object may be found again."""
+
+    def __init__(self, lost_s: float) -> None:
+        self._lost_s = lost_s
+        self._frames: deque[_Frame] = deque()
+        self._last: dict[TrackKey, tuple[_Frame, BoxXyxy]] = {}
+
+    def add(self, seen: Seen) -> None:
+        first = seen.place.index - len(seen.times_s) + 1
+        self._frames += [_Frame(first + place, time) for place, time in enumerate(seen.times_s)]
+
+    def put(self, key: TrackKey, box_xyxy: BoxXyxy) -> None:
+        """A box in the last frame, and what is between it and the last one of its object."""
+        now = self._frames[-1]
+        before = self._last.get(key)
+        if before is not None:
+            for frame in self._frames:
+                if before[0].index < frame.index < now.index:
+                    share = (frame.time_s - before[0].time_s) / (now.time_s - before[0].time_s)
+                    frame.boxes[key] = _between(before[1], box_xyxy, share)
+        now.boxes[key] = box_xyxy
+        self._last[key] = now, box_xyxy
+
+    def settled(self) -> Iterator[FollowedFrame]:
+        """The frames into which nothing is put any more."""
+        # A tracker looks at the frame in which the time is over.
+        limit_s = self._frames[-1].time_s - 2 * self._lost_s
+        self._last = {key: one for key, one in self._last.items() if one[0].time_s >= limit_s}
+        earliest = min((frame.index for frame, _ in self._last.values()), default=math.inf)
+        while len(self._frames) > 1 and self._frames[0].index <= min(
+            earliest, self._frames[-1].index - 1
+        ):
+            yield from _shown(self._frames.popleft())
+
+    def rest(self) -> Iterator[FollowedFrame]:
+        while self._frames:
+            yield from _shown(self._frames.popleft())
+
+
+def _shown(frame: _Frame) -> Iterator[FollowedFrame]:
+    if frame.boxes:
+        yield FollowedFrame(frame.index, frame.boxes)
+
+
+def _between(start: BoxXyxy, end: BoxXyxy, share: float) -> BoxXyxy:
+    x1, y1, x2, y2 = (a + (b - a) * share for a, b in zip(start, end, strict=True))
+    return x1, y1, x2, y2
