@@ -1,4 +1,4 @@
-"""The frames of a video file, decoded one after the other: which are asked about, and when they are.
+"""The frames of a video file, decoded in order: which are asked about, and when they are.
 
 A frame's index is its place among all that can be decoded, from 0, as in annotations of videos.
 """
@@ -195,11 +195,12 @@ class _opened:  # noqa: N801 - it is used as a function
         is_cover = av.stream.Disposition.attached_pic
         streams = [one for one in container.streams.video if not one.disposition & is_cover]
         if not streams:
-            kinds = sorted({one.type for one in container.streams}) or ["nothing"]
+            kinds = sorted({one.type for one in container.streams})
             container.close()
             raise VideoError(
-                f"A video has moving pictures, and {name!r} holds only {' and '.join(kinds)}; give "
-                "a file with a video stream."
+                f"A video has moving pictures, and {name!r} holds "
+                f"{'only ' + ' and '.join(kinds) if kinds else 'none'}; give a file with a video "
+                "stream."
             )
         return container, streams[0]
 

@@ -1,4 +1,4 @@
-"""One ``florence2 label`` of a video: from settings, a file and a folder to a project and a report."""
+"""One ``florence2 label`` of a video: from settings and a file to a project and a report."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -68,13 +68,10 @@ class Clip:
     def size_wh(self) -> SizeWh:
         return self.scene.size_wh
 
-    def scene_at(self, frame: int) -> Scene:
-        """What is to be drawn of a frame, and which mover each object is: its number."""
-        return replace(self.scene, objects=tuple(thing for _, thing in self._things(frame)))
-
     def pixels(self, frame: int) -> Pixels:
         """A frame as [h, w, 3] uint8 RGB."""
-        return draw_pixels(self.scene_at(frame))
+        things = tuple(thing for _, thing in self._things(frame))
+        return draw_pixels(replace(self.scene, objects=things))
 
     def truth(self, frame: int) -> dict[int, tuple[str, BoxXyxy]]:
         """Kind and box in pixels of every mover that is seen well enough, by its number."""
@@ -93,7 +90,7 @@ class Clip:
             clipped = geometry.clip_to_image(outline)
             if len(clipped) >= 3:
                 found.append((number, _thing(mover, pose, clipped)))
-        shares = _visible_shares([(thing, self.size_wh) for _, thing in found])
+        shares = _visible_shares([thing for _, thing in found], self.size_wh)
         return [
             (number, replace(thing, visible=share))
             for (number, thing), share in zip(found, shares, strict=True)
@@ -111,16 +108,13 @@ def _thing(mover: Mover, pose: Pose, clipped: Points) -> SceneObject:
     return SceneObject(mover.kind, mover.colour, mover.rgb, box, points, points, pose, 1.0, 0.0)
 
 
-def _visible_shares(things: list[tuple[SceneObject, SizeWh]]) -> list[float]:
+def _visible_shares(things: list[SceneObject], size_wh: SizeWh) -> list[float]:
     """The share of each full shape that is neither hidden by later ones nor out of the image."""
-    if not things:
-        return []
-    size_wh = things[0][1]
     scale = _MAP_LONG_SIDE_PX / max(size_wh)
     map_wh = np.array([round(size_wh[0] * scale), round(size_wh[1] * scale)])
     owner = np.zeros((map_wh[1], map_wh[0]), np.uint8)
     wholes = []
-    for number, (thing, _) in enumerate(things, 1):
+    for number, thing in enumerate(things, 1):
         outline = geometry.posed(shape_of(thing.kind).outline, thing.pose, size_wh)
         geometry.fill_polygon(owner, outline * map_wh, number)
         wholes.append(abs(geometry.area(outline)) * float(map_wh.prod()))
@@ -178,16 +172,22 @@ def write_clip(clip: Clip, path: Path) -> None:
 
 
 def write_frames(
-    frames: Iterator[Pixels], path: Path, fps: int, codec: str = "libx264", **options: str
+    frames: Iterator[Pixels],
+    path: Path,
+    fps: int,
+    codec: str = "libx264",
+    *,
+    options: Mapping[str, str] | None = None,
+    container_options: Mapping[str, str] | None = None,
 ) -> None:
     """RGB frames [h, w, 3] of one size as a video; odd sizes keep all their pixels."""
     import av
 
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", options=dict(container_options or {})) as container:
         stream = None
         for pixels in frames:
             if stream is None:
-                stream = container.add_stream(codec, rate=Fraction(fps), options=options)
+                stream = container.add_stream(codec, rate=Fraction(fps), options=dict(options or {}))
                 stream.height, stream.width = pixels.shape[:2]
                 is_odd = stream.height % 2 or stream.width % 2
                 stream.pix_fmt = "yuv444p" if is_odd else "yuv420p"
