@@ -15,15 +15,18 @@ from typing import Any, Final, Protocol
 
 import numpy as np
 
+from florence2.evaluation.detection import box_ious
 from florence2.records import BoxXyxy
 from serve.video.journal import Detection, Seen
 
 LOST_S: Final = 1.0
 """How long an object may be out of sight and keep its number."""
-# A surer one begins a track, a less sure one only goes on with one.
-_SURE_SCORE: Final = 0.1
+SURE_SCORE: Final = 0.1
+"""A box of this score may begin a track, a less sure one only goes on with one."""
 # Of an object that was found once, nobody knows whether it is there.
 _LEAST_FOUND: Final = 2
+# Frames without an answer in a row, before which nothing is looked up any more.
+_MOST_WAITING: Final = 64
 # The unit in which trackers counts how long something may be lost.
 _TRACKERS_RATE: Final = 30.0
 
@@ -42,16 +45,11 @@ MakeTracker = Callable[[float], Tracker]
 """Makes one for so many asked frames a second."""
 
 
-class BotSort:
-    """``trackers``' BoT-SORT, or another tracker of that package, made by ``make``."""
+class LibraryTracker:
+    """One of the trackers of the package ``trackers``."""
 
-    def __init__(self, asked_rate: float, make: Callable[..., Any] | None = None) -> None:
-        import trackers
-
-        lost_s = max(LOST_S, _LEAST_FOUND / asked_rate)
-        self._tracker = (make or _bot_sort(trackers))(
-            lost_track_buffer=math.ceil(lost_s * _TRACKERS_RATE), frame_rate=asked_rate
-        )
+    def __init__(self, tracker: Any) -> None:  # noqa: ANN401 - a package without a base type
+        self._tracker = tracker
 
     def follow(self, found: list[Detection], time_s: float) -> list[int | None]:
         import supervision
@@ -59,7 +57,7 @@ class BotSort:
         detections = supervision.Detections(
             xyxy=np.array([one.box_xyxy for one in found], np.float64).reshape(-1, 4),
             confidence=np.array([one.score for one in found], np.float64),
-            # It comes back in another order.
+            # They come back in another order.
             class_id=np.arange(len(found)),
         )
         followed = self._tracker.update(detections, timestamp=time_s)
@@ -70,18 +68,33 @@ class BotSort:
         return numbers
 
 
-def _bot_sort(trackers: Any) -> Callable[..., Any]:  # noqa: ANN401 - a package without types
-    def make(**rates: Any) -> Any:  # noqa: ANN401
-        return trackers.BoTSORTTracker(
-            minimum_consecutive_frames=1,
-            track_activation_threshold=_SURE_SCORE,
-            high_conf_det_threshold=_SURE_SCORE,
-            # Of a whole frame it would need the pixels, which nobody keeps.
-            enable_cmc=False,
-            **rates,
-        )
+def bot_sort(asked_rate: float) -> Tracker:
+    """BoT-SORT for so many asked frames a second; each box may begin a track."""
+    import trackers
 
-    return make
+    return LibraryTracker(
+        trackers.BoTSORTTracker(
+            **rate_options(asked_rate),
+            minimum_consecutive_frames=1,
+            track_activation_threshold=SURE_SCORE,
+            high_conf_det_threshold=SURE_SCORE,
+            # It would need the pixels of all frames, which nobody keeps.
+            enable_cmc=False,
+        )
+    )
+
+
+def rate_options(asked_rate: float) -> dict[str, Any]:
+    """How long a tracker of the package waits for an object, in its own units."""
+    return {
+        "frame_rate": asked_rate,
+        "lost_track_buffer": math.ceil(_lost_s(asked_rate) * _TRACKERS_RATE),
+    }
+
+
+def _lost_s(asked_rate: float) -> float:
+    """Where frames are asked rarely, an object may still be missed once."""
+    return max(LOST_S, _LEAST_FOUND / asked_rate)
 
 
 @dataclass(slots=True)
@@ -100,7 +113,7 @@ class Track:
 
 
 def find_tracks(
-    seen: Iterable[Seen], asked_rate: float, make: MakeTracker = BotSort
+    seen: Iterable[Seen], asked_rate: float, make: MakeTracker = bot_sort
 ) -> tuple[dict[TrackKey, Track], int]:
     """Every object that was found more than once, in the order in which they appear, and how many
     boxes belong to none. In a range of one frame, every object counts."""
@@ -134,14 +147,14 @@ def followed_frames(
     seen: Iterable[Seen],
     tracks: Mapping[TrackKey, Track],
     asked_rate: float,
-    make: MakeTracker = BotSort,
+    make: MakeTracker = bot_sort,
 ) -> Iterator[FollowedFrame]:
     """Every frame in which an object is, in order; between two asked frames, boxes move straight.
 
     An object that was not found for a while and then was again is taken to have been there. What
     is in memory does not grow with the video.
     """
-    window = _Window(max(LOST_S, _LEAST_FOUND / asked_rate))
+    window = _Window(_lost_s(asked_rate))
     for frame, keys in _keyed(seen, asked_rate, make):
         window.add(frame)
         for one, key in zip(frame.found, keys, strict=True):
@@ -154,22 +167,65 @@ def followed_frames(
 def _keyed(
     seen: Iterable[Seen], asked_rate: float, make: MakeTracker
 ) -> Iterator[tuple[Seen, list[TrackKey | None]]]:
-    """Frames with the object of each box; a frame that failed is as if it had not been asked."""
+    """Frames with the object of each box; a frame that failed is as if it had not been asked.
+
+    A tracker gives an object its number when it sees it again: its first box is found then.
+    """
     trackers: dict[str, Tracker] = {}
+    known: set[TrackKey] = set()
+    # The last frame that was answered, and those behind it that were not.
+    waiting: list[tuple[Seen, list[TrackKey | None]]] = []
     for frame in seen:
         if frame.failed is not None:
-            yield frame, []
+            waiting.append((frame, []))
+            if len(waiting) > _MOST_WAITING:
+                yield from waiting
+                waiting = []
             continue
-        by_class: dict[str, list[int]] = {name: [] for name in trackers}
-        for place, one in enumerate(frame.found):
-            by_class.setdefault(one.class_name, []).append(place)
-        keys: list[TrackKey | None] = [None] * len(frame.found)
-        for name, places in by_class.items():
-            tracker = trackers.get(name) or trackers.setdefault(name, make(asked_rate))
-            numbers = tracker.follow([frame.found[place] for place in places], frame.place.time_s)
-            for place, number in zip(places, numbers, strict=True):
-                keys[place] = None if number is None else (name, number)
-        yield frame, keys
+        keys = _keys_of(frame, trackers, lambda: make(asked_rate))
+        born = [
+            (key, one)
+            for key, one in zip(keys, frame.found, strict=True)
+            if key and key not in known
+        ]
+        for key, one in born:
+            known.add(key)
+            if waiting:
+                _give_first_box(key, one, *waiting[0])
+        yield from waiting
+        waiting = [(frame, keys)]
+    yield from waiting
+
+
+def _keys_of(
+    frame: Seen, trackers: dict[str, Tracker], make: Callable[[], Tracker]
+) -> list[TrackKey | None]:
+    by_class: dict[str, list[int]] = {name: [] for name in trackers}
+    for place, one in enumerate(frame.found):
+        by_class.setdefault(one.class_name, []).append(place)
+    keys: list[TrackKey | None] = [None] * len(frame.found)
+    for name, places in by_class.items():
+        tracker = trackers.get(name) or trackers.setdefault(name, make())
+        numbers = tracker.follow([frame.found[place] for place in places], frame.place.time_s)
+        for place, number in zip(places, numbers, strict=True):
+            keys[place] = None if number is None else (name, number)
+    return keys
+
+
+def _give_first_box(
+    key: TrackKey, one: Detection, before: Seen, keys: list[TrackKey | None]
+) -> None:
+    """Of the frame before, the box that overlaps most and is nobody's is the object's first one."""
+    free = [
+        place
+        for place, other in enumerate(before.found)
+        if keys[place] is None and other.class_name == one.class_name
+    ]
+    if not free:
+        return
+    overlaps = box_ious([before.found[place].box_xyxy for place in free], [one.box_xyxy])[:, 0]
+    if overlaps.max() > 0:
+        keys[free[int(overlaps.argmax())]] = key
 
 
 @dataclass(slots=True)

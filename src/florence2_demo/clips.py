@@ -187,7 +187,9 @@ def write_frames(
         stream = None
         for pixels in frames:
             if stream is None:
-                stream = container.add_stream(codec, rate=Fraction(fps), options=dict(options or {}))
+                stream = container.add_stream(
+                    codec, rate=Fraction(fps), options=dict(options or {})
+                )
                 stream.height, stream.width = pixels.shape[:2]
                 is_odd = stream.height % 2 or stream.width % 2
                 stream.pix_fmt = "yuv444p" if is_odd else "yuv420p"

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+from itertools import pairwise
 
 import pytest
 from label_fakes import color_in, files_below, result
@@ -279,7 +280,7 @@ def test_damage_in_the_middle_is_counted_and_the_rest_is_labeled(label, tmp_path
     clip = gray_clip(tmp_path / "clip.avi", COUNT, codec="mpeg4", options={"g": "1"})
     data = bytearray(clip.read_bytes())
     frames = [at for at in range(len(data)) if data.startswith(b"00dc", at)]
-    for at, end in zip(frames[8:10], frames[9:11], strict=True):
+    for at, end in pairwise(frames[8:11]):
         data[at + 8 : end] = bytes(end - at - 8)
     clip.write_bytes(data)
     run = label(clip)
