@@ -50,9 +50,9 @@ from serve.video.tracking import (
     SURE_SCORE,
     LibraryTracker,
     MakeTracker,
-    bot_sort,
     find_tracks,
     followed_frames,
+    oc_sort,
     rate_options,
 )
 
@@ -165,9 +165,11 @@ def trackers_to_compare() -> dict[str, MakeTracker]:
         return lambda rate: LibraryTracker(kind(**rate_options(rate), **options))
 
     compared: dict[str, MakeTracker] = {
-        "trackers BoT-SORT": bot_sort,
+        "trackers OC-SORT": oc_sort,
+        "OC 0.2": by(trackers.OCSORTTracker, **sure, minimum_iou_threshold=0.2),
+        "OC 0.1": by(trackers.OCSORTTracker, **sure, minimum_iou_threshold=0.1),
         "trackers ByteTrack": by(trackers.ByteTrackTracker, **sure, **begins),
-        "trackers OC-SORT": by(trackers.OCSORTTracker, **sure),
+        "trackers BoT-SORT": by(trackers.BoTSORTTracker, **sure, **begins, enable_cmc=False),
         "trackers SORT": by(trackers.SORTTracker, minimum_consecutive_frames=1, **begins),
     }
     try:

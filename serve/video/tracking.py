@@ -1,8 +1,8 @@
 """What was found in some frames, followed through all of them: each object keeps its number.
 
 Each class is followed on its own, so that two things of different classes that cross are never
-taken for each other. The tracker is ``trackers``' BoT-SORT without the motion of the camera;
-``bench/video.py`` compares it with others.
+taken for each other. The tracker is ``trackers``' OC-SORT; ``bench/video.py`` compares it with
+others.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ LOST_S: Final = 1.0
 """How long an object may be out of sight and keep its number."""
 SURE_SCORE: Final = 0.1
 """A box of this score may begin a track, a less sure one only goes on with one."""
+LEAST_IOU: Final = 0.3
+"""How much a box overlaps with where its object is expected."""
 # Of an object that was found once, nobody knows whether it is there.
 _LEAST_FOUND: Final = 2
 # Frames without an answer in a row, before which nothing is looked up any more.
@@ -68,18 +70,16 @@ class LibraryTracker:
         return numbers
 
 
-def bot_sort(asked_rate: float) -> Tracker:
-    """BoT-SORT for so many asked frames a second; each box may begin a track."""
+def oc_sort(asked_rate: float) -> Tracker:
+    """OC-SORT for so many asked frames a second; each box may begin a track."""
     import trackers
 
     return LibraryTracker(
-        trackers.BoTSORTTracker(
+        trackers.OCSORTTracker(
             **rate_options(asked_rate),
             minimum_consecutive_frames=1,
-            track_activation_threshold=SURE_SCORE,
+            minimum_iou_threshold=LEAST_IOU,
             high_conf_det_threshold=SURE_SCORE,
-            # It would need the pixels of all frames, which nobody keeps.
-            enable_cmc=False,
         )
     )
 
@@ -113,7 +113,7 @@ class Track:
 
 
 def find_tracks(
-    seen: Iterable[Seen], asked_rate: float, make: MakeTracker = bot_sort
+    seen: Iterable[Seen], asked_rate: float, make: MakeTracker = oc_sort
 ) -> tuple[dict[TrackKey, Track], int]:
     """Every object that was found more than once, in the order in which they appear, and how many
     boxes belong to none. In a range of one frame, every object counts."""
@@ -147,7 +147,7 @@ def followed_frames(
     seen: Iterable[Seen],
     tracks: Mapping[TrackKey, Track],
     asked_rate: float,
-    make: MakeTracker = bot_sort,
+    make: MakeTracker = oc_sort,
 ) -> Iterator[FollowedFrame]:
     """Every frame in which an object is, in order; between two asked frames, boxes move straight.
 
