@@ -166,8 +166,6 @@ def trackers_to_compare() -> dict[str, MakeTracker]:
 
     compared: dict[str, MakeTracker] = {
         "trackers OC-SORT": oc_sort,
-        "OC 0.2": by(trackers.OCSORTTracker, **sure, minimum_iou_threshold=0.2),
-        "OC 0.1": by(trackers.OCSORTTracker, **sure, minimum_iou_threshold=0.1),
         "trackers ByteTrack": by(trackers.ByteTrackTracker, **sure, **begins),
         "trackers BoT-SORT": by(trackers.BoTSORTTracker, **sure, **begins, enable_cmc=False),
         "trackers SORT": by(trackers.SORTTracker, minimum_consecutive_frames=1, **begins),

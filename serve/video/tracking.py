@@ -23,7 +23,7 @@ LOST_S: Final = 1.0
 """How long an object may be out of sight and keep its number."""
 SURE_SCORE: Final = 0.1
 """A box of this score may begin a track, a less sure one only goes on with one."""
-LEAST_IOU: Final = 0.3
+LEAST_IOU: Final = 0.2
 """How much a box overlaps with where its object is expected."""
 # Of an object that was found once, nobody knows whether it is there.
 _LEAST_FOUND: Final = 2
