@@ -23,8 +23,8 @@ LOST_S: Final = 1.0
 """How long an object may be out of sight and keep its number."""
 SURE_SCORE: Final = 0.1
 """A box of this score may begin a track, a less sure one only goes on with one."""
-LEAST_IOU: Final = 0.2
-"""How much a box overlaps with where its object is expected."""
+# How much a box overlaps with where its object is expected.
+_LEAST_IOU: Final = 0.2
 # Of an object that was found once, nobody knows whether it is there.
 _LEAST_FOUND: Final = 2
 # Frames without an answer in a row, before which nothing is looked up any more.
@@ -78,7 +78,7 @@ def oc_sort(asked_rate: float) -> Tracker:
         trackers.OCSORTTracker(
             **rate_options(asked_rate),
             minimum_consecutive_frames=1,
-            minimum_iou_threshold=LEAST_IOU,
+            minimum_iou_threshold=_LEAST_IOU,
             high_conf_det_threshold=SURE_SCORE,
         )
     )
@@ -169,12 +169,14 @@ def _keyed(
 ) -> Iterator[tuple[Seen, list[TrackKey | None]]]:
     """Frames with the object of each box; a frame that failed is as if it had not been asked.
 
-    A tracker gives an object its number when it sees it again: its first box is found then.
+    A tracker gives an object its number when it sees it again: its first box is found then. Where
+    there is one frame only, each of its boxes is an object.
     """
     trackers: dict[str, Tracker] = {}
     known: set[TrackKey] = set()
     # The last frame that was answered, and those behind it that were not.
     waiting: list[tuple[Seen, list[TrackKey | None]]] = []
+    num_answered = 0
     for frame in seen:
         if frame.failed is not None:
             waiting.append((frame, []))
@@ -194,6 +196,12 @@ def _keyed(
                 _give_first_box(key, one, *waiting[0])
         yield from waiting
         waiting = [(frame, keys)]
+        num_answered += 1
+    if num_answered == 1:
+        waiting = [
+            (frame, [(one.class_name, place) for place, one in enumerate(frame.found)])
+            for frame, _ in waiting
+        ]
     yield from waiting
 
 
