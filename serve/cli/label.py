@@ -1,4 +1,4 @@
-"""``florence2 label``: a folder of images becomes a project on disk."""
+"""``florence2 label``: a folder of images, or a video, becomes a project on disk."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ from serve.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from serve.labeling.report import Report
+    from serve.labeling.run import Job, ModelSource
     from serve.predict.predictor import Predictor
+    from serve.settings import Settings
+    from serve.video.report import VideoReport
 
 DEFAULT_MODEL: Final = "Florence-2-large"
 
@@ -53,7 +57,7 @@ class _LabelCommand(TyperCommand):
         super().format_help(ctx, formatter)
 
 
-Images = Annotated[Path, typer.Argument(help="A folder of images, or one image.")]
+Images = Annotated[Path, typer.Argument(help="A folder of images, one image, or a video.")]
 Out = Annotated[
     Path,
     typer.Option(
@@ -105,6 +109,16 @@ Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Begin anew; earlier labels move to OUT.old-1.")
 ]
 
+Every = Annotated[
+    int | None, typer.Option(min=1, help="Of a video: look at every so-many-th frame. [default: 1]")
+]
+FirstFrame = Annotated[
+    int | None, typer.Option("--from", min=0, help="Of a video: the first frame, counted from 0.")
+]
+LastFrame = Annotated[
+    int | None, typer.Option("--to", min=0, help="Of a video: the last frame, itself included.")
+]
+
 
 def register(app: typer.Typer) -> None:
     app.command("label", cls=_LabelCommand)(label)
@@ -141,8 +155,12 @@ def label(
     retry_failed: Retry = False,
     relabel_changed: Relabel = False,
     overwrite: Overwrite = False,
+    every: Every = None,
+    from_: FirstFrame = None,
+    to: LastFrame = None,
 ) -> None:
-    """Label a folder of images into a Supervisely project on disk; stop and go on at will."""
+    """Label a folder of images, or a video, into a Supervisely project on disk; stop and go on at
+    will."""
     from serve.labeling.settings import label_settings
 
     settings = label_settings(
@@ -159,7 +177,7 @@ def label(
         num_beams=num_beams,
         max_new_tokens=max_new_tokens,
     )
-    from serve.labeling.run import Job, ModelSource, label_folder
+    from serve.labeling.run import Job, ModelSource
 
     job = Job(
         images=images,
@@ -182,7 +200,32 @@ def label(
         load=lambda: _predictor(model, first, runtime, precision, others),
         fingerprint=lambda: fingerprint(model),
     )
-    raise typer.Exit(label_folder(settings, job, source).exit_code)
+    raise typer.Exit(_labeled(settings, job, source, every, from_, to).exit_code)
+
+
+def _labeled(
+    settings: Settings,
+    job: Job,
+    source: ModelSource,
+    every: int | None,
+    first: int | None,
+    last: int | None,
+) -> Report | VideoReport:
+    """A video by its own way, everything else as images."""
+    from florence2.errors import RequestError
+    from serve.labeling.run import label_folder
+    from serve.video.frames import Range, is_video
+
+    if is_video(job.images) and not job.images.is_dir():
+        from serve.video.run import label_video
+
+        return label_video(settings, job, Range(every or 1, first or 0, last), source)
+    for option, value in (("--every", every), ("--from", first), ("--to", last)):
+        if value is not None:
+            raise RequestError(
+                f"{option} is for a video, and {str(job.images)!r} is none; leave it out."
+            )
+    return label_folder(settings, job, source)
 
 
 def _is_given(context: typer.Context, name: str) -> bool:

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, TextIO
 
 from florence2.errors import FlorenceError, ImageError
 
@@ -78,7 +78,14 @@ class Workspace:
         self._unsynced: list[Path] = []
 
     def write_text(self, path: Path, text: str) -> None:
-        self._part.write_text(text, encoding="utf-8", newline="")
+        with self.writing(path) as file:
+            file.write(text)
+
+    @contextmanager
+    def writing(self, path: Path) -> Iterator[TextIO]:
+        """A file that takes the place of ``path`` once it is whole."""
+        with self._part.open("w", encoding="utf-8", newline="") as file:
+            yield file
         self._part.replace(path)
         self._unsynced.append(path)
 

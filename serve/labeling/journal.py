@@ -199,7 +199,7 @@ def open_journal(workspace: Workspace, settings: Mapping[str, Any], is_kept: IsK
     """
     path = workspace.root / JOURNAL_NAME
     if is_begun(workspace.root):
-        _check_same_settings(workspace.root, read_settings(path), settings)
+        check_same_settings(workspace.root, read_settings(path), settings)
     else:
         check_usable(workspace.root)
         header = json.dumps({"format": _FORMAT, "settings": dict(settings)}) + "\n"
@@ -268,7 +268,8 @@ def check_usable(root: Path) -> None:
         )
 
 
-def _check_same_settings(root: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+def check_same_settings(root: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Raises OutputError where a folder was begun with other settings than these."""
     now = json.loads(json.dumps(dict(new)))
     for key in [*now, *old]:
         is_unknown = key == "checkpoint" and None in (old.get(key), now.get(key))

@@ -252,7 +252,7 @@ def _outcomes(
     images = [one.image for one in readable if one.image is not None]
     answers = run.predictor.answers(images, Call(Priority.BULK))
     if is_first:
-        _check_any_hope([one for found in answers for one in found], len(images), run.settings)
+        check_any_hope([one for found in answers for one in found], len(images), run.settings)
     return [
         run.predictor.predicted(image, found) for image, found in zip(images, answers, strict=True)
     ]
@@ -269,11 +269,11 @@ def _outcomes_by_reference(
         except FlorenceError as error:
             outcomes.append(Failure(error.code, str(error)))
     if is_first:
-        _check_any_hope(outcomes, len(outcomes), run.settings)
+        check_any_hope(outcomes, len(outcomes), run.settings)
     return outcomes
 
 
-def _check_any_hope(
+def check_any_hope(
     answers: Sequence[Result | Predicted | Failure], num_images: int, settings: Settings
 ) -> None:
     """Raises RequestError when the first answers show that every image will fail alike."""

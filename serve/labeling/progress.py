@@ -29,25 +29,31 @@ _LINE_EVERY_S: Final = 30.0
 
 
 class _RateColumn(ProgressColumn):
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self._unit = unit
+
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text(f"{speed:.2f} images/s" if speed else "- images/s")
+        return Text(f"{speed:.2f} {self._unit}/s" if speed else f"- {self._unit}/s")
 
 
 @contextmanager
-def progress_bar(total: int, doing: str = "Labeling") -> Iterator[Callable[[int], None]]:
+def progress_bar(
+    total: int, doing: str = "Labeling", unit: str = "images"
+) -> Iterator[Callable[[int], None]]:
     """A bar with rate and time left; without a terminal, a line every half minute.
 
-    What it gives is told how many images were done since it was last told.
+    What it gives is told how many images (or what ``unit`` names) were done since it was last told.
     """
     if not ERR.is_terminal:
-        yield _Lines(total)
+        yield _Lines(total, unit)
         return
     columns = (
         TextColumn(doing),
         BarColumn(),
         MofNCompleteColumn(),
-        _RateColumn(),
+        _RateColumn(unit),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=ERR, speed_estimate_period=120.0) as bar:
@@ -56,8 +62,8 @@ def progress_bar(total: int, doing: str = "Labeling") -> Iterator[Callable[[int]
 
 
 class _Lines:
-    def __init__(self, total: int) -> None:
-        self._total, self._done = total, 0
+    def __init__(self, total: int, unit: str) -> None:
+        self._total, self._done, self._unit = total, 0, unit
         self._started = self._said = time.monotonic()
 
     def __call__(self, images: int, /) -> None:
@@ -67,8 +73,9 @@ class _Lines:
             return
         self._said = now
         rate = self._done / (now - self._started)
-        left = (self._total - self._done) / rate
-        say(f"{self._done}/{self._total} images, {rate:.2f} images/s, {shown_s(left)} left")
+        left = max(0, self._total - self._done) / rate
+        done = f"{self._done}/{self._total} {self._unit}"
+        say(f"{done}, {rate:.2f} {self._unit}/s, {shown_s(left)} left")
 
 
 @dataclass(slots=True)

@@ -55,13 +55,17 @@ from serve.settings import Settings
 
 
 @contextmanager
-def earlier_labels_moved(workspace: Workspace) -> Iterator[None]:
+def earlier_labels_moved(
+    workspace: Workspace,
+    journal_name: str = JOURNAL_NAME,
+    is_begun: Callable[[Path], bool] = is_begun,
+) -> Iterator[None]:
     """Moves an earlier run's files to a folder beside this one; the journal goes last.
 
     They come back when the new run labels nothing and ends with an error.
     """
     root = workspace.root.resolve()
-    if not (root / JOURNAL_NAME).exists():
+    if not (root / journal_name).exists():
         yield
         return
     number = 1
@@ -70,7 +74,7 @@ def earlier_labels_moved(workspace: Workspace) -> Iterator[None]:
     target.mkdir()
     # Before the first file comes: a kill midway must not make previews look like images.
     (target / OUTPUT_MARKER).touch()
-    _move_all(root, target)
+    _move_all(root, target, journal_name)
     say(f"The earlier labels are now in {target}")
     try:
         yield
@@ -78,7 +82,7 @@ def earlier_labels_moved(workspace: Workspace) -> Iterator[None]:
         if not is_begun(root):
             for name in _names(root):
                 shutil.rmtree(root / name) if (root / name).is_dir() else (root / name).unlink()
-            _move_all(target, root)
+            _move_all(target, root, journal_name)
             (target / OUTPUT_MARKER).unlink()
             target.rmdir()
             say(f"The earlier labels are back in {root}")
@@ -89,8 +93,8 @@ def _names(root: Path) -> list[str]:
     return [path.name for path in root.iterdir() if not path.name.startswith(".")]
 
 
-def _move_all(source: Path, target: Path) -> None:
-    for name in sorted(_names(source), key=lambda name: name == JOURNAL_NAME):
+def _move_all(source: Path, target: Path, journal_name: str) -> None:
+    for name in sorted(_names(source), key=lambda name: name == journal_name):
         (source / name).rename(target / name)
 
 
@@ -349,6 +353,11 @@ def _work(run: _OpenRun, model: ModelSource, stop: StopSwitch) -> tuple[RunCount
 def _unless_first(run: _OpenRun, error: Exception) -> str:
     if not run.journal.totals.images:
         raise error
+    return error_sentence(error)
+
+
+def error_sentence(error: Exception) -> str:
+    """What a report says about an error that ended its run."""
     if isinstance(error, FlorenceError):
         return str(error)
     place = traceback.extract_tb(error.__traceback__)[-1]
@@ -393,10 +402,10 @@ def _prepare(run: _OpenRun) -> None:
     if shape is sly.Polygon and run.settings.geometry == "bitmap":
         shape = sly.Bitmap
     if shape is not None:
-        run.project.declare(_class_titles(run.settings), shape)
+        run.project.declare(asked_classes(run.settings), shape)
 
 
-def _class_titles(settings: Settings) -> tuple[str, ...]:
+def asked_classes(settings: Settings) -> tuple[str, ...]:
     """The user's classes in the order in which they were named, as labels will have them."""
     asked = dict.fromkeys(settings.classes_by_phrase.values())
     wanted = rules_of(settings).wants

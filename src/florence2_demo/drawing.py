@@ -140,7 +140,7 @@ def _shaded_paint(shape: tuple[int, ...], rgb: Rgb, shading: float) -> Pixels:
     height, width = shape[:2]
     falloff = 1 - shading * np.linspace(0, 1, height, dtype=np.float32)[:, None] ** 1.5
     column = (falloff * np.array(rgb, np.float32)).astype(np.uint8)
-    return np.ascontiguousarray(np.broadcast_to(column[:, None], (height, width, 3)))
+    return np.repeat(column[:, None], width, axis=1)
 
 
 def _darker(rgb: Rgb, share: float) -> Rgb:
