@@ -102,6 +102,10 @@ ValFraction = Annotated[
 ]
 Draw = Annotated[bool, typer.Option("--draw", help="Write previews with the labels drawn on.")]
 Retry = Annotated[bool, typer.Option("--retry-failed", help="Only what failed before.")]
+MaxFailures = Annotated[
+    str | None,
+    typer.Option(help="Stop when more images fail: a number, or a share such as 5%."),
+]
 Relabel = Annotated[
     bool, typer.Option("--relabel-changed", help="Also images that changed since their labels.")
 ]
@@ -155,6 +159,7 @@ def label(
     retry_failed: Retry = False,
     relabel_changed: Relabel = False,
     overwrite: Overwrite = False,
+    max_failures: MaxFailures = None,
     every: Every = None,
     from_: FirstFrame = None,
     to: LastFrame = None,
@@ -162,6 +167,7 @@ def label(
     """Label a folder of images, or a video, into a Supervisely project on disk; stop and go on at
     will."""
     from serve.labeling.settings import label_settings
+    from serve.limits import FailureLimit
 
     settings = label_settings(
         file=settings_file,
@@ -192,6 +198,7 @@ def label(
         retry_failed=retry_failed,
         relabel_changed=relabel_changed,
         overwrite=overwrite,
+        max_failures=FailureLimit.parse(max_failures),
         arguments=tuple(context.obj or ()),
     )
     first, others = first_and_others(device, devices)

@@ -34,6 +34,7 @@ from serve.labeling.journal import Entry, Journal
 from serve.labeling.previews import draw_preview, preview_path, preview_pixels
 from serve.labeling.project import GrowingProject
 from serve.labeling.report import RunCounts
+from serve.limits import NO_LIMIT, FailureLimit
 from serve.predict.geometry import drawable_rings, rings_of
 from serve.predict.predictor import Call, OpenImage, Predicted, Predictor
 from serve.settings import Settings
@@ -64,6 +65,7 @@ class Labeling:
     counts: RunCounts
     run_id: str
     previews: Path | None = None
+    limit: FailureLimit = NO_LIMIT
 
 
 @dataclass(slots=True, eq=False)
@@ -311,6 +313,7 @@ def _settle(batch: _Answered, run: Labeling, drawers: ThreadPoolExecutor) -> Non
     run.counts.outcomes.update(entry.state for entry in entries)
     run.counts.outcomes["labels"] += sum(entry.objects for entry in entries)
     run.on_images(len(entries))
+    run.limit.check(run.counts.outcomes["failed"], run.counts.images)
 
 
 def _entry(one: _InHand, outcome: Predicted | Failure | FlorenceError, run: Labeling) -> Entry:

@@ -47,6 +47,7 @@ from serve.labeling.report import (
 )
 from serve.labeling.settings import journal_settings
 from serve.labeling.undo import keep_manifest
+from serve.limits import NO_LIMIT, FailureLimit
 from serve.naming import possible_titles
 from serve.predict.predictor import Predictor, rules_of
 from serve.provenance import RUN_TAG, Manifest, RunState, new_run_id, now
@@ -122,6 +123,7 @@ class Job:
     retry_failed: bool = False
     relabel_changed: bool = False
     overwrite: bool = False
+    max_failures: FailureLimit = NO_LIMIT
     arguments: tuple[str, ...] = ()
 
     def command(self, *extra: str) -> str:
@@ -334,6 +336,7 @@ def _work(run: _OpenRun, model: ModelSource, stop: StopSwitch) -> tuple[RunCount
                 counts,
                 run.manifest.run,
                 previews=run.job.out / PREVIEWS_DIR if run.job.draw else None,
+                limit=run.job.max_failures,
             )
             with stop.after_batch():
                 label_images(run.pending(), labeling, batch=run.job.batch)

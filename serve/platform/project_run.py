@@ -11,6 +11,7 @@ from florence2.engine.encoding import AnyImage
 from florence2.engine.scheduler import Priority
 from florence2.errors import DeviceLostError, FlorenceError
 from florence2.records import Failure
+from serve.limits import FailureLimit
 from serve.platform.failures import FailedImageError, failure_json, failure_of
 from serve.platform.images import Target, download_images, resolve
 from serve.platform.pipeline import (
@@ -90,6 +91,7 @@ class PredictionRun:
         self._api = api
         self._request = request
         self._deadline = deadline
+        self._limit = FailureLimit.parse(state.get("max_failures"))
         asked_size = batch_size_of(state, services.default_batch_size)
         self._batch_size = asked_size * services.num_devices
         self._settings = self._settings_of(state)
@@ -263,6 +265,7 @@ class PredictionRun:
                 notes = {"notes": list(result.notes)} if result.notes else {}
                 entries.append(entry_of(target, result.annotation, **notes))
         ledger.add_done(entries, num_done)
+        ledger.check(self._limit)
         if self._uploading is not None and self._uploading.num_lost_batches >= MAX_FAILED_BATCHES:
             last = next(iter(refused.values()))
             raise FailedImageError(

@@ -11,6 +11,7 @@ from florence2.budget import Budget
 from florence2.engine.ask import Ask
 from florence2.engine.encoding import AnyImage
 from florence2.records import Failure, Result
+from serve.limits import FailureLimit
 from serve.platform.failures import (
     FailedImageError,
     PartialFailureError,
@@ -83,6 +84,11 @@ class Ledger:
         self._failures.append((target.image_id, failure))
         self._request.done(1)
         return True
+
+    def check(self, limit: FailureLimit) -> None:
+        """Raises TooManyFailuresError once more images failed than may."""
+        num_failed = len(self._failures)
+        limit.check(num_failed, self._num_done + num_failed)
 
     def __enter__(self) -> Ledger:
         return self

@@ -256,9 +256,17 @@ def _look(
             coming = decoder.submit(_batch, frames, predictor, run)
             while group := coming.result():
                 coming = decoder.submit(_batch, frames, predictor, run)
-                journal.append(_asked(group, predictor, run))
+                asked = _asked(group, predictor, run)
+                journal.append(asked)
                 counts.images += len(group)
+                counts.outcomes["failed"] += sum(seen.failed is not None for seen in asked)
                 advance(len(group))
+                try:
+                    run.job.max_failures.check(counts.outcomes["failed"], counts.images)
+                except FlorenceError:
+                    for one in coming.result():
+                        one.close()
+                    raise
                 if stop():
                     counts.interrupted = True
                     for one in coming.result():

@@ -154,6 +154,21 @@ def test_a_project_run_reports_failures_at_the_end(runner):
     assert codes_of(request.pop_pending_results()) == [None, None, None, "bad_image"]
 
 
+def test_a_run_stops_once_more_images_fail_than_may(runner):
+    platform = FakePlatform(ids=list(range(1, 9)))
+    for image_id in (2, 3):
+        platform.content[image_id] = DAMAGED
+    state = {"project_id": 1, "batch_size": 1, "max_failures": 1}
+    request = runner.finish(platform, state, work=run_project)
+    assert isinstance(request.exception, PartialFailureError)
+    said = str(request.exception)
+    assert said.startswith("The run stopped after ")
+    assert "2 of 3 images failed, and 1 may" in said
+    assert len(request.pop_pending_results()) < 8
+    refused = runner.finish(platform, {"project_id": 1, "max_failures": "few"}, work=run_project)
+    assert "such as 5%" in str(refused.exception)
+
+
 def test_an_image_that_cannot_be_done_fails_alone(runner, platform):
     platform.content[2] = DAMAGED
     platform.download_fault = fails_for(3, error=HTTPError)

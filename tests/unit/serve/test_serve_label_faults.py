@@ -13,11 +13,12 @@ from label_fakes import color_in, color_of, dataset_of, one_box, paint, read_pro
 from PIL import Image
 
 from florence2.engine.ask import Ask
-from florence2.errors import CheckpointError, DeviceError, DeviceLostError
+from florence2.errors import CheckpointError, DeviceError, DeviceLostError, RequestError
 from florence2.records import Failure
 from serve.labeling.files import opened_workspace
 from serve.labeling.journal import JOURNAL_NAME, Entry, open_journal
 from serve.labeling.progress import stop_on_signals
+from serve.limits import FailureLimit, TooManyFailuresError
 
 
 @pytest.mark.parametrize(
@@ -329,6 +330,50 @@ def test_a_device_that_fails_ends_the_run_and_the_next_one_goes_on(
     model.run_many = answer
     assert label(images, "--batch", "2").code == 0
     assert report_of(done.out)["labeled"] == 5
+
+
+def test_a_run_of_which_more_fails_than_may_ends_and_goes_on_where_more_may(
+    label, images, report_of, capsys
+):
+    for name in ("1.png", "2.png"):
+        (images / name).write_bytes(b"no image")
+    done = label(images, "--batch", "1", "--max-failures", "1")
+    assert done.code == 1
+    assert "2 of 3 images failed, and 1 may" in " ".join(capsys.readouterr().err.split())
+    report = report_of(done.out)
+    assert (report["labeled"], report["failed"], report["pending"]) == (1, 2, 2)
+    label(images, "--batch", "1", "--max-failures", "50%")
+    report = report_of(done.out)
+    assert (report["labeled"], report["failed"], report["pending"]) == (3, 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("given", "failed", "tried", "may_go_on"),
+    [
+        (None, 100, 100, True),
+        ("3", 3, 3, True),
+        (3, 4, 1000, False),
+        ("0", 1, 1, False),
+        ("5%", 10, 19, True),
+        ("5%", 2, 20, False),
+        (" 5 % ", 1, 20, True),
+        ("0.5%", 5, 1000, True),
+        ("0%", 1, 20, False),
+    ],
+)
+def test_so_many_may_fail(given, failed, tried, may_go_on):
+    limit = FailureLimit.parse(given)
+    if may_go_on:
+        limit.check(failed, tried)
+    else:
+        with pytest.raises(TooManyFailuresError, match=f"{failed} of {tried}"):
+            limit.check(failed, tried)
+
+
+@pytest.mark.parametrize("given", ["", "many", "-1", "5.5", "101%", "nan%", "%", True, 2.5, [3]])
+def test_what_says_not_how_many_may_fail_is_refused(given):
+    with pytest.raises(RequestError, match="such as 5%"):
+        FailureLimit.parse(given)
 
 
 @pytest.mark.parametrize(
