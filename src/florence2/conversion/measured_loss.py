@@ -88,7 +88,9 @@ class Int8Loss:
 
     def __str__(self) -> str:
         """What is known, for a sentence."""
-        return f"{'; '.join(map(str, self.tasks))} ({self.data}, against fp32, {self.date})"
+        # The whole path is nobody's business who asks a server what it runs.
+        name = Path(self.data).name
+        return f"{'; '.join(map(str, self.tasks))} ({name}, against fp32, {self.date})"
 
     def write(self, path: Path) -> None:
         write_whole(path, json.dumps(asdict(self), indent=2) + "\n")
