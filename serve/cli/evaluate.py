@@ -193,7 +193,7 @@ def _on_data(
     if split is not None:
         data = chosen_images(data, split)
     plans = _plans_of(data, classes, options)
-    before = []
+    before: list[TaskReport] = []
     if against is not None:
         models, before = _asked((*loaded[:3], against), plans, batch)
         # Two at a time may not fit.

@@ -9,6 +9,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from adapter_tools import RANK, pair, write_adapter
 from openvino_tools import DEMO, write_small_checkpoint
 
 from florence2 import Florence2
@@ -133,6 +134,14 @@ def test_auto_takes_int8_where_openvino_was_measured_to_be_faster(small, kept, l
     for found, precision in (("torch", "fp32"), ("openvino", "int8")):
         monkeypatch.setattr(Conversions, "faster_runtime", lambda *_, found=found: found)
         assert load(runtime="auto").precision == precision
+
+
+def test_beside_adapters_that_nobody_measured_auto_stays_what_it_is(small, kept, load, tmp_path):
+    keep(kept, small)
+    width = small.config.text.d_model
+    state = pair(shapes=((RANK, width), (width, RANK)))
+    folder = write_adapter(tmp_path / "adapter", state, base=str(small.folder))
+    assert load(adapters={"own": folder}).precision == "fp32"
 
 
 def convert_again(home):
