@@ -17,6 +17,7 @@ from florence2.engine.ask import Ask
 from florence2.engine.scheduler import Priority
 from florence2.errors import RequestError, unknown_name
 from florence2.evaluation.html_report import HtmlReport
+from florence2.evaluation.loss import PrecisionLoss
 from florence2.evaluation.measure import (
     FIGURES,
     Evaluation,
@@ -459,15 +460,18 @@ class LabeledReport:
     checkpoint: Mapping[str, str | None]
     tasks: tuple[TaskReport, ...]
     command: str
+    loss: PrecisionLoss | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, for JSON."""
+        against = {} if self.loss is None else {"against": self.loss.to_dict()}
         return {
             **self.checkpoint,
             "data": str(self.data.source),
             "format": self.data.format,
             "images": len(self.data.images),
             "command": self.command,
+            **against,
             "left_out": [{"name": one.name, "reason": one.reason} for one in self.data.left_out],
             "tasks": [
                 {
@@ -494,6 +498,8 @@ class LabeledReport:
                 console.print(table)
             _show_named(console, _FAILED, one.failed)
         _show_named(console, _LEFT_OUT, self.data.left_out)
+        for line in self.loss.sentences() if self.loss else ():
+            _tell(console, line)
 
     def write(self, out: Path) -> None:
         """``report.html`` and ``evaluation.json`` into a folder, which is made."""
@@ -501,6 +507,8 @@ class LabeledReport:
         report = HtmlReport(f"{self.checkpoint['checkpoint']} on {self.data.source.name}")
         report.text(self._headline())
         report.code(self.command)
+        for line in self.loss.sentences() if self.loss else ():
+            report.text(line)
         for one in self.tasks:
             report.section(one.plan.task)
             if one.located is not None:

@@ -4,18 +4,32 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
 from florence2.errors import RequestError
-from serve.cli.loading import load_model, one_model
+from serve.cli.loading import OneModel, load_model, one_model
 from serve.cli.options import Batch, Beams, Device, ModelName, Precision, Runtime, Tokens
 from serve.console import ERR, OUT, say
 
+if TYPE_CHECKING:
+    from florence2.labeled.records import LabeledData
+    from serve.evaluation import TaskPlan, TaskReport
+
 _FOR_SCENES: Final = ("scenes", "seed", "tasks", "compare_scores")
-_FOR_DATA: Final = ("task", "prompt", "class_", "settings_file", "threshold", "split", "out")
+_FOR_DATA: Final = (
+    "task",
+    "prompt",
+    "class_",
+    "settings_file",
+    "threshold",
+    "split",
+    "out",
+    "against",
+)
 
 Data = Annotated[
     Path | None,
@@ -67,6 +81,14 @@ Tasks = Annotated[
     str | None,
     typer.Option(metavar="TASK,...", help="Only these tasks about scenes. [default: all 15]"),
 ]
+Against = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PRECISION",
+        help="Ask DATA in this precision too, and say what the other one loses. After less than a "
+        "point from fp32 to int8, --precision auto takes int8.",
+    ),
+]
 CompareScores = Annotated[
     bool, typer.Option("--compare-scores", help="Compare ways to score a box; needs scenes, <OD>.")
 ]
@@ -94,6 +116,7 @@ def evaluate(
     device: Device = "auto",
     runtime: Runtime = "auto",
     precision: Precision = "auto",
+    against: Against = None,
     beams: Beams = None,
     batch: Batch = 8,
     max_new_tokens: Tokens = None,
@@ -122,7 +145,7 @@ def evaluate(
         }
         loaded = (model, device, runtime, precision)
         command = shlex.join(["florence2", *(context.obj or ())])
-        _on_data(data, split, class_ or [], settings, loaded, batch, command, file, out)
+        _on_data(data, split, class_ or [], settings, loaded, against, batch, command, file, out)
         return
     from florence2_demo.evaluation import EvaluationPlan, evaluate_checkpoint, task_tokens
 
@@ -153,27 +176,64 @@ def _on_data(
     classes: list[str],
     options: dict[str, Any],
     loaded: tuple[str, str, str, str],
+    against: str | None,
     batch: int,
     command: str,
     file: Path | None,
     out: Path | None,
 ) -> None:
     from florence2.labeled.split import chosen_images
-    from florence2.tasks import TaskInput, parse_steps
-    from serve.evaluation import (
-        LabeledReport,
-        class_mapping,
-        evaluate_tasks,
-        plans_of,
-        write_json,
-    )
+    from serve.evaluation import LabeledReport, write_json
     from serve.labeled_data import open_labeled
-    from serve.labeling.settings import label_settings, read_classes
-    from serve.predict.predictor import Predictor
+    from serve.precision_loss import compared, keep
 
+    if against is not None:
+        _check_against(against, *loaded[1:])
     data = open_labeled(path)
     if split is not None:
         data = chosen_images(data, split)
+    plans = _plans_of(data, classes, options)
+    before: list[TaskReport] = []
+    if against is not None:
+        models, before = _asked((*loaded[:3], against), plans, batch)
+        # Two at a time may not fit.
+        models.current.scheduler.close()
+        models.current.model.close()
+    models, reports = _asked(loaded, plans, batch)
+    model = models.current.model
+    checkpoint = model.engine.checkpoint
+    loss = compared(before, reports, against, model.precision) if against is not None else None
+    report = LabeledReport(
+        data,
+        {
+            "checkpoint": checkpoint.name,
+            "revision": checkpoint.revision,
+            "device": model.device,
+            "precision": model.precision,
+        },
+        tuple(reports),
+        command,
+        loss,
+    )
+    # The files first: whoever reads the table may leave before its end.
+    if file is not None:
+        write_json(file, report.to_dict())
+    if out is not None:
+        report.write(out)
+        say(f"The report is in {out / 'report.html'}")
+    try:
+        kept = keep(loss, model, data, command) if loss is not None else None
+        if kept is not None:
+            say(kept)
+    finally:
+        report.show(OUT)
+
+
+def _plans_of(data: LabeledData, classes: list[str], options: dict[str, Any]) -> list[TaskPlan]:
+    from florence2.tasks import TaskInput, parse_steps
+    from serve.evaluation import class_mapping, plans_of
+    from serve.labeling.settings import label_settings, read_classes
+
     mapping = read_classes(classes, by_semicolon=True)
     task = options["task"]
     if task and parse_steps(task)[0].takes is TaskInput.TEXT and not options["file"]:
@@ -183,27 +243,32 @@ def _on_data(
     region = "0,0,9,9" if asks_regions else None
     settings = label_settings(classes=mapping, region=region, **options)
     has_task = bool(task or mapping or options["prompt"] or options["file"])
-    plans = plans_of(data, settings, has_task=has_task)
+    return plans_of(data, settings, has_task=has_task)
+
+
+def _asked(
+    loaded: tuple[str, str, str, str], plans: Sequence[TaskPlan], batch: int
+) -> tuple[OneModel, list[TaskReport]]:
+    from serve.evaluation import evaluate_tasks
+    from serve.predict.predictor import Predictor
+
     models = one_model(*loaded)
-    checkpoint = models.current.model.engine.checkpoint
     # No reader of these labels was told of classes before.
     predictor = Predictor(models, fixed_shapes={})
-    reports = evaluate_tasks(predictor, plans, batch=batch, console=ERR)
-    report = LabeledReport(
-        data,
-        {
-            "checkpoint": checkpoint.name,
-            "revision": checkpoint.revision,
-            "device": models.current.model.device,
-            "precision": models.current.model.precision,
-        },
-        tuple(reports),
-        command,
-    )
-    # The files first: whoever reads the table may leave before its end.
-    if file is not None:
-        write_json(file, report.to_dict())
-    if out is not None:
-        report.write(out)
-        say(f"The report is in {out / 'report.html'}")
-    report.show(OUT)
+    return models, evaluate_tasks(predictor, plans, batch=batch, console=ERR)
+
+
+def _check_against(against: str, device: str, runtime: str, precision: str) -> None:
+    """FlorenceError where one of both cannot be loaded here, before minutes of the other."""
+    from florence2.conversion.kept import check_choice
+    from florence2.runtimes.device import check_precision, choose_device
+
+    if against in ("auto", precision):
+        raise RequestError(
+            f"--against is a precision by name and another one than --precision, and {against!r} "
+            f"was given beside {precision!r}; compare --precision int8 --against fp32."
+        )
+    chosen = choose_device(device)
+    for name in (against, precision):
+        check_precision(name, chosen)
+        check_choice(runtime, chosen, name)

@@ -1,4 +1,7 @@
-"""Conversions that are made at first use and kept, and which runtime was measured to be faster."""
+"""Conversions that are made at first use and kept, and what was measured of them.
+
+Which runtime is the faster one, and what int8 costs on a user's own images.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,17 @@ from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
 from florence2.checkpoint.catalog import default_cache_dir
 from florence2.checkpoint.checkpoint import Checkpoint
-from florence2.checkpoint.converted import Converted, is_converted, read_converted, source_hash
-from florence2.checkpoint.files import check_folder, read_json, write_whole
+from florence2.checkpoint.converted import (
+    Converted,
+    file_sha256,
+    is_converted,
+    read_converted,
+    source_hash,
+)
+from florence2.checkpoint.files import CONVERTED_NAME, check_folder, read_json, write_whole
 from florence2.conversion.convert import Picture, Progress, convert
 from florence2.conversion.eight_bits import check_int8
+from florence2.conversion.measured_loss import Int8Loss, TaskLoss, read_loss
 from florence2.errors import CheckpointError, DeviceError
 from florence2.runtimes.device import parse_quantization
 from florence2.runtimes.openvino import openvino
@@ -32,6 +42,7 @@ FOLDER: Final = "openvino"
 """In the cache of checkpoints."""
 
 _CHOICE: Final = "runtime.json"
+_LOSS: Final = "int8-loss.json"
 _SHOWN_HASH: Final = 12
 _CPU_INFO: Final = Path("/proc/cpuinfo")
 
@@ -113,11 +124,71 @@ class Conversions:
         )
         return runtime
 
+    def int8_loss(self, checkpoint: Checkpoint) -> Int8Loss | None:
+        """That which ``keep_int8_loss`` kept of the conversion to int8 as it is now, or None."""
+        home = self._home(checkpoint)
+        loss = read_loss(home / _LOSS)
+        if loss is None or not self._is_kept(home / "int8"):
+            return None
+        of_now = self._source(checkpoint), file_sha256(home / "int8" / CONVERTED_NAME)
+        return loss if of_now == (loss.source_sha256, loss.conversion_sha256) else None
+
+    def keep_int8_loss(
+        self,
+        checkpoint: Checkpoint,
+        tasks: tuple[TaskLoss, ...],
+        *,
+        data: str,
+        data_sha256: str,
+        command: str,
+        date: str,
+    ) -> Path:
+        """Keeps what the conversion to int8, which must be there, lost; precision auto takes it.
+
+        The place of the record; CheckpointError where it cannot be written.
+        """
+        home = self._home(checkpoint)
+        path, manifest = home / _LOSS, home / "int8" / CONVERTED_NAME
+        try:
+            loss = Int8Loss(
+                self._source(checkpoint),
+                file_sha256(manifest),
+                {**read_converted(manifest.parent).versions, "torch": torch.__version__},
+                data,
+                data_sha256,
+                command,
+                date,
+                tasks,
+            )
+            loss.write(path)
+        except OSError as error:
+            raise CheckpointError(
+                f"What int8 costs cannot be kept in {path} ({error.strerror or error}); make that "
+                "folder writable, or name another cache folder (FLORENCE2_CACHE)."
+            ) from error
+        return path
+
+    def forget_int8_loss(self, checkpoint: Checkpoint) -> bool:
+        """Removes what was kept, so that auto takes int8 no more; whether there was something."""
+        path = self._home(checkpoint) / _LOSS
+        was_there = path.is_file()
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise CheckpointError(
+                f"{path} lets precision auto take int8, which costs too much, and cannot be "
+                f"removed ({error.strerror or error}); remove it."
+            ) from error
+        return was_there
+
     def _home(self, checkpoint: Checkpoint) -> Path:
         cache = default_cache_dir() if self.cache_dir is None else self.cache_dir
-        of_folder = _source_hash(checkpoint.folder, _stamp(checkpoint.folder))
-        found = checkpoint.source_hash(of_folder)[:_SHOWN_HASH]
+        found = self._source(checkpoint)[:_SHOWN_HASH]
         return cache / FOLDER / f"{Path(checkpoint.name).name}-{found}"
+
+    def _source(self, checkpoint: Checkpoint) -> str:
+        of_folder = _source_hash(checkpoint.folder, _stamp(checkpoint.folder))
+        return checkpoint.source_hash(of_folder)
 
     def _is_kept(self, folder: Path) -> bool:
         if not is_converted(folder):
@@ -174,15 +245,27 @@ def check_choice(runtime: str, device: torch.device, precision: str) -> None:
     check_quantization(precision, device)
 
 
-def notes_of(converted: Converted) -> tuple[str, ...]:
-    """What a user of a conversion must know, a sentence each."""
+_COMPARE: Final = "compare a sample with precision fp32 before you rely on it"
+
+
+def notes_of(
+    converted: Converted, loss: Int8Loss | None = None, advice: str = _COMPARE
+) -> tuple[str, ...]:
+    """What a user of a conversion must know, a sentence each.
+
+    ``loss`` where it was measured on the user's images; else ``advice`` says how it is found out.
+    """
     if converted.precision != "int8":
         return ()
     features, logits = (converted.error.get(name, 0.0) for name in ("features", "logits"))
     return (
         f"int8 was calibrated on {converted.calibration}; of a picture, visual features are "
-        f"{features:.1%} and logits {logits:.1%} from float32. What that costs on your images is "
-        "not known: compare a sample with precision fp32 before you rely on it.",
+        f"{features:.1%} and logits {logits:.1%} from float32. "
+        + (
+            f"What that costs on your images is not known: {advice}."
+            if loss is None
+            else f"What that costs was measured: {loss}."
+        ),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -52,6 +53,7 @@ from florence2.runtimes.openvino import (
     MODELS,
     ConvertedNetwork,
     OpenVinoRuntime,
+    cpu_computes_int8,
     has_openvino,
 )
 from florence2.runtimes.torch import (
@@ -83,10 +85,11 @@ def load_engine(
 
     ``runtime``: torch, openvino (on a CPU; converts the checkpoint at first, see ``Conversions``),
     or auto, the faster of the two as far as it is known or worth measuring. ``precision`` as for
-    ``choose_precision``. Where ``auto`` chose one that this checkpoint is not
-    sane in (NaN, infinity, or on a GPU features far from float32's), it is loaded in fp32 instead,
-    with a warning. One asked for by name stays: NaN and infinity raise PrecisionError, features
-    that are far off are a warning.
+    ``choose_precision``; where openvino runs it, ``auto`` is int8 if that was measured to cost
+    less than a point on a user's own images (``Conversions.int8_loss``). Where ``auto`` chose one
+    that this checkpoint is not sane in (NaN, infinity, or on a GPU features far from float32's),
+    it is loaded in fp32 instead, with a warning. One asked for by name stays: NaN and infinity
+    raise PrecisionError, features that are far off are a warning.
     """
     if checkpoint.converted is not None:
         engine = _load_converted_folder(
@@ -127,7 +130,21 @@ def _load_openvino(
     conversions: Conversions,
     adapters: Mapping[str, Checkpoint],
 ) -> Engine:
-    """Its conversion, made where there is none yet, and one for every adapter."""
+    """Its conversion, made where there is none yet, and one for every adapter.
+
+    ``auto`` is int8 where that was measured to cost next to nothing; of adapters nobody knows.
+    """
+    loss = conversions.int8_loss(checkpoint) if precision in ("auto", "int8") else None
+    takes_int8 = loss is not None and precision == "auto" and not adapters and cpu_computes_int8()
+    if takes_int8:
+        conversions.progress(
+            f"{checkpoint.name} is loaded in int8, which precision auto takes since it was "
+            f"measured on your images: {loss}."
+        )
+    advice = (
+        f"florence2 evaluate DATA --model {shlex.quote(checkpoint.name)} --precision int8 "
+        "--against fp32 measures it on your labeled images"
+    )
 
     def load(used: str, is_free: bool) -> Engine:
         folder = conversions.folder_for(checkpoint, used)
@@ -139,11 +156,12 @@ def _load_openvino(
             # No weights are read to see what was changed.
             return runtime, _tower_sha256(read_converted(own_folder)) != _tower_sha256(converted)
 
-        engine = _load_converted(checkpoint, folder, converted, cache_bytes)
+        notes = notes_of(converted, loss, advice)
+        engine = _load_converted(checkpoint, folder, converted, notes, cache_bytes)
         _add_adapters(engine, adapters, beside)
         return engine
 
-    return _in_precision(checkpoint, device, precision, load)
+    return _in_precision(checkpoint, device, precision, load, "int8" if takes_int8 else None)
 
 
 _TOWER_FILE: Final = f"{MODELS[0]}.bin"
@@ -154,10 +172,17 @@ def _tower_sha256(converted: Converted) -> str | None:
 
 
 def _in_precision(
-    checkpoint: Checkpoint, device: torch.device, precision: str, load: Load
+    checkpoint: Checkpoint,
+    device: torch.device,
+    precision: str,
+    load: Load,
+    auto: str | None = None,
 ) -> Engine:
-    """Loaded in the precision; where ``auto`` chose one that is not sane, in fp32."""
-    used = choose_precision(precision, device, checkpoint.config.text.d_model)
+    """Loaded in the precision; where ``auto`` chose one that is not sane, in fp32.
+
+    ``auto`` is what it chooses, where that is settled.
+    """
+    used = auto or choose_precision(precision, device, checkpoint.config.text.d_model)
     is_free = precision == "auto" and used != "fp32"
     try:
         return load(used, is_free)
@@ -189,14 +214,18 @@ def _load_converted_folder(
             f"{checkpoint.folder} was converted to {converted.precision}, and {precision!r} was "
             "asked for; leave the precision out, or convert the checkpoint again."
         )
-    return _load_converted(checkpoint, checkpoint.folder, converted, cache_bytes)
+    notes = notes_of(converted)
+    return _load_converted(checkpoint, checkpoint.folder, converted, notes, cache_bytes)
 
 
 def _load_converted(
-    checkpoint: Checkpoint, folder: Path, converted: Converted, cache_bytes: int
+    checkpoint: Checkpoint,
+    folder: Path,
+    converted: Converted,
+    notes: tuple[str, ...],
+    cache_bytes: int,
 ) -> Engine:
-    notes = (*checkpoint.notes, *converted.notes, *notes_of(converted))
-    checkpoint = replace(checkpoint, notes=notes)
+    checkpoint = replace(checkpoint, notes=(*checkpoint.notes, *converted.notes, *notes))
     network = ConvertedNetwork(folder, checkpoint.config.text, converted.precision)
     if converted.size_wh != checkpoint.image_processor.size_wh:
         raise CheckpointError(
@@ -255,7 +284,7 @@ def _answer_s_with(checkpoint: Checkpoint, used: str, folder: Path | None) -> fl
     if folder is None:
         engine = _load(checkpoint, torch.device("cpu"), used, 0, False, {})
     else:
-        engine = _load_converted(checkpoint, folder, read_converted(folder), 0)
+        engine = _load_converted(checkpoint, folder, read_converted(folder), (), 0)
     try:
         return answer_s(engine)
     finally:

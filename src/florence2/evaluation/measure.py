@@ -176,7 +176,7 @@ def measure(
 
     Raises RequestError where no image was answered, or outlines are compared and none is labeled.
     """
-    names = _ClassNames(data)
+    names = ClassNames(data)
     failed, answered = [], []
     for image in data.images:
         outcome = predictions.get(image.name)
@@ -197,7 +197,8 @@ def measure(
         )
     kept = [_of_classes(found, names) for _, found in answered]
     compared = [
-        _compared(image, found, names, by) for (image, _), found in zip(answered, kept, strict=True)
+        image_boxes(image, found, names, by)
+        for (image, _), found in zip(answered, kept, strict=True)
     ]
     limits = {names.of(name): value for name, value in (class_thresholds or {}).items()}
     thresholds = {name: limits.get(name, threshold) for name in names.listed}
@@ -220,7 +221,7 @@ def measure(
     )
 
 
-class _ClassNames:
+class ClassNames:
     """The classes of the data in their own spelling."""
 
     def __init__(self, data: LabeledData) -> None:
@@ -242,7 +243,7 @@ def class_key(name: str) -> str:
     return one_spaced(name).casefold()
 
 
-def _of_classes(found: Sequence[Located], names: _ClassNames) -> tuple[Located, ...]:
+def _of_classes(found: Sequence[Located], names: ClassNames) -> tuple[Located, ...]:
     """Without what is of no class of the data, which is counted; best score first."""
     kept: list[Located] = []
     for one in found:
@@ -254,9 +255,10 @@ def _of_classes(found: Sequence[Located], names: _ClassNames) -> tuple[Located, 
     return tuple(sorted(kept, key=lambda one: -score_of(one)))
 
 
-def _compared(
-    image: LabeledImage, kept: Sequence[Located], names: _ClassNames, by: str
+def image_boxes(
+    image: LabeledImage, kept: Sequence[Located], names: ClassNames, by: str
 ) -> ImageBoxes:
+    """One image's objects of the data's classes, by boxes or outlines."""
     ious = None
     if by == "outlines":
         ious = outline_ious(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import shutil
 
+import numpy as np
 import pytest
-from openvino_tools import write_small_checkpoint
+from openvino_tools import DEMO, write_small_checkpoint
 
 from florence2.checkpoint.checkpoint import open_checkpoint
 from florence2.conversion.convert import convert
+from florence2_demo.drawing import draw_scene
+from florence2_demo.scene import make_scene
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +34,21 @@ def whole(small, tmp_path_factory):
     """Converted once."""
     out = tmp_path_factory.mktemp("whole") / "tiny-openvino"
     convert(small, "fp32", out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def demo_int8(has_nncf, tmp_path_factory):
+    """The demo in int8, calibrated on three scenes."""
+    out = tmp_path_factory.mktemp("demo") / "int8"
+    pictures = [np.asarray(draw_scene(make_scene(seed))) for seed in range(3)]
+    convert(
+        open_checkpoint(DEMO),
+        "int8",
+        out,
+        calibration=pictures,
+        calibration_source="drawn scenes",
+    )
     return out
 
 
