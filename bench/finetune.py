@@ -104,7 +104,7 @@ def teach_a_class(folder: Path, steps: int, batch: int, rate: float | None) -> N
 
 
 def _random(
-    size: str, folder: Path, plan: FineTuningPlan
+    size: str, folder: Path, plan: FineTuningPlan, num_questions: int = 1
 ) -> tuple[FineTuned, dict[str, torch.Tensor]]:
     """A network with random weights, and a batch of noise with boxes to learn."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -115,12 +115,14 @@ def _random(
     spelled = Spelled.of(question, tuned.checkpoint)
     width, height = tuned.checkpoint.image_processor.size_wh
     scaled = [rng.integers(0, 256, (height, width, 3), np.uint8) for _ in range(plan.batch)]
-    return tuned, collate([Example(at, one, (spelled,)) for at, one in enumerate(scaled)])
+    asked = (spelled,) * num_questions
+    return tuned, collate([Example(at, one, asked) for at, one in enumerate(scaled)])
 
 
 def plain_step(tuned: FineTuned, batch: dict[str, torch.Tensor]) -> None:
     """A step of the public guides' loop: the model's own loss on the processor's tensors."""
-    pixels = normalise(batch["scaled"], tuned.table)
+    # An example of the guides is an image with one question.
+    pixels = normalise(batch["scaled"], tuned.table)[batch["image_of"]]
     image = torch.full((len(pixels), num_visual_tokens(tuned.checkpoint)), _IMAGE_ID)
     ids = torch.cat([image, batch["prompt_ids"]], dim=1)
     tuned.florence.config.image_token_id = _IMAGE_ID
@@ -135,14 +137,16 @@ def our_step(tuned: FineTuned, batch: dict[str, torch.Tensor]) -> None:
     tuned.loss(batch, (batch["labels"] != IGNORED).sum()).backward()
 
 
-def time_per_step(size: str, batch_size: int, rounds: int, freeze_vision: bool) -> None:
+def time_per_step(
+    size: str, batch_size: int, num_questions: int, rounds: int, freeze_vision: bool
+) -> None:
     """Ours, and the plain loop's, on one batch in turns; the optimizer is the same.
 
     The processor's seconds are told too: they stay the same beside other programs.
     """
     plan = FineTuningPlan(size, (), batch=batch_size, freeze_vision=freeze_vision)
     with tempfile.TemporaryDirectory() as name:
-        tuned, batch = _random(size, Path(name), plan)
+        tuned, batch = _random(size, Path(name), plan, num_questions)
     sides = {"ours": our_step, "plain loop": plain_step}
     spent_s: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
     for _ in range(rounds + 1):
@@ -152,6 +156,7 @@ def time_per_step(size: str, batch_size: int, rounds: int, freeze_vision: bool) 
             step(tuned, batch)
             spent_s[side].append((time.perf_counter() - start[0], time.process_time() - start[1]))
     where = "vision frozen" if freeze_vision else "adapters everywhere"
+    where += f", {num_questions} questions an image" if num_questions > 1 else ""
     for side, spent in spent_s.items():
         wall_s, processor_s = (statistics.median(one) for one in zip(*spent[1:], strict=True))
         print(
@@ -184,6 +189,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int)
     parser.add_argument("--rate", type=float)
     parser.add_argument("--rounds", type=int, default=3, help="timed steps of each side")
+    parser.add_argument("--questions", type=int, default=1, help="about each image; train has 2")
     parser.add_argument("--freeze-vision", action="store_true")
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
@@ -191,7 +197,9 @@ def main() -> None:
     if given.what == "class":
         teach_a_class(given.folder, given.steps, given.batch or 8, given.rate)
     elif given.what == "step":
-        time_per_step(given.size, given.batch or 1, given.rounds, given.freeze_vision)
+        time_per_step(
+            given.size, given.batch or 1, given.questions, given.rounds, given.freeze_vision
+        )
     else:
         memory(given.size)
 

@@ -188,10 +188,12 @@ class DeviceWorker:
                 self._tell("park")
             yield connection
         finally:
+            # One that loads its model hears nothing before it has it.
+            ends_s = _END_S if self._queue.is_closed and self.pid is not None else 0.1
             self.pid = self._connection = None
             connection.close()
             try:
-                process.wait(_END_S if self._queue.is_closed else 0.1)
+                process.wait(ends_s)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
