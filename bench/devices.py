@@ -6,6 +6,9 @@ python -m bench.devices --devices cuda:0,cuda:1 --images 2000
 Without ``--devices`` a device is one core of the CPU: one process has one of them, then as many
 processes as ``--cores`` have as many. Each side is a process of its own, in turns; the annotations
 of both must be equal. Loading is not counted. The ratio is the median of the rounds' ratios.
+
+Cores share memory and caches, so what they can do at most is measured too: as many runs as cores,
+each alone on its own with all the images, at the same time.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -58,15 +61,49 @@ def _what_was_found(annotation: dict[str, Any]) -> list[Any]:
     ]
 
 
-def side(command: list[str], num_cores: int | None) -> dict[str, Any]:
-    """What one side measured, with so many cores of the machine."""
+def begun(command: list[str], cores: Sequence[int] | None) -> subprocess.Popen[str]:
+    """One side, with these cores of the machine."""
     limit: Callable[[], None] | None = None
-    if num_cores is not None:
-        cores = sorted(os.sched_getaffinity(0))[:num_cores]
+    if cores is not None:
         limit = partial(os.sched_setaffinity, 0, cores)
-    done = subprocess.run(command, preexec_fn=limit, stdout=subprocess.PIPE, text=True, check=True)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return subprocess.Popen(command, preexec_fn=limit, stdout=subprocess.PIPE, text=True)
+
+
+def measured(running: subprocess.Popen[str]) -> dict[str, Any]:
+    """What one side measured, once it has ended."""
+    said, _ = running.communicate()
+    if running.returncode:
+        raise SystemExit("One side failed.")
+    found: dict[str, Any] = json.loads(said.splitlines()[-1])
     return found
+
+
+def most_of_cores(base: list[str], checkpoint: str, folder: Path, cores: Sequence[int]) -> float:
+    """Seconds that as many runs as cores take, each alone on its own with all the images."""
+    runs = []
+    for core in cores:
+        own = folder / f"core{core}"
+        own.mkdir(exist_ok=True)
+        if not (own / "images").exists():
+            (own / "images").symlink_to(folder / "images")
+        command = [*base, "--measure", checkpoint, "cpu", str(own)]
+        runs.append(begun(command, [core]))
+    return max(measured(one)["seconds"] for one in runs)
+
+
+def compared(sides: Sequence[list[str]], cores: Sequence[int] | None, num_images: int) -> float:
+    """Images a second of the second side over those of the first, which has one of the cores."""
+    rates, found = [], []
+    for command, own_cores in zip(sides, (cores and cores[:1], cores), strict=True):
+        done = measured(begun(command, own_cores))
+        rates.append(num_images / done["seconds"])
+        found.append(done["found"])
+    different = [name for name, labels in found[0].items() if found[1][name] != labels]
+    print(
+        f"one {rates[0]:.3f} images/s, several {rates[1]:.3f}, ratio {rates[1] / rates[0]:.2f}; "
+        f"{len(found[0])} annotations, {len(different)} differ"
+    )
+    return rates[1] / rates[0]
 
 
 def main() -> None:
@@ -101,20 +138,12 @@ def main() -> None:
         base = [sys.executable, "-m", "bench.devices"]
         if given.tokens:
             base += ["--tokens", str(given.tokens)]
-        ratios = []
-        for number in range(1, given.rounds + 1):
-            rates, found = [], []
-            for devices, cores in ((one, 1), (several, given.cores)):
-                command = [*base, "--measure", checkpoint, devices, temporary]
-                done = side(command, None if given.devices else cores)
-                rates.append(given.images / done["seconds"])
-                found.append(done["found"])
-            different = [name for name, labels in found[0].items() if found[1][name] != labels]
-            ratios.append(rates[1] / rates[0])
-            print(
-                f"round {number}: {one} {rates[0]:.3f} images/s, {several} {rates[1]:.3f}, "
-                f"ratio {ratios[-1]:.2f}; {len(found[0])} annotations, {len(different)} differ"
-            )
+        cores = None if given.devices else sorted(os.sched_getaffinity(0))[: given.cores]
+        if cores is not None:
+            most = given.images * len(cores) / most_of_cores(base, checkpoint, folder, cores)
+            print(f"{len(cores)} runs on a core each, at the same time: {most:.3f} images/s")
+        sides = [[*base, "--measure", checkpoint, devices, temporary] for devices in (one, several)]
+        ratios = [compared(sides, cores, given.images) for _ in range(given.rounds)]
         print(f"median ratio {median(ratios):.2f}")
 
 
