@@ -16,6 +16,7 @@ from typing import Final, TextIO
 from florence2.errors import FlorenceError, ImageError
 
 LOCK_NAME: Final = ".lock"
+EDITED_DIR: Final = "edited"
 _PART_NAME: Final = ".part"
 _BLOCK_BYTES: Final = 1 << 20
 _SYNC_THREADS: Final = 8
@@ -110,6 +111,16 @@ class Workspace:
         self._part.unlink(missing_ok=True)
         self._unsynced.append(path)
         return found
+
+    def set_aside(self, path: Path) -> Path:
+        """Moves a file that somebody edited to where no run writes; where it is now."""
+        folder = self.root / EDITED_DIR
+        folder.mkdir(exist_ok=True)
+        number = 0
+        while (target := folder / f"{path.stem}.{number}.json").exists():
+            number += 1
+        path.rename(target)
+        return target
 
     def sync(self) -> None:
         """Returns once everything written so far, names included, is on the disk.

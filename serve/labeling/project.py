@@ -23,7 +23,6 @@ from serve.sdk import sly
 
 PROJECT_DIR: Final = "project"
 DATASET: Final = "ds0"
-EDITED_DIR: Final = "edited"
 
 
 class AnnotationError(FlorenceError):
@@ -183,12 +182,7 @@ class GrowingProject:
         except (OSError, ValueError):
             return
         if before != json.loads(text):
-            folder = self._workspace.root / EDITED_DIR
-            folder.mkdir(exist_ok=True)
-            number = 0
-            while (target := folder / f"{path.stem}.{number}.json").exists():
-                number += 1
-            path.rename(target)
+            target = self._workspace.set_aside(path)
             say(f"{path.name} was there and differs from the new labels; it is now {target}")
 
     def _stored_meta(self) -> sly.ProjectMeta:

@@ -12,7 +12,7 @@ from florence2.errors import ImageError
 from florence2.records import SizeWh
 from serve.console import say
 from serve.labeling.files import OutputError, Workspace, hash_of
-from serve.labeling.project import DATASET, EDITED_DIR, PROJECT_DIR
+from serve.labeling.project import DATASET, PROJECT_DIR
 from serve.naming import class_color
 from serve.predict.annotations import TAG_METAS
 from serve.predict.geometry import rectangle_tlbr_from_box_xyxy
@@ -136,12 +136,7 @@ class VideoProject:
         path = self.annotation_path
         if not path.exists() or hash_of(path) == our_hash:
             return
-        folder = self._workspace.root / EDITED_DIR
-        folder.mkdir(exist_ok=True)
-        number = 0
-        while (target := folder / f"{path.stem}.{number}.json").exists():
-            number += 1
-        path.rename(target)
+        target = self._workspace.set_aside(path)
         say(f"{path.name} was there and is not what a run wrote; it is now {target}")
 
 

@@ -249,8 +249,11 @@ class DeviceWorker:
 
     def _sendable(self, asks: list[Ask]) -> list[Ask]:
         """The asks with their image made ready, once for all."""
-        if not isinstance(asks[0], Ask) or isinstance(asks[0].image, Failure):
+        if not isinstance(asks[0], Ask):
             return asks
+        if isinstance(asks[0].image, Failure):
+            # Who waits is asked here; the other process would not understand it.
+            return [replace(ask, stop=None) for ask in asks]
         image = self._preparer.take(asks[0].image)  # type: ignore[arg-type]
         if isinstance(image, FlorenceError):
             raise image

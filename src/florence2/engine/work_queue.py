@@ -211,6 +211,12 @@ def _watched(ask: Ask, reasons: list[FlorenceError]) -> Ask:
     return replace(ask, stop=stop)
 
 
+def _is_possible(device: int, queued: QueuedAsk) -> bool:
+    """An image that was encoded is on the first device."""
+    is_encoded = isinstance(getattr(queued.ask, "image", None), EncodedImage)
+    return device == FIRST_DEVICE or not is_encoded
+
+
 def _content_of(image: object) -> object:
     return image.content_hash if isinstance(image, PreparedImage) else identity(image)
 
@@ -425,13 +431,15 @@ class WorkQueue:
         return self._is_closed or bool(self._actions) or bool(self._postponed) or is_enough
 
     def _has_work(self, device: int) -> bool:
-        if self._postponed or (device == FIRST_DEVICE and self._actions):
+        if device == FIRST_DEVICE and self._actions:
+            return True
+        if any(_is_possible(device, one) for one in self._postponed):
             return True
         return any(self._request_for(device, priority) is not None for priority in Priority)
 
     def _first_asks(self, device: int) -> list[QueuedAsk]:
-        if self._postponed:
-            postponed, self._postponed = self._postponed, []
+        if postponed := [one for one in self._postponed if _is_possible(device, one)]:
+            self._postponed = [one for one in self._postponed if not _is_possible(device, one)]
             return postponed
         # After a click comes a bulk batch, in which clicks go on being answered: both get on.
         is_bulk_due = self._last_priority is Priority.INTERACTIVE
@@ -468,8 +476,8 @@ class WorkQueue:
 
     def _is_for(self, device: int, request: Request) -> bool:
         image = request.next_image
-        if isinstance(image, EncodedImage):
-            return device == FIRST_DEVICE
+        if isinstance(image, EncodedImage) and device != FIRST_DEVICE:
+            return False
         if request.priority is Priority.BULK:
             return True
         owner = self._seen_by.get(_content_of(image), device)

@@ -12,9 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from scheduler_tools import PATIENCE_S, held, wait_until
 
 from florence2.engine.ask import Ask
+from florence2.engine.encoding import EncodedImage
 from florence2.engine.scheduler import Priority
 from florence2.engine.work_queue import Request, WorkQueue
 from florence2.errors import DeviceError, InternalError
@@ -61,7 +63,9 @@ def test_a_process_answers_as_the_first_device_does_and_may_be_killed(
         assert sum(report.prompts for report in reports) == len(ASKS)
         [given_up] = send(ASKS[:1], should_stop=lambda: True).get()
         [missing] = send([Ask("missing.png", "<OD>")]).get()
+        [known] = send([Ask(Failure("bad_image", "It is damaged."), "<OD>")]).get()
         assert (given_up.code, missing.code) == ("cancelled", "bad_image")
+        assert known.message == "It is damaged."
         [features] = engine.encode(IMAGES[:1])
         here = send([Ask(features, "<OD>")])
         first = worker.pid
@@ -137,6 +141,15 @@ def test_an_ask_is_asked_again_once(num_lost, code):
         queue.ask_again(queue.next_work(device, 0.0))
     assert asked.is_done == (code is not None)
     assert [one.code for one in asked.results()] == ([code] if code else [])
+
+
+def test_what_is_asked_again_about_an_encoded_image_stays_with_the_first_device():
+    encoded = EncodedImage(torch.zeros(1, 1), (1, 1), "key")
+    queue = queue_with(request(encoded))
+    assert queue.next_work(1, 0.0) == []
+    queue.postpone(queue.next_work(0, 0.0))
+    assert queue.next_work(1, 0.0) == []
+    assert len(queue.next_work(0, 0.0)) == 1
 
 
 # Which devices
