@@ -47,12 +47,14 @@ def with_run_tag(
 
 
 def label_digest(label: Json, run_tag: str | None) -> str:
-    """12 hex digits of a label's JSON: equal for one class, geometry and tags but ``run_tag``.
+    """12 hex digits of a label's JSON: equal for one class, geometry, description and tags but
+    ``run_tag``.
 
     Ids, times and who changed it do not count; neither does how a mask is compressed.
     """
     tags = sorted(_tag_key(tag) for tag in label.get("tags", ()) if tag.get("name") != run_tag)
-    return _digest(label.get("classTitle"), label.get("geometryType"), _shape(label), tags)
+    told = label.get("description") or ""
+    return _digest(label.get("classTitle"), label.get("geometryType"), _shape(label), tags, told)
 
 
 def image_tag_digest(tag: Json) -> str:

@@ -355,6 +355,7 @@ def _work(run: _OpenRun, model: ModelSource, stop: StopSwitch) -> tuple[RunCount
 
 def _unless_first(run: _OpenRun, error: Exception) -> str:
     if not run.journal.totals.images:
+        _end_manifest(run, RunCounts(), error_sentence(error))
         raise error
     return error_sentence(error)
 
@@ -382,8 +383,8 @@ def _manifest(settings: Settings, noted: dict[str, Any]) -> Manifest:
 
 
 def _end_manifest(run: _OpenRun, counts: RunCounts, error: str | None) -> None:
-    """A run that labeled nothing is not noted."""
-    if not counts.outcomes and error is None:
+    """A run that had nothing to do is not noted."""
+    if not counts.outcomes and error is None and not counts.interrupted:
         return
     state: RunState = "stopped" if counts.interrupted else "failed" if error else "done"
     ended = run.manifest.ended(state, {"images": counts.images, **counts.outcomes}, error)

@@ -12,6 +12,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import TracebackType
 from typing import Any, Final
 
@@ -206,20 +207,26 @@ class RunRecord:
     ) -> None:
         """In the custom data; with ``lines``, that are not in team files yet, there too.
 
-        For one image, which somebody waits for, that is one file.
+        For one image, which somebody waits for, that is one file. Who may not change a project may
+        still write files, from which a run can be undone.
         """
-        try:
-            keep_manifest(self._api, project_id, manifest)
-            if lines is not None:
-                path = f"{_folder(project_id, self.run_id)}/{_MANIFEST}"
-                stored = {**manifest.to_json(), "images": [json.loads(line) for line in lines]}
-                text = json.dumps(stored, ensure_ascii=False, indent=2)
-                write_text(self._api, self._team_of(project_id), path, text)
-        except Exception as error:  # noqa: BLE001  (as above)
-            sly.logger.warning(
-                f"The manifest of run {self.run_id} cannot be kept in project {project_id}: "
-                f"{error!r}"
-            )
+
+        def keep_file() -> None:
+            if lines is None:
+                return
+            path = f"{_folder(project_id, self.run_id)}/{_MANIFEST}"
+            stored = {**manifest.to_json(), "images": [json.loads(line) for line in lines]}
+            text = json.dumps(stored, ensure_ascii=False, indent=2)
+            write_text(self._api, self._team_of(project_id), path, text)
+
+        for keep in (keep_file, partial(keep_manifest, self._api, project_id, manifest)):
+            try:
+                keep()
+            except Exception as error:  # noqa: BLE001  (as above)
+                sly.logger.warning(
+                    f"The manifest of run {self.run_id} cannot be kept for project {project_id}: "
+                    f"{error!r}"
+                )
 
     def _team_of(self, project_id: int) -> int:
         books = self._books_of(project_id)

@@ -15,7 +15,7 @@ from florence2.records import Failure
 from serve.platform.failures import failure_of
 from serve.platform.images import each_or_failure, image_infos
 from serve.platform.request_state import Source, State
-from serve.platform.run_records import find_run, image_lines, keep_manifest, runs_of
+from serve.platform.run_records import ImageLine, find_run, image_lines, keep_manifest, runs_of
 from serve.provenance import Manifest, Undone, Written, now, sort_labels
 from serve.sdk import sly
 
@@ -63,16 +63,21 @@ def undo_run(
     """
     manifest = find_run(api, project_id, run_id)
     undone = Undone(run_id, show)
-    for dataset_id, images in _by_dataset(_images_of(api, project_id, manifest)).items():
+    lines = list(image_lines(api, project_id, manifest.run))
+    is_whole = _is_whole(manifest, lines)
+    found = _images_of(api, project_id, lines, is_whole=is_whole)
+    for dataset_id, images in _by_dataset(found).items():
         for start in range(0, len(images), _BATCH):
             if should_stop():
                 return undone
             _undo_batch(api, manifest, dataset_id, images[start : start + _BATCH], undone)
     if not show:
-        state: Any = "undone in part" if undone.num_kept or undone.failed else "undone"
-        counts = {**manifest.counts, "deleted": undone.num_deleted, "kept": undone.num_kept}
-        if not undone.num_deleted and "deleted" in manifest.counts:
-            counts["deleted"] = manifest.counts["deleted"]
+        # Without a tag nobody can tell what else the run wrote.
+        is_untold = not is_whole and manifest.run_tag is None
+        is_part = undone.num_kept or undone.failed or is_untold
+        state: Any = "undone in part" if is_part else "undone"
+        deleted = undone.num_deleted + manifest.counts.get("deleted", 0)
+        counts = {**manifest.counts, "deleted": deleted, "kept": undone.num_kept}
         keep_manifest(
             api,
             project_id,
@@ -89,9 +94,16 @@ class _Image:
     written: Written | None
 
 
-def _images_of(api: sly.Api, project_id: int, manifest: Manifest) -> Iterator[_Image]:
+def _is_whole(manifest: Manifest, lines: Sequence[ImageLine]) -> bool:
+    """Whether all that a run wrote is noted: it was not killed, and its files could be kept."""
+    num_noted = sum(len(line.written.labels) for line in lines)
+    return "images" in manifest.counts and num_noted >= manifest.counts.get("labels", 0)
+
+
+def _images_of(
+    api: sly.Api, project_id: int, lines: Sequence[ImageLine], *, is_whole: bool
+) -> Iterator[_Image]:
     """The images of the project that a run wrote on and that are still there."""
-    lines = list(image_lines(api, project_id, manifest.run))
     infos = image_infos(api, [one.image_id for one in lines if one.copied_to is None])
     noted = [_Image(infos[line.image_id], line.written) for line in lines if line.image_id in infos]
     copies: dict[int, dict[str, Written]] = defaultdict(dict)
@@ -105,7 +117,7 @@ def _images_of(api: sly.Api, project_id: int, manifest: Manifest) -> Iterator[_I
             if info.name in written
         ]
     yield from noted
-    if manifest.state == "running":
+    if not is_whole:
         # It was killed, or goes on: what it wrote last may be noted nowhere but in its tag.
         yield from _labeled_but(api, project_id, {image.info.id for image in noted})
 
