@@ -30,7 +30,7 @@ def compared(
     tasks: list[TaskLoss | None] = []
     why_not = None
     for old, new in zip(before, after, strict=True):
-        task = new.plan.task
+        task, num_before = new.plan.task, len(tasks)
         if {one.name for one in old.failed} != {one.name for one in new.failed}:
             why_not = _FAILED
         if old.located is not None and new.located is not None:
@@ -40,6 +40,8 @@ def compared(
             tasks.append(text_loss(task, old.texts, new.texts, exact=exact))
             if task in _FREE:
                 why_not = f"how good an answer to {task} is, its characters do not say"
+        if len(tasks) == num_before or None in tasks[num_before:]:
+            why_not = why_not or f"{task} could not be compared"
     known = tuple(one for one in tasks if one is not None)
     return PrecisionLoss(precision, against, known, why_not or why_not_enough(known))
 

@@ -217,7 +217,15 @@ def _packets(container: InputContainer, stream: VideoStream) -> Iterator[Any]:
     while True:
         try:
             yield next(packets)
-        except (StopIteration, av.FFmpegError):
+        except StopIteration:
+            return
+        except av.FFmpegError as error:
+            if isinstance(error, OSError):
+                # The disk, and not what is in the file: the rest is there.
+                raise VideoError(
+                    f"The video could not be read further ({error.strerror}); run the same "
+                    "command again."
+                ) from error
             return
 
 

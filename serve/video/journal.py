@@ -77,7 +77,8 @@ class FrameJournal:
                 whole += len(line)
                 if number:
                     self._count(entry)
-        self._file = path.open("r+b")
+        self._whole = whole
+        self._file = path.open("r+b", buffering=0)
         self._file.truncate(whole)
         self._file.seek(whole)
 
@@ -98,6 +99,10 @@ class FrameJournal:
         """Says that no frame of the range is left."""
         self._write([{_END: True}])
 
+    def wrote(self, annotation_hash: str) -> None:
+        """Says whose the annotation is, before what stands beside it is whole."""
+        self._write([{_WRITTEN: annotation_hash, "summary": None}])
+
     def written(self, annotation_hash: str, summary: Mapping[str, Any]) -> None:
         """Says which annotation was written of all frames so far."""
         self._write([{_WRITTEN: annotation_hash, "summary": dict(summary)}])
@@ -107,9 +112,18 @@ class FrameJournal:
 
     def _write(self, entries: Sequence[dict[str, Any]]) -> None:
         lines = [json.dumps(entry, separators=(",", ":")) + "\n" for entry in entries]
-        self._file.write("".join(lines).encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        left = memoryview("".join(lines).encode())
+        end = self._whole + len(left)
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+            os.fsync(self._file.fileno())
+        except OSError:
+            # Half a line is none, also for who reads before the next run.
+            self._file.truncate(self._whole)
+            self._file.seek(self._whole)
+            raise
+        self._whole = end
         for entry in entries:
             self._count(entry)
 

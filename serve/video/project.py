@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -61,12 +62,15 @@ class VideoProject:
         num_frames: int,
         classes: Sequence[str],
         our_hash: str,
+        wrote: Callable[[str], None],
     ) -> tuple[str, int]:
         """Writes everything anew; the annotation's hash and the number of its figures.
 
         ``classes`` come before those that were found. ``our_hash`` is that of the annotation that
-        an earlier run wrote: another one is a person's, and is moved to ``edited``.
+        an earlier run wrote: another one is a person's, and is moved to ``edited`` with the classes
+        and tags that it uses. ``wrote`` is told the new one's before the video is brought.
         """
+        self._keep_edited(our_hash)
         for folder in (self._stored_video.parent, self.annotation_path.parent):
             folder.mkdir(parents=True, exist_ok=True)
         names = dict.fromkeys((*classes, *(track.class_name for track in tracks.values())))
@@ -83,11 +87,12 @@ class VideoProject:
             self.folder / "key_id_map.json", json.dumps(sly.KeyIdMap().to_dict(), indent=2)
         )
         objects = {key: _object(track, meta) for key, track in tracks.items()}
-        self._keep_edited(our_hash)
         num_figures = self._write_annotation(objects, frames, size_wh, num_frames)
+        annotation_hash = hash_of(self.annotation_path)
+        wrote(annotation_hash)
         self._bring_video()
         self._workspace.sync()
-        return hash_of(self.annotation_path), num_figures
+        return annotation_hash, num_figures
 
     def _write_annotation(
         self,
@@ -137,6 +142,8 @@ class VideoProject:
         if not path.exists() or hash_of(path) == our_hash:
             return
         target = self._workspace.set_aside(path)
+        if (meta := self.folder / "meta.json").exists():
+            shutil.copy2(meta, target.with_suffix(".meta.json"))
         say(f"{path.name} was there and is not what a run wrote; it is now {target}")
 
 

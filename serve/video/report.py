@@ -56,13 +56,14 @@ class VideoReport:
 
     @property
     def exit_code(self) -> int:
-        """0 all fine, 1 some frames failed or are damaged, 2 nothing could be done, 130 stopped."""
+        """0 all fine, 1 frames failed, are damaged or missing, 2 nothing done, 130 stopped."""
         if self.run.interrupted:
             return 130
         summary = self.summary
         if summary.asked == summary.failed:
             return 2
-        return 1 if summary.failed or summary.damaged or self.error else 0
+        is_cut = summary.frames_said is not None
+        return 1 if summary.failed or summary.damaged or is_cut or self.error else 0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self.summary) | {

@@ -385,6 +385,7 @@ def _written(run: _OpenRun, project: VideoProject) -> Summary:
             num_frames,
             asked_classes(run.settings),
             journal.annotation_hash,
+            journal.wrote,
         )
     except OSError as error:
         raise OutputError(

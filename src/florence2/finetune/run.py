@@ -94,6 +94,8 @@ def fine_tune(
     transformers.set_seed(plan.seed)
     tuned = make_model(checkpoint, plan)
     limits = TokenLimits.of(checkpoint, num_visual_tokens(checkpoint))
+    num_images = len(data.training) + len(data.validation)
+    watcher.note(f"Opening all {num_images} images once, so that a damaged one ends nothing.")
     learned, measured, left_out = _usable(data, plan, vocabulary, checkpoint, limits)
     _tell_left_out(left_out, watcher)
     _tell_empty_classes(learned, vocabulary, watcher)

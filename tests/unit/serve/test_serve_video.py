@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -25,7 +26,9 @@ from video_clips import (
 )
 
 from florence2.records import Box, Failure
+from serve.labeling.files import Workspace
 from serve.sdk import LabelingStatus, sly
+from serve.video.journal import FrameJournal
 
 COUNT = 24
 
@@ -192,11 +195,60 @@ def test_what_a_person_changed_is_not_written_over(label, model, clip, tmp_path)
     path = out / "project/ds0/ann/clip.mp4.json"
     path.write_text(path.read_text().replace('"description": ""', '"description": "mine"'))
     edited = path.read_bytes()
+    meta = out / "project/meta.json"
+    meta.write_text(meta.read_text().replace('"tags": [', '"tags": [ ', 1))
+    classes = meta.read_bytes()
     assert label(clip, "--batch", "2").code == 0
-    assert [one.read_bytes() for one in (out / "edited").iterdir()] == [edited]
+    kept = {one.name: one.read_bytes() for one in (out / "edited").iterdir()}
+    assert kept == {"clip.mp4.0.json": edited, "clip.mp4.0.meta.json": classes}
     path.write_bytes(edited)
     assert label(clip, "--batch", "2").code == 0
     assert path.read_bytes() == edited
+
+
+def test_an_annotation_is_ours_though_the_video_beside_it_could_not_be_copied(
+    label, clip, monkeypatch, capsys
+):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Workspace, "bring", full)
+        out = label(clip, "--every", "3").out
+    assert "No space left on device" in capsys.readouterr().err
+    assert label(clip, "--every", "3").code == 0
+    assert not (out / "edited").exists()
+
+
+def test_a_disk_that_is_full_in_the_middle_of_a_line_loses_that_batch_only(
+    label, clip, monkeypatch, capsys, tmp_path
+):
+    write, room = FrameJournal.append, [2]
+
+    def append(journal, frames):
+        room[0] -= 1
+        if room[0] >= 0:
+            write(journal, frames)
+            return
+        _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+        size = (tmp_path / "out" / "frames.jsonl").stat().st_size
+        before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 5, most))
+        try:
+            write(journal, frames)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+            signal.signal(signal.SIGXFSZ, before)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FrameJournal, "append", append)
+        stopped = label(clip, "--batch", "2")
+    assert stopped.code == 1
+    assert "File too large" in capsys.readouterr().err
+    assert stopped.out == tmp_path / "out"
+    lines = (stopped.out / "frames.jsonl").read_bytes().splitlines()
+    assert all(json.loads(line) for line in lines)
+    assert label(clip, "--batch", "2").code == 0
 
 
 def test_a_file_that_was_removed_from_the_project_comes_back_without_asking(label, model, clip):
