@@ -37,6 +37,8 @@ REPORT: Final = "report.html"
 _LOCK: Final = ".lock"
 _CURVES: Final = "state/curves.json"
 _NAMED: Final = 3
+# To open fewer takes no time that anybody wonders about.
+_MANY: Final = 1000
 # A resume keeps them: they belong to weights that were saved.
 _OF_THE_BEST: Final = ("started", "metric", "best_step", "by_task")
 _NEEDS_CLASSES: Final = ("<CAPTION_TO_PHRASE_GROUNDING>", "<OPEN_VOCABULARY_DETECTION>")
@@ -95,7 +97,8 @@ def fine_tune(
     tuned = make_model(checkpoint, plan)
     limits = TokenLimits.of(checkpoint, num_visual_tokens(checkpoint))
     num_images = len(data.training) + len(data.validation)
-    watcher.note(f"Opening all {num_images} images once, so that a damaged one ends nothing.")
+    if num_images >= _MANY:
+        watcher.note(f"Opening all {num_images} images once, so that a damaged one ends nothing.")
     learned, measured, left_out = _usable(data, plan, vocabulary, checkpoint, limits)
     _tell_left_out(left_out, watcher)
     _tell_empty_classes(learned, vocabulary, watcher)

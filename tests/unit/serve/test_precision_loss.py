@@ -53,6 +53,12 @@ def test_an_image_that_only_one_of_them_answers_is_no_measure():
     assert compared(both, both, "fp32", "int8").why_not is None
 
 
+def test_a_task_that_cannot_be_compared_leaves_nothing_known():
+    nothing = TaskReport(SimpleNamespace(task="<OD>"), None, None)
+    loss = compared([report("<OCR>"), nothing], [report("<OCR>"), nothing], "fp32", "int8")
+    assert loss.why_not == "<OD> could not be compared"
+
+
 def test_any_two_precisions_are_compared_one_after_the_other(tmp_path, monkeypatch, capsys):
     closed = []
     model = FakeModel(lambda ask: result(ask.task, text="four"))
