@@ -8,13 +8,14 @@ PORT ?= 8000
 # up, so each process takes a run of them, and helps out with the others' at the end.
 PYTEST_FLAGS ?= --numprocesses logical --maxprocesses 8 --dist worksteal
 
-.PHONY: help label serve demo screenshot test check bench lint types house install wheel clean
+.PHONY: help label serve demo screenshot test soak check bench lint types house install wheel clean
 
 help:
 	@echo "make label   label demo/images with the demo checkpoint, into $(OUT)/"
 	@echo "make demo    open a page to play with the demo checkpoint, offline; PORT=$(PORT)"
 	@echo "make serve   serve the demo checkpoint on http://127.0.0.1:$(PORT), with the same page"
 	@echo "make test    run the tests"
+	@echo "make soak    faults and load, for minutes: kills, lost connections, many clients"
 	@echo "make check   formatting, lint, types, the house, generated docs, tests (what CI runs)"
 	@echo "make house   how large the code is, how many files a request passes, and what of it is held"
 	@echo "make wheel   the package with the demo checkpoint, to install elsewhere, into dist/"
@@ -45,6 +46,10 @@ serve: $(VENV)/.runtime
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+# One after the other: each takes the machine for itself.
+soak: $(VENV)/.dev
+	$(BIN)/python -m pytest -m soak tests/soak
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
