@@ -91,6 +91,8 @@ class Command:
 
 def serve(connection: socket.socket) -> None:
     """Starts and waits for processes as it is told, until the other side is gone."""
+    # Where it is installed pandas imports it, and it starts threads at once.
+    sys.modules["pyarrow"] = None
     import florence2.api  # noqa: F401 - what every process would import
     import serve.labeling.run  # noqa: F401
     from serve.cli.main import main  # noqa: F401

@@ -96,7 +96,11 @@ def test_a_threshold_leaves_what_is_left_of_an_answer_without_one(predictor, ima
         everything = labels(name)
         for threshold in (0.2, 0.4, 0.6, 0.8, 0.95):
             left = [one for one in everything if one[-1] >= threshold]
-            assert labels(name, confidence_threshold=threshold) == left
+            found = labels(name, confidence_threshold=threshold)
+            assert [one[:-1] for one in found] == [one[:-1] for one in left]
+            # Batches of a busy machine are of other sizes, and differ in the last digits.
+            scores = [one[-1] for one in left]
+            assert [one[-1] for one in found] == pytest.approx(scores, abs=1e-5)
 
 
 def test_a_calibrated_score_has_the_models_own_beside_it(details):
