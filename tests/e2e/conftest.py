@@ -23,7 +23,7 @@ from page_tools import (
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def app(tmp_path_factory) -> Iterator[AppServer]:
     env = {"CUDA_VISIBLE_DEVICES": "", "NVIDIA_VISIBLE_DEVICES": "all"}
     # It chooses its device itself, so that it warns of a CPU where a GPU could be.

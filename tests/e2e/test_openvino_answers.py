@@ -23,7 +23,7 @@ from serve.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 PICTURES = ("scene_bike.png", "photo_table.jpg")
-SCENES = range(700, 706)
+SCENES = (700, 703, 704)
 REGION = (30.0, 60.0, 200.0, 260.0)
 TIE = 1e-4
 CASCADE = "<OD>+<REGION_TO_DESCRIPTION>"

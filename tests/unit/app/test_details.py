@@ -92,9 +92,9 @@ def test_a_threshold_leaves_what_is_left_of_an_answer_without_one(predictor, ima
             for label, score in zip(found.annotation.labels, scores, strict=True)
         ]
 
-    for name in ("scene_home.jpg", "photo_meadow.jpg", "photo_table.jpg"):
+    for name in ("scene_home.jpg", "photo_table.jpg"):
         everything = labels(name)
-        for threshold in (0.2, 0.4, 0.6, 0.8, 0.95):
+        for threshold in (0.4, 0.8, 0.95):
             left = [one for one in everything if one[-1] >= threshold]
             found = labels(name, confidence_threshold=threshold)
             assert [one[:-1] for one in found] == [one[:-1] for one in left]
