@@ -266,6 +266,8 @@ class WorkQueue:
         self._num_devices = num_devices
         self._idle: set[int] = set()
         self._seen_by: OrderedDict[object, int] = OrderedDict()
+        # Which device has an ask that is begun; only where there are several.
+        self._in_hand: dict[QueuedAsk, int] = {}
         self._max_queued = max_queued
         self._changed = threading.Condition()
         self._is_closed = False
@@ -377,6 +379,7 @@ class WorkQueue:
         """Asks whose process ended before it had answered; one that has lost two has failed."""
         with self._changed:
             for queued in asks:
+                self._in_hand.pop(queued, None)
                 if queued.request.may_ask_again(queued.place):
                     self._postponed.append(queued)
                 else:
@@ -387,12 +390,16 @@ class WorkQueue:
     def postpone(self, asks: Iterable[QueuedAsk]) -> None:
         """Asks that had no room beside a batch in hand, whose turn is right after it."""
         with self._changed:
-            self._postponed += [one for one in asks if not one.request.is_done]
+            for queued in asks:
+                self._in_hand.pop(queued, None)
+                if not queued.request.is_done:
+                    self._postponed.append(queued)
 
     def settle(self, outcomes: Iterable[tuple[QueuedAsk, Outcome | Failure]]) -> None:
         """Gives asks their outcomes."""
         with self._changed:
             for queued, outcome in outcomes:
+                self._in_hand.pop(queued, None)
                 queued.request.settle(queued.place, outcome)
 
     def coming_images(self) -> list[AnyImage]:
@@ -440,6 +447,7 @@ class WorkQueue:
     def _first_asks(self, device: int) -> list[QueuedAsk]:
         if postponed := [one for one in self._postponed if _is_possible(device, one)]:
             self._postponed = [one for one in self._postponed if not _is_possible(device, one)]
+            self._note_taken(postponed, device)
             return postponed
         # After a click comes a bulk batch, in which clicks go on being answered: both get on.
         is_bulk_due = self._last_priority is Priority.INTERACTIVE
@@ -452,8 +460,7 @@ class WorkQueue:
         """Up to ``limit`` asks: one image of each request in turn, until the batch is full."""
         picked: list[QueuedAsk] = []
         requests = self._requests[priority]
-        # What is left is shared, so that no device waits at the end for what another one has.
-        limit = min(limit, math.ceil(self._num_waiting(priority) / self._num_devices))
+        limit = min(limit, self._share(priority, device))
         while len(picked) < limit and (request := self._request_for(device, priority)):
             self._note_seen(request.next_image, device)
             room = limit - len(picked)
@@ -465,7 +472,26 @@ class WorkQueue:
             requests.remove(request)
             if request.parts:
                 requests.append(request)
+        self._note_taken(picked, device)
         return picked
+
+    def _share(self, priority: Priority, device: int) -> int:
+        """How many of the asks that wait a device may take.
+
+        What is left of a run is shared, so that no device waits at its end for what another one
+        has: none gets more than its part of all that is not answered, what it has in hand included.
+        """
+        num_waiting = self._num_waiting(priority)
+        if priority is Priority.INTERACTIVE:
+            # Whoever comes first answers those, whatever else it has in hand.
+            return math.ceil(num_waiting / self._num_devices)
+        num_own = sum(one == device for one in self._in_hand.values())
+        share = math.ceil((num_waiting + len(self._in_hand)) / self._num_devices)
+        return max(0, share - num_own)
+
+    def _note_taken(self, asks: Iterable[QueuedAsk], device: int) -> None:
+        if self._num_devices > 1:
+            self._in_hand.update(dict.fromkeys(asks, device))
 
     def _request_for(self, device: int, priority: Priority) -> Request | None:
         """The first whose next asks a device may take."""

@@ -115,7 +115,31 @@ def click(image):
 
 def test_what_is_left_is_shared():
     queue = queue_with(request(*"abcdefgh"))
-    assert [len(queue.next_work(device, 0.0)) for device in (0, 1, 0, 1, 0)] == [4, 2, 1, 1, 0]
+    begun = [queue.next_work(device, 0.0) for device in (0, 1, 0, 1)]
+    assert [len(asks) for asks in begun] == [4, 4, 0, 0]
+
+
+def test_a_device_that_has_work_leaves_the_others_their_part():
+    queue = queue_with(request(*"abcd"))
+    begun = queue.next_work(1, 0.0)
+    assert len(begun) == 2
+    # It has room for more, and the first device comes later.
+    assert queue.joining(Priority.BULK, 8, 0, 1) == []
+    assert len(queue.next_work(0, 0.0)) == 2
+    queue.add(request(*"efgh"))
+    queue.settle((one, Failure("bad_image", "It is damaged.")) for one in begun)
+    assert [len(queue.joining(Priority.BULK, 8, 0, device)) for device in (0, 1)] == [1, 3]
+
+
+@pytest.mark.parametrize("lose", [WorkQueue.ask_again, WorkQueue.postpone])
+def test_what_a_device_gives_back_counts_as_its_work_no_more(lose):
+    given_up = request(*"abcd")
+    queue = queue_with(given_up)
+    begun = queue.next_work(1, 0.0)
+    queue.remove(given_up, InternalError())
+    lose(queue, begun)
+    queue.add(request(*"efgh"))
+    assert len(queue.next_work(1, 0.0)) == 2
 
 
 def test_a_click_goes_to_the_idle_device_that_has_seen_the_image_and_to_another_if_that_is_busy():
