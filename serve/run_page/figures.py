@@ -21,6 +21,8 @@ NUM_EXAMPLES: Final = 12
 MAX_CLASSES: Final = 1000
 """So many classes have figures of their own; of sentences as classes there may be any number."""
 MAX_REASONS: Final = 50
+LOW_SCORE: Final = 0.5
+"""The model is not sure of a label with less."""
 # One image that is labeled badly all over should not be all that is seen.
 _DRAWN_PER_IMAGE: Final = 3
 _THOUSAND: Final = 1000
@@ -119,7 +121,9 @@ class ClassFigures:
     def add(self, scores: Sequence[float | None]) -> None:
         self.num_labels += len(scores)
         self.num_images += 1
-        self.thousandths.update(round(score * _THOUSAND) for score in scores if score is not None)
+        for score in scores:
+            if score is not None:
+                self.thousandths[round(score * _THOUSAND)] += 1
 
     @property
     def num_scored(self) -> int:
@@ -179,6 +183,13 @@ class RunFigures:
     def num_scored(self) -> int:
         """Labels that have a score."""
         return sum(one.num_scored for one in (*self.classes.values(), self.other_classes))
+
+    @property
+    def num_low(self) -> int:
+        """Labels with a low score."""
+        every = (*self.classes.values(), self.other_classes)
+        counted = (item for one in every for item in one.thousandths.items())
+        return sum(number for value, number in counted if value < LOW_SCORE * _THOUSAND)
 
     def wants_picture(self, scores: Mapping[str, Sequence[float | None]]) -> bool:
         """Whether a label with one of these scores, or a text, would be drawn now."""

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from florence2.evaluation.html_report import Histogram, HtmlReport, Link, Thumbnail, Tone
 from serve.provenance import Manifest
-from serve.run_page.figures import ClassFigures, ImageOutcome, LowLabel, RunFigures
+from serve.run_page.figures import LOW_SCORE, ClassFigures, ImageOutcome, LowLabel, RunFigures
 
 PAGE_NAME: Final = "report.html"
 _BINS: Final = 20
@@ -161,12 +161,10 @@ def _review(report: HtmlReport, page: RunPage) -> None:
     """What to look at first, the likeliest to be wrong first."""
     rows = _review_rows(page)
     report.section("What to review first")
-    if page.figures.num_scored:
-        rows.insert(0, ("low scores", None, "The labels below, which the model is least sure of."))
     if not rows:
         report.text("Nothing stands out.")
         return
-    report.table(("what", page.images, "why"), rows)
+    report.table(("what", "how many", "why"), rows)
     examples = _review_examples(page)
     if examples:
         report.text(f"Some of these {page.images}:")
@@ -175,18 +173,25 @@ def _review(report: HtmlReport, page: RunPage) -> None:
 
 def _review_rows(page: RunPage) -> list[tuple[object, ...]]:
     figures, rows = page.figures, list[tuple[object, ...]]()
+    if figures.num_low:
+        why = f"The score is below {LOW_SCORE:g}; the lowest are drawn below."
+        rows.append(("low scores", f"{figures.num_low:,} labels", why))
+
+    def of(number: int) -> str:
+        return f"{number:,} {page.images}"
+
     if figures.num_truncated:
         why = "The answer reached the limit of tokens: something may be missing. Raise the limit."
-        rows.append(("answers cut", figures.num_truncated, why))
+        rows.append(("answers cut", of(figures.num_truncated), why))
     limit, number, _ = figures.far_out()
     if number:
         why = f"At least {limit} labels, far more than mostly: they may be repetitions."
-        rows.append(("unusually many labels", number, why))
+        rows.append(("unusually many labels", of(number), why))
     if figures.is_empty_unusual():
         why = "Nothing was found, while nearly all others have labels."
-        rows.append(("nothing found", figures.counts["empty"], why))
+        rows.append(("nothing found", of(figures.counts["empty"]), why))
     for note, number in figures.notes.most_common(_MAX_NOTES):
-        rows.append(("notes", number, f"Parts of the answer were dropped or repaired: {note}."))
+        rows.append(("notes", of(number), f"Parts of the answer were dropped or repaired: {note}."))
     return rows
 
 

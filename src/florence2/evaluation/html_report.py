@@ -25,6 +25,7 @@ h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
 table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto; }
 th, td { border-bottom: 1px solid var(--line); padding: .25rem .7rem; text-align: left; }
 th:first-child, td:first-child { position: sticky; left: 0; background: Canvas; }
+td:first-child { max-width: max(9rem, 40vw); overflow-wrap: anywhere; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 td.number, td.short { white-space: pre; }
 pre { border: 1px solid var(--line); padding: .6rem; white-space: pre-wrap; }
