@@ -30,10 +30,9 @@ from serve.labeling.report import (
 from serve.labeling.undo import runs_in
 from serve.provenance import Manifest
 from serve.run_page.drawing import draw_label
-from serve.run_page.figures import ImageOutcome, LowLabel, RunFigures
+from serve.run_page.figures import ImageOutcome, LowLabel, RunFigures, known_scores
 from serve.run_page.page import PAGE_NAME, RunPage, render
 
-_UNNAMED: Final = "(class not noted)"
 _DRAW_FOR_S: Final = 6.0
 """What is not drawn by then is named only: the page may not keep anybody waiting."""
 _SHOWN_RUNS: Final = 10
@@ -57,7 +56,7 @@ def write_page(
     links = _Links(root, images, project)
     figures = RunFigures()
     for entry in entries:
-        if (outcome := _outcome(entry, links)) is not None:
+        if (outcome := _outcome(entry)) is not None:
             figures.add(outcome)
     _draw(figures.lowest, project)
     known = runs_in(root)
@@ -70,6 +69,7 @@ def write_page(
         num_pending=report.pending,
         num_images=report.run.images,
         seconds=report.run.seconds,
+        href_of=links.of,
         is_interrupted=report.run.interrupted,
         error=report.error,
         resume_command=report.resume_command,
@@ -96,16 +96,15 @@ class _Links:
         self.project = self._to(project.folder)
         self._labeled = self._to(project.image_path("x"))[:-1]
         self._previews = self._to(preview_path(root / PREVIEWS_DIR, "x"))[: -len("x.jpg")]
-        has_previews = (root / PREVIEWS_DIR).is_dir()
-        self._drawn = frozenset(os.listdir(root / PREVIEWS_DIR)) if has_previews else frozenset()
+        self._previews_dir = root / PREVIEWS_DIR
         self.source = self._to(images.parent if images.is_file() else images)
 
-    def of(self, entry: Entry) -> str:
-        if entry.state == "failed":
-            return f"{self.source}/{quote(bytes_of(entry.image))}" if self.source else ""
-        if (preview := f"{entry.name}.jpg") in self._drawn:
-            return self._previews + quote(preview)
-        return self._labeled + quote(entry.name)
+    def of(self, image: ImageOutcome) -> str:
+        if image.state == "failed":
+            return f"{self.source}/{quote(bytes_of(image.name))}" if self.source else ""
+        if preview_path(self._previews_dir, image.key).exists():
+            return f"{self._previews}{quote(image.key)}.jpg"
+        return self._labeled + quote(image.key)
 
     def _to(self, path: Path) -> str:
         """Empty for a folder on another disk of Windows."""
@@ -115,16 +114,15 @@ class _Links:
             return ""
 
 
-def _outcome(entry: Entry, links: _Links) -> ImageOutcome | None:
+def _outcome(entry: Entry) -> ImageOutcome | None:
     """None for an image that is as if it had never been looked at."""
     if entry.state == "undone":
         return None
     return ImageOutcome(
         name=entry.image,
         state=entry.state,
-        href=links.of(entry),
         key=entry.name,
-        scores=entry.scores or ({_UNNAMED: [None] * entry.objects} if entry.objects else {}),
+        scores=known_scores(entry.scores, entry.objects),
         num_texts=len(entry.image_tags),
         is_truncated=entry.truncated > 0,
         notes=entry.notes,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,21 +33,22 @@ _FAR_OUT: Final = 3.0
 _MIN_MORE_LABELS: Final = 5
 _MIN_LABELED: Final = 20
 _FEW_EMPTY: Final = 0.05
+_NOTE_COUNT: Final = re.compile(r": \d+$")
+_UNNAMED: Final = "(class not noted)"
 
 
 @dataclass(frozen=True, slots=True)
 class ImageOutcome:
     """What became of one image.
 
-    ``name`` is what people call it, ``href`` where it is opened, empty if nowhere, and ``key`` what
-    its labels are found by. ``scores`` has for each class those of its labels, in the order in
-    which they were written; None for a label that has none. ``num_texts`` counts texts about the
-    whole image. ``code`` and ``message`` say why it failed.
+    ``name`` is what people call it, ``key`` what it and its labels are found by. ``scores`` has for
+    each class those of its labels, in the order in which they were written; None for a label that
+    has none. ``num_texts`` counts texts about the whole image. ``code`` and ``message`` say why it
+    failed.
     """
 
     name: str
     state: State
-    href: str = ""
     key: str = ""
     scores: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
     num_texts: int = 0
@@ -58,6 +60,13 @@ class ImageOutcome:
     @property
     def num_labels(self) -> int:
         return sum(map(len, self.scores.values()))
+
+
+def known_scores(
+    scores: Mapping[str, Sequence[float | None]], num_labels: int
+) -> Mapping[str, Sequence[float | None]]:
+    """The scores, or labels without one where an earlier version noted only how many there are."""
+    return scores or ({_UNNAMED: [None] * num_labels} if num_labels else {})
 
 
 @dataclass(slots=True)
@@ -212,7 +221,10 @@ class RunFigures:
             self.truncated.add(lot, image)
         if image.notes:
             self.num_noted += 1
-            self.notes.update(image.notes)
+            for note in image.notes:
+                kind = _NOTE_COUNT.sub("", note)
+                is_known = kind in self.notes or len(self.notes) < MAX_REASONS
+                self.notes[kind if is_known else "other notes"] += 1
             self.noted.add(lot, image)
         num_labels = image.num_labels
         self.num_labels += num_labels

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -29,7 +29,8 @@ class RunPage:
     ``title`` names what was labeled. ``figures`` are of all images that were done, by this run and
     by those that it went on with; ``num_pending`` images are still to do. ``is_interrupted``:
     somebody stopped it; ``error``: the sentence that it stopped with. ``num_images`` of this run
-    took ``seconds``. A command, or sentence, is None where there is nothing to do with it.
+    took ``seconds``. ``href_of`` gives where an image is opened, empty where nowhere. A command is
+    None where there is nothing to do with it; ``advice`` are sentences that stand in their place.
     ``undo_commands`` are of every run whose labels are there, ``places`` where things are, by what
     they are, and ``remarks`` sentences about what else is to be known. ``images`` is what images
     are called, such as frames.
@@ -41,10 +42,12 @@ class RunPage:
     num_pending: int
     num_images: int
     seconds: float
+    href_of: Callable[[ImageOutcome], str]
     is_interrupted: bool = False
     error: str | None = None
     resume_command: str | None = None
     retry_command: str | None = None
+    advice: Sequence[str] = ()
     undo_commands: Sequence[str] = ()
     places: Mapping[str, Link] = field(default_factory=dict)
     remarks: Sequence[str] = ()
@@ -139,6 +142,8 @@ def _commands(report: HtmlReport, page: RunPage) -> None:
         if command:
             report.text(before)
             report.code(command)
+    for sentence in page.advice:
+        report.text(sentence)
 
 
 def _failures(report: HtmlReport, page: RunPage) -> None:
@@ -149,7 +154,7 @@ def _failures(report: HtmlReport, page: RunPage) -> None:
     ordered = sorted(failures.items(), key=lambda item: -item[1].count)
     report.table(("reason", page.images), [(code, one.count) for code, one in ordered])
     rows = [
-        (_link(image), code, image.message)
+        (_link(page, image), code, image.message)
         for code, one in ordered
         for image in list(one.examples)[:_EXAMPLES_PER_REASON]
     ]
@@ -197,11 +202,11 @@ def _review_rows(page: RunPage) -> list[tuple[object, ...]]:
 
 def _review_examples(page: RunPage) -> list[tuple[object, ...]]:
     figures = page.figures
-    rows: list[tuple[object, ...]] = [(_link(one), "answer cut") for one in figures.truncated]
-    rows += [(_link(one), f"{one.num_labels} labels") for one in figures.far_out()[2]]
+    rows: list[tuple[object, ...]] = [(_link(page, one), "answer cut") for one in figures.truncated]
+    rows += [(_link(page, one), f"{one.num_labels} labels") for one in figures.far_out()[2]]
     if figures.is_empty_unusual():
-        rows += [(_link(one), "nothing found") for one in figures.empty]
-    rows += [(_link(one), _cut("; ".join(one.notes), _MAX_NAME)) for one in figures.noted]
+        rows += [(_link(page, one), "nothing found") for one in figures.empty]
+    rows += [(_link(page, one), _cut("; ".join(one.notes), _MAX_NAME)) for one in figures.noted]
     return rows
 
 
@@ -221,7 +226,7 @@ def _lowest(report: HtmlReport, page: RunPage) -> None:
         report.text("Labels without a score are among them by lot, after those with one.")
     else:
         report.text(f"At most three of one of the {page.images}, the lowest first.")
-    drawn = [Thumbnail(one.jpeg, _said(one)) for one in lowest if one.jpeg is not None]
+    drawn = [Thumbnail(one.jpeg, _said(page, one)) for one in lowest if one.jpeg is not None]
     if drawn:
         report.thumbnails(drawn)
     others = [one for one in lowest if one.jpeg is None]
@@ -230,16 +235,16 @@ def _lowest(report: HtmlReport, page: RunPage) -> None:
         report.table(
             ("class", "score", page.images),
             [
-                (_cut(one.class_name or "", _MAX_NAME), one.score, _link(one.image))
+                (_cut(one.class_name or "", _MAX_NAME), one.score, _link(page, one.image))
                 for one in others
             ],
         )
 
 
-def _said(low: LowLabel) -> list[Link]:
+def _said(page: RunPage, low: LowLabel) -> list[Link]:
     score = "" if low.score is None else f"{low.score:.2f}  "
     lines = [Link(score + _cut(low.class_name, _MAX_NAME))] if low.class_name is not None else []
-    return [*lines, *([Link(low.text)] if low.text else []), _link(low.image)]
+    return [*lines, *([Link(low.text)] if low.text else []), _link(page, low.image)]
 
 
 def _classes(report: HtmlReport, page: RunPage) -> None:
@@ -315,8 +320,8 @@ def _value(value: object) -> str:
     return _cut(text, _MAX_VALUE)
 
 
-def _link(image: ImageOutcome) -> Link:
-    return Link(_cut(image.name, _MAX_NAME), image.href)
+def _link(page: RunPage, image: ImageOutcome) -> Link:
+    return Link(_cut(image.name, _MAX_NAME), page.href_of(image))
 
 
 def _cut(text: str | None, most: int) -> str:
