@@ -15,6 +15,7 @@ from serve.labeling.files import Workspace
 from serve.labeling.images import Findings
 from serve.labeling.journal import Entry, Totals
 from serve.labeling.project import project_folder
+from serve.run_page.page import PAGE_NAME
 
 REPORT_NAME: Final = "report.json"
 FAILED_NAME: Final = "failed.csv"
@@ -109,6 +110,7 @@ def report_lines(report: Report, root: Path) -> list[str]:
         f"{totals.failed} failed; this run: {run.images} images, "
         f"{run.images_per_second:.2f} images/s.",
         f"Project: {project_folder(root)}",
+        f"Report: {root / PAGE_NAME}",
     ]
     if report.error:
         lines.insert(0, f"Stopped early: {report.error}")

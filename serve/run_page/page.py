@@ -62,38 +62,40 @@ class RunPage:
 def verdict(page: RunPage) -> tuple[str, Tone]:
     """How the run went, in one sentence, and how good that is."""
     counts, total, images = page.figures.counts, page.num_total, page.images
-    done = page.figures.num_images
-    failed = f", {counts['failed']:,} of them failed" if counts["failed"] else ""
-    if page.error is not None and page.num_pending:
-        return f"Stopped early after {done:,} of {total:,} {images}{failed}: {page.error}", "bad"
-    if page.is_interrupted and page.num_pending:
-        told = f"Stopped by somebody after {done:,} of {total:,} {images}{failed}; "
-        return told + f"{page.num_pending:,} are still to do.", "warning"
     if page.num_pending:
-        return f"{page.num_pending:,} of {total:,} {images} are still to do{failed}.", "warning"
+        return _unfinished(page)
     if not total:
         return f"There were no {images} to label.", "warning"
+    everything = f"All {total:,} {images}" if total > 1 else f"The only {images[:-1]}"
+    are = "are" if total > 1 else "is"
     if counts["failed"] == total:
-        return f"All {total:,} {images} failed.", "bad"
+        return f"{everything} failed.", "bad"
     if counts["failed"]:
         return f"{counts['failed']:,} of {total:,} {images} failed; all others are done.", "warning"
     if page.error is not None:
-        return f"All {total:,} {images} are done, but: {page.error}", "warning"
+        return f"{everything} {are} done, but: {page.error}", "warning"
     if counts["empty"] == total:
-        return f"Nothing was found on any of the {total:,} {images}.", "warning"
-    return _all_done(page), "good"
-
-
-def _all_done(page: RunPage) -> str:
-    counts, total = page.figures.counts, page.num_total
+        return f"{everything} {are} done, and nothing was found.", "warning"
     if counts["labeled"] == total:
-        return f"All {total:,} {page.images} are labeled."
+        return f"{everything} {are} labeled.", "good"
     parts = [f"{counts['labeled']:,} labeled"]
     if counts["empty"]:
         parts.append(f"{counts['empty']:,} with nothing found")
     if counts["skipped"]:
         parts.append(f"{counts['skipped']:,} skipped, as they had labels")
-    return f"All {total:,} {page.images} are done: {', '.join(parts)}."
+    return f"{everything} {are} done: {', '.join(parts)}.", "good"
+
+
+def _unfinished(page: RunPage) -> tuple[str, Tone]:
+    num_failed = page.figures.counts["failed"]
+    failed = f", {num_failed:,} of them failed" if num_failed else ""
+    after = f"after {page.figures.num_images:,} of {page.num_total:,} {page.images}{failed}"
+    if page.error is not None:
+        return f"Stopped early {after}: {page.error}", "bad"
+    left = f"{page.num_pending:,} are still to do."
+    if page.is_interrupted:
+        return f"Stopped by somebody {after}; {left}", "warning"
+    return f"Ended {after}; {left}", "warning"
 
 
 def render(page: RunPage) -> str:
@@ -129,7 +131,7 @@ def _counts(report: HtmlReport, page: RunPage) -> None:
     if page.num_images:
         rate = page.num_images / page.seconds if page.seconds else 0.0
         report.text(
-            f"This run: {page.num_images:,} {page.images} in {_duration(page.seconds)}, "
+            f"This run: {_many(page.num_images, page.images)} in {_duration(page.seconds)}, "
             f"{rate:.2f} {page.images} per second."
         )
 
@@ -180,10 +182,10 @@ def _review_rows(page: RunPage) -> list[tuple[object, ...]]:
     figures, rows = page.figures, list[tuple[object, ...]]()
     if figures.num_low:
         why = f"The score is below {LOW_SCORE:g}; the lowest are drawn below."
-        rows.append(("low scores", f"{figures.num_low:,} labels", why))
+        rows.append(("low scores", _many(figures.num_low, "labels"), why))
 
     def of(number: int) -> str:
-        return f"{number:,} {page.images}"
+        return _many(number, page.images)
 
     if figures.num_truncated:
         why = "The answer reached the limit of tokens: something may be missing. Raise the limit."
@@ -225,7 +227,7 @@ def _lowest(report: HtmlReport, page: RunPage) -> None:
     elif any(one.score is None for one in lowest):
         report.text("Labels without a score are among them by lot, after those with one.")
     else:
-        report.text(f"At most three of one of the {page.images}, the lowest first.")
+        report.text(f"The lowest first; at most three of one {page.images[:-1]}.")
     drawn = [Thumbnail(one.jpeg, _said(page, one)) for one in lowest if one.jpeg is not None]
     if drawn:
         report.thumbnails(drawn)
@@ -299,7 +301,7 @@ def _about(report: HtmlReport, page: RunPage) -> None:
     rows += page.places.items()
     report.table(("", ""), [row for row in rows if row[1] not in (None, "")])
     if page.undo_commands:
-        report.text("What a run wrote and nobody has changed since goes again with:")
+        report.text("This takes back what a run wrote, as far as nobody has changed it since:")
         report.code("\n".join(page.undo_commands))
     settings = [(name, _value(value)) for name, value in manifest.settings.items()]
     settings = [(name, value) for name, value in settings if value]
@@ -327,6 +329,11 @@ def _link(page: RunPage, image: ImageOutcome) -> Link:
 def _cut(text: str | None, most: int) -> str:
     text = text or ""
     return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def _many(number: int, what: str) -> str:
+    """Such as "1 label" or "1,200 labels"."""
+    return f"{number:,} {what[:-1] if number == 1 else what}"
 
 
 def _duration(seconds: float) -> str:
