@@ -54,11 +54,11 @@ def test_a_run_over_a_project_leaves_a_page_that_shows_its_labels(run, platform,
     assert "car<b>" in text
     assert f"florence2 undo {seeded.project_id} --run {run_id}" in text
     assert tags.values("src"), "labels are drawn"
-    image_id = seeded.in_dataset("inside")[0]
+    image_id = seeded.image_ids["scene_city.jpg"]
     address = platform.address.rstrip("/")
     assert (
         f"{address}/app/images/{TEAM_ID}/{WORKSPACE_ID}/{seeded.project_id}/"
-        f"{seeded.dataset_ids['inside']}#image-{image_id}"
+        f"{seeded.dataset_ids['outside']}#image-{image_id}"
     ) in tags.values("href")
 
 
