@@ -33,6 +33,7 @@ _FAR_OUT: Final = 3.0
 _MIN_MORE_LABELS: Final = 5
 _MIN_LABELED: Final = 20
 _FEW_EMPTY: Final = 0.05
+_CUT: Final = "the answer was cut"
 _NOTE_COUNT: Final = re.compile(r": \d+$")
 _UNNAMED: Final = "(class not noted)"
 
@@ -170,8 +171,8 @@ class RunFigures:
     def __init__(self) -> None:
         self.counts: Counter[State] = Counter()
         self.num_labels = 0
+        self.num_texts = 0
         self.num_truncated = 0
-        self.num_noted = 0
         self.notes: Counter[str] = Counter()
         self.classes: dict[str, ClassFigures] = {}
         self.other_classes = ClassFigures()
@@ -219,15 +220,16 @@ class RunFigures:
         if image.is_truncated:
             self.num_truncated += 1
             self.truncated.add(lot, image)
-        if image.notes:
-            self.num_noted += 1
-            for note in image.notes:
+        # That an answer was cut is counted by itself.
+        if notes := [note for note in image.notes if not note.startswith(_CUT)]:
+            for note in notes:
                 kind = _NOTE_COUNT.sub("", note)
                 is_known = kind in self.notes or len(self.notes) < MAX_REASONS
                 self.notes[kind if is_known else "other notes"] += 1
             self.noted.add(lot, image)
         num_labels = image.num_labels
         self.num_labels += num_labels
+        self.num_texts += image.num_texts
         self._labels_per_image[num_labels] += 1
         if num_labels:
             self._most_labels.add(-num_labels, image)

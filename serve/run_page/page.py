@@ -18,6 +18,8 @@ _MAX_NOTES: Final = 20
 _MAX_REMARKS: Final = 60
 _EXAMPLES_PER_REASON: Final = 5
 _MAX_NAME: Final = 120
+_MAX_SAID: Final = 60
+"""Below a drawing."""
 _MAX_VALUE: Final = 2000
 _DAY_S: Final = 86_400
 
@@ -123,10 +125,11 @@ def _counts(report: HtmlReport, page: RunPage) -> None:
         ("skipped", counts["skipped"]),
         ("still to do", page.num_pending),
         ("labels", figures.num_labels),
+        ("texts", figures.num_texts),
         ("answers cut", figures.num_truncated),
         *page.further_counts.items(),
     ]
-    always = ("labeled", "failed", "labels")
+    always = ("labeled", "failed", "" if figures.num_texts else "labels")
     report.counts([(name, count) for name, count in shown if count or name in always])
     if page.num_images:
         rate = page.num_images / page.seconds if page.seconds else 0.0
@@ -156,12 +159,12 @@ def _failures(report: HtmlReport, page: RunPage) -> None:
     ordered = sorted(failures.items(), key=lambda item: -item[1].count)
     report.table(("reason", page.images), [(code, one.count) for code, one in ordered])
     rows = [
-        (_link(page, image), code, image.message)
+        (_link(page, image), image.message, code)
         for code, one in ordered
         for image in list(one.examples)[:_EXAMPLES_PER_REASON]
     ]
     report.text("For each reason some by name:")
-    report.table((page.images, "reason", "what happened"), rows)
+    report.table((page.images, "what happened", "reason"), rows)
 
 
 def _review(report: HtmlReport, page: RunPage) -> None:
@@ -171,45 +174,51 @@ def _review(report: HtmlReport, page: RunPage) -> None:
     if not rows:
         report.text("Nothing stands out.")
         return
-    report.table(("what", "how many", "why"), rows)
+    report.table(("what", "why"), rows)
     examples = _review_examples(page)
     if examples:
         report.text(f"Some of these {page.images}:")
         report.table((page.images, "what"), examples)
 
 
-def _review_rows(page: RunPage) -> list[tuple[object, ...]]:
-    figures, rows = page.figures, list[tuple[object, ...]]()
-    if figures.num_low:
-        why = f"The score is below {LOW_SCORE:g}; the lowest are drawn below."
-        rows.append(("low scores", _many(figures.num_low, "labels"), why))
+def _review_rows(page: RunPage) -> list[tuple[str, str]]:
+    figures, rows = page.figures, list[tuple[str, str]]()
 
-    def of(number: int) -> str:
-        return _many(number, page.images)
+    def add(number: int, what: str, why: str, of: str = page.images) -> None:
+        if number:
+            rows.append((f"{_many(number, of)} with {what}", why))
 
-    if figures.num_truncated:
-        why = "The answer reached the limit of tokens: something may be missing. Raise the limit."
-        rows.append(("answers cut", of(figures.num_truncated), why))
+    why = f"The score is below {LOW_SCORE:g}; the lowest are drawn below."
+    add(figures.num_low, "low scores", why, "labels")
+    why = "The answer reached the limit of tokens: something may be missing. Raise the limit."
+    add(figures.num_truncated, "answers cut", why)
     limit, number, _ = figures.far_out()
-    if number:
-        why = f"At least {limit} labels, far more than mostly: they may be repetitions."
-        rows.append(("unusually many labels", of(number), why))
+    add(number, "unusually many labels", f"{limit} or more: they may be repetitions.")
     if figures.is_empty_unusual():
-        why = "Nothing was found, while nearly all others have labels."
-        rows.append(("nothing found", of(figures.counts["empty"]), why))
+        add(figures.counts["empty"], "nothing found", "Nearly all others have labels.")
     for note, number in figures.notes.most_common(_MAX_NOTES):
-        rows.append(("notes", of(number), f"Parts of the answer were dropped or repaired: {note}."))
+        add(number, "a note", f"{note[:1].upper()}{note[1:]}.")
     return rows
 
 
-def _review_examples(page: RunPage) -> list[tuple[object, ...]]:
+def _review_examples(page: RunPage) -> list[tuple[Link, str]]:
+    """Each image once, with all that is to be said of it."""
     figures = page.figures
-    rows: list[tuple[object, ...]] = [(_link(page, one), "answer cut") for one in figures.truncated]
-    rows += [(_link(page, one), f"{one.num_labels} labels") for one in figures.far_out()[2]]
+    said: dict[str, tuple[ImageOutcome, list[str]]] = {}
+
+    def say(image: ImageOutcome, what: str) -> None:
+        said.setdefault(f"{image.key} {image.name}", (image, []))[1].append(what)
+
+    for one in figures.truncated:
+        say(one, "answer cut")
+    for one in figures.far_out()[2]:
+        say(one, _many(one.num_labels, "labels"))
     if figures.is_empty_unusual():
-        rows += [(_link(page, one), "nothing found") for one in figures.empty]
-    rows += [(_link(page, one), _cut("; ".join(one.notes), _MAX_NAME)) for one in figures.noted]
-    return rows
+        for one in figures.empty:
+            say(one, "nothing found")
+    for one in figures.noted:
+        say(one, _cut("; ".join(one.notes), _MAX_NAME))
+    return [(_link(page, image), ", ".join(what)) for image, what in said.values()]
 
 
 def _lowest(report: HtmlReport, page: RunPage) -> None:
@@ -218,7 +227,7 @@ def _lowest(report: HtmlReport, page: RunPage) -> None:
     if not lowest:
         return
     has_scores = figures.num_scored > 0
-    report.section("The lowest-scored labels" if has_scores else "Some labels, by lot")
+    report.section("The lowest-scored labels" if has_scores else "Some answers, by lot")
     if not has_scores:
         report.text(
             "What this task answers has no scores, so that nothing can be said to be the least "
@@ -245,8 +254,9 @@ def _lowest(report: HtmlReport, page: RunPage) -> None:
 
 def _said(page: RunPage, low: LowLabel) -> list[Link]:
     score = "" if low.score is None else f"{low.score:.2f}  "
-    lines = [Link(score + _cut(low.class_name, _MAX_NAME))] if low.class_name is not None else []
-    return [*lines, *([Link(low.text)] if low.text else []), _link(page, low.image)]
+    lines = [Link(score + _cut(low.class_name, _MAX_SAID))] if low.class_name is not None else []
+    image = Link(_cut(low.image.name, _MAX_SAID), page.href_of(low.image))
+    return [*lines, *([Link(low.text)] if low.text else []), image]
 
 
 def _classes(report: HtmlReport, page: RunPage) -> None:
@@ -260,7 +270,7 @@ def _classes(report: HtmlReport, page: RunPage) -> None:
     else:
         report.text("These labels have no scores.")
     report.table(
-        ("class", "labels", page.images, "scores", "median score"),
+        ("class", "labels", "scores", "median score", page.images),
         [_class_row(_cut(name, _MAX_NAME), one) for name, one in ordered[:_MAX_CLASSES]],
     )
     more = len(ordered) - _MAX_CLASSES
@@ -273,8 +283,8 @@ def _classes(report: HtmlReport, page: RunPage) -> None:
 
 def _class_row(name: str, one: ClassFigures) -> tuple[object, ...]:
     if not one.num_scored:
-        return name, one.num_labels, one.num_images, "no scores", None
-    return name, one.num_labels, one.num_images, Histogram(one.histogram(_BINS)), one.median()
+        return name, one.num_labels, "no scores", None, one.num_images
+    return name, one.num_labels, Histogram(one.histogram(_BINS)), one.median(), one.num_images
 
 
 def _remarks(report: HtmlReport, page: RunPage) -> None:

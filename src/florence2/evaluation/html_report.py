@@ -25,9 +25,11 @@ h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
 table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto; }
 th, td { border-bottom: 1px solid var(--line); padding: .25rem .7rem; text-align: left; }
 th:first-child, td:first-child { position: sticky; left: 0; background: Canvas; }
-td:first-child { max-width: max(9rem, 40vw); overflow-wrap: anywhere; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 td.number, td.short { white-space: pre; }
+td:first-child { min-width: 6rem; max-width: 40vw; overflow-wrap: anywhere; }
+td.short:first-child { white-space: pre-wrap; }
+td svg { display: block; max-width: none; }
 pre { border: 1px solid var(--line); padding: .6rem; white-space: pre-wrap; }
 pre, figcaption { overflow-wrap: anywhere; }
 figure { display: inline-block; margin: .5rem 1rem .5rem 0; max-width: min(30rem, 100%); }
@@ -43,7 +45,7 @@ figure { vertical-align: top; } figure img { max-width: 100%; } figcaption { opa
 .thumbnails { grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); }
 .thumbnails figure { margin: 0; } .thumbnails img { display: block; margin-bottom: .2rem; }
 .thumbnails figcaption { font-size: .85rem; line-height: 1.35; }
-td.long { min-width: 14rem; overflow-wrap: anywhere; }
+td.long { min-width: min(14rem, 45vw); overflow-wrap: anywhere; }
 svg { max-width: 100%; height: auto; }
 svg text { font: 12px system-ui, sans-serif; fill: currentColor; }
 """

@@ -192,8 +192,8 @@ def test_what_to_review_names_what_stands_out():
     noted = labeled("noted.jpg", notes=["dropped boxes: 3"])
     text = text_of(page_of(*usual, many, cut, noted, EMPTY))
     for told in (
-        "unusually many labels", "60 labels", "crowd.jpg", "answers cut", "cut.jpg",
-        "dropped or repaired: dropped boxes.", "noted.jpg", "nothing found", "c.jpg",
+        "1 image with unusually many labels", "60 labels", "crowd.jpg", "1 image with answers cut",
+        "cut.jpg", "Dropped boxes.", "noted.jpg", "1 image with nothing found", "c.jpg",
     ):  # fmt: skip
         assert told in text
     usual_text = text_of(page_of(*usual, *[EMPTY] * 20))
