@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -21,6 +24,9 @@ from serve.sdk import sly
 
 # For the pictures of batches that wait for their upload.
 _MAX_HELD_BYTES: Final = 64_000_000
+_DRAW_FOR_S: Final = 10.0
+"""What is not drawn by then is named only: the page may not keep a run from its end."""
+_IMAGE_PLACE: Final = re.compile(r"(\d+)/(\d+)#image-(\d+)")
 _STATES: Final[tuple[State, ...]] = ("labeled", "empty", "failed", "skipped")
 _GO_ON: Final = (
     "Start the run again with the mode skip_labeled: it passes over the images that have labels."
@@ -110,6 +116,36 @@ class _Drawing:
             draw_label(self._image.image, self._annotation, low)
         except (FlorenceError, OSError) as error:
             sly.logger.debug(f"A label of {low.image.name} is not drawn: {error}")
+
+
+def draw_missing(api: sly.Api, figures: RunFigures) -> None:
+    """Draws what is to be drawn of images whose files were not at hand, as after another process
+    went on with a run: as they are on the platform now.
+
+    Raises what the SDK raises where the platform fails.
+    """
+    missing: dict[str, list[LowLabel]] = defaultdict(list)
+    for low in figures.lowest:
+        if low.jpeg is None:
+            missing[low.image.key].append(low)
+    metas: dict[int, sly.ProjectMeta] = {}
+    until = time.monotonic() + _DRAW_FOR_S
+    for key, labels in missing.items():
+        found = _IMAGE_PLACE.fullmatch(key)
+        if found is None:
+            continue
+        if time.monotonic() > until:
+            return
+        project_id, dataset_id, image_id = map(int, found.groups())
+        if project_id not in metas:
+            metas[project_id] = sly.ProjectMeta.from_json(api.project.get_meta(project_id))
+        [stored] = api.annotation.download_json_batch(dataset_id, [image_id])
+        [picture] = api.image.download_bytes(dataset_id, [image_id])
+        annotation = sly.Annotation.from_json(stored, metas[project_id])
+        with ExitStack() as opened:
+            drawing = _Drawing(annotation, picture, opened)
+            for low in labels:
+                drawing.draw(low)
 
 
 def _place(line: Mapping[str, Any], project_id: int) -> str:

@@ -20,7 +20,7 @@ from typing import Any, Final
 from florence2.records import Failure
 from serve.platform.failures import NotFoundError
 from serve.platform.images import Target
-from serve.platform.page import Answer, HeldAnswers, add_line, page_of
+from serve.platform.page import Answer, HeldAnswers, add_line, draw_missing, page_of
 from serve.platform.team_files import read_texts, write_text
 from serve.predict.predictor import Predicted
 from serve.provenance import (
@@ -215,6 +215,10 @@ class RunRecord:
 
     def _write_page(self, project_id: int, books: _ProjectBooks, manifest: Manifest) -> None:
         path = f"{_folder(project_id, self.run_id)}/{PAGE_NAME}"
+        try:
+            draw_missing(self._api, books.figures)
+        except Exception as error:  # noqa: BLE001  (the SDK and its transport raise anything)
+            sly.logger.warning(f"Some labels are not drawn on the page of {self.run_id}: {error!r}")
         try:
             page = page_of(
                 self._api,

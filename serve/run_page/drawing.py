@@ -55,13 +55,17 @@ def draw_label(picture: Image.Image, annotation: sly.Annotation, low: LowLabel) 
 
 
 def _find(annotation: sly.Annotation, low: LowLabel) -> sly.Label | None:
+    """The label in its place, or, where others came or went, the first of its class and score."""
     of_class = [label for label in annotation.labels if label.obj_class.name == low.class_name]
-    if low.index >= len(of_class):
-        return None
-    label, score = of_class[low.index], low.score
+    in_its_place = of_class[low.index : low.index + 1]
+    return next((one for one in (*in_its_place, *of_class) if _has_score(one, low.score)), None)
+
+
+def _has_score(label: sly.Label, wanted: float | None) -> bool:
     found = _score(label)
-    is_same = found == score if None in (found, score) else abs(found - score) < 0.001  # type: ignore[operator]
-    return label if is_same else None
+    if found is None or wanted is None:
+        return found is wanted
+    return abs(found - wanted) < 0.001
 
 
 def _score(label: sly.Label) -> float | None:

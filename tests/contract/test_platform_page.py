@@ -8,7 +8,7 @@ import pytest
 from html_pages import Tags
 from platform_state import TEAM_ID, WORKSPACE_ID
 
-from serve.platform.page import add_line
+from serve.platform.page import add_line, draw_missing
 from serve.platform.run_records import CUSTOM_DATA_KEY
 from serve.provenance import Manifest
 from serve.run_page.figures import RunFigures
@@ -73,6 +73,17 @@ def test_the_figures_can_be_made_of_the_lines_alone(run, platform, seeded):
     assert figures.num_labels == counts["labels"] == figures.num_scored
     assert figures.counts["labeled"] == counts["labeled"]
     assert set(figures.classes) == {"car"}
+
+
+def test_labels_of_another_process_are_drawn_from_what_the_platform_has(run, api, seeded):
+    _, _, files = run(upload_mode="append", settings={"text": "car"})
+    figures = RunFigures()
+    for line in lines_in(files):
+        add_line(figures, line, seeded.project_id)
+    assert not any(low.jpeg for low in figures.lowest)
+    draw_missing(api, figures)
+    assert len(figures.lowest) == len(page_in(files).values("src"))
+    assert all(low.jpeg for low in figures.lowest)
 
 
 def test_what_failed_is_named_with_its_place_and_the_skipped_are_counted(run, platform, seeded):

@@ -297,6 +297,12 @@ def test_a_label_that_is_not_there_any_more_is_not_drawn():
     assert drawn_box(picture, 0.5, sly.Annotation((100, 100), [box_label(None)])) is None
 
 
+def test_a_label_is_found_where_others_have_come_or_gone():
+    picture = Image.new("RGB", (100, 100))
+    others = [box_label(0.7), box_label(0.5)]
+    assert drawn_box(picture, 0.5, sly.Annotation((100, 100), others)) is not None
+
+
 def test_the_score_is_found_under_another_name_too():
     tags = [sly.Tag(sly.TagMeta("confidence_nn", "any_number"), 0.25)]
     label = box_label(None).clone(tags=tags)
