@@ -145,8 +145,8 @@ def _draw(lowest: Iterable[LowLabel], project: GrowingProject) -> None:
             with open_image(project.image_path(name), room=open_pixels().hold) as picture:
                 for low in labels:
                     draw_label(picture.image, annotation, low)
-        # It is named all the same.
-        except (FlorenceError, OSError):
+        # Whatever is in the way of a drawing: the label is named all the same.
+        except (FlorenceError, OSError, ValueError):
             continue
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,6 @@ from typing import Any, Final
 from urllib.parse import urljoin
 
 from florence2.budget import open_pixels
-from florence2.errors import FlorenceError
 from florence2.evaluation.html_report import Link
 from florence2.images import LoadedImage, open_image
 from serve.provenance import Manifest
@@ -46,23 +46,29 @@ class Answer:
 
 
 class HeldAnswers:
-    """Answers that are not settled yet, with pictures as far as a machine has room for them."""
+    """Answers that are not settled yet, with pictures as far as a machine has room for them.
+
+    One thread keeps them and another one takes them.
+    """
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._answers: dict[int, Answer] = {}
         self._num_bytes = 0
 
     def keep(self, image_id: int, answer: Answer) -> None:
         size = len(answer.picture or b"")
-        if self._num_bytes + size > _MAX_HELD_BYTES:
-            answer, size = replace(answer, picture=None), 0
-        self._num_bytes += size
-        self._answers[image_id] = answer
+        with self._lock:
+            if self._num_bytes + size > _MAX_HELD_BYTES:
+                answer, size = replace(answer, picture=None), 0
+            self._num_bytes += size
+            self._answers[image_id] = answer
 
     def take(self, image_id: int) -> Answer:
         """What was kept for an image, which is then forgotten."""
-        answer = self._answers.pop(image_id, Answer())
-        self._num_bytes -= len(answer.picture or b"")
+        with self._lock:
+            answer = self._answers.pop(image_id, Answer())
+            self._num_bytes -= len(answer.picture or b"")
         return answer
 
 
@@ -114,8 +120,8 @@ class _Drawing:
                 opened = open_image(self._picture, room=open_pixels().hold)
                 self._image = self._opened.enter_context(opened)
             draw_label(self._image.image, self._annotation, low)
-        except (FlorenceError, OSError) as error:
-            sly.logger.debug(f"A label of {low.image.name} is not drawn: {error}")
+        except Exception as error:  # noqa: BLE001  (no drawing is worth the end of a run)
+            sly.logger.warning(f"A label of {low.image.name} is not drawn: {error!r}")
 
 
 def draw_missing(api: sly.Api, figures: RunFigures) -> None:

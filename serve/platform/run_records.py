@@ -111,7 +111,7 @@ class RunRecord:
 
     def answered(self, target: Target, image: object, predicted: Predicted) -> None:
         """Remembers what the page is to say about an answer once its labels are uploaded."""
-        books = next((one for id_, one in self._books.items() if id_ == target.project_id), None)
+        books = None if target.project_id is None else self._books.get(target.project_id)
         picture = None
         if isinstance(image, bytes) and self._num_images > 1:
             scores = scores_of(predicted.annotation)

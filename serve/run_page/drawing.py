@@ -110,7 +110,7 @@ def _around(rings: Sequence[Sequence[tuple[float, float]]], size_wh: tuple[int, 
         shown = min(side, length)
         middle = (min(values) + max(values)) / 2
         start = min(max(middle - shown / 2, 0), length - shown)
-        spans.append((start, start + shown))
+        spans.append((start, min(start + shown, length)))
     return spans[0][0], spans[1][0], spans[0][1], spans[1][1]
 
 

@@ -8,7 +8,7 @@ import pytest
 from html_pages import Tags
 from platform_state import TEAM_ID, WORKSPACE_ID
 
-from serve.platform.page import add_line, draw_missing
+from serve.platform.page import Answer, HeldAnswers, add_line, draw_missing
 from serve.platform.run_records import CUSTOM_DATA_KEY
 from serve.provenance import Manifest
 from serve.run_page.figures import RunFigures
@@ -116,3 +116,15 @@ def test_one_image_that_somebody_waits_for_has_no_page(app, platform, seeded):
     assert app.post("inference_image_id", state).status_code == 200
     found = platform.state.files_in(TEAM_ID, "/florence2/runs", recursive=True)
     assert not [one for one in found if one.path.endswith(".html")]
+
+
+def test_pictures_are_held_only_as_far_as_there_is_room():
+    held = HeldAnswers()
+    for image_id in range(40):
+        held.keep(image_id, Answer(is_truncated=True, picture=bytes(4_000_000)))
+    answers = [held.take(image_id) for image_id in range(40)]
+    assert all(answer.is_truncated for answer in answers)
+    assert sum(answer.picture is not None for answer in answers) == 16
+    held.keep(41, Answer(picture=b"image"))
+    assert held.take(41).picture == b"image"
+    assert held.take(41) == Answer()

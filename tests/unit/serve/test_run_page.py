@@ -290,6 +290,18 @@ def test_images_of_any_shape_are_drawn(size):
     assert drawn_box(Image.new("RGB", size), 0.5, annotation) is not None
 
 
+def test_boxes_anywhere_on_images_of_odd_sizes_are_drawn():
+    rng = random.Random(6)
+    for _ in range(150):
+        width, height = rng.randint(1, 777), rng.randint(1, 777)
+        top, left = rng.randrange(height), rng.randrange(width)
+        box = (top, left, rng.randrange(top, height), rng.randrange(left, width))
+        annotation = sly.Annotation((height, width), [box_label(0.5, box)])
+        # The annotation may be of another size than the file, which turned meanwhile.
+        picture = Image.new("RGB", (rng.randint(1, 300), rng.randint(1, 300)))
+        assert drawn_box(picture, 0.5, annotation) is not None
+
+
 def test_a_label_that_is_not_there_any_more_is_not_drawn():
     picture = Image.new("RGB", (100, 100))
     assert drawn_box(picture, 0.5, sly.Annotation((100, 100), [])) is None
