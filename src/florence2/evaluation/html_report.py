@@ -30,6 +30,7 @@ td.number, td.short { white-space: pre; }
 td:first-child { min-width: 6rem; max-width: 40vw; overflow-wrap: anywhere; }
 td.short:first-child { white-space: pre-wrap; }
 td svg { display: block; max-width: none; }
+@media (max-width: 40rem) { th, td { padding: .25rem .45rem; } td svg { width: 7rem; } }
 pre { border: 1px solid var(--line); padding: .6rem; white-space: pre-wrap; }
 pre, figcaption { overflow-wrap: anywhere; }
 figure { display: inline-block; margin: .5rem 1rem .5rem 0; max-width: min(30rem, 100%); }
