@@ -39,6 +39,7 @@ SIDECARS: Final = frozenset((
 ))  # fmt: skip
 # What ``text_of`` writes for a byte that is not text.
 _WRITTEN_BYTE: Final = re.compile(rb"\\(?=x[0-9a-f]{2})")
+_BYTE_IN_TEXT: Final = re.compile(rb"\\x([0-9a-f]{2})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +227,11 @@ def text_of(name: str) -> str:
     No two names are written alike: where one has such writing itself, its backslash is written out.
     """
     return _WRITTEN_BYTE.sub(rb"\\x5c", os.fsencode(name)).decode("utf-8", "backslashreplace")
+
+
+def bytes_of(text: str) -> bytes:
+    """The bytes of the name that ``text_of`` wrote so."""
+    return _BYTE_IN_TEXT.sub(lambda found: bytes.fromhex(found[1].decode()), text.encode("utf-8"))
 
 
 def _target(link: str | Path) -> str:

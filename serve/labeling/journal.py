@@ -37,7 +37,8 @@ class Entry:
 
     ``size_bytes``, ``mtime_ns`` and ``hash`` are the image file's when it was labeled, the
     ``labels_`` ones those of the annotation that was written. ``run`` is the id of the run that
-    wrote it, ``labels`` and ``image_tags`` the digests of what it wrote. Journals of earlier
+    wrote it, ``labels`` and ``image_tags`` the digests of what it wrote, ``scores`` those of the
+    labels by class, in their order there, None for a label without one. Journals of earlier
     versions lack them.
     """
 
@@ -58,6 +59,7 @@ class Entry:
     run: str = ""
     labels: Sequence[str] = ()
     image_tags: Sequence[str] = ()
+    scores: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,11 +140,16 @@ class Journal:
     def recount(self) -> None:
         """Totals without the lines that later ones took the place of."""
         self.totals = Totals()
+        for entry in self.entries():
+            self.totals.add(entry)
+
+    def entries(self) -> Iterator[Entry]:
+        """What holds of each image that was labeled, found empty or failed, one at a time."""
         for _, entry in _last_entries(self._path):
             if entry.state == "undone":
                 continue
             if entry.state == "failed" or self.is_settled(entry.image):
-                self.totals.add(entry)
+                yield entry
 
     def is_settled(self, image: str) -> bool:
         """Labeled, or looked at and found empty."""
@@ -335,7 +342,7 @@ def _length_of_whole_lines(path: Path) -> int:
 
 
 def _compact(entry: Entry) -> dict[str, Any]:
-    return {key: value for key, value in asdict(entry).items() if value not in (0, "", ())}
+    return {key: value for key, value in asdict(entry).items() if value not in (0, "", (), {})}
 
 
 # Size, time and the two hashes, for as many images as a folder may have.

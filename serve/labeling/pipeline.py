@@ -37,6 +37,7 @@ from serve.labeling.report import RunCounts
 from serve.limits import NO_LIMIT, FailureLimit
 from serve.predict.geometry import drawable_rings, rings_of
 from serve.predict.predictor import Call, OpenImage, Predicted, Predictor
+from serve.run_page.drawing import scores_of
 from serve.settings import Settings
 from serve.settler import Settler
 
@@ -344,6 +345,7 @@ def _entry(one: _InHand, outcome: Predicted | Failure | FlorenceError, run: Labe
         run=run.run_id,
         labels=stored.written.labels,
         image_tags=stored.written.image_tags,
+        scores=scores_of(annotation),
     )
 
 

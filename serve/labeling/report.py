@@ -15,6 +15,7 @@ from serve.labeling.files import Workspace
 from serve.labeling.images import Findings
 from serve.labeling.journal import Entry, Totals
 from serve.labeling.project import project_folder
+from serve.run_page.page import PAGE_NAME
 
 REPORT_NAME: Final = "report.json"
 FAILED_NAME: Final = "failed.csv"
@@ -109,6 +110,7 @@ def report_lines(report: Report, root: Path) -> list[str]:
         f"{totals.failed} failed; this run: {run.images} images, "
         f"{run.images_per_second:.2f} images/s.",
         f"Project: {project_folder(root)}",
+        f"Report: {root / PAGE_NAME}",
     ]
     if report.error:
         lines.insert(0, f"Stopped early: {report.error}")
@@ -122,7 +124,7 @@ def report_lines(report: Report, root: Path) -> list[str]:
         lines.append(
             f"Dropped or repaired parts of answers: {totals.noted} images, see {root / REPORT_NAME}"
         )
-    lines += _left_out_lines(report, root)
+    lines += left_out_lines(report, root)
     if report.changed:
         lines += [
             f"{len(report.changed)} images changed since they were labeled "
@@ -134,7 +136,7 @@ def report_lines(report: Report, root: Path) -> list[str]:
     return lines
 
 
-def _left_out_lines(report: Report, root: Path) -> list[str]:
+def left_out_lines(report: Report, root: Path) -> list[str]:
     """What is in the folder and not in the project, or only in part."""
     findings, lines = report.findings, []
     if several := report.totals.first_of_many:
@@ -186,11 +188,7 @@ def named(images: Sequence[str]) -> str:
 
 def _failure_lines(report: Report, root: Path) -> list[str]:
     failures = report.totals.failures
-    lines = [
-        f"{entry.image}: changed and could not be labeled again, its earlier labels stay: "
-        f"{entry.message}"
-        for entry in report.not_renewed
-    ]
+    lines = not_renewed_lines(report)
     if not failures:
         return lines
     counted = ", ".join(f"{count} {code}" for code, count in _by_code(report.totals).items())
@@ -200,6 +198,15 @@ def _failure_lines(report: Report, root: Path) -> list[str]:
     if len(failures) > len(shown):
         lines.append(f"  ... and {len(failures) - len(shown)} more")
     return [*lines, "Retry only these with:", report.retry_command]
+
+
+def not_renewed_lines(report: Report) -> list[str]:
+    """The images that were to be labeled again and have their earlier labels."""
+    return [
+        f"{entry.image}: changed and could not be labeled again, its earlier labels stay: "
+        f"{entry.message}"
+        for entry in report.not_renewed
+    ]
 
 
 def _by_code(totals: Totals) -> dict[str, int]:

@@ -33,6 +33,7 @@ from serve.labeling.journal import (
     open_journal,
     output_around,
 )
+from serve.labeling.page import write_page
 from serve.labeling.pipeline import Labeling, label_images
 from serve.labeling.previews import PREVIEWS_DIR, draw_missing_previews
 from serve.labeling.progress import StopSwitch, progress_bar, stop_on_signals
@@ -244,19 +245,23 @@ def _run(
         report = _report(run, counts, noted, error)
     for line in report_lines(report, job.out):
         say(line)
-    _write_report(report, workspace)
+    _write_report(report, run)
     if report.totals.labeled + report.totals.empty and not counts.interrupted:
         problem = _export(job, project)
         if problem is not None:
             report = replace(report, error=report.error or problem)
-            with suppress(OSError):
-                write_report(report, workspace)
+            with suppress(OutputError):
+                _write_report(report, run)
     return report
 
 
-def _write_report(report: Report, workspace: Workspace) -> None:
+def _write_report(report: Report, run: _OpenRun) -> None:
+    """The report, for people and for programs. Raises OutputError where there is no room."""
+    workspace = run.workspace
     try:
         write_report(report, workspace)
+        entries = run.journal.entries()
+        write_page(report, entries, run.manifest, run.job.images, run.project, workspace)
     except OSError as error:
         raise OutputError(
             f"The labels are safe, and the report could not be written into "

@@ -176,6 +176,7 @@ def _undo_image(
         run="",
         labels=(),
         image_tags=(),
+        scores={},
     )
 
 

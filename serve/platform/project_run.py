@@ -155,6 +155,7 @@ class PredictionRun:
                     # The run ends here, and says which images it ends with.
                     settler.put((batch, [failure_of(error, "The device failed")] * len(batch)))
                     raise
+                self._tell_record_of_answers(batch, images, outcomes)
                 settler.put((batch, outcomes))
 
     def _skip(self) -> None:
@@ -175,6 +176,16 @@ class PredictionRun:
             self._record.settled(
                 project_id, target, failure, copied_to=copied_to, is_skipped=is_skipped
             )
+
+    def _tell_record_of_answers(
+        self, batch: Batch, images: Sequence[AnyImage], outcomes: Sequence[Outcome]
+    ) -> None:
+        """While the images are in memory: some of their labels are drawn."""
+        if self._record is None:
+            return
+        for target, image, outcome in zip(batch, images, outcomes, strict=True):
+            if isinstance(outcome, Predicted):
+                self._record.answered(target, image, outcome)
 
     def _stop_record(self) -> None:
         if self._record is not None:

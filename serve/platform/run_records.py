@@ -1,7 +1,8 @@
 """What is kept of runs on the platform: summaries in the project, image by image in team files.
 
 A run's manifest stands in the custom data of the project under ``florence2_runs``, by its id, and
-beside it in the team files are lines about each image: ``/florence2/runs/PROJECT/RUN``.
+beside it in the team files are lines about each image, and a page about all of them:
+``/florence2/runs/PROJECT/RUN``.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from typing import Any, Final
 from florence2.records import Failure
 from serve.platform.failures import NotFoundError
 from serve.platform.images import Target
+from serve.platform.page import Answer, HeldAnswers, add_line, draw_missing, page_of
 from serve.platform.team_files import read_texts, write_text
+from serve.predict.predictor import Predicted
 from serve.provenance import (
     RUN_TAG,
     Manifest,
@@ -30,6 +33,9 @@ from serve.provenance import (
     now,
     sort_labels,
 )
+from serve.run_page.drawing import scores_of
+from serve.run_page.figures import RunFigures
+from serve.run_page.page import PAGE_NAME
 from serve.sdk import sly
 from serve.settings import Settings, parse_settings, raw_settings
 
@@ -58,6 +64,7 @@ class _ProjectBooks:
     is_announced: bool = False
     has_written: bool = False
     team_id: int | None = None
+    figures: RunFigures = field(default_factory=RunFigures)
 
 
 class RunRecord:
@@ -80,6 +87,9 @@ class RunRecord:
         self._api = api
         self._num_images = num_images
         self._written: dict[int, Written] = {}
+        self._annotations: dict[int, sly.Annotation] = {}
+        self._answers = HeldAnswers()
+        self._started_at = time.monotonic()
         self._books: dict[int, _ProjectBooks] = {}
         self._early: list[tuple[dict[str, Any], Counter[str]]] = []
         self._num_settled = 0
@@ -99,6 +109,18 @@ class RunRecord:
             mode=mode,
         )
 
+    def answered(self, target: Target, image: object, predicted: Predicted) -> None:
+        """Remembers what the page is to say about an answer once its labels are uploaded."""
+        books = None if target.project_id is None else self._books.get(target.project_id)
+        picture = None
+        if isinstance(image, bytes) and self._num_images > 1:
+            scores = scores_of(predicted.annotation)
+            has_any = bool(scores) or bool(predicted.annotation.img_tags)
+            if has_any and (books is None or books.figures.wants_picture(scores)):
+                picture = image
+        is_truncated = any(result.truncated for result in predicted.results)
+        self._answers.keep(target.image_id, Answer(is_truncated, predicted.notes, picture))
+
     def before_upload(self, project_id: int, image_id: int, annotation: sly.Annotation) -> None:
         """Remembers what is written now, under the names that the project has for it."""
         books = self._books_of(project_id)
@@ -108,6 +130,7 @@ class RunRecord:
                 books.manifest = replace(books.manifest, run_tag=name)
         written = Written.of(annotation.to_json(), books.manifest.run_tag)
         self._written[image_id] = written
+        self._annotations[image_id] = annotation
         books.has_written |= bool(written.labels or written.image_tags)
         if self._num_images > 1 and not books.is_announced:
             # A run that is killed is known all the same.
@@ -125,6 +148,8 @@ class RunRecord:
     ) -> None:
         """What became of an image; ``copied_to`` is the dataset of the copy that has the labels."""
         written = self._written.pop(target.image_id, Written())
+        annotation = self._annotations.pop(target.image_id, None)
+        answer = self._answers.take(target.image_id)
         self._num_settled += 1
         outcome = "skipped" if is_skipped else "failed" if failure is not None else "labeled"
         if outcome == "labeled" and not (written.labels or written.image_tags):
@@ -133,12 +158,18 @@ class RunRecord:
             "image_id": target.image_id,
             "name": target.name,
             "outcome": outcome,
+            "dataset_id": target.dataset_id,
+            "project_id": None if target.project_id == project_id else target.project_id,
             "copied_to": copied_to,
             "labels": written.labels,
             "image_tags": written.image_tags,
+            "truncated": answer.is_truncated or None,
+            "notes": answer.notes,
         }
         if failure is not None:
             line |= {"code": failure.code, "message": failure.message[:500]}
+        elif annotation is not None and written.labels:
+            line["scores"] = scores_of(annotation)
         line = {key: value for key, value in line.items() if value not in (None, ())}
         counts = Counter({"images": 1, outcome: 1})
         if failure is None:
@@ -150,6 +181,7 @@ class RunRecord:
         books = self._books_of(project_id)
         books.lines.append(json.dumps(line, ensure_ascii=False))
         books.counts += counts
+        add_line(books.figures, line, project_id, annotation, answer.picture)
         is_due = time.monotonic() - books.saved_at >= _SAVE_AFTER_S
         if self._num_images > 1 and (is_due or len(books.lines) >= _SAVE_AFTER_IMAGES):
             self._save_lines(project_id, books)
@@ -178,6 +210,30 @@ class RunRecord:
             elif not books.has_written:
                 continue
             self._keep_manifest(project_id, manifest, books.lines)
+            if self._num_images > 1:
+                self._write_page(project_id, books, manifest)
+
+    def _write_page(self, project_id: int, books: _ProjectBooks, manifest: Manifest) -> None:
+        path = f"{_folder(project_id, self.run_id)}/{PAGE_NAME}"
+        try:
+            draw_missing(self._api, books.figures)
+        except Exception as error:  # noqa: BLE001  (the SDK and its transport raise anything)
+            sly.logger.warning(f"Some labels are not drawn on the page of {self.run_id}: {error!r}")
+        try:
+            page = page_of(
+                self._api,
+                _info_of(self._api, project_id),
+                manifest,
+                books.figures,
+                num_pending=max(self._num_images - self._num_settled, 0),
+                num_images=books.figures.num_images,
+                seconds=time.monotonic() - self._started_at,
+            )
+            write_text(self._api, self._team_of(project_id), path, page)
+        except Exception as error:  # noqa: BLE001  (the SDK and its transport raise anything)
+            sly.logger.warning(f"The page of run {self.run_id} is not in {path}: {error!r}")
+            return
+        sly.logger.info(f"The page of run {self.run_id} is in the team files: {path}")
 
     def _books_of(self, project_id: int) -> _ProjectBooks:
         books = self._books.get(project_id)
@@ -186,6 +242,7 @@ class RunRecord:
             for line, counts in self._early:
                 books.lines.append(json.dumps(line, ensure_ascii=False))
                 books.counts += counts
+                add_line(books.figures, line, project_id)
             self._early.clear()
         return books
 

@@ -401,7 +401,7 @@ def write_text(api: sly.Api, team_id: int, path: str, text: str) -> None:
 
 
 def read_texts(api: sly.Api, team_id: int, folder: str) -> dict[str, str]:
-    """The text of every file below a folder, by path, in order of the paths."""
+    """The text of every file of JSON, or JSON lines, below a folder, by path, in their order."""
     listed = api.file.list(team_id, f"{folder}/", recursive=True, return_type="fileinfo")
 
     def read(path: str) -> str:
@@ -409,7 +409,7 @@ def read_texts(api: sly.Api, team_id: int, folder: str) -> dict[str, str]:
         content: bytes = answer.content
         return content.decode("utf-8", "replace")
 
-    paths = sorted(info.path for info in listed)
+    paths = sorted(info.path for info in listed if info.path.endswith((".json", ".jsonl")))
     with ThreadPoolExecutor(_LISTING_THREADS) as threads:
         texts = threads.map(lambda path: _tried(partial(read, path)), paths)
         return dict(zip(paths, texts, strict=True))

@@ -169,6 +169,25 @@ def count_frames(path: Path) -> int:
         return sum(packet.size > 0 for packet in _packets(container, stream))
 
 
+def frame_at(clip: Clip, place: Place) -> NDArray[np.uint8] | None:
+    """One frame as RGB [h, w, 3], found by its time stamp; None where the file has none by it."""
+    import av
+
+    if place.pts is None:
+        return None
+    with _opened(clip.path) as (container, stream):
+        try:
+            container.seek(place.pts, stream=stream)
+        except av.FFmpegError:
+            return None
+        for frame, _ in _decoded(container, stream):
+            if frame.pts == place.pts:
+                return _upright(frame, clip)
+            if frame.pts is None or frame.pts > place.pts:
+                return None
+    return None
+
+
 class _opened:  # noqa: N801 - it is used as a function
     """A file with its video stream; VideoError in a sentence where it has none."""
 

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from serve.labeling.files import Workspace
 from serve.labeling.report import REPORT_NAME, RunCounts
+from serve.run_page.page import PAGE_NAME
 
 SHOWN_NOTES: Final = 50
 SHOWN_FAILURES: Final = 5
@@ -93,6 +94,7 @@ def report_lines(report: VideoReport) -> list[str]:
         f"at, {summary.empty} of them with nothing found, {summary.failed} failed; this run: "
         f"{run.images} frames, {run.images_per_second:.2f} frames/s.",
         f"Project: {report.project}",
+        f"Report: {report.project.parent / PAGE_NAME}",
     ]
     if report.error:
         lines.insert(0, f"Stopped early: {report.error}")
@@ -101,6 +103,21 @@ def report_lines(report: VideoReport) -> list[str]:
         lines += [f"  frame {index}: {text}" for index, text in (summary.failures or {}).items()]
         if summary.failed > SHOWN_FAILURES:
             lines.append(f"  ... and {summary.failed - SHOWN_FAILURES} more")
+    lines += remark_lines(report)
+    if summary.truncated:
+        lines.append(
+            f"{summary.truncated} frames have an answer cut at the token limit; raise it with "
+            "--max-new-tokens."
+        )
+    if not report.is_complete:
+        done = "nothing" if summary.last_frame is None else f"frames up to {summary.last_frame}"
+        lines += [f"Done are {done} of {summary.num_frames}; go on with:", report.resume_command]
+    return lines
+
+
+def remark_lines(report: VideoReport) -> list[str]:
+    """What is to be known of the video and of what is left out."""
+    summary, lines = report.summary, list[str]()
     if summary.boxes_alone:
         lines.append(
             f"{summary.boxes_alone} boxes were seen in one frame only and are left out: an object "
@@ -116,12 +133,4 @@ def report_lines(report: VideoReport) -> list[str]:
             f"The file says that it has {summary.frames_said} frames and {summary.num_frames} "
             "could be decoded: it may be cut."
         )
-    if summary.truncated:
-        lines.append(
-            f"{summary.truncated} frames have an answer cut at the token limit; raise it with "
-            "--max-new-tokens."
-        )
-    if not report.is_complete:
-        done = "nothing" if summary.last_frame is None else f"frames up to {summary.last_frame}"
-        lines += [f"Done are {done} of {summary.num_frames}; go on with:", report.resume_command]
     return lines

@@ -46,6 +46,7 @@ from serve.video.journal import (
     is_begun,
     open_frame_journal,
 )
+from serve.video.page import write_page
 from serve.video.project import VideoProject
 from serve.video.report import (
     SHOWN_FAILURES,
@@ -136,6 +137,7 @@ def _run(
         say(line)
     try:
         write_report(report, workspace)
+        write_page(report, journal, clip, wanted, workspace)
     except OSError as problem:
         raise OutputError(
             f"The labels are safe, and the report could not be written into {str(job.out)!r} "

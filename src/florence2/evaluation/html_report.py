@@ -13,7 +13,8 @@ from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
+from urllib.parse import urlsplit
 
 from PIL import Image
 
@@ -26,10 +27,26 @@ th, td { border-bottom: 1px solid var(--line); padding: .25rem .7rem; text-align
 th:first-child, td:first-child { position: sticky; left: 0; background: Canvas; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 td.number, td.short { white-space: pre; }
+td:first-child { min-width: 6rem; max-width: 40vw; overflow-wrap: anywhere; }
+td.short:first-child { white-space: pre-wrap; }
+td svg { display: block; max-width: none; }
+@media (max-width: 40rem) { th, td { padding: .25rem .45rem; } td svg { width: 7rem; } }
 pre { border: 1px solid var(--line); padding: .6rem; white-space: pre-wrap; }
 pre, figcaption { overflow-wrap: anywhere; }
 figure { display: inline-block; margin: .5rem 1rem .5rem 0; max-width: min(30rem, 100%); }
 figure { vertical-align: top; } figure img { max-width: 100%; } figcaption { opacity: .8; }
+.verdict { border-left: .35rem solid; font-size: 1.15rem; font-weight: 600; padding: .4rem .9rem; }
+.verdict { overflow-wrap: anywhere; }
+.good { border-color: #009e73; } .warning { border-color: #e69f00; } .bad { border-color: #d52b00; }
+.counts { display: flex; flex-wrap: wrap; gap: .4rem 2rem; margin: 1rem 0; }
+.counts div { display: flex; flex-direction: column-reverse; }
+.counts dt { opacity: .8; } .counts dd { font-size: 1.5rem; margin: 0; }
+.counts dd { font-variant-numeric: tabular-nums; }
+.thumbnails { display: grid; gap: 1rem; }
+.thumbnails { grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); }
+.thumbnails figure { margin: 0; } .thumbnails img { display: block; margin-bottom: .2rem; }
+.thumbnails figcaption { font-size: .85rem; line-height: 1.35; }
+td.long { min-width: min(14rem, 45vw); overflow-wrap: anywhere; }
 svg { max-width: 100%; height: auto; }
 svg text { font: 12px system-ui, sans-serif; fill: currentColor; }
 """
@@ -43,6 +60,47 @@ _TICKS: Final = 5
 _JPEG_QUALITY: Final = 85
 _SHORT: Final = 24
 """Cells of so many characters have the lines that they have, and no others."""
+_LONG: Final = 60
+"""Cells of more are wide enough to be read, also on a narrow screen."""
+_BARS_WH: Final = (160, 46)
+_BARS_LABELS: Final = 14
+
+
+Tone = Literal["good", "warning", "bad"]
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """Text that leads somewhere; without ``href`` it is text alone.
+
+    ``href`` is a relative path that is percent-encoded, or an address of http or https.
+    """
+
+    text: str
+    href: str = ""
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """Counts of equal bins between ``low`` and ``high``, as small bars in a table's cell."""
+
+    counts: Sequence[int]
+    low: float = 0.0
+    high: float = 1.0
+
+    def __str__(self) -> str:
+        return ""
+
+
+@dataclass(frozen=True, slots=True)
+class Thumbnail:
+    """A small picture, as the bytes of a JPEG, with what is said about it, a line each."""
+
+    jpeg: bytes
+    lines: Sequence[Link]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +125,27 @@ class HtmlReport:
         """A paragraph."""
         self._parts.append(f"<p>{escaped(text)}</p>")
 
+    def verdict(self, text: str, tone: Tone) -> None:
+        """The one sentence that is to be read first."""
+        self._parts.append(f'<p class="verdict {tone}">{escaped(text)}</p>')
+
+    def counts(self, counts: Sequence[tuple[str, int | str]]) -> None:
+        """Large figures beside each other, each with its name."""
+        cells = (
+            f"<div><dt>{escaped(name)}</dt><dd>{escaped(_grouped(count))}</dd></div>"
+            for name, count in counts
+        )
+        self._parts.append(f'<dl class="counts">{"".join(cells)}</dl>')
+
     def code(self, text: str) -> None:
         """A command or file, as it is."""
         self._parts.append(f"<pre>{escaped(text)}</pre>")
 
     def table(self, head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        """A table; numbers stand right, floats with three digits, and None is empty."""
+        """A table; numbers stand right, floats with three digits, and None is empty.
+
+        A cell may be a ``Link`` or a ``Histogram``.
+        """
         if not rows:
             return
         is_number = [
@@ -104,11 +177,15 @@ class HtmlReport:
         """A picture as JPEG, in the file itself; pictures in a row stand side by side."""
         encoded = io.BytesIO()
         picture.convert("RGB").save(encoded, "JPEG", quality=_JPEG_QUALITY)
-        data = b64encode(encoded.getvalue()).decode("ascii")
-        self._parts.append(
-            f'<figure><img alt="{escaped(caption)}" src="data:image/jpeg;base64,{data}">'
-            f"<figcaption>{escaped(caption)}</figcaption></figure>"
+        self._parts.append(_figure(encoded.getvalue(), caption, escaped(caption)))
+
+    def thumbnails(self, thumbnails: Sequence[Thumbnail]) -> None:
+        """Small pictures in a grid."""
+        figures = (
+            _figure(one.jpeg, ", ".join(map(str, one.lines)), "<br>".join(map(_link, one.lines)))
+            for one in thumbnails
         )
+        self._parts.append(f'<div class="thumbnails">{"".join(figures)}</div>')
 
     def render(self) -> str:
         """The whole page."""
@@ -139,11 +216,52 @@ def escaped(text: str) -> str:
     return html.escape(shown)
 
 
+def _figure(jpeg: bytes, said: str, caption_html: str) -> str:
+    data = b64encode(jpeg).decode("ascii")
+    return (
+        f'<figure><img alt="{escaped(said)}" src="data:image/jpeg;base64,{data}">'
+        f"<figcaption>{caption_html}</figcaption></figure>"
+    )
+
+
+def _grouped(count: int | str) -> str:
+    return f"{count:,}" if isinstance(count, int) else count
+
+
+def _link(link: Link) -> str:
+    text = escaped(link.text)
+    scheme = urlsplit(link.href).scheme
+    if not link.href or scheme not in ("", "http", "https"):
+        return text
+    return f'<a href="{escaped(link.href)}">{text}</a>'
+
+
+def _bars(bars: Histogram) -> str:
+    """Heights are of the most; what is there at all can be seen."""
+    most, width = max((*bars.counts, 1)), _BARS_WH[0] / max(len(bars.counts), 1)
+    height = _BARS_WH[1] - _BARS_LABELS
+    outline = []
+    for place, count in enumerate(bars.counts):
+        if count:
+            tall = max(1.5, count / most * height)
+            outline.append(f"M{place * width:.1f} {height}v-{tall:.1f}h{width - 1:.1f}v{tall:.1f}z")
+    said = ", ".join(map(str, bars.counts))
+    return (
+        f'<svg viewBox="0 0 {_BARS_WH[0]} {_BARS_WH[1]}" width="{_BARS_WH[0]}" '
+        f'height="{_BARS_WH[1]}" role="img" aria-label="{said}">'
+        f'<path d="{"".join(outline)}" fill="{COLORS[0]}"/>'
+        f'<path d="M0 {height + 0.5}h{_BARS_WH[0]}" stroke="currentColor" stroke-opacity="0.3"/>'
+        f"{_svg_text(0, _BARS_WH[1] - 1, f'{bars.low:g}', 'start')}"
+        f"{_svg_text(_BARS_WH[0], _BARS_WH[1] - 1, f'{bars.high:g}', 'end')}</svg>"
+    )
+
+
 def _row(tag: str, cells: Sequence[object], is_number: Sequence[bool]) -> str:
     parts = []
     for cell, number in zip(cells, is_number, strict=True):
         text = _cell(cell)
-        kind = "number" if number else "short" if len(text) <= _SHORT else ""
+        said = len(str(cell))
+        kind = "number" if number else "short" if said <= _SHORT else "long" if said > _LONG else ""
         parts.append(f'<{tag} class="{kind}">{text}</{tag}>' if kind else f"<{tag}>{text}</{tag}>")
     return f"<tr>{''.join(parts)}</tr>"
 
@@ -151,6 +269,10 @@ def _row(tag: str, cells: Sequence[object], is_number: Sequence[bool]) -> str:
 def _cell(cell: object) -> str:
     if cell is None or (isinstance(cell, float) and math.isnan(cell)):
         return ""
+    if isinstance(cell, Link):
+        return _link(cell)
+    if isinstance(cell, Histogram):
+        return _bars(cell)
     return f"{cell:.3f}" if isinstance(cell, float) else escaped(str(cell))
 
 

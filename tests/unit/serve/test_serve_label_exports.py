@@ -335,7 +335,8 @@ def test_an_export_that_cannot_be_written_is_one_sentence_and_a_failure(
 def test_the_sdk_opens_the_project_without_a_warning(label, images, caplog):
     out = label(images, "--coco", "--yolo", "--draw").out
     assert {path.name for path in out.iterdir() if not path.name.startswith(".")} == {
-        "project", "previews", "coco", "yolo", "journal.jsonl", "report.json", "runs.jsonl"
+        "project", "previews", "coco", "yolo", "journal.jsonl", "report.html", "report.json",
+        "runs.jsonl",
     }  # fmt: skip
     sly.logger.addHandler(caplog.handler)
     try:
