@@ -27,6 +27,7 @@ from florence2.checkpoint.files import ADAPTER_CONFIG
 from florence2.errors import RequestError
 from serve.http.json_bodies import entries_of
 from serve.model_service import ALLOW_DEPLOY_VARIABLE, params_from_state
+from serve.platform.registry import InferenceRequest
 from serve.sdk import sly
 
 # isort: split
@@ -73,6 +74,7 @@ _PAGE: Final = "tests/unit/app/test_page_app.py::"
 _HTTP: Final = "tests/unit/http/"
 _PLATFORM: Final = "tests/unit/platform/"
 _CONTRACT: Final = "tests/contract/"
+_CLIENTS: Final = _CONTRACT + "test_public_applications.py::"
 _CUSTOM: Final = _CONTRACT + "test_custom_models.py::"
 
 OVERRIDES: Final[tuple[Override, ...]] = (
@@ -201,6 +203,18 @@ OVERRIDES: Final[tuple[Override, ...]] = (
         _PLATFORM + "test_requests_registry.py::"
         "test_a_failed_request_keeps_its_error_and_not_what_it_worked_on",
         "the SDK keeps an error without its frames",
+    ),
+    Override(
+        "InferenceRequest.is_inferring",
+        "Clients that stop to wait before a request has begun, or before its last results came.",
+        _CLIENTS + "test_a_sliding_window_in_the_background_is_there_with_its_last_progress",
+        "the SDK says that a request goes on from its acceptance to its end",
+    ),
+    Override(
+        "inference._get_log_extra_for_inference_request",
+        "The result of one image, which clients read with its progress: the SDK says yes or no.",
+        _CLIENTS + "test_a_sliding_window_in_the_background_is_there_with_its_last_progress",
+        "the SDK has the result of one image there again",
     ),
     # The model
     Override(
@@ -389,6 +403,14 @@ class SdkMethods:
         self.label_video = inference._inference_video
         self.track = inference._tracking_by_detection
         self.test_speed = inference._run_speedtest
+
+    @staticmethod
+    def progress_of(request: InferenceRequest) -> dict[str, Any]:
+        """What clients of several years look for in the progress of a request."""
+        told: dict[str, Any] = sdk_inference._get_log_extra_for_inference_request(
+            request.uuid, request
+        )
+        return told
 
     @cached_property
     def api(self) -> sly.Api | None:

@@ -40,7 +40,7 @@ from serve.predict.annotations import (
 )
 from serve.predict.full_queue import QUEUE_LIMIT_S, when_queue_has_room
 from serve.predict.geometry import Located
-from serve.predict.tiling import TileResult, View, can_tile, merge_tiles, moved, views_of
+from serve.predict.tiling import BoxXyxyInt, TileResult, View, can_tile, merge_tiles, moved, views_of
 from serve.sdk import sly
 from serve.settings import Settings
 
@@ -236,6 +236,7 @@ class Predicted:
 
     ``answered`` has one for each question, in pixels of the image, merged from its tiles;
     ``located`` for each label of the annotation what it was made of, None where that is unknown.
+    ``views_xyxy`` are the parts of the image that were looked at, in pixels.
     """
 
     annotation: sly.Annotation
@@ -243,6 +244,7 @@ class Predicted:
     timings_s: Timings = field(default_factory=Timings)
     answered: tuple[Answered, ...] = ()
     located: tuple[Found | None, ...] = ()
+    views_xyxy: tuple[BoxXyxyInt, ...] = ()
 
     @property
     def results(self) -> tuple[Result, ...]:
@@ -538,7 +540,8 @@ class Predictor:
         self._watcher.stage("prompt", timings_s.prompt)
         self._watcher.stage("decode", timings_s.decode)
         notes = tuple(dict.fromkeys(note for result in results for note in result.notes))
-        return Predicted(annotation, notes, timings_s, tuple(answered), located)
+        views_xyxy = tuple(view.box_xyxy for view in image.views)
+        return Predicted(annotation, notes, timings_s, tuple(answered), located, views_xyxy)
 
 
 def _asked(image: AnyImage, places: Sequence[int], preparer: Preparer, room: Room) -> _AskedImage:

@@ -363,6 +363,11 @@ def check_placement(state: Mapping[str, object]) -> None:
             )
 
 
+def has_sliding_window(raw: Mapping[str, object] | None) -> bool:
+    """Whether a client looks through windows of its own; it shows its user each of them."""
+    return word((raw or {}).get("inference_mode")) == "sliding_window"
+
+
 def is_form_for_masks(raw: Mapping[str, object]) -> bool:
     """Whether settings, as the client sent them, are of the form of Apply Florence-2.
 
