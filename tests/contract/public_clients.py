@@ -63,7 +63,8 @@ class ByTask:
     def edit(self, **values: Any) -> None:
         """The user changes values in the editor; the comments stay."""
         editor = ruamel.yaml.YAML()
-        settings = editor.load(self.text) | values
+        settings = editor.load(self.text)
+        settings.update(values)
         written = io.StringIO()
         editor.dump(settings, written)
         self.text = written.getvalue()
@@ -124,8 +125,9 @@ class AnnotationTool(ByTask):
         labels = []
         for label in found.labels:
             name, number = label.obj_class.name, 0
+            shape = label.geometry.geometry_name()
             while (known := meta.get_obj_class(name)) is not None and (
-                known.geometry_type is not label.obj_class.geometry_type
+                known.geometry_type.geometry_name() != shape
             ):
                 number += 1
                 name = f"{label.obj_class.name}_pred" + (f"_{number}" if number > 1 else "")

@@ -131,8 +131,6 @@ class TestAnnotationTool:
             "outline_pred"
         }
 
-    READ = {"the tags are there": True, "they are not": False}
-
     def test_text_that_was_read_arrives_where_the_project_has_a_tag_for_it(
         self, tool, api, seeded, city
     ):
