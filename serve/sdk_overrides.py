@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,6 +41,9 @@ from supervisely.nn.inference.gui import serving_gui_template
 from supervisely.nn.inference.uploader import Uploader
 
 SDK_VERSION: Final = "6.74.51"
+
+ASKED_AT: Final = "asked_at"
+"""When a model was asked for: one that another request brought since is not loaded once more."""
 
 logger = logging.getLogger(__name__)
 
@@ -460,8 +464,9 @@ class SdkMethods:
 
     def load(self, params: dict[str, Any]) -> None:
         """Downloads what is not there and loads it in place of what runs."""
+        asked_at = time.monotonic()
         params["model_files"] = self._inference._download_model_files(params)
-        self._inference._load_model_headless(**params)
+        self._inference._load_model_headless(**params, **{ASKED_AT: asked_at})
         self._inference._schedule_freeze_on_inactivity()
 
     def check_base(self, folder: Path) -> None:

@@ -296,7 +296,6 @@ class PredictionRun:
                 )
             )
 
-
     def _entry_of(self, target: Target, predicted: Predicted) -> dict[str, Any]:
         notes = {"notes": list(predicted.notes)} if predicted.notes else {}
         entry = entry_of(target, predicted.annotation, **notes)

@@ -40,7 +40,15 @@ from serve.predict.annotations import (
 )
 from serve.predict.full_queue import QUEUE_LIMIT_S, when_queue_has_room
 from serve.predict.geometry import Located
-from serve.predict.tiling import BoxXyxyInt, TileResult, View, can_tile, merge_tiles, moved, views_of
+from serve.predict.tiling import (
+    BoxXyxyInt,
+    TileResult,
+    View,
+    can_tile,
+    merge_tiles,
+    moved,
+    views_of,
+)
 from serve.sdk import sly
 from serve.settings import Settings
 

@@ -236,7 +236,9 @@ class ApplyFlorence(ByTask):
         images, labeled, asked = self.api.image.get_list(dataset_id), [], []
         for info in images:
             settings = {"mapping": None, "mode": "text_prompt", "text": prompt}
-            entry = self.send("inference_image_id", timeout=500, image_id=info.id, settings=settings)
+            entry = self.send(
+                "inference_image_id", timeout=500, image_id=info.id, settings=settings
+            )
             for label in entry["annotation"]["objects"]:
                 if meta.get_obj_class(label["classTitle"]) is None:
                     meta = meta.add_obj_class(sly.ObjClass(label["classTitle"], sly.Rectangle))

@@ -12,16 +12,14 @@ from contract_calls import (
     HOME,
     STREET,
     annotation_of,
-    assert_refused,
     classes_in,
     classes_in_labels,
     meta_of,
-    refused_now_or_later,
     rows_of,
-    rows_of_labels,
 )
-from platform_double import TASK_ID
+from platform_double import TASK_ID, TOKEN
 from platform_seed import DATASETS
+from platform_state import WORKSPACE_ID
 from public_clients import AnnotationTool, ApplyFlorence, ApplyToImages, PredictApp
 
 from serve.sdk import sly
@@ -175,7 +173,8 @@ class TestAnnotationTool:
 
 def rows(annotation):
     return sorted(
-        (label.obj_class.name, str(label.geometry.to_json()["points"])) for label in annotation.labels
+        (label.obj_class.name, str(label.geometry.to_json()["points"]))
+        for label in annotation.labels
     )
 
 
@@ -262,11 +261,17 @@ class TestApplyToImages:
     def test_an_image_by_its_id_in_the_background_may_be_fetched_as_any_other(self, send, city):
         started = send("inference_image_id_async", image_id=city, settings={})
         uuid = started["inference_request_uuid"]
-        while not (progress := send("get_inference_progress", inference_request_uuid=uuid))["finished"]:
+        while not (progress := send("get_inference_progress", inference_request_uuid=uuid))[
+            "finished"
+        ]:
             assert progress["is_inferring"] is True
             assert {"current", "total"} <= set(progress["progress"])
         [popped] = send("pop_inference_results", inference_request_uuid=uuid)["pending_results"]
-        assert progress["result"] == popped == send("get_inference_result", inference_request_uuid=uuid)
+        assert (
+            progress["result"]
+            == popped
+            == send("get_inference_result", inference_request_uuid=uuid)
+        )
 
 
 class TestApplyFlorence:
@@ -274,9 +279,7 @@ class TestApplyFlorence:
 
     def test_a_dataset_gets_boxes_and_the_next_model_their_names(self, api, running_app, seeded):
         client = connected(ApplyFlorence(api))
-        result, asked = client.apply(
-            seeded.project_id, seeded.dataset_ids["outside"], "car. moon"
-        )
+        result, asked = client.apply(seeded.project_id, seeded.dataset_ids["outside"], "car. moon")
         labels = by_the_model(labels_by_name(api, result)["scene_city.jpg"])
         assert sorted(label.obj_class.name for label in labels) == [
             "car_bbox", "car_bbox", "moon_bbox"
@@ -342,6 +345,35 @@ class TestPredictApp:
         labeled = annotation_of(api, came[0].image_id)
         assert labeled.img_tags.get("caption") is not None
         assert app.upload_images([HOME], {"text": "moon"})[0]["annotation"]["objects"]
+
+
+class TestScripts:
+    """``api.nn``: an agent is looked for, the app started there, a model deployed in it."""
+
+    def test_a_model_is_deployed_by_its_framework_and_name(
+        self, api, running_app, platform, seeded, monkeypatch
+    ):
+        # The SDK makes another client of its own on the way.
+        monkeypatch.setenv("SERVER_ADDRESS", platform.address)
+        monkeypatch.setenv("API_TOKEN", TOKEN)
+        model = api.nn.deploy("Florence-2/demo", device="cpu", workspace_id=WORKSPACE_ID)
+        assert model.is_deployed() is True
+        [prediction] = model.predict(str(CITY), text="car", show_progress=False)
+        assert classes_in_labels(prediction.annotation) == ["car", "car"]
+
+    FOUND = {
+        "all": ({}, 1),
+        "of the framework": ({"framework": "Florence-2"}, 1),
+        "of the model": ({"model": "Florence-2/demo"}, 1),
+        "of the kind": ({"task_type": "prompt-based object detection"}, 1),
+        "of another kind": ({"task_type": "instance segmentation"}, 0),
+        "of another model": ({"model": "Florence-2/other"}, 0),
+    }
+
+    @pytest.mark.parametrize(("wanted", "count"), FOUND.values(), ids=FOUND)
+    def test_what_is_deployed_is_found(self, api, running_app, seeded, wanted, count):
+        found = api.nn.list_deployed_models(**wanted, workspace_id=WORKSPACE_ID)
+        assert [one["task_info"]["id"] for one in found] == [TASK_ID] * count
 
 
 class TestQuestions:
