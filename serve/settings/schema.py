@@ -363,9 +363,9 @@ def check_placement(state: Mapping[str, object]) -> None:
             )
 
 
-def has_sliding_window(raw: Mapping[str, object] | None) -> bool:
-    """Whether a client looks through windows of its own; it shows its user each of them."""
-    return word((raw or {}).get("inference_mode")) == "sliding_window"
+def has_sliding_window(raw: object) -> bool:
+    """Whether the client that sent these settings looks through windows, which it may show."""
+    return isinstance(raw, Mapping) and word(raw.get("inference_mode")) == "sliding_window"
 
 
 def is_form_for_masks(raw: Mapping[str, object]) -> bool:

@@ -1,19 +1,8 @@
 """The platform's public applications: what each sends in order, and what it makes of the answers.
 
 Each is written after its public source, with what is on its page as attributes and what its
-buttons do as methods. What they get wrong is kept: a user of theirs meets it too.
-
-| application | its requests, in order | how |
-| --- | --- | --- |
-| NN Image Labeling, annotation tool | get_session_info, get_output_classes_and_tags, \
-get_custom_inference_settings; for a press inference_image_id | by task, 60 s, 10 tries |
-| Apply NN to Images Project | as above; inference_batch_ids of 2 images, or of one where 2 failed; \
-windows: inference_image_id_async and get_inference_progress each second, \
-for the preview inference_image_id | by task, 60 s (preview 200 s), 5 tries |
-| Apply Florence-2 | get_output_classes_and_tags; inference_image_id, image by image | by task, 500 s |
-| Predict App | get_output_classes_and_tags, get_custom_inference_settings; inference_batch_ids_async, \
-get_inference_progress, pop_inference_results, get_model_meta, get_inference_result, \
-clear_inference_request; to leave stop_inference | ModelAPI, by the session's address |
+buttons do as methods; docs/serving.md lists what they send. What they get wrong is kept, as
+a user of theirs meets it too.
 """
 
 from __future__ import annotations
@@ -242,7 +231,9 @@ class ApplyFlorence(ByTask):
             for label in entry["annotation"]["objects"]:
                 if meta.get_obj_class(label["classTitle"]) is None:
                     meta = meta.add_obj_class(sly.ObjClass(label["classTitle"], sly.Rectangle))
-                asked.append((label["classTitle"].rstrip("_bbox"), label["points"]["exterior"]))
+                # Any of these letters at the end goes, so that a "box" has no name left.
+                name = label["classTitle"].rstrip("_bbox")  # noqa: B005
+                asked.append((name, label["points"]["exterior"]))
             found = sly.Annotation.from_json(entry["annotation"], meta)
             self.api.project.update_meta(result.id, meta)
             before = self.api.annotation.download(info.id).annotation

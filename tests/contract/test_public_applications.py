@@ -59,6 +59,15 @@ def by_the_model(labels):
     return [label for label in labels if label.tags.get("confidence") is not None]
 
 
+TYPED = {
+    "a list": "text:\n- car\n- moon\n",
+    "a phrase in quotes": "text: 'car; moon'\n",
+    "several lines": "text: |\n  car\n  moon\n",
+    "classes with prompts": "mapping: {car: car, moon: [moon]}\n",
+    "nothing else, and a comment": "# mine\ntext: car. moon  # both\n",
+}
+
+
 class TestAnnotationTool:
     """NN Image Labeling: connect, then one image at a time in the annotation tool."""
 
@@ -84,14 +93,6 @@ class TestAnnotationTool:
         labels = annotation_of(api, city).labels
         assert [label.obj_class.name for label in labels] == ["car", "car"]
         assert all(label.tags.get("confidence").value > 0.2 for label in labels)
-
-    TYPED = {
-        "a list": "text:\n- car\n- moon\n",
-        "a phrase in quotes": "text: 'car; moon'\n",
-        "several lines": "text: |\n  car\n  moon\n",
-        "classes with prompts": "mapping: {car: car, moon: [moon]}\n",
-        "nothing else, and a comment": "# mine\ntext: car. moon  # both\n",
-    }
 
     @pytest.mark.parametrize("typed", TYPED.values(), ids=TYPED)
     def test_whatever_yaml_the_user_types_is_understood(self, tool, api, city, typed):
@@ -302,16 +303,6 @@ class TestApplyFlorence:
             answer = send("inference_image_id", image_id=city, settings={**settings, **more})
             assert set(classes_in(answer["annotation"])) == {"car"}
 
-
-class TestPredictApp:
-    """The SDK's Predict App: its own settings, the model's classes, an upload mode."""
-
-    @pytest.fixture
-    def client(self, api, running_app, seeded):
-        return connected(PredictApp(api))
-
-    ADDED = {"append": (1, 3, True), "iou_merge": (1, 3, False), "replace": (0, 3, False)}
-
     @pytest.mark.parametrize(("mode", "expected"), ADDED.items(), ids=ADDED)
     def test_its_run_labels_the_images_and_a_second_one_adds_what_its_mode_says(
         self, client, api, seeded, city, mode, expected
@@ -347,6 +338,16 @@ class TestPredictApp:
         assert app.upload_images([HOME], {"text": "moon"})[0]["annotation"]["objects"]
 
 
+FOUND = {
+    "all": ({}, 1),
+    "of the framework": ({"framework": "Florence-2"}, 1),
+    "of the model": ({"model": "Florence-2/demo"}, 1),
+    "of the kind": ({"task_type": "prompt-based object detection"}, 1),
+    "of another kind": ({"task_type": "instance segmentation"}, 0),
+    "of another model": ({"model": "Florence-2/other"}, 0),
+}
+
+
 class TestScripts:
     """``api.nn``: an agent is looked for, the app started there, a model deployed in it."""
 
@@ -361,14 +362,17 @@ class TestScripts:
         [prediction] = model.predict(str(CITY), text="car", show_progress=False)
         assert classes_in_labels(prediction.annotation) == ["car", "car"]
 
-    FOUND = {
-        "all": ({}, 1),
-        "of the framework": ({"framework": "Florence-2"}, 1),
-        "of the model": ({"model": "Florence-2/demo"}, 1),
-        "of the kind": ({"task_type": "prompt-based object detection"}, 1),
-        "of another kind": ({"task_type": "instance segmentation"}, 0),
-        "of another model": ({"model": "Florence-2/other"}, 0),
-    }
+
+# Labels that stay, labels that are new, and whether a second run adds them again.
+ADDED = {"append": (1, 3, True), "iou_merge": (1, 3, False), "replace": (0, 3, False)}
+
+
+class TestPredictApp:
+    """The SDK's Predict App: its own settings, the model's classes, an upload mode."""
+
+    @pytest.fixture
+    def client(self, api, running_app, seeded):
+        return connected(PredictApp(api))
 
     @pytest.mark.parametrize(("wanted", "count"), FOUND.values(), ids=FOUND)
     def test_what_is_deployed_is_found(self, api, running_app, seeded, wanted, count):
