@@ -303,6 +303,23 @@ class TestApplyFlorence:
             answer = send("inference_image_id", image_id=city, settings={**settings, **more})
             assert set(classes_in(answer["annotation"])) == {"car"}
 
+
+# Labels that stay, labels that are new, and whether a second run adds them again.
+ADDED = {"append": (1, 3, True), "iou_merge": (1, 3, False), "replace": (0, 3, False)}
+
+
+class TestPredictApp:
+    """The SDK's Predict App: its own settings, the model's classes, an upload mode."""
+
+    @pytest.fixture
+    def client(self, api, running_app, seeded):
+        return connected(PredictApp(api))
+
+    @pytest.mark.parametrize(("wanted", "count"), FOUND.values(), ids=FOUND)
+    def test_what_is_deployed_is_found(self, api, running_app, seeded, wanted, count):
+        found = api.nn.list_deployed_models(**wanted, workspace_id=WORKSPACE_ID)
+        assert [one["task_info"]["id"] for one in found] == [TASK_ID] * count
+
     @pytest.mark.parametrize(("mode", "expected"), ADDED.items(), ids=ADDED)
     def test_its_run_labels_the_images_and_a_second_one_adds_what_its_mode_says(
         self, client, api, seeded, city, mode, expected
@@ -364,22 +381,6 @@ class TestScripts:
 
 
 # Labels that stay, labels that are new, and whether a second run adds them again.
-ADDED = {"append": (1, 3, True), "iou_merge": (1, 3, False), "replace": (0, 3, False)}
-
-
-class TestPredictApp:
-    """The SDK's Predict App: its own settings, the model's classes, an upload mode."""
-
-    @pytest.fixture
-    def client(self, api, running_app, seeded):
-        return connected(PredictApp(api))
-
-    @pytest.mark.parametrize(("wanted", "count"), FOUND.values(), ids=FOUND)
-    def test_what_is_deployed_is_found(self, api, running_app, seeded, wanted, count):
-        found = api.nn.list_deployed_models(**wanted, workspace_id=WORKSPACE_ID)
-        assert [one["task_info"]["id"] for one in found] == [TASK_ID] * count
-
-
 class TestQuestions:
     """Scripts for visual questions, as the documentation shows them."""
 
