@@ -315,11 +315,6 @@ class TestPredictApp:
     def client(self, api, running_app, seeded):
         return connected(PredictApp(api))
 
-    @pytest.mark.parametrize(("wanted", "count"), FOUND.values(), ids=FOUND)
-    def test_what_is_deployed_is_found(self, api, running_app, seeded, wanted, count):
-        found = api.nn.list_deployed_models(**wanted, workspace_id=WORKSPACE_ID)
-        assert [one["task_info"]["id"] for one in found] == [TASK_ID] * count
-
     @pytest.mark.parametrize(("mode", "expected"), ADDED.items(), ids=ADDED)
     def test_its_run_labels_the_images_and_a_second_one_adds_what_its_mode_says(
         self, client, api, seeded, city, mode, expected
@@ -379,8 +374,14 @@ class TestScripts:
         [prediction] = model.predict(str(CITY), text="car", show_progress=False)
         assert classes_in_labels(prediction.annotation) == ["car", "car"]
 
+    # Labels that stay, labels that are new, and whether a second run adds them again.
 
-# Labels that stay, labels that are new, and whether a second run adds them again.
+    @pytest.mark.parametrize(("wanted", "count"), FOUND.values(), ids=FOUND)
+    def test_what_is_deployed_is_found(self, api, running_app, seeded, wanted, count):
+        found = api.nn.list_deployed_models(**wanted, workspace_id=WORKSPACE_ID)
+        assert [one["task_info"]["id"] for one in found] == [TASK_ID] * count
+
+
 class TestQuestions:
     """Scripts for visual questions, as the documentation shows them."""
 
