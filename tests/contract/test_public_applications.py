@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import base64
+import itertools
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -23,6 +27,8 @@ from platform_state import WORKSPACE_ID
 from public_clients import AnnotationTool, ApplyFlorence, ApplyToImages, PredictApp
 
 from serve.sdk import sly
+
+BATCH = 16
 
 
 @pytest.fixture
@@ -53,6 +59,20 @@ def labels_by_name(api, project_id):
         for image in api.image.get_list(row.id)
     ]
     return {image.name: annotation_of(api, image.id).labels for image in images}
+
+
+@contextmanager
+def held_from(platform, method, call):
+    """Calls of a method from the n-th on are answered only after the block."""
+    gate, number = threading.Event(), itertools.count(1)
+    platform.faults.gates[method] = SimpleNamespace(
+        wait=lambda seconds: next(number) < call or gate.wait(seconds)
+    )
+    try:
+        yield
+    finally:
+        gate.set()
+        platform.faults.gates.pop(method)
 
 
 def by_the_model(labels):
@@ -341,13 +361,17 @@ class TestPredictApp:
     def test_stop_in_the_middle_keeps_what_is_done_and_ends_the_rest(
         self, client, api, platform, app, seeded
     ):
-        ids = list(seeded.image_ids.values())
-        client.settings |= {"task_prompt": "<MORE_DETAILED_CAPTION>", "num_beams": 1}
-        came = client.run(ids * 8, "append", stop_after=1)
-        assert len(came) == 1
-        labeled = annotation_of(api, came[0].image_id)
-        assert labeled.img_tags.get("caption") is not None
-        assert app.upload_images([HOME], {"text": "moon"})[0]["annotation"]["objects"]
+        dataset_id, content = seeded.dataset_ids["inside"], HOME.read_bytes()
+        names = [f"{number}.jpg" for number in range(5 * BATCH)]
+        ids = [platform.state.add_image(dataset_id, name, content).id for name in names]
+        client.settings |= {"text": "moon", "num_beams": 1}
+        with held_from(platform, "annotations.bulk.add", call=2):
+            came = client.run(ids, "append", stop_after=1)
+        assert by_the_model(annotation_of(api, came[0].image_id).labels)
+        # A request that comes later is answered once this one has ended.
+        app.done("inference_batch_ids_async", {"image_ids": ids[:1], "upload_mode": "append"})
+        labeled = [image_id for image_id in ids if annotation_of(api, image_id).labels]
+        assert BATCH <= len(labeled) < len(ids)
 
 
 FOUND = {
@@ -373,8 +397,6 @@ class TestScripts:
         assert model.is_deployed() is True
         [prediction] = model.predict(str(CITY), text="car", show_progress=False)
         assert classes_in_labels(prediction.annotation) == ["car", "car"]
-
-    # Labels that stay, labels that are new, and whether a second run adds them again.
 
     @pytest.mark.parametrize(("wanted", "count"), FOUND.values(), ids=FOUND)
     def test_what_is_deployed_is_found(self, api, running_app, seeded, wanted, count):
