@@ -31,7 +31,7 @@ from serve.platform.request_state import batch_size_of
 from serve.platform.run import RunServices
 from serve.predict.details import details_of
 from serve.predict.full_queue import when_queue_has_room
-from serve.predict.predictor import Call, Deadline, Predicted, Predictor
+from serve.predict.predictor import Call, Deadline, Predicted, Predictor, asked_classes
 from serve.sdk import sly
 from serve.sdk_overrides import SdkMethods
 from serve.settings import (
@@ -125,6 +125,7 @@ class Answering:
         self, images: Sequence[AnyImage], settings: Settings, call: Call
     ) -> list[Predicted | Failure]:
         """One annotation or failure per image, in order."""
+        self._meta.expect(asked_classes(settings))
         try:
             predicted = self._predictor.predict(images, settings, call)
         finally:

@@ -27,9 +27,9 @@ from florence2.errors import (
 from florence2.images import LoadedImage, Room, identity, open_image
 from florence2.pixels import PreparedImage
 from florence2.records import Failure, Region, Result, Timings
-from florence2.tasks import TaskInput, parse_steps
-from serve.model_service import Deployed
-from serve.naming import FIXED_SHAPES
+from florence2.tasks import OutputKind, TaskInput, parse_steps
+from serve.model_service import GEOMETRIES, Deployed
+from serve.naming import FIXED_SHAPES, class_color, class_titles, clean_class_name
 from serve.platform.reference import resolve_reference
 from serve.predict.annotations import (
     Answered,
@@ -217,6 +217,19 @@ def rules_of(settings: Settings, fixed_shapes: Mapping[str, str] = FIXED_SHAPES)
         across_classes=settings.nms_across_classes,
         fixed_shapes=fixed_shapes,
     )
+
+
+def asked_classes(settings: Settings) -> list[sly.ObjClass]:
+    """The classes that the prompts stand for, as labels of theirs will be; none without prompts."""
+    outlined = settings.steps[-1].output is OutputKind.POLYGONS
+    shape = settings.geometry if outlined else "rectangle"
+    names = dict.fromkeys(settings.classes_by_phrase.values())
+    if settings.reference is not None:
+        names[settings.reference.class_name] = None
+    rules = rules_of(settings)
+    wanted = [(clean_class_name(name), shape) for name in names if rules.wants(name, shape)]
+    titles = class_titles(wanted, rules.class_suffix, rules.fixed_shapes).values()
+    return [sly.ObjClass(title, GEOMETRIES[shape], class_color(title)) for title in titles]
 
 
 @dataclass(frozen=True, slots=True)
