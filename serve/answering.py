@@ -38,6 +38,7 @@ from serve.settings import (
     BOX_SUFFIX,
     Settings,
     check_placement,
+    is_for_one_class,
     is_form_for_masks,
     parse_settings,
     shown,
@@ -117,9 +118,10 @@ class Answering:
         # As they were sent first: the merge makes two different thresholds one.
         parse_settings(given or {})
         sdk, own = self._sdk, self._deployment.own_settings
-        return parse_settings(
+        settings = parse_settings(
             merged_settings(state, sdk.default_settings, sdk.sliding_window_mode, own)
         )
+        return settings.model_copy(update={"is_one_class": is_for_one_class(state)})
 
     def answer(
         self, images: Sequence[AnyImage], settings: Settings, call: Call

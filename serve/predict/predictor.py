@@ -215,6 +215,7 @@ def rules_of(settings: Settings, fixed_shapes: Mapping[str, str] = FIXED_SHAPES)
         nms_threshold=settings.nms_threshold,
         containment_threshold=settings.containment_threshold,
         across_classes=settings.nms_across_classes,
+        is_one_class=settings.is_one_class,
         fixed_shapes=fixed_shapes,
     )
 

@@ -327,6 +327,20 @@ def test_a_deployment_that_is_sent_again_while_it_goes_on_is_loaded_once(
     assert ask(client, bike).status_code == 200
 
 
+ONE_CLASS = {
+    "only object is ticked": ({"videoId": 1, "settings": {"classes": ["object"]}}, True),
+    "more is ticked": ({"videoId": 1, "settings": {"classes": ["object", "car"]}}, False),
+    "nothing is said": ({"videoId": 1, "settings": {}}, False),
+    "a client that takes what comes": ({"video_id": 1, "settings": {"classes": ["object"]}}, False),
+    "an image": ({"image_id": 1, "settings": {"classes": ["object"]}}, False),
+}
+
+
+@pytest.mark.parametrize(("state", "expected"), ONE_CLASS.values(), ids=ONE_CLASS)
+def test_a_client_of_videos_that_knows_one_class_gets_it(app, state, expected):
+    assert app.answering.settings_of(state).is_one_class is expected
+
+
 def test_a_full_queue_says_when_to_come_back(serve_locally, busy_model, bike):
     app = serve_locally(max_queued=1)
     scheduler = app.deployment.current.scheduler
