@@ -7,13 +7,13 @@ a user of theirs meets it too.
 
 from __future__ import annotations
 
-import io
+import json
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import ruamel.yaml
 import yaml
 from contract_calls import annotation_of, meta_of
 from platform_double import TASK_ID
@@ -51,12 +51,12 @@ class ByTask:
 
     def edit(self, **values: Any) -> None:
         """The user changes values in the editor; the comments stay."""
-        editor = ruamel.yaml.YAML()
-        settings = editor.load(self.text)
-        settings.update(values)
-        written = io.StringIO()
-        editor.dump(settings, written)
-        self.text = written.getvalue()
+        for key, value in values.items():
+            line = f"{key}: {json.dumps(value)}"
+            edited, count = re.subn(
+                rf"^{key}:.*$", lambda _, line=line: line, self.text, flags=re.M
+            )
+            self.text = edited if count else f"{self.text}\n{line}\n"
 
     def read(self, entry: Any, size: tuple[int, int]) -> sly.Annotation:
         """Classes that were not announced become boxes; what does not fit is nothing at all."""
