@@ -31,13 +31,14 @@ from serve.platform.request_state import batch_size_of
 from serve.platform.run import RunServices
 from serve.predict.details import details_of
 from serve.predict.full_queue import when_queue_has_room
-from serve.predict.predictor import Call, Deadline, Predicted, Predictor
+from serve.predict.predictor import Call, Deadline, Predicted, Predictor, asked_classes
 from serve.sdk import sly
 from serve.sdk_overrides import SdkMethods
 from serve.settings import (
     BOX_SUFFIX,
     Settings,
     check_placement,
+    is_for_one_class,
     is_form_for_masks,
     parse_settings,
     shown,
@@ -117,14 +118,16 @@ class Answering:
         # As they were sent first: the merge makes two different thresholds one.
         parse_settings(given or {})
         sdk, own = self._sdk, self._deployment.own_settings
-        return parse_settings(
+        settings = parse_settings(
             merged_settings(state, sdk.default_settings, sdk.sliding_window_mode, own)
         )
+        return settings.model_copy(update={"is_one_class": is_for_one_class(state)})
 
     def answer(
         self, images: Sequence[AnyImage], settings: Settings, call: Call
     ) -> list[Predicted | Failure]:
         """One annotation or failure per image, in order."""
+        self._meta.expect(asked_classes(settings))
         try:
             predicted = self._predictor.predict(images, settings, call)
         finally:

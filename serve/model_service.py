@@ -261,10 +261,9 @@ def _is_possible(runtime: str, device: torch.device, precision: str) -> bool:
 
 MAX_LEARNT: Final = 1000
 
-_GEOMETRIES: Final = {"rectangle": sly.Rectangle, "polygon": sly.Polygon, "bitmap": sly.Bitmap}
+GEOMETRIES: Final = {"rectangle": sly.Rectangle, "polygon": sly.Polygon, "bitmap": sly.Bitmap}
 _FIXED: Final = tuple(
-    sly.ObjClass(name, _GEOMETRIES[shape], class_color(name))
-    for name, shape in FIXED_SHAPES.items()
+    sly.ObjClass(name, GEOMETRIES[shape], class_color(name)) for name, shape in FIXED_SHAPES.items()
 )
 
 
@@ -308,10 +307,25 @@ class ModelMeta:
                 if seen.name not in FIXED_SHAPES:
                     known = self._learnt.pop(seen.name, seen)
                     self._learnt[seen.name] = _both(known, seen)
-            while len(self._learnt) > self._max_learnt:
-                self._learnt.pop(next(iter(self._learnt)))
-            if self._shapes() != before:
-                self._snapshot = _meta_of(self._own, self._learnt)
+            self._forget_and_tell(before)
+
+    def expect(self, classes: Iterable[sly.ObjClass]) -> None:
+        """Adds classes that were asked for: clients read the list once, and not each is found then.
+
+        One that is known keeps its shape.
+        """
+        with self._lock:
+            before = self._shapes()
+            for asked in classes:
+                if asked.name not in FIXED_SHAPES:
+                    self._learnt[asked.name] = self._learnt.pop(asked.name, asked)
+            self._forget_and_tell(before)
+
+    def _forget_and_tell(self, before: Mapping[str, type]) -> None:
+        while len(self._learnt) > self._max_learnt:
+            self._learnt.pop(next(iter(self._learnt)))
+        if self._shapes() != before:
+            self._snapshot = _meta_of(self._own, self._learnt)
 
     def _shapes(self) -> dict[str, type]:
         """To see a change by: to the SDK a class of any shape equals one of a certain shape."""

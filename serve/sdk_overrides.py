@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from florence2.checkpoint.files import ADAPTER_CONFIG
 from florence2.errors import RequestError
 from serve.http.json_bodies import entries_of
 from serve.model_service import ALLOW_DEPLOY_VARIABLE, params_from_state
+from serve.platform.registry import InferenceRequest
 from serve.sdk import sly
 
 # isort: split
@@ -39,6 +41,9 @@ from supervisely.nn.inference.gui import serving_gui_template
 from supervisely.nn.inference.uploader import Uploader
 
 SDK_VERSION: Final = "6.74.51"
+
+ASKED_AT: Final = "asked_at"
+"""When a model was asked for: one that another request brought since is not loaded once more."""
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +78,7 @@ _PAGE: Final = "tests/unit/app/test_page_app.py::"
 _HTTP: Final = "tests/unit/http/"
 _PLATFORM: Final = "tests/unit/platform/"
 _CONTRACT: Final = "tests/contract/"
+_CLIENTS: Final = _CONTRACT + "test_public_applications.py::"
 _CUSTOM: Final = _CONTRACT + "test_custom_models.py::"
 
 OVERRIDES: Final[tuple[Override, ...]] = (
@@ -201,6 +207,18 @@ OVERRIDES: Final[tuple[Override, ...]] = (
         _PLATFORM + "test_requests_registry.py::"
         "test_a_failed_request_keeps_its_error_and_not_what_it_worked_on",
         "the SDK keeps an error without its frames",
+    ),
+    Override(
+        "InferenceRequest.is_inferring",
+        "Clients that stop to wait before a request has begun, or before its last results came.",
+        _CLIENTS + "test_a_sliding_window_in_the_background_is_there_with_its_last_progress",
+        "the SDK says that a request goes on from its acceptance to its end",
+    ),
+    Override(
+        "inference._get_log_extra_for_inference_request",
+        "The result of one image, which clients read with its progress: the SDK says yes or no.",
+        _CLIENTS + "test_a_sliding_window_in_the_background_is_there_with_its_last_progress",
+        "the SDK has the result of one image there again",
     ),
     # The model
     Override(
@@ -390,6 +408,14 @@ class SdkMethods:
         self.track = inference._tracking_by_detection
         self.test_speed = inference._run_speedtest
 
+    @staticmethod
+    def progress_of(request: InferenceRequest) -> dict[str, Any]:
+        """What clients of several years look for in the progress of a request."""
+        told: dict[str, Any] = sdk_inference._get_log_extra_for_inference_request(
+            request.uuid, request
+        )
+        return told
+
     @cached_property
     def api(self) -> sly.Api | None:
         """The platform of the environment, if there is one."""
@@ -438,8 +464,9 @@ class SdkMethods:
 
     def load(self, params: dict[str, Any]) -> None:
         """Downloads what is not there and loads it in place of what runs."""
+        asked_at = time.monotonic()
         params["model_files"] = self._inference._download_model_files(params)
-        self._inference._load_model_headless(**params)
+        self._inference._load_model_headless(**params, **{ASKED_AT: asked_at})
         self._inference._schedule_freeze_on_inactivity()
 
     def check_base(self, folder: Path) -> None:

@@ -35,9 +35,25 @@ _log = logging.getLogger(__name__)
 
 def register_sdk_routes(server: FastAPI, services: Services) -> None:
     """Mounts them in front of the SDK's own."""
+    _progress(server, services)
     _videos(server, services)
     _speed_test(server, services)
     _caching(server, services)
+
+
+def _progress(server: FastAPI, services: Services) -> None:
+    @server.post("/get_inference_progress")
+    def get_inference_progress(request: Request) -> dict[str, Any]:
+        """Clients take the result about one image from here; the SDK says whether there is one."""
+        asked = services.runs.get(request.state.state["inference_request_uuid"])
+        told: dict[str, Any] = {**asked.to_json(), **services.sdk.progress_of(asked)}
+        if asked.stage != InferenceRequest.Stage.INFERENCE:
+            told["progress"] = {"current": 0, "total": 1}
+        result = asked.final_result
+        # Of a video the result is the whole of it, which nobody takes from here.
+        if isinstance(result, dict) and "annotation" in result:
+            told["result"] = result
+        return told
 
 
 def _videos(server: FastAPI, services: Services) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from typing import Final
+from typing import Any, Final
 
 from florence2.engine.encoding import AnyImage
 from florence2.engine.scheduler import Priority
@@ -21,14 +21,21 @@ from serve.platform.pipeline import (
 )
 from serve.platform.reference import resolve_reference
 from serve.platform.registry import AWAITED, InferenceRequest
-from serve.platform.request_state import Destination, Source, State, batch_size_of
+from serve.platform.request_state import (
+    Destination,
+    Source,
+    State,
+    batch_size_of,
+    is_about_one_image,
+)
 from serve.platform.run import Ledger, RunServices
 from serve.platform.run_records import RunRecord
 from serve.platform.upload import Labeled, Uploading, entry_of
+from serve.predict.details import slides_of
 from serve.predict.full_queue import FULL_CODES, when_queue_has_room
 from serve.predict.predictor import Call, Deadline, Predicted
 from serve.sdk import sly
-from serve.settings import Settings
+from serve.settings import Settings, has_sliding_window
 from serve.settler import Settler
 
 Outcome = Predicted | Failure
@@ -92,6 +99,8 @@ class PredictionRun:
         self._request = request
         self._deadline = deadline
         self._limit = FailureLimit.parse(state.get("max_failures"))
+        self._is_about_one = is_about_one_image(state)
+        self._shows_windows = self._is_about_one and has_sliding_window(state.get("settings"))
         asked_size = batch_size_of(state, services.default_batch_size)
         self._batch_size = asked_size * services.num_devices
         self._settings = self._settings_of(state)
@@ -273,8 +282,9 @@ class PredictionRun:
             num_done += 1
             self._note(target)
             if self._uploading is None:
-                notes = {"notes": list(result.notes)} if result.notes else {}
-                entries.append(entry_of(target, result.annotation, **notes))
+                entries.append(self._entry_of(target, result))
+                if self._is_about_one:
+                    self._request.final_result = entries[-1]
         ledger.add_done(entries, num_done)
         ledger.check(self._limit)
         if self._uploading is not None and self._uploading.num_lost_batches >= MAX_FAILED_BATCHES:
@@ -285,6 +295,11 @@ class PredictionRun:
                     f"{MAX_FAILED_BATCHES} batches in a row could not be uploaded: {last.message}",
                 )
             )
+
+    def _entry_of(self, target: Target, predicted: Predicted) -> dict[str, Any]:
+        notes = {"notes": list(predicted.notes)} if predicted.notes else {}
+        entry = entry_of(target, predicted.annotation, **notes)
+        return {**entry, "data": slides_of(predicted)} if self._shows_windows else entry
 
 
 def _has_labels(target: Target) -> bool:

@@ -21,6 +21,18 @@ _RETRY_AFTER_S: Final = 5.0
 _LOOK_AFTER_S: Final = 0.1
 
 
+class _Request(InferenceRequest):  # type: ignore[misc]
+    """A request that says that it goes on until it has ended, and has all that came of it.
+
+    The SDK's says so in the one stage of asking the model. Clients that look in another stage stop
+    to wait: before it they take nothing for the answer, and after it they miss the last part.
+    """
+
+    def is_inferring(self) -> bool:
+        """Whether more may come of it."""
+        return not self.is_finished()
+
+
 class RequestsManager(Manager):  # type: ignore[misc]
     """The SDK's registry, whose ``run`` marks the request as awaited and soon forgets it.
 
@@ -34,7 +46,9 @@ class RequestsManager(Manager):  # type: ignore[misc]
 
     def create(self, inference_request_uuid: str | None = None) -> InferenceRequest:
         """A new request; the SDK names it after the time, which two may share and all can guess."""
-        return super().create(inference_request_uuid or uuid.uuid4().hex)
+        request = _Request(uuid_=inference_request_uuid or uuid.uuid4().hex, manager=self)
+        self.add(request)
+        return request
 
     def knows(self, inference_request_uuid: str) -> bool:
         """Whether there is such a request; does not block."""

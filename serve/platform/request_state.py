@@ -57,6 +57,12 @@ class Source:
         return cls.of_ids(state) if has_ids else cls.of_project(state)
 
 
+def is_about_one_image(state: State) -> bool:
+    """Whether ``state`` names one image, and no list, which may have one too."""
+    value = next((state[key] for key in IMAGE_ID_KEYS if state.get(key) is not None), None)
+    return value is not None and not isinstance(value, list | tuple)
+
+
 @dataclass(frozen=True, slots=True)
 class Destination:
     """Where labels go. ``mode`` of None: they are returned and nothing is changed.

@@ -175,6 +175,12 @@ class Uploading:
         return output, created.get(target.dataset_id)
 
     def _upload_dataset(self, group: list[Labeled]) -> dict[int, Failure]:
+        # Labels are added by reading those that are there and writing all: of two runs at once,
+        # such as those of a double click, one would undo the other's, or add what it added.
+        with _uploads_to(group[0].target.dataset_id):
+            return self._upload_alone(group)
+
+    def _upload_alone(self, group: list[Labeled]) -> dict[int, Failure]:
         # What is there already is looked up once, before anything is sent: after an upload that
         # failed in part, the run's own labels would be taken for labels that were there.
         fresh, failures = self._attempt(group, self._without_known, self._without_known)
@@ -353,6 +359,14 @@ class Uploading:
         self._request.context.setdefault("project_info", {})[created.id] = created
         project_id: int = created.id
         return project_id
+
+
+_locks: Final = tuple(threading.Lock() for _ in range(64))
+
+
+def _uploads_to(dataset_id: int | None) -> threading.Lock:
+    """Held while labels go to a dataset; some others may have the same one."""
+    return _locks[hash(dataset_id) % len(_locks)]
 
 
 def _failure(labeled: Labeled, error: Exception) -> Failure:

@@ -78,6 +78,7 @@ class LabelRules:
     ``max_box_area`` of the image. Names are compared cleaned, in any case, without
     ``class_suffix``; a whitelist may have them with it too.
     ``nms_threshold`` and ``containment_threshold``: see ``serve.predict.geometry``; None is off.
+    ``is_one_class``: every object is an "object", and what it was found as its category.
     ``fixed_shapes`` are the classes whose shape the readers of the annotation already know.
     """
 
@@ -93,6 +94,7 @@ class LabelRules:
     nms_threshold: float | None = SAME_OBJECT_IOU
     containment_threshold: float | None = None
     across_classes: bool = False
+    is_one_class: bool = False
     fixed_shapes: Mapping[str, str] = field(default_factory=lambda: FIXED_SHAPES)
 
     def __post_init__(self) -> None:
@@ -337,11 +339,10 @@ def annotation_from_answers(
     made, of a label over the image's edge.
     """
     found = [item for answered in answers for item in wanted_in(answered, rules, size_wh)]
-    drawn = [
-        (item, shapes)
-        for item in each_once(found, rules)
-        if (shapes := _geometries(item.shape, rules, size_wh))
-    ]
+    kept = each_once(found, rules)
+    if rules.is_one_class:
+        kept = [_as_object(item) for item in kept]
+    drawn = [(item, shapes) for item in kept if (shapes := _geometries(item.shape, rules, size_wh))]
     titles = class_titles(
         ((item.class_name, _shape_name(item.shape, rules)) for item, _ in drawn),
         rules.class_suffix,
@@ -357,6 +358,12 @@ def annotation_from_answers(
     tags = image_tags(answered.result for answered in answers)
     annotation = sly.Annotation((size_wh[1], size_wh[0]), labels, img_tags=tags)
     return annotation, tuple(located.get(id(label)) for label in annotation.labels)
+
+
+def _as_object(item: Found) -> Found:
+    if item.class_name == OBJECT_CLASS:
+        return item
+    return replace(item, class_name=OBJECT_CLASS, tags=(("category", item.class_name), *item.tags))
 
 
 def wanted_in(answered: Answered, rules: LabelRules, size_wh: SizeWh) -> list[Found]:

@@ -12,6 +12,7 @@ from florence2.tasks import find_task
 from serve.naming import clean_text
 from serve.predict.annotations import IMAGE_TEXT_TAGS, Answered, Found
 from serve.predict.predictor import Predicted
+from serve.sdk import sly
 
 _DIGITS: Final = 6
 
@@ -40,6 +41,24 @@ def details_of(predicted: Predicted) -> dict[str, Any]:
         ],
         "texts": [text for result in predicted.results for text in _texts(result)],
     }
+
+
+def slides_of(predicted: Predicted) -> dict[str, Any]:
+    """What a client shows of its sliding window: each window with its labels, then all of them.
+
+    Of the annotation's labels, those of a window are the ones whose middle lies in it. The last
+    two slides are the whole image, where the SDK has it before and after doubles are dropped.
+    """
+    labels = [
+        (label.geometry.to_bbox().center, label.to_json()) for label in predicted.annotation.labels
+    ]
+    height, width = predicted.annotation.img_size
+    slides = []
+    for left, top, right, bottom in (*predicted.views_xyxy, *[(0, 0, width, height)] * 2):
+        window = sly.Rectangle(top, left, bottom - 1, right - 1)
+        seen = [label for middle, label in labels if window.contains_point_location(middle)]
+        slides.append({"rectangle": window.to_json(), "labels": seen})
+    return {"slides": slides}
 
 
 def _timings_s(results: Sequence[Result]) -> Timings:

@@ -27,9 +27,9 @@ from florence2.errors import (
 from florence2.images import LoadedImage, Room, identity, open_image
 from florence2.pixels import PreparedImage
 from florence2.records import Failure, Region, Result, Timings
-from florence2.tasks import TaskInput, parse_steps
-from serve.model_service import Deployed
-from serve.naming import FIXED_SHAPES
+from florence2.tasks import OutputKind, TaskInput, parse_steps
+from serve.model_service import GEOMETRIES, Deployed
+from serve.naming import FIXED_SHAPES, class_color, class_titles, clean_class_name
 from serve.platform.reference import resolve_reference
 from serve.predict.annotations import (
     Answered,
@@ -40,7 +40,15 @@ from serve.predict.annotations import (
 )
 from serve.predict.full_queue import QUEUE_LIMIT_S, when_queue_has_room
 from serve.predict.geometry import Located
-from serve.predict.tiling import TileResult, View, can_tile, merge_tiles, moved, views_of
+from serve.predict.tiling import (
+    BoxXyxyInt,
+    TileResult,
+    View,
+    can_tile,
+    merge_tiles,
+    moved,
+    views_of,
+)
 from serve.sdk import sly
 from serve.settings import Settings
 
@@ -207,8 +215,22 @@ def rules_of(settings: Settings, fixed_shapes: Mapping[str, str] = FIXED_SHAPES)
         nms_threshold=settings.nms_threshold,
         containment_threshold=settings.containment_threshold,
         across_classes=settings.nms_across_classes,
+        is_one_class=settings.is_one_class,
         fixed_shapes=fixed_shapes,
     )
+
+
+def asked_classes(settings: Settings) -> list[sly.ObjClass]:
+    """The classes that the prompts stand for, as labels of theirs will be; none without prompts."""
+    outlined = settings.steps[-1].output is OutputKind.POLYGONS
+    shape = settings.geometry if outlined else "rectangle"
+    names = dict.fromkeys(settings.classes_by_phrase.values())
+    if settings.reference is not None:
+        names[settings.reference.class_name] = None
+    rules = rules_of(settings)
+    wanted = [(clean_class_name(name), shape) for name in names if rules.wants(name, shape)]
+    titles = class_titles(wanted, rules.class_suffix, rules.fixed_shapes).values()
+    return [sly.ObjClass(title, GEOMETRIES[shape], class_color(title)) for title in titles]
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +258,7 @@ class Predicted:
 
     ``answered`` has one for each question, in pixels of the image, merged from its tiles;
     ``located`` for each label of the annotation what it was made of, None where that is unknown.
+    ``views_xyxy`` are the parts of the image that were looked at, in pixels.
     """
 
     annotation: sly.Annotation
@@ -243,6 +266,7 @@ class Predicted:
     timings_s: Timings = field(default_factory=Timings)
     answered: tuple[Answered, ...] = ()
     located: tuple[Found | None, ...] = ()
+    views_xyxy: tuple[BoxXyxyInt, ...] = ()
 
     @property
     def results(self) -> tuple[Result, ...]:
@@ -538,7 +562,8 @@ class Predictor:
         self._watcher.stage("prompt", timings_s.prompt)
         self._watcher.stage("decode", timings_s.decode)
         notes = tuple(dict.fromkeys(note for result in results for note in result.notes))
-        return Predicted(annotation, notes, timings_s, tuple(answered), located)
+        views_xyxy = tuple(view.box_xyxy for view in image.views)
+        return Predicted(annotation, notes, timings_s, tuple(answered), located, views_xyxy)
 
 
 def _asked(image: AnyImage, places: Sequence[int], preparer: Preparer, room: Room) -> _AskedImage:

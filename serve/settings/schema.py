@@ -190,6 +190,8 @@ class Settings(_Keys):
     """Only this part of the image is looked at, such as [10, 20, 200, 180]."""
     reference: Reference | None = None
     """An object to find more of; what the ``reference_`` keys of other clients become."""
+    is_one_class: bool = False
+    """Whether every object is an "object", for a client that knows no other class."""
 
     @property
     def steps(self) -> tuple[Task, ...]:
@@ -257,7 +259,7 @@ class ClientKeys(_Keys):
 
 KEYS: Final[dict[str, FieldInfo]] = {**Settings.model_fields, **ClientKeys.model_fields}
 """Every key that a request's settings may have, in the order of the settings file."""
-del KEYS["reference"]
+del KEYS["reference"], KEYS["is_one_class"]
 
 SPELLINGS: Final[dict[str, tuple[str, ...]]] = {
     name: (name, *getattr(field.validation_alias, "choices", ())) for name, field in KEYS.items()
@@ -361,6 +363,22 @@ def check_placement(state: Mapping[str, object]) -> None:
                 f"{name} is one of the settings, and it was received beside them; send "
                 f'{{"settings": {{"{name}": ...}}}}.'
             )
+
+
+def has_sliding_window(raw: object) -> bool:
+    """Whether the client that sent these settings looks through windows, which it may show."""
+    return isinstance(raw, Mapping) and word(raw.get("inference_mode")) == "sliding_window"
+
+
+def is_for_one_class(state: Mapping[str, object]) -> bool:
+    """Whether a request is that of Apply NN to Videos where only "object" was ticked.
+
+    Its project has the ticked classes and no others, so anything else is lost there. Others spell
+    the video differently, or take the classes as they come.
+    """
+    settings = state.get("settings")
+    classes = settings.get("classes") if isinstance(settings, Mapping) else None
+    return state.get("videoId") is not None and classes == [OBJECT_CLASS]
 
 
 def is_form_for_masks(raw: Mapping[str, object]) -> bool:
@@ -499,7 +517,7 @@ def _check_calibration(settings: Settings) -> None:
 
 def raw_settings(settings: Settings) -> dict[str, object]:
     """Settings as a request would spell them: plain JSON types that parse to the same settings."""
-    raw = settings.model_dump(mode="json", exclude={"reference"})
+    raw = settings.model_dump(mode="json", exclude={"reference", "is_one_class"})
     if settings.nms_threshold is None:
         raw["nms_threshold"] = "off"
     if (tiling := settings.tiling) is not None:

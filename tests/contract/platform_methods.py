@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+from platform_clients import CLIENT_METHODS
 from platform_state import (
     MOMENT,
     TEAM_ID,
@@ -171,6 +172,7 @@ def add_tag(
 
 
 METHODS: dict[str, Callable[[PlatformState, Any], Any]] = {
+    **CLIENT_METHODS,
     "instance.version": lambda state, asked: {"version": "6.99.0"},
     "tasks.data.set": task_fields_set,
     "tasks.app-v2.data.set": task_fields_set,

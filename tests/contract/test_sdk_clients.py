@@ -231,6 +231,17 @@ def test_only_the_classes_that_are_asked_for_are_returned(model_api):
     assert classes(prediction) == ["moon"]
 
 
+def test_classes_that_only_later_images_have_are_known_to_the_first(model_api, seeded):
+    prompts = {"celestial body": "moon", "motor": "car"}
+    ids = [seeded.image_ids[name] for name in ("scene_home.jpg", "scene_city.jpg")]
+    predictions = predict(
+        model_api, image_id=ids, batch_size=1, inference_settings={"mapping": prompts}
+    )
+    names = [sorted(set(prediction.classes)) for prediction in predictions]
+    assert names == [["celestial body"], ["celestial body", "motor"]]
+    assert len(set(map(int, predictions[1].class_idxs))) == 2
+
+
 def test_the_class_object_sent_back_by_clients_drops_nothing(model_api):
     assert finds_both_cars(model_api, classes=model_api.get_classes())
 

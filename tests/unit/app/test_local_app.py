@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -292,6 +293,52 @@ def test_what_may_be_deployed_is_the_published_the_first_and_the_allowed(app, mo
     assert [one.lower() for one in asked] == [name.lower()]
     with pytest.raises(RequestError, match="--allow-deploy"):
         app.sdk.deploy({"model_name": "someone/other"})
+
+
+@pytest.mark.parametrize(
+    ("sent", "count"),
+    [(["auto", "auto", "auto"], 1), (["auto", "bf16"], 2)],
+    ids=["the same", "another precision"],
+)
+def test_a_deployment_that_is_sent_again_while_it_goes_on_is_loaded_once(
+    client, app, bike, monkeypatch, sent, count
+):
+    """A platform's proxy gives up after a minute, and the SDK's client then sends it again."""
+    switch, loaded, may_load = app.deployment.switch, [], threading.Event()
+
+    def slowly(choice):
+        loaded.append(choice.precision)
+        may_load.wait(20)
+        return switch(choice)
+
+    with monkeypatch.context() as slow, ThreadPoolExecutor(3) as pool:
+        slow.setattr(app.deployment, "switch", slowly)
+        answers = [pool.submit(deploy, client, "demo", precision=one) for one in sent]
+        wait_until(lambda: loaded)
+        time.sleep(0.1)
+        may_load.set()
+        assert {answer.result(30).status_code for answer in answers} == {200}
+    assert len(loaded) == count
+    monkeypatch.setattr(app.deployment, "switch", lambda choice: loaded.append("again"))
+    deploy(client, "demo", precision=sent[0])
+    assert loaded[count:] == ["again"]
+    monkeypatch.undo()
+    assert deploy(client, "demo").status_code == 200
+    assert ask(client, bike).status_code == 200
+
+
+ONE_CLASS = {
+    "only object is ticked": ({"videoId": 1, "settings": {"classes": ["object"]}}, True),
+    "more is ticked": ({"videoId": 1, "settings": {"classes": ["object", "car"]}}, False),
+    "nothing is said": ({"videoId": 1, "settings": {}}, False),
+    "a client that takes what comes": ({"video_id": 1, "settings": {"classes": ["object"]}}, False),
+    "an image": ({"image_id": 1, "settings": {"classes": ["object"]}}, False),
+}
+
+
+@pytest.mark.parametrize(("state", "expected"), ONE_CLASS.values(), ids=ONE_CLASS)
+def test_a_client_of_videos_that_knows_one_class_gets_it(app, state, expected):
+    assert app.answering.settings_of(state).is_one_class is expected
 
 
 def test_a_full_queue_says_when_to_come_back(serve_locally, busy_model, bike):

@@ -81,6 +81,16 @@ def test_a_rectangle_gives_the_labels_of_the_cut_moved_back(predictor, bike, ask
     assert on_whole.annotation.img_size == (whole.height, whole.width)
 
 
+def test_where_one_class_is_known_everything_is_an_object_with_its_category(predictor, bike):
+    settings = parse_settings({"text": "star. tree"})
+    [as_asked] = predictor.predict([bike], settings)
+    [as_objects] = predictor.predict([bike], settings.model_copy(update={"is_one_class": True}))
+    assert set(classes_of(as_objects)) == {"object"}
+    assert classes_of(as_asked) == sorted(
+        label.tags.get("category").value for label in as_objects.annotation.labels
+    )
+
+
 def test_a_rectangle_outside_the_image_is_that_images_failure(predictor, bike):
     [failed] = predictor.predict([bike], parse_settings({"rectangle": [5000, 0, 5100, 90]}))
     assert isinstance(failed, Failure)

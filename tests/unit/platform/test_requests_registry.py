@@ -28,6 +28,24 @@ def test_a_request_somebody_waits_for_says_so_and_is_soon_forgotten(manager, mon
         assert request.is_expired()
 
 
+def test_a_request_goes_on_from_its_acceptance_until_all_that_came_of_it_is_there(manager):
+    gate, told = threading.Event(), []
+
+    def work(inference_request):
+        for stage in ("Preparing model for inference...", "Running inference...", "Postprocess..."):
+            inference_request.set_stage(stage, 0, 1)
+            told.append(inference_request.to_json()["is_inferring"])
+        gate.wait(20)
+
+    request, future = manager.schedule_task(work)
+    assert request.is_inferring()
+    gate.set()
+    future.result(20)
+    while not request.is_finished():
+        time.sleep(0.01)
+    assert (told, request.is_inferring()) == ([True] * 3, False)
+
+
 def test_a_scheduled_request_is_not_awaited(manager):
     request, future = manager.schedule_task(lambda inference_request: None)
     future.result()
