@@ -44,6 +44,10 @@ from serve.settings import (
     shown,
     with_own,
 )
+from serve.video.answers import answer_video
+from serve.video.frames import has_library
+from serve.video.request import VideoRequest, video_id_of
+from serve.video.source import video_info, video_of_file, video_of_platform
 
 # isort: split
 from supervisely.nn.model.prediction import Prediction
@@ -255,6 +259,26 @@ class Answering:
         """What the model says about existing objects, written as their tags."""
         tag_existing_objects(api, state, inference_request, self._run_services())
 
+    # Frames of videos; results go to the request
+
+    def run_video_id(self, api: sly.Api, state: State, inference_request: InferenceRequest) -> None:
+        """A video of the platform, see ``serve.video.answers``."""
+        asked = VideoRequest.of(state)
+        info = video_info(api, video_id_of(state))
+        with video_of_platform(api, info, asked.frames, inference_request) as video:
+            answer_video(video, asked, api, state, inference_request, self._run_services())
+
+    def run_video_file(self, path: Path, state: State, inference_request: InferenceRequest) -> None:
+        """A video that was sent."""
+        asked = VideoRequest.of(state, is_end_asked=True)
+        if not (asked.is_followed or has_library("av")):
+            # Its frames are read by OpenCV.
+            self._sdk.label_video(str(path), state, inference_request)
+            return
+        video = video_of_file(path, is_backward=asked.frames.is_backward)
+        api = self._sdk.api
+        answer_video(video, asked, api, state, inference_request, self._run_services())
+
     def _run_services(self) -> RunServices:
         return RunServices(
             predict=self.answer,
@@ -266,6 +290,7 @@ class Answering:
             default_batch_size=self._sdk.batch_size,
             model_of=self._model_of,
             num_devices=self._deployment.num_devices,
+            learn=self._meta.learn,
         )
 
     def _model_of(self, settings: Settings) -> dict[str, str]:

@@ -287,8 +287,8 @@ OVERRIDES: Final[tuple[Override, ...]] = (
         "never: prompts have no closed set of classes",
     ),
     Override(
-        "Inference.get_info",
-        "Tracking on offer where what it needs is not installed.",
+        "Inference.get_info Inference.get_tracking_settings",
+        "Tracking on offer where what it needs is not installed, and an empty answer about it.",
         _CONTRACT + "test_sdk_clients.py::test_the_session_says_what_it_serves",
         "never: the name, the device and its warning are ours to tell",
     ),
@@ -403,7 +403,6 @@ class SdkMethods:
         self._inference = inference
         self._allow_deploy = tuple(allow_deploy)
         self.upload = inference.upload_predictions
-        self.label_video_id = inference._inference_video_id
         self.label_video = inference._inference_video
         self.track = inference._tracking_by_detection
         self.test_speed = inference._run_speedtest

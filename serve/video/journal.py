@@ -139,6 +139,13 @@ class FrameJournal:
             self.last = _place(entry)
 
 
+def begin_journal(folder: Path, lines: str = "") -> FrameJournal:
+    """A journal in a folder that nobody else has, which goes on behind ``lines`` of another one."""
+    path = folder / JOURNAL_NAME
+    path.write_text(json.dumps({"format": _FORMAT, "settings": {}}) + "\n" + lines, "utf-8")
+    return FrameJournal(path)
+
+
 def open_frame_journal(workspace: Workspace, settings: Mapping[str, Any]) -> FrameJournal:
     """The journal for ``settings``, begun where there is none.
 
