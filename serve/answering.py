@@ -46,6 +46,7 @@ from serve.settings import (
 )
 from serve.video.answers import answer_video
 from serve.video.frames import has_library
+from serve.video.platform_run import label_platform_video
 from serve.video.request import VideoRequest, video_id_of
 from serve.video.source import video_info, video_of_file, video_of_platform
 
@@ -265,12 +266,15 @@ class Answering:
         """A video of the platform, see ``serve.video.answers``."""
         asked = VideoRequest.of(state)
         info = video_info(api, video_id_of(state))
+        if asked.mode is not None:
+            label_platform_video(api, info, asked, state, inference_request, self._run_services())
+            return
         with video_of_platform(api, info, asked.frames, inference_request) as video:
             answer_video(video, asked, api, state, inference_request, self._run_services())
 
     def run_video_file(self, path: Path, state: State, inference_request: InferenceRequest) -> None:
         """A video that was sent."""
-        asked = VideoRequest.of(state, is_end_asked=True)
+        asked = VideoRequest.of_sent(state)
         if not (asked.is_followed or has_library("av")):
             # Its frames are read by OpenCV.
             self._sdk.label_video(str(path), state, inference_request)

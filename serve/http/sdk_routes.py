@@ -87,7 +87,7 @@ def _videos(server: FastAPI, services: Services) -> None:
         """The SDK writes the file where its name says."""
         state = form.state()
         answering.settings_of(state)
-        VideoRequest.of(state, is_end_asked=True)
+        VideoRequest.of_sent(state)
         folder = tempfile.TemporaryDirectory(prefix="video-")
         try:
             path = save_one_upload(form.files, Path(folder.name), "video", MAX_VIDEO_BYTES)

@@ -6,13 +6,15 @@ Read of its state in every spelling that the SDK and its clients have.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from dataclasses import dataclass, replace
+from typing import Any, Final, Literal
 
 from florence2.errors import RequestError, shown, unknown_name
+from serve.platform.request_state import Destination
 from serve.video.frames import Range
 
 State = Mapping[str, Any]
+VideoMode = Literal["append", "skip_labeled", "replace_own"]
 
 VIDEO_ID_KEYS: Final = ("videoId", "video_id")
 _FIRST_KEYS: Final = ("startFrameIndex", "start_frame_index", "start_frame")
@@ -24,6 +26,7 @@ _DIRECTION_KEYS: Final = ("framesDirection", "frames_direction", "direction")
 _DIRECTIONS: Final = ("forward", "backward")
 # Clients name the SDK's tracker, whatever follows the objects then.
 TRACKERS: Final = ("botsort", "ocsort")
+VIDEO_MODES: Final[tuple[VideoMode, ...]] = ("append", "skip_labeled", "replace_own")
 _LONGEST_S: Final = 10**12
 
 
@@ -104,15 +107,49 @@ class FramesAsked:
 
 @dataclass(frozen=True, slots=True)
 class VideoRequest:
-    """What a request wants of a video. ``notes`` say what of it makes no difference."""
+    """What a request wants of a video. ``notes`` say what of it makes no difference.
+
+    ``mode`` of None: the answers are returned and nothing is changed. ``skip_labeled`` leaves a
+    video with objects alone, ``replace_own`` takes the place of what earlier runs wrote and nobody
+    has changed since. ``suffix`` goes behind names that the project has with another meaning.
+    """
 
     frames: FramesAsked
     is_followed: bool
     notes: tuple[str, ...] = ()
+    mode: VideoMode | None = None
+    suffix: str | None = None
 
     @classmethod
-    def of(cls, state: State, *, is_end_asked: bool = False) -> VideoRequest:
-        """RequestError for what cannot be understood."""
+    def of(cls, state: State) -> VideoRequest:
+        """What is asked of a video of the platform; RequestError for what is not understood."""
+        destination = Destination.of(state)
+        mode = destination.mode
+        if destination.project_id is not None:
+            raise RequestError(
+                "The labels of a video are written on the video itself, and output_project_id was "
+                "received; copy the video there first, and label the copy."
+            )
+        if mode is not None and mode not in VIDEO_MODES:
+            raise RequestError(
+                f"Labels of a video are added: upload_mode is one of {', '.join(VIDEO_MODES)}, and "
+                f"{mode} was received; choose one of them."
+            )
+        asked = cls._of(state, is_end_asked=False)
+        return replace(asked, mode=mode, suffix=destination.suffix)
+
+    @classmethod
+    def of_sent(cls, state: State) -> VideoRequest:
+        """What is asked of a video that is sent, which is nowhere to write labels to."""
+        if state.get("upload_mode") is not None or state.get("output_project_id") is not None:
+            raise RequestError(
+                "A video that is sent gets its answer and lies on no platform, and upload_mode was "
+                "received; leave it out, or upload the video and ask for it by its id."
+            )
+        return cls._of(state, is_end_asked=True)
+
+    @classmethod
+    def _of(cls, state: State, *, is_end_asked: bool) -> VideoRequest:
         tracker = state.get("tracker")
         if tracker is not None and tracker not in ("", *TRACKERS):
             name = tracker if isinstance(tracker, str) else shown(tracker)

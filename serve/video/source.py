@@ -35,6 +35,9 @@ from serve.video.frames import (
 )
 from serve.video.request import FramesAsked
 
+# isort: split
+from supervisely.api.video.video_api import VideoInfo
+
 FEW_FRAMES: Final = 32
 """So many frames are fetched one by one rather than with the whole video."""
 _FRAMES_AT_A_TIME: Final = 16
@@ -60,7 +63,7 @@ def video_of_file(path: Path, *, is_backward: bool) -> Video:
     )
 
 
-def video_info(api: sly.Api, video_id: int) -> sly.api.video_api.VideoInfo:
+def video_info(api: sly.Api, video_id: int) -> VideoInfo:
     """What the platform knows of a video; NotFoundError."""
     info = api.video.get_info_by_id(video_id)
     if info is None:
@@ -74,7 +77,7 @@ def video_info(api: sly.Api, video_id: int) -> sly.api.video_api.VideoInfo:
 @contextmanager
 def video_of_platform(
     api: sly.Api,
-    info: sly.api.video_api.VideoInfo,
+    info: VideoInfo,
     asked: FramesAsked,
     request: InferenceRequest,
 ) -> Iterator[Video]:
@@ -113,7 +116,7 @@ def _is_fetched(num_asked: int) -> bool:
     return num_asked <= FEW_FRAMES or not has_library("av")
 
 
-def _rate_of(info: sly.api.video_api.VideoInfo) -> float:
+def _rate_of(info: VideoInfo) -> float:
     """Frames in a second; the SDK's own duration is in whole seconds."""
     duration_s = (info.file_meta or {}).get("duration")
     if isinstance(duration_s, int | float) and duration_s > 0 and info.frames_count:
@@ -139,9 +142,7 @@ def _fetched_frames(
             before = index
 
 
-def _download(
-    api: sly.Api, info: sly.api.video_api.VideoInfo, path: Path, request: InferenceRequest
-) -> None:
+def _download(api: sly.Api, info: VideoInfo, path: Path, request: InferenceRequest) -> None:
     """The video's file; a transfer that breaks off is begun again."""
     size = _size_of(info)
     free = shutil.disk_usage(path.parent).free
@@ -172,7 +173,7 @@ def _progress(request: InferenceRequest) -> Callable[[int], None]:
     return arrived
 
 
-def _size_of(info: sly.api.video_api.VideoInfo) -> int:
+def _size_of(info: VideoInfo) -> int:
     size: Any = (info.file_meta or {}).get("size")
     try:
         return max(0, int(size))
@@ -180,7 +181,7 @@ def _size_of(info: sly.api.video_api.VideoInfo) -> int:
         return 0
 
 
-def _no_room(info: sly.api.video_api.VideoInfo, size: int) -> VideoTooLargeError:
+def _no_room(info: VideoInfo, size: int) -> VideoTooLargeError:
     return VideoTooLargeError(
         f"A video is downloaded before it is decoded, and {info.name!r} ({readable_size(size)}) "
         "does not fit on the disk here; make room, or name another folder in TMPDIR."
