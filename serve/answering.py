@@ -26,7 +26,7 @@ from serve.model_service import Deployment, ModelMeta
 from serve.platform.existing_objects import tag_existing_objects
 from serve.platform.failures import FailedImageError
 from serve.platform.project_run import run_image_ids, run_project
-from serve.platform.registry import InferenceRequest
+from serve.platform.registry import InferenceRequest, ended_when_stopped
 from serve.platform.request_state import batch_size_of
 from serve.platform.run import RunServices
 from serve.predict.details import details_of
@@ -46,7 +46,7 @@ from serve.settings import (
 )
 from serve.video.answers import answer_video
 from serve.video.frames import has_library
-from serve.video.platform_run import label_platform_video
+from serve.video.platform_run import label_platform_video, track_platform_video
 from serve.video.request import VideoRequest, video_id_of
 from serve.video.source import video_info, video_of_file, video_of_platform
 
@@ -263,14 +263,21 @@ class Answering:
     # Frames of videos; results go to the request
 
     def run_video_id(self, api: sly.Api, state: State, inference_request: InferenceRequest) -> None:
-        """A video of the platform, see ``serve.video.answers``."""
+        """A video of the platform: its frames are answered, or its objects are written there."""
         asked = VideoRequest.of(state)
-        info = video_info(api, video_id_of(state))
-        if asked.mode is not None:
-            label_platform_video(api, info, asked, state, inference_request, self._run_services())
-            return
-        with video_of_platform(api, info, asked.frames, inference_request) as video:
-            answer_video(video, asked, api, state, inference_request, self._run_services())
+        info, services = video_info(api, video_id_of(state)), self._run_services()
+        with ended_when_stopped(inference_request):
+            if asked.mode is not None:
+                label_platform_video(api, info, asked, state, inference_request, services)
+                return
+            with video_of_platform(api, info, asked.frames, inference_request) as video:
+                answer_video(video, asked, api, state, inference_request, services)
+
+    def run_tracking(self, api: sly.Api, state: State, inference_request: InferenceRequest) -> None:
+        """What an annotation tool asks for: objects are written on the video and it is told."""
+        info, services = video_info(api, video_id_of(state)), self._run_services()
+        with ended_when_stopped(inference_request):
+            track_platform_video(api, info, state, inference_request, services)
 
     def run_video_file(self, path: Path, state: State, inference_request: InferenceRequest) -> None:
         """A video that was sent."""

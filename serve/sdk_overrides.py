@@ -404,7 +404,6 @@ class SdkMethods:
         self._allow_deploy = tuple(allow_deploy)
         self.upload = inference.upload_predictions
         self.label_video = inference._inference_video
-        self.track = inference._tracking_by_detection
         self.test_speed = inference._run_speedtest
 
     @staticmethod
@@ -446,11 +445,6 @@ class SdkMethods:
     def cache(self) -> Any:  # noqa: ANN401 - the SDK's
         """Of images and videos that clients want to be there beforehand."""
         return self._inference.cache
-
-    @property
-    def has_tracker(self) -> bool:
-        """Whether what the SDK's tracker needs is installed."""
-        return bool(self._inference.get_info()["tracking_on_videos_support"])
 
     def deploy(self, state: dict[str, Any]) -> None:
         """A ``/deploy_from_api`` request; the SDK's own stops what runs before it looks at it."""

@@ -59,7 +59,7 @@ def _progress(server: FastAPI, services: Services) -> None:
 
 def _videos(server: FastAPI, services: Services) -> None:
     waiting = Waiting()
-    sdk, answering = services.sdk, services.answering
+    answering = services.answering
 
     def checked(state: dict[str, Any]) -> dict[str, Any]:
         """What is wrong with a state is said at once, also of work behind an answer."""
@@ -104,16 +104,8 @@ def _videos(server: FastAPI, services: Services) -> None:
     @server.post("/tracking_by_detection")
     def tracking_by_detection(request: Request) -> dict[str, str]:
         """The SDK starts it whatever it was sent, and fails where nobody looks."""
-        state = {**request.state.state, **(request.state.context or {})}
-        _with_number(state, "videoId", "video_id")
-        if not sdk.has_tracker:
-            raise RequestError(
-                "Tracking needs packages that are not installed beside this app; install "
-                "supervisely[tracking], or ask for the frames without tracking."
-            )
-        state["tracker"] = state.get("tracker") or "botsort"
-        answering.settings_of(state)
-        services.schedule(sdk.track, services.api_of(request), state)
+        state = checked({**request.state.state, **(request.state.context or {})})
+        services.schedule(answering.run_tracking, services.api_of(request), state)
         return {"message": "Track task started."}
 
 

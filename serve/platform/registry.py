@@ -5,10 +5,12 @@ from __future__ import annotations
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, Final, TypeAlias
 
-from florence2.errors import FlorenceError, QueueFullError, as_value
+from florence2.errors import FlorenceError, GenerationCancelledError, QueueFullError, as_value
 from serve.platform.failures import FailedImageError, platform_failure
 from serve.sdk import sly
 
@@ -42,6 +44,16 @@ def wait_while_paused(request: InferenceRequest) -> None:
                 "results; fetch them while it goes on."
             )
         time.sleep(_LOOK_AFTER_S)
+
+
+@contextmanager
+def ended_when_stopped(request: InferenceRequest) -> Iterator[None]:
+    """What ends work because its request was stopped is no error of it."""
+    try:
+        yield
+    except GenerationCancelledError:
+        if not request.is_stopped():
+            raise
 
 
 class _Request(InferenceRequest):  # type: ignore[misc]

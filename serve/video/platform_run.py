@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
@@ -96,6 +96,32 @@ def label_platform_video(
             request.final_result = result
             if run.problem is not None:
                 raise PartialFailureError(run.problem)
+
+
+def track_platform_video(
+    api: sly.Api,
+    info: VideoInfo,
+    state: State,
+    request: InferenceRequest,
+    services: RunServices,
+) -> None:
+    """As ``label_platform_video`` for an annotation tool, which is told how far it is, that its
+    figures are there, and what went wrong."""
+    asked = replace(VideoRequest.of(state), mode="append")
+    track_id = state.get("trackId", state.get("track_id"))
+    ends = asked.frames.within(info.frames_count or None, 1.0)
+    first, last = ends.first, ends.first if ends.last is None else ends.last
+
+    def tell(done: int, total: int) -> bool:
+        return bool(api.video.notify_progress(track_id, info.id, first, last, done, total))
+
+    try:
+        tool = Tool(track_id, tell)
+        label_platform_video(api, info, asked, state, request, services, tool)
+    except Exception as error:
+        failure = failure_of(error, "The video cannot be tracked")
+        api.video.notify_tracking_error(track_id, failure.code, failure.message)
+        raise
 
 
 class _Run:

@@ -30,6 +30,15 @@ from serve.sdk import sly
 
 DONE = {"success": True}
 BOUNDARY = "frame-of-many"
+# What lists of classes and tags say of each beside its name.
+_DESCRIBED = {
+    "description": "",
+    "shape": "rectangle",
+    "settings": {},
+    "color": "#000000",
+    "createdAt": MOMENT,
+    "updatedAt": MOMENT,
+}
 
 
 @dataclass
@@ -264,16 +273,21 @@ def figures_add(state: PlatformState, payload: Json) -> list[Json]:
 
 
 def classes_list(state: PlatformState, payload: Json) -> Json:
-    classes = state.project(payload["projectId"]).meta["classes"]
     return _page(
-        [{**one, "name": one["title"], "settings": {}, "color": "#000000"} for one in classes]
+        [
+            {**_DESCRIBED, "projectId": payload["projectId"], "id": one["id"], "name": one["title"]}
+            for one in state.project(payload["projectId"]).meta["classes"]
+        ]
     )
 
 
 def tags_list(state: PlatformState, payload: Json) -> Json:
-    tags = state.project(payload["projectId"]).meta["tags"]
-    row = {"settings": {}, "color": "#000000", "createdAt": MOMENT, "updatedAt": MOMENT}
-    return _page([{"id": one["id"], "name": one["name"], **row} for one in tags])
+    return _page(
+        [
+            {**_DESCRIBED, "projectId": payload["projectId"], "id": one["id"], "name": one["name"]}
+            for one in state.project(payload["projectId"]).meta["tags"]
+        ]
+    )
 
 
 def tool_told(state: PlatformState, payload: Json) -> Json:

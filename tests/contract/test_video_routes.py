@@ -136,3 +136,67 @@ def test_what_is_found_is_written_as_objects_with_figures(app, api, video):
         tags = {tag.name: tag.value for tag in one.tags}
         assert tags.keys() == {"confidence", "florence2_run"}
         assert tags["florence2_run"] == told["run"]
+
+
+def test_undo_deletes_what_a_run_wrote_and_nobody_has_changed(app, api, video):
+    told = write(app, video, step=3, framesCount=16)
+    moved = video.figures[0]
+    moved["geometry"]["points"]["exterior"][0][0] += 3
+    project_id = api.video.get_info_by_id(video.id).project_id
+    [run] = app.post("list_runs", {"project_id": project_id}).json()
+    assert (run["run"], run["state"], run["mode"]) == (told["run"], "done", "append")
+    assert run["counts"] == {
+        "frames": 6,
+        "failed": 0,
+        "labels": told["objects"],
+        "objects": told["objects"],
+        "figures": told["figures"],
+    }
+    state = {"project_id": project_id, "run": told["run"]}
+    shown = app.post("undo_run", {**state, "show": True}).json()
+    undone = app.post("undo_run", state).json()
+    for one in (shown, undone):
+        assert (one["deleted"], one["kept"], one["gone"]) == (told["objects"] - 1, 1, 0)
+    assert f"object {moved['objectId']} of class" in undone["kept_labels"][0]
+    assert [one.class_id for one in labels_on(api, video).objects] != []
+    assert {one["id"] for one in video.objects} == {moved["objectId"]}
+
+
+def test_a_second_run_leaves_a_labeled_video_alone_or_takes_the_place_of_the_first(app, api, video):
+    first = write(app, video, step=4, framesCount=9)
+    assert write(app, video, upload_mode="skip_labeled")["skipped"] is True
+    second = write(app, video, step=4, framesCount=9, upload_mode="replace_own")
+    assert second["objects"] == first["objects"] == len(video.objects)
+    tags = [tag["value"] for one in video.objects for tag in one["tags"]]
+    assert first["run"] not in tags
+    assert tags.count(second["run"]) == second["objects"]
+
+
+def test_names_that_the_project_uses_otherwise_get_another_one(app, api, platform, video):
+    project_id = api.video.get_info_by_id(video.id).project_id
+    kinds = [mover.kind for mover in CLIP.movers]
+    outlines = [sly.ObjClass(kinds[0], sly.Polygon)]
+    number = sly.TagMeta("florence2_run", sly.TagValueType.ANY_NUMBER)
+    api.project.update_meta(project_id, sly.ProjectMeta(outlines, [number]).to_json())
+    told = write(app, video, step=4, framesCount=9)
+    classes = {one.obj_class.name for one in labels_on(api, video).objects}
+    assert f"{kinds[0]}_nn" in classes
+    assert kinds[0] not in classes
+    undone = app.post("undo_run", {"project_id": project_id, "run": told["run"]}).json()
+    assert (undone["deleted"], undone["kept"]) == (told["objects"], 0)
+
+
+def test_a_run_that_was_cut_off_goes_on_where_it_was(app, api, platform, video):
+    asked = {"videoId": video.id, "settings": SETTINGS, "upload_mode": "append", "framesCount": 9}
+    platform.faults.fail("figures.bulk.add", times=50)
+    assert_refused(app.post("inference_video_id", asked), 424, says="platform")
+    assert len(video.objects) > 0
+    looked_at = platform.count("videos.bulk.download-frame")
+    platform.faults.statuses.clear()
+    told = write(app, video, framesCount=9)
+    assert platform.count("videos.bulk.download-frame") == looked_at
+    assert (told["objects"], told["figures"]) == (len(video.objects), len(video.figures))
+    [run] = app.post(
+        "list_runs", {"project_id": api.video.get_info_by_id(video.id).project_id}
+    ).json()
+    assert (run["run"], run["state"]) == (told["run"], "done")
