@@ -38,9 +38,9 @@ from serve.video.request import FramesAsked
 # isort: split
 from supervisely.api.video.video_api import VideoInfo
 
-FEW_FRAMES: Final = 32
+FEW_FRAMES: Final = 16
 """So many frames are fetched one by one rather than with the whole video."""
-_FRAMES_AT_A_TIME: Final = 16
+_FRAMES_AT_A_TIME: Final = 8
 _WAITS_S: Final = (0.5, 2.0)
 
 
