@@ -286,7 +286,7 @@ class Answering:
             # Its frames are read by OpenCV.
             self._sdk.label_video(str(path), state, inference_request)
             return
-        video = video_of_file(path, is_backward=asked.frames.is_backward)
+        video = video_of_file(path)
         api = self._sdk.api
         answer_video(video, asked, api, state, inference_request, self._run_services())
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Final
 
-from serve.platform.failures import failure_of
+from serve.platform.failures import failure_of, platform_failure
 from serve.platform.upload import DEFAULT_SUFFIX, compatible_tag_meta, meta_lock
 from serve.provenance import Undone
 from serve.sdk import sly
@@ -22,6 +23,7 @@ _FIGURES_PER_CALL: Final = 200
 _OBJECTS_PER_CALL: Final = 100
 _DIGEST_BYTES: Final = 6
 _DECIMALS: Final = 3
+_WAITS_S: Final = (1.0, 5.0, 20.0)
 
 Json = dict[str, Any]
 
@@ -77,6 +79,7 @@ class VideoWriter:
     track_id: object = None
     run_tag_name: str | None = None
     num_figures: int = 0
+    _is_uncertain: bool = False
     _digests: list[ObjectDigest] = field(default_factory=list)
     _objects: list[WrittenObject] = field(default_factory=list)
 
@@ -102,16 +105,47 @@ class VideoWriter:
         while batch := list(islice(rest, _FIGURES_PER_CALL)):
             if should_stop():
                 return None
-            self.api.video.figure.create_bulk(
-                [self._figure_json(one) for one in batch],
-                entity_id=self.info.id,
-                batch_size=_FIGURES_PER_CALL,
-            )
+            self._send([self._figure_json(one) for one in batch])
             self.num_figures += len(batch)
+        if self._is_uncertain:
+            self._remove_doubles()
         return [
             WrittenObject(one.id, one.class_name, digest.value())
             for one, digest in zip(self._objects, self._digests, strict=True)
         ]
+
+    def _send(self, figures: list[Json]) -> None:
+        """Sent again where it failed; whether it was carried out all the same is looked at once
+        all figures are there."""
+        for wait_s in (*_WAITS_S, None):
+            try:
+                # Not by the SDK, which tells nobody that it sends it once more.
+                self.api.post(
+                    "figures.bulk.add",
+                    {"entityId": self.info.id, "figures": figures},
+                    retries=1,
+                    raise_error=True,
+                )
+            except Exception as error:
+                if wait_s is None or not _may_be_lost(error):
+                    raise
+                self._is_uncertain = True
+                time.sleep(wait_s)
+            else:
+                return
+
+    def _remove_doubles(self) -> None:
+        """Of equal figures of an object in one frame, all but one."""
+        ours = {one.id for one in self._objects}
+        seen: set[tuple[int, int]] = set()
+        doubles = []
+        for frame in stored_annotation(self.api, self.info)["frames"]:
+            for figure in frame["figures"]:
+                place = figure["objectId"], frame["index"]
+                if figure["objectId"] in ours and place in seen:
+                    doubles.append(figure["id"])
+                seen.add(place)
+        self.api.video.figure.remove_batch(doubles, batch_size=_FIGURES_PER_CALL)
 
     def _figure_json(self, figure: Figure) -> Json:
         geometry = figure.shape.to_json()
@@ -153,6 +187,12 @@ class VideoWriter:
             if meta is not known:
                 self.api.project.update_meta(project_id, meta)
         return fitted
+
+
+def _may_be_lost(error: Exception) -> bool:
+    """Whether a call failed on its way, or at the platform, rather than was refused."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return status >= 500 if status is not None else platform_failure(error) is not None
 
 
 def _compatible_class(

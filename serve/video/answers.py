@@ -57,14 +57,12 @@ def answer_video(
     if asked.is_followed:
         check_gives_boxes(asker.settings, "leave out tracker, or ask <OD> or a text")
         need_libraries("trackers")
-    wanted = asked.frames.within(video.num_frames, video.rate)
-    total = wanted.count(video.num_frames or 1)
-    request.set_stage(InferenceRequest.Stage.INFERENCE, 0, total)
+    wanted = video.range_of(asked.frames)
+    request.set_stage(InferenceRequest.Stage.INFERENCE, 0, video.count(wanted))
     with TemporaryDirectory(prefix="frames-") as folder, closing(asker.batches(wanted)) as batches:
         path = Path(folder)
         is_backward = asked.frames.is_backward
         entries: _Entries = _Backwards(request, path) if is_backward else _InOrder(request)
-        notes = list(asked.notes)
         found = None
         with closing(entries):
             if asked.is_followed:
@@ -76,7 +74,7 @@ def answer_video(
                 for batch in batches:
                     entries.add([_entry(video, *one) for one in batch])
             missing = _missing(asker, wanted, video, request)
-            notes += [missing] if missing else []
+            notes = [*asked.notes, *asker.notes(), *([missing] if missing else [])]
             request.final_result = {"video_ann": found, **({"notes": notes} if notes else {})}
             entries.finish()
     if missing:

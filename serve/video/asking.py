@@ -23,6 +23,7 @@ from serve.predict.predictor import Call, Deadline, Predicted
 from serve.sdk import sly
 from serve.settings import Settings
 from serve.video.frames import AskedFrame, Place, Range
+from serve.video.request import FramesAsked
 
 Outcome = Predicted | Failure
 Asked = tuple[AskedFrame, Outcome]
@@ -34,16 +35,27 @@ FramesOf = Callable[[Range, Place | None], Generator[AskedFrame]]
 class Video:
     """A video that a run asks about. ``frames`` gives those of a range, behind a place if given.
 
-    ``num_frames`` of None: nobody knows before they are decoded. ``rate`` are frames in a second.
-    ``ids`` are those of the platform, as the SDK's entries name them.
+    ``num_frames`` is how many it says that it has, None where it does not; it seems to have
+    ``likely_frames``. ``rate`` are frames in a second. ``ids`` are those of the platform, as the
+    SDK's entries name them.
     """
 
     name: str
     size_wh: SizeWh
     rate: float
     num_frames: int | None
+    likely_frames: int
     frames: FramesOf
     ids: Mapping[str, int] = field(default_factory=dict)
+
+    def range_of(self, asked: FramesAsked) -> Range:
+        """The frames of a request; RequestError where it has none of them."""
+        known = self.likely_frames if asked.is_backward else self.num_frames
+        return asked.within(known, self.rate)
+
+    def count(self, wanted: Range) -> int:
+        """About how many frames of a range are asked about."""
+        return wanted.count(self.likely_frames)
 
 
 class FrameAsker:
@@ -68,7 +80,7 @@ class FrameAsker:
         width, height = video.size_wh
         self._batch_size = max(1, min(batch, MAX_BATCH_PIXELS // (width * height)))
         self.settings = self._settings_of(state)
-        self.num_asked = self.num_failed = 0
+        self.num_asked = self.num_failed = self.num_damaged = 0
         self.last_index: int | None = None
 
     def _settings_of(self, state: State) -> Settings:
@@ -109,6 +121,15 @@ class FrameAsker:
                 ]
                 self._limit.check(self.num_failed, self.num_asked)
 
+    def notes(self) -> tuple[str, ...]:
+        """What is worth knowing of the frames that were asked about so far."""
+        if not self.num_damaged:
+            return ()
+        return (
+            f"{self.num_damaged} parts of the video could not be decoded and count as no frames; "
+            "the frames after them may have other numbers in a player.",
+        )
+
     def _take(self, frames: Iterator[AskedFrame], wanted: Range) -> list[AskedFrame]:
         """The next batch; where a video ends, its last frame is none of the asked ones."""
         group: list[AskedFrame] = []
@@ -145,5 +166,6 @@ class FrameAsker:
             raise FailedImageError(failures[0])
         self.num_asked += len(group)
         self.num_failed += len(failures)
+        self.num_damaged += sum(one.damaged for one in group)
         self.last_index = group[-1].place.index
         self._request.done(len(group))

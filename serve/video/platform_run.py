@@ -75,11 +75,11 @@ def label_platform_video(
         asker = FrameAsker(video, api, state, request, services)
         check_gives_boxes(asker.settings, "ask <OD> or a text")
         need_libraries("trackers")
-        wanted = asked.frames.within(video.num_frames, video.rate)
+        wanted = video.range_of(asked.frames)
         model = services.model_of(asker.settings)
         frames = {"first": wanted.first, "last": wanted.last, "every": wanted.every}
         mode = asked.mode or "append"
-        request.set_stage(InferenceRequest.Stage.INFERENCE, 0, wanted.count(video.num_frames or 1))
+        request.set_stage(InferenceRequest.Stage.INFERENCE, 0, video.count(wanted))
         with (
             VideoBooks(api, info, asker.settings, model, mode, frames) as books,
             TemporaryDirectory(prefix="frames-") as folder,
@@ -147,11 +147,12 @@ class _Run:
         self._journal = journal
         self._tool = tool
         self._rate = video.rate / wanted.every
+        self._notes = asked.notes
         self.problem: str | None = None
 
     def look(self, asker: FrameAsker) -> None:
         """Asks about the frames that nobody has looked at yet."""
-        journal, total = self._journal, self._wanted.count(self._video.num_frames or 1)
+        journal, total = self._journal, self._video.count(self._wanted)
         if journal.num_asked:
             self._request.done(journal.num_asked)
         if journal.is_complete:
@@ -165,6 +166,7 @@ class _Run:
         if not self._request.is_stopped() and journal.last is not None:
             journal.end()
         self._books.looked_at(journal.num_asked, is_all=True)
+        self._notes += asker.notes()
 
     def write(self) -> dict[str, Any]:
         """Writes the objects of all frames; what is to be told of it."""
@@ -186,9 +188,9 @@ class _Run:
         num_failed = self._look_back()
         self._books.ended("done", self.problem, failed=num_failed, labels=len(tracks), **counts)
         if self._tool is not None:
-            total = self._wanted.count(self._video.num_frames or 1)
+            total = self._video.count(self._wanted)
             self._tool.tell(total, total)
-        notes = {"notes": list(self._asked.notes)} if self._asked.notes else {}
+        notes = {"notes": list(self._notes)} if self._notes else {}
         return {**told, **counts, "boxes_alone": boxes_alone, **notes}
 
     def failed(self, error: Exception) -> None:

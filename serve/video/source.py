@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
@@ -50,15 +51,16 @@ class VideoTooLargeError(FlorenceError):
     code = "too_large"
 
 
-def video_of_file(path: Path, *, is_backward: bool) -> Video:
-    """A video file. Backwards its last frame has to be known, so its frames are counted."""
+def video_of_file(path: Path) -> Video:
+    """A video file; VideoError for one that is damaged."""
     clip = open_clip(path)
-    num_frames = clip.num_frames_said or (count_frames(path) if is_backward else None)
+    said = clip.num_frames_said
     return Video(
         path.name,
         clip.size_wh,
         clip.rate,
-        num_frames,
+        said or None,
+        said or count_frames(path),
         lambda wanted, after: asked_frames(clip, wanted, after),
     )
 
@@ -96,20 +98,15 @@ def video_of_platform(
         def frames(wanted: Range, after: Place | None) -> Generator[AskedFrame]:
             return _fetched_frames(api, info.id, rate, wanted, after)
 
-        yield Video(info.name, size_wh, rate, num_frames, frames, ids)
+        yield Video(info.name, size_wh, rate, num_frames, num_frames, frames, ids)
         return
     with TemporaryDirectory(prefix="video-") as folder:
         path = Path(folder) / f"video{Path(info.name).suffix[:8]}"
         _download(api, info, path, request)
-        clip = open_clip(path)
-        yield Video(
-            info.name,
-            clip.size_wh,
-            clip.rate,
-            num_frames or clip.num_frames_said or count_frames(path),
-            lambda wanted, after: asked_frames(clip, wanted, after),
-            ids,
-        )
+        video = video_of_file(path)
+        known = num_frames or video.num_frames
+        likely = known or video.likely_frames
+        yield replace(video, name=info.name, num_frames=known, likely_frames=likely, ids=ids)
 
 
 def _is_fetched(num_asked: int) -> bool:

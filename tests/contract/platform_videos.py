@@ -272,6 +272,18 @@ def figures_add(state: PlatformState, payload: Json) -> list[Json]:
     return [{"id": one["id"]} for one in added]
 
 
+def figures_remove(state: PlatformState, payload: Json) -> Json:
+    """Those of videos here, and all others where images are kept."""
+    wanted = set(payload["figureIds"])
+    for video in rows_of(state).videos.values():
+        found = {one["id"] for one in video.figures} & wanted
+        video.figures[:] = [one for one in video.figures if one["id"] not in found]
+        wanted -= found
+    if wanted:
+        state.remove_figures(sorted(wanted))
+    return DONE
+
+
 def classes_list(state: PlatformState, payload: Json) -> Json:
     return _page(
         [
@@ -313,6 +325,7 @@ METHODS: dict[str, Callable[[PlatformState, Any], Any]] = {
     "annotation-objects.tags.bulk.add": objects_tag,
     "annotation-objects.bulk.remove": objects_remove,
     "figures.bulk.add": figures_add,
+    "figures.bulk.remove": figures_remove,
     "advanced.object_classes.list": classes_list,
     "tags.list": tags_list,
     "videos.notify-annotation-tool": tool_told,

@@ -202,9 +202,16 @@ def test_names_that_the_project_uses_otherwise_get_another_one(app, api, platfor
     assert (undone["deleted"], undone["kept"]) == (told["objects"], 0)
 
 
+def test_figures_whose_answer_was_lost_are_there_once(app, platform, video):
+    platform.faults.lose("figures.bulk.add")
+    told = write(app, video, step=4, framesCount=9)
+    assert platform.count("figures.bulk.add") == 2
+    assert told["figures"] == len(video.figures)
+
+
 def test_a_run_that_was_cut_off_goes_on_where_it_was(app, api, platform, video):
     asked = {"videoId": video.id, "settings": SETTINGS, "upload_mode": "append", "framesCount": 9}
-    platform.faults.fail("figures.bulk.add", times=50)
+    platform.faults.fail("figures.bulk.add", times=50, status=400)
     assert_refused(app.post("inference_video_id", asked), 424, says="platform")
     assert len(video.objects) > 0
     looked_at = platform.count("videos.bulk.download-frame")
