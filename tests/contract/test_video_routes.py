@@ -202,6 +202,16 @@ def test_names_that_the_project_uses_otherwise_get_another_one(app, api, platfor
     assert (undone["deleted"], undone["kept"]) == (told["objects"], 0)
 
 
+def test_the_same_request_at_the_same_moment_is_refused(app, platform, video):
+    asked = {"videoId": video.id, "settings": SETTINGS, "upload_mode": "append", "framesCount": 3}
+    with platform.faults.held("annotation-objects.bulk.add"):
+        uuid = app.post("inference_video_id_async", asked).json()["inference_request_uuid"]
+        while not platform.count("annotation-objects.bulk.add"):
+            pass
+        assert_refused(app.post("inference_video_id", asked), 400, says="labeled by the same")
+    assert app.finished(uuid)[0]["exception"] is None
+
+
 def test_figures_whose_answer_was_lost_are_there_once(app, platform, video):
     platform.faults.lose("figures.bulk.add")
     told = write(app, video, step=4, framesCount=9)
