@@ -221,10 +221,12 @@ class _InOrder:
         self._last = entries
 
     def finish(self) -> None:
-        self._request.add_results(self._last)
+        self.close()
 
     def close(self) -> None:
-        """Entries of a run that failed are lost with it, but for those that came before."""
+        """Also a run that failed gives what it has done."""
+        self._request.add_results(self._last)
+        self._last = []
 
 
 class _Backwards:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import threading
 
 import pytest
+from app_server import SDK_ENVIRONMENT, AppServer
 from contract_calls import App, assert_refused, refused_now_or_later
-from platform_videos import StoredVideo, add_video, add_video_project, rows_of
+from platform_double import TOKEN
+from platform_videos import StoredVideo, add_video, add_video_project, project_of, rows_of
 from video_clips import cut_streamable, text_file
 
 from bench.video import compare
 from florence2_demo.clips import make_clip, write_clip
+from serve.platform.run_records import runs_of
 from serve.sdk import LabelingStatus, sly
 
 # isort: split
@@ -297,7 +300,45 @@ def test_a_run_ends_where_it_is_stopped(app, api, video, platform):
             assert len(result["video_ann"]["frames"]) <= len(entries)
         else:
             assert "the same request goes on there" in result["notes"][0]
+            stopped = result["run"]
     assert (video.objects, video.figures) == ([], [])
+    assert write(app, video, batch_size=1)["run"] == stopped
+
+
+@pytest.mark.soak
+def test_a_run_of_an_app_that_is_killed_goes_on_in_the_next_one(platform, dataset_id, tmp_path):
+    clip = make_clip(5, seconds=20.0, fps=25)
+    write_clip(clip, tmp_path / "clip.mp4")
+    content = (tmp_path / "clip.mp4").read_bytes()
+    video = add_video(platform.state, dataset_id, "clip.mp4", content)
+    env = {**SDK_ENVIRONMENT, "SERVER_ADDRESS": platform.address, "API_TOKEN": TOKEN}
+    asked = {"videoId": video.id, "settings": SETTINGS, "upload_mode": "append", "batch_size": 4}
+    kinds = ". ".join(dict.fromkeys(mover.kind for mover in clip.movers))
+    asked["settings"] = {"text": kinds, "num_beams": 1}
+    counts = []
+    for is_last in (False, True):
+        server = AppServer(tmp_path, env)
+        server.start()
+        try:
+            app = App(server.url)
+            uuid = app.post("inference_video_id_async", asked).json()["inference_request_uuid"]
+            if is_last:
+                progress, _ = app.finished(uuid)
+                assert progress["exception"] is None
+            else:
+                while not any("/frames-" in path for path in platform.state.files):
+                    assert not threading.Event().wait(0.5)
+                server.kill()
+        finally:
+            server.stop()
+        [run] = runs_of(sly.Api(platform.address, TOKEN), project_of(platform.state, video).id)
+        counts.append((run.run, run.state, run.counts["frames"], len(video.objects)))
+    (first, *before), (second, *after) = counts
+    assert first == second
+    assert before == ["running", 0, 0]
+    assert after[:2] == ["done", clip.num_frames]
+    places = [(one["objectId"], one["meta"]["frame"]) for one in video.figures]
+    assert len(set(places)) == len(places) > clip.num_frames
 
 
 def test_a_download_that_is_stopped_ends_the_run_without_an_error(app, platform, video):
