@@ -69,7 +69,8 @@ class VideoWriter:
     """Writes new objects on one video, each with the score and, unless None, the run's tag.
 
     ``suffix`` goes behind names that the project has with another meaning. ``track_id`` is that of
-    an annotation tool which waits for figures.
+    an annotation tool which waits for figures. ``known_ids`` are the objects that were there
+    before.
     """
 
     api: sly.Api
@@ -77,6 +78,7 @@ class VideoWriter:
     run_tag: sly.VideoTag | None = None
     suffix: str | None = None
     track_id: object = None
+    known_ids: frozenset[int] = frozenset()
     run_tag_name: str | None = None
     num_figures: int = 0
     _is_uncertain: bool = False
@@ -88,14 +90,35 @@ class VideoWriter:
         fitted = self._fitted(objects)
         for start in range(0, len(fitted), _OBJECTS_PER_CALL):
             batch = fitted[start : start + _OBJECTS_PER_CALL]
-            collection = sly.VideoObjectCollection(batch)
-            ids = self.api.video.object.append_bulk(self.info.id, collection, sly.KeyIdMap())
+            ids = self._add(batch)
             for one, object_id in zip(batch, ids, strict=True):
                 name = one.obj_class.name
                 self._objects.append(WrittenObject(object_id, name))
                 tags = [{"name": tag.name, "value": tag.value} for tag in one.tags]
                 self._digests.append(ObjectDigest(name, tags, self.run_tag_name))
         return list(self._objects)
+
+    def _add(self, objects: Sequence[sly.VideoObject]) -> list[int]:
+        """The ids of new objects with their tags; what a call made whose answer was lost goes."""
+        items = [{"classId": one.obj_class.sly_id, "entityId": self.info.id} for one in objects]
+        body = {"datasetId": self.info.dataset_id, "annotationObjects": items}
+        added = self._sent("annotation-objects.bulk.add", body, self._remove_bare)
+        ids = [row["id"] for row in added]
+        tags = [
+            {"tagId": tag.meta.sly_id, "objectId": object_id, "value": tag.value}
+            for one, object_id in zip(objects, ids, strict=True)
+            for tag in one.tags
+        ]
+        self.api.video.tag.append_to_objects_json(self.info.id, tags, self.info.project_id)
+        return ids
+
+    def _remove_bare(self) -> None:
+        """Objects that came since this began and have neither tags nor figures."""
+        stored = stored_annotation(self.api, self.info)
+        known = self.known_ids | {one.id for one in self._objects}
+        known |= {figure["objectId"] for frame in stored["frames"] for figure in frame["figures"]}
+        bare = [one["id"] for one in stored["objects"] if not one["tags"]]
+        _remove(self.api, [object_id for object_id in bare if object_id not in known])
 
     def write_figures(
         self, figures: Iterable[Figure], should_stop: Callable[[], bool]
@@ -105,7 +128,11 @@ class VideoWriter:
         while batch := list(islice(rest, _FIGURES_PER_CALL)):
             if should_stop():
                 return None
-            self._send([self._figure_json(one) for one in batch])
+            body = {
+                "entityId": self.info.id,
+                "figures": [self._figure_json(one) for one in batch],
+            }
+            self._sent("figures.bulk.add", body, self._doubt)
             self.num_figures += len(batch)
         if self._is_uncertain:
             self._remove_doubles()
@@ -114,25 +141,26 @@ class VideoWriter:
             for one, digest in zip(self._objects, self._digests, strict=True)
         ]
 
-    def _send(self, figures: list[Json]) -> None:
-        """Sent again where it failed; whether it was carried out all the same is looked at once
-        all figures are there."""
-        for wait_s in (*_WAITS_S, None):
+    def _sent(self, method: str, body: Json, on_lost: Callable[[], None]) -> list[Json]:
+        """Sent again where it failed on its way, after ``on_lost``: it may have been carried out.
+
+        Not by the SDK, which tells nobody that it sends it once more.
+        """
+        waits_s = iter(_WAITS_S)
+        while True:
             try:
-                # Not by the SDK, which tells nobody that it sends it once more.
-                self.api.post(
-                    "figures.bulk.add",
-                    {"entityId": self.info.id, "figures": figures},
-                    retries=1,
-                    raise_error=True,
-                )
+                answer = self.api.post(method, body, retries=1, raise_error=True)
+                return list(answer.json())
             except Exception as error:
+                wait_s = next(waits_s, None)
                 if wait_s is None or not _may_be_lost(error):
                     raise
-                self._is_uncertain = True
                 time.sleep(wait_s)
-            else:
-                return
+                on_lost()
+
+    def _doubt(self) -> None:
+        """Whether figures are there twice is looked at once all are there."""
+        self._is_uncertain = True
 
     def _remove_doubles(self) -> None:
         """Of equal figures of an object in one frame, all but one."""
@@ -185,8 +213,15 @@ class VideoWriter:
                 collection = sly.VideoTagCollection(tags)
                 fitted.append(one.clone(obj_class=obj_class, tags=collection))
             if meta is not known:
-                self.api.project.update_meta(project_id, meta)
-        return fitted
+                meta = self.api.project.update_meta(project_id, meta)
+        return [_with_ids(one, meta) for one in fitted]
+
+
+def _with_ids(one: sly.VideoObject, meta: sly.ProjectMeta) -> sly.VideoObject:
+    """With class and tags as the project has them, which know their ids."""
+    tags = [sly.VideoTag(meta.get_tag_meta(tag.name), tag.value) for tag in one.tags]
+    obj_class = meta.get_obj_class(one.obj_class.name)
+    return one.clone(obj_class=obj_class, tags=sly.VideoTagCollection(tags))
 
 
 def _may_be_lost(error: Exception) -> bool:
@@ -260,15 +295,18 @@ def remove_objects(
     written: Sequence[WrittenObject],
     run_id: str,
     run_tag: str | None,
-) -> None:
-    """Takes back what a run that was cut off has written: it is written anew."""
+) -> frozenset[int]:
+    """Takes back what a run that was cut off has written: it is written anew. The ids of the
+    objects that stay."""
     ids = {one.id for one in written}
+    stored = stored_annotation(api, info)["objects"]
     gone = [
         one["id"]
-        for one in stored_annotation(api, info)["objects"]
+        for one in stored
         if one["id"] in ids or (run_tag is not None and _run_of(one, run_tag) == run_id)
     ]
     _remove(api, gone)
+    return frozenset(one["id"] for one in stored).difference(gone)
 
 
 def _run_of(stored: Mapping[str, Any], run_tag: str) -> object:

@@ -174,8 +174,7 @@ class _Run:
         if self._request.is_stopped():
             return self._stopped(told, 0)
         tracks, boxes_alone = find_tracks(self._journal.seen(), self._rate)
-        self._take_back()
-        writer = self._writer()
+        writer = self._writer(self._take_back())
         objects = writer.write_objects([video_object(track) for track in tracks.values()])
         line = VideoLine(self._info.id, self._info.name, tuple(objects))
         self._books.wrote(line, writer.run_tag_name)
@@ -205,26 +204,26 @@ class _Run:
         )
         return {**told, "notes": [note]}
 
-    def _take_back(self) -> None:
+    def _take_back(self) -> frozenset[int]:
         """What an earlier process wrote of this run, and with ``replace_own`` what other runs
-        wrote and nobody has changed."""
+        wrote and nobody has changed; the ids of the objects that were there."""
         manifest = self._books.manifest
-        remove_objects(
-            self._api, self._info, self._books.written.objects, manifest.run, manifest.run_tag
-        )
+        written = self._books.written.objects
+        known = remove_objects(self._api, self._info, written, manifest.run, manifest.run_tag)
         if self._asked.mode != "replace_own":
-            return
+            return known
         for other in runs_of(self._api, self._info.project_id):
             if other.run == manifest.run or other.state == "undone" or not is_over_video(other):
                 continue
             for line in video_lines(self._api, self._info.project_id, other.run):
                 if line.video_id == self._info.id:
                     undo_line(self._api, line, other.run, other.run_tag, Undone(other.run, False))
+        return known
 
-    def _writer(self) -> VideoWriter:
+    def _writer(self, known_ids: frozenset[int]) -> VideoWriter:
         tag = sly.VideoTag(RUN_TAG, self._books.run_id) if self._books.writes_tag else None
         track_id = None if self._tool is None else self._tool.track_id
-        return VideoWriter(self._api, self._info, tag, self._asked.suffix, track_id)
+        return VideoWriter(self._api, self._info, tag, self._asked.suffix, track_id, known_ids)
 
     def _figures(self, tracks: Mapping[TrackKey, Track]) -> Iterator[Figure]:
         places = {key: place for place, key in enumerate(tracks)}

@@ -215,11 +215,13 @@ def test_the_same_request_at_the_same_moment_is_refused(app, platform, video):
     assert app.finished(uuid)[0]["exception"] is None
 
 
-def test_figures_whose_answer_was_lost_are_there_once(app, platform, video):
-    platform.faults.lose("figures.bulk.add")
+def test_what_was_written_and_whose_answer_was_lost_is_there_once(app, platform, video):
+    for method in ("figures.bulk.add", "annotation-objects.bulk.add"):
+        platform.faults.lose(method)
     told = write(app, video, step=4, framesCount=9)
     assert platform.count("figures.bulk.add") == 2
-    assert told["figures"] == len(video.figures)
+    assert platform.count("annotation-objects.bulk.add") == 2
+    assert (told["objects"], told["figures"]) == (len(video.objects), len(video.figures))
 
 
 def test_a_run_that_was_cut_off_goes_on_where_it_was(app, api, platform, video):
