@@ -214,7 +214,7 @@ class RunRecord:
                 self._write_page(project_id, books, manifest)
 
     def _write_page(self, project_id: int, books: _ProjectBooks, manifest: Manifest) -> None:
-        path = f"{_folder(project_id, self.run_id)}/{PAGE_NAME}"
+        path = f"{folder_of(project_id, self.run_id)}/{PAGE_NAME}"
         try:
             draw_missing(self._api, books.figures)
         except Exception as error:  # noqa: BLE001  (the SDK and its transport raise anything)
