@@ -49,7 +49,7 @@ test: $(VENV)/.dev
 
 # One after the other: each takes the machine for itself.
 soak: $(VENV)/.dev
-	$(BIN)/python -m pytest -m soak tests/soak
+	$(BIN)/python -m pytest -m soak tests/soak tests/contract/test_video_routes.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

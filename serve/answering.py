@@ -26,7 +26,7 @@ from serve.model_service import Deployment, ModelMeta
 from serve.platform.existing_objects import tag_existing_objects
 from serve.platform.failures import FailedImageError
 from serve.platform.project_run import run_image_ids, run_project
-from serve.platform.registry import InferenceRequest
+from serve.platform.registry import InferenceRequest, ended_when_stopped
 from serve.platform.request_state import batch_size_of
 from serve.platform.run import RunServices
 from serve.predict.details import details_of
@@ -44,6 +44,11 @@ from serve.settings import (
     shown,
     with_own,
 )
+from serve.video.answers import answer_video
+from serve.video.frames import has_library
+from serve.video.platform_run import label_platform_video, track_platform_video
+from serve.video.request import VideoRequest, video_id_of
+from serve.video.source import video_info, video_of_file, video_of_platform
 
 # isort: split
 from supervisely.nn.model.prediction import Prediction
@@ -255,6 +260,36 @@ class Answering:
         """What the model says about existing objects, written as their tags."""
         tag_existing_objects(api, state, inference_request, self._run_services())
 
+    # Frames of videos; results go to the request
+
+    def run_video_id(self, api: sly.Api, state: State, inference_request: InferenceRequest) -> None:
+        """A video of the platform: its frames are answered, or its objects are written there."""
+        asked = VideoRequest.of(state)
+        info, services = video_info(api, video_id_of(state)), self._run_services()
+        with ended_when_stopped(inference_request):
+            if asked.mode is not None:
+                label_platform_video(api, info, asked, state, inference_request, services)
+                return
+            with video_of_platform(api, info, asked.frames, inference_request) as video:
+                answer_video(video, asked, api, state, inference_request, services)
+
+    def run_tracking(self, api: sly.Api, state: State, inference_request: InferenceRequest) -> None:
+        """What an annotation tool asks for: objects are written on the video and it is told."""
+        info, services = video_info(api, video_id_of(state)), self._run_services()
+        with ended_when_stopped(inference_request):
+            track_platform_video(api, info, state, inference_request, services)
+
+    def run_video_file(self, path: Path, state: State, inference_request: InferenceRequest) -> None:
+        """A video that was sent."""
+        asked = VideoRequest.of_sent(state)
+        if not (asked.is_followed or has_library("av")):
+            # Its frames are read by OpenCV.
+            self._sdk.label_video(str(path), state, inference_request)
+            return
+        video = video_of_file(path)
+        api = self._sdk.api
+        answer_video(video, asked, api, state, inference_request, self._run_services())
+
     def _run_services(self) -> RunServices:
         return RunServices(
             predict=self.answer,
@@ -266,6 +301,7 @@ class Answering:
             default_batch_size=self._sdk.batch_size,
             model_of=self._model_of,
             num_devices=self._deployment.num_devices,
+            learn=self._meta.learn,
         )
 
     def _model_of(self, settings: Settings) -> dict[str, str]:

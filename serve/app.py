@@ -72,6 +72,7 @@ from serve.sdk_overrides import (
 )
 from serve.settings import parse_settings
 from serve.settings.generated import text_with
+from serve.video.frames import has_library
 
 # isort: split
 from supervisely.app.fastapi.subapp import SUPERVISELY_SERVER_PATH_PREFIX, _MainServer
@@ -437,11 +438,12 @@ class Florence2App(PromptBasedObjectDetection):  # type: ignore[misc]
         info["self_test_s"] = round(model.engine.self_test_s, 3)
         if self.deployment.device_warning:
             info["device_warning"] = self.deployment.device_warning
-        # Importing it logs what is missing.
-        from supervisely.nn.tracker import TRACKING_LIBS_INSTALLED
-
-        info["tracking_on_videos_support"] = TRACKING_LIBS_INSTALLED
+        info["tracking_on_videos_support"] = has_library("trackers")
         return info
+
+    def get_tracking_settings(self) -> dict[str, dict[str, Any]]:
+        """None to choose: the name is the SDK's, the tracker and its settings are ours."""
+        return {"botsort": {}} if has_library("trackers") else {}
 
     # Answering in the SDK's terms
 

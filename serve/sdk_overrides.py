@@ -287,8 +287,8 @@ OVERRIDES: Final[tuple[Override, ...]] = (
         "never: prompts have no closed set of classes",
     ),
     Override(
-        "Inference.get_info",
-        "Tracking on offer where what it needs is not installed.",
+        "Inference.get_info Inference.get_tracking_settings",
+        "Tracking on offer where what it needs is not installed, and an empty answer about it.",
         _CONTRACT + "test_sdk_clients.py::test_the_session_says_what_it_serves",
         "never: the name, the device and its warning are ours to tell",
     ),
@@ -341,18 +341,26 @@ OVERRIDES: Final[tuple[Override, ...]] = (
     ),
     Override(
         "inference.Uploader Uploader._q",
-        "A second of waiting at the end of runs over videos, and the error of the last upload.",
+        "A second of waiting at the end of its speed test, and the error of the last upload.",
         "tests/unit/app/test_sdk_overrides.py::test_ours_ends_when_everything_is_done",
         "the SDK's uploader ends at once and raises",
     ),
     Override(
         "Inference._inference_video_id Inference._inference_video",
-        "An error that is answered with an empty list, and a file written where its name says.",
+        "An error that is answered with an empty list, a file written where its name says, and "
+        "ranges that its own clients send and it does not read.",
         _APP + "test_what_is_sent_for_later_is_held_until_it_is_done",
         "the SDK's routes raise, and name files themselves",
     ),
     Override(
-        "Inference._tracking_by_detection Inference._run_speedtest",
+        "Inference._tracking_by_detection",
+        "A tracker with packages that have to be compiled, and work that fails where nobody looks.",
+        _CONTRACT + "test_video_routes.py::"
+        "test_an_annotation_tool_gets_figures_of_its_track_and_is_told",
+        "the SDK lets an app follow objects itself",
+    ),
+    Override(
+        "Inference._run_speedtest",
         "Work that is started whatever was sent, and fails where nobody looks.",
         _CONTRACT + "test_bad_bodies.py::test_an_empty_state_is_refused",
         "the SDK's routes check what they start",
@@ -403,9 +411,7 @@ class SdkMethods:
         self._inference = inference
         self._allow_deploy = tuple(allow_deploy)
         self.upload = inference.upload_predictions
-        self.label_video_id = inference._inference_video_id
         self.label_video = inference._inference_video
-        self.track = inference._tracking_by_detection
         self.test_speed = inference._run_speedtest
 
     @staticmethod
@@ -447,11 +453,6 @@ class SdkMethods:
     def cache(self) -> Any:  # noqa: ANN401 - the SDK's
         """Of images and videos that clients want to be there beforehand."""
         return self._inference.cache
-
-    @property
-    def has_tracker(self) -> bool:
-        """Whether what the SDK's tracker needs is installed."""
-        return bool(self._inference.get_info()["tracking_on_videos_support"])
 
     def deploy(self, state: dict[str, Any]) -> None:
         """A ``/deploy_from_api`` request; the SDK's own stops what runs before it looks at it."""
@@ -570,7 +571,7 @@ class PromptUploader(Uploader):  # type: ignore[misc]
 
     The SDK's looks once a second whether it may end, so every call that uses it takes a second;
     and what its last batch raises is only logged, so labels are lost without a word. Runs over
-    images do not use it; the SDK's runs over videos and its speed test do.
+    images and videos do not use it; the SDK's speed test does.
     """
 
     def __init__(self, upload_f: Callable[[list[Any]], None], **options: Any) -> None:  # noqa: ANN401

@@ -31,6 +31,7 @@ _UNEXPECTED_MESSAGE: Final = (
 STATUS_BY_CODE: Final[Mapping[str, int]] = {
     "bad_request": 400,
     "bad_image": 400,
+    "bad_video": 400,
     "bad_region": 400,
     "bad_device": 400,
     "bad_checkpoint": 400,
@@ -39,6 +40,7 @@ STATUS_BY_CODE: Final[Mapping[str, int]] = {
     "too_large": 413,
     "stalled": 408,
     "partial_failure": 422,
+    "too_many_failures": 422,
     "not_finite": 422,
     "platform_failed": 424,
     "download_failed": 424,

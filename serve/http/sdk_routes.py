@@ -25,6 +25,7 @@ from serve.limits import MIB
 from serve.platform.failures import NotFoundError
 from serve.platform.registry import InferenceRequest
 from serve.predict.full_queue import QUEUE_LIMIT_S
+from serve.video.request import VideoRequest, video_id_of
 
 MAX_VIDEO_BYTES: Final = 512 * MIB
 _MAX_CACHED: Final = 10_000
@@ -58,32 +59,42 @@ def _progress(server: FastAPI, services: Services) -> None:
 
 def _videos(server: FastAPI, services: Services) -> None:
     waiting = Waiting()
-    sdk = services.sdk
+    answering = services.answering
+
+    def checked(state: dict[str, Any]) -> dict[str, Any]:
+        """What is wrong with a state is said at once, also of work behind an answer."""
+        video_id_of(state)
+        answering.settings_of(state)
+        VideoRequest.of(state)
+        return dict(state)
 
     @server.post("/inference_video_id")
     async def inference_video_id(request: Request) -> dict[str, Any]:
         """The SDK answers an error with an empty list."""
-        state = _with_number(request.state.state, "videoId", "video_id")
-        frames, asked = await waiting.run_registered(request, services, sdk.label_video_id, state)
+        state = checked(request.state.state)
+        frames, asked = await waiting.run_registered(
+            request, services, answering.run_video_id, state
+        )
         return {"ann": frames, **(asked.final_result or {})}
 
     @server.post("/inference_video_id_async")
     def inference_video_id_async(request: Request) -> dict[str, str]:
-        state = _with_number(request.state.state, "videoId", "video_id")
-        return services.schedule(sdk.label_video_id, services.api_of(request), state)
+        state = checked(request.state.state)
+        return services.schedule(answering.run_video_id, services.api_of(request), state)
 
     @server.post("/inference_video_async")
     def inference_video_async(request: Request, form: SentForm) -> dict[str, str]:
         """The SDK writes the file where its name says."""
         state = form.state()
-        services.answering.settings_of(state)
+        answering.settings_of(state)
+        VideoRequest.of_sent(state)
         folder = tempfile.TemporaryDirectory(prefix="video-")
         try:
             path = save_one_upload(form.files, Path(folder.name), "video", MAX_VIDEO_BYTES)
 
             def infer(inference_request: InferenceRequest) -> None:
                 with folder:
-                    sdk.label_video(str(path), state, inference_request)
+                    answering.run_video_file(path, state, inference_request)
 
             return services.schedule(infer, hold=keep_body(request.scope))
         except BaseException:
@@ -93,16 +104,8 @@ def _videos(server: FastAPI, services: Services) -> None:
     @server.post("/tracking_by_detection")
     def tracking_by_detection(request: Request) -> dict[str, str]:
         """The SDK starts it whatever it was sent, and fails where nobody looks."""
-        state = {**request.state.state, **(request.state.context or {})}
-        _with_number(state, "videoId", "video_id")
-        if not sdk.has_tracker:
-            raise RequestError(
-                "Tracking needs packages that are not installed beside this app; install "
-                "supervisely[tracking], or ask for the frames without tracking."
-            )
-        state["tracker"] = state.get("tracker") or "botsort"
-        services.answering.settings_of(state)
-        services.schedule(sdk.track, services.api_of(request), state)
+        state = checked({**request.state.state, **(request.state.context or {})})
+        services.schedule(answering.run_tracking, services.api_of(request), state)
         return {"message": "Track task started."}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from typing import Any, Final
@@ -20,7 +19,7 @@ from serve.platform.pipeline import (
     split_batches,
 )
 from serve.platform.reference import resolve_reference
-from serve.platform.registry import AWAITED, InferenceRequest
+from serve.platform.registry import InferenceRequest, wait_while_paused
 from serve.platform.request_state import (
     Destination,
     Source,
@@ -50,13 +49,6 @@ FATAL_CODES: Final = FULL_CODES | {
     "not_found",
 }
 MAX_FAILED_BATCHES: Final = 3
-_LOOK_AFTER_S: Final = 0.1
-
-
-class PausedTooLongError(FlorenceError):
-    """Nobody fetched results for so long that the run is given up."""
-
-    code = "cancelled"
 
 
 def run_image_ids(
@@ -154,7 +146,7 @@ class PredictionRun:
                 self._skip()
             for batch, images in fetched:
                 if self._uploading is None:
-                    self._wait_while_paused()
+                    wait_while_paused(self._request)
                 if self._request.is_stopped():
                     self._stop_record()
                     break
@@ -205,24 +197,6 @@ class PredictionRun:
         infos = [target.info for target in batch if target.failure is None]
         downloaded = iter(download_images(self._api, infos))
         return [target.failure or next(downloaded) for target in batch]
-
-    def _wait_while_paused(self) -> None:
-        """Returns once results were fetched, or the run was stopped.
-
-        The SDK pauses a run at 500 results that wait to be fetched. PausedTooLongError after an
-        hour.
-        """
-        request = self._request
-        if request.context.get(AWAITED) or not request.is_paused():
-            return
-        sly.logger.info("The run waits until its results are fetched.")
-        while request.is_paused() and not request.is_stopped():
-            if request.paused_for() > request.PAUSE_SLEEP_MAX_WAIT:
-                raise PausedTooLongError(
-                    f"The run was given up, because nobody fetched its {request.pending_num()} "
-                    "results; fetch them while it goes on."
-                )
-            time.sleep(_LOOK_AFTER_S)
 
     def _predict(self, images: Sequence[AnyImage]) -> list[Outcome]:
         """An outcome for every image; where all fail together, each is tried alone."""

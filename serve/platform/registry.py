@@ -5,10 +5,12 @@ from __future__ import annotations
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, Final, TypeAlias
 
-from florence2.errors import QueueFullError, as_value
+from florence2.errors import FlorenceError, GenerationCancelledError, QueueFullError, as_value
 from serve.platform.failures import FailedImageError, platform_failure
 from serve.sdk import sly
 
@@ -19,6 +21,39 @@ FORGET_AFTER_S: Final = 60
 MAX_SCHEDULED: Final = 1000
 _RETRY_AFTER_S: Final = 5.0
 _LOOK_AFTER_S: Final = 0.1
+
+
+class PausedTooLongError(FlorenceError):
+    """Nobody fetched results for so long that the run is given up."""
+
+    code = "cancelled"
+
+
+def wait_while_paused(request: InferenceRequest) -> None:
+    """Returns once results were fetched, or the run was stopped.
+
+    The SDK pauses a run at 500 results that wait to be fetched. PausedTooLongError after an hour.
+    """
+    if request.context.get(AWAITED) or not request.is_paused():
+        return
+    sly.logger.info("The run waits until its results are fetched.")
+    while request.is_paused() and not request.is_stopped():
+        if request.paused_for() > request.PAUSE_SLEEP_MAX_WAIT:
+            raise PausedTooLongError(
+                f"The run was given up, because nobody fetched its {request.pending_num()} "
+                "results; fetch them while it goes on."
+            )
+        time.sleep(_LOOK_AFTER_S)
+
+
+@contextmanager
+def ended_when_stopped(request: InferenceRequest) -> Iterator[None]:
+    """What ends work because its request was stopped is no error of it."""
+    try:
+        yield
+    except GenerationCancelledError:
+        if not request.is_stopped():
+            raise
 
 
 class _Request(InferenceRequest):  # type: ignore[misc]

@@ -35,7 +35,8 @@ class RunServices:
     makes settings of a request's state; what it raises ends the run. ``upload`` is the SDK's
     ``upload_predictions``, bound to the app. ``budget`` is of the bytes of images that the process
     holds. ``task_id`` names created projects. ``model_of`` tells for a run's manifest which model
-    answers. Each of the ``num_devices`` that answer side by side gets a batch.
+    answers. Each of the ``num_devices`` that answer side by side gets a batch. ``learn`` is told of
+    classes that clients get without a prediction of ours.
     """
 
     predict: Callable[[Sequence[AnyImage], Settings, Call], Sequence[Predicted | Failure]]
@@ -47,6 +48,7 @@ class RunServices:
     default_batch_size: int
     model_of: Callable[[Settings], Mapping[str, Any]] = field(default=lambda settings: {})
     num_devices: int = 1
+    learn: Callable[[sly.Annotation], None] = field(default=lambda annotation: None)
 
 
 class Ledger:

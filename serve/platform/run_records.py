@@ -214,7 +214,7 @@ class RunRecord:
                 self._write_page(project_id, books, manifest)
 
     def _write_page(self, project_id: int, books: _ProjectBooks, manifest: Manifest) -> None:
-        path = f"{_folder(project_id, self.run_id)}/{PAGE_NAME}"
+        path = f"{folder_of(project_id, self.run_id)}/{PAGE_NAME}"
         try:
             draw_missing(self._api, books.figures)
         except Exception as error:  # noqa: BLE001  (the SDK and its transport raise anything)
@@ -250,7 +250,7 @@ class RunRecord:
         books.saved_at = time.monotonic()
         if not books.lines:
             return
-        path = f"{_folder(project_id, self.run_id)}/images-{books.num_files:06}.jsonl"
+        path = f"{folder_of(project_id, self.run_id)}/images-{books.num_files:06}.jsonl"
         try:
             write_text(self._api, self._team_of(project_id), path, "\n".join(books.lines) + "\n")
         except Exception as error:  # noqa: BLE001  (the SDK and its transport raise anything)
@@ -271,7 +271,7 @@ class RunRecord:
         def keep_file() -> None:
             if lines is None:
                 return
-            path = f"{_folder(project_id, self.run_id)}/{_MANIFEST}"
+            path = f"{folder_of(project_id, self.run_id)}/{_MANIFEST}"
             stored = {**manifest.to_json(), "images": [json.loads(line) for line in lines]}
             text = json.dumps(stored, ensure_ascii=False, indent=2)
             write_text(self._api, self._team_of(project_id), path, text)
@@ -288,7 +288,7 @@ class RunRecord:
     def _team_of(self, project_id: int) -> int:
         books = self._books_of(project_id)
         if books.team_id is None:
-            books.team_id = _team_of(self._api, project_id)
+            books.team_id = team_of(self._api, project_id)
         return books.team_id
 
 
@@ -299,7 +299,7 @@ def _tag_names(annotation: sly.Annotation, run_id: str) -> Iterator[str]:
                 yield tag.meta.name
 
 
-def _folder(project_id: int, run_id: str) -> str:
+def folder_of(project_id: int, run_id: str) -> str:
     return f"{_FOLDER}/{project_id}/{run_id}"
 
 
@@ -312,7 +312,7 @@ def _info_of(api: sly.Api, project_id: int) -> sly.ProjectInfo:
     return info
 
 
-def _team_of(api: sly.Api, project_id: int) -> int:
+def team_of(api: sly.Api, project_id: int) -> int:
     team_id: int = _info_of(api, project_id).team_id
     return team_id
 
@@ -356,7 +356,7 @@ def find_run(api: sly.Api, project_id: int, run_id: str) -> Manifest:
         if manifest.run == run_id:
             return manifest
     if run_id.isalnum():
-        texts = read_texts(api, _team_of(api, project_id), _folder(project_id, run_id))
+        texts = read_texts(api, team_of(api, project_id), folder_of(project_id, run_id))
         for path, text in texts.items():
             if path.endswith(_MANIFEST) and (old := Manifest.of_json(_json(text))) is not None:
                 return old
@@ -379,7 +379,7 @@ class ImageLine:
 
 def image_lines(api: sly.Api, project_id: int, run_id: str) -> Iterator[ImageLine]:
     """The images on which a run wrote something; a later line about an image has the say."""
-    texts = read_texts(api, _team_of(api, project_id), _folder(project_id, run_id))
+    texts = read_texts(api, team_of(api, project_id), folder_of(project_id, run_id))
     lines: dict[int, ImageLine] = {}
     for path, text in texts.items():
         for row in _rows(path, text):

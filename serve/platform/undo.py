@@ -16,6 +16,8 @@ from serve.platform.failures import failure_of
 from serve.platform.images import each_or_failure, image_infos
 from serve.platform.request_state import Source, State
 from serve.platform.run_records import ImageLine, find_run, image_lines, keep_manifest, runs_of
+from serve.platform.video_books import is_over_video, video_lines
+from serve.platform.video_labels import undo_line
 from serve.provenance import Manifest, Undone, Written, now, sort_labels
 from serve.sdk import sly
 
@@ -63,6 +65,8 @@ def undo_run(
     """
     manifest = find_run(api, project_id, run_id)
     undone = Undone(run_id, show)
+    if is_over_video(manifest):
+        return _undo_videos(api, project_id, manifest, undone, should_stop)
     lines = list(image_lines(api, project_id, manifest.run))
     is_whole = _is_whole(manifest, lines)
     found = _images_of(api, project_id, lines, is_whole=is_whole)
@@ -71,18 +75,34 @@ def undo_run(
             if should_stop():
                 return undone
             _undo_batch(api, manifest, dataset_id, images[start : start + _BATCH], undone)
-    if not show:
-        # Without a tag nobody can tell what else the run wrote.
-        is_untold = not is_whole and manifest.run_tag is None
-        is_part = undone.num_kept or undone.failed or is_untold
-        state: Any = "undone in part" if is_part else "undone"
-        deleted = undone.num_deleted + manifest.counts.get("deleted", 0)
-        counts = {**manifest.counts, "deleted": deleted, "kept": undone.num_kept}
-        keep_manifest(
-            api,
-            project_id,
-            replace(manifest, state=state, counts=counts, finished=manifest.finished or now()),
-        )
+    # Without a tag nobody can tell what else the run wrote.
+    is_untold = not is_whole and manifest.run_tag is None
+    _note(api, project_id, manifest, undone, is_part=is_untold)
+    return undone
+
+
+def _note(
+    api: sly.Api, project_id: int, manifest: Manifest, undone: Undone, *, is_part: bool
+) -> None:
+    """The end of it in the manifest, unless nothing was changed."""
+    if undone.is_shown_only:
+        return
+    is_part = is_part or bool(undone.num_kept or undone.failed)
+    state: Any = "undone in part" if is_part else "undone"
+    deleted = undone.num_deleted + manifest.counts.get("deleted", 0)
+    counts = {**manifest.counts, "deleted": deleted, "kept": undone.num_kept}
+    ended = replace(manifest, state=state, counts=counts, finished=manifest.finished or now())
+    keep_manifest(api, project_id, ended)
+
+
+def _undo_videos(
+    api: sly.Api, project_id: int, manifest: Manifest, undone: Undone, should_stop: ShouldStop
+) -> Undone:
+    for line in video_lines(api, project_id, manifest.run):
+        if should_stop():
+            return undone
+        undo_line(api, line, manifest.run, manifest.run_tag, undone)
+    _note(api, project_id, manifest, undone, is_part=False)
     return undone
 
 

@@ -5,6 +5,8 @@ A frame's index is its place among all that can be decoded, from 0, as in annota
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 from collections import deque
 from collections.abc import Generator, Iterator
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 # What the SDK reads back from a video project.
 EXTENSIONS: Final = (".avi", ".mp4", ".3gp", ".flv", ".webm", ".wmv", ".mov", ".mkv")
 INSTALL: Final = 'pip install "serve-florence-2[video]"'
-_ASSUMED_RATE: Final = 25.0
+ASSUMED_RATE: Final = 25.0
 
 
 class VideoError(FlorenceError):
@@ -107,21 +109,26 @@ class Range:
         return 0 if end < self.first else -(-steps // self.every) + 1
 
 
-def need_libraries() -> None:
-    """Raises VideoError where the packages for videos are not installed."""
-    try:
-        import av
-        import trackers
-    except ImportError as error:
-        raise VideoError(
-            f"Videos are decoded by av and followed by trackers, and {error.name!r} is not "
-            f"installed; {INSTALL}."
-        ) from error
-    del av, trackers
+def need_libraries(*names: str) -> None:
+    """Raises VideoError where the packages for videos, or these of them, cannot be imported."""
+    for name in names or ("av", "trackers"):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise VideoError(
+                f"Videos are decoded by av and followed by trackers, and {error.name!r} is not "
+                f"installed; {INSTALL}."
+            ) from error
+
+
+def has_library(name: str) -> bool:
+    """Whether a package is installed, without importing it."""
+    return importlib.util.find_spec(name) is not None
 
 
 def open_clip(path: Path) -> Clip:
     """What there is to know of a video. Raises VideoError for a file without frames."""
+    need_libraries("av")
     with _opened(path) as (container, stream):
         said, rate = stream.frames, stream.average_rate or stream.guessed_rate
         frame = next((frame for frame, _ in _decoded(container, stream)), None)
@@ -133,7 +140,7 @@ def open_clip(path: Path) -> Clip:
     turns = round(frame.rotation / 90) % 4
     stored = (frame.width, frame.height)
     size = stored if turns % 2 == 0 else (stored[1], stored[0])
-    return Clip(path, size, stored, turns, float(rate or _ASSUMED_RATE), said)
+    return Clip(path, size, stored, turns, float(rate or ASSUMED_RATE), said)
 
 
 def asked_frames(clip: Clip, wanted: Range, after: Place | None = None) -> Generator[AskedFrame]:

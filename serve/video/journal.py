@@ -55,14 +55,15 @@ class Seen:
 
 
 class FrameJournal:
-    """The journal of one video, open for appending. ``last`` is the place of its last frame.
+    """The journal of one video, open for appending in the file ``path``. ``last`` is the place of
+    its last frame.
 
     ``annotation_hash`` is that of the annotation which was written last, and ``summary`` what was
     said of it, None once frames came after it.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         self.last: Place | None = None
         self.num_asked = 0
         self.is_complete = False
@@ -84,7 +85,7 @@ class FrameJournal:
 
     def seen(self) -> Iterator[Seen]:
         """Every frame that was asked about, in order."""
-        with self._path.open("rb") as lines:
+        with self.path.open("rb") as lines:
             next(lines)
             for line in lines:
                 entry = json.loads(line)
@@ -137,6 +138,13 @@ class FrameJournal:
         else:
             self.num_asked += 1
             self.last = _place(entry)
+
+
+def begin_journal(folder: Path, lines: str = "") -> FrameJournal:
+    """A journal in a folder that nobody else has, which goes on behind ``lines`` of another one."""
+    path = folder / JOURNAL_NAME
+    path.write_text(json.dumps({"format": _FORMAT, "settings": {}}) + "\n" + lines, "utf-8")
+    return FrameJournal(path)
 
 
 def open_frame_journal(workspace: Workspace, settings: Mapping[str, Any]) -> FrameJournal:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from florence2.errors import ImageError
-from florence2.records import SizeWh
+from florence2.records import BoxXyxy, SizeWh
 from serve.console import say
 from serve.labeling.files import OutputError, Workspace, hash_of
 from serve.labeling.project import DATASET, PROJECT_DIR
@@ -86,7 +86,7 @@ class VideoProject:
         self._workspace.write_text(
             self.folder / "key_id_map.json", json.dumps(sly.KeyIdMap().to_dict(), indent=2)
         )
-        objects = {key: _object(track, meta) for key, track in tracks.items()}
+        objects = {key: _own_object(track) for key, track in tracks.items()}
         num_figures = self._write_annotation(objects, frames, size_wh, num_frames)
         annotation_hash = hash_of(self.annotation_path)
         wrote(annotation_hash)
@@ -113,7 +113,7 @@ class VideoProject:
             file.write(json.dumps(head, ensure_ascii=False)[:-1] + ', "frames": [')
             for number, frame in enumerate(frames):
                 figures = [
-                    _figure(objects[key], box, frame.index, size_wh)
+                    _own_figure(objects[key], box, frame.index, size_wh)
                     for key, box in frame.boxes.items()
                 ]
                 num_figures += len(figures)
@@ -147,20 +147,40 @@ class VideoProject:
         say(f"{path.name} was there and is not what a run wrote; it is now {target}")
 
 
-def _object(track: Track, meta: sly.ProjectMeta) -> sly.VideoObject:
-    name = f"object {track.number}"
-    tags = sly.VideoTagCollection(
-        [sly.VideoTag(_SCORE, round(track.score, 4), key=_key(f"confidence of {name}"))]
-    )
-    return sly.VideoObject(meta.get_obj_class(track.class_name), tags, key=_key(name))
+def video_object(
+    track: Track, key: uuid.UUID | None = None, tag_key: uuid.UUID | None = None
+) -> sly.VideoObject:
+    """A track as an object of a video, with its score; keys that nobody names are made up."""
+    name = track.class_name
+    obj_class = sly.ObjClass(name, sly.Rectangle, class_color(name))
+    tags = sly.VideoTagCollection([sly.VideoTag(_SCORE, round(track.score, 4), key=tag_key)])
+    return sly.VideoObject(obj_class, tags, key=key)
 
 
-def _figure(
-    owner: sly.VideoObject, box: tuple[float, float, float, float], frame: int, size_wh: SizeWh
+def video_figure(
+    owner: sly.VideoObject,
+    box: BoxXyxy,
+    frame: int,
+    size_wh: SizeWh,
+    number: int | None = None,
+    key: uuid.UUID | None = None,
 ) -> sly.VideoFigure:
+    """A box of an object in a frame; ``number`` is the object's, for those who ask for tracks."""
     shape = sly.Rectangle(*rectangle_tlbr_from_box_xyxy(box, size_wh))
+    track_id = None if number is None else str(number)
+    return sly.VideoFigure(owner, shape, frame, key, track_id=track_id, status=LabelingStatus.AUTO)
+
+
+def _own_object(track: Track) -> sly.VideoObject:
+    name = f"object {track.number}"
+    return video_object(track, _key(name), _key(f"confidence of {name}"))
+
+
+def _own_figure(
+    owner: sly.VideoObject, box: BoxXyxy, frame: int, size_wh: SizeWh
+) -> sly.VideoFigure:
     key = _key(f"{owner.key().hex} in {frame}")
-    return sly.VideoFigure(owner, shape, frame, key, status=LabelingStatus.AUTO)
+    return video_figure(owner, box, frame, size_wh, key=key)
 
 
 def _key(name: str) -> uuid.UUID:

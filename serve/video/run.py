@@ -8,15 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, replace
-from typing import Final
 
 from florence2.engine.scheduler import Priority
 from florence2.errors import DeviceLostError, FlorenceError, RequestError
 from florence2.images import LoadedImage, open_image
 from florence2.records import Failure
-from florence2.tasks import OutputKind
 from serve.console import say
-from serve.labeled_data import same_objects
 from serve.labeling.files import OutputError, Workspace, hash_of, opened_workspace
 from serve.labeling.images import MAX_PIXELS_IN_FLIGHT
 from serve.labeling.pipeline import check_any_hope
@@ -24,10 +21,9 @@ from serve.labeling.progress import StopSwitch, progress_bar, stop_on_signals
 from serve.labeling.report import RunCounts
 from serve.labeling.run import Job, ModelSource, asked_classes, earlier_labels_moved, error_sentence
 from serve.labeling.settings import journal_settings
-from serve.predict.geometry import box_xyxy_from_rectangle_tlbr
 from serve.predict.predictor import Call, OpenImage, Predicted, Predictor
-from serve.sdk import sly
 from serve.settings import Settings
+from serve.video.detections import check_gives_boxes, seen_of
 from serve.video.frames import (
     AskedFrame,
     Clip,
@@ -39,7 +35,6 @@ from serve.video.frames import (
 )
 from serve.video.journal import (
     JOURNAL_NAME,
-    Detection,
     FrameJournal,
     Seen,
     check_usable,
@@ -57,15 +52,6 @@ from serve.video.report import (
     write_report,
 )
 from serve.video.tracking import find_tracks, followed_frames
-
-_BOXES: Final = (
-    OutputKind.GROUNDING,
-    OutputKind.LABELED_BOXES,
-    OutputKind.BOXES,
-    OutputKind.BOXES_OR_POLYGONS,
-)
-_SENTENCES: Final = "<DENSE_REGION_CAPTION>"
-_SCORE: Final = "confidence"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +77,7 @@ def label_video(settings: Settings, job: Job, wanted: Range, model: ModelSource)
     before stays as it is.
     """
     _check_job(job, wanted)
-    _check_gives_boxes(settings)
+    check_gives_boxes(settings, "leave out --task, or use '<OD>' or --prompt")
     need_libraries()
     clip = open_clip(job.images)
     _check_range(wanted, clip, clip.num_frames_said)
@@ -166,15 +152,6 @@ def _check_job(job: Job, wanted: Range) -> None:
         raise RequestError(
             f"A range of frames is --from its first --to its last one, and --from {wanted.first} "
             f"--to {wanted.last} was received; write for example --from 0 --to 249."
-        )
-
-
-def _check_gives_boxes(settings: Settings) -> None:
-    last = settings.steps[-1]
-    if last.output not in _BOXES or last.token == _SENTENCES:
-        raise RequestError(
-            "A video is labeled with boxes that have a class, and the answers of "
-            f"{settings.task_prompt} have none; leave out --task, or use '<OD>' or --prompt."
         )
 
 
@@ -309,7 +286,7 @@ def _asked(group: Sequence[_InHand], predictor: Predictor, run: _OpenRun) -> lis
     for outcome in outcomes:
         if isinstance(outcome, Failure) and outcome.code == DeviceLostError.code:
             raise DeviceLostError(outcome.message)
-    return [_seen(one.frame, outcome) for one, outcome in zip(group, outcomes, strict=True)]
+    return [seen_of(one.frame, outcome) for one, outcome in zip(group, outcomes, strict=True)]
 
 
 def _outcomes(
@@ -339,34 +316,6 @@ def _by_reference(
         return predictor.predict([picture], settings, Call(Priority.BULK))[0]
     except FlorenceError as error:
         return Failure(error.code, str(error))
-
-
-def _seen(frame: AskedFrame, outcome: Predicted | Failure) -> Seen:
-    if isinstance(outcome, Failure):
-        failed = outcome.code, outcome.message[:500]
-        return Seen(frame.place, frame.times_s, frame.damaged, failed=failed)
-    return Seen(
-        frame.place,
-        frame.times_s,
-        frame.damaged,
-        tuple(_detection(parts) for parts in same_objects(outcome.annotation.labels)),
-        notes=outcome.notes,
-        is_truncated=any(result.truncated for result in outcome.results),
-    )
-
-
-def _detection(parts: Sequence[sly.Label]) -> Detection:
-    """The box around all outlines of an object."""
-    boxes = [part.geometry.to_bbox() for part in parts]
-    tlbr = (
-        min(box.top for box in boxes),
-        min(box.left for box in boxes),
-        max(box.bottom for box in boxes),
-        max(box.right for box in boxes),
-    )
-    tag = parts[0].tags.get(_SCORE)
-    score = 1.0 if tag is None else float(tag.value)
-    return Detection(parts[0].obj_class.name, box_xyxy_from_rectangle_tlbr(tlbr), score)
 
 
 def _written(run: _OpenRun, project: VideoProject) -> Summary:

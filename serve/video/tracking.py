@@ -119,7 +119,7 @@ def find_tracks(
     boxes belong to none. In a range of one frame, every object counts."""
     tracks: dict[TrackKey, Track] = {}
     num_asked = loose = 0
-    for frame, keys in _keyed(seen, asked_rate, make):
+    for frame, keys in keyed(seen, asked_rate, make):
         num_asked += frame.failed is None
         for one, key in zip(frame.found, keys, strict=True):
             if key is None:
@@ -155,7 +155,7 @@ def followed_frames(
     is in memory does not grow with the video.
     """
     window = _Window(_lost_s(asked_rate))
-    for frame, keys in _keyed(seen, asked_rate, make):
+    for frame, keys in keyed(seen, asked_rate, make):
         window.add(frame)
         for one, key in zip(frame.found, keys, strict=True):
             if key is not None and key in tracks:
@@ -164,7 +164,7 @@ def followed_frames(
     yield from window.rest()
 
 
-def _keyed(
+def keyed(
     seen: Iterable[Seen], asked_rate: float, make: MakeTracker
 ) -> Iterator[tuple[Seen, list[TrackKey | None]]]:
     """Frames with the object of each box; a frame that failed is as if it had not been asked.

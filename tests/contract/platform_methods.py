@@ -24,6 +24,7 @@ from platform_state import (
     check_annotation,
     check_tag,
 )
+from platform_videos import METHODS as VIDEO_METHODS
 
 DONE = {"success": True}
 MINE = {"teamId": TEAM_ID, "workspaceId": WORKSPACE_ID, "createdAt": MOMENT, "updatedAt": MOMENT}
@@ -237,3 +238,4 @@ METHODS: dict[str, Callable[[PlatformState, Any], Any]] = {
     "object-tags.remove-from-figure": figure_tag_remove,
     "figures.tags.bulk.add": figures_tags_add,
 }
+METHODS |= VIDEO_METHODS

@@ -251,7 +251,7 @@ def test_a_timeout_is_a_number_of_seconds(client, bike, seconds):
     ("path", "part", "work", "state"),
     [
         ("/tag_objects", "answering", "run_tag_objects", {"image_ids": [1]}),
-        ("/inference_video_id", "sdk", "label_video_id", {"videoId": 1}),
+        ("/inference_video_id", "answering", "run_video_id", {"videoId": 1}),
         ("/inference_batch_ids", "answering", "run_image_ids", {"batch_ids": [1]}),
     ],
 )
@@ -586,7 +586,7 @@ def test_uploads_that_were_taken_on_wait_until_there_is_room(client, app, bike, 
 
 LATER = {
     "a batch": ("/inference_batch_async", "answering", "run_uploads", 2),
-    "a video": ("/inference_video_async", "sdk", "label_video", 1),
+    "a video": ("/inference_video_async", "answering", "run_video_file", 1),
 }
 
 
@@ -614,7 +614,7 @@ def test_what_is_sent_for_later_is_held_until_it_is_done(
     assert float(shown[1]) == room.held
     go_on.set()
     wait_until(lambda: room.held == 0)
-    if part == "sdk":
+    if work == "run_video_file":
         assert not Path(paths[0]).parent.exists()
 
 

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -192,3 +193,9 @@ def test_compose_serves_on_this_machine_only():
 
 def test_the_compose_file_follows_the_compose_specification():
     assert schema_errors("compose-spec", COMPOSE) == ""
+
+
+def test_the_image_has_the_packages_for_videos():
+    extras = tomllib.loads(text_of(ROOT / "pyproject.toml"))["project"]["optional-dependencies"]
+    steps = [arguments for keyword, arguments in instructions(DOCKERFILE) if keyword == "RUN"]
+    assert any(all(package in step.split() for package in extras["video"]) for step in steps)

@@ -20,7 +20,7 @@ from requests.exceptions import HTTPError, Timeout
 
 from florence2.errors import FlorenceError, QueueFullError, RequestError
 from florence2.records import Failure
-from serve.platform import project_run
+from serve.platform import registry
 from serve.platform.failures import PartialFailureError
 from serve.platform.project_run import run_image_ids, run_project
 from serve.predict import full_queue
@@ -44,7 +44,7 @@ def codes_of(entries):
 def sleeps(monkeypatch):
     """What is called with the seconds instead of waiting; the test may set another."""
     instead = SimpleNamespace(sleep=lambda seconds: None)
-    for module in (full_queue, project_run):
+    for module in (full_queue, registry):
         monkeypatch.setattr(module, "time", instead)
     return instead
 

@@ -71,7 +71,7 @@ class FailingCache:
 def test_a_cache_that_fails_after_the_answer_is_logged_and_costs_no_connection(caplog):
     server = FastAPI()
     install_error_handlers(server)
-    services = SimpleNamespace(sdk=SimpleNamespace(cache=FailingCache()))
+    services = SimpleNamespace(answering=None, sdk=SimpleNamespace(cache=FailingCache()))
     register_sdk_routes(server, services)
     client = TestClient(server)
     response = client.post(
