@@ -93,6 +93,10 @@ DEVICE_LOST_STATUS: Final = 3
 # Until then runs may end by themselves, and their clients ask once more what came of them.
 MOST_FOR_RUNS_S: Final = 60.0
 LAST_ANSWERS_S: Final = 5.0
+# When the session is ended: for requests to be answered, as the entrypoint of config.json has it,
+# and then for runs to note what they have done.
+_MOST_FOR_ANSWERS_S: Final = 5
+_MOST_FOR_STOPPED_RUNS_S: Final = 5.0
 
 use_prompt_uploader()
 
@@ -526,8 +530,14 @@ class Florence2App(PromptBasedObjectDetection):  # type: ignore[misc]
                 servers,
                 count_request=self.metrics.count_request,
                 path_prefix=SUPERVISELY_SERVER_PATH_PREFIX,
+                on_end=self._stop_runs,
             )
         return self._guarded
+
+    def _stop_runs(self) -> None:
+        """Once the server has ended: nobody can ask for what a run finds, only its record stays."""
+        self.runs.stop_all()
+        self.runs.wait_until_finished(_MOST_FOR_STOPPED_RUNS_S)
 
     def _allowed(self) -> tuple[Callers | None, Servers]:
         """Who may call, None for all, and which platforms requests may name."""
@@ -577,6 +587,7 @@ class Florence2App(PromptBasedObjectDetection):  # type: ignore[misc]
             port=int(os.environ.get(PORT_VARIABLE, "8000")),
             ws="none",
             log_level="warning" if self._local else None,
+            timeout_graceful_shutdown=_MOST_FOR_ANSWERS_S,
         )
 
     # The SDK's command line
