@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import psutil
+import torch
 import uvicorn
 import yaml
 from fastapi import Request
@@ -564,11 +565,25 @@ class Florence2App(PromptBasedObjectDetection):  # type: ignore[misc]
         if self.gui is None:
             super().serve()
             return
-        self.gui.has_model = self.is_model_deployed
+        self.gui.has_model = self._has_model
         self.gui.is_starting = True
+        if torch.cuda.device_count() > 1 and not os.environ.get(DEVICES_VARIABLE):
+            self.gui.autostart_delay_s = self._autostart_delay_time
         with optional_autostart():
             super().serve()
         self.gui.is_starting = False
+
+    def _has_model(self) -> bool:
+        with self._deploying:
+            return self.is_model_deployed()
+
+    def _deploy_on_autorestart(self) -> dict[str, str]:
+        try:
+            deployed: dict[str, str] = super()._deploy_on_autorestart()
+        except Exception as error:
+            self.gui.tell_model_lost(error)
+            raise
+        return deployed
 
     def _run_server(self) -> None:
         listener = self._local.listener if self._local else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -37,6 +38,7 @@ _PRECISION_HELP: Final = (
     "with :all the vision tower's too: less memory, and less exact."
 )
 
+_NOTHING_DEPLOYED: Final = "Deploy model to see the information."
 _UNLISTED: Final = (
     "The platform did not list the team's custom models, so some may be missing; look for them "
     "again in a moment."
@@ -143,24 +145,67 @@ class Florence2Gui(ServingGUITemplate):  # type: ignore[misc]
     is_starting = False
     """Whether the app starts and nobody has pressed anything yet."""
     has_model: Callable[[], bool] = staticmethod(lambda: False)
-    """Whether a model is deployed, of which the app tells the page."""
+    """Whether a model is deployed, of which the app tells the page; waits while one is loaded."""
+    autostart_delay_s = 0.0
+    """How long an automatic start leaves the choice of a device to people."""
+    _is_model_lost = False
 
     def deploy_with_current_params(self) -> None:
         """Serves what is chosen. An automatic start that fails leaves the page, not a dead app.
 
-        A restarted app has its model back before the SDK starts one automatically.
+        A restarted app has its model back before the SDK starts one automatically; one that could
+        not get it back starts no other, whose labels nobody asked for.
         """
-        if self.is_starting and self.has_model():
+        if not self.is_starting:
+            self._deploy_chosen()
+        elif self.has_model() or self._is_model_lost:
             return
+        elif self.autostart_delay_s:
+            self._deploy_later()
+        else:
+            self._deploy_unless_served()
+
+    def _deploy_chosen(self) -> None:
         try:
             super().deploy_with_current_params()
         # Whatever it is, somebody may choose another checkpoint or device on the page.
         except Exception as error:
-            text = str(error) if isinstance(error, FlorenceError) else repr(error)
-            self._before_deploy_msg.set(text, "error")
-            if not self.is_starting:
-                raise
+            self._tell_before_deploying(_reason(error), "error")
+            raise
+
+    def _deploy_later(self) -> None:
+        self._tell_before_deploying(
+            f"This machine has several GPUs: choose one and press Serve. {self.model_name} is "
+            f"deployed in {self.autostart_delay_s / 60:.0f} minutes if nobody has.",
+            "info",
+        )
+        # A thread that sleeps, as the SDK's does, would hold a session that is ended meanwhile.
+        timer = threading.Timer(self.autostart_delay_s, self._deploy_unless_served)
+        timer.daemon = True
+        timer.start()
+
+    def _deploy_unless_served(self) -> None:
+        if self.has_model():
+            return
+        try:
+            self._deploy_chosen()
+        except Exception:
             logger.exception("The automatic start failed")
+
+    def tell_model_lost(self, error: Exception) -> None:
+        """Says that the model which a restarted session had could not be deployed again."""
+        self._is_model_lost = True
+        self._tell_before_deploying(
+            "The model that this session had before it was started again could not be deployed "
+            f"({_reason(error).rstrip('.')}); choose a model and press Serve.",
+            "error",
+        )
+
+    def _tell_before_deploying(self, text: str, status: str) -> None:
+        # The SDK shows it as HTML, and what it names may be a file that anybody uploaded.
+        self._before_deploy_msg.set(html.escape(text, quote=False), status)
+        # Nobody sees what is in a card that is folded.
+        self._model_full_info_card.uncollapse()
 
     @property
     def refresh(self) -> bool:
@@ -169,7 +214,7 @@ class Florence2Gui(ServingGUITemplate):  # type: ignore[misc]
 
     def show_device_warning(self, text: str | None) -> None:
         """Shows that a model runs where it should not; nothing where there is no such thing."""
-        self.device_warning.text = text or ""
+        self.device_warning.text = html.escape(text or "", quote=False)
         if text:
             self.device_warning.show()
         else:
@@ -195,11 +240,20 @@ class Florence2Gui(ServingGUITemplate):  # type: ignore[misc]
 
         return show
 
+    def show_deployed_model_info(self, inference: Any) -> None:  # noqa: ANN401 - the SDK's app
+        """What runs now; and what was wrong before is not said again when that is stopped."""
+        super().show_deployed_model_info(inference)
+        self._before_deploy_msg.set(_NOTHING_DEPLOYED, "text")
+
     def set_inference_settings(self, inference: Any) -> None:  # noqa: ANN401 - the SDK's app
         """The settings file as it is; the SDK would drop its comments."""
         widget = self._model_inference_settings_widget
         widget.set_text(inference.custom_inference_settings, "yaml")
         widget.show()
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, FlorenceError) else repr(error)
 
 
 def log_download(name: str) -> Callable[[ProgressUpdate], None]:

@@ -137,7 +137,8 @@ def _see_to_the_end(server: ServerErrors) -> None:
         time.sleep(_BETWEEN_ENDS_S)
         if after_s > _REQUEST_GRACE_S and not _is_page_being_saved():
             end_process(
-                f"The app has ended; what still waited after {_REQUEST_GRACE_S:.0f} s was given up.",
+                "The app has ended; what still went on "
+                f"{_REQUEST_GRACE_S:.0f} s later was given up.",
                 _ENDED,
             )
     end_process(f"The app has ended, but something in it went on for {_GRACE_S:.0f} s.", _HELD_UP)

@@ -79,6 +79,7 @@ _HTTP: Final = "tests/unit/http/"
 _PLATFORM: Final = "tests/unit/platform/"
 _CONTRACT: Final = "tests/contract/"
 _CLIENTS: Final = _CONTRACT + "test_public_applications.py::"
+_PRODUCTION: Final = _CONTRACT + "test_production.py::"
 _CUSTOM: Final = _CONTRACT + "test_custom_models.py::"
 
 OVERRIDES: Final[tuple[Override, ...]] = (
@@ -96,6 +97,20 @@ OVERRIDES: Final[tuple[Override, ...]] = (
         "A start that ends because the platform does not say whether to deploy by itself.",
         _CONTRACT + "test_starting.py::test_calls_that_are_not_essential_may_all_fail",
         "the SDK takes such an answer for a no",
+    ),
+    Override(
+        "inference.get_gpu_count Inference._autostart_delay_time",
+        "A start that says nothing for five minutes on a machine with several GPUs, and a session "
+        "that cannot be ended meanwhile.",
+        _PRODUCTION + "test_with_several_gpus_people_have_time_to_choose_one_and_are_told",
+        "the SDK waits in a daemon thread, and says so on the page",
+    ),
+    Override(
+        "Inference._deploy_on_autorestart ServingGUITemplate._model_full_info_card "
+        "ServingGUITemplate.show_deployed_model_info",
+        "Another model in the place of the one that a restarted session had, and nobody told.",
+        _PRODUCTION + "test_a_session_whose_model_cannot_be_had_again_starts_no_other",
+        "the SDK starts no other, and says on the page why",
     ),
     Override(
         "gui.ServingGUITemplate ServingGUITemplate.deploy_with_current_params",
@@ -540,9 +555,10 @@ def found_experiments(infos: list[ExperimentInfo]) -> Iterator[None]:
 def optional_autostart() -> Iterator[None]:
     """Inside, a platform that does not say whether to deploy by itself does not end the start.
 
-    The SDK asks for it while it mounts its routes, and takes an error for the end.
+    The SDK asks for it while it mounts its routes, and takes an error for the end. With several
+    GPUs it waits for minutes in a thread of its own, which is left to the page here.
     """
-    ask = subapp.set_autostart_flag_from_state
+    ask, count_gpus = subapp.set_autostart_flag_from_state, sdk_inference.get_gpu_count
 
     def asked(default: str | None = None) -> None:
         try:
@@ -556,10 +572,12 @@ def optional_autostart() -> Iterator[None]:
             )
 
     subapp.set_autostart_flag_from_state = asked
+    sdk_inference.get_gpu_count = lambda: min(count_gpus(), 1)
     try:
         yield
     finally:
         subapp.set_autostart_flag_from_state = ask
+        sdk_inference.get_gpu_count = count_gpus
 
 
 _END: Final = object()

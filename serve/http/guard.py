@@ -65,8 +65,8 @@ _LOOK_AFTER_S: Final = 0.05
 _STALLED_S: Final = 60.0
 _BODY: Final = "florence.body"
 _ENDING: Final = (
-    "The app ends, and the request was not answered in time; send it to the session that is started "
-    "next."
+    "The app ends, and the request was not answered in time; send it again to the session that "
+    "comes next."
 )
 _DISCONNECT: Final = "http.disconnect"
 ALLOW_HOSTS_VARIABLE: Final = "FLORENCE_ALLOW_HOSTS"

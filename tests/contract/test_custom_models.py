@@ -12,7 +12,7 @@ import pytest
 import requests
 import torch
 import yaml
-from contract_calls import CITY, assert_refused, classes_in
+from contract_calls import CITY, DEMO, TRAINING, assert_refused, classes_in
 from platform_double import TASK_ID
 from platform_state import TEAM_ID, WORKSPACE_ID
 from safetensors.torch import save_file
@@ -29,31 +29,11 @@ from supervisely.app.singleton import Singleton
 from supervisely.nn.experiments import get_experiment_info_by_artifacts_dir, get_experiment_infos
 from supervisely.nn.inference.inference import AutoRestartInfo
 
-DEMO = Path(__file__).parents[2] / "demo" / "checkpoint"
-TRAINING = {
-    "model": "Florence-2-base",
-    "method": "full",
-    "tasks": ["<CAPTION_TO_PHRASE_GROUNDING>"],
-    "classes": ["vehicle", "moon"],
-    "prompts": {"vehicle": ["car", "house"]},
-    "metric": {"name": "mAP", "value": 0.8351},
-    "data": {"training_images": 90, "validation_images": 10},
-    "settings": {"steps": 300},
-}
 SETTINGS = {
     "task_prompt": "<CAPTION_TO_PHRASE_GROUNDING>",
     "mapping": {"vehicle": ["car", "house"], "moon": "moon"},
 }
 DEPLOYED_DEMO = {"deploy_params": {"device": "cpu"}, "model_name": "demo"}
-
-
-@pytest.fixture(scope="module")
-def experiment(tmp_path_factory) -> Path:
-    """What a training that ended has written: the demo checkpoint under another name."""
-    out = tmp_path_factory.mktemp("trained") / "street <b>"
-    shutil.copytree(DEMO, out / "best")
-    (out / "training.json").write_text(json.dumps(TRAINING), encoding="utf-8")
-    return write_experiment(out)
 
 
 @pytest.fixture
