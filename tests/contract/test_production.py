@@ -26,6 +26,7 @@ from production_app import (
     published_checkpoints,
 )
 
+from serve.platform.run_records import CUSTOM_DATA_KEY
 from serve.platform.team_files import upload_experiment
 from serve.sdk import sly
 
@@ -137,7 +138,7 @@ def test_a_session_that_is_ended_stops_what_runs_and_answers_who_waits(session, 
     assert 8 <= len(labeled) < 300
     assert "The run failed" not in session.log
     assert "Traceback" not in session.log
-    [record] = state.projects[seeded.project_id].custom_data["florence2"]["runs"].values()
+    [record] = state.projects[seeded.project_id].custom_data[CUSTOM_DATA_KEY].values()
     assert record["state"] == "stopped"
 
 
