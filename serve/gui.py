@@ -175,8 +175,8 @@ class Florence2Gui(ServingGUITemplate):  # type: ignore[misc]
 
     def _deploy_later(self) -> None:
         self._tell_before_deploying(
-            f"This machine has several GPUs: choose one and press Serve. {self.model_name} is "
-            f"deployed in {self.autostart_delay_s / 60:.0f} minutes if nobody has.",
+            "This machine has several GPUs: choose one and press Serve. What is chosen is deployed "
+            f"in {self.autostart_delay_s / 60:.0f} minutes if nobody has.",
             "info",
         )
         # A thread that sleeps, as the SDK's does, would hold a session that is ended meanwhile.

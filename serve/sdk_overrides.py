@@ -79,7 +79,6 @@ _HTTP: Final = "tests/unit/http/"
 _PLATFORM: Final = "tests/unit/platform/"
 _CONTRACT: Final = "tests/contract/"
 _CLIENTS: Final = _CONTRACT + "test_public_applications.py::"
-_PRODUCTION: Final = _CONTRACT + "test_production.py::"
 _CUSTOM: Final = _CONTRACT + "test_custom_models.py::"
 
 OVERRIDES: Final[tuple[Override, ...]] = (
@@ -102,14 +101,14 @@ OVERRIDES: Final[tuple[Override, ...]] = (
         "inference.get_gpu_count Inference._autostart_delay_time",
         "A start that says nothing for five minutes on a machine with several GPUs, and a session "
         "that cannot be ended meanwhile.",
-        _PRODUCTION + "test_with_several_gpus_people_have_time_to_choose_one_and_are_told",
+        _CUSTOM + "test_with_several_gpus_people_have_time_to_choose_one_and_are_told",
         "the SDK waits in a daemon thread, and says so on the page",
     ),
     Override(
         "Inference._deploy_on_autorestart ServingGUITemplate._model_full_info_card "
         "ServingGUITemplate.show_deployed_model_info",
         "Another model in the place of the one that a restarted session had, and nobody told.",
-        _PRODUCTION + "test_a_session_whose_model_cannot_be_had_again_starts_no_other",
+        _CUSTOM + "test_a_session_whose_model_cannot_be_had_again_starts_no_other",
         "the SDK starts no other, and says on the page why",
     ),
     Override(

@@ -27,6 +27,7 @@
       props: ["options"],
       template: '<div role="alert"><slot name="title" /><slot /></div>',
     },
+    "sly-dropdown-checkbox-selection": { template: "<i />" },
     "sly-html-compiler": {
       props: ["template", "data", "state", "params"],
       render(create) {
