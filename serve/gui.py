@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from florence2.checkpoint.hub import ProgressUpdate
 from florence2.errors import FlorenceError, RequestError
+from serve.http.page import NOTICE
 from serve.model_service import AUTO, CUSTOM, DEFAULT_MODEL, PRECISION_CHOICES, RUNTIME_NAMES
 from serve.platform.experiments import Experiment
 from serve.platform.team_files import listed_in_time
@@ -18,6 +19,7 @@ from serve.sdk_overrides import found_experiments
 
 # isort: split
 from supervisely.app.widgets import Button, Checkbox, Field, SelectString, Text, Widget
+from supervisely.app.widgets_context import JinjaWidgets
 from supervisely.nn.inference.gui.serving_gui_template import ServingGUITemplate
 
 logger = logging.getLogger(__name__)
@@ -39,6 +41,7 @@ _PRECISION_HELP: Final = (
 )
 
 _NOTHING_DEPLOYED: Final = "Deploy model to see the information."
+_NO_TASK: Final = -1
 _UNLISTED: Final = (
     "The platform did not list the team's custom models, so some may be missing; look for them "
     "again in a moment."
@@ -53,6 +56,8 @@ class Florence2Gui(ServingGUITemplate):  # type: ignore[misc]
 
     def _initialize_layout(self) -> list[Widget]:
         """The tabs; a platform that does not list the team's fine-tunes leaves theirs empty."""
+        # Comes after the scripts of other servers and before those of the page's own parts.
+        JinjaWidgets().context["__widget_scripts__"]["unreachable"] = f"./{NOTICE}"
         listed = listed_in_time(self.api, self.team_id, self.list_patience_s)
         found = listed or []
         try:
@@ -84,6 +89,12 @@ class Florence2Gui(ServingGUITemplate):  # type: ignore[misc]
                 html.escape, (one.info.experiment_name, one.info.model_name, one.training.summary)
             )
             row._model_wiget.text = f"<b>{name}</b><br>{model}<br>{summary}"
+            if one.info.task_id == _NO_TASK:
+                # The SDK shows its number, and a link to a session that never was.
+                row._task_widget._widgets[0].text = "uploaded"
+                row._session_widget.text = ""
+            if one.info.project_id is None:
+                row._training_project_widget._widgets[1].text = "not told"
         selector._rows_search_texts = [
             row.search_text() + row._model_wiget.text for row in selector._rows
         ]

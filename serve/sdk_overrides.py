@@ -134,9 +134,11 @@ OVERRIDES: Final[tuple[Override, ...]] = (
     ),
     Override(
         "ExperimentSelector._rows ExperimentSelector._experiment_infos "
-        "ExperimentSelector._rows_search_texts ModelRow._experiment_info ModelRow._model_wiget",
-        "A list that says a model's name alone, as HTML that anybody of the team wrote, and that "
-        "is made once.",
+        "ExperimentSelector._rows_search_texts ModelRow._experiment_info ModelRow._model_wiget "
+        "ModelRow._task_widget ModelRow._session_widget ModelRow._training_project_widget "
+        "Container._widgets",
+        "A list that says a model's name alone, as HTML that anybody of the team wrote, with a "
+        "link to session -1, and that is made once.",
         _CUSTOM + "test_the_page_lists_fine_tunes_with_task_classes_and_metric",
         "the SDK's list shows task, classes and metric as text, and can be made anew",
     ),
@@ -158,6 +160,14 @@ OVERRIDES: Final[tuple[Override, ...]] = (
         "Settings on the page without the comments that explain them.",
         _PAGE + "test_settings_keep_their_comments",
         "the SDK shows the file as it is",
+    ),
+    Override(
+        "JinjaWidgets.context Text.text",
+        "A page that is a circle turning for ever where its scripts' servers cannot be reached, "
+        "and errors whose text is taken for HTML.",
+        "tests/soak/test_sdk_page.py::"
+        "test_a_browser_that_cannot_reach_the_platforms_servers_is_told_so",
+        "the SDK brings its scripts with it, and shows text as text",
     ),
     Override(
         "supervisely.app.content.ContentOrigin",

@@ -190,6 +190,15 @@ def stop(page: Page) -> None:
     expect(page.get_by_role("button", name="SERVE", exact=True)).to_be_visible()
 
 
+def test_a_browser_that_cannot_reach_the_platforms_servers_is_told_so(browser, app):
+    page = browser.new_page()
+    page.route(re.compile(r"^https://"), lambda route: route.abort())
+    page.goto(app.url)
+    expect(page.get_by_role("alert")).to_contain_text("which this browser cannot reach")
+    expect(page.locator("#app-global-loading-icon")).to_have_count(0)
+    page.close()
+
+
 def test_four_models_are_listed_and_large_is_chosen(page):
     assert [row.locator("td").first.inner_text() for row in rows(page).all()] == MODELS
     chosen = page.locator("table.beautiful-table .el-radio__input.is-checked")
@@ -229,6 +238,8 @@ def test_a_fine_tune_of_the_team_is_listed_as_text_and_served(page, app, fine_tu
     expect(row).to_have_count(1)
     expect(row).to_contain_text(f"street {MARKUP}")
     expect(row).to_contain_text("2 classes: vehicle, moon")
+    expect(row).not_to_contain_text("-1")
+    expect(row.get_by_role("link", name="Preview")).to_have_count(0)
     row.locator("input[type=radio], .el-radio").first.click()
     press(page, "SERVE")
     expect(page.get_by_text("successfully loaded on CPU device")).to_be_visible()
