@@ -50,9 +50,10 @@ def production_environment(address: str, token: str, task_id: int, **more: str) 
 
 
 def entrypoint(port: int) -> list[str]:
-    """That of config.json on this machine only, and on another port."""
+    """That of config.json on this machine only, on another port, and less patient at its end."""
     words = shlex.split(json.loads((ROOT / "config.json").read_text("utf-8"))["entrypoint"])
-    for option, value in (("--host", "127.0.0.1"), ("--port", str(port))):
+    own = {"--host": "127.0.0.1", "--port": str(port), "--timeout-graceful-shutdown": "1"}
+    for option, value in own.items():
         words[words.index(option) + 1] = value
     return [sys.executable, *words[1:]]
 

@@ -7,6 +7,7 @@ ended; a second one is the same session, started again.
 from __future__ import annotations
 
 import json
+import socket
 import time
 from collections.abc import Iterator
 
@@ -30,7 +31,10 @@ from serve.platform.run_records import CUSTOM_DATA_KEY
 from serve.platform.team_files import upload_experiment
 from serve.sdk import sly
 
-CPU = {"deploy_params": {"device": "cpu"}}
+UPLOAD_THAT_STALLS = (
+    b"POST /inference_image HTTP/1.1\r\nHost: localhost\r\nContent-Length: 999\r\n"
+    b"Content-Type: multipart/form-data; boundary=x\r\n\r\n--x"
+)
 SOON_S = 20.0
 
 
@@ -132,7 +136,12 @@ def test_a_session_that_is_ended_stops_what_runs_and_answers_who_waits(session, 
     settings = {"task_prompt": "<OD>", "num_beams": 1}
     post(session, "inference_project_id_async", {**run, "settings": settings})
     assert eventually(lambda: own_platform.count("annotations.bulk.add") > 1)
-    assert requests.post(f"{session.url}/sly/shutdown", json={}, timeout=60).status_code == 200
+    with socket.create_connection(("127.0.0.1", session.port), SOON_S) as client:
+        client.sendall(UPLOAD_THAT_STALLS)
+        assert requests.post(f"{session.url}/sly/shutdown", json={}, timeout=60).ok
+        answered = client.recv(4096).decode()
+    assert answered.startswith("HTTP/1.1 503 ")
+    assert "send it again to the session that comes next" in answered
     assert session.ended(SOON_S) == 0
     labeled = [image for image in state.images.values() if image.annotation["objects"]]
     assert 8 <= len(labeled) < 300
@@ -153,6 +162,7 @@ def next_session(own_platform, tmp_path) -> Iterator[AppServer]:
     app.stop()
 
 
+@pytest.mark.slow
 def test_a_session_that_is_started_again_has_its_model_and_leaves_no_process_when_it_is_killed(
     next_session, own_platform, fine_tune
 ):
