@@ -160,6 +160,8 @@ def tab(browser, app, wrong) -> Page:
 def page(tab, app, hub, wrong) -> Iterator[Page]:
     tab.goto(app.url)
     tab.wait_for_function("window.isConnected")
+    # What was chosen last is still there.
+    tab.get_by_text("Publicly available models").click()
     yield tab
     hub.faults = Faults()
     folder = os.environ.get("FLORENCE_SCREENSHOTS")
@@ -248,6 +250,7 @@ def test_a_fine_tune_of_the_team_is_listed_as_text_and_served(page, app, fine_tu
 
 
 def test_what_is_chosen_beside_the_model_is_deployed_too(page, app):
+    rows(page).nth(1).locator(".el-radio").click()
     card = page.get_by_role("region", name="Select Model")
     for field, value in (("Runtime", "PyTorch"), ("Precision", "bf16")):
         card.locator(".sly-field", has_text=field).locator(".el-select").first.click()
