@@ -8,7 +8,7 @@ PORT ?= 8000
 # up, so each process takes a run of them, and helps out with the others' at the end.
 PYTEST_FLAGS ?= --numprocesses logical --maxprocesses 8 --dist worksteal
 
-.PHONY: help label serve demo screenshot test soak check bench lint types house install wheel clean
+.PHONY: help label serve demo screenshot test soak sdk-page check bench lint types house install wheel clean
 
 help:
 	@echo "make label   label demo/images with the demo checkpoint, into $(OUT)/"
@@ -16,6 +16,7 @@ help:
 	@echo "make serve   serve the demo checkpoint on http://127.0.0.1:$(PORT), with the same page"
 	@echo "make test    run the tests"
 	@echo "make soak    faults and load, for minutes: kills, lost connections, many clients"
+	@echo "make sdk-page   fetch what tests of the SDK's page need, from npm; without it soak skips them"
 	@echo "make check   formatting, lint, types, the house, generated docs, tests (what CI runs)"
 	@echo "make house   how large the code is, how many files a request passes, and what of it is held"
 	@echo "make wheel   the package with the demo checkpoint, to install elsewhere, into dist/"
@@ -46,6 +47,14 @@ serve: $(VENV)/.runtime
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+# What the SDK's page is made of, for its tests in a browser; needs npm and its registry.
+$(VENV)/sdk-page/.installed: Makefile
+	npm install --silent --no-audit --no-fund --ignore-scripts --prefix $(@D) \
+		vue@2.7.16 element-ui@1.4.13 lodash@4.17.21 fast-json-patch@3.1.1
+	touch $@
+
+sdk-page: $(VENV)/sdk-page/.installed
 
 # One after the other: each takes the machine for itself.
 soak: $(VENV)/.dev

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import psutil
+import torch
 import uvicorn
 import yaml
 from fastapi import Request
@@ -94,6 +95,10 @@ DEVICE_LOST_STATUS: Final = 3
 # Until then runs may end by themselves, and their clients ask once more what came of them.
 MOST_FOR_RUNS_S: Final = 60.0
 LAST_ANSWERS_S: Final = 5.0
+# When the session is ended: for requests to be answered, as the entrypoint of config.json has it,
+# and then for runs to note what they have done.
+_MOST_FOR_ANSWERS_S: Final = 5
+_MOST_FOR_STOPPED_RUNS_S: Final = 5.0
 
 use_prompt_uploader()
 
@@ -528,8 +533,14 @@ class Florence2App(PromptBasedObjectDetection):  # type: ignore[misc]
                 servers,
                 count_request=self.metrics.count_request,
                 path_prefix=SUPERVISELY_SERVER_PATH_PREFIX,
+                on_end=self._stop_runs,
             )
         return self._guarded
+
+    def _stop_runs(self) -> None:
+        """Once the server has ended: nobody can ask for what a run finds, only its record stays."""
+        self.runs.stop_all()
+        self.runs.wait_until_finished(_MOST_FOR_STOPPED_RUNS_S)
 
     def _allowed(self) -> tuple[Callers | None, Servers]:
         """Who may call, None for all, and which platforms requests may name."""
@@ -556,11 +567,25 @@ class Florence2App(PromptBasedObjectDetection):  # type: ignore[misc]
         if self.gui is None:
             super().serve()
             return
-        self.gui.has_model = self.is_model_deployed
+        self.gui.has_model = self._has_model
         self.gui.is_starting = True
+        if torch.cuda.device_count() > 1 and not os.environ.get(DEVICES_VARIABLE):
+            self.gui.autostart_delay_s = self._autostart_delay_time
         with optional_autostart():
             super().serve()
         self.gui.is_starting = False
+
+    def _has_model(self) -> bool:
+        with self._deploying:
+            return self.is_model_deployed()
+
+    def _deploy_on_autorestart(self) -> dict[str, str]:
+        try:
+            deployed: dict[str, str] = super()._deploy_on_autorestart()
+        except Exception as error:
+            self.gui.tell_model_lost(error)
+            raise
+        return deployed
 
     def _run_server(self) -> None:
         listener = self._local.listener if self._local else None
@@ -579,6 +604,7 @@ class Florence2App(PromptBasedObjectDetection):  # type: ignore[misc]
             port=int(os.environ.get(PORT_VARIABLE, "8000")),
             ws="none",
             log_level="warning" if self._local else None,
+            timeout_graceful_shutdown=_MOST_FOR_ANSWERS_S,
         )
 
     # The SDK's command line

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import html
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from florence2.checkpoint.hub import ProgressUpdate
 from florence2.errors import FlorenceError, RequestError
+from serve.http.page import NOTICE
 from serve.model_service import AUTO, CUSTOM, DEFAULT_MODEL, PRECISION_CHOICES, RUNTIME_NAMES
 from serve.platform.experiments import Experiment
 from serve.platform.team_files import listed_in_time
@@ -17,6 +19,7 @@ from serve.sdk_overrides import found_experiments
 
 # isort: split
 from supervisely.app.widgets import Button, Checkbox, Field, SelectString, Text, Widget
+from supervisely.app.widgets_context import JinjaWidgets
 from supervisely.nn.inference.gui.serving_gui_template import ServingGUITemplate
 
 logger = logging.getLogger(__name__)
@@ -37,6 +40,8 @@ _PRECISION_HELP: Final = (
     "with :all the vision tower's too: less memory, and less exact."
 )
 
+_NOTHING_DEPLOYED: Final = "Deploy model to see the information."
+_NO_TASK: Final = -1
 _UNLISTED: Final = (
     "The platform did not list the team's custom models, so some may be missing; look for them "
     "again in a moment."
@@ -51,6 +56,8 @@ class Florence2Gui(ServingGUITemplate):  # type: ignore[misc]
 
     def _initialize_layout(self) -> list[Widget]:
         """The tabs; a platform that does not list the team's fine-tunes leaves theirs empty."""
+        # Comes after the scripts of other servers and before those of the page's own parts.
+        JinjaWidgets().context["__widget_scripts__"]["unreachable"] = f"./{NOTICE}"
         listed = listed_in_time(self.api, self.team_id, self.list_patience_s)
         found = listed or []
         try:
@@ -82,6 +89,12 @@ class Florence2Gui(ServingGUITemplate):  # type: ignore[misc]
                 html.escape, (one.info.experiment_name, one.info.model_name, one.training.summary)
             )
             row._model_wiget.text = f"<b>{name}</b><br>{model}<br>{summary}"
+            if one.info.task_id == _NO_TASK:
+                # The SDK shows its number, and a link to a session that never was.
+                row._task_widget._widgets[0].text = "uploaded"
+                row._session_widget.text = ""
+            if one.info.project_id is None:
+                row._training_project_widget._widgets[1].text = "not told"
         selector._rows_search_texts = [
             row.search_text() + row._model_wiget.text for row in selector._rows
         ]
@@ -143,24 +156,67 @@ class Florence2Gui(ServingGUITemplate):  # type: ignore[misc]
     is_starting = False
     """Whether the app starts and nobody has pressed anything yet."""
     has_model: Callable[[], bool] = staticmethod(lambda: False)
-    """Whether a model is deployed, of which the app tells the page."""
+    """Whether a model is deployed, of which the app tells the page; waits while one is loaded."""
+    autostart_delay_s = 0.0
+    """How long an automatic start leaves the choice of a device to people."""
+    _is_model_lost = False
 
     def deploy_with_current_params(self) -> None:
         """Serves what is chosen. An automatic start that fails leaves the page, not a dead app.
 
-        A restarted app has its model back before the SDK starts one automatically.
+        A restarted app has its model back before the SDK starts one automatically; one that could
+        not get it back starts no other, whose labels nobody asked for.
         """
-        if self.is_starting and self.has_model():
+        if not self.is_starting:
+            self._deploy_chosen()
+        elif self.has_model() or self._is_model_lost:
             return
+        elif self.autostart_delay_s:
+            self._deploy_later()
+        else:
+            self._deploy_unless_served()
+
+    def _deploy_chosen(self) -> None:
         try:
             super().deploy_with_current_params()
         # Whatever it is, somebody may choose another checkpoint or device on the page.
         except Exception as error:
-            text = str(error) if isinstance(error, FlorenceError) else repr(error)
-            self._before_deploy_msg.set(text, "error")
-            if not self.is_starting:
-                raise
+            self._tell_before_deploying(_reason(error), "error")
+            raise
+
+    def _deploy_later(self) -> None:
+        self._tell_before_deploying(
+            "This machine has several GPUs: choose one and press Serve. What is chosen is deployed "
+            f"in {self.autostart_delay_s / 60:.0f} minutes if nobody has.",
+            "info",
+        )
+        # A thread that sleeps, as the SDK's does, would hold a session that is ended meanwhile.
+        timer = threading.Timer(self.autostart_delay_s, self._deploy_unless_served)
+        timer.daemon = True
+        timer.start()
+
+    def _deploy_unless_served(self) -> None:
+        if self.has_model():
+            return
+        try:
+            self._deploy_chosen()
+        except Exception:
             logger.exception("The automatic start failed")
+
+    def tell_model_lost(self, error: Exception) -> None:
+        """Says that the model which a restarted session had could not be deployed again."""
+        self._is_model_lost = True
+        self._tell_before_deploying(
+            "The model that this session had before it was started again could not be deployed "
+            f"({_reason(error).rstrip('.')}); choose a model and press Serve.",
+            "error",
+        )
+
+    def _tell_before_deploying(self, text: str, status: str) -> None:
+        # The SDK shows it as HTML, and what it names may be a file that anybody uploaded.
+        self._before_deploy_msg.set(html.escape(text, quote=False), status)
+        # Nobody sees what is in a card that is folded.
+        self._model_full_info_card.uncollapse()
 
     @property
     def refresh(self) -> bool:
@@ -169,7 +225,7 @@ class Florence2Gui(ServingGUITemplate):  # type: ignore[misc]
 
     def show_device_warning(self, text: str | None) -> None:
         """Shows that a model runs where it should not; nothing where there is no such thing."""
-        self.device_warning.text = text or ""
+        self.device_warning.text = html.escape(text or "", quote=False)
         if text:
             self.device_warning.show()
         else:
@@ -195,11 +251,20 @@ class Florence2Gui(ServingGUITemplate):  # type: ignore[misc]
 
         return show
 
+    def show_deployed_model_info(self, inference: Any) -> None:  # noqa: ANN401 - the SDK's app
+        """What runs now; and what was wrong before is not said again when that is stopped."""
+        super().show_deployed_model_info(inference)
+        self._before_deploy_msg.set(_NOTHING_DEPLOYED, "text")
+
     def set_inference_settings(self, inference: Any) -> None:  # noqa: ANN401 - the SDK's app
         """The settings file as it is; the SDK would drop its comments."""
         widget = self._model_inference_settings_widget
         widget.set_text(inference.custom_inference_settings, "yaml")
         widget.show()
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, FlorenceError) else repr(error)
 
 
 def log_download(name: str) -> Callable[[ProgressUpdate], None]:

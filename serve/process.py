@@ -76,10 +76,15 @@ def _others_running() -> int:
 Made = TypeVar("Made")
 
 CANNOT_START: Final = 2
+_ENDED: Final = 0
 _HELD_UP: Final = 1
 _STARTUP_FAILED: Final = "Application startup failed. Exiting."
 # Saving the page for offline use, which the SDK does last, may take its time.
 _GRACE_S: Final = 120.0
+_SAVES_PAGE: Final = ("ContentOrigin", "_upload_offline_session")
+# A request may still wait for the platform, which the SDK asks again for minutes.
+_REQUEST_GRACE_S: Final = 5.0
+_BETWEEN_ENDS_S: Final = 0.2
 
 
 def start_or_end(make: Callable[[], Made]) -> Made:
@@ -126,14 +131,29 @@ def _see_to_the_end(server: ServerErrors) -> None:
         end_process(f"The app could not start because its server did not ({server.text}).")
     if content := sys.modules.get("supervisely.app.content"):
         content.ContentOrigin().stop()
-    time.sleep(_GRACE_S)
+    ended_s = time.monotonic()
+    # Where nothing is left, the process ends in between.
+    while (after_s := time.monotonic() - ended_s) < _GRACE_S:
+        time.sleep(_BETWEEN_ENDS_S)
+        if after_s > _REQUEST_GRACE_S and not _is_page_being_saved():
+            end_process(
+                "The app has ended; what still went on "
+                f"{_REQUEST_GRACE_S:.0f} s later was given up.",
+                _ENDED,
+            )
     end_process(f"The app has ended, but something in it went on for {_GRACE_S:.0f} s.", _HELD_UP)
+
+
+def _is_page_being_saved() -> bool:
+    names = [thread.name for thread in threading.enumerate()]
+    return any(part in name for name in names for part in _SAVES_PAGE)
 
 
 def end_process(sentence: str, status: int = CANNOT_START) -> NoReturn:
     """Ends the process here and now, whatever other threads do; the sentence is its last line."""
     is_platform = os.environ.get("ENV") == "production"
-    line = json.dumps({"message": sentence, "level": "fatal"}) if is_platform else sentence
+    level = "fatal" if status else "warn"
+    line = json.dumps({"message": sentence, "level": level}) if is_platform else sentence
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     sys.stderr.write(line + "\n")

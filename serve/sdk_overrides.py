@@ -98,6 +98,20 @@ OVERRIDES: Final[tuple[Override, ...]] = (
         "the SDK takes such an answer for a no",
     ),
     Override(
+        "inference.get_gpu_count Inference._autostart_delay_time",
+        "A start that says nothing for five minutes on a machine with several GPUs, and a session "
+        "that cannot be ended meanwhile.",
+        _CUSTOM + "test_with_several_gpus_people_have_time_to_choose_one_and_are_told",
+        "the SDK waits in a daemon thread, and says so on the page",
+    ),
+    Override(
+        "Inference._deploy_on_autorestart ServingGUITemplate._model_full_info_card "
+        "ServingGUITemplate.show_deployed_model_info",
+        "Another model in the place of the one that a restarted session had, and nobody told.",
+        _CUSTOM + "test_a_session_whose_model_cannot_be_had_again_starts_no_other",
+        "the SDK starts no other, and says on the page why",
+    ),
+    Override(
         "gui.ServingGUITemplate ServingGUITemplate.deploy_with_current_params",
         "A dead app after an automatic start that fails; its constructor takes no class of a page.",
         _PAGE + "test_an_automatic_start_that_fails_leaves_the_page",
@@ -120,9 +134,11 @@ OVERRIDES: Final[tuple[Override, ...]] = (
     ),
     Override(
         "ExperimentSelector._rows ExperimentSelector._experiment_infos "
-        "ExperimentSelector._rows_search_texts ModelRow._experiment_info ModelRow._model_wiget",
-        "A list that says a model's name alone, as HTML that anybody of the team wrote, and that "
-        "is made once.",
+        "ExperimentSelector._rows_search_texts ModelRow._experiment_info ModelRow._model_wiget "
+        "ModelRow._task_widget ModelRow._session_widget ModelRow._training_project_widget "
+        "Container._widgets",
+        "A list that says a model's name alone, as HTML that anybody of the team wrote, with a "
+        "link to session -1, and that is made once.",
         _CUSTOM + "test_the_page_lists_fine_tunes_with_task_classes_and_metric",
         "the SDK's list shows task, classes and metric as text, and can be made anew",
     ),
@@ -144,6 +160,14 @@ OVERRIDES: Final[tuple[Override, ...]] = (
         "Settings on the page without the comments that explain them.",
         _PAGE + "test_settings_keep_their_comments",
         "the SDK shows the file as it is",
+    ),
+    Override(
+        "JinjaWidgets.context Text.text",
+        "A page that is a circle turning for ever where its scripts' servers cannot be reached, "
+        "and errors whose text is taken for HTML.",
+        "tests/soak/test_sdk_page.py::"
+        "test_a_browser_that_cannot_reach_the_platforms_servers_is_told_so",
+        "the SDK brings its scripts with it, and shows text as text",
     ),
     Override(
         "supervisely.app.content.ContentOrigin",
@@ -541,9 +565,10 @@ def found_experiments(infos: list[ExperimentInfo]) -> Iterator[None]:
 def optional_autostart() -> Iterator[None]:
     """Inside, a platform that does not say whether to deploy by itself does not end the start.
 
-    The SDK asks for it while it mounts its routes, and takes an error for the end.
+    The SDK asks for it while it mounts its routes, and takes an error for the end. With several
+    GPUs it waits for minutes in a thread of its own, which is left to the page here.
     """
-    ask = subapp.set_autostart_flag_from_state
+    ask, count_gpus = subapp.set_autostart_flag_from_state, sdk_inference.get_gpu_count
 
     def asked(default: str | None = None) -> None:
         try:
@@ -557,10 +582,12 @@ def optional_autostart() -> Iterator[None]:
             )
 
     subapp.set_autostart_flag_from_state = asked
+    sdk_inference.get_gpu_count = lambda: min(count_gpus(), 1)
     try:
         yield
     finally:
         subapp.set_autostart_flag_from_state = ask
+        sdk_inference.get_gpu_count = count_gpus
 
 
 _END: Final = object()

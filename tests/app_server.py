@@ -102,6 +102,18 @@ class AppServer:
         except (requests.ConnectionError, requests.Timeout):
             return False
 
+    @property
+    def pid(self) -> int:
+        if self._process is None:
+            raise RuntimeError("The app was not started.")
+        return self._process.pid
+
+    def ended(self, limit_s: float) -> int:
+        """Its exit status, once it has ended by itself; raises where it has not in time."""
+        if self._process is None:
+            raise RuntimeError("The app was not started.")
+        return self._process.wait(limit_s)
+
     def is_alive(self) -> bool:
         return self._process is not None and self._process.poll() is None
 

@@ -26,7 +26,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from florence2.budget import WAIT_S, Budget, Hold
-from florence2.errors import FlorenceError, RequestError
+from florence2.errors import FlorenceError, RequestError, StoppedError
 from serve.http.errors import (
     ForbiddenError,
     StalledError,
@@ -64,6 +64,10 @@ _COPIES_OF_JSON: Final = 3
 _LOOK_AFTER_S: Final = 0.05
 _STALLED_S: Final = 60.0
 _BODY: Final = "florence.body"
+_ENDING: Final = (
+    "The app ends, and the request was not answered in time; send it again to the session that "
+    "comes next."
+)
 _DISCONNECT: Final = "http.disconnect"
 ALLOW_HOSTS_VARIABLE: Final = "FLORENCE_ALLOW_HOSTS"
 
@@ -100,7 +104,8 @@ class Guard:
     platform. ``servers`` may be named by requests. ``count_request`` gets
     every answered request: the route of the table or ``"other"``, status, seconds.
     ``path_prefix`` is the SDK's ``SUPERVISELY_SERVER_PATH_PREFIX``. ``uploads`` counts the bodies
-    of all requests.
+    of all requests. ``on_end`` is called once, when the server answers nobody any more and before
+    the Application ends; it may block.
     """
 
     def __init__(
@@ -114,8 +119,10 @@ class Guard:
         count_request: CountRequest | None = None,
         path_prefix: str = "",
         uploads: Uploads | None = None,
+        on_end: Callable[[], None] | None = None,
     ) -> None:
         self.uploads = uploads or Uploads(held_bytes())
+        self._on_end = on_end
         self._app = app
         self._limits = limits
         self._known_request = known_request
@@ -134,8 +141,16 @@ class Guard:
             await self._answer_counted(scope, receive, send)
         elif scope["type"] == "websocket" and not self._may_connect(scope):
             await send({"type": "websocket.close", "code": _POLICY_VIOLATION})
+        elif scope["type"] == "lifespan":
+            await self._app(scope, partial(self._until_the_end, receive), send)
         else:
             await self._app(scope, receive, send)
+
+    async def _until_the_end(self, receive: Receive) -> Message:
+        message = await receive()
+        if message["type"] == "lifespan.shutdown" and self._on_end is not None:
+            await asyncio.to_thread(self._on_end)
+        return message
 
     def _may_connect(self, scope: Scope) -> bool:
         try:
@@ -159,6 +174,11 @@ class Guard:
 
         try:
             await answer_faults(partial(self._answer, path, body), scope, body.receive, watch)
+        except asyncio.CancelledError:
+            # The server ends, and waits no longer for this request.
+            if status != _CLIENT_LEFT:
+                raise
+            await answer_to(StoppedError(_ENDING), path)(scope, receive, watch)
         finally:
             await body.end()
             if self._count_request is not None:

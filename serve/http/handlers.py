@@ -31,7 +31,7 @@ from serve.answering import Answering, task_and_text
 from serve.http.errors import RETRY_AFTER_S, TooLargeError, kind_of
 from serve.http.guard import client_is_gone, keep_body
 from serve.http.metrics import Metrics
-from serve.http.page import register_page
+from serve.http.page import register_notice, register_page
 from serve.http.routes import ROUTE_BY_PATH
 from serve.http.url_fetch import fetch_image
 from serve.limits import MAX_FILES, MAX_IMAGE_BYTES, held_bytes, readable_size
@@ -101,6 +101,8 @@ def register_routes(server: FastAPI, services: Services, *, with_page: bool) -> 
     _model(server, services)
     if with_page:
         register_page(server)
+    else:
+        register_notice(server)
 
 
 def _images(server: FastAPI, services: Services) -> None:

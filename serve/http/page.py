@@ -33,6 +33,9 @@ CONTENT_POLICY: Final = (
     "require-trusted-types-for 'script'; trusted-types 'none'"
 )
 
+NOTICE: Final = "page/unreachable.js"
+"""The script that says on the SDK's page that its other scripts cannot be reached."""
+
 
 def register_page(server: FastAPI, samples: Path | None = None) -> None:
     """Mounts the page, its files and the sample images, which are all read once, now.
@@ -47,6 +50,11 @@ def register_page(server: FastAPI, samples: Path | None = None) -> None:
         _register_file(server, f"/page/samples/{path.name}", path)
     names = json.dumps([path.name for path in images]).encode()
     _register(server, "/page/samples", names, "application/json")
+
+
+def register_notice(server: FastAPI) -> None:
+    """Mounts what the SDK's page runs first, at ``NOTICE``."""
+    _register_file(server, f"/{NOTICE}", _STATIC / Path(NOTICE).name)
 
 
 def _images_in(folder: Path | None) -> list[Path]:

@@ -13,6 +13,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -48,6 +49,7 @@ EXPERIMENT_FOLDER: Final = "experiment"
 TRAINING_NAME: Final = "training.json"
 BEST_FOLDER: Final = "best"
 
+_NOT_OF_A_TIME: Final = re.compile(r"[^\w.,:+/-]+")
 _BEST: Final = f"{CHECKPOINTS}/best.pt"
 _OWN: Final = "florence2"
 _HYPERPARAMETERS: Final = "hyperparameters.yaml"
@@ -151,6 +153,10 @@ def _make_listable(info: ExperimentInfo) -> None:
     info.project_id = info.project_id if type(info.project_id) is int else None
     info.experiment_name, info.model_name = str(info.experiment_name), str(info.model_name)
     info.checkpoints = [str(name) for name in info.checkpoints]
+    # The SDK's page shows both as HTML.
+    info.datetime = _NOT_OF_A_TIME.sub(" ", str(info.datetime))
+    if type(info.evaluation_report_id) is not int:
+        info.evaluation_report_id = None
 
 
 def _not_ours(where: str, why: str) -> CheckpointError:

@@ -89,6 +89,12 @@ class RequestsManager(Manager):  # type: ignore[misc]
         """Whether there is such a request; does not block."""
         return inference_request_uuid in self._inference_requests
 
+    def stop_all(self) -> None:
+        """Everything that runs or waits for its turn ends with what it has done."""
+        for request in list(self._inference_requests.values()):
+            if not request.is_finished():
+                request.stop()
+
     def wait_until_finished(self, limit_s: float) -> None:
         """Returns once all requests are over, or after ``limit_s``."""
         end_s = time.monotonic() + limit_s

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from app_server import OUT_OF_REACH, SDK_ENVIRONMENT, AppServer
-from contract_calls import BIKE, App, classes_in
+from contract_calls import BIKE, DEMO, TRAINING, App, classes_in
 from platform_double import SESSION_TOKEN, TOKEN, PlatformDouble
 from platform_seed import Seeded, seed
 from platform_state import TEAM_ID
 
 from florence2 import Florence2
+from serve.platform.experiments import write_experiment
 from serve.sdk import sly
 
 # isort: split
@@ -76,6 +80,15 @@ def app(running_app, platform) -> App:
 def session_url(running_app, platform) -> str:
     """The app behind the platform's proxy, as clients address a session."""
     return f"{platform.address}/net/{SESSION_TOKEN}"
+
+
+@pytest.fixture(scope="session")
+def experiment(tmp_path_factory) -> Path:
+    """What a training that ended has written: the demo checkpoint under another name."""
+    out = tmp_path_factory.mktemp("trained") / "street <b>"
+    shutil.copytree(DEMO, out / "best")
+    (out / "training.json").write_text(json.dumps(TRAINING), encoding="utf-8")
+    return write_experiment(out)
 
 
 @pytest.fixture(scope="session")

@@ -189,8 +189,9 @@ class PlatformDouble:
         body = b"".join(lines) + f"--{BOUNDARY}--\r\n".encode()
         return Response(body, media_type=f"multipart/form-data; boundary={BOUNDARY}")
 
-    def _task_info(self, task_id: int) -> Json:
-        if task_id != TASK_ID:
+    def _task_info(self, task_id: int | str) -> Json:
+        # The SDK sends what stood in the environment.
+        if str(task_id) != str(TASK_ID):
             raise Refused(f"Task {task_id} is not found.", status=404)
         meta = {"sessionToken": SESSION_TOKEN, "app": {"id": 1, "moduleId": 1}}
         row = {"id": TASK_ID, "type": "app", "status": "started", "meta": meta}

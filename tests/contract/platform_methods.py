@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from platform_clients import CLIENT_METHODS
+from platform_production import PRODUCTION_METHODS
 from platform_state import (
     MOMENT,
     TEAM_ID,
@@ -176,13 +177,10 @@ METHODS: dict[str, Callable[[PlatformState, Any], Any]] = {
     **CLIENT_METHODS,
     "instance.version": lambda state, asked: {"version": "6.99.0"},
     "tasks.data.set": task_fields_set,
-    "tasks.app-v2.data.set": task_fields_set,
     "tasks.data.get": lambda state, asked: {
         "result": {name: state.task_fields.get(name) for name in asked["fields"]}
     },
     "tasks.run.app": lambda state, asked: [{"taskId": asked["agentId"]}],
-    "tasks.meta.update": lambda state, asked: DONE,
-    "tasks.output.set": lambda state, asked: DONE,
     "workspaces.info": workspace_json,
     "ecosystem.list": modules_listed,
     "file-storage.list": lambda state, asked: [
@@ -237,5 +235,6 @@ METHODS: dict[str, Callable[[PlatformState, Any], Any]] = {
     "object-tags.add-to-object": figure_tag_add,
     "object-tags.remove-from-figure": figure_tag_remove,
     "figures.tags.bulk.add": figures_tags_add,
+    **PRODUCTION_METHODS,
 }
 METHODS |= VIDEO_METHODS

@@ -113,6 +113,17 @@ class Project:
     custom_data: Json = field(default_factory=dict)
 
 
+@dataclass
+class AppSession:
+    """What an app has told of itself: its page, its task, and what it was made of."""
+
+    page_data: Json = field(default_factory=dict)
+    page_state: Json = field(default_factory=dict)
+    meta: Json = field(default_factory=dict)
+    output: Json = field(default_factory=dict)
+    inputs: list[Json] = field(default_factory=list)
+
+
 class PlatformState:
     """Everything the double knows. Raises Refused for what the platform would refuse."""
 
@@ -123,6 +134,7 @@ class PlatformState:
         self.images: dict[int, StoredImage] = {}
         self.task_fields: Json = {}
         self.files: dict[str, StoredFile] = {}
+        self.session = AppSession()
 
     def new_id(self) -> int:
         return next(self._ids)

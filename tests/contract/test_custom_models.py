@@ -6,54 +6,39 @@ import fcntl
 import hashlib
 import json
 import shutil
+import time
 from pathlib import Path, PurePosixPath
+from threading import Timer
+from threading import enumerate as enumerate_threads
 
 import pytest
 import requests
 import torch
 import yaml
-from contract_calls import CITY, assert_refused, classes_in
+from contract_calls import CITY, DEMO, TRAINING, assert_refused, classes_in
 from platform_double import TASK_ID
 from platform_state import TEAM_ID, WORKSPACE_ID
 from safetensors.torch import save_file
 
-from florence2.errors import RequestError
+from florence2.errors import FlorenceError, RequestError
 from serve.app import Florence2App
 from serve.cli.main import main
 from serve.gui import Florence2Gui
+from serve.model_service import params_for_name
 from serve.platform.experiments import INFO_NAME, write_experiment
 from serve.platform.team_files import find_experiments, upload_experiment
 
 # isort: split
 from supervisely.app.singleton import Singleton
 from supervisely.nn.experiments import get_experiment_info_by_artifacts_dir, get_experiment_infos
+from supervisely.nn.inference.gui.serving_gui import ServingGUI
 from supervisely.nn.inference.inference import AutoRestartInfo
 
-DEMO = Path(__file__).parents[2] / "demo" / "checkpoint"
-TRAINING = {
-    "model": "Florence-2-base",
-    "method": "full",
-    "tasks": ["<CAPTION_TO_PHRASE_GROUNDING>"],
-    "classes": ["vehicle", "moon"],
-    "prompts": {"vehicle": ["car", "house"]},
-    "metric": {"name": "mAP", "value": 0.8351},
-    "data": {"training_images": 90, "validation_images": 10},
-    "settings": {"steps": 300},
-}
 SETTINGS = {
     "task_prompt": "<CAPTION_TO_PHRASE_GROUNDING>",
     "mapping": {"vehicle": ["car", "house"], "moon": "moon"},
 }
 DEPLOYED_DEMO = {"deploy_params": {"device": "cpu"}, "model_name": "demo"}
-
-
-@pytest.fixture(scope="module")
-def experiment(tmp_path_factory) -> Path:
-    """What a training that ended has written: the demo checkpoint under another name."""
-    out = tmp_path_factory.mktemp("trained") / "street <b>"
-    shutil.copytree(DEMO, out / "best")
-    (out / "training.json").write_text(json.dumps(TRAINING), encoding="utf-8")
-    return write_experiment(out)
 
 
 @pytest.fixture
@@ -453,6 +438,51 @@ def test_a_fine_tune_that_is_chosen_on_the_page_is_served_and_comes_back_after_a
     app.autorestart = AutoRestartInfo(kept)
     app._deploy_on_autorestart()
     assert app.get_classes()[:2] == ["vehicle", "moon"]
+
+
+def test_a_session_whose_model_cannot_be_had_again_starts_no_other(page, api, platform):
+    app = page()
+    checkpoint = "/experiments/gone <b>/1_Florence-2/checkpoints/best.pt"
+    app.autorestart = AutoRestartInfo(
+        {
+            "model_source": "Custom models",
+            "model_files": {"checkpoint": checkpoint},
+            "model_info": {},
+            "device": "cpu",
+            "runtime": "PyTorch",
+        }
+    )
+    app.gui.is_starting = True
+    with pytest.raises(FlorenceError):
+        app._deploy_on_autorestart()
+    app.gui.deploy_with_current_params()
+    assert not app.deployment.is_deployed
+    said = app.gui._before_deploy_msg.text
+    assert said.startswith("The model that this session had before it was started again could not")
+    assert "/experiments/gone &lt;b&gt;" in said
+    # Whoever chooses another one gets it.
+    app.gui.is_starting = False
+    app.sdk.load(params_for_name("demo", app.pretrained_models, "cpu"))
+    assert app.deployment.current.model.name == "demo"
+    assert app.gui._before_deploy_msg.text == "Deploy model to see the information."
+
+
+@pytest.mark.parametrize("has_model", [False, True])
+def test_with_several_gpus_people_have_time_to_choose_one_and_are_told(
+    page, monkeypatch, has_model
+):
+    chosen = []
+    monkeypatch.setattr(ServingGUI, "deploy_with_current_params", lambda gui: chosen.append(gui))
+    app = page()
+    app.gui.is_starting, app.gui.autostart_delay_s = True, 0.3
+    app.gui.deploy_with_current_params()
+    assert chosen == []
+    assert "choose one and press Serve" in app.gui._before_deploy_msg.text
+    # Nothing waits that would hold a session which is ended.
+    assert all(one.daemon for one in enumerate_threads() if isinstance(one, Timer))
+    app.gui.is_starting, app.gui.has_model = False, lambda: has_model
+    time.sleep(0.6)
+    assert chosen == ([] if has_model else [app.gui])
 
 
 def test_a_program_deploys_by_a_path_in_team_files(page, checkpoint):

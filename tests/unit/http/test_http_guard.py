@@ -270,10 +270,23 @@ def test_an_error_after_the_answer_began_is_raised():
         post(inner, STATE_PATH, STATE)
 
 
-def test_a_cancelled_request_stays_cancelled():
-    inner = Inner(fail_with=asyncio.CancelledError())
+def test_a_request_that_the_end_of_the_server_cancels_is_told_so_unless_its_answer_began():
+    status, answer = post(Inner(fail_with=asyncio.CancelledError()), STATE_PATH, STATE)
+    assert status == 503
+    assert "the session that comes next" in json.loads(answer)["message"]
     with pytest.raises(asyncio.CancelledError):
-        post(inner, STATE_PATH, STATE)
+        post(Inner(fail_with=asyncio.CancelledError(), start_first=True), STATE_PATH, STATE)
+
+
+def test_the_end_of_the_server_is_told_before_the_app_hears_of_it():
+    heard = []
+
+    async def app(scope, receive, send):
+        heard.append((await receive())["type"])
+
+    guard = guard_around(app, on_end=lambda: heard.append("told"))
+    ask(guard, {"type": "lifespan", "path": "", "headers": []}, [{"type": "lifespan.shutdown"}])
+    assert heard == ["told", "lifespan.shutdown"]
 
 
 def test_answers_are_counted_by_route_and_status():
