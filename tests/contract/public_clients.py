@@ -283,3 +283,92 @@ class PredictApp:
 def with_confidence(meta: sly.ProjectMeta) -> sly.ProjectMeta:
     known = meta.get_tag_meta(CONFIDENCE.name)
     return meta.add_tag_meta(CONFIDENCE) if known is None else meta
+
+
+def run_video(
+    client: PredictApp, video_id: int, *, tracking: bool, stop_after: int | None = None
+) -> tuple[list[Any], Any]:
+    """Predict App on a video: what came of its frames, and the final result."""
+    came: list[Any] = []
+    with client.model.predict_detached(
+        video_id=video_id,
+        tracking=tracking,
+        tracking_config={"tracker": "botsort", "track_high_thresh": 0.5},
+        inference_mode="full_image",
+        inference_settings=client.settings,
+        classes=client.classes,
+    ) as session:
+        for prediction in session:
+            came.append(prediction)
+            if len(came) == stop_after:
+                break
+    return came, session.final_result
+
+
+class ApplyToVideos(ByTask):
+    """Apply NN to Videos Project: classes are ticked before anything is asked."""
+
+    def connect(self) -> None:
+        """With time for three seconds each, and only to a model of videos."""
+        self.info = self.send("get_session_info", timeout=3)
+        self.meta = sly.ProjectMeta.from_json(self.send("get_output_classes_and_tags", timeout=3))
+        self.text = "# Model settings:\n" + self.send("get_custom_inference_settings")["settings"]
+        if self.info["videos_support"] is not True:
+            raise TypeError("The model does not label videos.")
+
+    def preview(self, video_id: int, frame: int) -> sly.Annotation:
+        """One frame, with the classes that were known when it connected."""
+        session = sly.nn.inference.SessionJSON(self.api, TASK_ID, inference_settings=self._yaml())
+        [entry] = session.inference_video_id_async(video_id, frame, 1, preparing_cb=_Bar)
+        return sly.Annotation.from_json(entry["annotation"], self.meta)
+
+    def annotate(
+        self, video_id: int, frames: tuple[int, int], ticked: Sequence[str], tracker: str | None
+    ) -> sly.VideoAnnotation:
+        """What is uploaded for one video: the ticked classes are all that its project has."""
+        settings = self._yaml() | {"classes": list(ticked)}
+        session = sly.nn.inference.Session(self.api, TASK_ID, inference_settings=settings)
+        meta = self.meta.clone([one for one in self.meta.obj_classes if one.name in ticked])
+        first, count = frames[0], frames[1] - frames[0] + 1
+        if tracker is not None:
+            if tracker not in self.info["tracking_algorithms"]:
+                raise ValueError("The model does not track.")
+            for _ in session.inference_video_id_async(video_id, first, count, tracker=tracker):
+                pass
+            found = session.inference_result["video_ann"]
+            return sly.VideoAnnotation.from_json(found, project_meta=meta)
+        answers = session.inference_video_id_async(video_id, first, count, preparing_cb=_Bar)
+        objects = {one.name: sly.VideoObject(one) for one in meta.obj_classes}
+        annotations = list(answers)
+        labeled = [
+            sly.Frame(
+                index,
+                [
+                    sly.VideoFigure(objects[label.obj_class.name], label.geometry, index)
+                    for label in annotation.labels
+                    if label.obj_class.name in objects
+                ],
+            )
+            for index, annotation in enumerate(annotations, first)
+        ]
+        return sly.VideoAnnotation(
+            annotations[0].img_size,
+            len(labeled),
+            sly.VideoObjectCollection(list(objects.values())),
+            sly.FrameCollection(labeled),
+        )
+
+    def _yaml(self) -> dict[str, Any]:
+        settings: dict[str, Any] = yaml.safe_load(self.text)
+        return settings
+
+
+class _Bar:
+    """A progress bar of a page, as the SDK's client moves it."""
+
+    def __init__(self, message: str, total: int, **_shown: Any) -> None:
+        if not isinstance(total, int) or total < 1:
+            raise ValueError(f"A bar of {message!r} has no end: {total!r}.")
+
+    def update(self, count: int) -> None:
+        """So much more is done."""
