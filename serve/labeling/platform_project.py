@@ -27,6 +27,7 @@ from serve.platform.failures import NotFoundError
 from serve.platform.project_run import PredictionRun
 from serve.platform.request_state import Destination, Source, State, UploadMode
 from serve.platform.run import RunServices
+from serve.platform.run_records import page_path
 from serve.platform.upload import SdkUpload
 from serve.predict.predictor import Deadline, Predictor
 from serve.process import end_process
@@ -109,6 +110,9 @@ class ProjectReport:
             f"Run {self.run_id}; take its labels back with: "
             f"florence2 undo {job.project_id} --run {self.run_id}",
         ]
+        if self.counts.get("images", 0) > 1:
+            page = page_path(job.project_id, self.run_id)
+            lines.append(f"What to review first is on its page in the team files: {page}")
         if self.error:
             lines.insert(0, f"Stopped early: {self.error}")
         if self.failures:

@@ -411,7 +411,7 @@ class RunRecord:
         return manifest
 
     def _write_page(self, project_id: int, books: _ProjectBooks, manifest: Manifest) -> None:
-        path = f"{folder_of(project_id, self.run_id)}/{PAGE_NAME}"
+        path = page_path(project_id, self.run_id)
         try:
             draw_missing(self._api, books.figures)
         except Exception as error:  # noqa: BLE001  (the SDK and its transport raise anything)
@@ -540,6 +540,11 @@ def _tag_names(annotation: sly.Annotation, run_id: str) -> Iterator[str]:
 
 def folder_of(project_id: int, run_id: str) -> str:
     return f"{_FOLDER}/{project_id}/{run_id}"
+
+
+def page_path(project_id: int, run_id: str) -> str:
+    """Where among the team files the page about a run over more than one image is."""
+    return f"{folder_of(project_id, run_id)}/{PAGE_NAME}"
 
 
 def _info_of(api: sly.Api, project_id: int) -> sly.ProjectInfo:
