@@ -39,20 +39,13 @@ from serve.platform.registry import RequestsManager
 from serve.platform.run import RunServices
 from serve.platform.run_records import runs_of
 from serve.platform.undo import undo_run
+from serve.platform.upload import SdkUpload
 from serve.predict.predictor import Predicted
 from serve.provenance import RUN_TAG, Manifest, new_run_id, now
 from serve.sdk import sly
 from serve.settings import Settings
 
 SIZE_WH = (640, 480)
-SDK = sly.nn.inference.inference.Inference
-
-
-class SdkUpload:
-    """The SDK's own way of labels to the platform."""
-
-    upload_predictions = SDK.upload_predictions
-    _format_output = SDK._format_output
 
 
 def annotation(number: int, num_labels: int) -> sly.Annotation:

@@ -306,17 +306,7 @@ class Answering:
 
     def _model_of(self, settings: Settings) -> dict[str, str]:
         """The model that answers now, by what tells it from others."""
-        current = self._deployment.current
-        checkpoint = current.model.engine.model_of(settings.model).checkpoint
-        told = {
-            "name": current.choice.shown,
-            "revision": current.model.engine.checkpoint.revision,
-            "adapter": None if checkpoint.adapter is None else checkpoint.name,
-            "adapter_sha256": None if checkpoint.adapter is None else checkpoint.adapter.sha256,
-            "precision": current.model.precision,
-            "runtime": current.model.runtime,
-        }
-        return {key: value for key, value in told.items() if value is not None}
+        return self._deployment.current.told(settings.model)
 
 
 def wants_details(state: State) -> bool:

@@ -397,6 +397,19 @@ class Deployed:
     model: Florence2
     scheduler: Scheduler
 
+    def told(self, adapter: str | None = None) -> dict[str, str]:
+        """What a run's manifest says of the model, with the ``adapter`` that it is asked with."""
+        checkpoint = self.model.engine.model_of(adapter).checkpoint
+        told = {
+            "name": self.choice.shown,
+            "revision": self.model.engine.checkpoint.revision,
+            "adapter": None if checkpoint.adapter is None else checkpoint.name,
+            "adapter_sha256": None if checkpoint.adapter is None else checkpoint.adapter.sha256,
+            "precision": self.model.precision,
+            "runtime": self.model.runtime,
+        }
+        return {key: value for key, value in told.items() if value is not None}
+
 
 class Deployment:
     """At most one model at a time. Safe to use from several threads.

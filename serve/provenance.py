@@ -62,6 +62,11 @@ def image_tag_digest(tag: Json) -> str:
     return _digest(_tag_key(tag))
 
 
+def fingerprint_of(*what: object) -> str:
+    """12 hex digits that are equal for equal things; JSON's types, and what ``str`` tells apart."""
+    return _digest(*what)
+
+
 def run_of_label(label: Json, run_tag: str | None) -> str | None:
     """The id of the run that a label says it is of."""
     values = (tag.get("value") for tag in label.get("tags", ()) if tag.get("name") == run_tag)
@@ -106,6 +111,9 @@ class Written:
 
     labels: tuple[str, ...] = ()
     image_tags: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.labels or self.image_tags)
 
     @classmethod
     def of(cls, annotation: Json, run_tag: str | None) -> Written:
@@ -166,7 +174,9 @@ class Manifest:
     """What is kept of a run beside its labels: who made them, how, and how it went.
 
     ``model`` has its name, revision and adapter as far as they are known. ``run_tag`` is the name
-    of the tag as labels have it, None where they have none. Times are UTC.
+    of the tag as labels have it, None where they have none. Times are UTC. A run goes on with an
+    earlier one of the same ``fingerprint``: of one model, settings and way of writing. ``holder``
+    is the process that works on it, or did last; it was gone on with ``resumed`` times.
     """
 
     run: str
@@ -182,6 +192,9 @@ class Manifest:
     finished: str | None = None
     counts: Mapping[str, int] = field(default_factory=dict)
     error: str | None = None
+    fingerprint: str | None = None
+    holder: str | None = None
+    resumed: int = 0
 
     def ended(self, state: RunState, counts: Mapping[str, int], error: str | None) -> Manifest:
         """As it is to be kept once the run is over."""
@@ -210,7 +223,9 @@ class Manifest:
         parts = (
             self.run,
             self.started,
-            str(self.state),
+            f"running on {self.holder}"
+            if self.state == "running" and self.holder
+            else str(self.state),
             f"{model} + {adapter}" if adapter else model,
             what if len(what) <= _SHOWN else f"{what[: _SHOWN - 3]}...",
             counted,

@@ -1,4 +1,5 @@
-"""``florence2 label``: a folder of images, or a video, becomes a project on disk."""
+"""``florence2 label``: a folder of images, or a video, becomes a project on disk; a project of the
+platform gets its labels there."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 from typer.core import TyperCommand
 
-from serve.cli.loading import fingerprint, first_and_others, one_model
+from florence2.errors import RequestError, unknown_name
+from serve.cli.loading import OneModel, fingerprint, first_and_others, one_model
 from serve.cli.options import (
     Batch,
     Beams,
@@ -19,10 +21,16 @@ from serve.cli.options import (
     Runtime,
     Tokens,
 )
+from serve.console import say
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from serve.labeling.platform_project import ProjectJob, ProjectReport
     from serve.labeling.report import Report
     from serve.labeling.run import Job, ModelSource
+    from serve.model_service import Deployed
+    from serve.platform.request_state import UploadMode
     from serve.predict.predictor import Predictor
     from serve.settings import Settings
     from serve.video.report import VideoReport
@@ -57,9 +65,9 @@ class _LabelCommand(TyperCommand):
         super().format_help(ctx, formatter)
 
 
-Images = Annotated[Path, typer.Argument(help="A folder of images, one image, or a video.")]
+Images = Annotated[Path | None, typer.Argument(help="A folder of images, one image, or a video.")]
 Out = Annotated[
-    Path,
+    Path | None,
     typer.Option(
         help="The run's folder, with project, report and exports; run again to go on with it."
     ),
@@ -122,6 +130,49 @@ FirstFrame = Annotated[
 LastFrame = Annotated[
     int | None, typer.Option("--to", min=0, help="Of a video: the last frame, itself included.")
 ]
+Project = Annotated[
+    int | None,
+    typer.Option(
+        metavar="ID",
+        min=1,
+        help="In place of IMAGES and --out: a project of the platform of SERVER_ADDRESS and "
+        "API_TOKEN; run again to go on with it.",
+    ),
+]
+Datasets = Annotated[
+    list[str] | None,
+    typer.Option("--dataset", metavar="NAME", help="Of a project: only this dataset; repeatable."),
+]
+Mode = Annotated[
+    str | None,
+    typer.Option(
+        "--upload-mode",
+        metavar="MODE",
+        help="Of a project, what becomes of labels that are there: append, skip_labeled, "
+        "iou_merge, replace_own, replace. [default: append]",
+    ),
+]
+Again = Annotated[
+    bool, typer.Option("--again", help="Of a project: begin anew, whatever earlier runs did.")
+]
+
+_FOR_PROJECTS: Final = ("dataset", "upload_mode", "again")
+_FOR_FILES: Final = (
+    "images",
+    "out",
+    "recursive",
+    "link",
+    "coco",
+    "yolo",
+    "val_fraction",
+    "draw",
+    "retry_failed",
+    "relabel_changed",
+    "overwrite",
+    "every",
+    "from_",
+    "to",
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -130,8 +181,12 @@ def register(app: typer.Typer) -> None:
 
 def label(
     context: typer.Context,
-    images: Images,
-    out: Out,
+    images: Images = None,
+    out: Out = None,
+    project: Project = None,
+    dataset: Datasets = None,
+    upload_mode: Mode = None,
+    again: Again = False,
     prompt: Prompt = None,
     task: TaskName = None,
     class_: Classes = None,
@@ -164,8 +219,9 @@ def label(
     from_: FirstFrame = None,
     to: LastFrame = None,
 ) -> None:
-    """Label a folder of images, or a video, into a Supervisely project on disk; stop and go on at
-    will."""
+    """Label a folder of images, or a video, into a Supervisely project on disk, or a project of the
+    platform; stop and go on at will."""
+    _check_options(context, is_project=project is not None)
     from serve.labeling.settings import label_settings
     from serve.limits import FailureLimit
 
@@ -182,7 +238,32 @@ def label(
         tiling=tiling,
         num_beams=num_beams,
         max_new_tokens=max_new_tokens,
+        is_for_folders=project is None,
     )
+    failure_limit = FailureLimit.parse(max_failures)
+    first, others = first_and_others(device, devices)
+    if project is not None:
+        from serve.labeling.platform_project import DEFAULT_MODE, ProjectJob
+
+        project_job = ProjectJob(
+            project,
+            tuple(dataset or ()),
+            _mode(upload_mode or DEFAULT_MODE),
+            batch,
+            again,
+            max_failures,
+            tuple(context.obj or ()),
+        )
+        report = _labeled_project(
+            settings, project_job, lambda: one_model(model, first, runtime, precision, others)
+        )
+        raise typer.Exit(report.exit_code)
+    if images is None or out is None:
+        raise RequestError(
+            "A folder of images, or a video, is labeled into another folder: name both, as in "
+            "florence2 label photos --out labeled; or name a project of the platform with "
+            "--project."
+        )
     from serve.labeling.run import Job, ModelSource
 
     job = Job(
@@ -198,16 +279,57 @@ def label(
         retry_failed=retry_failed,
         relabel_changed=relabel_changed,
         overwrite=overwrite,
-        max_failures=FailureLimit.parse(max_failures),
+        max_failures=failure_limit,
         arguments=tuple(context.obj or ()),
     )
-    first, others = first_and_others(device, devices)
     source = ModelSource(
         model,
         load=lambda: _predictor(model, first, runtime, precision, others),
         fingerprint=lambda: fingerprint(model),
     )
     raise typer.Exit(_labeled(settings, job, source, every, from_, to).exit_code)
+
+
+def _check_options(context: typer.Context, *, is_project: bool) -> None:
+    """RequestError for an option of folders beside a project, or of projects beside a folder."""
+    for name in _FOR_FILES if is_project else _FOR_PROJECTS:
+        if _is_given(context, name):
+            named = "IMAGES" if name == "images" else "--" + name.rstrip("_").replace("_", "-")
+            raise RequestError(
+                f"{named} is for folders and videos, and --project was given; leave out one of "
+                "both."
+                if is_project
+                else f"{named} is for a project of the platform; name it with --project."
+            )
+
+
+def _mode(named: str) -> UploadMode:
+    from serve.platform.request_state import UPLOAD_MODES
+
+    known = tuple(mode for mode in UPLOAD_MODES if mode != "create")
+    for mode in known:
+        if mode == named:
+            return mode
+    raise RequestError(unknown_name("--upload-mode", named, known))
+
+
+def _labeled_project(
+    settings: Settings, job: ProjectJob, load: Callable[[], OneModel]
+) -> ProjectReport:
+    from serve.cli.loading import platform_failures_told
+    from serve.labeling.platform_project import label_project
+    from serve.platform.team_files import api_of_environment
+    from serve.predict.predictor import Predictor
+
+    def loaded() -> tuple[Predictor, Deployed]:
+        models = load()
+        return Predictor(models), models.current
+
+    with platform_failures_told():
+        report = label_project(api_of_environment(), settings, job, loaded)
+    for line in report.lines(job):
+        say(line)
+    return report
 
 
 def _labeled(
@@ -219,7 +341,6 @@ def _labeled(
     last: int | None,
 ) -> Report | VideoReport:
     """A video by its own way, everything else as images."""
-    from florence2.errors import RequestError
     from serve.labeling.run import label_folder
     from serve.video.frames import Range, is_video
 

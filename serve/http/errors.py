@@ -37,6 +37,7 @@ STATUS_BY_CODE: Final[Mapping[str, int]] = {
     "bad_checkpoint": 400,
     "forbidden": 403,
     "not_found": 404,
+    "run_held": 409,
     "too_large": 413,
     "stalled": 408,
     "partial_failure": 422,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Final
 
@@ -83,9 +84,11 @@ class StopSwitch:
     """Pulled by the first Ctrl-C; the second one interrupts, as does any between the batches' work.
 
     Only labeling waits for its batch: loading a model or writing an export stops at once.
+    ``interrupted`` is set once the process is to end.
     """
 
     pulled: bool = False
+    interrupted: threading.Event = field(default_factory=threading.Event)
     _is_patient: bool = False
 
     def __call__(self) -> bool:
@@ -102,6 +105,7 @@ class StopSwitch:
 
     def pull(self, signum: int, frame: FrameType | None) -> None:
         if self.pulled or not self._is_patient:
+            self.interrupted.set()
             raise KeyboardInterrupt
         self.pulled = True
         say("Stopping after the batch in hand; press Ctrl-C again to stop at once.")

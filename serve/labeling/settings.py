@@ -41,6 +41,7 @@ def label_settings(
     tiling: str | None = None,
     num_beams: int | None = None,
     max_new_tokens: int | None = None,
+    is_for_folders: bool = True,
 ) -> Settings:
     """The settings that a command line asks for, before a model is loaded.
 
@@ -91,20 +92,21 @@ def label_settings(
     # Only a request of one client has a suffix that it does not name.
     raw.setdefault("class_suffix", None)
     settings = parse_settings(raw)
-    _check_is_for_folders(settings, file)
+    _check_is_for_commands(settings, file, is_for_folders=is_for_folders)
     return settings
 
 
-def _check_is_for_folders(settings: Settings, file: Path) -> None:
-    """RequestError for what only a server can do."""
-    if settings.reference is not None and settings.reference.image_id is not None:
+def _check_is_for_commands(settings: Settings, file: Path, *, is_for_folders: bool) -> None:
+    """RequestError for what only a server can do, or what needs a platform."""
+    reference = settings.reference
+    if is_for_folders and reference is not None and reference.image_id is not None:
         raise RequestError(
             f"Images of the platform are not looked at here, and {str(file)!r} has a "
             "reference_image_id; leave it out, and reference_bbox is a box on every image."
         )
     if settings.model is not None:
         raise RequestError(
-            f"The model that labels a folder is given by --model, and {str(file)!r} names the "
+            f"The model that labels is given by --model, and {str(file)!r} names the "
             f"adapter {settings.model!r} of a server; leave model out, and name the adapter's "
             "folder with --model."
         )

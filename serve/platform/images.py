@@ -15,6 +15,7 @@ from florence2.engine.encoding import AnyImage
 from florence2.errors import RequestError
 from florence2.records import Failure
 from serve.platform.failures import NotFoundError, failure_of
+from serve.platform.patience import PlatformAwayError, Tried, at_once
 from serve.platform.request_state import Source
 from serve.sdk import sly
 
@@ -83,6 +84,15 @@ def resolve(api: sly.Api | None, source: Source) -> Images:
     if source.project_id is None:
         return _by_ids(api, source.image_ids)
     return _of_project(api, source.project_id, source.dataset_ids)
+
+
+def check_project_is_there(api: sly.Api, project_id: int | None) -> None:
+    """NotFoundError where it was deleted while a run went on."""
+    if project_id is not None and api.project.get_info_by_id(project_id) is None:
+        raise NotFoundError(
+            f"Project {project_id} was deleted while the run went on, or is not visible to this "
+            "account any more."
+        )
 
 
 def _by_ids(api: sly.Api, image_ids: Sequence[int]) -> Images:
@@ -163,8 +173,10 @@ def _of_project(api: sly.Api, project_id: int, dataset_ids: Sequence[int] | None
     return Images(tuple(targets), datasets)
 
 
-def download_images(api: sly.Api, infos: Sequence[sly.ImageInfo]) -> list[AnyImage]:
-    """The bytes of every image, or its Failure, in order."""
+def download_images(
+    api: sly.Api, infos: Sequence[sly.ImageInfo], tried: Tried = at_once
+) -> list[AnyImage]:
+    """The bytes of every image, or its Failure, in order; ``tried`` says what is tried again."""
     ids_of: dict[int, list[int]] = defaultdict(list)
     for info in infos:
         if info.id not in ids_of[info.dataset_id]:
@@ -172,7 +184,7 @@ def download_images(api: sly.Api, infos: Sequence[sly.ImageInfo]) -> list[AnyIma
     images: dict[int, AnyImage] = {}
     for dataset_id, ids in ids_of.items():
         download = partial(api.image.download_bytes, dataset_id)
-        images |= each_or_failure(ids, download, failed_download)
+        images |= each_or_failure(ids, download, failed_download, tried)
     return [images[info.id] for info in infos]
 
 
@@ -185,19 +197,22 @@ def each_or_failure(
     ids: list[int],
     fetch: Callable[[list[int]], Iterable[Fetched]],
     failure: Callable[[int, Exception], Failure],
+    tried: Tried = at_once,
 ) -> dict[int, Fetched | Failure]:
     """What the platform has for each id, all fetched together and, where that fails, one by one.
 
-    So one bad image costs only itself. An error that found no connection is not tried again: the
-    SDK has tried for minutes by then.
+    So one bad image costs only itself. With a platform that is away they are not tried one by one:
+    the SDK, or ``tried``, has waited for minutes by then.
     """
     try:
-        return dict(zip(ids, fetch(ids), strict=True))
+        return dict(zip(ids, tried(partial(fetch, ids)), strict=True))
     except Exception as error:  # noqa: BLE001  (the SDK and its transport raise what they like)
         sly.logger.warning(f"Images {ids} cannot be fetched together: {error!r}")
-        if len(ids) == 1 or isinstance(error, ConnectionFailed | Timeout):
+        is_away = isinstance(error, PlatformAwayError)
+        is_away |= tried is at_once and isinstance(error, ConnectionFailed | Timeout)
+        if len(ids) == 1 or is_away:
             return {image_id: failure(image_id, error) for image_id in ids}
     found: dict[int, Fetched | Failure] = {}
     for image_id in ids:
-        found |= each_or_failure([image_id], fetch, failure)
+        found |= each_or_failure([image_id], fetch, failure, tried)
     return found

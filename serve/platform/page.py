@@ -29,7 +29,7 @@ _DRAW_FOR_S: Final = 10.0
 _IMAGE_PLACE: Final = re.compile(r"(\d+)/(\d+)#image-(\d+)")
 _STATES: Final[tuple[State, ...]] = ("labeled", "empty", "failed", "skipped")
 _GO_ON: Final = (
-    "Start the run again with the mode skip_labeled: it passes over the images that have labels."
+    "Start the run again as it was, with resume: it leaves the images alone that are done."
 )
 
 

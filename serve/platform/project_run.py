@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 from florence2.engine.encoding import AnyImage
@@ -11,8 +14,15 @@ from florence2.engine.scheduler import Priority
 from florence2.errors import DeviceLostError, FlorenceError
 from florence2.records import Failure
 from serve.limits import FailureLimit
-from serve.platform.failures import FailedImageError, failure_json, failure_of
-from serve.platform.images import Target, download_images, resolve
+from serve.platform.failures import FailedImageError, NotFoundError, failure_json, failure_of
+from serve.platform.images import (
+    Target,
+    check_project_is_there,
+    download_images,
+    each_or_failure,
+    resolve,
+)
+from serve.platform.patience import Patience, at_once
 from serve.platform.pipeline import (
     Batch,
     fetch_ahead,
@@ -25,11 +35,12 @@ from serve.platform.request_state import (
     Source,
     State,
     batch_size_of,
+    check_resume,
     is_about_one_image,
 )
 from serve.platform.run import Ledger, RunServices
 from serve.platform.run_records import RunRecord
-from serve.platform.upload import Labeled, Uploading, entry_of
+from serve.platform.upload import Labeled, Uploading, entry_of, uploaded_entry
 from serve.predict.details import slides_of
 from serve.predict.full_queue import FULL_CODES, when_queue_has_room
 from serve.predict.predictor import Call, Deadline, Predicted
@@ -37,7 +48,18 @@ from serve.sdk import sly
 from serve.settings import Settings, has_sliding_window
 from serve.settler import Settler
 
-Outcome = Predicted | Failure
+
+@dataclass(frozen=True, slots=True)
+class AlreadyLabeled:
+    """An image that is not asked about, because of the labels that it has.
+
+    ``by_this_run``: it had written them when it was cut off, and not noted. The others are skipped.
+    """
+
+    by_this_run: bool
+
+
+Outcome = Predicted | Failure | AlreadyLabeled
 Settled = tuple[Batch, Sequence[Outcome]]
 
 # These end a run whatever the image: the request is wrong, or the model is gone.
@@ -67,7 +89,11 @@ def run_image_ids(
 def run_project(
     api: sly.Api, state: State, request: InferenceRequest, services: RunServices
 ) -> None:
-    """Predicts a project's images; PartialFailureError at the end for any image that failed."""
+    """Predicts a project's images; PartialFailureError at the end for any image that failed.
+
+    With ``resume`` in ``state`` it goes on with the newest run of the same settings and model that
+    wrote to the project: what is done is left alone, what failed is tried again.
+    """
     deadline, source = Deadline.of(state), Source.of_project(state)
     run = PredictionRun(services, api, state, request, source, Destination.of(state), deadline)
     run.work(must_be_whole=True)
@@ -96,24 +122,51 @@ class PredictionRun:
         asked_size = batch_size_of(state, services.default_batch_size)
         self._batch_size = asked_size * services.num_devices
         self._settings = self._settings_of(state)
+        check_resume(state, source, destination)
         images = resolve(api, source)
+        is_writing = destination.mode is not None
+        targets = images.without_repeats().targets if is_writing else images.targets
+        self._is_bulk = len(targets) > 1
+        # Somebody waits for a single image.
+        self._patience: Patience | None = None
+        if self._is_bulk:
+            first = next((one.project_id for one in targets if one.project_id), None)
+            self._patience = Patience(partial(_any_answer, api, first), request.is_stopped)
         self._uploading: Uploading | None = None
         self._record: RunRecord | None = None
         self._skipped: tuple[Target, ...] = ()
-        targets = images.targets
-        if destination.mode is not None:
-            targets = images.without_repeats().targets
-            mode = destination.mode
-            if mode == "skip_labeled":
+        self._num_before = 0
+        if is_writing:
+            model, patience = services.model_of(self._settings), self._patience
+            record = RunRecord(api, self._settings, model, destination, len(targets), patience)
+            if state.get("resume") and source.project_id is not None:
+                ids = {target.image_id for target in targets}
+                done = record.resume(source.project_id, ids, request.is_stopped)
+                targets = tuple(one for one in targets if one.image_id not in done)
+                self._num_before = len(done)
+            if destination.mode == "skip_labeled" and not record.is_resumed:
                 self._skipped = tuple(one for one in targets if _has_labels(one))
                 targets = tuple(one for one in targets if not _has_labels(one))
-            model = services.model_of(self._settings)
-            total = len(targets) + len(self._skipped)
-            self._record = RunRecord(api, self._settings, model, mode, total)
-            self._uploading = Uploading(services, api, destination, request, self._record)
+            self._record = record
+            self._uploading = Uploading(services, api, destination, request, record, patience)
         self._targets = targets
-        self._is_bulk = len(targets) > 1
+        self._destination = destination
         request.context.setdefault("dataset_info", {}).update(images.datasets)
+
+    @property
+    def num_before(self) -> int:
+        """How many images an earlier run had done, with which this one goes on."""
+        return self._num_before
+
+    @property
+    def num_pending(self) -> int:
+        """How many images there are to do."""
+        return len(self._targets)
+
+    @property
+    def record(self) -> RunRecord | None:
+        """The books of a run that writes."""
+        return self._record
 
     def _settings_of(self, state: State) -> Settings:
         """A reference on one image is looked at once for all the images of a run."""
@@ -137,18 +190,24 @@ class PredictionRun:
         )
         with (
             ExitStack() as books,
-            Ledger(self._request, len(self._targets), lost, must_be_whole=must_be_whole) as ledger,
+            Ledger(
+                self._request,
+                len(self._targets) + self._num_before,
+                lost,
+                must_be_whole=must_be_whole,
+                num_before=self._num_before,
+            ) as ledger,
             Settler[Settled](lambda settled: self._settle(settled, ledger)) as settler,
             closing(fetched),
         ):
             if self._record is not None:
                 books.enter_context(self._record)
+                books.callback(self._tell_record_of_stop)
                 self._skip()
             for batch, images in fetched:
                 if self._uploading is None:
                     wait_while_paused(self._request)
                 if self._request.is_stopped():
-                    self._stop_record()
                     break
                 try:
                     outcomes = self._predict(images)
@@ -179,7 +238,10 @@ class PredictionRun:
             )
 
     def _tell_record_of_answers(
-        self, batch: Batch, images: Sequence[AnyImage], outcomes: Sequence[Outcome]
+        self,
+        batch: Batch,
+        images: Sequence[AnyImage | AlreadyLabeled],
+        outcomes: Sequence[Outcome],
     ) -> None:
         """While the images are in memory: some of their labels are drawn."""
         if self._record is None:
@@ -188,22 +250,68 @@ class PredictionRun:
             if isinstance(outcome, Predicted):
                 self._record.answered(target, image, outcome)
 
-    def _stop_record(self) -> None:
-        if self._record is not None:
+    def _tell_record_of_stop(self) -> None:
+        if self._record is not None and self._request.is_stopped():
             self._record.stopped()
 
-    def _download(self, batch: Batch) -> list[AnyImage]:
-        """An image or a Failure for every target of the batch."""
-        infos = [target.info for target in batch if target.failure is None]
-        downloaded = iter(download_images(self._api, infos))
-        return [target.failure or next(downloaded) for target in batch]
+    def _download(self, batch: Batch) -> list[AnyImage | AlreadyLabeled]:
+        """For every target of the batch an image, a Failure, or that it needs no answer."""
+        known = self._already_labeled(batch)
+        infos = [one.info for one in batch if one.failure is None and one.image_id not in known]
+        tried = at_once if self._patience is None else self._patience.tried
+        downloaded = iter(download_images(self._api, infos, tried))
+        found = [
+            target.failure or known.get(target.image_id) or next(downloaded) for target in batch
+        ]
+        if self._patience is not None and all(isinstance(one, Failure) for one in found):
+            self._check_projects_are_there(batch)
+        return found
 
-    def _predict(self, images: Sequence[AnyImage]) -> list[Outcome]:
+    def _check_projects_are_there(self, batch: Batch) -> None:
+        """NotFoundError where no image of a batch came, as there is no project any more."""
+        for project_id in {target.project_id for target in batch}:
+            try:
+                check_project_is_there(self._api, project_id)
+            except NotFoundError:
+                raise
+            except Exception as error:  # noqa: BLE001  (the SDK and its transport raise anything)
+                sly.logger.warning(f"Project {project_id} cannot be looked up: {error!r}")
+
+    def _already_labeled(self, batch: Batch) -> dict[int, AlreadyLabeled | Failure]:
+        """Of a run that goes on: the images that it had labeled when it was cut off, and in the
+        mode for unlabeled images those that somebody else has labeled."""
+        record, uploading = self._record, self._uploading
+        if record is None or uploading is None or not record.is_resumed:
+            return {}
+        ids_of: dict[int | None, list[Target]] = defaultdict(list)
+        for target in batch:
+            is_in_place = uploading.written_to(target) == (target.project_id, None)
+            may_be_done = _has_labels(target) or record.is_intended(target.image_id)
+            if target.failure is None and is_in_place and may_be_done:
+                ids_of[target.dataset_id].append(target)
+        found: dict[int, AlreadyLabeled | Failure] = {}
+        tried = at_once if self._patience is None else self._patience.tried
+        for dataset_id, group in ids_of.items():
+            read = partial(self._api.annotation.download_json_batch, dataset_id)
+            stored = each_or_failure([one.image_id for one in group], read, _unread, tried)
+            for image_id, annotation in stored.items():
+                if isinstance(annotation, Failure):
+                    found[image_id] = annotation
+                elif record.found(image_id, annotation, group[0].project_id or 0):
+                    found[image_id] = AlreadyLabeled(by_this_run=True)
+                elif self._destination.mode == "skip_labeled":
+                    found[image_id] = AlreadyLabeled(by_this_run=False)
+        return found
+
+    def _predict(self, images: Sequence[AnyImage | AlreadyLabeled]) -> list[Outcome]:
         """An outcome for every image; where all fail together, each is tried alone."""
         try:
-            usable = [image for image in images if not isinstance(image, Failure)]
+            usable = [one for one in images if not isinstance(one, Failure | AlreadyLabeled)]
             predicted = iter(self._ask_model(usable) if usable else ())
-            return [image if isinstance(image, Failure) else next(predicted) for image in images]
+            return [
+                image if isinstance(image, Failure | AlreadyLabeled) else next(predicted)
+                for image in images
+            ]
         except Exception as error:
             if self._request.is_stopped():
                 return [Failure("cancelled", "The run was stopped.")] * len(images)
@@ -241,7 +349,7 @@ class PredictionRun:
                 [
                     Labeled(target, outcome.annotation)
                     for target, outcome in pairs
-                    if not isinstance(outcome, Failure)
+                    if isinstance(outcome, Predicted)
                 ]
             )
         entries = []
@@ -254,8 +362,13 @@ class PredictionRun:
                     self._note(target, result)
                 continue
             num_done += 1
-            self._note(target)
-            if self._uploading is None:
+            is_skipped = isinstance(result, AlreadyLabeled) and not result.by_this_run
+            self._note(target, is_skipped=is_skipped)
+            if is_skipped:
+                entries.append(entry_of(target, skipped=True))
+            elif isinstance(result, AlreadyLabeled):
+                entries.append(uploaded_entry(target))
+            elif self._uploading is None:
                 entries.append(self._entry_of(target, result))
                 if self._is_about_one:
                     self._request.final_result = entries[-1]
@@ -274,6 +387,15 @@ class PredictionRun:
         notes = {"notes": list(predicted.notes)} if predicted.notes else {}
         entry = entry_of(target, predicted.annotation, **notes)
         return {**entry, "data": slides_of(predicted)} if self._shows_windows else entry
+
+
+def _any_answer(api: sly.Api, project_id: int | None) -> object:
+    """Asks the platform what costs it little."""
+    return None if project_id is None else api.project.get_info_by_id(project_id)
+
+
+def _unread(image_id: int, error: Exception) -> Failure:
+    return failure_of(error, f"The labels of image {image_id} cannot be read", "bad_annotation")
 
 
 def _has_labels(target: Target) -> bool:

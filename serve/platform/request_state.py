@@ -101,6 +101,27 @@ class Destination:
         return cls(mode, project_id, iou, suffix or None)
 
 
+def check_resume(state: State, source: Source, destination: Destination) -> None:
+    """RequestError where ``resume`` goes together with nothing to go on with."""
+    resume = state.get("resume")
+    if resume is not None and not isinstance(resume, bool):
+        raise RequestError(f"resume is true or false, and {shown(resume)} was received.")
+    if not resume:
+        return
+    if destination.mode is None or source.project_id is None:
+        raise RequestError(
+            "resume goes on with a run that writes labels to a project, and "
+            + ("no upload_mode" if destination.mode is None else "ids of images")
+            + " came with it; send "
+            + ("one." if destination.mode is None else "project_id.")
+        )
+    if destination.mode == "create" or destination.project_id not in (None, source.project_id):
+        raise RequestError(
+            "A run that copies images to another project cannot be gone on with; leave resume out, "
+            "or label the copies: send their project as project_id with upload_mode append."
+        )
+
+
 def batch_size_of(state: State, default: int) -> int:
     """How many images are predicted at a time, 1 to 256."""
     value = state.get("batch_size")

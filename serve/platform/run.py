@@ -14,6 +14,7 @@ from florence2.records import Failure, Result
 from serve.limits import FailureLimit
 from serve.platform.failures import (
     FailedImageError,
+    NotFoundError,
     PartialFailureError,
     failure_of,
 )
@@ -54,7 +55,8 @@ class RunServices:
 class Ledger:
     """The books of one run, from its first image to its end; a context around its work.
 
-    ``lost``: what an image that failed has not got.
+    ``lost``: what an image that failed has not got. ``num_before`` of the ``total`` images were
+    done before, by the run that this one goes on with.
 
     A run that went through ends with PartialFailureError if images failed and it ``must_be_whole``,
     and otherwise with FailedImageError, the first failure, if all failed; one that was stopped with
@@ -62,15 +64,21 @@ class Ledger:
     """
 
     def __init__(
-        self, request: InferenceRequest, total: int, lost: str, *, must_be_whole: bool
+        self,
+        request: InferenceRequest,
+        total: int,
+        lost: str,
+        *,
+        must_be_whole: bool,
+        num_before: int = 0,
     ) -> None:
         self._request = request
         self._total = total
         self._lost = lost
         self._must_be_whole = must_be_whole
-        self._num_done = 0
+        self._num_before = self._num_done = num_before
         self._failures: list[tuple[int, Failure]] = []
-        request.set_stage(InferenceRequest.Stage.INFERENCE, 0, total)
+        request.set_stage(InferenceRequest.Stage.INFERENCE, num_before, total)
 
     def add_done(self, entries: list[dict[str, Any]], count: int) -> None:
         """``count`` more images are done; ``entries`` are the results of these and of others."""
@@ -90,7 +98,7 @@ class Ledger:
     def check(self, limit: FailureLimit) -> None:
         """Raises TooManyFailuresError once more images failed than may."""
         num_failed = len(self._failures)
-        limit.check(num_failed, self._num_done + num_failed)
+        limit.check(num_failed, self._num_done - self._num_before + num_failed)
 
     def __enter__(self) -> Ledger:
         return self
@@ -115,10 +123,11 @@ class Ledger:
 
     def _broken_off(self, error: Exception) -> PartialFailureError:
         failed = f" {len(self._failures)} of the images failed ({self._ids})."
+        cause = failure_of(error, "The run failed")
+        advice = "" if cause.code == NotFoundError.code else " Start it again for the rest."
         return PartialFailureError(
             f"The run stopped after {self._num_done} of {self._total} images were done: "
-            f"{failure_of(error, 'The run failed').message}{failed if self._failures else ''} "
-            "Start it again for the rest."
+            f"{cause.message}{failed if self._failures else ''}{advice}"
         )
 
     def _raise_failures(self, first: Failure) -> None:

@@ -2,7 +2,8 @@
 
 A run's manifest stands in the custom data of the project under ``florence2_runs``, by its id, and
 beside it in the team files are lines about each image, and a page about all of them:
-``/florence2/runs/PROJECT/RUN``.
+``/florence2/runs/PROJECT/RUN``. The lines are what a run goes on from that was cut off, stopped, or
+not whole.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import TracebackType
@@ -20,7 +21,10 @@ from typing import Any, Final
 from florence2.records import Failure
 from serve.platform.failures import NotFoundError
 from serve.platform.images import Target
+from serve.platform.lease import Lease, RunHeldError
 from serve.platform.page import Answer, HeldAnswers, add_line, draw_missing, page_of
+from serve.platform.patience import Patience, Tried, at_once
+from serve.platform.request_state import Destination
 from serve.platform.team_files import read_texts, write_text
 from serve.predict.predictor import Predicted
 from serve.provenance import (
@@ -28,9 +32,11 @@ from serve.provenance import (
     Manifest,
     RunState,
     Written,
+    fingerprint_of,
     new_run_id,
     newest_first,
     now,
+    run_of_label,
     sort_labels,
 )
 from serve.run_page.drawing import scores_of
@@ -45,8 +51,15 @@ MAX_RUNS: Final = 100
 _MAX_SETTINGS: Final = 4000
 _FOLDER: Final = "/florence2/runs"
 _MANIFEST: Final = "manifest.json"
+_HOLDER: Final = "holder.json"
+_IMAGES: Final = "/images-"
+_UNSAVED: Final = "unsaved.jsonl"
 _SAVE_AFTER_S: Final = 30.0
-_SAVE_AFTER_IMAGES: Final = 1000
+_LINES_PER_FILE: Final = 1000
+_DONE: Final = frozenset({"labeled", "empty", "skipped"})
+_INTENDED: Final = "intended"
+# What makes a model another one; the same labels are to be had on another device.
+_MODEL_KEYS: Final = ("name", "revision", "adapter", "adapter_sha256")
 
 # Custom data are read, added to and written back as a whole.
 _custom_data_lock: Final = threading.Lock()
@@ -54,23 +67,38 @@ _custom_data_lock: Final = threading.Lock()
 
 @dataclass(slots=True)
 class _ProjectBooks:
-    """One run's books about one project. ``lines`` are those that are not in team files yet."""
+    """One run's books about one project.
+
+    ``lines`` are those of the file that is not full yet, of which the last ``num_unsaved`` are not
+    in team files.
+    """
 
     manifest: Manifest
     lines: list[str] = field(default_factory=list)
+    num_unsaved: int = 0
     num_files: int = 0
     saved_at: float = field(default_factory=time.monotonic)
     counts: Counter[str] = field(default_factory=Counter)
     is_announced: bool = False
     has_written: bool = False
+    has_intents: bool = False
     team_id: int | None = None
+    lease: Lease | None = None
     figures: RunFigures = field(default_factory=RunFigures)
+    num_before: int = 0
+
+    def add(self, line: Mapping[str, Any], counts: Counter[str]) -> None:
+        """What became of one more image."""
+        self.lines.append(json.dumps(line, ensure_ascii=False))
+        self.num_unsaved += 1
+        self.counts += counts
 
 
 class RunRecord:
     """The books of one run that writes to the platform; a context around its work.
 
-    What cannot be kept is told in the log and ends no run: its labels are there.
+    The last of what is kept waits for a platform that is away, with ``patience``. What cannot be
+    kept is told in the log and ends no run: its labels are there.
     """
 
     def __init__(
@@ -78,48 +106,155 @@ class RunRecord:
         api: sly.Api,
         settings: Settings,
         model: Mapping[str, Any],
-        mode: str | None,
+        destination: Destination,
         num_images: int,
+        patience: Patience | None = None,
     ) -> None:
-        default = raw_settings(parse_settings({}))
-        self.run_id = new_run_id()
+        raw, default = raw_settings(settings), raw_settings(parse_settings({}))
+        mode = destination.mode
         self.writes_tag = settings.run_tag is not False
         self._api = api
         self._num_images = num_images
+        self._tried: Tried = at_once if patience is None else patience.tried
         self._written: dict[int, Written] = {}
         self._annotations: dict[int, sly.Annotation] = {}
         self._answers = HeldAnswers()
         self._started_at = time.monotonic()
+        self._intended: dict[int, Written] = {}
+        self._failed_before: set[int] = set()
         self._books: dict[int, _ProjectBooks] = {}
         self._early: list[tuple[dict[str, Any], Counter[str]]] = []
         self._num_settled = 0
         self._is_stopped = False
+        self._earlier: Manifest | None = None
         self._manifest = Manifest(
-            run=self.run_id,
+            run=new_run_id(),
             model=model,
             task=settings.task_prompt,
             prompts=[prompt.text for prompt in settings.prompts if prompt.text],
-            settings={
-                key: value
-                for key, value in raw_settings(settings).items()
-                if value != default.get(key)
-            },
+            settings={key: value for key, value in raw.items() if value != default.get(key)},
             run_tag=RUN_TAG.name if self.writes_tag else None,
             started=now(),
             mode=mode,
+            fingerprint=fingerprint_of(
+                {key: model[key] for key in _MODEL_KEYS if key in model},
+                raw,
+                [mode, destination.iou, destination.suffix],
+            ),
         )
+
+    @property
+    def run_id(self) -> str:
+        return self._manifest.run
+
+    @property
+    def is_bulk(self) -> bool:
+        """Whether it is of more than the one image that somebody waits for."""
+        return self._num_images > 1
+
+    @property
+    def is_resumed(self) -> bool:
+        """Whether it goes on with an earlier run."""
+        return self._earlier is not None
+
+    @property
+    def earlier(self) -> Manifest | None:
+        """That of the run that this one goes on with, as it was found."""
+        return self._earlier
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """Of all images of the run so far, in whichever process they were done."""
+        total: Counter[str] = Counter()
+        for books in self._books.values():
+            total += books.counts
+        return total
+
+    def resume(
+        self, project_id: int, image_ids: Collection[int], should_stop: Callable[[], bool]
+    ) -> frozenset[int]:
+        """Goes on with the newest run over the project that had the same model and settings.
+
+        Those of ``image_ids`` that are done; none where there is no such run, and a new one begins.
+        Raises RunHeldError where another process works on it, and what the SDK raises where the
+        platform fails.
+        """
+        found = next(
+            (
+                one
+                for one in runs_of(self._api, project_id)
+                if one.fingerprint == self._manifest.fingerprint
+                and one.state in ("running", "done", "stopped", "failed")
+            ),
+            None,
+        )
+        if found is None:
+            return frozenset()
+        self._earlier = found
+        self._manifest = replace(
+            found, state="running", finished=None, error=None, counts={}, resumed=found.resumed + 1
+        )
+        books = self._books_of(project_id)
+        books.lease = self._lease(project_id)
+        books.lease.take(should_stop)
+        try:
+            # Only now: until it was held, somebody else may have written more of them.
+            return self._read_back(project_id, books, image_ids)
+        except BaseException:
+            books.lease.release()
+            raise
+
+    def _read_back(
+        self, project_id: int, books: _ProjectBooks, image_ids: Collection[int]
+    ) -> frozenset[int]:
+        texts = read_texts(self._api, self._team_of(project_id), folder_of(project_id, self.run_id))
+        rows = _noted_rows(texts)
+        for image_id, row in rows.items():
+            outcome, written = str(row.get("outcome")), _written_in(row)
+            if outcome == _INTENDED:
+                self._intended[image_id] = written
+                continue
+            if outcome == "failed":
+                self._failed_before.add(image_id)
+            else:
+                add_line(books.figures, row, project_id)
+            books.counts += _counts_of(outcome, written)
+            books.has_written |= bool(written)
+        books.num_before = books.figures.num_images
+        done = frozenset(one for one in image_ids if rows.get(one, {}).get("outcome") in _DONE)
+        self._num_settled = len(done)
+        saved = {path: text for path, text in texts.items() if _IMAGES in path}
+        books.num_files = len(saved)
+        books.has_intents = any(_UNSAVED in path for path in texts)
+        known = _noted_rows(saved)
+        for path in texts.keys() - saved.keys():
+            # These files are written anew without them.
+            for row in _image_rows(path, texts[path]):
+                if row["image_id"] not in known and row.get("outcome") != _INTENDED:
+                    books.add(row, Counter())
+        books.is_announced = True
+        if books.lease is not None:
+            books.manifest = replace(books.manifest, holder=books.lease.who)
+        self._keep_manifest(project_id, books.manifest)
+        return done
 
     def answered(self, target: Target, image: object, predicted: Predicted) -> None:
         """Remembers what the page is to say about an answer once its labels are uploaded."""
         books = None if target.project_id is None else self._books.get(target.project_id)
         picture = None
-        if isinstance(image, bytes) and self._num_images > 1:
+        if isinstance(image, bytes) and self.is_bulk:
             scores = scores_of(predicted.annotation)
             has_any = bool(scores) or bool(predicted.annotation.img_tags)
             if has_any and (books is None or books.figures.wants_picture(scores)):
                 picture = image
         is_truncated = any(result.truncated for result in predicted.results)
         self._answers.keep(target.image_id, Answer(is_truncated, predicted.notes, picture))
+
+    def check_held(self) -> None:
+        """RunHeldError where another process has taken the run over."""
+        for books in self._books.values():
+            if books.lease is not None:
+                books.lease.check()
 
     def before_upload(self, project_id: int, image_id: int, annotation: sly.Annotation) -> None:
         """Remembers what is written now, under the names that the project has for it."""
@@ -128,14 +263,58 @@ class RunRecord:
             name = next((one for one in _tag_names(annotation, self.run_id)), None)
             if name is not None and name != books.manifest.run_tag:
                 books.manifest = replace(books.manifest, run_tag=name)
+                if books.is_announced:
+                    self._keep_manifest(project_id, books.manifest)
         written = Written.of(annotation.to_json(), books.manifest.run_tag)
         self._written[image_id] = written
         self._annotations[image_id] = annotation
-        books.has_written |= bool(written.labels or written.image_tags)
-        if self._num_images > 1 and not books.is_announced:
+        books.has_written |= bool(written)
+        if self.is_bulk and not books.is_announced:
             # A run that is killed is known all the same.
-            books.is_announced = True
-            self._keep_manifest(project_id, books.manifest)
+            self._announce(project_id, books)
+
+    def keep_intents(self, project_id: int) -> None:
+        """Before labels are sent that do not say by a tag whose they are: what is sent.
+
+        A run that is killed before it has noted the images finds out by that whether they arrived.
+        """
+        books = self._books_of(project_id)
+        # Those of a batch that are settled together, of whichever dataset.
+        intents = dict(self._written)
+        tells_itself = [self.writes_tag and one.labels for one in intents.values() if one]
+        if not self.is_bulk or self._manifest.mode == "replace" or all(tells_itself):
+            return
+        lines = books.lines[len(books.lines) - books.num_unsaved :]
+        for image_id, written in intents.items():
+            line = {"image_id": image_id, "outcome": _INTENDED, **_digests(written)}
+            lines.append(json.dumps(line))
+        books.has_intents = True
+        self._write_unsaved(project_id, lines)
+
+    def is_intended(self, image_id: int) -> bool:
+        """Whether the run that was cut off may have been about to write on an image."""
+        return image_id in self._intended
+
+    def found(self, image_id: int, annotation: Mapping[str, Any], project_id: int) -> bool:
+        """Whether the run that was cut off has written on an image and could not note it.
+
+        Where it has, that is remembered as what was written.
+        """
+        run_tag = self._books_of(project_id).manifest.run_tag
+        intended = self._intended.get(image_id, Written())
+        ours: list[Any] = []
+        if run_tag is not None:
+            labels = annotation.get("objects", ())
+            ours = [one for one in labels if run_of_label(one, run_tag) == self.run_id]
+        if ours:
+            labels = Written.of({"objects": ours}, run_tag).labels
+            self._written[image_id] = Written(labels, intended.image_tags)
+        elif intended and not sort_labels(annotation, self.run_id, run_tag, intended).num_gone:
+            self._written[image_id] = intended
+        else:
+            return False
+        self._books_of(project_id).has_written = True
+        return True
 
     def settled(
         self,
@@ -152,7 +331,7 @@ class RunRecord:
         answer = self._answers.take(target.image_id)
         self._num_settled += 1
         outcome = "skipped" if is_skipped else "failed" if failure is not None else "labeled"
-        if outcome == "labeled" and not (written.labels or written.image_tags):
+        if outcome == "labeled" and not written:
             outcome = "empty"
         line: dict[str, Any] = {
             "image_id": target.image_id,
@@ -161,8 +340,7 @@ class RunRecord:
             "dataset_id": target.dataset_id,
             "project_id": None if target.project_id == project_id else target.project_id,
             "copied_to": copied_to,
-            "labels": written.labels,
-            "image_tags": written.image_tags,
+            **_digests(written),
             "truncated": answer.is_truncated or None,
             "notes": answer.notes,
         }
@@ -171,19 +349,19 @@ class RunRecord:
         elif annotation is not None and written.labels:
             line["scores"] = scores_of(annotation)
         line = {key: value for key, value in line.items() if value not in (None, ())}
-        counts = Counter({"images": 1, outcome: 1})
-        if failure is None:
-            counts["labels"] = len(written.labels)
+        counts = _counts_of(outcome, written)
         if project_id is None:
             # The project that images are copied to is made with the first one that has labels.
             self._early.append((line, counts))
             return
         books = self._books_of(project_id)
-        books.lines.append(json.dumps(line, ensure_ascii=False))
-        books.counts += counts
+        if target.image_id in self._failed_before:
+            self._failed_before.remove(target.image_id)
+            books.counts -= _counts_of("failed", Written())
+        books.add(line, counts)
         add_line(books.figures, line, project_id, annotation, answer.picture)
         is_due = time.monotonic() - books.saved_at >= _SAVE_AFTER_S
-        if self._num_images > 1 and (is_due or len(books.lines) >= _SAVE_AFTER_IMAGES):
+        if self.is_bulk and (is_due or len(books.lines) >= _LINES_PER_FILE):
             self._save_lines(project_id, books)
 
     def stopped(self) -> None:
@@ -199,22 +377,41 @@ class RunRecord:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        state: RunState = "stopped" if self._is_stopped else "done"
-        if error is not None and self._num_settled < self._num_images:
-            state = "failed"
+        state: RunState = "done"
+        if self._num_settled < self._num_images:
+            # Who leaves without an error all the same was asked to.
+            is_asked = error is None or isinstance(error, KeyboardInterrupt)
+            state = "stopped" if is_asked or self._is_stopped else "failed"
         for project_id, books in self._books.items():
-            counts = {name: count for name, count in books.counts.items() if count}
-            manifest = books.manifest.ended(state, counts, None if error is None else str(error))
-            if self._num_images > 1:
-                self._save_lines(project_id, books)
-            elif not books.has_written:
+            try:
+                if books.lease is not None:
+                    books.lease.check()
+            except RunHeldError as held:
+                sly.logger.warning(str(held))
                 continue
-            self._keep_manifest(project_id, manifest, books.lines)
-            if self._num_images > 1:
+            manifest = self._close(project_id, books, state, None if error is None else str(error))
+            if books.lease is not None:
+                books.lease.release()
+            if self.is_bulk:
                 self._write_page(project_id, books, manifest)
 
+    def _close(
+        self, project_id: int, books: _ProjectBooks, state: RunState, error: str | None
+    ) -> Manifest:
+        counts = {name: count for name, count in books.counts.items() if count}
+        manifest = books.manifest.ended(state, counts, error)
+        if self.is_bulk:
+            self._save_lines(project_id, books, self._tried)
+        elif not books.has_written and not self.is_resumed:
+            return manifest
+        if books.has_intents and not books.num_unsaved:
+            self._write_unsaved(project_id, [])
+        unsaved = books.lines[len(books.lines) - books.num_unsaved :]
+        self._keep_manifest(project_id, manifest, unsaved)
+        return manifest
+
     def _write_page(self, project_id: int, books: _ProjectBooks, manifest: Manifest) -> None:
-        path = f"{folder_of(project_id, self.run_id)}/{PAGE_NAME}"
+        path = page_path(project_id, self.run_id)
         try:
             draw_missing(self._api, books.figures)
         except Exception as error:  # noqa: BLE001  (the SDK and its transport raise anything)
@@ -226,7 +423,7 @@ class RunRecord:
                 manifest,
                 books.figures,
                 num_pending=max(self._num_images - self._num_settled, 0),
-                num_images=books.figures.num_images,
+                num_images=books.figures.num_images - books.num_before,
                 seconds=time.monotonic() - self._started_at,
             )
             write_text(self._api, self._team_of(project_id), path, page)
@@ -240,24 +437,55 @@ class RunRecord:
         if books is None:
             books = self._books[project_id] = _ProjectBooks(self._manifest)
             for line, counts in self._early:
-                books.lines.append(json.dumps(line, ensure_ascii=False))
-                books.counts += counts
+                books.add(line, counts)
                 add_line(books.figures, line, project_id)
             self._early.clear()
         return books
 
-    def _save_lines(self, project_id: int, books: _ProjectBooks) -> None:
-        books.saved_at = time.monotonic()
-        if not books.lines:
-            return
-        path = f"{folder_of(project_id, self.run_id)}/images-{books.num_files:06}.jsonl"
+    def _announce(self, project_id: int, books: _ProjectBooks) -> None:
+        books.is_announced = True
         try:
-            write_text(self._api, self._team_of(project_id), path, "\n".join(books.lines) + "\n")
+            lease = self._lease(project_id)
+            self._tried(lease.start)
+            books.lease = lease
+            books.manifest = replace(books.manifest, holder=lease.who)
+        except Exception as error:  # noqa: BLE001  (the SDK and its transport raise anything)
+            sly.logger.warning(f"Nobody can see who works on run {self.run_id}: {error!r}")
+        self._keep_manifest(project_id, books.manifest)
+
+    def _lease(self, project_id: int) -> Lease:
+        path = f"{folder_of(project_id, self.run_id)}/{_HOLDER}"
+        what = f"Run {self.run_id} over project {project_id}"
+        return Lease(self._api, self._team_of(project_id), path, what, lambda: self._num_settled)
+
+    def _save_lines(self, project_id: int, books: _ProjectBooks, tried: Tried = at_once) -> None:
+        """Writes the file that is not full yet anew, so that there are few to read."""
+        books.saved_at = time.monotonic()
+        if not books.num_unsaved:
+            return
+        if not books.is_announced:
+            self._announce(project_id, books)
+        path = f"{folder_of(project_id, self.run_id)}{_IMAGES}{books.num_files:06}.jsonl"
+        try:
+            text = "\n".join(books.lines) + "\n"
+            tried(lambda: write_text(self._api, self._team_of(project_id), path, text))
         except Exception as error:  # noqa: BLE001  (the SDK and its transport raise anything)
             sly.logger.warning(f"What run {self.run_id} did is not in {path} yet: {error!r}")
             return
-        books.num_files += 1
-        books.lines.clear()
+        books.num_unsaved = 0
+        if len(books.lines) >= _LINES_PER_FILE:
+            books.num_files += 1
+            books.lines.clear()
+
+    def _write_unsaved(self, project_id: int, lines: Sequence[str]) -> None:
+        path = f"{folder_of(project_id, self.run_id)}/{_UNSAVED}"
+        try:
+            write_text(self._api, self._team_of(project_id), path, "\n".join(lines) + "\n")
+        except Exception as error:  # noqa: BLE001  (as above)
+            sly.logger.warning(
+                f"If run {self.run_id} is killed now, the next {len(lines)} images may be labeled "
+                f"twice: {path} cannot be written: {error!r}"
+            )
 
     def _keep_manifest(
         self, project_id: int, manifest: Manifest, lines: Sequence[str] | None = None
@@ -278,7 +506,7 @@ class RunRecord:
 
         for keep in (keep_file, partial(keep_manifest, self._api, project_id, manifest)):
             try:
-                keep()
+                self._tried(keep)
             except Exception as error:  # noqa: BLE001  (as above)
                 sly.logger.warning(
                     f"The manifest of run {self.run_id} cannot be kept for project {project_id}: "
@@ -292,6 +520,17 @@ class RunRecord:
         return books.team_id
 
 
+def _digests(written: Written) -> dict[str, Any]:
+    return {"labels": written.labels, "image_tags": written.image_tags}
+
+
+def _counts_of(outcome: str, written: Written) -> Counter[str]:
+    counts = Counter({"images": 1, outcome: 1})
+    if outcome != "failed":
+        counts["labels"] = len(written.labels)
+    return counts
+
+
 def _tag_names(annotation: sly.Annotation, run_id: str) -> Iterator[str]:
     for label in annotation.labels:
         for tag in label.tags:
@@ -301,6 +540,11 @@ def _tag_names(annotation: sly.Annotation, run_id: str) -> Iterator[str]:
 
 def folder_of(project_id: int, run_id: str) -> str:
     return f"{_FOLDER}/{project_id}/{run_id}"
+
+
+def page_path(project_id: int, run_id: str) -> str:
+    """Where among the team files the page about a run over more than one image is."""
+    return f"{folder_of(project_id, run_id)}/{PAGE_NAME}"
 
 
 def _info_of(api: sly.Api, project_id: int) -> sly.ProjectInfo:
@@ -380,25 +624,43 @@ class ImageLine:
 def image_lines(api: sly.Api, project_id: int, run_id: str) -> Iterator[ImageLine]:
     """The images on which a run wrote something; a later line about an image has the say."""
     texts = read_texts(api, team_of(api, project_id), folder_of(project_id, run_id))
-    lines: dict[int, ImageLine] = {}
-    for path, text in texts.items():
-        for row in _rows(path, text):
-            if not isinstance(row, dict) or not isinstance(row.get("image_id"), int):
+    for image_id, row in _noted_rows(texts).items():
+        if written := _written_in(row):
+            yield ImageLine(image_id, str(row.get("name")), row.get("copied_to"), written)
+
+
+def _noted_rows(texts: Mapping[str, str]) -> dict[int, dict[str, Any]]:
+    """What the files of a run, by path, say of each image.
+
+    What is saved has the say; but one that failed may have been tried once more.
+    """
+    rows: dict[int, dict[str, Any]] = {}
+    for path, text in sorted(texts.items(), key=lambda pair: _UNSAVED not in pair[0]):
+        for row in _image_rows(path, text):
+            before = rows.get(row["image_id"], {})
+            if before.get("outcome") == _INTENDED and row.get("outcome") == "failed":
                 continue
-            written = Written(tuple(row.get("labels", ())), tuple(row.get("image_tags", ())))
-            if written.labels or written.image_tags:
-                lines[row["image_id"]] = ImageLine(
-                    row["image_id"], str(row.get("name")), row.get("copied_to"), written
-                )
-    yield from lines.values()
+            rows[row["image_id"]] = row
+    return rows
 
 
-def _rows(path: str, text: str) -> Sequence[object]:
-    if not path.endswith(_MANIFEST):
-        return [_json(line) for line in text.splitlines()]
-    manifest = _json(text)
-    rows = manifest.get("images") if isinstance(manifest, dict) else None
-    return rows if isinstance(rows, list) else []
+def _written_in(row: Mapping[str, Any]) -> Written:
+    return Written(tuple(row.get("labels", ())), tuple(row.get("image_tags", ())))
+
+
+def _image_rows(path: str, text: str) -> Iterator[dict[str, Any]]:
+    if path.endswith(_MANIFEST):
+        manifest = _json(text)
+        found = manifest.get("images") if isinstance(manifest, dict) else None
+        rows = found if isinstance(found, list) else []
+    elif path.endswith(".jsonl"):
+        # Not by every sign that Unicode parts lines with: names of images may have some.
+        rows = [_json(line) for line in text.split("\n")]
+    else:
+        rows = []
+    for row in rows:
+        if isinstance(row, dict) and isinstance(row.get("image_id"), int):
+            yield row
 
 
 def _json(text: str) -> object:

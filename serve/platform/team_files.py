@@ -400,6 +400,23 @@ def write_text(api: sly.Api, team_id: int, path: str, text: str) -> None:
         _tried(partial(once.file.upload, team_id, str(local), path))
 
 
+def read_text(api: sly.Api, team_id: int, path: str) -> str | None:
+    """The text of one file of the team, None where there is none; otherwise as ``write_text``."""
+    once = _asked_once(api)
+
+    def read() -> str | None:
+        try:
+            answer = once.post("file-storage.download", {"teamId": team_id, "path": path})
+        except requests.HTTPError as error:
+            if error.response is not None and error.response.status_code in (400, 404):
+                return None
+            raise
+        content: bytes = answer.content
+        return content.decode("utf-8", "replace")
+
+    return _tried(read)
+
+
 def read_texts(api: sly.Api, team_id: int, folder: str) -> dict[str, str]:
     """The text of every file of JSON, or JSON lines, below a folder, by path, in their order."""
     listed = api.file.list(team_id, f"{folder}/", recursive=True, return_type="fileinfo")

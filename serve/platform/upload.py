@@ -9,12 +9,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from requests.exceptions import ConnectionError as ConnectionFailed
-from requests.exceptions import Timeout
-
 from florence2.records import Failure
-from serve.platform.failures import failure_of
-from serve.platform.images import Target
+from serve.platform.failures import NotFoundError, failure_of
+from serve.platform.images import Target, check_project_is_there
+from serve.platform.lease import RunHeldError
+from serve.platform.patience import Patience, PlatformAwayError
 from serve.platform.registry import InferenceRequest
 from serve.platform.request_state import Destination
 from serve.platform.run import RunServices
@@ -123,11 +122,18 @@ class Labeled:
 Step = Callable[[list[Labeled]], list[Labeled]]
 
 
+class SdkUpload:
+    """The SDK's own way of labels to the platform, without a model behind it."""
+
+    upload_predictions = sdk.Inference.upload_predictions
+    _format_output = sdk.Inference._format_output
+
+
 class Uploading:
     """The uploads of one run, called from one thread. Results are added to the request.
 
-    What is written is noted in ``record``. ``num_lost_batches``: how many of the last batches
-    failed as a whole.
+    What is written is noted in ``record``. Without ``patience`` nothing is tried again: somebody
+    waits. ``num_lost_batches``: how many of the last batches failed as a whole.
     """
 
     def __init__(
@@ -137,8 +143,10 @@ class Uploading:
         destination: Destination,
         request: InferenceRequest,
         record: RunRecord,
+        patience: Patience | None,
     ) -> None:
         self.num_lost_batches = 0
+        self._patience = patience
         self._record = record
         self._own: dict[int, OwnLabels] = {}
         self._services = services
@@ -148,7 +156,12 @@ class Uploading:
         request.context.setdefault("project_meta", {})
 
     def upload(self, batch: Sequence[Labeled]) -> dict[int, Failure]:
-        """The failures by image id."""
+        """The failures by image id.
+
+        Raises NotFoundError where the project is gone, and RunHeldError where the run is another
+        process's now.
+        """
+        self._record.check_held()
         if self._record.writes_tag:
             run_id = self._record.run_id
             batch = [Labeled(one.target, with_run_tag(one.annotation, run_id)) for one in batch]
@@ -159,7 +172,9 @@ class Uploading:
         for group in groups.values():
             failures.update(self._upload_dataset(group))
         if batch:
-            is_lost = all(one.target.image_id in failures for one in batch)
+            # What was deleted says nothing about the rest.
+            lost = {one for one, why in failures.items() if why.code != NotFoundError.code}
+            is_lost = all(one.target.image_id in lost for one in batch)
             self.num_lost_batches = self.num_lost_batches + 1 if is_lost else 0
         return failures
 
@@ -183,7 +198,9 @@ class Uploading:
     def _upload_alone(self, group: list[Labeled]) -> dict[int, Failure]:
         # What is there already is looked up once, before anything is sent: after an upload that
         # failed in part, the run's own labels would be taken for labels that were there.
-        fresh, failures = self._attempt(group, self._without_known, self._without_known)
+        pending, failures = self._attempt(group, self._not_written_yet, self._not_written_yet)
+        fresh, more = self._attempt(pending, self._without_known, self._without_known)
+        failures |= more
         _, more = self._attempt(fresh, self._send, self._send_again)
         known = self._request.context.get("annotation", {})
         for one in group:
@@ -194,22 +211,106 @@ class Uploading:
         self, group: list[Labeled], step: Step, again: Step
     ) -> tuple[list[Labeled], dict[int, Failure]]:
         """What ``step`` makes of the group; where it raises, what ``again`` makes of each image."""
+        if not group:
+            return group, {}
         try:
-            return (step(group) if group else group), {}
+            return self._tried(step, group), {}
+        except (NotFoundError, RunHeldError):
+            raise
+        except PlatformAwayError as error:
+            return [], {one.target.image_id: _failure(one, error) for one in group}
         except Exception as error:  # noqa: BLE001  (whatever it is, the other images go on)
             sly.logger.warning(f"Labels of {len(group)} images cannot be uploaded: {error!r}")
-            if isinstance(error, ConnectionFailed | Timeout):
-                return [], {one.target.image_id: _failure(one, error) for one in group}
+        if self._patience is not None and (lost := self._lost_dataset(group)):
+            return [], lost
         kept: list[Labeled] = []
         failures: dict[int, Failure] = {}
+        silence: PlatformAwayError | None = None
         for one in group:
             self._request.context["project_meta"].clear()
             try:
-                kept.extend(again([one]))
+                if silence is not None:
+                    raise silence
+                kept.extend(self._tried(again, [one]))
+            except (NotFoundError, RunHeldError):
+                raise
             except Exception as error:  # noqa: BLE001  (as above)
                 sly.logger.warning(f"Labels of image {one.target.image_id} failed: {error!r}")
-                failures[one.target.image_id] = _failure(one, error)
+                failures[one.target.image_id] = self._failure_of(one, error)
+                silence = error if isinstance(error, PlatformAwayError) else None
         return kept, failures
+
+    def _tried(self, step: Step, group: list[Labeled]) -> list[Labeled]:
+        """Again where that can help, but never a copy of an image that may be there already."""
+        if self._patience is None or (step == self._send and self._copies_from(group[0].target)):
+            return step(group)
+
+        def work() -> list[Labeled]:
+            self._record.check_held()
+            return step(group)
+
+        return self._patience.tried(work)
+
+    def _copies_from(self, target: Target) -> bool:
+        return self._destination.project_id not in (None, target.project_id) or (
+            self._destination.mode == "create"
+        )
+
+    def _lost_dataset(self, group: list[Labeled]) -> dict[int, Failure]:
+        """A failure of each image where their dataset was deleted meanwhile; NotFoundError where
+        the whole project was."""
+        first = group[0].target
+        project_id, _ = self.written_to(first)
+        try:
+            check_project_is_there(self._api, project_id)
+            check_project_is_there(self._api, first.project_id)
+            if self._api.dataset.get_info_by_id(first.dataset_id) is not None:
+                return {}
+        except NotFoundError:
+            raise
+        except Exception as error:  # noqa: BLE001  (as above)
+            sly.logger.warning(f"Dataset {first.dataset_id} cannot be looked up: {error!r}")
+            return {}
+        text = f"Dataset {first.dataset_id}, in which it was, was deleted while the run went on."
+        return {one.target.image_id: Failure(NotFoundError.code, text) for one in group}
+
+    def _failure_of(self, labeled: Labeled, error: Exception) -> Failure:
+        image_id = labeled.target.image_id
+        if self._patience is not None and not isinstance(error, PlatformAwayError):
+            try:
+                is_there = self._api.image.get_info_by_id(image_id) is not None
+            except Exception as unknown:  # noqa: BLE001  (as above)
+                sly.logger.warning(f"Image {image_id} cannot be looked up: {unknown!r}")
+            else:
+                if not is_there:
+                    text = f"Image {image_id} was deleted while the run went on."
+                    return Failure(NotFoundError.code, text)
+        return _failure(labeled, error)
+
+    def _not_written_yet(self, group: list[Labeled]) -> list[Labeled]:
+        """Without images that the run had labeled when it was cut off, and could not note."""
+        first = group[0].target
+        project_id, copied_to = self.written_to(first)
+        is_here = project_id is not None and project_id == first.project_id
+        if not self._record.is_resumed or not is_here or copied_to is not None:
+            return group
+        ids = [one.target.image_id for one in group]
+        stored = self._api.annotation.download_json_batch(first.dataset_id, ids)
+        known = self._request.context.setdefault("annotation", {})
+        meta = self._meta(project_id, is_fresh=True)
+        left: list[Labeled] = []
+        done: list[Labeled] = []
+        for one, before in zip(group, stored, strict=True):
+            image_id = one.target.image_id
+            if self._record.found(image_id, before, first.project_id or 0):
+                done.append(one)
+                continue
+            left.append(one)
+            if self._destination.mode in ("append", "iou_merge", "skip_labeled"):
+                # The SDK downloads it once more otherwise.
+                known[image_id] = sly.Annotation.from_json(before, meta)
+        self._request.add_results([uploaded_entry(one.target) for one in done])
+        return left
 
     def _without_known(self, group: list[Labeled]) -> list[Labeled]:
         """Drops what is labeled in the source already."""
@@ -236,6 +337,7 @@ class Uploading:
 
     def _send(self, group: list[Labeled]) -> list[Labeled]:
         output = self._output_project(group[0].target)
+        empty: list[Labeled] = []
         if output is None and self._destination.mode not in ("replace", "create"):
             # Where nothing is added, the labels that are there are not written anew either.
             empty = [
@@ -244,10 +346,10 @@ class Uploading:
             if self._destination.mode == "replace_own":
                 changed = self._without_own(group)
                 empty = [one for one in empty if one.target.image_id not in changed]
-            self._request.add_results([uploaded_entry(one.target) for one in empty])
             group = [one for one in group if one not in empty]
         if group:
             self._call_sdk(group, output or group[0].target.project_id, dst_project_id=output)
+        self._request.add_results([uploaded_entry(one.target) for one in empty])
         return group
 
     def _without_own(self, group: list[Labeled]) -> set[int]:
@@ -321,6 +423,8 @@ class Uploading:
                         source_id = one.source_id or one.target.image_id
                         self._record.before_upload(project_id, source_id, prediction.annotation)
                     predictions.append(prediction)
+                if project_id is not None and project_id == group[0].target.project_id:
+                    self._record.keep_intents(project_id)
                 self._services.upload(predictions=predictions, **options)
         finally:
             for one in group:

@@ -1,8 +1,12 @@
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+from types import SimpleNamespace
 
 import pytest
 from platform_fakes import FakePlatform, services, wait_until
+from requests.exceptions import ConnectionError as ConnectionFailed
 
+from serve.platform import patience
 from serve.platform.project_run import run_image_ids
 from serve.platform.registry import RequestsManager
 
@@ -51,3 +55,17 @@ def runner(manager):
 @pytest.fixture
 def platform():
     return FakePlatform(ids=[1, 2, 3, 4, 5, 6])
+
+
+@pytest.fixture
+def away(monkeypatch):
+    """Waits take no time, and the platform that this is called with does not say it is there."""
+    moments = count(0.0, 0.01)
+    instead = SimpleNamespace(monotonic=lambda: next(moments), sleep=lambda seconds: None)
+    monkeypatch.setattr(patience, "time", instead)
+    monkeypatch.setattr(patience, "LIMIT_S", 1.0)
+
+    def answer(project_id):
+        raise ConnectionFailed("away")
+
+    return lambda platform: setattr(platform.project, "get_info_by_id", answer)

@@ -12,6 +12,7 @@ from florence2.errors import FlorenceError
 from florence2.images import open_image
 from florence2.records import Failure, Result
 from serve.platform.run import RunServices
+from serve.platform.upload import SdkUpload
 from serve.predict.predictor import Predicted
 from serve.sdk import sly
 from serve.settings import Settings
@@ -268,13 +269,6 @@ class FakeModel:
     def _said(self, ask):
         text = f"{self.word} {ask.region.box_xyxy[0]:g}" if self.word else ""
         return Result(ask.task, SIZE_WH, (), text, "", (), False)
-
-
-class SdkUpload:
-    """The SDK's own way of labels to the platform."""
-
-    upload_predictions = Inference.upload_predictions
-    _format_output = Inference._format_output
 
 
 def services(predict=None, ask=None, settings=None):

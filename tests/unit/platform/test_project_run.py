@@ -185,11 +185,18 @@ def test_an_image_that_cannot_be_done_fails_alone(runner, platform):
 
 
 @pytest.mark.parametrize("kind", [ConnectionFailed, Timeout])
-def test_without_a_connection_images_are_not_tried_one_by_one(runner, platform, kind):
+def test_without_a_platform_images_are_not_tried_one_by_one(runner, platform, away, kind):
     platform.download_fault = fails_for(2, error=kind)
+    away(platform)
     entries = runner.ids(platform, {"image_ids": [1, 2, 3, 4], "batch_size": 2})
     assert codes_of(entries) == ["download_failed"] * 2 + [None] * 2
-    assert len(platform.called("download")) == 2
+    assert set(map(tuple, platform.called("download"))) == {((1, 2),), ((3, 4),)}
+
+
+def test_one_download_that_breaks_off_always_costs_only_itself(runner, platform, away):
+    platform.download_fault = fails_for(2, error=ConnectionFailed)
+    entries = runner.ids(platform, {"image_ids": [1, 2, 3, 4], "batch_size": 2})
+    assert codes_of(entries) == [None, "download_failed", None, None]
 
 
 def test_when_all_images_fail_the_request_fails_as_the_first(runner, platform):

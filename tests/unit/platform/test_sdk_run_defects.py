@@ -7,7 +7,6 @@ import pytest
 from platform_fakes import (
     DAMAGED,
     Inference,
-    SdkUpload,
     Stage,
     annotation,
     fails_for,
@@ -17,6 +16,7 @@ from platform_fakes import (
 
 from florence2.images import open_image
 from serve.platform.failures import FailedImageError
+from serve.platform.upload import SdkUpload
 from serve.sdk import sly
 from serve.settings import Settings
 

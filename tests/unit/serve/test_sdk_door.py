@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 
 import pytest
+import requests
+
+import serve.sdk
+from serve.sdk import sly
 
 PROGRAM = """
 import sys
@@ -22,3 +27,12 @@ def test_a_program_under_a_name_that_is_no_modules_may_import_the_sdk(name):
     done = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "(False, False, 'supervisely')"
+
+
+def test_a_platform_that_says_nothing_any_more_is_not_waited_for_for_ever(monkeypatch):
+    monkeypatch.setattr(serve.sdk, "ANSWER_TIMEOUT_S", 0.1)
+    monkeypatch.setenv("SUPERVISELY_SKIP_HTTPS_USER_HELPER_CHECK", "true")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        api = sly.Api(f"http://127.0.0.1:{silent.getsockname()[1]}", "token")
+        with pytest.raises(requests.Timeout):
+            api.post("projects.info", {"id": 1}, raise_error=True)

@@ -1,0 +1,515 @@
+"""Runs that go on where an earlier one stopped: killed, cancelled, refused, or thought alive."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+
+import pytest
+from app_server import ROOT, SDK_ENVIRONMENT
+from contract_calls import BIKE, CITY, HOME, STREET
+from platform_double import TOKEN
+from platform_state import TEAM_ID
+
+from serve.cli.main import main
+from serve.platform.images import Target
+from serve.platform.request_state import Destination
+from serve.platform.run_records import CUSTOM_DATA_KEY, RunRecord
+from serve.platform.undo import undo_run
+from serve.sdk import LabelingStatus, sly
+from serve.settings import parse_settings
+
+NUM_IMAGES = 6
+PERSONS = sly.ObjClass("thing", sly.Rectangle)
+OPTIONS = ["--model", "demo", "--device", "cpu", "--num-beams", "1", "--batch", "2"]
+SETTINGS = {"task_prompt": "<OD>", "num_beams": 1}
+
+
+@pytest.fixture
+def project(platform):
+    """A project of some images, none of them labeled: its id, and its images' ids."""
+    state = platform.state
+    made = state.add_project("night")
+    dataset = state.add_dataset(made.id, "all")
+    scenes = (CITY, STREET, HOME, BIKE)
+    images = [
+        state.add_image(dataset.id, f"{number}.jpg", scenes[number % 4].read_bytes()).id
+        for number in range(NUM_IMAGES)
+    ]
+    return made.id, images
+
+
+@pytest.fixture
+def run(app, project):
+    """A run over the project, waited for, in batches of two: its progress, and its results."""
+
+    def start(**state):
+        return app.done("inference_project_id_async", asked_for(project, **state))
+
+    return start
+
+
+def asked_for(project, **state):
+    settings = {**SETTINGS, **state.pop("settings", {})}
+    own = {"project_id": project[0], "upload_mode": "append", "batch_size": 2}
+    return {**own, "settings": settings, **state}
+
+
+@pytest.fixture
+def in_background(app, platform, project):
+    """A run by single images, one of whose uploads is on its way: inside, it is held up there."""
+
+    @contextmanager
+    def start(method="annotations.bulk.add", **state):
+        answer = app.post("inference_project_id_async", asked_for(project, batch_size=1, **state))
+        uuid = answer.json()["inference_request_uuid"]
+        wait_for(lambda: platform.count(method) >= 1, "no call")
+        with platform.faults.held(method):
+            before = platform.count(method)
+            wait_for(lambda: platform.count(method) > before, "no further call")
+            yield uuid
+
+    return start
+
+
+@pytest.fixture
+def command(api, platform, project, monkeypatch, capsys):
+    """``florence2 label --project`` in this process: its exit code and what it prints."""
+    monkeypatch.setenv("SERVER_ADDRESS", platform.address)
+    monkeypatch.setenv("API_TOKEN", TOKEN)
+
+    def call(*words, project_id=None):
+        capsys.readouterr()
+        named = ["--project", str(project_id or project[0])]
+        with pytest.raises(SystemExit) as ended:
+            main(["label", *named, *OPTIONS, *words])
+        heard = capsys.readouterr()
+        return ended.value.code, heard.out + heard.err
+
+    return call
+
+
+def runs(platform, project_id):
+    return platform.state.project(project_id).custom_data.get(CUSTOM_DATA_KEY, {})
+
+
+def lines_of(platform, project_id, run_id):
+    folder = f"/florence2/runs/{project_id}/{run_id}"
+    return {
+        row["image_id"]: row
+        for file in platform.state.files_in(TEAM_ID, folder, recursive=True)
+        if "/images-" in file.path
+        for row in map(json.loads, file.content.decode().splitlines())
+    }
+
+
+def check_each_once(platform, project, run_id):
+    """Every image has the run's labels, none of them twice, and a line that says so."""
+    project_id, images = project
+    lines = lines_of(platform, project_id, run_id)
+    assert set(lines) == set(images)
+    for image_id in images:
+        objects = platform.state.image(image_id).annotation["objects"]
+        kinds = [(one["classTitle"], json.dumps(one["points"])) for one in objects]
+        assert len(set(kinds)) == len(kinds), "labeled twice"
+        assert len(lines[image_id].get("labels", ())) == len(objects) > 0
+        assert lines[image_id]["outcome"] == "labeled"
+
+
+def environment(platform):
+    own = {"SERVER_ADDRESS": platform.address, "API_TOKEN": TOKEN, "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(ROOT), str(ROOT / "src")])
+    return {**os.environ, **SDK_ENVIRONMENT, **own, "PYTHONPATH": path}
+
+
+@contextmanager
+def labeling(platform, project_id, *words):
+    """``florence2 label --project`` in a process of its own."""
+    command = [sys.executable, "-m", "serve.cli.main", "label", "--project", str(project_id)]
+    process = subprocess.Popen(
+        [*command, *OPTIONS, *words],
+        env=environment(platform),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def wait_for(condition, what):
+    until = time.monotonic() + 90
+    while not condition():
+        assert time.monotonic() < until, what
+        time.sleep(0.01)
+
+
+SOAK = pytest.mark.soak
+KILLED = {
+    "labels with the tag": ((), {}, None),
+    "labels without it": ((), {"run_tag": False}, SOAK),
+    "captions, which have none": (("--task", "<CAPTION>"), {"task_prompt": "<CAPTION>"}, SOAK),
+}
+
+
+@pytest.mark.parametrize(
+    ("words", "settings"),
+    [pytest.param(*one, marks=mark or (), id=name) for name, (*one, mark) in KILLED.items()],
+)
+def test_a_killed_command_is_gone_on_with_by_the_app_and_no_image_labeled_twice(
+    run, platform, project, tmp_path, words, settings
+):
+    project_id, images = project
+    upload = "annotations.bulk.add"
+    if "run_tag" in settings:
+        (tmp_path / "settings.yaml").write_text("run_tag: false\ntask_prompt: <OD>\n")
+        words = ("--settings", str(tmp_path / "settings.yaml"))
+    with labeling(platform, project_id, "--batch", "1", *words) as command:
+        wait_for(lambda: platform.count(upload) >= 1 or command.poll() is not None, "no upload")
+        assert command.poll() is None, command.communicate()[0]
+        with platform.faults.held(upload):
+            before = platform.count(upload)
+            wait_for(lambda: platform.count(upload) > before, "no further upload")
+            command.send_signal(signal.SIGKILL)
+            command.wait()
+        # What was on its way arrives after its sender is gone.
+        time.sleep(0.2)
+    [(run_id, cut_off)] = runs(platform, project_id).items()
+    assert cut_off["state"] == "running"
+    assert f"process {command.pid}" in cut_off["holder"]
+    labeled = {
+        image.id
+        for image in platform.state.images.values()
+        if image.annotation["objects"] or image.annotation["tags"]
+    }
+    assert 0 < len(labeled) < NUM_IMAGES
+    before = len(platform.calls)
+
+    progress, _ = run(resume=True, settings=settings)
+
+    assert progress["exception"] is None
+    [(same, manifest)] = runs(platform, project_id).items()
+    assert (same, manifest["state"], manifest["resumed"]) == (run_id, "done", 1)
+    assert manifest["counts"]["images"] == manifest["counts"]["labeled"] == NUM_IMAGES
+    if "task_prompt" in settings:
+        tags = [len(platform.state.image(one).annotation["tags"]) for one in images]
+        assert tags == [1] * NUM_IMAGES
+    else:
+        check_each_once(platform, project, run_id)
+    calls = platform.calls[before:]
+    uploads = [at for at, call in enumerate(calls) if call.method == upload]
+    # Afterwards images come for their labels on the page.
+    downloads = [one for one in calls[: uploads[-1]] if one.method == "images.bulk.download"]
+    asked = {image_id for call in downloads for image_id in call.payload["imageIds"]}
+    assert not asked & labeled, "done images were asked about again"
+
+
+def test_ctrl_c_ends_the_command_after_the_batch_and_the_next_one_goes_on(
+    command, platform, project
+):
+    project_id, _ = project
+
+    def press():
+        wait_for(lambda: platform.count("annotations.bulk.add") >= 1, "no upload")
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=press).start()
+    code, said = command()
+    assert code == 130, said
+    assert "images are still to do; go on with:" in said
+    assert "florence2 label --project" in said
+    [(run_id, manifest)] = runs(platform, project_id).items()
+    assert manifest["state"] == "stopped"
+    num_done = manifest["counts"]["images"]
+    assert 0 < num_done < NUM_IMAGES
+
+    code, said = command()
+    assert code == 0, said
+    assert f"Going on with run {run_id}" in said
+    assert f"{NUM_IMAGES} labeled" in said
+    assert f"this run: {NUM_IMAGES - num_done} images" in said
+    check_each_once(platform, project, run_id)
+
+
+@pytest.mark.parametrize(
+    "mode", ["append", pytest.param("iou_merge", marks=SOAK), "skip_labeled", "replace_own"]
+)
+def test_labels_that_were_written_and_not_noted_are_found_by_their_tag(
+    run, platform, project, mode
+):
+    project_id, images = project
+    state = platform.state
+    theirs = state.image(images[0])
+    if mode == "skip_labeled":
+        state.set_meta(state.project(project_id), sly.ProjectMeta([PERSONS]).to_json())
+        label = sly.Label(sly.Rectangle(1, 1, 9, 9), PERSONS).to_json()
+        state.set_annotation(theirs, {**theirs.annotation, "objects": [subpixel(label)]})
+    run(upload_mode=mode)
+    before = {one: json.dumps(state.image(one).annotation["objects"]) for one in images}
+    [(run_id, manifest)] = runs(platform, project_id).items()
+    # As if it had been killed before it noted anything.
+    manifest |= {"state": "running", "counts": {}}
+    for path in list(state.files):
+        del state.files[path]
+    uploads = platform.count("annotations.bulk.add")
+
+    progress, _ = run(upload_mode=mode, resume=True)
+
+    assert progress["exception"] is None
+    assert platform.count("annotations.bulk.add") == uploads
+    assert {one: json.dumps(state.image(one).annotation["objects"]) for one in images} == before
+    lines = lines_of(platform, project_id, run_id)
+    if mode == "skip_labeled":
+        assert lines.pop(images[0])["outcome"] == "skipped"
+    assert {line["outcome"] for line in lines.values()} == {"labeled"}
+    assert all(
+        len(line["labels"]) == len(state.image(one).annotation["objects"])
+        for one, line in lines.items()
+    )
+
+
+def subpixel(label):
+    (left, top), (right, bottom) = label["points"]["exterior"]
+    points = {"exterior": [[left, top], [right + 1, bottom + 1]], "interior": []}
+    return {**label, "points": points, "tags": []}
+
+
+def test_labels_without_the_tag_are_found_by_what_was_to_be_written(api, platform, project):
+    """Of three images one was noted, one had its labels sent, and one was only to have them."""
+    project_id, images = project
+    state = platform.state
+    state.set_meta(state.project(project_id), sly.ProjectMeta([PERSONS]).to_json())
+    settings = parse_settings({"run_tag": False})
+    first, second = (
+        RunRecord(api, settings, {"name": "demo"}, Destination("append"), 3) for _ in range(2)
+    )
+
+    def write(place, *, is_sent=True, is_noted=True):
+        image_id = images[place]
+        info = api.image.get_info_by_id(image_id)
+        label = sly.Label(sly.Rectangle(place, place, 30, 30), PERSONS)
+        annotation = sly.Annotation((info.height, info.width), [label])
+        first.before_upload(project_id, image_id, annotation)
+        first.keep_intents(project_id)
+        if is_sent:
+            label.status = LabelingStatus.AUTO
+            api.annotation.upload_ann(image_id, annotation)
+        if is_noted:
+            first.settled(project_id, Target(image_id, project_id, info))
+
+    write(0)
+    write(1, is_noted=False)
+    write(2, is_sent=False, is_noted=False)
+    for file in state.files.values():
+        if file.path.endswith("/holder.json"):
+            gone = {**json.loads(file.content), "token": "gone", "is_released": True}
+            file.content = json.dumps(gone).encode()
+
+    assert second.resume(project_id, images[:3], lambda: False) == {images[0]}
+    with second:
+        stored = dict(zip(images, api.annotation.download_json_batch(
+            state.image(images[0]).dataset_id, images), strict=True))  # fmt: skip
+        found = [second.found(one, stored[one], project_id) for one in images[:3]]
+    assert found == [False, True, False]
+    assert second.counts["labels"] == 1
+
+
+def test_the_command_names_what_failed_and_the_same_one_tries_it_again(command, platform, project):
+    damaged = project[1][2]
+    platform.faults.damage(damaged)
+    code, said = command()
+    assert code == 1, said
+    assert f"{NUM_IMAGES - 1} labeled" in said
+    assert "Failed: 1 bad_image" in said
+    assert f"image {damaged}: " in said
+    code, said = command("--again", "--max-failures", "0", "--batch", "1")
+    assert (code, "Stopped early: The run stopped after" in said) == (1, True), said
+    platform.faults.damaged.clear()
+    api = sly.Api(platform.address, TOKEN)
+    first, stopped = runs(platform, project[0])
+    undo_run(api, project[0], stopped)
+    code, said = command()
+    assert (code, f"Going on with run {first}" in said) == (0, True), said
+    check_each_once(platform, project, first)
+
+
+def test_a_run_that_is_whole_is_not_done_again_but_by_again(run, command, platform, project):
+    project_id, _ = project
+    run()
+    before = platform.count("annotations.bulk.add")
+    code, said = command()
+    assert (code, f"has done all {NUM_IMAGES} images" in said) == (0, True)
+    assert platform.count("annotations.bulk.add") == before
+    [(run_id, _)] = runs(platform, project_id).items()
+    check_each_once(platform, project, run_id)
+
+    dataset = platform.state.add_dataset(project_id, "later")
+    added = platform.state.add_image(dataset.id, "later.png", BIKE.read_bytes())
+    code, said = command("--dataset", "later", "--again")
+    assert (code, "1 labeled" in said) == (0, True)
+    assert len(runs(platform, project_id)) == 2
+    assert added.annotation["objects"]
+    assert len(platform.state.images) == NUM_IMAGES + 1
+
+
+def test_a_run_of_other_settings_is_another_run(run, platform, project):
+    project_id, _ = project
+    run()
+    run(resume=True, settings={"task_prompt": "<CAPTION_TO_PHRASE_GROUNDING>", "text": "car"})
+    assert len(runs(platform, project_id)) == 2
+
+
+def test_a_cancelled_run_says_so_and_is_gone_on_with(app, run, in_background, platform, project):
+    with in_background() as uuid:
+        app.post("stop_inference", {"inference_request_uuid": uuid})
+    progress, _ = app.finished(uuid)
+    assert (progress["stage"], progress["exception"]) == ("Cancelled", None)
+    [(run_id, manifest)] = runs(platform, project[0]).items()
+    assert (manifest["state"], manifest["error"]) == ("stopped", None)
+    progress, _ = run(resume=True)
+    assert progress["exception"] is None
+    check_each_once(platform, project, run_id)
+
+
+def test_a_run_that_goes_on_is_not_taken_over(app, run, in_background, platform, project):
+    with in_background() as uuid:
+        progress, _ = run(resume=True)
+        said = progress["exception"]["message"]
+        assert "is worked on by" in said
+        assert ", process " in said
+    assert app.finished(uuid)[0]["exception"] is None
+    [(run_id, _)] = runs(platform, project[0]).items()
+    check_each_once(platform, project, run_id)
+
+
+PASSING = {
+    "busy": lambda faults: faults.fail("annotations.bulk.add", times=2, status=503),
+    "its answer is lost": lambda faults: faults.lose("annotations.bulk.add"),
+    "no image comes": lambda faults: faults.fail("images.bulk.download", times=2, status=502),
+    "labels do not come": lambda faults: faults.fail("annotations.bulk.info", status=500),
+}
+
+
+@pytest.mark.parametrize("break_it", PASSING.values(), ids=PASSING)
+def test_what_passes_costs_no_image(run, platform, project, break_it):
+    break_it(platform.faults)
+    progress, results = run()
+    assert progress["exception"] is None
+    assert not any(one.get("error") for one in results)
+    [run_id] = runs(platform, project[0])
+    check_each_once(platform, project, run_id)
+
+
+def test_a_refused_last_upload_is_named_at_once_and_done_by_the_next_run(run, platform, project):
+    # Its batch, and then each of its two images.
+    platform.faults.fail("annotations.bulk.add", call=NUM_IMAGES // 2, times=3, status=413)
+    progress, results = run()
+    failed = [one["image_id"] for one in results if one.get("error")]
+    assert failed == project[1][-2:]
+    assert progress["stage"] == "Error"
+    assert "status 413" in progress["exception"]["message"]
+    assert platform.count("annotations.bulk.add") == NUM_IMAGES // 2 + 2, "tried again for nothing"
+    [(run_id, manifest)] = runs(platform, project[0]).items()
+    assert (manifest["counts"]["failed"], manifest["counts"]["labeled"]) == (2, NUM_IMAGES - 2)
+    assert f"2 of {NUM_IMAGES} images failed" in manifest["error"]
+
+    progress, _ = run(resume=True)
+    assert progress["exception"] is None
+    manifest = runs(platform, project[0])[run_id]
+    assert manifest["counts"].get("failed") is None
+    assert manifest["error"] is None
+    check_each_once(platform, project, run_id)
+
+
+def delete_project(state, project):
+    del state.projects[project[0]]
+
+
+def delete_dataset(state, project):
+    [row] = state.datasets_of(project[0])
+    del state.datasets[row.id]
+
+
+def delete_image(state, project):
+    del state.images[project[1][-1]]
+
+
+# What is deleted while a run goes on, what its end says of it, and what its record says.
+DELETED = {
+    "the project": (delete_project, "was deleted while the run went on", None),
+    "the dataset": (delete_dataset, "Dataset", "done"),
+    "an image": (delete_image, f"1 of {NUM_IMAGES} images failed", "done"),
+}
+
+
+@pytest.mark.parametrize(("delete", "says", "state"), DELETED.values(), ids=DELETED)
+def test_what_is_deleted_meanwhile_is_said_at_the_end(
+    app, in_background, platform, project, delete, says, state
+):
+    with in_background() as uuid:
+        delete(platform.state, project)
+    progress, _ = app.finished(uuid)
+    assert progress["stage"] == "Error"
+    assert says in progress["exception"]["message"]
+    if state is not None:
+        [manifest] = runs(platform, project[0]).values()
+        assert manifest["state"] == state
+        assert manifest["error"] == progress["exception"]["message"]
+
+
+def test_a_class_that_is_deleted_meanwhile_comes_back(app, in_background, platform, project):
+    with in_background() as uuid:
+        stored = platform.state.project(project[0])
+        stored.meta = {**stored.meta, "classes": []}
+        for image in platform.state.images.values():
+            image.annotation["objects"] = []
+    progress, _ = app.finished(uuid)
+    assert progress["exception"] is None
+    assert platform.state.project(project[0]).meta["classes"]
+    assert platform.state.image(project[1][-1]).annotation["objects"]
+
+
+WRONG = {
+    "a folder beside it": (["photos", "--out", "x"], "IMAGES is for folders"),
+    "an option of folders": (["--coco"], "--coco is for folders"),
+    "no such mode": (["--upload-mode", "apend"], "Did you mean 'append'"),
+    "no such dataset": (["--dataset", "inside"], "its own: all"),
+    "no such share": (["--max-failures", "few"], "such as 5%"),
+}
+
+
+@pytest.mark.parametrize(("words", "says"), WRONG.values(), ids=WRONG)
+def test_a_command_that_cannot_be_done_is_refused_in_a_sentence(command, platform, words, says):
+    code, said = command(*words)
+    assert (code, says in said) == (2, True), said
+    assert platform.count("images.list") == 0
+
+
+def test_a_project_that_is_not_there_or_nobody_may_see_is_named(command, monkeypatch):
+    code, said = command(project_id=77)
+    assert (code, "Project 77 does not exist" in said) == (2, True)
+    monkeypatch.delenv("API_TOKEN")
+    code, said = command()
+    assert (code, "API_TOKEN is not set" in said) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("state", "says"),
+    [
+        ({"resume": 1}, "true or false"),
+        ({"resume": True, "upload_mode": None}, "no upload_mode"),
+        ({"resume": True, "upload_mode": "create"}, "cannot be gone on with"),
+    ],
+)
+def test_a_resume_that_means_nothing_is_refused(run, state, says):
+    progress, _ = run(**state)
+    assert says in progress["exception"]["message"]

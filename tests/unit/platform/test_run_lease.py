@@ -1,0 +1,116 @@
+"""Who holds a run, seen by another process: alive, gone, or not to be told from here."""
+
+import json
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+from florence2.errors import GenerationCancelledError
+from serve.platform import lease as module
+from serve.platform.lease import Holder, Lease, RunHeldError
+
+ELSEWHERE = {"token": "t", "who": "other, process 7", "machine": "other", "pid": 7, "beat": 3}
+
+
+@pytest.fixture
+def files(monkeypatch):
+    """The files of the team; beats come quickly."""
+    stored = {}
+    monkeypatch.setattr(module, "read_text", lambda api, team_id, path: stored.get(path))
+    monkeypatch.setattr(
+        module, "write_text", lambda api, team_id, path, text: stored.update({path: text})
+    )
+    for name, value in {"BEAT_S": 0.02, "LEASE_S": 0.12, "CONFIRM_S": 0.0}.items():
+        monkeypatch.setattr(module, name, value)
+    return stored
+
+
+def held_by(files, **changed):
+    at = module.now()
+    files["/run"] = json.dumps({**ELSEWHERE, "at": at, **changed})
+
+
+def lease():
+    return Lease(SimpleNamespace(), 3, "/run", "Run 3f9a01bc over project 5", lambda: 12)
+
+
+def taken(should_stop=lambda: False):
+    found = lease()
+    found.take(should_stop)
+    return found
+
+
+def test_nobody_holds_a_new_run_and_then_its_maker_does(files):
+    held = lease()
+    held.start()
+    stored = Holder.of_text(files["/run"])
+    assert (stored.who, stored.num_done) == (held.who, 12)
+    assert stored.is_gone() is False
+    with pytest.raises(RunHeldError, match="Run 3f9a01bc over project 5 is worked on by"):
+        taken()
+    held.release()
+    assert Holder.of_text(files["/run"]).is_gone() is True
+    taken().release()
+
+
+GONE = {
+    "it let go": {"is_released": True},
+    "its last sign is of yesterday": {"at": "2020-01-01T00:00:00Z"},
+    "it gives no sign": {},
+    "its file is no holder's": {"beat": None, "unknown": 1},
+}
+
+
+@pytest.mark.parametrize("changed", GONE.values(), ids=GONE)
+def test_a_run_whose_holder_is_gone_is_taken_over(files, changed):
+    held_by(files, **changed)
+    taking = taken()
+    assert Holder.of_text(files["/run"]).who == taking.who
+    taking.release()
+
+
+def test_a_killed_process_of_this_machine_is_known_to_be_gone_at_once(files, monkeypatch):
+    monkeypatch.setattr(module, "LEASE_S", 1000.0)
+    here = Holder.here()
+    held_by(files, machine=here.machine, pid=2**22 + 1)
+    taken().release()
+    held_by(files, machine=here.machine, pid=here.pid)
+    taken().release()
+
+
+def test_a_holder_that_gives_a_sign_keeps_its_run(files):
+    held_by(files)
+    ended = threading.Event()
+
+    def beat():
+        number = 3
+        while not ended.wait(0.01):
+            held_by(files, beat=(number := number + 1))
+
+    beating = threading.Thread(target=beat)
+    beating.start()
+    try:
+        with pytest.raises(RunHeldError, match="other, process 7"):
+            taken()
+    finally:
+        ended.set()
+        beating.join()
+
+
+def test_the_wait_for_a_sign_can_be_stopped(files):
+    held_by(files)
+    with pytest.raises(GenerationCancelledError):
+        taken(lambda: True)
+
+
+def test_who_was_thought_gone_finds_out_that_the_run_is_anothers(files):
+    held = lease()
+    held.start()
+    held_by(files, beat=1)
+    held.check()
+    threading.Event().wait(0.1)
+    with pytest.raises(RunHeldError, match="other, process 7"):
+        held.check()
+    held.release()
+    assert Holder.of_text(files["/run"]).who == "other, process 7"
