@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -57,11 +59,19 @@ class _LabelCommand(TyperCommand):
         super().format_help(ctx, formatter)
 
 
-Images = Annotated[Path, typer.Argument(help="A folder of images, one image, or a video.")]
+# Text, as addresses of object storage are no paths.
+Images = Annotated[
+    str,
+    typer.Argument(
+        metavar="IMAGES",
+        help="A folder of images, one image, or a video; with --ray also s3://... and tables.",
+    ),
+]
 Out = Annotated[
-    Path,
+    str,
     typer.Option(
-        help="The run's folder, with project, report and exports; run again to go on with it."
+        metavar="PATH",
+        help="The run's folder, with project, report and exports; run again to go on with it.",
     ),
 ]
 Prompt = Annotated[str | None, typer.Option(help=_PROMPT_HELP)]
@@ -122,6 +132,24 @@ FirstFrame = Annotated[
 LastFrame = Annotated[
     int | None, typer.Option("--to", min=0, help="Of a video: the last frame, itself included.")
 ]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS",
+        help="Label on a Ray cluster: local, auto or HOST:PORT of its head (see docs/scaling.md).",
+    ),
+]
+ShardSize = Annotated[
+    int | None,
+    typer.Option(min=1, max=10_000, help="With --ray: images committed together. [default: 100]"),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(min=1, help="With --ray: how many load the model at most. [default: one a GPU]"),
+]
+WorkerCores = Annotated[
+    int | None, typer.Option(min=1, help="With --ray on CPUs: cores of a worker. [default: 1]")
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -163,6 +191,10 @@ def label(
     every: Every = None,
     from_: FirstFrame = None,
     to: LastFrame = None,
+    ray: Ray = None,
+    shard_size: ShardSize = None,
+    workers: Workers = None,
+    worker_cores: WorkerCores = None,
 ) -> None:
     """Label a folder of images, or a video, into a Supervisely project on disk; stop and go on at
     will."""
@@ -186,8 +218,8 @@ def label(
     from serve.labeling.run import Job, ModelSource
 
     job = Job(
-        images=images,
-        out=out,
+        images=Path(images),
+        out=Path(out),
         batch=batch,
         recursive=recursive,
         link=link,
@@ -204,10 +236,36 @@ def label(
     first, others = first_and_others(device, devices)
     source = ModelSource(
         model,
-        load=lambda: _predictor(model, first, runtime, precision, others),
-        fingerprint=lambda: fingerprint(model),
+        load=partial(_predictor, model, first, runtime, precision, others),
+        fingerprint=partial(fingerprint, model),
     )
-    raise typer.Exit(_labeled(settings, job, source, every, from_, to).exit_code)
+    video = {"--every": every, "--from": from_, "--to": to}
+    scaling = {"--shard-size": shard_size, "--workers": workers, "--worker-cores": worker_cores}
+    if ray is None:
+        _check_left_out(scaling, "is for a run on a Ray cluster; add --ray ADDRESS")
+        raise typer.Exit(_labeled(settings, job, source, every, from_, to).exit_code)
+    _check_left_out(video | {"--devices": devices}, "is for a run on one machine, without --ray")
+    from serve.scaling.run import ScaledJob, label_on_cluster
+
+    scaled = ScaledJob(
+        images,
+        out,
+        ray,
+        job,
+        shard_size=shard_size or ScaledJob.shard_size,
+        workers=workers,
+        worker_cores=worker_cores or 1,
+        device=device,
+    )
+    raise typer.Exit(label_on_cluster(settings, scaled, source).exit_code)
+
+
+def _check_left_out(options: Mapping[str, object], rule: str) -> None:
+    from florence2.errors import RequestError
+
+    for option, value in options.items():
+        if value is not None:
+            raise RequestError(f"{option} {rule}, and got {value}; leave it out.")
 
 
 def _labeled(
@@ -219,7 +277,6 @@ def _labeled(
     last: int | None,
 ) -> Report | VideoReport:
     """A video by its own way, everything else as images."""
-    from florence2.errors import RequestError
     from serve.labeling.run import label_folder
     from serve.video.frames import Range, is_video
 
@@ -227,11 +284,8 @@ def _labeled(
         from serve.video.run import label_video
 
         return label_video(settings, job, Range(every or 1, first or 0, last), source)
-    for option, value in (("--every", every), ("--from", first), ("--to", last)):
-        if value is not None:
-            raise RequestError(
-                f"{option} is for a video, and {str(job.images)!r} is none; leave it out."
-            )
+    video = {"--every": every, "--from": first, "--to": last}
+    _check_left_out(video, f"is for a video, and {str(job.images)!r} is none")
     return label_folder(settings, job, source)
 
 

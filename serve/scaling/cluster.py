@@ -1,0 +1,312 @@
+"""Ray: a cluster, and the stages of a run as a stream of Ray Data over it.
+
+The only module that imports ray. A row is a shard, which Ray Data neither splits nor joins with
+others; how many are in flight is its decision, by what its object store holds.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+from florence2.errors import DeviceLostError, FlorenceError, RequestError
+from serve.labeling.run import ModelSource
+from serve.predict.predictor import Predictor
+from serve.scaling.plan import Plan, Shard, Source
+from serve.scaling.shards import Committed, ShardImage, Work, commit_shard, label_shard, open_shard
+
+LOCAL: Final = "local"
+AUTO: Final = "auto"
+_INSTALL: Final = "pip install 'serve-florence-2[ray]'"
+_CONNECT_S: Final = 5.0
+# Beside the workers. Opening waits for downloads half of its time; a plan waits for all the others.
+_PLAN_CPUS: Final = 0.05
+_OPEN_CPUS: Final = 0.5
+_COMMIT_CPUS: Final = 0.25
+# Kills of machines and processes, each of which begins a task anew.
+_MAX_RETRIES: Final = 100
+_DEVICE_LOST: Final = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Workers:
+    """What loads the model, and how often.
+
+    ``model`` is sent to the machines, and ``checkpoint`` its fingerprint where the run was begun.
+    ``cores`` are those of a worker on the CPU, ``most`` the number of workers.
+    """
+
+    model: ModelSource
+    checkpoint: str | None
+    is_on_cpu: bool = False
+    most: int | None = None
+    cores: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """A run as the cluster is told of it; ``done`` are shards that are committed already."""
+
+    work: Work
+    source: Source
+    shard_size: int
+    workers: Workers
+    done: frozenset[int]
+
+
+@contextmanager
+def connected(address: str) -> Iterator[None]:
+    """The cluster at ``address``, which is left as it was; RequestError where there is none.
+
+    ``local`` starts one on this machine that ends with the run, ``auto`` finds the one that this
+    machine belongs to.
+    """
+    # Nothing of a run leaves the network that it is in.
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise RequestError(
+            f"--ray needs Ray Data, which is not installed here; {_INSTALL} on every machine."
+        ) from error
+    _check_address(address)
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address == LOCAL:
+        options["include_dashboard"] = False
+    try:
+        ray.init(address=address, **options)
+    except Exception as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        raise RequestError(
+            f"No Ray cluster answers at {address!r} ({_first_line(error)}); start one with `ray "
+            "start --head`, or use --ray local for this machine alone."
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """Ray itself looks for half a minute, and says what it found in many lines."""
+    if address in (LOCAL, AUTO):
+        return
+    host, _, port = address.rpartition(":")
+    if "://" in address or not host or not port.isdecimal():
+        raise RequestError(
+            f"A Ray cluster is named by local, auto or HOST:PORT of its head, and {address!r} is "
+            "none of them; from outside of a cluster hand the command over by `ray job submit`."
+        )
+    try:
+        socket.create_connection((host, int(port)), _CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise RequestError(
+            f"No Ray cluster answers at {address!r} ({error}); give HOST:PORT of its head, which "
+            "`ray start --head` shows, or use --ray local."
+        ) from error
+
+
+def committed_shards(pipeline: Pipeline) -> Iterator[Committed]:
+    """Runs the pipeline on the connected cluster; each shard as it is committed, in any order.
+
+    Close it to stop. Raises the FlorenceError that ends a run, and ClusterError.
+    """
+    import ray
+
+    context = ray.data.DataContext.get_current()
+    # A row a block, however small: a shard is on its way as soon as it is planned.
+    context.target_max_block_size = 1
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    rows = _streamed(pipeline).iter_batches(
+        batch_size=1, prefetch_batches=0, batch_format="pyarrow"
+    )
+    try:
+        for batch in rows:
+            for found in _unpacked(batch):
+                if isinstance(found, FlorenceError):
+                    raise found
+                yield found
+    except ray.exceptions.RayError as error:
+        raise ClusterError(
+            f"The cluster gave the run up ({_first_line(error)}); what is committed stays."
+        ) from error
+
+
+class ClusterError(FlorenceError):
+    """Ray ended a run."""
+
+    code = "cluster"
+
+
+def _streamed(pipeline: Pipeline) -> Any:  # noqa: ANN401 - a ray.data.Dataset
+    import ray
+    from ray.data import ActorPoolStrategy
+
+    workers = pipeline.workers
+    resources = ray.cluster_resources()
+    has_gpus = resources.get("GPU", 0) > 0 and not workers.is_on_cpu
+    if has_gpus:
+        # More come when the cluster grows.
+        pool = ActorPoolStrategy(min_size=1, max_size=workers.most)
+        needs: dict[str, float] = {"num_gpus": 1}
+    else:
+        room = int((resources.get("CPU", 1) - 1) / workers.cores)
+        pool = ActorPoolStrategy(min_size=1, max_size=workers.most or max(1, room))
+        needs = {"num_cpus": workers.cores}
+    rows = {"batch_size": 1, "batch_format": "pyarrow"}
+    return (
+        ray.data.range(1, override_num_blocks=1)
+        .map_batches(
+            _plan,
+            fn_kwargs={"pipeline": pipeline},
+            num_cpus=_PLAN_CPUS,
+            max_retries=_MAX_RETRIES,
+            **rows,
+        )
+        .map_batches(
+            _open,
+            fn_kwargs={"work": pipeline.work, "model": workers.model.name},
+            num_cpus=_OPEN_CPUS,
+            max_retries=_MAX_RETRIES,
+            **rows,
+        )
+        .map_batches(
+            _Worker,
+            fn_constructor_kwargs={"work": pipeline.work, "workers": workers},
+            compute=pool,
+            **needs,
+            **rows,
+        )
+        .map_batches(
+            _commit,
+            fn_kwargs={"work": pipeline.work},
+            num_cpus=_COMMIT_CPUS,
+            max_retries=_MAX_RETRIES,
+            **rows,
+        )
+    )
+
+
+def _plan(batch: Any, pipeline: Pipeline) -> Iterator[Any]:  # noqa: ANN401
+    """One task for the whole source. Begun again it gives the same shards: what is done is known
+    from the start."""
+    plan = Plan(pipeline.work.target, pipeline.source, pipeline.shard_size)
+    try:
+        for shard in plan.shards():
+            if shard.number not in pipeline.done:
+                yield _packed(shard)
+    except FlorenceError as error:
+        yield _packed(error)
+
+
+def _open(batch: Any, work: Work, model: str) -> Any:  # noqa: ANN401
+    shards = _unpacked(batch)
+    try:
+        return _packed(
+            *(
+                one
+                if isinstance(one, FlorenceError)
+                else (one, open_shard(work, one, _preparer(model)))
+                for one in shards
+            )
+        )
+    except FlorenceError as error:
+        return _packed(error)
+
+
+class _Worker:
+    """A process with the model, on a GPU or some cores."""
+
+    def __init__(self, work: Work, workers: Workers) -> None:
+        self._work = work
+        self._problem: FlorenceError | None = None
+        try:
+            self._predictor = _predictor(workers)
+        except FlorenceError as error:
+            self._problem = error
+
+    def __call__(self, batch: Any) -> Any:  # noqa: ANN401
+        return _packed(*(self._labeled(one) for one in _unpacked(batch)))
+
+    def _labeled(
+        self, one: FlorenceError | tuple[Shard, list[ShardImage]]
+    ) -> FlorenceError | tuple[Shard, list[ShardImage]]:
+        if isinstance(one, FlorenceError):
+            return one
+        if self._problem is not None:
+            return self._problem
+        shard, images = one
+        try:
+            label_shard(self._work, shard, images, self._predictor)
+        except DeviceLostError:
+            # A device that is lost is lost to this process: a new one takes the shard.
+            os._exit(_DEVICE_LOST)
+        except FlorenceError as error:
+            return error
+        return shard, images
+
+
+def _commit(batch: Any, work: Work) -> Any:  # noqa: ANN401
+    try:
+        return _packed(
+            *(
+                one if isinstance(one, FlorenceError) else commit_shard(work, *one)
+                for one in _unpacked(batch)
+            )
+        )
+    except FlorenceError as error:
+        return _packed(error)
+
+
+_preparers: Final[dict[str, Any]] = {}
+
+
+def _preparer(model: str) -> Any:  # noqa: ANN401 - a Preparer
+    """What scales images as the checkpoint wants them, without its weights; kept by the process."""
+    if model not in _preparers:
+        from florence2.checkpoint.catalog import resolve
+        from florence2.engine.encoding import Preparer
+        from florence2.pixels import ImageProcessor
+
+        files = resolve(model)
+        folder = (files.base or files).folder
+        _preparers[model] = Preparer(ImageProcessor.from_folder(folder), threads=1)
+    return _preparers[model]
+
+
+def _predictor(workers: Workers) -> Predictor:
+    found = workers.model.fingerprint()
+    if None not in (found, workers.checkpoint) and found != workers.checkpoint:
+        raise RequestError(
+            f"All machines label with one checkpoint, and {workers.model.name!r} on "
+            f"{socket.gethostname()!r} is another one than where the run was begun; put the same "
+            "files there."
+        )
+    return workers.model.load()
+
+
+def _packed(*rows: object) -> Any:  # noqa: ANN401 - a pyarrow.Table
+    import pyarrow as pa
+
+    packed = [pickle.dumps(row, pickle.HIGHEST_PROTOCOL) for row in rows]
+    return pa.table({"packed": pa.array(packed, pa.large_binary())})
+
+
+def _unpacked(batch: Any) -> list[Any]:  # noqa: ANN401 - of a pyarrow.Table
+    """What ``_packed`` has of processes of this run."""
+    return [pickle.loads(one.as_buffer()) for one in batch.column("packed")]
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
