@@ -245,14 +245,14 @@ def label(
         _check_left_out(scaling, "is for a run on a Ray cluster; add --ray ADDRESS")
         raise typer.Exit(_labeled(settings, job, source, every, from_, to).exit_code)
     _check_left_out(video | {"--devices": devices}, "is for a run on one machine, without --ray")
-    from serve.scaling.run import ScaledJob, label_on_cluster
+    from serve.scaling.run import DEFAULT_SHARD_SIZE, ScaledJob, label_on_cluster
 
     scaled = ScaledJob(
         images,
         out,
         ray,
         job,
-        shard_size=shard_size or ScaledJob.shard_size,
+        shard_size=shard_size or DEFAULT_SHARD_SIZE,
         workers=workers,
         worker_cores=worker_cores or 1,
         device=device,

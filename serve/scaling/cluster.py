@@ -10,7 +10,7 @@ import logging
 import os
 import pickle
 import socket
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
@@ -67,6 +67,7 @@ def connected(address: str) -> Iterator[None]:
     ``local`` starts one on this machine that ends with the run, ``auto`` finds the one that this
     machine belongs to.
     """
+    _check_address(address)
     # Nothing of a run leaves the network that it is in.
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -77,15 +78,12 @@ def connected(address: str) -> Iterator[None]:
         raise RequestError(
             f"--ray needs Ray Data, which is not installed here; {_INSTALL} on every machine."
         ) from error
-    _check_address(address)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address == LOCAL:
         options["include_dashboard"] = False
     try:
         ray.init(address=address, **options)
-    except Exception as error:
-        if isinstance(error, KeyboardInterrupt):
-            raise
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise RequestError(
             f"No Ray cluster answers at {address!r} ({_first_line(error)}); start one with `ray "
             "start --head`, or use --ray local for this machine alone."
@@ -115,7 +113,7 @@ def _check_address(address: str) -> None:
         ) from error
 
 
-def committed_shards(pipeline: Pipeline) -> Iterator[Committed]:
+def committed_shards(pipeline: Pipeline) -> Generator[Committed]:
     """Runs the pipeline on the connected cluster; each shard as it is committed, in any order.
 
     Close it to stop. Raises the FlorenceError that ends a run, and ClusterError.
@@ -171,14 +169,14 @@ def _streamed(pipeline: Pipeline) -> Any:  # noqa: ANN401 - a ray.data.Dataset
             _plan,
             fn_kwargs={"pipeline": pipeline},
             num_cpus=_PLAN_CPUS,
-            max_retries=_MAX_RETRIES,
+            ray_remote_args_fn=_retried,
             **rows,
         )
         .map_batches(
             _open,
             fn_kwargs={"work": pipeline.work, "model": workers.model.name},
             num_cpus=_OPEN_CPUS,
-            max_retries=_MAX_RETRIES,
+            ray_remote_args_fn=_retried,
             **rows,
         )
         .map_batches(
@@ -192,10 +190,14 @@ def _streamed(pipeline: Pipeline) -> Any:  # noqa: ANN401 - a ray.data.Dataset
             _commit,
             fn_kwargs={"work": pipeline.work},
             num_cpus=_COMMIT_CPUS,
-            max_retries=_MAX_RETRIES,
+            ray_remote_args_fn=_retried,
             **rows,
         )
     )
+
+
+def _retried() -> dict[str, Any]:
+    return {"max_retries": _MAX_RETRIES}
 
 
 def _plan(batch: Any, pipeline: Pipeline) -> Iterator[Any]:  # noqa: ANN401

@@ -41,7 +41,7 @@ _ROWS: Final = 10_000
 
 @dataclass(frozen=True, slots=True)
 class PlannedImage:
-    """``key`` is what reports call it, ``address`` where it is, ``name`` what a project calls it."""
+    """``key`` is what reports call it, ``name`` what a project does."""
 
     key: str
     address: str

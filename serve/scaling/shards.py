@@ -337,8 +337,8 @@ def _build(
                 run = manifest.run
                 entries.append(written_entry(looked, outcome, project, journal, run))
             journal.append(entries)
-        counts = Counter(entry.state for entry in entries)
-        keep_manifest(workspace, manifest.ended("done", {"images": len(entries), **counts}, None))
+        counts = {"images": len(entries), **Counter[str](entry.state for entry in entries)}
+        keep_manifest(workspace, manifest.ended("done", counts, None))
         if work.draw:
             draw_missing_previews(project, root / PREVIEWS_DIR)
         if work.coco:

@@ -126,7 +126,9 @@ class Storage:
 
     def upload(self, folder: Path, name: str) -> None:
         """All files below a folder of this machine, under ``name``."""
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        files = sorted(
+            path for path in folder.rglob("*") if path.is_file() and path.name[:1] != "."
+        )
         targets = [f"{self._path(name)}/{path.relative_to(folder).as_posix()}" for path in files]
         with told(self.address):
             if _is_local(self._fs):

@@ -1,0 +1,186 @@
+"""A Ray cluster of two nodes and an object store: kills in the middle, and every image is labeled
+once or named."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import pytest
+
+pytest.importorskip("ray")
+pytest.importorskip("moto")
+pytest.importorskip("s3fs")
+
+pytestmark = pytest.mark.soak
+
+ROOT = Path(__file__).parents[2]
+NUM_IMAGES = int(os.environ.get("FLORENCE_SOAK_IMAGES", "2000"))
+SHARD_SIZE = 25
+NUM_BROKEN = 5
+# Enough for a few objects an image, and quick.
+OPTIONS = ("--model", "demo", "--task", "<OD>", "--threshold", "0.3", "--num-beams", "1")
+CLUSTER_MEMORY = 250 * 2**20
+
+
+@pytest.fixture(scope="module")
+def store():
+    """S3 on this machine, with a bucket of drawn images and one for labels."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    os.environ |= {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}",
+        "OMP_NUM_THREADS": "1",
+    }
+    import boto3
+
+    client = boto3.client("s3")
+    for bucket in ("images", "labels"):
+        client.create_bucket(Bucket=bucket)
+    for key, content in drawn_images():
+        client.put_object(Bucket="images", Key=key, Body=content)
+    yield client
+    server.stop()
+
+
+def drawn_images():
+    """Keys and files; some of them are no images whatever their names say."""
+    from florence2_demo.drawing import draw_scene
+    from florence2_demo.scene import make_scene
+
+    for number in range(NUM_IMAGES):
+        key = f"set/{number % 7}/{number:05}.jpg"
+        if number % (NUM_IMAGES // NUM_BROKEN) == 3:
+            yield key, b"no image"
+            continue
+        file = io.BytesIO()
+        draw_scene(make_scene(number)).resize((192, 144)).save(file, "JPEG")
+        yield key, file.getvalue()
+
+
+@pytest.fixture
+def cluster(store):
+    """Two nodes, each of which has two of its processes' cores; the second one may be killed."""
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": 2,
+            "object_store_memory": CLUSTER_MEMORY,
+            "include_dashboard": False,
+        },
+    )
+    yield made
+    made.shutdown()
+
+
+def add_node(cluster):
+    return cluster.add_node(num_cpus=2, object_store_memory=CLUSTER_MEMORY)
+
+
+def start(cluster, out: str, log: Path, *options: str) -> subprocess.Popen:
+    words = (
+        "label", "s3://images/set", "--out", out, "--recursive", "--coco", *OPTIONS,
+        "--ray", cluster.address, "--shard-size", str(SHARD_SIZE), "--workers", "2", *options,
+    )  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, "-m", "serve.cli.main", *words], cwd=ROOT, stderr=log.open("w")
+    )
+
+
+def keys_of(store, bucket: str, prefix: str = "") -> list[str]:
+    pages = store.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+    return [one["Key"] for page in pages for one in page.get("Contents", ())]
+
+
+def wait_for_shards(store, run: subprocess.Popen, count: int, log: Path) -> int:
+    """Returns once so many shards are committed."""
+    until = time.monotonic() + 240
+    while (found := len(keys_of(store, "labels", "out/committed/"))) < count:
+        assert run.poll() is None, log.read_text()
+        assert time.monotonic() < until, log.read_text()
+        time.sleep(0.3)
+    return found
+
+
+def workers_of(node) -> list[psutil.Process]:
+    """The processes of a node that hold the model."""
+    (raylet,) = node.all_processes["raylet"]
+    below = psutil.Process(raylet.process.pid).children(recursive=True)
+    return [one for one in below if "_Worker" in " ".join(one.cmdline())]
+
+
+def test_an_actor_the_driver_and_a_node_end_and_every_image_is_labeled_once_or_named(
+    cluster, store, tmp_path
+):
+    node = add_node(cluster)
+    log = tmp_path / "first.log"
+    run = start(cluster, "s3://labels/out", log)
+    done = wait_for_shards(store, run, 4, log)
+    killed = workers_of(node) or workers_of(cluster.head_node)
+    assert killed
+    killed[0].kill()
+    done = wait_for_shards(store, run, done + 4, log)
+
+    run.send_signal(signal.SIGINT)
+    assert run.wait(120) == 130, log.read_text()
+    told = log.read_text()
+    (images,) = re.findall(r"(\d+) labeled \(", told)
+    committed = [json.loads(get(store, key)) for key in keys_of(store, "labels", "out/committed/")]
+    assert int(images) == sum(one["labeled"] for one in committed)
+    assert "go on with:\nflorence2 label s3://images/set --out s3://labels/out" in told
+
+    log = tmp_path / "second.log"
+    run = start(cluster, "s3://labels/out", log)
+    wait_for_shards(store, run, len(committed) + 4, log)
+    cluster.remove_node(node, allow_graceful=False)
+    assert run.wait(1200) == 1, log.read_text()
+    check_each_once_or_named(store)
+
+
+def get(store, key: str) -> bytes:
+    return store.get_object(Bucket="labels", Key=key)["Body"].read()
+
+
+def check_each_once_or_named(store) -> None:
+    wanted = {key.removeprefix("set/") for key in keys_of(store, "images")}
+    assert len(wanted) == NUM_IMAGES
+    committed = [json.loads(get(store, key)) for key in keys_of(store, "labels", "out/committed/")]
+    folders = {one["folder"] for one in committed}
+    stored = keys_of(store, "labels", "out/shards/")
+    assert {"/".join(key.split("/")[1:3]) for key in stored} == folders
+    labeled = Counter(
+        Path(key).name.removesuffix(".json").replace("__", "/") for key in stored if "/ann/" in key
+    )
+    assert set(labeled.values()) == {1}
+    copied = Counter(Path(key).name.replace("__", "/") for key in stored if "/img/" in key)
+    assert copied == labeled
+    failed = [
+        one["image"] for one in csv.DictReader(io.StringIO(get(store, "out/failed.csv").decode()))
+    ]
+    assert len(failed) == len(set(failed)) == NUM_BROKEN
+    assert set(labeled) | set(failed) == wanted
+    assert not set(labeled) & set(failed)
+    report = json.loads(get(store, "out/report.json"))
+    assert report["images"] == NUM_IMAGES
+    assert report["labeled"] + report["empty"] == NUM_IMAGES - NUM_BROKEN
+    assert (report["failed"], report["pending"]) == (NUM_BROKEN, 0)
