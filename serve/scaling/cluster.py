@@ -30,7 +30,7 @@ _PLAN_CPUS: Final = 0.05
 _OPEN_CPUS: Final = 0.5
 _COMMIT_CPUS: Final = 0.25
 # Kills of machines and processes, each of which begins a task anew.
-_MAX_RETRIES: Final = 100
+_MAX_RETRIES: Final = "100"
 _DEVICE_LOST: Final = 3
 
 
@@ -70,7 +70,9 @@ def connected(address: str) -> Iterator[None]:
     _check_address(address)
     # Nothing of a run leaves the network that it is in.
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # Else its workers take the GPUs out of the sight of tasks that ask for none, and warn of it.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_TASK_MAX_RETRIES", _MAX_RETRIES)
     try:
         import ray
         import ray.data
@@ -169,14 +171,12 @@ def _streamed(pipeline: Pipeline) -> Any:  # noqa: ANN401 - a ray.data.Dataset
             _plan,
             fn_kwargs={"pipeline": pipeline},
             num_cpus=_PLAN_CPUS,
-            ray_remote_args_fn=_retried,
             **rows,
         )
         .map_batches(
             _open,
             fn_kwargs={"work": pipeline.work, "model": workers.model.name},
             num_cpus=_OPEN_CPUS,
-            ray_remote_args_fn=_retried,
             **rows,
         )
         .map_batches(
@@ -190,14 +190,9 @@ def _streamed(pipeline: Pipeline) -> Any:  # noqa: ANN401 - a ray.data.Dataset
             _commit,
             fn_kwargs={"work": pipeline.work},
             num_cpus=_COMMIT_CPUS,
-            ray_remote_args_fn=_retried,
             **rows,
         )
     )
-
-
-def _retried() -> dict[str, Any]:
-    return {"max_retries": _MAX_RETRIES}
 
 
 def _plan(batch: Any, pipeline: Pipeline) -> Iterator[Any]:  # noqa: ANN401

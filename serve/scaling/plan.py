@@ -38,6 +38,9 @@ _FOLDER: Final = "plan"
 _COMPLETE: Final = f"{_FOLDER}/complete.json"
 _ROWS: Final = 10_000
 
+_Lines = list[dict[str, Any]]
+"""Of a part, a shard each."""
+
 
 @dataclass(frozen=True, slots=True)
 class PlannedImage:
@@ -91,8 +94,13 @@ class Source:
         if not self.is_table and not is_remote(self.address):
             check_images(Path(self.address), Path(self._skip), recursive=self._recursive)
             return
-        findings = Findings()
-        if next(self.images(findings), None) is None:
+        try:
+            first = next(self.images(Findings()), None)
+        except FileNotFoundError as error:
+            raise RequestError(
+                f"Images are read from {self.address!r}, which is not there."
+            ) from error
+        if first is None:
             what = "A table to label names images" if self.is_table else "A folder holds images"
             hint = "" if self.is_table or self._recursive else "; add --recursive to look deeper"
             raise RequestError(
@@ -227,13 +235,15 @@ class Plan:
     def shards(self) -> Iterator[Shard]:
         """All of them, in order; what is not planned yet is, and noted before it is given."""
         number, last = 0, _Position()
-        while (lines := self._part(number)) is not None:
-            for line in lines:
-                last = _Position.of(line)
-                yield _shard_of(line)
-            number += 1
-        if self.listing() is None:
-            yield from self._go_on(number, last)
+        while True:
+            while (lines := self._part(number)) is not None:
+                number, last = number + 1, _Position.of(lines[-1])
+                yield from map(_shard_of, lines)
+            if self.listing() is not None:
+                return
+            for lines in self._planned(number, last):
+                number, last = number + 1, _Position.of(lines[-1])
+                yield from map(_shard_of, lines)
 
     def listing(self) -> Listing | None:
         """None as long as the source was not listed to its end."""
@@ -274,28 +284,28 @@ class Plan:
             number, [{**one, "planned": last.planned, "again": True} for one in parts.take()]
         )
 
-    def _go_on(self, number: int, last: _Position) -> Iterator[Shard]:
-        while True:
-            findings = Findings()
-            parts = _Parts(self._shard_size, last)
-            for image in self._source.images(findings, last.key):
-                parts.add(image, findings.files)
-                if len(parts.lines) == _SHARDS_IN_PART:
-                    lines, is_ours = self._create(number, parts.take())
-                    number, last = number + 1, _Position.of(lines[-1])
-                    yield from map(_shard_of, lines)
-                    if not is_ours:
-                        break
-            else:
-                parts.end_shard(findings.files)
-                if parts.lines:
-                    lines, is_ours = self._create(number, parts.take())
-                    number, last = number + 1, _Position.of(lines[-1])
-                    yield from map(_shard_of, lines)
-                    if not is_ours:
-                        continue
-                self._complete(last, findings, parts.untold(findings.files))
+    def _planned(self, number: int, last: _Position) -> Iterator[_Lines]:
+        """The parts behind ``last``, as they are noted. Ends early where another one plans too:
+        what is noted by then has to be read."""
+        findings = Findings()
+        parts = _Parts(self._shard_size, last)
+        for image in self._source.images(findings, last.key):
+            parts.add(image, findings.files)
+            if len(parts.lines) == _SHARDS_IN_PART:
+                lines = parts.take()
+                if not self._create(number, lines):
+                    return
+                number += 1
+                yield lines
+        parts.end_shard(findings.files)
+        if parts.lines:
+            lines = parts.take()
+            if not self._create(number, lines):
                 return
+            number += 1
+            yield lines
+        if self._part(number) is None:
+            self._complete(parts.last, findings, parts.untold(findings.files))
 
     def _complete(self, last: _Position, findings: Findings, left_out: Sequence[LeftOut]) -> None:
         listing = {
@@ -309,17 +319,11 @@ class Plan:
         }
         self._target.create(_COMPLETE, json.dumps(listing).encode())
 
-    def _create(
-        self, number: int, lines: Sequence[Mapping[str, Any]]
-    ) -> tuple[Sequence[Mapping[str, Any]], bool]:
-        """The part as it stands, and whether it is ours: another may have been first."""
+    def _create(self, number: int, lines: _Lines) -> bool:
         text = "".join(json.dumps(line) + "\n" for line in lines)
-        if self._target.create(_part_name(number), text.encode()):
-            return lines, True
-        theirs = self._part(number)
-        return (lines, True) if theirs is None else (theirs, theirs == list(lines))
+        return self._target.create(_part_name(number), text.encode())
 
-    def _part(self, number: int) -> list[dict[str, Any]] | None:
+    def _part(self, number: int) -> _Lines | None:
         stored = self._target.read(_part_name(number))
         return None if stored is None else [json.loads(line) for line in stored.splitlines()]
 
@@ -351,10 +355,10 @@ class _Parts:
 
     def __init__(self, shard_size: int, last: _Position) -> None:
         self._shard_size = shard_size
-        self._last = last
+        self.last = last
         self._images: list[PlannedImage] = []
         self._num_told = 0
-        self.lines: list[dict[str, Any]] = []
+        self.lines: _Lines = []
 
     def add(self, image: PlannedImage, left_out: Sequence[LeftOut]) -> None:
         self._images.append(image)
@@ -365,14 +369,14 @@ class _Parts:
         if not self._images:
             return
         line = {
-            "shard": self._last.shard + 1,
+            "shard": self.last.shard + 1,
             "images": [[one.key, one.address, one.name] for one in self._images],
             "last_key": self._images[-1].key,
-            "planned": self._last.planned + len(self._images),
+            "planned": self.last.planned + len(self._images),
         }
         if untold := self.untold(left_out):
             line["left_out"] = [[one.path, one.code, one.message] for one in untold]
-        self._last = _Position.of(line)
+        self.last = _Position.of(line)
         self._images = []
         self.lines.append(line)
 
@@ -382,7 +386,7 @@ class _Parts:
         self._num_told = len(left_out)
         return untold
 
-    def take(self) -> list[dict[str, Any]]:
+    def take(self) -> _Lines:
         """The whole shards so far."""
         lines, self.lines = self.lines, []
         return lines
