@@ -244,7 +244,7 @@ def label(
     if ray is None:
         _check_left_out(scaling, "is for a run on a Ray cluster; add --ray ADDRESS")
         raise typer.Exit(_labeled(settings, job, source, every, from_, to).exit_code)
-    _check_left_out(video | {"--devices": devices}, "is for a run on one machine, without --ray")
+    _check_left_out(video | {"--devices": devices}, "is for a run on one machine and not for --ray")
     from serve.scaling.run import DEFAULT_SHARD_SIZE, ScaledJob, label_on_cluster
 
     scaled = ScaledJob(
@@ -265,7 +265,7 @@ def _check_left_out(options: Mapping[str, object], rule: str) -> None:
 
     for option, value in options.items():
         if value is not None:
-            raise RequestError(f"{option} {rule}, and got {value}; leave it out.")
+            raise RequestError(f"{option} {rule}; leave {option} out.")
 
 
 def _labeled(
