@@ -47,8 +47,12 @@ serve: $(VENV)/.runtime
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
+$(VENV)/.soak: $(VENV)/.dev
+	$(BIN)/pip install --quiet --editable ".[soak]" --no-build-isolation
+	touch $@
+
 # One after the other: each takes the machine for itself.
-soak: $(VENV)/.dev
+soak: $(VENV)/.soak
 	$(BIN)/python -m pytest -m soak tests/soak
 
 lint: $(VENV)/.dev

@@ -120,7 +120,7 @@ def keys_of(store, bucket: str, prefix: str = "") -> list[str]:
 
 def wait_for_shards(store, run: subprocess.Popen, count: int, log: Path) -> int:
     """Returns once so many shards are committed."""
-    until = time.monotonic() + 240
+    until = time.monotonic() + 1200
     while (found := len(keys_of(store, "labels", "out/committed/"))) < count:
         assert run.poll() is None, log.read_text()
         assert time.monotonic() < until, log.read_text()
@@ -154,7 +154,7 @@ def test_an_actor_the_driver_and_a_node_end_and_every_image_is_labeled_once_or_n
     done = wait_for_shards(store, run, done + 4, log)
 
     run.send_signal(signal.SIGINT)
-    assert run.wait(120) == 130, log.read_text()
+    assert run.wait(300) == 130, log.read_text()
     told = log.read_text()
     (images,) = re.findall(r"(\d+) labeled \(", told)
     committed = [json.loads(get(store, key)) for key in keys_of(store, "labels", "out/committed/")]
@@ -165,7 +165,7 @@ def test_an_actor_the_driver_and_a_node_end_and_every_image_is_labeled_once_or_n
     run = start(cluster, "s3://labels/out", log)
     wait_for_shards(store, run, len(committed) + 4, log)
     cluster.remove_node(node, allow_graceful=False)
-    assert run.wait(1200) == 1, log.read_text()
+    assert run.wait(3600) == 1, log.read_text()
     check_each_once_or_named(store)
 
 
