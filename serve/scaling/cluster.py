@@ -10,16 +10,19 @@ import logging
 import os
 import pickle
 import socket
-from collections.abc import Generator, Iterator
+import time
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final
+from functools import partial
+from typing import Any, Final, TypeVar
 
 from florence2.errors import DeviceLostError, FlorenceError, RequestError
 from serve.labeling.run import ModelSource
 from serve.predict.predictor import Predictor
 from serve.scaling.plan import Plan, Shard, Source
 from serve.scaling.shards import Committed, ShardImage, Work, commit_shard, label_shard, open_shard
+from serve.scaling.storage import StorageError
 
 LOCAL: Final = "local"
 AUTO: Final = "auto"
@@ -32,6 +35,10 @@ _COMMIT_CPUS: Final = 0.25
 # Kills of machines and processes, each of which begins a task anew.
 _MAX_RETRIES: Final = "100"
 _DEVICE_LOST: Final = 3
+# A store may be gone for minutes, beyond what its own client tries again.
+_STORE_WAIT_S: Final = (5.0, 20.0, 60.0, 120.0)
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +80,8 @@ def connected(address: str) -> Iterator[None]:
     # Else its workers take the GPUs out of the sight of tasks that ask for none, and warn of it.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TASK_MAX_RETRIES", _MAX_RETRIES)
+    # What matters of it is raised, and told in a sentence.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
         import ray
         import ray.data
@@ -214,7 +223,7 @@ def _open(batch: Any, work: Work, model: str) -> Any:  # noqa: ANN401
             *(
                 one
                 if isinstance(one, FlorenceError)
-                else (one, open_shard(work, one, _preparer(model)))
+                else (one, _lasting(partial(open_shard, work, one, _preparer(model))))
                 for one in shards
             )
         )
@@ -245,7 +254,7 @@ class _Worker:
             return self._problem
         shard, images = one
         try:
-            label_shard(self._work, shard, images, self._predictor)
+            _lasting(partial(label_shard, self._work, shard, images, self._predictor))
         except DeviceLostError:
             # A device that is lost is lost to this process: a new one takes the shard.
             os._exit(_DEVICE_LOST)
@@ -258,12 +267,25 @@ def _commit(batch: Any, work: Work) -> Any:  # noqa: ANN401
     try:
         return _packed(
             *(
-                one if isinstance(one, FlorenceError) else commit_shard(work, *one)
+                one
+                if isinstance(one, FlorenceError)
+                else _lasting(partial(commit_shard, work, *one))
                 for one in _unpacked(batch)
             )
         )
     except FlorenceError as error:
         return _packed(error)
+
+
+def _lasting(work: Callable[[], Made]) -> Made:
+    """Done again where the store failed; all stages can be."""
+    for wait_s in _STORE_WAIT_S:
+        try:
+            return work()
+        except StorageError as error:
+            logging.getLogger(__name__).warning("%s Tried again in %.0f s.", error, wait_s)
+            time.sleep(wait_s)
+    return work()
 
 
 _preparers: Final[dict[str, Any]] = {}

@@ -95,7 +95,9 @@ class Source:
             check_images(Path(self.address), Path(self._skip), recursive=self._recursive)
             return
         try:
-            first = next(self.images(Findings()), None)
+            # Whether a table names one again is known only once all of it was read.
+            found = _addresses(self.address) if self.is_table else self.images(Findings())
+            first = next(iter(found), None)
         except FileNotFoundError as error:
             raise RequestError(
                 f"Images are read from {self.address!r}, which is not there."
@@ -252,9 +254,16 @@ class Plan:
 
     def num_planned(self) -> int:
         """Images in the parts there are."""
+        return self._end().planned
+
+    def num_shards(self) -> int:
+        """Shards in the parts there are."""
+        return self._end().shard + 1
+
+    def _end(self) -> _Position:
         names = [name for name in self._target.names(_FOLDER) if name.endswith(".jsonl")]
         lines = self._part(int(names[-1].removesuffix(".jsonl"))) if names else None
-        return int(lines[-1]["planned"]) if lines else 0
+        return _Position.of(lines[-1]) if lines else _Position()
 
     def left_out(self) -> Iterator[LeftOut]:
         """Files that were listed and are no images that a project can hold."""

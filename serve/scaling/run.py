@@ -36,6 +36,7 @@ INDEX_NAME: Final = "shards.csv"
 DEFAULT_SHARD_SIZE: Final = 100
 _FORMAT: Final = 1
 _LOOK_AT_PLAN_S: Final = 5.0
+_SETTLES, _SETTLE_S = 10, 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +105,7 @@ def label_on_cluster(settings: Settings, scaled: ScaledJob, model: ModelSource) 
         **journal_settings(settings, model.name),
         "checkpoint": model.fingerprint(),
     }
-    with connected(scaled.address), stop_on_signals():
+    with stop_on_signals(), connected(scaled.address):
         _begin(target, noted, scaled.shard_size)
         plan = Plan(target, source, scaled.shard_size)
         if job.retry_failed:
@@ -120,8 +121,10 @@ def label_on_cluster(settings: Settings, scaled: ScaledJob, model: ModelSource) 
         )
         _keep(work, "running")
         pipeline = Pipeline(work, source, scaled.shard_size, workers, done)
-        counts, error = _work(pipeline, plan, job)
-        return _ended(scaled, pipeline, plan, counts, error)
+        is_done = plan.listing() is not None and len(done) == plan.num_shards()
+        counts, error = (RunCounts(), None) if is_done else _work(pipeline, plan, job)
+    # Only now no task of the run commits anything any more.
+    return _ended(scaled, pipeline, plan, counts, error)
 
 
 def _check_options(scaled: ScaledJob) -> None:
@@ -256,6 +259,8 @@ def _ended(
 ) -> Report:
     work, target = pipeline.work, pipeline.work.target
     state: RunState = "stopped" if counts.interrupted else "failed" if error else "done"
+    if counts.interrupted:
+        _settled(target)
     _keep(work, state, counts, error)
     target.delete(f"{ATTEMPTS}/{work.manifest.run}")
     merged = _merged(target)
@@ -287,6 +292,17 @@ def _ended(
     for line in _lines(report, merged, listing, target):
         say(line)
     return report
+
+
+def _settled(target: Storage) -> None:
+    """Returns once nothing is committed any more: processes take a moment to end."""
+    before = -1
+    for _ in range(_SETTLES):
+        now_there = len(target.names(COMMITTED))
+        if now_there == before:
+            return
+        before = now_there
+        time.sleep(_SETTLE_S)
 
 
 def _keep(

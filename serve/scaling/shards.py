@@ -144,8 +144,8 @@ class Attempts:
     def failure(self) -> Failure:
         return Failure(
             "process_ended",
-            "The process that worked on this image ended each time; look at the image, or give the "
-            "machines more memory, and use --retry-failed.",
+            "A process ended while it worked on this image, and two before it with the same shard; "
+            "look at the image, or give the machines more memory, and use --retry-failed.",
         )
 
     def _note(self, name: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, Final
 from fsspec.core import url_to_fs
 
 from florence2.errors import FlorenceError, RequestError
+from serve.labeling.files import sync_folder
 from serve.labeling.images import text_of
 
 _PART: Final = ".part-"
@@ -93,6 +95,7 @@ class Storage:
                     return False
                 finally:
                     os.unlink(part)
+                sync_folder(Path(path).parent)
                 return True
             try:
                 self._fs.pipe_file(path, content, mode="create")
@@ -125,16 +128,25 @@ class Storage:
         return not any(not name.startswith(".") for name in names)
 
     def upload(self, folder: Path, name: str) -> None:
-        """All files below a folder of this machine, under ``name``."""
-        files = sorted(
-            path for path in folder.rglob("*") if path.is_file() and path.name[:1] != "."
-        )
+        """All files below a folder of this machine, under ``name``; on a disk when it returns.
+
+        Names that begin with a dot are left out.
+        """
+        found = (path for path in folder.rglob("*") if path.is_file() and path.name[:1] != ".")
+        files = sorted(found)
         targets = [f"{self._path(name)}/{path.relative_to(folder).as_posix()}" for path in files]
         with told(self.address):
-            if _is_local(self._fs):
-                for parent in dict.fromkeys(os.path.dirname(target) for target in targets):
-                    os.makedirs(parent, exist_ok=True)
-            self._fs.put([str(path) for path in files], targets)
+            if not _is_local(self._fs):
+                self._fs.put([str(path) for path in files], targets)
+                return
+            for source, target in zip(files, targets, strict=True):
+                os.makedirs(os.path.dirname(target), exist_ok=True)
+                shutil.copyfile(source, target)
+                with open(target, "r+b") as file:
+                    os.fsync(file.fileno())
+            for parent in {parent for target in targets for parent in Path(target).parents}:
+                if parent.is_relative_to(self._root):
+                    sync_folder(parent)
 
     def delete(self, name: str) -> None:
         """A file, or a folder with all in it; nothing where there is nothing."""
@@ -228,7 +240,9 @@ def listed(
     """
     fs, root = opened(storage.address)
     scheme = storage.address.split("://", 1)[0]
-    passed = None if skip is None else opened(skip)[1] + "/"
+    passed = None
+    if skip is not None and is_remote(skip) and skip.split("://", 1)[0] == scheme:
+        passed = opened(skip)[1] + "/"
     walk = _s3_paths if hasattr(fs, "call_s3") else _paths
     with told(storage.address):
         for path in walk(fs, root, recursive, None if after is None else f"{root}/{after}"):

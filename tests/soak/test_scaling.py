@@ -14,12 +14,16 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 from PIL import ImageChops
+
+from serve.scaling.plan import Plan, Source
+from serve.scaling.storage import Storage
 
 pytest.importorskip("ray")
 pytest.importorskip("moto")
@@ -167,6 +171,27 @@ def test_an_actor_the_driver_and_a_node_end_and_every_image_is_labeled_once_or_n
     cluster.remove_node(node, allow_graceful=False)
     assert run.wait(3600) == 1, log.read_text()
     check_each_once_or_named(store)
+
+
+def test_of_many_who_create_one_name_the_store_lets_one(store):
+    target = Storage("s3://labels/one")
+    for number in range(5):
+        with ThreadPoolExecutor(8) as pool:
+            made = list(pool.map(lambda n: target.create(f"{number}", b"%d" % n), range(8)))
+        assert made.count(True) == 1
+        assert target.read(f"{number}") == b"%d" % made.index(True)
+
+
+def test_a_bucket_is_listed_page_by_page_and_from_where_a_plan_was_cut(store):
+    target = Storage("s3://labels/listed")
+    source = Source("s3://images/set", recursive=True, skip=target.address)
+    first = Plan(target, source, 10).shards()
+    begun = [next(first) for _ in range(30)]
+    first.close()
+    shards = list(Plan(target, source, 10).shards())
+    assert shards[:30] == begun
+    wanted = [key.removeprefix("set/") for key in keys_of(store, "images")]
+    assert [one.key for shard in shards for one in shard.images] == wanted
 
 
 def get(store, key: str) -> bytes:
