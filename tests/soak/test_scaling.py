@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -173,11 +174,47 @@ def test_an_actor_the_driver_and_a_node_end_and_every_image_is_labeled_once_or_n
     check_each_once_or_named(store)
 
 
+@pytest.mark.parametrize(
+    "options", [(), ("--tiling", "160", "--nms", "0.5")], ids=["whole", "tiles"]
+)
+def test_the_labels_are_those_of_a_run_over_a_folder(tmp_path, options):
+    found = []
+    for out, where in (("one", ()), ("many", ("--ray", "local", "--shard-size", "4"))):
+        words = ("label", str(ROOT / "demo" / "images"), "--out", str(tmp_path / out))
+        ended = subprocess.run(
+            [sys.executable, "-m", "serve.cli.main", *words, *OPTIONS, *options, *where],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"},
+            timeout=1200,
+            capture_output=True,
+            text=True,
+        )
+        assert ended.returncode == 0, ended.stderr
+        found.append(labels_below(tmp_path / out))
+    assert len(found[0]) == 10
+    assert found[0] == found[1]
+
+
+def labels_below(folder: Path) -> dict[str, list]:
+    """Class, shape, score and tags of every label, by image."""
+    labels = {}
+    for path in folder.rglob("ann/*.json"):
+        labels[path.name] = [
+            (one["classTitle"], one["points"], [(tag["name"], tag["value"]) for tag in one["tags"]])
+            for one in json.loads(path.read_text())["objects"]
+        ]
+    return labels
+
+
 def test_of_many_who_create_one_name_the_store_lets_one(store):
     target = Storage("s3://labels/one")
+
+    def create(name, number):
+        return target.create(name, b"%d" % number)
+
     for number in range(5):
         with ThreadPoolExecutor(8) as pool:
-            made = list(pool.map(lambda n: target.create(f"{number}", b"%d" % n), range(8)))
+            made = list(pool.map(partial(create, f"{number}"), range(8)))
         assert made.count(True) == 1
         assert target.read(f"{number}") == b"%d" % made.index(True)
 
