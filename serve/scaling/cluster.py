@@ -11,30 +11,41 @@ import os
 import pickle
 import socket
 import time
+import warnings
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
 
 from florence2.errors import DeviceLostError, FlorenceError, RequestError
-from serve.labeling.run import ModelSource
+from serve.labeling.run import ModelSource, error_sentence
 from serve.predict.predictor import Predictor
 from serve.scaling.plan import Plan, Shard, Source
-from serve.scaling.shards import Committed, ShardImage, Work, commit_shard, label_shard, open_shard
+from serve.scaling.shards import (
+    Committed,
+    ShardImage,
+    Work,
+    commit_shard,
+    committed_numbers,
+    committed_shard,
+    label_shard,
+    open_shard,
+)
 from serve.scaling.storage import StorageError
 
 LOCAL: Final = "local"
 AUTO: Final = "auto"
 _INSTALL: Final = "pip install 'serve-florence-2[ray]'"
 _CONNECT_S: Final = 5.0
-# Beside the workers. Opening waits for downloads half of its time; a plan waits for all the others.
-_PLAN_CPUS: Final = 0.05
+# Beside the workers. A plan mostly waits; opening waits for downloads half of its time.
+_PLAN_CPUS: Final = 0
 _OPEN_CPUS: Final = 0.5
 _COMMIT_CPUS: Final = 0.25
 # Kills of machines and processes, each of which begins a task anew.
 _MAX_RETRIES: Final = "100"
 _DEVICE_LOST: Final = 3
+# An image that ends its process is found in the third pass, see ``Attempts``.
+_IDLE_PASSES: Final = 5
 # A store may be gone for minutes, beyond what its own client tries again.
 _STORE_WAIT_S: Final = (5.0, 20.0, 60.0, 120.0)
 
@@ -127,8 +138,36 @@ def _check_address(address: str) -> None:
 def committed_shards(pipeline: Pipeline) -> Generator[Committed]:
     """Runs the pipeline on the connected cluster; each shard as it is committed, in any order.
 
-    Close it to stop. Raises the FlorenceError that ends a run, and ClusterError.
+    A worker that ends takes the shards in its hands with it, and the pass goes on without: Ray
+    would keep them for it until there is room for another one, which may be never. What is left
+    at the end of a pass is in the next one. Close it to stop. Raises the FlorenceError that ends a
+    run, and ClusterError.
     """
+    target = pipeline.work.target
+    plan = Plan(target, pipeline.source, pipeline.shard_size)
+    done, num_idle = set(pipeline.done), 0
+    while True:
+        before = len(done)
+        for found in _one_pass(replace(pipeline, done=frozenset(done))):
+            done.add(found.shard)
+            yield found
+        # A shard may be committed by a task whose machine ended before it could say so.
+        for number in committed_numbers(target) - done:
+            done.add(number)
+            if (shard := committed_shard(target, number)) is not None:
+                yield shard
+        if plan.listing() is not None and len(done) >= plan.num_shards():
+            return
+        num_idle = 0 if len(done) > before else num_idle + 1
+        if num_idle == _IDLE_PASSES:
+            raise ClusterError(
+                f"{plan.num_shards() - len(done)} shards were given to the cluster {num_idle} "
+                "times and none was committed; look at Ray's own logs, and go on with the same "
+                "command."
+            )
+
+
+def _one_pass(pipeline: Pipeline) -> Iterator[Committed]:
     import ray
 
     context = ray.data.DataContext.get_current()
@@ -136,11 +175,13 @@ def committed_shards(pipeline: Pipeline) -> Generator[Committed]:
     context.target_max_block_size = 1
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    rows = _streamed(pipeline).iter_batches(
-        batch_size=1, prefetch_batches=0, batch_format="pyarrow"
-    )
+    # What our own code raises is a row, so these are shards of workers that ended.
+    context.max_errored_blocks = -1
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     try:
+        rows = _streamed(pipeline).iter_batches(
+            batch_size=1, prefetch_batches=0, batch_format="pyarrow"
+        )
         for batch in rows:
             for found in _unpacked(batch):
                 if isinstance(found, FlorenceError):
@@ -165,43 +206,40 @@ def _streamed(pipeline: Pipeline) -> Any:  # noqa: ANN401 - a ray.data.Dataset
     workers = pipeline.workers
     resources = ray.cluster_resources()
     has_gpus = resources.get("GPU", 0) > 0 and not workers.is_on_cpu
+    most = workers.most
     if has_gpus:
-        # More come when the cluster grows.
-        pool = ActorPoolStrategy(min_size=1, max_size=workers.most)
+        # More workers come when the cluster grows.
         needs: dict[str, float] = {"num_gpus": 1}
+        opening, committing = {"num_cpus": _OPEN_CPUS}, {"num_cpus": _COMMIT_CPUS}
     else:
-        room = int((resources.get("CPU", 1) - 1) / workers.cores)
-        pool = ActorPoolStrategy(min_size=1, max_size=workers.most or max(1, room))
+        # Workers may take all the cores that are left when a machine is lost, and must be fed.
+        most = most or max(1, int((resources.get("CPU", 1) - 1) / workers.cores))
         needs = {"num_cpus": workers.cores}
+        opening = committing = {"num_cpus": 0, "concurrency": most}
     rows = {"batch_size": 1, "batch_format": "pyarrow"}
-    return (
-        ray.data.range(1, override_num_blocks=1)
-        .map_batches(
-            _plan,
-            fn_kwargs={"pipeline": pipeline},
-            num_cpus=_PLAN_CPUS,
-            **rows,
+    with warnings.catch_warnings():
+        # Of Ray 2.64, which has no other way to say what it is to do with workers that end.
+        warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
+        return (
+            ray.data.range(1, override_num_blocks=1)
+            .map_batches(_plan, fn_kwargs={"pipeline": pipeline}, num_cpus=_PLAN_CPUS, **rows)
+            .map_batches(
+                _open,
+                fn_kwargs={"work": pipeline.work, "model": workers.model.name},
+                **opening,
+                **rows,
+            )
+            .map_batches(
+                _Worker,
+                fn_constructor_kwargs={"work": pipeline.work, "workers": workers},
+                compute=ActorPoolStrategy(min_size=1, max_size=most),
+                max_restarts=0,
+                max_task_retries=0,
+                **needs,
+                **rows,
+            )
+            .map_batches(_commit, fn_kwargs={"work": pipeline.work}, **committing, **rows)
         )
-        .map_batches(
-            _open,
-            fn_kwargs={"work": pipeline.work, "model": workers.model.name},
-            num_cpus=_OPEN_CPUS,
-            **rows,
-        )
-        .map_batches(
-            _Worker,
-            fn_constructor_kwargs={"work": pipeline.work, "workers": workers},
-            compute=pool,
-            **needs,
-            **rows,
-        )
-        .map_batches(
-            _commit,
-            fn_kwargs={"work": pipeline.work},
-            num_cpus=_COMMIT_CPUS,
-            **rows,
-        )
-    )
 
 
 def _plan(batch: Any, pipeline: Pipeline) -> Iterator[Any]:  # noqa: ANN401
@@ -217,18 +255,12 @@ def _plan(batch: Any, pipeline: Pipeline) -> Iterator[Any]:  # noqa: ANN401
 
 
 def _open(batch: Any, work: Work, model: str) -> Any:  # noqa: ANN401
-    shards = _unpacked(batch)
-    try:
-        return _packed(
-            *(
-                one
-                if isinstance(one, FlorenceError)
-                else (one, _lasting(partial(open_shard, work, one, _preparer(model))))
-                for one in shards
-            )
-        )
-    except FlorenceError as error:
-        return _packed(error)
+    def opened(one: Shard | FlorenceError) -> object:
+        if isinstance(one, FlorenceError):
+            return one
+        return _outcome(lambda: (one, open_shard(work, one, _preparer(model))))
+
+    return _packed(*map(opened, _unpacked(batch)))
 
 
 class _Worker:
@@ -236,56 +268,49 @@ class _Worker:
 
     def __init__(self, work: Work, workers: Workers) -> None:
         self._work = work
-        self._problem: FlorenceError | None = None
-        try:
-            self._predictor = _predictor(workers)
-        except FlorenceError as error:
-            self._problem = error
+        self._predictor = _outcome(lambda: _predictor(workers))
 
     def __call__(self, batch: Any) -> Any:  # noqa: ANN401
-        return _packed(*(self._labeled(one) for one in _unpacked(batch)))
+        return _packed(*map(self._labeled, _unpacked(batch)))
 
-    def _labeled(
-        self, one: FlorenceError | tuple[Shard, list[ShardImage]]
-    ) -> FlorenceError | tuple[Shard, list[ShardImage]]:
+    def _labeled(self, one: FlorenceError | tuple[Shard, list[ShardImage]]) -> object:
+        predictor = self._predictor
         if isinstance(one, FlorenceError):
             return one
-        if self._problem is not None:
-            return self._problem
+        if isinstance(predictor, FlorenceError):
+            return predictor
         shard, images = one
-        try:
-            _lasting(partial(label_shard, self._work, shard, images, self._predictor))
-        except DeviceLostError:
-            # A device that is lost is lost to this process: a new one takes the shard.
-            os._exit(_DEVICE_LOST)
-        except FlorenceError as error:
-            return error
-        return shard, images
+        problem = _outcome(lambda: label_shard(self._work, shard, images, predictor))
+        return problem or (shard, images)
 
 
 def _commit(batch: Any, work: Work) -> Any:  # noqa: ANN401
+    def committed(one: FlorenceError | tuple[Shard, list[ShardImage]]) -> object:
+        if isinstance(one, FlorenceError):
+            return one
+        return _outcome(lambda: commit_shard(work, *one))
+
+    return _packed(*map(committed, _unpacked(batch)))
+
+
+def _outcome(work: Callable[[], Made]) -> Made | FlorenceError:
+    """What ``work`` gives, or why the run ends; done again where the store failed."""
     try:
-        return _packed(
-            *(
-                one
-                if isinstance(one, FlorenceError)
-                else _lasting(partial(commit_shard, work, *one))
-                for one in _unpacked(batch)
-            )
-        )
+        for wait_s in _STORE_WAIT_S:
+            try:
+                return work()
+            except StorageError as error:
+                logging.getLogger(__name__).warning("%s Tried again in %.0f s.", error, wait_s)
+                time.sleep(wait_s)
+        return work()
+    except DeviceLostError:
+        # A device that is lost is lost to this process: a new one takes the shard.
+        os._exit(_DEVICE_LOST)
     except FlorenceError as error:
-        return _packed(error)
-
-
-def _lasting(work: Callable[[], Made]) -> Made:
-    """Done again where the store failed; all stages can be."""
-    for wait_s in _STORE_WAIT_S:
-        try:
-            return work()
-        except StorageError as error:
-            logging.getLogger(__name__).warning("%s Tried again in %.0f s.", error, wait_s)
-            time.sleep(wait_s)
-    return work()
+        return error
+    # Ray would only say that a task failed.
+    except Exception as error:  # noqa: BLE001
+        return FlorenceError(error_sentence(error))
 
 
 _preparers: Final[dict[str, Any]] = {}

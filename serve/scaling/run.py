@@ -26,7 +26,7 @@ from serve.labeling.settings import journal_settings
 from serve.provenance import RUN_TAG, Manifest, RunState, new_run_id, now
 from serve.scaling.cluster import Pipeline, Workers, committed_shards, connected
 from serve.scaling.plan import Listing, Plan, PlannedImage, Source
-from serve.scaling.shards import ATTEMPTS, COMMITTED, SHARDS, Committed, Work
+from serve.scaling.shards import ATTEMPTS, COMMITTED, SHARDS, Committed, Work, committed_numbers
 from serve.scaling.storage import Storage, is_remote
 from serve.settings import Settings
 
@@ -112,9 +112,7 @@ def label_on_cluster(settings: Settings, scaled: ScaledJob, model: ModelSource) 
             _plan_again(target, plan)
         manifest = _manifest(settings, noted)
         work = Work(target, settings, noted, manifest, job.batch, job.coco, job.draw)
-        done = frozenset(
-            int(name.removesuffix(".json")) for name in target.names(COMMITTED) if name[:1] != "."
-        )
+        done = frozenset(committed_numbers(target))
         is_on_cpu = scaled.device == "cpu"
         workers = Workers(
             model, noted["checkpoint"], is_on_cpu, scaled.workers, scaled.worker_cores

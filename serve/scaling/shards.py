@@ -152,13 +152,18 @@ class Attempts:
         self._target.write(f"{self._folder}/{name}", b"")
 
 
-def committed_name(shard: Shard) -> str:
-    return f"{COMMITTED}/{shard.title}.json"
+def committed_name(number: int) -> str:
+    return f"{COMMITTED}/{number:06}.json"
 
 
-def is_committed(work: Work, shard: Shard) -> Committed | None:
-    """What is noted of a shard that is done."""
-    stored = work.target.read(committed_name(shard))
+def committed_numbers(target: Storage) -> set[int]:
+    """Of the shards that are done."""
+    return {int(name.removesuffix(".json")) for name in target.names(COMMITTED)}
+
+
+def committed_shard(target: Storage, number: int) -> Committed | None:
+    """What is noted of a shard that is done; None of another."""
+    stored = target.read(committed_name(number))
     return None if stored is None else Committed.of_json(stored)
 
 
@@ -297,7 +302,7 @@ def _ask(
 
 def commit_shard(work: Work, shard: Shard, images: Sequence[ShardImage]) -> Committed:
     """Writes the shard's folder and commits it; what holds, which another attempt may have done."""
-    if (known := is_committed(work, shard)) is not None:
+    if (known := committed_shard(work.target, shard.number)) is not None:
         return known
     name = f"{SHARDS}/shard-{shard.title}-{secrets.token_hex(3)}"
     with tempfile.TemporaryDirectory(prefix="florence2-") as folder:
@@ -307,8 +312,8 @@ def commit_shard(work: Work, shard: Shard, images: Sequence[ShardImage]) -> Comm
         work.target.upload(built, name)
     text = json.dumps(asdict(committed), ensure_ascii=False) + "\n"
     # A path may hold bytes that are no text.
-    work.target.create(committed_name(shard), text.encode("utf-8", "backslashreplace"))
-    holds = is_committed(work, shard) or committed
+    work.target.create(committed_name(shard.number), text.encode("utf-8", "backslashreplace"))
+    holds = committed_shard(work.target, shard.number) or committed
     if holds.folder != name:
         work.target.delete(name)
     return holds

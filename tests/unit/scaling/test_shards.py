@@ -17,7 +17,7 @@ from serve.scaling.plan import PlannedImage, Shard
 from serve.scaling.run import committed_in
 from serve.scaling.shards import (
     commit_shard,
-    is_committed,
+    committed_shard,
     label_shard,
     open_shard,
 )
@@ -87,7 +87,7 @@ def test_of_two_attempts_alive_at_once_one_is_committed(shard, labeled, work, ta
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(target), "create", late)
         held = commit_shard(first, shard, images[0])
-    assert held == outcomes[-1] == is_committed(first, shard)
+    assert held == outcomes[-1] == committed_shard(target, 7)
     assert held.run == "bbbbbbbb"
     assert target.names("shards") == [held.folder.removeprefix("shards/")]
     assert commit_shard(first, shard, images[0]) == held
@@ -106,10 +106,10 @@ def test_an_attempt_that_ends_before_its_note_has_done_nothing(
         patch.setattr(type(target), "create", killed)
         with pytest.raises(Killed):
             commit_shard(work, shard, images)
-    assert is_committed(work, shard) is None
+    assert committed_shard(target, 7) is None
     assert len(target.names("shards")) == 1
     held = commit_shard(work, shard, images)
-    assert is_committed(work, shard) == held
+    assert committed_shard(target, 7) == held
 
 
 def test_each_failure_is_one_image_with_its_reason(shard, bucket, labeled, work, model):
