@@ -91,8 +91,6 @@ def connected(address: str) -> Iterator[None]:
     # Else its workers take the GPUs out of the sight of tasks that ask for none, and warn of it.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TASK_MAX_RETRIES", _MAX_RETRIES)
-    # What matters of it is raised, and told in a sentence.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
         import ray
         import ray.data

@@ -34,8 +34,8 @@ from serve.scaling.storage import Storage, is_remote, listed, opened, told
 COLUMN: Final = "image"
 _TABLES: Final = (".parquet", ".csv")
 _SHARDS_IN_PART: Final = 20
-_FOLDER: Final = "plan"
-_COMPLETE: Final = f"{_FOLDER}/complete.json"
+PLAN: Final = "plan"
+_COMPLETE: Final = f"{PLAN}/complete.json"
 _ROWS: Final = 10_000
 
 _Lines = list[dict[str, Any]]
@@ -261,7 +261,7 @@ class Plan:
         return self._end().shard + 1
 
     def _end(self) -> _Position:
-        names = [name for name in self._target.names(_FOLDER) if name.endswith(".jsonl")]
+        names = [name for name in self._target.names(PLAN) if name.endswith(".jsonl")]
         lines = self._part(int(names[-1].removesuffix(".jsonl"))) if names else None
         return _Position.of(lines[-1]) if lines else _Position()
 
@@ -338,7 +338,7 @@ class Plan:
 
 
 def _part_name(number: int) -> str:
-    return f"{_FOLDER}/{number:06}.jsonl"
+    return f"{PLAN}/{number:06}.jsonl"
 
 
 def _shard_of(line: Mapping[str, Any]) -> Shard:

@@ -25,7 +25,7 @@ from serve.labeling.run import Job, ModelSource
 from serve.labeling.settings import journal_settings
 from serve.provenance import RUN_TAG, Manifest, RunState, new_run_id, now
 from serve.scaling.cluster import Pipeline, Workers, committed_shards, connected
-from serve.scaling.plan import Listing, Plan, PlannedImage, Source
+from serve.scaling.plan import PLAN, Listing, Plan, PlannedImage, Source
 from serve.scaling.shards import ATTEMPTS, COMMITTED, SHARDS, Committed, Work, committed_numbers
 from serve.scaling.storage import Storage, is_remote
 from serve.settings import Settings
@@ -149,8 +149,10 @@ def _check_options(scaled: ScaledJob) -> None:
 
 
 def _begin(target: Storage, noted: Mapping[str, Any], shard_size: int) -> None:
-    """The settings of a target that is new; OutputError for one that was begun with others."""
+    """The settings of a target that is new; OutputError for one that holds other labels."""
     wanted = json.loads(json.dumps({**noted, "shard_size": shard_size}))
+    text = json.dumps({"format": _FORMAT, "settings": wanted}, ensure_ascii=False, indent=2)
+    content = text.encode("utf-8", "backslashreplace")
     stored = target.read(RUN_NAME)
     if stored is None:
         if not target.is_empty():
@@ -158,10 +160,25 @@ def _begin(target: Storage, noted: Mapping[str, Any], shard_size: int) -> None:
                 f"A run begins in an empty folder and {target.address!r} holds something else; "
                 "choose another --out."
             )
-        text = json.dumps({"format": _FORMAT, "settings": wanted}, ensure_ascii=False, indent=2)
-        if target.create(RUN_NAME, text.encode("utf-8", "backslashreplace")):
+        if target.create(RUN_NAME, content):
             return
         stored = target.read(RUN_NAME) or b"{}"
+    key = _difference(target, stored, wanted)
+    if key is None:
+        return
+    before = json.loads(stored)["settings"].get(key)
+    if committed_numbers(target):
+        raise OutputError(
+            f"One target holds one kind of labels and {target.address!r} was begun with {key} "
+            f"{before!r}, not {wanted.get(key)!r}; choose another --out."
+        )
+    # A run that never got to a shard: nothing is lost with it.
+    target.delete(PLAN)
+    target.write(RUN_NAME, content)
+
+
+def _difference(target: Storage, stored: bytes, wanted: Mapping[str, Any]) -> str | None:
+    """The first key that a target was begun with in another way."""
     try:
         before = dict(json.loads(stored)["settings"])
     except (ValueError, KeyError, TypeError) as error:
@@ -172,10 +189,8 @@ def _begin(target: Storage, noted: Mapping[str, Any], shard_size: int) -> None:
     for key in [*wanted, *before]:
         is_unknown = key == "checkpoint" and None in (before.get(key), wanted.get(key))
         if before.get(key) != wanted.get(key) and not is_unknown:
-            raise OutputError(
-                f"One target holds one kind of labels and {target.address!r} was begun with {key} "
-                f"{before.get(key)!r}, not {wanted.get(key)!r}; choose another --out."
-            )
+            return str(key)
+    return None
 
 
 def _plan_again(target: Storage, plan: Plan) -> None:

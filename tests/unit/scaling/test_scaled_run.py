@@ -196,6 +196,15 @@ def test_one_target_holds_one_kind_of_labels(images, label, options, told):
     assert told in refused.told
 
 
+def test_a_target_where_nothing_was_committed_takes_other_settings(images, label, serial):
+    serial.stop_at = 0
+    label()
+    serial.stop_at = None
+    done = label("--threshold", "0.7", "--shard-size", "3")
+    assert (done.code, done.report["labeled"]) == (0, 5)
+    assert serial.labeled == [0, 1]
+
+
 def test_labels_go_where_nothing_else_is(images, label, target):
     target.write("photo.png", b"")
     refused = label()
