@@ -195,27 +195,30 @@ def _addresses(table: str) -> Iterator[str]:
     from pyarrow import csv, parquet
 
     fs, path = opened(table)
-    try:
-        with told(table), fs.open(path, "rb") as file:
-            if table.lower().endswith(".csv"):
-                as_text = csv.ConvertOptions(column_types={COLUMN: pa.string()})
-                reader = csv.open_csv(file, convert_options=as_text)
-                _check_column(table, reader.schema.names)
-                batches = iter(reader)
-            else:
-                rows = parquet.ParquetFile(file)
-                _check_column(table, rows.schema_arrow.names)
-                batches = rows.iter_batches(_ROWS, columns=[COLUMN])
-            for batch in batches:
-                column = batch.column(batch.schema.get_field_index(COLUMN))
-                yield from (str(one) for one in column.to_pylist() if one)
-    except FileNotFoundError as error:
-        raise RequestError(f"Images are named by a table and {table!r} does not exist.") from error
-    except pa.ArrowException as error:
-        raise RequestError(
-            f"A table is Parquet, or CSV with a header, and {table!r} cannot be read as one "
-            f"({str(error)[:200]}); correct it."
-        ) from error
+    with told(table):
+        try:
+            with fs.open(path, "rb") as file:
+                if table.lower().endswith(".csv"):
+                    as_text = csv.ConvertOptions(column_types={COLUMN: pa.string()})
+                    reader = csv.open_csv(file, convert_options=as_text)
+                    _check_column(table, reader.schema.names)
+                    batches = iter(reader)
+                else:
+                    rows = parquet.ParquetFile(file)
+                    _check_column(table, rows.schema_arrow.names)
+                    batches = rows.iter_batches(_ROWS, columns=[COLUMN])
+                for batch in batches:
+                    column = batch.column(batch.schema.get_field_index(COLUMN))
+                    yield from (str(one) for one in column.to_pylist() if one)
+        except FileNotFoundError as error:
+            raise RequestError(
+                f"Images are named by a table and {table!r} does not exist."
+            ) from error
+        except pa.ArrowException as error:
+            raise RequestError(
+                f"A table is Parquet, or CSV with a header, and {table!r} cannot be read as one "
+                f"({str(error)[:200]}); correct it."
+            ) from error
 
 
 def _check_column(table: str, names: Sequence[str]) -> None:

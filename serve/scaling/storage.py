@@ -201,6 +201,10 @@ def _is_refused_condition(error: BaseException | None) -> bool:
     return False
 
 
+# Mistakes of a program, which no store makes.
+_OURS: Final = (TypeError, AttributeError, LookupError, NotImplementedError)
+
+
 class told:  # noqa: N801 - reads as a sentence where it is used
     """What a store fails with becomes a StorageError, but for a file that is not there."""
 
@@ -212,7 +216,7 @@ class told:  # noqa: N801 - reads as a sentence where it is used
     def __exit__(self, kind: object, error: BaseException | None, place: object) -> None:
         if error is None or isinstance(error, FlorenceError | FileNotFoundError | FileExistsError):
             return
-        if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
+        if not isinstance(error, Exception) or isinstance(error, _OURS):
             return
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise StorageError(

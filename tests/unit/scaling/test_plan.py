@@ -173,6 +173,14 @@ def test_a_table_without_the_column_is_refused(tmp_path, target):
         source_of(table, target).check()
 
 
+@pytest.mark.parametrize("name", ["list.parquet", "list.csv"])
+def test_a_table_that_is_none_is_refused(name, tmp_path, target):
+    pytest.importorskip("pyarrow")
+    (tmp_path / name).write_bytes(b"" if name.endswith("csv") else b"no parquet at all")
+    with pytest.raises(RequestError, match="cannot be read as one"):
+        source_of(tmp_path / name, target).check()
+
+
 def test_a_folder_that_lost_the_image_it_was_listed_to_is_not_gone_on_with(folder, target):
     source = source_of(folder, target)
     target.write(
