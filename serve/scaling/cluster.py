@@ -143,12 +143,15 @@ def committed_shards(pipeline: Pipeline) -> Generator[Committed]:
     """
     target = pipeline.work.target
     plan = Plan(target, pipeline.source, pipeline.shard_size)
-    done, num_idle = set(pipeline.done), 0
+    done, num_idle, reason = set(pipeline.done), 0, ""
     while True:
         before = len(done)
-        for found in _one_pass(replace(pipeline, done=frozenset(done))):
-            done.add(found.shard)
-            yield found
+        try:
+            for found in _one_pass(replace(pipeline, done=frozenset(done))):
+                done.add(found.shard)
+                yield found
+        except _PassEndedError as error:
+            reason = f" ({error})"
         # A shard may be committed by a task whose machine ended before it could say so.
         for number in committed_numbers(target) - done:
             done.add(number)
@@ -160,8 +163,8 @@ def committed_shards(pipeline: Pipeline) -> Generator[Committed]:
         if num_idle == _IDLE_PASSES:
             raise ClusterError(
                 f"{plan.num_shards() - len(done)} shards were given to the cluster {num_idle} "
-                "times and none was committed; look at Ray's own logs, and go on with the same "
-                "command."
+                f"times and none was committed{reason}; look at Ray's own logs, and go on with the "
+                "same command."
             )
 
 
@@ -186,9 +189,11 @@ def _one_pass(pipeline: Pipeline) -> Iterator[Committed]:
                     raise found
                 yield found
     except ray.exceptions.RayError as error:
-        raise ClusterError(
-            f"The cluster gave the run up ({_first_line(error)}); what is committed stays."
-        ) from error
+        raise _PassEndedError(_first_line(error)) from error
+
+
+class _PassEndedError(Exception):
+    """Ray gave a pass up, as it does for a result that was on a machine that ended."""
 
 
 class ClusterError(FlorenceError):

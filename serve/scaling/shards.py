@@ -239,7 +239,9 @@ def _make_ready(one: ShardImage, loaded: Loaded, settings: Settings, preparer: P
     picture = loaded.picture
     if picture is None:
         problem = loaded.problem or ImageError("The image could not be read.")
-        one.problem = Failure(problem.code, str(problem))
+        # The file lay here for a moment.
+        told = str(problem).replace(str(loaded.file.path), one.planned.address)
+        one.problem = Failure(problem.code, told)
         return
     one.size_wh, one.is_first_of_many = picture.size_wh, loaded.is_first_of_many
     try:

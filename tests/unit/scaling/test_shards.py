@@ -128,6 +128,7 @@ def test_each_failure_is_one_image_with_its_reason(shard, bucket, labeled, work,
         "d.png": ("memory://in/d.png", "bad_image"),
     }
     assert (committed.images, committed.labeled) == (4, 1)
+    assert "'memory://in/b.png' is in none" in committed.failures[0][4]
 
 
 def test_settings_that_fit_no_image_end_the_run_at_its_first_shard(shard, labeled, work, model):
