@@ -9,7 +9,9 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import queue
 import socket
+import threading
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator
@@ -44,6 +46,10 @@ _COMMIT_CPUS: Final = 0.25
 # Kills of machines and processes, each of which begins a task anew.
 _MAX_RETRIES: Final = "100"
 _DEVICE_LOST: Final = 3
+# Ray may wait for ever for results that it makes again, once a machine was lost.
+_STALL_S: Final = 60.0
+_LOOK_S: Final = 1.0
+_ROWS_AHEAD: Final = 100
 # An image that ends its process is found in the third pass, see ``Attempts``.
 _IDLE_PASSES: Final = 5
 # A store may be gone for minutes, beyond what its own client tries again.
@@ -179,17 +185,64 @@ def _one_pass(pipeline: Pipeline) -> Iterator[Committed]:
     # What our own code raises is a row, so these are shards of workers that ended.
     context.max_errored_blocks = -1
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    try:
-        rows = _streamed(pipeline).iter_batches(
-            batch_size=1, prefetch_batches=0, batch_format="pyarrow"
-        )
-        for batch in rows:
-            for found in _unpacked(batch):
-                if isinstance(found, FlorenceError):
-                    raise found
-                yield found
-    except ray.exceptions.RayError as error:
-        raise _PassEndedError(_first_line(error)) from error
+    found = _rows_of(pipeline)
+    num_machines = _num_machines()
+    longest_s, last_s = 0.0, time.monotonic()
+    while True:
+        try:
+            row = found.get(timeout=_LOOK_S)
+        except queue.Empty:
+            waited_s = time.monotonic() - last_s
+            if waited_s > max(_STALL_S, 3 * longest_s) and _num_machines() < num_machines:
+                _reconnect()
+                raise _PassEndedError("nothing came any more after a machine was lost") from None
+            continue
+        longest_s, last_s = max(longest_s, time.monotonic() - last_s), time.monotonic()
+        if row is None:
+            return
+        if isinstance(row, BaseException):
+            raise row
+        yield row
+
+
+def _rows_of(pipeline: Pipeline) -> queue.Queue[Any]:
+    """What comes out of a pass, then None or what ended it; taken by a thread of its own."""
+    import ray
+
+    found: queue.Queue[Any] = queue.Queue(maxsize=_ROWS_AHEAD)
+
+    def take() -> None:
+        try:
+            rows = _streamed(pipeline).iter_batches(
+                batch_size=1, prefetch_batches=0, batch_format="pyarrow"
+            )
+            for batch in rows:
+                for row in _unpacked(batch):
+                    found.put(row)
+            found.put(None)
+        except ray.exceptions.RayError as error:
+            found.put(_PassEndedError(_first_line(error)))
+        # It is raised where the rows are taken.
+        except BaseException as error:  # noqa: BLE001
+            found.put(error)
+
+    threading.Thread(target=take, name="rows", daemon=True).start()
+    return found
+
+
+def _num_machines() -> int:
+    import ray
+
+    return sum(bool(node["Alive"]) for node in ray.nodes())
+
+
+def _reconnect() -> None:
+    """Ends all tasks of the run, as a job ends with its driver, and begins a job anew."""
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    ray.shutdown()
+    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
 
 
 class _PassEndedError(Exception):
