@@ -56,8 +56,12 @@ $(VENV)/sdk-page/.installed: Makefile
 
 sdk-page: $(VENV)/sdk-page/.installed
 
+$(VENV)/.soak: $(VENV)/.dev
+	$(BIN)/pip install --quiet --editable ".[soak]" --no-build-isolation
+	touch $@
+
 # One after the other: each takes the machine for itself.
-soak: $(VENV)/.dev
+soak: $(VENV)/.soak
 	$(BIN)/python -m pytest -m soak tests/soak tests/contract/test_video_routes.py
 
 lint: $(VENV)/.dev

@@ -3,6 +3,8 @@ platform gets its labels there."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -65,11 +67,19 @@ class _LabelCommand(TyperCommand):
         super().format_help(ctx, formatter)
 
 
-Images = Annotated[Path | None, typer.Argument(help="A folder of images, one image, or a video.")]
+# Text, as addresses of object storage are no paths.
+Images = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="IMAGES",
+        help="A folder of images, one image, or a video; with --ray also s3://... and tables.",
+    ),
+]
 Out = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
-        help="The run's folder, with project, report and exports; run again to go on with it."
+        metavar="PATH",
+        help="The run's folder, with project, report and exports; run again to go on with it.",
     ),
 ]
 Prompt = Annotated[str | None, typer.Option(help=_PROMPT_HELP)]
@@ -172,7 +182,29 @@ _FOR_FILES: Final = (
     "every",
     "from_",
     "to",
+    "ray",
+    "shard_size",
+    "workers",
+    "worker_cores",
 )
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS",
+        help="Label on a Ray cluster: local, auto or HOST:PORT of its head (see docs/scaling.md).",
+    ),
+]
+ShardSize = Annotated[
+    int | None,
+    typer.Option(min=1, max=10_000, help="With --ray: images committed together. [default: 100]"),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(min=1, help="With --ray: how many load the model at most. [default: one a GPU]"),
+]
+WorkerCores = Annotated[
+    int | None, typer.Option(min=1, help="With --ray on CPUs: cores of a worker. [default: 1]")
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -218,6 +250,10 @@ def label(
     every: Every = None,
     from_: FirstFrame = None,
     to: LastFrame = None,
+    ray: Ray = None,
+    shard_size: ShardSize = None,
+    workers: Workers = None,
+    worker_cores: WorkerCores = None,
 ) -> None:
     """Label a folder of images, or a video, into a Supervisely project on disk, or a project of the
     platform; stop and go on at will."""
@@ -267,8 +303,8 @@ def label(
     from serve.labeling.run import Job, ModelSource
 
     job = Job(
-        images=images,
-        out=out,
+        images=Path(images),
+        out=Path(out),
         batch=batch,
         recursive=recursive,
         link=link,
@@ -284,10 +320,34 @@ def label(
     )
     source = ModelSource(
         model,
-        load=lambda: _predictor(model, first, runtime, precision, others),
-        fingerprint=lambda: fingerprint(model),
+        load=partial(_predictor, model, first, runtime, precision, others),
+        fingerprint=partial(fingerprint, model),
     )
-    raise typer.Exit(_labeled(settings, job, source, every, from_, to).exit_code)
+    video = {"--every": every, "--from": from_, "--to": to}
+    scaling = {"--shard-size": shard_size, "--workers": workers, "--worker-cores": worker_cores}
+    if ray is None:
+        _check_left_out(scaling, "is for a run on a Ray cluster; add --ray ADDRESS")
+        raise typer.Exit(_labeled(settings, job, source, every, from_, to).exit_code)
+    _check_left_out(video | {"--devices": devices}, "is for a run on one machine and not for --ray")
+    from serve.scaling.run import DEFAULT_SHARD_SIZE, ScaledJob, label_on_cluster
+
+    scaled = ScaledJob(
+        images,
+        out,
+        ray,
+        job,
+        shard_size=shard_size or DEFAULT_SHARD_SIZE,
+        workers=workers,
+        worker_cores=worker_cores or 1,
+        device=device,
+    )
+    raise typer.Exit(label_on_cluster(settings, scaled, source).exit_code)
+
+
+def _check_left_out(options: Mapping[str, object], rule: str) -> None:
+    for option, value in options.items():
+        if value is not None:
+            raise RequestError(f"{option} {rule}; leave {option} out.")
 
 
 def _check_options(context: typer.Context, *, is_project: bool) -> None:
@@ -296,8 +356,8 @@ def _check_options(context: typer.Context, *, is_project: bool) -> None:
         if _is_given(context, name):
             named = "IMAGES" if name == "images" else "--" + name.rstrip("_").replace("_", "-")
             raise RequestError(
-                f"{named} is for folders and videos, and --project was given; leave out one of "
-                "both."
+                f"{named} is not for a project of the platform, and --project was given; leave out "
+                "one of both."
                 if is_project
                 else f"{named} is for a project of the platform; name it with --project."
             )
@@ -348,11 +408,8 @@ def _labeled(
         from serve.video.run import label_video
 
         return label_video(settings, job, Range(every or 1, first or 0, last), source)
-    for option, value in (("--every", every), ("--from", first), ("--to", last)):
-        if value is not None:
-            raise RequestError(
-                f"{option} is for a video, and {str(job.images)!r} is none; leave it out."
-            )
+    video = {"--every": every, "--from": first, "--to": last}
+    _check_left_out(video, f"is for a video, and {str(job.images)!r} is none")
     return label_folder(settings, job, source)
 
 

@@ -132,7 +132,7 @@ class Workspace:
         folders = dict.fromkeys(one for one in above if one.is_relative_to(self.root))
         with ThreadPoolExecutor(_SYNC_THREADS, thread_name_prefix="sync") as pool:
             list(pool.map(_sync_file, written))
-            list(pool.map(_sync_folder, folders))
+            list(pool.map(sync_folder, folders))
         self._unsynced.clear()
 
     def _copy(self, source: Path) -> str:
@@ -156,7 +156,7 @@ def _sync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _sync_folder(path: Path) -> None:
+def sync_folder(path: Path) -> None:
     """Brings the names in a folder to the disk, where the system has a way to."""
     try:
         folder = os.open(path, os.O_RDONLY)

@@ -65,6 +65,7 @@ class Findings:
     unreadable: list[LeftOut] = field(default_factory=list)
     passed_over: list[LeftOut] = field(default_factory=list)
     subfolders: int = 0
+    repeated: int = 0
 
     @property
     def undone(self) -> list[LeftOut]:
@@ -180,7 +181,7 @@ class _Walk:
         except OSError:
             if is_image(entry.name):
                 yield key, Path(entry.path)
-            elif not _is_sidecar(entry.name):
+            elif not is_sidecar(entry.name):
                 message = f"The link leads to {_target(entry.path)}, where nothing is; mend it."
                 self._findings.file(key, "broken_link", message)
             return
@@ -194,7 +195,7 @@ class _Walk:
     def _file(self, entry: os.DirEntry[str], key: str) -> Iterator[tuple[str, Path]]:
         if is_image(entry.name):
             yield key, Path(entry.path)
-        elif not _is_sidecar(entry.name):
+        elif not is_sidecar(entry.name):
             self._findings.unsupported(key, os.path.splitext(entry.name)[1].lower())
 
     def _no_file(self, entry: os.DirEntry[str], key: str) -> None:
@@ -241,7 +242,8 @@ def _target(link: str | Path) -> str:
         return "somewhere"
 
 
-def _is_sidecar(name: str) -> bool:
+def is_sidecar(name: str) -> bool:
+    """Whether a file belongs beside images: nobody asks why it was not labeled."""
     return os.path.splitext(name)[1].lower() in SIDECARS
 
 

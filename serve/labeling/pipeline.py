@@ -318,16 +318,38 @@ def _settle(batch: _Answered, run: Labeling, drawers: ThreadPoolExecutor) -> Non
 
 
 def _entry(one: _InHand, outcome: Predicted | Failure | FlorenceError, run: Labeling) -> Entry:
-    file = one.file
+    looked = LookedAt(one.file, one.size_wh, one.stamp, one.is_first_of_many)
+    return written_entry(looked, outcome, run.project, run.journal, run.run_id)
+
+
+@dataclass(frozen=True, slots=True)
+class LookedAt:
+    """An image file as it was when it was opened. ``stamp`` is None where nobody looked."""
+
+    file: ImageFile
+    size_wh: SizeWh
+    stamp: Stamp | None
+    is_first_of_many: bool
+
+
+def written_entry(
+    looked: LookedAt,
+    outcome: Predicted | Failure | FlorenceError,
+    project: GrowingProject,
+    journal: Journal,
+    run_id: str,
+) -> Entry:
+    """Writes an image's labels into the project; what is to be noted of it, also of a failure."""
+    file = looked.file
     if not isinstance(outcome, Predicted):
-        return _failed(file, outcome, run.run_id)
+        return _failed(file, outcome, run_id)
     annotation = outcome.annotation
     try:
-        stamp = one.stamp or stamp_of(file.path)
-        before = run.journal.source_of(file.key)
-        stored = run.project.add(file, annotation, stamp, before, run.run_id)
+        stamp = looked.stamp or stamp_of(file.path)
+        before = journal.source_of(file.key)
+        stored = project.add(file, annotation, stamp, before, run_id)
     except ImageError as problem:
-        return _failed(file, problem, run.run_id)
+        return _failed(file, problem, run_id)
     objects = len(annotation.labels)
     return Entry(
         image=file.key,
@@ -335,14 +357,14 @@ def _entry(one: _InHand, outcome: Predicted | Failure | FlorenceError, run: Labe
         state="labeled" if objects or len(annotation.img_tags) else "empty",
         objects=objects,
         truncated=sum(result.truncated for result in outcome.results),
-        notes=_notes(outcome.results, one.size_wh),
-        is_first_of_many=one.is_first_of_many,
+        notes=_notes(outcome.results, looked.size_wh),
+        is_first_of_many=looked.is_first_of_many,
         size_bytes=stamp.size_bytes,
         mtime_ns=stamp.mtime_ns,
         hash=stored.hash,
         labels_bytes=stored.labels_bytes,
         labels_hash=stored.labels_hash,
-        run=run.run_id,
+        run=run_id,
         labels=stored.written.labels,
         image_tags=stored.written.image_tags,
         scores=scores_of(annotation),

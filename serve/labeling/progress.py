@@ -41,14 +41,16 @@ class _RateColumn(ProgressColumn):
 
 @contextmanager
 def progress_bar(
-    total: int, doing: str = "Labeling", unit: str = "images"
+    total: int | Callable[[], int], doing: str = "Labeling", unit: str = "images"
 ) -> Iterator[Callable[[int], None]]:
     """A bar with rate and time left; without a terminal, a line every half minute.
 
     What it gives is told how many images (or what ``unit`` names) were done since it was last told.
+    A ``total`` that grows is asked for each time.
     """
+    total_now = total if callable(total) else lambda: total
     if not ERR.is_terminal:
-        yield _Lines(total, unit)
+        yield _Lines(total_now, unit)
         return
     columns = (
         TextColumn(doing),
@@ -58,12 +60,12 @@ def progress_bar(
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=ERR, speed_estimate_period=120.0) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda images: bar.advance(task, images)
+        task = bar.add_task("", total=total_now())
+        yield lambda images: bar.update(task, advance=images, total=total_now())
 
 
 class _Lines:
-    def __init__(self, total: int, unit: str) -> None:
+    def __init__(self, total: Callable[[], int], unit: str) -> None:
         self._total, self._done, self._unit = total, 0, unit
         self._started = self._said = time.monotonic()
 
@@ -74,8 +76,9 @@ class _Lines:
             return
         self._said = now
         rate = self._done / (now - self._started)
-        left = max(0, self._total - self._done) / rate
-        done = f"{self._done}/{self._total} {self._unit}"
+        total = self._total()
+        left = max(0, total - self._done) / rate
+        done = f"{self._done}/{total} {self._unit}"
         say(f"{done}, {rate:.2f} {self._unit}/s, {shown_s(left)} left")
 
 

@@ -275,7 +275,6 @@ def _all_images(job: Job, findings: Findings | None = None) -> Iterator[ImageFil
 
 
 def _check_input(job: Job) -> None:
-    images, shown = job.images, str(job.images)
     if job.overwrite and job.retry_failed:
         raise RequestError(
             "--overwrite begins anew and --retry-failed goes on with what is there; give one of "
@@ -286,18 +285,25 @@ def _check_input(job: Job) -> None:
             "The share of images for validation is from 0 to below 1 and got "
             f"{job.val_fraction}; write for example --val-fraction 0.2."
         )
+    check_images(job.images, job.out, recursive=job.recursive)
+
+
+def check_images(images: Path, out: Path, *, recursive: bool) -> None:
+    """RequestError for what is no folder with images, or no image."""
+    shown = str(images)
     if not images.exists():
         raise RequestError(f"Images are read from a folder and {shown!r} does not exist.")
     if images.is_file() and not is_image(images.name):
         raise RequestError(
             f"An image file ends in one of {', '.join(EXTENSIONS)} and {shown!r} does not."
         )
-    if images.resolve() == job.out.resolve():
+    if images.resolve() == out.resolve():
         raise RequestError(f"Images and labels need two folders and got {shown!r} for both.")
     _check_is_no_output(images)
     findings = Findings()
     try:
-        has_image = next(_all_images(job, findings), None) is not None
+        found = find_images(images, recursive=recursive, skip=out.resolve(), findings=findings)
+        has_image = next(found, None) is not None
     except OSError as error:
         raise RequestError(f"{shown!r} cannot be read ({error.strerror}).") from error
     if not has_image:
@@ -407,11 +413,16 @@ def _prepare(run: _OpenRun) -> None:
     keep_manifest(run.workspace, run.manifest)
     if run.job.draw:
         (run.job.out / PREVIEWS_DIR).mkdir(exist_ok=True)
-    shape = _SHAPES.get(run.settings.steps[-1].output)
-    if shape is sly.Polygon and run.settings.geometry == "bitmap":
+    declare_classes(run.project, run.settings)
+
+
+def declare_classes(project: GrowingProject, settings: Settings) -> None:
+    """The classes that are asked for, before any image has them."""
+    shape = _SHAPES.get(settings.steps[-1].output)
+    if shape is sly.Polygon and settings.geometry == "bitmap":
         shape = sly.Bitmap
     if shape is not None:
-        run.project.declare(asked_classes(run.settings), shape)
+        project.declare(asked_classes(settings), shape)
 
 
 def asked_classes(settings: Settings) -> tuple[str, ...]:

@@ -490,7 +490,7 @@ class Predictor:
         fit this image; it is closed then too.
         """
         try:
-            return _ready(picture, settings, self._models.current.model.engine.preparer)
+            return made_ready(picture, settings, self._models.current.model.engine.preparer)
         except BaseException:
             picture.close()
             raise
@@ -600,7 +600,7 @@ def _opened(
         return _FailedImage(Failure(error.code, str(error)))
     is_ours = picture is not image
     try:
-        return _ready(picture, settings, preparer, is_ours=is_ours)
+        return made_ready(picture, settings, preparer, is_ours=is_ours)
     except BaseException as error:
         if is_ours:
             picture.close()
@@ -609,9 +609,10 @@ def _opened(
         return _FailedImage(Failure(error.code, str(error)))
 
 
-def _ready(
+def made_ready(
     picture: LoadedImage, settings: Settings, preparer: Preparer, *, is_ours: bool = True
 ) -> OpenImage:
+    """An open image with what is asked about it; of one in one view only the view is held."""
     asks_regions = parse_steps(settings.task_prompt)[0].takes is TaskInput.REGION
     views = views_of(
         picture,

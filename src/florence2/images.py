@@ -102,6 +102,10 @@ class LoadedImage:
         if self._hold is not None:
             self._hold.resize(kept_pixels)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """In another process it holds nothing of a budget."""
+        return {**self.__dict__, "_hold": None}
+
     def __enter__(self) -> LoadedImage:
         return self
 

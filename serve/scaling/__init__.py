@@ -1,0 +1,1 @@
+"""Many machines: shards of images, labeled on a Ray cluster, each committed once."""
