@@ -2,7 +2,7 @@
 
 It answers the public API over real HTTP, passes requests on to a running app the way the platform's
 proxies do, keeps a log of calls, and breaks on demand: fails the n-th call of a method, answers
-late, sends damaged images.
+late, sends damaged images; by chance as platform_faults.py beside it says.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import requests
 import uvicorn
+from platform_faults import REFUSED_WITH, Fault, Hanging, RandomFaults, cut
 from platform_methods import METHODS, Parts
 from platform_state import (
     TEAM_ID,
@@ -46,7 +47,10 @@ class Call:
 
 @dataclass
 class Faults:
-    """What breaks, by method; counts start at 1 and count the calls made after the request."""
+    """What breaks, by method; counts start at 1 and count the calls made after the request.
+
+    ``by_chance`` breaks calls whatever their method.
+    """
 
     statuses: dict[str, dict[int, int]] = field(default_factory=dict)
     gates: dict[str, threading.Event] = field(default_factory=dict)
@@ -54,6 +58,8 @@ class Faults:
     cut: set[str] = field(default_factory=set)
     lost: set[str] = field(default_factory=set)
     seen: dict[str, int] = field(default_factory=dict)
+    by_chance: RandomFaults | None = None
+    hanging: Hanging = field(default_factory=Hanging)
 
     def fail(self, method: str, *, call: int = 1, times: int = 1, status: int = 500) -> None:
         """The n-th call from now on, and so many in a row, get this status and change nothing."""
@@ -92,37 +98,53 @@ class Faults:
 class PlatformDouble:
     """A platform at ``address`` that holds ``state`` and passes requests on to ``app_url``."""
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0) -> None:
         self.app_url: str | None = None
+        self.port = port
         routes = [
             Route("/public/api/v3/{method:path}", self._public, methods=["POST", "GET"]),
             Route(f"/net/{SESSION_TOKEN}/{{command:path}}", self._net, methods=["POST", "GET"]),
         ]
-        config = uvicorn.Config(
-            Starlette(routes=routes), host="127.0.0.1", port=0, log_level="warning", ws="none"
-        )
-        self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._server.run, daemon=True)
+        self._routes = Starlette(routes=routes)
         self.reset()
+
+    async def _app(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            # Only uvicorn's own object can end a connection without an answer.
+            scope["abort"] = send.__self__.transport.abort
+        await self._routes(scope, receive, send)
 
     def reset(self) -> None:
         self.state, self.faults, self.calls = PlatformState(), Faults(), list[Call]()
 
     def start(self) -> None:
+        """Listens, after a stop on the same port again."""
+        config = uvicorn.Config(
+            self._app,
+            host="127.0.0.1",
+            port=self.port,
+            log_level="critical",
+            ws="none",
+            interface="asgi3",
+        )
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run, daemon=True)
         self._thread.start()
         while not self._server.started:
             if not self._thread.is_alive():
                 raise RuntimeError("The double of the platform did not start.")
             self._thread.join(0.01)
+        self.port = self._server.servers[0].sockets[0].getsockname()[1]
 
-    def stop(self) -> None:
+    def stop(self, *, at_once: bool = False) -> None:
+        """Stops listening, ``at_once`` also in the middle of calls."""
         self._server.should_exit = True
+        self._server.force_exit = at_once
         self._thread.join(10)
 
     @property
     def address(self) -> str:
-        port = self._server.servers[0].sockets[0].getsockname()[1]
-        return f"http://127.0.0.1:{port}"
+        return f"http://127.0.0.1:{self.port}"
 
     def count(self, method: str) -> int:
         return sum(call.method == method for call in self.calls)
@@ -130,7 +152,13 @@ class PlatformDouble:
     async def _public(self, request: Request) -> Response:
         name = request.path_params["method"]
         payload = await self._payload(request)
-        return await run_in_threadpool(self._answer, name, payload, request.headers)
+        await self.faults.hanging.wait()
+        by_chance = self.faults.by_chance
+        fault = None if by_chance is None else by_chance.draw(name)
+        if fault is Fault.DROPPED:
+            request.scope["abort"]()
+            return Response()
+        return await run_in_threadpool(self._answer_or_break, name, payload, request.headers, fault)
 
     async def _payload(self, request: Request) -> Any:
         if request.method == "GET":
@@ -138,6 +166,18 @@ class PlatformDouble:
         if request.headers.get("content-type", "").startswith("multipart/form-data"):
             return await _uploaded(request)
         return json.loads(await request.body() or b"{}")
+
+    def _answer_or_break(
+        self, name: str, payload: Any, headers: Any, fault: Fault | None
+    ) -> Response:
+        if fault in REFUSED_WITH:
+            return _refusal(Refused(f"{name} fails by chance.", status=REFUSED_WITH[fault]))
+        if fault is Fault.SLOW and self.faults.by_chance is not None:
+            self.faults.by_chance.wait()
+        answer = self._answer(name, payload, headers)
+        if fault is Fault.LOST:
+            return _refusal(Refused("The answer was lost on its way.", status=504))
+        return cut(answer) if fault is Fault.CUT else answer
 
     def _answer(self, name: str, payload: Any, headers: Any) -> Response:
         self.calls.append(Call(name, payload))
