@@ -38,13 +38,15 @@ REFUSED_WITH = {Fault.ERROR_500: 500, Fault.ERROR_502: 502, Fault.ERROR_429: 429
 class RandomFaults:
     """A ``share`` of all calls, each with one of ``kinds``; ``counts`` says how many of each.
 
-    ``spared`` are methods that never fail.
+    ``in_a_row``: a fault hits so many calls one after the other, which leaves those who try ten
+    times without an answer. ``spared`` are methods that never fail.
     """
 
     share: float
     seed: int
     kinds: tuple[Fault, ...] = tuple(Fault)
     slow_s: float = 0.5
+    in_a_row: int = 1
     spared: frozenset[str] = frozenset()
     counts: Counter[Fault] = field(default_factory=Counter)
     num_calls: int = 0
@@ -52,13 +54,19 @@ class RandomFaults:
     def __post_init__(self) -> None:
         self._random = random.Random(self.seed)
         self._lock = threading.Lock()
+        self._left = 0
 
     def draw(self, method: str) -> Fault | None:
         """What happens to the next call."""
         with self._lock:
             self.num_calls += 1
-            if method in self.spared or self._random.random() >= self.share:
+            if method in self.spared:
                 return None
+            if not self._left:
+                if self._random.random() >= self.share / self.in_a_row:
+                    return None
+                self._left = self.in_a_row
+            self._left -= 1
             fault = self._random.choice(self.kinds)
             self.counts[fault] += 1
             return fault
