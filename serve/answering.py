@@ -300,6 +300,7 @@ class Answering:
             task_id=self._sdk.task_id,
             default_batch_size=self._sdk.batch_size,
             model_of=self._model_of,
+            is_model_coming=lambda: self._deployment.is_coming,
             num_devices=self._deployment.num_devices,
             learn=self._meta.learn,
         )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -443,6 +444,7 @@ class Deployment:
         self._load = load or _load
         self._current: Deployed | None = None
         self._is_frozen = False
+        self._is_loading = False
         self._idle = IdleTimer(self._freeze_idle)
         self._lock = threading.RLock()
 
@@ -471,6 +473,11 @@ class Deployment:
         return current is not None and not current.model.engine.is_lost
 
     @property
+    def is_coming(self) -> bool:
+        """Whether a model is being loaded, or about to be as the device of the last one failed."""
+        return self._is_loading or not (self._current is None or self.is_ready)
+
+    @property
     def is_frozen(self) -> bool:
         """Whether the weights are away from the device until the next request."""
         return self._is_frozen
@@ -497,7 +504,7 @@ class Deployment:
 
         Requests that wait are refused, to be sent again. Raises CheckpointError or DeviceError.
         """
-        with self._lock:
+        with self._lock, self._loading():
             before = self._current
             self._free()
             self._has_reloaded = False
@@ -550,7 +557,7 @@ class Deployment:
 
     def reload(self) -> None:
         """Loads the model again whose device failed, unless another was chosen meanwhile."""
-        with self._lock:
+        with self._lock, self._loading():
             lost = self._current
             if lost is None or not lost.model.engine.is_lost:
                 return
@@ -573,6 +580,14 @@ class Deployment:
         logger.error("%s", hopeless)
         if self._on_hopeless is not None:
             self._on_hopeless(hopeless)
+
+    @contextmanager
+    def _loading(self) -> Iterator[None]:
+        self._is_loading = True
+        try:
+            yield
+        finally:
+            self._is_loading = False
 
     def _free(self) -> None:
         before, self._current, self._is_frozen = self._current, None, False

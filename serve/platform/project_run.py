@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
@@ -71,6 +72,15 @@ FATAL_CODES: Final = FULL_CODES | {
     "not_found",
 }
 MAX_FAILED_BATCHES: Final = 3
+_MAX_LOADING_S: Final = 600.0
+_MAX_LOADINGS: Final = 5
+_LOOK_AFTER_S: Final = 0.1
+
+
+class ModelChangedError(FlorenceError):
+    """Another model was deployed while a run went on, whose labels say which model made them."""
+
+    code = "not_deployed"
 
 
 def run_image_ids(
@@ -136,9 +146,12 @@ class PredictionRun:
         self._record: RunRecord | None = None
         self._skipped: tuple[Target, ...] = ()
         self._num_before = 0
+        self._model: dict[str, Any] = {}
         if is_writing:
-            model, patience = services.model_of(self._settings), self._patience
-            record = RunRecord(api, self._settings, model, destination, len(targets), patience)
+            self._model = dict(services.model_of(self._settings))
+            record = RunRecord(
+                api, self._settings, self._model, destination, len(targets), self._patience
+            )
             if state.get("resume") and source.project_id is not None:
                 ids = {target.image_id for target in targets}
                 done = record.resume(source.project_id, ids, request.is_stopped)
@@ -212,9 +225,11 @@ class PredictionRun:
                 try:
                     outcomes = self._predict(images)
                 except DeviceLostError as error:
-                    # The run ends here, and says which images it ends with.
+                    # They are named; the others are asked of the model once it is loaded again.
                     settler.put((batch, [failure_of(error, "The device failed")] * len(batch)))
-                    raise
+                    if not self._model_came_back():
+                        raise
+                    continue
                 self._tell_record_of_answers(batch, images, outcomes)
                 settler.put((batch, outcomes))
 
@@ -323,6 +338,42 @@ class PredictionRun:
         return [outcome for image in images for outcome in self._predict([image])]
 
     def _ask_model(self, images: Sequence[AnyImage]) -> Sequence[Outcome]:
+        """The answers of the model that the run began with, which may have to be loaded again."""
+        for _ in range(_MAX_LOADINGS):
+            try:
+                return self._answers_of(images)
+            except ModelChangedError:
+                raise
+            except FlorenceError as error:
+                if error.code != "not_deployed" or not self._model_came_back():
+                    raise
+        return self._answers_of(images)
+
+    def _model_came_back(self) -> bool:
+        """Whether the model is there again that was away while it, or another, was loaded."""
+        if not self._is_bulk:
+            return False
+        for _ in range(round(_MAX_LOADING_S / _LOOK_AFTER_S)):
+            if self._request.is_stopped() or not self._services.is_model_coming():
+                break
+            time.sleep(_LOOK_AFTER_S)
+        try:
+            return bool(self._services.model_of(self._settings))
+        except FlorenceError:
+            return False
+
+    def _check_model(self) -> None:
+        """ModelChangedError where it is not the one that the record names."""
+        if self._record is None or not self._is_bulk:
+            return
+        current = dict(self._services.model_of(self._settings))
+        if current != self._model:
+            raise ModelChangedError(
+                f"The run began with {_named(self._model)}, and {_named(current)} was deployed "
+                "while it went on; deploy the one before again, or give the rest a run of its own."
+            )
+
+    def _answers_of(self, images: Sequence[AnyImage]) -> Sequence[Outcome]:
         should_stop = self._request.is_stopped
 
         def predict() -> Sequence[Outcome]:
@@ -338,6 +389,7 @@ class PredictionRun:
                 raise DeviceLostError(outcome.message)
             if isinstance(outcome, Failure) and outcome.code == "not_deployed":
                 raise FailedImageError(outcome)
+        self._check_model()
         return outcomes
 
     def _settle(self, settled: Settled, ledger: Ledger) -> None:
@@ -387,6 +439,11 @@ class PredictionRun:
         notes = {"notes": list(predicted.notes)} if predicted.notes else {}
         entry = entry_of(target, predicted.annotation, **notes)
         return {**entry, "data": slides_of(predicted)} if self._shows_windows else entry
+
+
+def _named(model: Mapping[str, Any]) -> str:
+    """A model as a manifest tells of it."""
+    return " ".join(str(value) for value in model.values()) or "no model"
 
 
 def _any_answer(api: sly.Api, project_id: int | None) -> object:

@@ -36,8 +36,9 @@ class RunServices:
     makes settings of a request's state; what it raises ends the run. ``upload`` is the SDK's
     ``upload_predictions``, bound to the app. ``budget`` is of the bytes of images that the process
     holds. ``task_id`` names created projects. ``model_of`` tells for a run's manifest which model
-    answers. Each of the ``num_devices`` that answer side by side gets a batch. ``learn`` is told of
-    classes that clients get without a prediction of ours.
+    answers, and StoppedError while none does; ``is_model_coming`` whether one is being loaded. Each
+    of the ``num_devices`` that answer side by side gets a batch. ``learn`` is told of classes that
+    clients get without a prediction of ours.
     """
 
     predict: Callable[[Sequence[AnyImage], Settings, Call], Sequence[Predicted | Failure]]
@@ -48,6 +49,7 @@ class RunServices:
     task_id: int | None
     default_batch_size: int
     model_of: Callable[[Settings], Mapping[str, Any]] = field(default=lambda settings: {})
+    is_model_coming: Callable[[], bool] = field(default=lambda: False)
     num_devices: int = 1
     learn: Callable[[sly.Annotation], None] = field(default=lambda annotation: None)
 

@@ -1,4 +1,5 @@
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import count
 from types import SimpleNamespace
 
@@ -38,7 +39,8 @@ class Runner:
 
 def _bound(work, predict, **given):
     """``work`` as the app's method of the SDK's name and arguments."""
-    handed = services(predict, **given)
+    model = {name: given.pop(name) for name in ("model_of", "is_model_coming") if name in given}
+    handed = replace(services(predict, **given), **model)
     return lambda api, state, inference_request: work(api, state, inference_request, handed)
 
 

@@ -279,6 +279,56 @@ def test_a_run_that_ends_early_says_how_far_it_came_and_keeps_its_results(
     assert len(predict.batches) == 2
 
 
+class Model:
+    """One that fails once with ``code``, and is another, or the same, once it was loaded."""
+
+    def __init__(self, code, then):
+        self.code, self.name, self.then, self.steps = code, "one", then, 0
+
+    def before(self, images):
+        if self.code is not None and images[0] == self.fails_at:
+            failure, self.code, self.steps = Failure(self.code, "It is gone."), None, 3
+            return failure
+        return None
+
+    def told(self, settings):
+        if self.steps:
+            raise CodedError("not_deployed")
+        return {"name": self.name}
+
+    def is_coming(self):
+        self.steps = max(self.steps - 1, 0)
+        self.name = self.name if self.steps else self.then
+        return self.steps > 0
+
+
+@pytest.mark.parametrize(
+    ("code", "then", "failed", "said"),
+    [
+        pytest.param("not_deployed", "one", [], None, id="the same model"),
+        pytest.param("device_lost", "one", [3, 4], "ids 3, 4", id="after its device failed"),
+        pytest.param("not_deployed", "two", [], "began with one, and two was", id="another model"),
+    ],
+)
+def test_a_run_that_writes_waits_for_its_model_and_takes_no_other(
+    runner, platform, sleeps, code, then, failed, said
+):
+    model = Model(code, then)
+    model.fails_at = platform.content[3]
+    state = {"image_ids": ALL, "batch_size": 2, "upload_mode": "append"}
+    request = runner.finish(
+        platform,
+        state,
+        FakePredictor(model.before),
+        model_of=model.told,
+        is_model_coming=model.is_coming,
+    )
+    done = [1, 2] if then == "two" else [one for one in ALL if one not in failed]
+    assert sorted(platform.uploads) == done
+    assert (request.exception is None) == (said is None)
+    assert said is None or said in str(request.exception)
+
+
 @pytest.mark.parametrize("ids", [[1, 2], 1], ids=["bulk waits", "a single image does not"])
 def test_a_full_queue(runner, platform, sleeps, ids):
     full = [CodedError("queue_full"), CodedError("queue_full")]
