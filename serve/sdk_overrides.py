@@ -92,6 +92,12 @@ OVERRIDES: Final[tuple[Override, ...]] = (
         "importing supervisely changes nothing of Pillow and imports none of its importers",
     ),
     Override(
+        "requests.adapters.HTTPAdapter.send",
+        "A run that waits for ever on a connection that was lost without a word.",
+        "tests/unit/serve/test_sdk_door.py::test_a_platform_that_does_not_answer_is_not_waited_on",
+        "the SDK's calls have a time limit",
+    ),
+    Override(
         "subapp.set_autostart_flag_from_state",
         "A start that ends because the platform does not say whether to deploy by itself.",
         _CONTRACT + "test_starting.py::test_calls_that_are_not_essential_may_all_fail",

@@ -32,12 +32,15 @@ class Run:
         answer = self.app.post(PATH, overnight.state_of_run(batch_size=8, **state))
         assert answer.status_code == 200, answer.text
         self._uuid = answer.json()["inference_request_uuid"]
+        self._request = {"inference_request_uuid": self._uuid}
 
     def wait_for(self, share: float) -> None:
         """Until this share of the images with something on them is labeled."""
         count = share * sum(map(bool, self.overnight.expected.values()))
         while self.overnight.num_labeled() < count:
-            time.sleep(0.1)
+            progress = self.app.post("get_inference_progress", self._request).json()
+            assert not progress["finished"], progress
+            time.sleep(0.2)
 
     def end(self) -> tuple[set[int], str]:
         """The images that the run names as not done, and what it said at its end."""
