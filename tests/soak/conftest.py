@@ -11,7 +11,7 @@ import pytest
 # The double and what speaks to it.
 sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
 
-from app_server import AppServer, serve_command
+from app_server import SDK_ENVIRONMENT, AppServer, serve_command
 from platform_double import TOKEN, PlatformDouble
 from platform_state import TEAM_ID
 from soak_project import Overnight, drawn_images, serial_rows
@@ -74,3 +74,18 @@ def start_app(platform, tmp_path):
     yield start
     for server in started:
         server.stop()
+
+
+@pytest.fixture(scope="module")
+def module_app(tmp_path_factory) -> Iterator[tuple[PlatformDouble, AppServer]]:
+    """A double and an app for all tests of a module; calls of the platform are not tried again."""
+    double = PlatformDouble()
+    double.start()
+    own = {"SERVER_ADDRESS": double.address, "API_TOKEN": TOKEN, "TEAM_ID": str(TEAM_ID)}
+    own["FLORENCE_ALLOW_PRIVATE_URLS"] = "1"
+    server = AppServer(tmp_path_factory.mktemp("app"), {**SDK_ENVIRONMENT, **own})
+    server.start()
+    double.app_url = server.url
+    yield double, server
+    server.stop()
+    double.stop(at_once=True)
