@@ -19,9 +19,9 @@ READ_ONLY = ("/", "/livez", "/readyz", "/metrics")
 ANY: Json = {}
 IDS: Json = {"type": "array", "items": {"type": "integer"}, "maxItems": 4}
 STATE: Json = {
-    "settings": {"type": "object", "properties": {name: ANY for name in Settings.__annotations__}},
-    **dict.fromkeys(IMAGE_ID_KEYS, {"anyOf": [IDS, {"type": "integer"}]}),
-    **dict.fromkeys(PROJECT_ID_KEYS, {"type": "integer"}),
+    "settings": {"type": "object", "properties": dict.fromkeys(Settings.__annotations__, ANY)},
+    **{key: {"anyOf": [IDS, {"type": "integer"}]} for key in IMAGE_ID_KEYS},
+    **{key: {"type": "integer"} for key in PROJECT_ID_KEYS},
     **dict.fromkeys(DATASET_ID_KEYS, IDS),
     "upload_mode": {"enum": [*UPLOAD_MODES, None]},
     "resume": {"type": "boolean"},
