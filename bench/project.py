@@ -39,6 +39,7 @@ from app_server import SDK_ENVIRONMENT, AppServer
 from PIL import Image
 from platform_double import TOKEN, PlatformDouble
 from platform_state import TEAM_ID
+from starlette.types import Receive, Scope, Send
 
 from florence2 import Florence2
 from florence2.engine.ask import Ask
@@ -60,7 +61,7 @@ class TimedDouble(PlatformDouble):
         super().__init__()
         self.spent_ms: dict[str, list[float]] = defaultdict(list)
 
-    async def _app(self, scope: Any, receive: Any, send: Any) -> None:
+    async def _app(self, scope: Scope, receive: Receive, send: Send) -> None:
         began = time.perf_counter()
         await super()._app(scope, receive, send)
         if scope["type"] == "http":
@@ -107,7 +108,7 @@ class Double:
         theirs.close()
         self.address: str = self._orders.recv()
 
-    def tell(self, order: str, given: object = None) -> Any:
+    def tell(self, order: str, given: object = None) -> Any:  # noqa: ANN401
         self._orders.send((order, given))
         return self._orders.recv()
 

@@ -5,6 +5,7 @@ Everything that is not answered with 200 by a route of ours passes ``answer_to``
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 from collections.abc import Mapping
@@ -54,6 +55,7 @@ STATUS_BY_CODE: Final[Mapping[str, int]] = {
     "queue_full": 503,
     "deadline": 504,
     "out_of_memory": 507,
+    "disk_full": 507,
 }
 
 _UNREADABLE_FORM: Final = "There was an error parsing the body"
@@ -87,6 +89,29 @@ class ForbiddenError(FlorenceError):
     code = "forbidden"
 
 
+class DiskFullError(FlorenceError):
+    """What a request brings is kept in a file while it is read, and there is no room for it."""
+
+    code = "disk_full"
+
+
+_NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+_DISK_FULL_MESSAGE: Final = (
+    "The disk of the app's machine is full, and what was sent is kept there while it is read; make "
+    "room for temporary files and send it again."
+)
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    """Also where the framework made something else of it, such as a form that cannot be read."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in _NO_ROOM:
+            return True
+        cause = cause.__cause__
+    return False
+
+
 def kind_of(value: object) -> str:
     """The kind of a JSON value for a message: ``"a list"``, ``"text"``, ``"nothing"``."""
     return _KINDS.get(type(value), "a number")
@@ -104,6 +129,9 @@ def answer_to(error: Exception, path: str) -> JSONResponse:
     """
     if isinstance(error, RuntimeError) and str(error).startswith(_SDK_NOT_DEPLOYED):
         error = StoppedError("No model is loaded yet; deploy one and send the request again.")
+    if _is_disk_full(error):
+        _log.error("%s failed, as the disk is full", path, exc_info=error)
+        error = DiskFullError(_DISK_FULL_MESSAGE)
     if (failure := platform_failure(error)) is not None:
         _log.warning("%s failed, as the platform did", path, exc_info=error)
         error = FailedImageError(failure)
@@ -122,6 +150,8 @@ def answer_to(error: Exception, path: str) -> JSONResponse:
 
 def answer_to_refusal(error: HTTPException, path: str, method: str) -> JSONResponse:
     """The answer to what the framework or the SDK refuses, in the form of our own."""
+    if _is_disk_full(error):
+        return answer_to(error, path)
     code = NotFoundError.code if error.status_code == 404 else "bad_request"
     message = error.detail
     if message == "Not Found":

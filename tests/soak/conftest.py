@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from app_server import SDK_ENVIRONMENT, AppServer, serve_command
 from platform_double import TOKEN, PlatformDouble
 from platform_state import TEAM_ID
 from soak_project import Overnight, drawn_images, serial_rows
-from soak_table import TABLE
+from soak_table import DISK_BYTES, TABLE
 
 # The SDK's own tries and waits, as the platform starts the app with.
 TRIES = {
@@ -74,6 +75,18 @@ def start_app(platform, tmp_path):
     yield start
     for server in started:
         server.stop()
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A disk of its own with little room."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "none", str(place)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("Only who may mount a disk can fill one up.")
+    yield place
+    subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
 @pytest.fixture(scope="module")

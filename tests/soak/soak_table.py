@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+DISK_BYTES = 3_000_000
+"""Of the small disk."""
+
 
 @dataclass(frozen=True)
 class FaultRow:

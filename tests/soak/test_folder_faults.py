@@ -1,4 +1,4 @@
-"""``florence2 label FOLDER`` that is killed, and that finds no room on the disk: each image once."""
+"""``florence2 label FOLDER`` that is killed, or finds no room on the disk: each image once."""
 
 from __future__ import annotations
 
@@ -8,18 +8,16 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from app_server import clean_environment
 from contract_calls import near, rows_of
-from soak_table import TABLE
+from soak_table import DISK_BYTES, TABLE
 
 pytestmark = pytest.mark.soak
 
 KILLS = 10
-FULL_BYTES = 3_000_000
 
 
 class Folder:
@@ -73,18 +71,6 @@ class Folder:
         return found
 
 
-@pytest.fixture
-def small_disk(tmp_path) -> Iterator[Path]:
-    """A disk of its own with little room."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={FULL_BYTES}", "none", str(place)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("Only who may mount a disk can fill one up.")
-    yield place
-    subprocess.run(["umount", "--lazy", str(place)], check=True)
-
-
 def test_a_folder_killed_ten_times(tmp_path, images, answers):
     folder = Folder(tmp_path, tmp_path / "out", images, answers)
     chance = random.Random(31)
@@ -111,7 +97,7 @@ def test_a_folder_on_a_disk_that_is_full(tmp_path, images, answers, small_disk):
     assert "No space left on device" in said, said
     done = folder.num_done()
     assert 0 < done < folder.count
-    room = ["mount", "-o", f"remount,size={20 * FULL_BYTES}", str(small_disk)]
+    room = ["mount", "-o", f"remount,size={20 * DISK_BYTES}", str(small_disk)]
     subprocess.run(room, check=True)
     process = folder.start()
     _, said = process.communicate()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import random
 import sys
@@ -10,11 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from app_server import AppServer
-from contract_calls import App
+from app_server import AppServer, serve_command
+from contract_calls import App, assert_refused
+from PIL import Image
 from platform_faults import RandomFaults
 from soak_project import Overnight
-from soak_table import TABLE
+from soak_table import DISK_BYTES, TABLE
 
 pytestmark = pytest.mark.soak
 
@@ -133,11 +135,9 @@ def test_the_device_fails(overnight, start_app, start_run, tmp_path):
     switch = tmp_path / "device-fails"
     program = str(Path(__file__).parent / "app_with_faults.py")
     server = start_app(
-        command=lambda port: [
-            sys.executable, program, "serve", "--model", "demo", "--device", "cpu", "--port", str(port)
-        ],
+        command=lambda port: [sys.executable, program, *serve_command(port)[3:]],
         DEVICE_FAILS=str(switch),
-    )  # fmt: skip
+    )
     run = start_run(server)
     run.wait_for(0.4)
     switch.touch()
@@ -164,3 +164,17 @@ def test_the_app_is_killed_at_random_moments(overnight, start_app, start_run):
     assert not named
     assert not said
     check(overnight, "kill -9 of the app, gone on with by resume", kills)
+
+
+def test_the_disk_of_the_app_is_full(overnight, start_app, start_run, small_disk):
+    """What needs no disk goes on; a form that would be kept there is refused in a sentence."""
+    (small_disk / "filler").write_bytes(bytes(DISK_BYTES - 40_000))
+    server = start_app(TMPDIR=str(small_disk))
+    run = start_run(server)
+    buffer = io.BytesIO()
+    Image.effect_noise((2000, 1000), 90).save(buffer, "PNG")
+    refused = run.app.upload("inference_image", [("large.png", buffer.getvalue())])
+    assert_refused(refused, 507, says="disk")
+    named, said = run.end()
+    assert not named, said
+    check(overnight, "the disk of the app is full", 1)

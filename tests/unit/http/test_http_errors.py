@@ -1,10 +1,12 @@
 """What failures look like to a client, through a real FastAPI app."""
 
+import errno
 import json
 
 import pytest
 from fastapi import FastAPI, Form, HTTPException, UploadFile
 from fastapi.testclient import TestClient
+from starlette.datastructures import UploadFile as StarletteUpload
 
 from florence2.errors import FlorenceError, ImageError, QueueFullError, RequestError
 from florence2.records import Failure
@@ -194,3 +196,15 @@ KINDS = {
 @pytest.mark.parametrize(("words", "value"), KINDS.items(), ids=KINDS)
 def test_every_json_value_has_a_kind(words, value):
     assert kind_of(value) == words
+
+
+def test_a_form_that_finds_no_room_on_the_disk_is_not_blamed_for_it(client, monkeypatch):
+    async def write(file, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(StarletteUpload, "write", write)
+    answer = client.post("/form", files={"files": b"content"})
+    assert (answer.status_code, answer.json()["code"]) == (507, "disk_full")
+    assert "make room" in answer.json()["message"]
+    assert answer_to(OSError(errno.EDQUOT, "Quota"), "/").status_code == 507
+    assert answer_to(OSError(errno.EACCES, "Denied"), "/").status_code == 500
