@@ -161,7 +161,7 @@ class PredictionRun:
                 self._skipped = tuple(one for one in targets if _has_labels(one))
                 targets = tuple(one for one in targets if not _has_labels(one))
             self._record = record
-            self._uploading = Uploading(services, api, destination, request, record, patience)
+            self._uploading = Uploading(services, api, destination, request, record, self._patience)
         self._targets = targets
         self._destination = destination
         request.context.setdefault("dataset_info", {}).update(images.datasets)
