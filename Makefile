@@ -62,7 +62,7 @@ $(VENV)/.soak: $(VENV)/.dev
 
 # One after the other: each takes the machine for itself.
 soak: $(VENV)/.soak
-	$(BIN)/python -m pytest -m soak tests/soak tests/contract/test_video_routes.py
+	$(BIN)/python -m pytest -m soak
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
