@@ -92,9 +92,10 @@ OVERRIDES: Final[tuple[Override, ...]] = (
         "importing supervisely changes nothing of Pillow and imports none of its importers",
     ),
     Override(
-        "requests.adapters.HTTPAdapter.send",
+        "requests.sessions.HTTPAdapter",
         "A run that waits for ever on a connection that was lost without a word.",
-        "tests/unit/serve/test_sdk_door.py::test_a_platform_that_does_not_answer_is_not_waited_on",
+        "tests/unit/serve/test_sdk_door.py::"
+        "test_a_platform_that_says_nothing_any_more_is_not_waited_for_for_ever",
         "the SDK's calls have a time limit",
     ),
     Override(
