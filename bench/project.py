@@ -1,13 +1,14 @@
 """A run over a project of the platform against the engine alone, on the same images.
 
     python bench/project.py --images 400 --rounds 3
-    python bench/project.py --images 16 --rounds 3 --random base --tokens 30
+    python bench/project.py --images 48 --rounds 3 --random base --tokens 30
     python bench/project.py --done 50000
 
-The app and the double of the platform are processes of their own; the engine is asked in this one,
-in turns with them, by the app's batches. Every round has images of its own, as what was seen once
-is kept in a cache. Their drawing, and loading, are not counted. Then what a call costs that the
-double answers, and with ``--done`` what a run costs that finds everything done.
+The app, the double of the platform and the engine are processes of their own, the engine asked in
+turns with the others, by the app's batches, with as many threads as the app has. Every round has
+images of its own, as what was seen once is kept in a cache. Their drawing, and loading, are not
+counted; the second in which a run makes sure that it alone works on the project is. Then what a
+call costs that the double answers, and with ``--done`` what a run costs that finds all done.
 """
 
 # ruff: noqa: E402 - the path to the double comes first
@@ -97,24 +98,39 @@ def serve_double(orders: Connection) -> None:
             orders.send(dict(double.spent_ms))
 
 
-class Double:
-    """The other side of ``serve_double``."""
+class Other:
+    """A process that ``serves`` orders until this side is closed."""
 
-    def __init__(self) -> None:
+    def __init__(self, serves: Callable[..., None], *given: object) -> None:
         context = multiprocessing.get_context("spawn")
         self._orders, theirs = context.Pipe()
-        self._process = context.Process(target=serve_double, args=(theirs,), daemon=True)
+        self._process = context.Process(target=serves, args=(theirs, *given), daemon=True)
         self._process.start()
         theirs.close()
-        self.address: str = self._orders.recv()
+        self.hello: Any = self._orders.recv()
 
-    def tell(self, order: str, given: object = None) -> Any:  # noqa: ANN401
-        self._orders.send((order, given))
+    def tell(self, *order: object) -> Any:  # noqa: ANN401
+        self._orders.send(order)
         return self._orders.recv()
 
     def close(self) -> None:
         self._orders.close()
         self._process.join(10)
+
+
+def serve_engine(orders: Connection, name: str, search: dict[str, Any]) -> None:
+    """The engine, which answers images with the seconds it took, in the app's batches."""
+    model = Florence2.load(name)
+    orders.send(model.device)
+    while True:
+        try:
+            (images,) = orders.recv()
+        except EOFError:
+            return
+        began = time.perf_counter()
+        for start in range(0, len(images), BATCH):
+            model.run_many([Ask(one, "<OD>", **search) for one in images[start : start + BATCH]])
+        orders.send(time.perf_counter() - began)
 
 
 def drawn(first: int, count: int, size_wh: tuple[int, int]) -> list[bytes]:
@@ -124,14 +140,6 @@ def drawn(first: int, count: int, size_wh: tuple[int, int]) -> list[bytes]:
         draw_scene(make_scene(FIRST_SEED + number), size_wh).save(buffer, "JPEG", quality=90)
         files.append(buffer.getvalue())
     return files
-
-
-def engine_s(model: Florence2, images: Sequence[bytes], search: dict[str, Any]) -> float:
-    """Seconds of the engine alone, in the app's batches."""
-    began = time.perf_counter()
-    for start in range(0, len(images), BATCH):
-        model.run_many([Ask(one, "<OD>", **search) for one in images[start : start + BATCH]])
-    return time.perf_counter() - began
 
 
 def run_s(url: str, project_id: int, settings: dict[str, Any]) -> float:
@@ -166,17 +174,18 @@ def compare(given: argparse.Namespace, folder: Path) -> float:
     search = {} if given.tokens is None else {"max_new_tokens": given.tokens}
     search |= {} if given.num_beams is None else {"num_beams": given.num_beams}
     size_wh = tuple(map(int, given.size.split("x")))
-    double = Double()
-    env = {**SDK_ENVIRONMENT, "SERVER_ADDRESS": double.address, "API_TOKEN": TOKEN}
+    os.environ["OMP_NUM_THREADS"] = str(given.threads or os.cpu_count() or 1)
+    double = Other(serve_double)
+    engine = Other(serve_engine, name, search)
+    env = {**SDK_ENVIRONMENT, "SERVER_ADDRESS": double.hello, "API_TOKEN": TOKEN}
     app = AppServer(
         folder,
-        {**env, "TEAM_ID": str(TEAM_ID), "OMP_NUM_THREADS": ""},
+        {**env, "TEAM_ID": str(TEAM_ID), "OMP_NUM_THREADS": os.environ["OMP_NUM_THREADS"]},
         lambda port: [
             sys.executable, "-m", "serve.cli.main", "serve", "--model", name, "--port", str(port)
         ],
     )  # fmt: skip
     app.start()
-    model = Florence2.load(name)
     ratios = []
     try:
         for number in range(-1, given.rounds):
@@ -184,7 +193,7 @@ def compare(given: argparse.Namespace, folder: Path) -> float:
             images = drawn((number + 1) * given.images, count, (size_wh[0], size_wh[1]))
             project_id = double.tell("project", images)
             turns: list[Callable[[], float]] = [
-                lambda images=images: engine_s(model, images, search),
+                lambda images=images: engine.tell(images),
                 lambda project_id=project_id: run_s(
                     app.url, project_id, {"task_prompt": "<OD>", **search}
                 ),
@@ -201,16 +210,16 @@ def compare(given: argparse.Namespace, folder: Path) -> float:
             )
         tell_of_calls(double)
     finally:
-        model.close()
+        engine.close()
         app.stop()
         double.close()
     print(f"median ratio {median(ratios):.2f} (at least {LEAST_RATIO} is wanted)")
     return median(ratios)
 
 
-def tell_of_calls(double: Double) -> None:
+def tell_of_calls(double: Other) -> None:
     """What the double takes for the calls of the last run, and what one costs with nothing else."""
-    spent_ms: dict[str, list[float]] = double.tell("spent")
+    spent_ms: dict[str, list[float]] = double.tell("spent", None)
     for method, each in sorted(spent_ms.items()):
         print(
             f"  {method:28} {len(each):5} calls, mean {mean(each):6.2f} ms, median "
@@ -222,12 +231,12 @@ def tell_of_calls(double: Double) -> None:
     for _ in range(NUM_CALLS):
         began = time.perf_counter()
         requests.post(
-            f"{double.address}/public/api/v3/projects.info", json=body, headers=headers, timeout=60
+            f"{double.hello}/public/api/v3/projects.info", json=body, headers=headers, timeout=60
         )
         each.append(1000 * (time.perf_counter() - began))
     print(
         f"one call with nothing else: {median(each):.2f} ms with its client, "
-        f"{median(double.tell('spent')['projects.info']):.2f} ms in the double "
+        f"{median(double.tell('spent', None)['projects.info']):.2f} ms in the double "
         f"(at most {MOST_MS:g} is wanted)"
     )
 
@@ -283,6 +292,7 @@ def main() -> None:
     parser.add_argument("--random", help="base or large, with random weights")
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--num-beams", type=int)
+    parser.add_argument("--threads", type=int, help="of the engine and of the app; all cores")
     parser.add_argument("--done", type=int, help="only: so many images that are done already")
     parser.add_argument("--label", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     given = parser.parse_args()
