@@ -1,6 +1,6 @@
 """A run over a project of the platform against the engine alone, on the same images.
 
-    python bench/project.py --images 400 --rounds 3
+    python bench/project.py --images 1000 --rounds 3
     python bench/project.py --images 48 --rounds 3 --random base --tokens 30
     python bench/project.py --done 50000
 
@@ -285,7 +285,7 @@ def label_by_invention(words: Sequence[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=400, help="of a round")
+    parser.add_argument("--images", type=int, default=1000, help="of a round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--size", default="640x480", help="of an image")
     parser.add_argument("--model", default="demo")

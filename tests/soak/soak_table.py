@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 
+KILLS = int(os.environ.get("FLORENCE_SOAK_KILLS", "10"))
 DISK_BYTES = 3_000_000
 """Of the small disk."""
 

@@ -13,11 +13,9 @@ from pathlib import Path
 import pytest
 from app_server import clean_environment
 from contract_calls import near, rows_of
-from soak_table import DISK_BYTES, TABLE
+from soak_table import DISK_BYTES, KILLS, TABLE
 
 pytestmark = pytest.mark.soak
-
-KILLS = 10
 
 
 class Folder:

@@ -16,7 +16,7 @@ from contract_calls import App, assert_refused
 from PIL import Image
 from platform_faults import RandomFaults
 from soak_project import Overnight
-from soak_table import DISK_BYTES, TABLE
+from soak_table import DISK_BYTES, KILLS, TABLE
 
 pytestmark = pytest.mark.soak
 
@@ -154,16 +154,15 @@ def test_the_device_fails(overnight, start_app, start_run, tmp_path):
 def test_the_app_is_killed_at_random_moments(overnight, start_app, start_run):
     chance = random.Random(29)
     server = start_app()
-    kills = 10
-    for number in range(kills):
+    for number in range(KILLS):
         run = start_run(server, resume=True)
-        run.wait_for((number + chance.random()) / (kills + 1))
+        run.wait_for((number + chance.random()) / (KILLS + 1))
         server.kill()
         server.start()
     named, said = start_run(server, resume=True).end()
     assert not named
     assert not said
-    check(overnight, "kill -9 of the app, gone on with by resume", kills)
+    check(overnight, "kill -9 of the app, gone on with by resume", KILLS)
 
 
 def test_the_disk_of_the_app_is_full(overnight, start_app, start_run, small_disk):
