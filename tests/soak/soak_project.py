@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from contract_calls import Row, expected_rows, near
 from PIL import Image
 from platform_double import PlatformDouble
+from soak_table import NUM_IMAGES
 
 from florence2 import Florence2
 from florence2_demo.drawing import draw_scene
@@ -18,8 +18,6 @@ from florence2_demo.scene import make_scene
 
 FIRST_SEED = 800_000
 SIZE_WH = (160, 120)
-NUM_IMAGES = int(os.environ.get("FLORENCE_SOAK_IMAGES", "2000"))
-"""Fewer for a quick look."""
 SETTINGS = {"task_prompt": "<OD>", "num_beams": 1, "nms_threshold": "off"}
 
 

@@ -1,4 +1,4 @@
-"""The table of what was injected and what was lost by it, for docs/results.md."""
+"""How much is done, and the table of what was injected and what was lost by it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import os
 from dataclasses import dataclass, field
 
 KILLS = int(os.environ.get("FLORENCE_SOAK_KILLS", "10"))
-DISK_BYTES = 3_000_000
-"""Of the small disk."""
+NUM_IMAGES = int(os.environ.get("FLORENCE_SOAK_IMAGES", "2000"))
+"""Fewer for a quick look."""
+DISK_BYTES = 100_000 + 6_000 * NUM_IMAGES
+"""Of the small disk: room for about half of the images, with their labels."""
 
 
 @dataclass(frozen=True)
