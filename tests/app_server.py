@@ -63,7 +63,7 @@ class AppServer:
         self.log_path = folder / "app.log"
         self.command = command(self.port)
         own = {"SLY_APP_DATA_DIR": str(folder), "FLORENCE_PORT": str(self.port)}
-        self.environment = {**_clean_env(), **own, **env}
+        self.environment = {**clean_environment(), **own, **env}
         self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -134,7 +134,7 @@ class AppServer:
             self._process.wait()
 
 
-def _clean_env() -> dict[str, str]:
+def clean_environment() -> dict[str, str]:
     """This environment without what would tell the app about another platform or proxy."""
     dropped = ("SERVER_ADDRESS", "API_TOKEN", "TASK_ID", "TEAM_ID", "WORKSPACE_ID", "ENV")
     kept = {name: value for name, value in os.environ.items() if name not in dropped}
