@@ -479,8 +479,8 @@ def test_a_class_that_is_deleted_meanwhile_comes_back(app, in_background, platfo
 
 
 WRONG = {
-    "a folder beside it": (["photos", "--out", "x"], "IMAGES is for folders"),
-    "an option of folders": (["--coco"], "--coco is for folders"),
+    "a folder beside it": (["photos", "--out", "x"], "IMAGES is not for a project"),
+    "an option of folders": (["--coco"], "--coco is not for a project"),
     "no such mode": (["--upload-mode", "apend"], "Did you mean 'append'"),
     "no such dataset": (["--dataset", "inside"], "its own: all"),
     "no such share": (["--max-failures", "few"], "such as 5%"),

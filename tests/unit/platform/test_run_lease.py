@@ -107,8 +107,8 @@ def test_the_wait_for_a_sign_can_be_stopped(files):
 def test_who_was_thought_gone_finds_out_that_the_run_is_anothers(files):
     held = lease()
     held.start()
-    held_by(files, beat=1)
     held.check()
+    held_by(files, beat=1)
     threading.Event().wait(0.1)
     with pytest.raises(RunHeldError, match="other, process 7"):
         held.check()
