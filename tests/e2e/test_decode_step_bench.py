@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCH = Path(__file__).parents[2] / "bench" / "decode_step.py"
 
 
+@pytest.mark.slow
 def test_every_number_of_beams_is_measured_against_the_floor():
     command = [sys.executable, str(BENCH), "--size", "tiny", "--beams", "1", "2", "--repeats", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -7,10 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCH = Path(__file__).parents[2] / "bench" / "gpu.py"
 WORDS = "--device cpu --size tiny --precision fp32 --batch 1 --tokens 3,6 --prompts 2 --repeats 1"
 
 
+@pytest.mark.slow
 def test_every_table_is_measured_and_written(tmp_path):
     path = tmp_path / "gpu.json"
     command = [sys.executable, str(BENCH), *WORDS.split(), "--json", str(path)]

@@ -191,6 +191,7 @@ def test_a_small_screen_shows_everything_without_scrolling_sideways(page, width)
         page.set_viewport_size(size)
 
 
+@pytest.mark.slow
 def test_the_picture_of_the_readme_can_be_taken_again(new_page, app, console):
     spec = importlib.util.spec_from_file_location("screenshot", ROOT / "bench" / "screenshot.py")
     screenshot = importlib.util.module_from_spec(spec)

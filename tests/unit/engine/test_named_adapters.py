@@ -238,6 +238,7 @@ def test_the_base_is_read_once_for_all(base, folders, monkeypatch, precision, he
     assert found == [essence(one) for one in solo.run_many(asks_of(None))]
 
 
+@pytest.mark.slow
 def test_another_runtime_holds_each_as_a_whole_and_says_so(
     has_openvino, base, folders, tmp_path, monkeypatch
 ):
