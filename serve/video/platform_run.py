@@ -36,7 +36,7 @@ from serve.video.frames import Range, need_libraries
 from serve.video.journal import FrameJournal, begin_journal
 from serve.video.project import video_object
 from serve.video.request import VideoRequest
-from serve.video.source import video_of_platform
+from serve.video.source import video_info, video_of_platform
 from serve.video.tracking import Track, TrackKey, find_tracks, followed_frames
 
 # isort: split
@@ -100,28 +100,39 @@ def label_platform_video(
 
 def track_platform_video(
     api: sly.Api,
-    info: VideoInfo,
+    video_id: int,
     state: State,
     request: InferenceRequest,
     services: RunServices,
 ) -> None:
     """As ``label_platform_video`` for an annotation tool, which is told how far it is, that its
-    figures are there, and what went wrong."""
-    asked = replace(VideoRequest.of(state), mode="append")
+    figures are there, and what went wrong. A tool that cannot be told anything ends no run."""
     track_id = state.get("trackId", state.get("track_id"))
-    ends = asked.frames.within(info.frames_count or None, 1.0)
-    first, last = ends.first, ends.first if ends.last is None else ends.last
-
-    def tell(done: int, total: int) -> bool:
-        return bool(api.video.notify_progress(track_id, info.id, first, last, done, total))
-
     try:
+        asked = replace(VideoRequest.of(state), mode="append")
+        info = video_info(api, video_id)
+        ends = asked.frames.within(info.frames_count or None, 1.0)
+        first, last = ends.first, ends.first if ends.last is None else ends.last
+
+        def tell(done: int, total: int) -> bool:
+            notify = api.video.notify_progress
+            return bool(_told(notify, track_id, info.id, first, last, done, total))
+
         tool = Tool(track_id, tell)
         label_platform_video(api, info, asked, state, request, services, tool)
     except Exception as error:
         failure = failure_of(error, "The video cannot be tracked")
-        api.video.notify_tracking_error(track_id, failure.code, failure.message)
+        _told(api.video.notify_tracking_error, track_id, failure.code, failure.message)
         raise
+
+
+def _told(notify: Callable[..., Any], *what: object) -> Any:  # noqa: ANN401 - what the SDK gives
+    """What the annotation tool answered; None where it could not be told."""
+    try:
+        return notify(*what)
+    except Exception as error:  # noqa: BLE001  (the SDK and its transport raise anything)
+        sly.logger.warning(f"The annotation tool could not be told: {error!r}")
+        return None
 
 
 class _Run:

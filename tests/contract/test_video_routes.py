@@ -430,4 +430,31 @@ def test_an_annotation_tool_gets_figures_of_its_track_and_is_told(app, api, plat
         assert not wait.wait(0.05)
     assert {one["trackId"] for one in video.figures} == {"of-the-tool"}
     assert told[-1]["data"]["frameRange"] == [2, 7]
-    app.post("tracking_by_detection", {**state, "videoId": 999}, context=context)
+
+
+UNTRACKABLE = {
+    "a video that is gone": ({"videoId": 999}, "There is no video 999"),
+    "a range that it does not have": ({"startFrameIndex": 20}, "at least one frame"),
+    "captions": ({"settings": {"task_prompt": "<CAPTION>"}}, "have none"),
+}
+
+
+@pytest.mark.parametrize(("asked", "says"), UNTRACKABLE.values(), ids=UNTRACKABLE)
+def test_an_annotation_tool_is_told_why_nothing_comes(app, platform, video, asked, says):
+    state = {"videoId": video.id, "settings": SETTINGS, **asked}
+    app.post("tracking_by_detection", state, context={"trackId": "of-the-tool"})
+    told, wait = rows_of(platform.state).told, threading.Event()
+    while not any(one["type"] == "videos:tracking-error" for one in told):
+        assert not wait.wait(0.05)
+    assert told[-1]["data"]["trackId"] == "of-the-tool"
+    assert says in told[-1]["data"]["error"]["message"]
+
+
+def test_figures_are_there_also_where_the_annotation_tool_cannot_be_told(app, api, platform, video):
+    platform.faults.fail("videos.notify-annotation-tool", times=50, status=400)
+    state = {"videoId": video.id, "settings": SETTINGS, "framesCount": 3}
+    app.post("tracking_by_detection", state, context={"trackId": "of-the-tool"})
+    project_id, wait = project_of(platform.state, video).id, threading.Event()
+    while not (runs := runs_of(api, project_id)) or runs[0].state == "running":
+        assert not wait.wait(0.05)
+    assert (runs[0].state, bool(video.figures)) == ("done", True)
