@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from florence2.engine.scheduler import Priority
-from florence2.errors import DeviceLostError, FlorenceError
+from florence2.errors import DeviceLostError, FlorenceError, RequestError
 from florence2.records import Failure, SizeWh
 from serve.limits import FailureLimit
 from serve.platform.failures import FailedImageError, failure_of
@@ -56,6 +56,14 @@ class Video:
     def count(self, wanted: Range) -> int:
         """About how many frames of a range are asked about."""
         return wanted.count(self.likely_frames)
+
+
+def no_frames(video: Video, wanted: Range) -> RequestError:
+    """What a run ends with that could not decode any of the frames."""
+    return RequestError(
+        f"None of the frames that were asked for can be decoded of {video.name!r}, from frame "
+        f"{wanted.first} on; it is cut or damaged, or has fewer frames: look at the video."
+    )
 
 
 class FrameAsker:

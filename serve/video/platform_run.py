@@ -30,7 +30,7 @@ from serve.platform.video_labels import (
 from serve.predict.geometry import rectangle_tlbr_from_box_xyxy
 from serve.provenance import RUN_TAG, Undone
 from serve.sdk import sly
-from serve.video.asking import FrameAsker, Video
+from serve.video.asking import FrameAsker, Video, no_frames
 from serve.video.detections import check_gives_boxes, seen_of
 from serve.video.frames import Range, need_libraries
 from serve.video.journal import FrameJournal, begin_journal
@@ -174,7 +174,9 @@ class _Run:
                 self._books.looked_at(journal.num_asked)
                 if self._tool is not None and self._tool.tell(journal.num_asked, total):
                     self._request.stop()
-        if not self._request.is_stopped() and journal.last is not None:
+        if not self._request.is_stopped():
+            if journal.last is None:
+                raise no_frames(self._video, self._wanted)
             journal.end()
         self._books.looked_at(journal.num_asked, is_all=True)
         self._notes += asker.notes()

@@ -419,6 +419,19 @@ def test_a_damaged_video_is_refused_and_of_a_cut_one_what_is_there_is_given(
     )
 
 
+@pytest.mark.parametrize("mode", ["append", "replace_own"])
+def test_where_no_frame_can_be_decoded_nothing_is_written_and_nothing_is_taken_away(
+    app, api, platform, video, dataset_id, mode
+):
+    told = write(app, video, framesCount=3)
+    video.frames_count = 99
+    asked = {"videoId": video.id, "settings": SETTINGS, "startFrameIndex": 30, "upload_mode": mode}
+    assert_refused(app.post("inference_video_id", asked), 400, says="None of the frames")
+    assert len(video.objects) == told["objects"] > 0
+    states = [one.state for one in runs_of(api, project_of(platform.state, video).id)]
+    assert sorted(states) == ["done", "failed"]
+
+
 def test_an_annotation_tool_gets_figures_of_its_track_and_is_told(app, api, platform, video):
     state = {"videoId": video.id, "settings": SETTINGS, "startFrameIndex": 2, "framesCount": 6}
     context = {"trackId": "of-the-tool"}
