@@ -101,11 +101,18 @@ class FrameAsker:
             settings, self._api, lambda asks: self._services.ask(asks, call), image=None
         )
 
-    def batches(self, wanted: Range, after: Place | None = None) -> Generator[list[Asked]]:
+    def batches(
+        self,
+        wanted: Range,
+        after: Place | None = None,
+        model: Mapping[str, Any] | None = None,
+    ) -> Generator[list[Asked]]:
         """The frames of a range with their answers, in order, until the request is stopped.
+        Unless None, all of them come from ``model``, which is told as in a run's manifest.
 
         Raises what no frame can do without: a wrong request, a model that is gone, more failures
-        than ``max_failures``, or not one answer in the first batch. Close it to give up the rest.
+        than ``max_failures``, or not one answer in the first batch; and ModelChangedError. Close it
+        to give up the rest.
         """
         is_bulk = wanted.first != wanted.last
         frames = self._video.frames(wanted, after)
@@ -122,6 +129,8 @@ class FrameAsker:
                 outcomes = self._outcomes([one.pixels for one in group], is_bulk=is_bulk)
                 if self._request.is_stopped():
                     return
+                if model is not None:
+                    self._services.check_model(self.settings, model)
                 self._count(group, outcomes)
                 yield [
                     (replace(one, pixels=one.pixels[:0]), outcome)

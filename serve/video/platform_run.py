@@ -168,7 +168,8 @@ class _Run:
             self._request.done(journal.num_asked)
         if journal.is_complete:
             return
-        with closing(asker.batches(self._wanted, journal.last)) as batches:
+        model = self._books.manifest.model
+        with closing(asker.batches(self._wanted, journal.last, model)) as batches:
             for batch in batches:
                 journal.append([seen_of(*one) for one in batch])
                 self._books.looked_at(journal.num_asked)

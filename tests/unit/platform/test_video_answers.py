@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +15,7 @@ from florence2.records import Failure
 from serve.predict.predictor import Predicted
 from serve.sdk import sly
 from serve.video.answers import answer_video
-from serve.video.asking import Video
+from serve.video.asking import FrameAsker, Video
 from serve.video.frames import AskedFrame, Place, Range
 from serve.video.request import FramesAsked, VideoRequest
 from serve.video.source import FEW_FRAMES, video_of_file, video_of_platform
@@ -130,6 +131,17 @@ def test_what_no_frame_can_be_asked_ends_the_run_at_once(answer):
     request = answer(gray_video(500), {"batch_size": 4}, predict)
     assert str(request.exception) == "The prompt is too long."
     assert asked == [4]
+
+
+def test_a_run_that_writes_takes_no_answer_of_a_model_that_was_deployed_meanwhile(manager):
+    told = [{"name": "one"}] * 2 + [{"name": "two"}]
+    handed = replace(services(nothing_found), model_of=lambda settings: told.pop(0))
+    asker = FrameAsker(gray_video(20), None, {"batch_size": 4}, manager.create(), handed)
+    batches = asker.batches(Range(), model={"name": "one"})
+    assert [len(next(batches)), len(next(batches))] == [4, 4]
+    with pytest.raises(FlorenceError, match="began with one, and two was deployed") as caught:
+        next(batches)
+    assert caught.value.code == "not_deployed"
 
 
 class FakeVideos:
