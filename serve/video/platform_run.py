@@ -13,7 +13,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
-from serve.platform.failures import PartialFailureError, failure_of
+from florence2.records import Failure
+from serve.platform.failures import FailedImageError, PartialFailureError, failure_of
 from serve.platform.registry import InferenceRequest
 from serve.platform.request_state import State
 from serve.platform.run import RunServices
@@ -229,9 +230,13 @@ class _Run:
         for other in runs_of(self._api, self._info.project_id):
             if other.run == manifest.run or other.state == "undone" or not is_over_video(other):
                 continue
+            undone = Undone(other.run, False)
             for line in video_lines(self._api, self._info.project_id, other.run):
                 if line.video_id == self._info.id:
-                    undo_line(self._api, line, other.run, other.run_tag, Undone(other.run, False))
+                    undo_line(self._api, line, other.run, other.run_tag, undone)
+            if undone.failed:
+                # Beside them the new objects would be there twice.
+                raise FailedImageError(Failure("platform_failed", undone.failed[0]))
         return known
 
     def _writer(self, known_ids: frozenset[int]) -> VideoWriter:

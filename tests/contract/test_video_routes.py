@@ -191,6 +191,19 @@ def test_a_second_run_leaves_a_labeled_video_alone_or_takes_the_place_of_the_fir
     assert tags.count(second["run"]) == second["objects"]
 
 
+def test_where_the_labels_of_the_first_run_cannot_be_taken_away_no_second_ones_are_beside_them(
+    app, platform, video
+):
+    first = write(app, video, step=4, framesCount=9)
+    platform.faults.fail("annotation-objects.bulk.remove", times=50, status=400)
+    again = {"step": 4, "framesCount": 9, "upload_mode": "replace_own"}
+    answer = app.post("inference_video_id", {"videoId": video.id, "settings": SETTINGS, **again})
+    assert_refused(answer, 424, says="cannot be deleted")
+    assert len(video.objects) == first["objects"]
+    platform.faults.statuses.clear()
+    assert write(app, video, **again)["objects"] == len(video.objects)
+
+
 def test_names_that_the_project_uses_otherwise_get_another_one(app, api, platform, video):
     project_id = api.video.get_info_by_id(video.id).project_id
     kinds = [mover.kind for mover in CLIP.movers]
