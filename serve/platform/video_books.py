@@ -56,6 +56,8 @@ class VideoBooks:
         self._api = api
         self._info = info
         asked = dict(raw_settings(settings))
+        # Which is part of a request, and no setting that it could spell.
+        asked["is_one_class"] = settings.is_one_class
         identity = [info.id, info.hash, dict(frames), asked, dict(model), mode]
         text = json.dumps(identity, sort_keys=True, default=str)
         self._key = hashlib.blake2b(text.encode(), digest_size=_KEY_BYTES).hexdigest()
@@ -71,12 +73,14 @@ class VideoBooks:
                 prompts=[one.text for one in settings.prompts if one.text],
                 settings={
                     **_changed(settings),
-                    "video": {"id": info.id, "name": info.name, "key": self._key, **frames},
+                    "video": {"id": info.id, "name": info.name, **frames},
                 },
                 run_tag=RUN_TAG.name if self.writes_tag else None,
                 started=now(),
                 mode=mode,
                 counts={"frames": 0},
+                # Long settings are not kept.
+                fingerprint=self._key,
             )
             self.lines, self.written, self._num_parts = "", VideoLine(info.id, info.name), 0
             if earlier is not None:
@@ -107,9 +111,7 @@ class VideoBooks:
     def _earlier(self) -> Manifest | None:
         """The run of an equal request that came to no end."""
         for manifest in runs_of(self._api, self._info.project_id):
-            video = manifest.settings.get("video")
-            is_same = isinstance(video, dict) and video.get("key") == self._key
-            if is_same and manifest.state in _GOES_ON:
+            if manifest.fingerprint == self._key and manifest.state in _GOES_ON:
                 return replace(manifest, state="running", finished=None, error=None)
         return None
 
@@ -212,5 +214,5 @@ def lines_in(text: str) -> Iterator[VideoLine]:
     for line in text.splitlines():
         try:
             yield VideoLine.of_json(json.loads(line))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             sly.logger.warning(f"A line about a video cannot be read: {line[:80]!r}")

@@ -237,20 +237,34 @@ def test_what_was_written_and_whose_answer_was_lost_is_there_once(app, platform,
     assert (told["objects"], told["figures"]) == (len(video.objects), len(video.figures))
 
 
-def test_a_run_that_was_cut_off_goes_on_where_it_was(app, api, platform, video):
-    asked = {"videoId": video.id, "settings": SETTINGS, "upload_mode": "append", "framesCount": 9}
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"class_thresholds": {f"thing {number}": 0.5 for number in range(300)}}],
+    ids=["few settings", "more settings than are kept"],
+)
+def test_a_run_that_was_cut_off_goes_on_where_it_was(app, api, platform, video, more):
+    asked = {"framesCount": 9, "settings": {**SETTINGS, **more}}
     platform.faults.fail("figures.bulk.add", times=50, status=400)
-    assert_refused(app.post("inference_video_id", asked), 424, says="platform")
+    answer = app.post("inference_video_id", {"videoId": video.id, "upload_mode": "append", **asked})
+    assert_refused(answer, 424, says="platform")
     assert len(video.objects) > 0
     looked_at = platform.count("videos.bulk.download-frame")
     platform.faults.statuses.clear()
-    told = write(app, video, framesCount=9)
+    told = write(app, video, **asked)
     assert platform.count("videos.bulk.download-frame") == looked_at
     assert (told["objects"], told["figures"]) == (len(video.objects), len(video.figures))
-    [run] = app.post(
-        "list_runs", {"project_id": api.video.get_info_by_id(video.id).project_id}
-    ).json()
-    assert (run["run"], run["state"]) == (told["run"], "done")
+    [run] = runs_of(api, project_of(platform.state, video).id)
+    assert (run.run, run.state) == (told["run"], "done")
+
+
+def test_a_request_for_the_one_class_is_another_one(app, api, platform, video):
+    asked = {"framesCount": 2, "settings": {**SETTINGS, "classes": ["object"]}}
+    platform.faults.fail("figures.bulk.add", times=50, status=400)
+    answer = app.post("inference_video_id", {"videoId": video.id, "upload_mode": "append", **asked})
+    assert_refused(answer, 424, says="platform")
+    platform.faults.statuses.clear()
+    write(app, video, videoId=None, video_id=video.id, **asked)
+    assert len(runs_of(api, project_of(platform.state, video).id)) == 2
 
 
 def test_the_newer_client_has_numbers_too_and_sends_files(model_api, clip_path, platform):
