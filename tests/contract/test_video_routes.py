@@ -418,6 +418,11 @@ def test_what_a_video_cannot_be_asked_is_refused_in_a_sentence(app, video, state
 def test_a_huge_count_or_step_means_the_whole_video_or_one_frame(app, video):
     assert frames_of(app, videoId=video.id, startFrameIndex=18, framesCount=10**30) == [18, 19]
     assert frames_of(app, videoId=video.id, startFrameIndex=3, step=10**30) == [3]
+    answer = app.post(
+        "inference_video_id",
+        {"videoId": video.id, "settings": SETTINGS, "tracker": "botsort", "step": 10**400},
+    )
+    assert [entry["frame_index"] for entry in answer.json()["ann"]] == [0]
 
 
 def test_a_video_that_is_not_there_is_not_found(app, video):
