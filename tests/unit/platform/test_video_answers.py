@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from platform_fakes import services, wait_until
+from video_clips import gray_clip
 
 from florence2.errors import FlorenceError, RequestError
 from florence2.records import Failure
@@ -195,3 +196,21 @@ def test_what_cannot_be_done_without_the_packages_for_videos_says_which(
 def test_a_video_that_is_sent_lies_nowhere():
     with pytest.raises(RequestError, match="lies on no platform"):
         VideoRequest.of_sent({"upload_mode": "append"})
+
+
+LISTS = {
+    "a playlist": ("m3u8", "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{}\n#EXT-X-ENDLIST\n"),
+    "a list to join": ("mp4", "ffconcat version 1.0\nfile {}\n"),
+}
+
+
+@pytest.mark.parametrize(("ending", "text"), LISTS.values(), ids=LISTS)
+def test_a_list_of_files_is_no_video_so_that_nobody_is_answered_about_files_of_the_server(
+    tmp_path, ending, text
+):
+    own = gray_clip(tmp_path / "own.mp4", 4)
+    sent = tmp_path / f"sent.{ending}"
+    sent.write_text(text.format(own if ending == "m3u8" else own.name))
+    with pytest.raises(FlorenceError, match="is a list of other files") as caught:
+        video_of_file(sent)
+    assert caught.value.code == "bad_video"
