@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from florence2.errors import RequestError
+from serve.platform.lease import RunHeldError
 from serve.platform.run_records import folder_of, keep_manifest, runs_of, team_of
 from serve.platform.team_files import read_texts, write_text
 from serve.platform.video_labels import VideoLine
@@ -52,7 +52,7 @@ class VideoBooks:
         mode: str,
         frames: Mapping[str, int | None],
     ) -> None:
-        """RequestError where this process does the same at this moment."""
+        """RunHeldError where this process does the same at this moment."""
         self._api = api
         self._info = info
         asked = dict(raw_settings(settings))
@@ -98,7 +98,7 @@ class VideoBooks:
     def _begin(self) -> None:
         with _at_work_lock:
             if self._place in _at_work:
-                raise RequestError(
+                raise RunHeldError(
                     f"Video {self._info.id} is being labeled by the same request now; wait until "
                     "that is done, or stop it."
                 )

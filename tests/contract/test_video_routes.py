@@ -224,7 +224,7 @@ def test_the_same_request_at_the_same_moment_is_refused(app, platform, video):
         uuid = app.post("inference_video_id_async", asked).json()["inference_request_uuid"]
         while not platform.count("annotation-objects.bulk.add"):
             pass
-        assert_refused(app.post("inference_video_id", asked), 400, says="labeled by the same")
+        assert_refused(app.post("inference_video_id", asked), 409, says="labeled by the same")
     assert app.finished(uuid)[0]["exception"] is None
 
 
