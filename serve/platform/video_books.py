@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from serve.platform.lease import RunHeldError
-from serve.platform.run_records import folder_of, keep_manifest, runs_of, team_of
+from serve.platform.run_records import MANIFEST, folder_of, keep_manifest, runs_of, team_of
 from serve.platform.team_files import read_texts, write_text
 from serve.platform.video_labels import VideoLine
 from serve.provenance import RUN_TAG, Manifest, RunState, new_run_id, now
@@ -179,6 +179,8 @@ class VideoBooks:
         return True
 
     def _keep(self, manifest: Manifest) -> None:
+        # Of older runs, and of those of who may not change a project, only the file is left.
+        self._write(MANIFEST, json.dumps(manifest.to_json(), indent=2))
         try:
             keep_manifest(self._api, self._info.project_id, manifest)
         except Exception as error:  # noqa: BLE001  (as above)

@@ -181,6 +181,14 @@ def test_undo_deletes_what_a_run_wrote_and_nobody_has_changed(app, api, video):
     assert {one["id"] for one in video.objects} == {moved["objectId"]}
 
 
+def test_a_run_that_the_project_knows_no_more_is_undone_by_its_files(app, api, platform, video):
+    told = write(app, video, step=4, framesCount=9)
+    project_id = project_of(platform.state, video).id
+    api.project.update_custom_data(project_id, {}, silent=True)
+    undone = app.post("undo_run", {"project_id": project_id, "run": told["run"]}).json()
+    assert (undone["deleted"], video.objects) == (told["objects"], [])
+
+
 def test_a_second_run_leaves_a_labeled_video_alone_or_takes_the_place_of_the_first(app, api, video):
     first = write(app, video, step=4, framesCount=9)
     assert write(app, video, upload_mode="skip_labeled")["skipped"] is True
