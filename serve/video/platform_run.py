@@ -6,7 +6,7 @@ found is kept in team files meanwhile, and the same request goes on with it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from serve.platform.video_labels import (
     Figure,
     VideoLine,
     VideoWriter,
+    WrittenObject,
     remove_objects,
     stored_annotation,
     undo_line,
@@ -190,14 +191,17 @@ class _Run:
             return self._stopped(told, 0)
         tracks, boxes_alone = find_tracks(self._journal.seen(), self._rate)
         writer = self._writer(self._take_back())
-        objects = writer.write_objects([video_object(track) for track in tracks.values()])
-        line = VideoLine(self._info.id, self._info.name, tuple(objects))
-        self._books.wrote(line, writer.run_tag_name)
+
+        def note(objects: Sequence[WrittenObject]) -> None:
+            line = VideoLine(self._info.id, self._info.name, tuple(objects))
+            self._books.wrote(line, writer.run_tag_name)
+
+        writer.note = note
+        writer.write_objects([video_object(track) for track in tracks.values()])
         whole = writer.write_figures(self._figures(tracks), self._request.is_stopped)
         if whole is None:
             return self._stopped(told, writer.num_figures)
-        line = VideoLine(self._info.id, self._info.name, tuple(whole))
-        self._books.wrote(line, writer.run_tag_name)
+        note(whole)
         counts = {"objects": len(tracks), "figures": writer.num_figures}
         num_failed = self._look_back()
         self._books.ended("done", self.problem, failed=num_failed, labels=len(tracks), **counts)

@@ -265,6 +265,15 @@ def test_a_run_that_was_cut_off_goes_on_where_it_was(app, api, platform, video, 
     assert (run.run, run.state) == (told["run"], "done")
 
 
+def test_objects_that_got_no_tags_are_not_there_twice_once_the_run_went_on(app, platform, video):
+    platform.faults.fail("annotation-objects.tags.bulk.add", times=50, status=400)
+    asked = {"videoId": video.id, "settings": SETTINGS, "upload_mode": "append", "framesCount": 9}
+    assert_refused(app.post("inference_video_id", asked), 424, says="platform")
+    assert len(video.objects) > 0
+    platform.faults.statuses.clear()
+    assert write(app, video, framesCount=9)["objects"] == len(video.objects)
+
+
 def test_a_request_for_the_one_class_is_another_one(app, api, platform, video):
     asked = {"framesCount": 2, "settings": {**SETTINGS, "classes": ["object"]}}
     platform.faults.fail("figures.bulk.add", times=50, status=400)
@@ -497,10 +506,10 @@ def test_an_annotation_tool_is_told_why_nothing_comes(app, platform, video, aske
     state = {"videoId": video.id, "settings": SETTINGS, **asked}
     app.post("tracking_by_detection", state, context={"trackId": "of-the-tool"})
     told, wait = rows_of(platform.state).told, threading.Event()
-    while not any(one["type"] == "videos:tracking-error" for one in told):
+    while not (errors := [one for one in told if one["type"] == "videos:tracking-error"]):
         assert not wait.wait(0.05)
-    assert told[-1]["data"]["trackId"] == "of-the-tool"
-    assert says in told[-1]["data"]["error"]["message"]
+    assert errors[0]["data"]["trackId"] == "of-the-tool"
+    assert says in errors[0]["data"]["error"]["message"]
 
 
 def test_figures_are_there_also_where_the_annotation_tool_cannot_be_told(app, api, platform, video):
