@@ -203,13 +203,9 @@ def is_over_video(manifest: Manifest) -> bool:
 
 def video_lines(api: sly.Api, project_id: int, run_id: str) -> list[VideoLine]:
     """What a run wrote on videos of a project."""
-    texts = read_texts(api, team_of(api, project_id), folder_of(project_id, run_id))
-    return [
-        line
-        for path, text in texts.items()
-        if path.rpartition("/")[2].startswith(_WRITTEN)
-        for line in lines_in(text)
-    ]
+    folder = folder_of(project_id, run_id)
+    texts = read_texts(api, team_of(api, project_id), folder, _WRITTEN)
+    return [line for text in texts.values() for line in lines_in(text)]
 
 
 def lines_in(text: str) -> Iterator[VideoLine]:
