@@ -275,9 +275,9 @@ class Answering:
 
     def run_tracking(self, api: sly.Api, state: State, inference_request: InferenceRequest) -> None:
         """What an annotation tool asks for: objects are written on the video and it is told."""
-        info, services = video_info(api, video_id_of(state)), self._run_services()
+        video_id, services = video_id_of(state), self._run_services()
         with ended_when_stopped(inference_request):
-            track_platform_video(api, info, state, inference_request, services)
+            track_platform_video(api, video_id, state, inference_request, services)
 
     def run_video_file(self, path: Path, state: State, inference_request: InferenceRequest) -> None:
         """A video that was sent."""

@@ -246,6 +246,13 @@ OVERRIDES: Final[tuple[Override, ...]] = (
         "the SDK says that a request goes on from its acceptance to its end",
     ),
     Override(
+        "InferenceRequest.is_expired",
+        "A run that is stopped and forgotten while it goes on, as it counted nothing for an hour.",
+        _PLATFORM + "test_requests_registry.py::"
+        "test_a_run_that_counts_nothing_done_for_an_hour_goes_on_and_one_that_ended_is_forgotten",
+        "the SDK forgets no request that goes on",
+    ),
+    Override(
         "inference._get_log_extra_for_inference_request",
         "The result of one image, which clients read with its progress: the SDK says yes or no.",
         _CLIENTS + "test_a_sliding_window_in_the_background_is_there_with_its_last_progress",

@@ -129,7 +129,8 @@ def answer_to(error: Exception, path: str) -> JSONResponse:
     """
     if isinstance(error, RuntimeError) and str(error).startswith(_SDK_NOT_DEPLOYED):
         error = StoppedError("No model is loaded yet; deploy one and send the request again.")
-    if _is_disk_full(error):
+    # What has a sentence of its own, such as a run that is done in part, keeps it.
+    if not isinstance(error, FlorenceError) and _is_disk_full(error):
         _log.error("%s failed, as the disk is full", path, exc_info=error)
         error = DiskFullError(_DISK_FULL_MESSAGE)
     if (failure := platform_failure(error)) is not None:

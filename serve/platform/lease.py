@@ -31,7 +31,7 @@ _held_here: Final[set[str]] = set()
 
 
 class RunHeldError(FlorenceError):
-    """Another process works on the run."""
+    """Somebody works on the run."""
 
     code = "run_held"
 

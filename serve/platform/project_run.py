@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
@@ -39,7 +39,7 @@ from serve.platform.request_state import (
     check_resume,
     is_about_one_image,
 )
-from serve.platform.run import Ledger, RunServices
+from serve.platform.run import Ledger, ModelChangedError, RunServices
 from serve.platform.run_records import RunRecord
 from serve.platform.upload import Labeled, Uploading, entry_of, uploaded_entry
 from serve.predict.details import slides_of
@@ -75,12 +75,6 @@ MAX_FAILED_BATCHES: Final = 3
 _MAX_LOADING_S: Final = 600.0
 _MAX_LOADINGS: Final = 5
 _LOOK_AFTER_S: Final = 0.1
-
-
-class ModelChangedError(FlorenceError):
-    """Another model was deployed while a run went on, whose labels say which model made them."""
-
-    code = "not_deployed"
 
 
 def run_image_ids(
@@ -364,14 +358,8 @@ class PredictionRun:
 
     def _check_model(self) -> None:
         """ModelChangedError where it is not the one that the record names."""
-        if self._record is None or not self._is_bulk:
-            return
-        current = dict(self._services.model_of(self._settings))
-        if current != self._model:
-            raise ModelChangedError(
-                f"The run began with {_named(self._model)}, and {_named(current)} was deployed "
-                "while it went on; deploy the one before again, or give the rest a run of its own."
-            )
+        if self._record is not None and self._is_bulk:
+            self._services.check_model(self._settings, self._model)
 
     def _answers_of(self, images: Sequence[AnyImage]) -> Sequence[Outcome]:
         should_stop = self._request.is_stopped
@@ -439,11 +427,6 @@ class PredictionRun:
         notes = {"notes": list(predicted.notes)} if predicted.notes else {}
         entry = entry_of(target, predicted.annotation, **notes)
         return {**entry, "data": slides_of(predicted)} if self._shows_windows else entry
-
-
-def _named(model: Mapping[str, Any]) -> str:
-    """A model as a manifest tells of it."""
-    return " ".join(str(value) for value in model.values()) or "no model"
 
 
 def _any_answer(api: sly.Api, project_id: int | None) -> object:

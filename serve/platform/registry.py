@@ -67,6 +67,11 @@ class _Request(InferenceRequest):  # type: ignore[misc]
         """Whether more may come of it."""
         return not self.is_finished()
 
+    def is_expired(self) -> bool:
+        """Only one that has ended: the SDK stops what counted nothing done for an hour, such as a
+        run that waits for its turn or writes the figures of a long video."""
+        return self.is_finished() and bool(super().is_expired())
+
 
 class RequestsManager(Manager):  # type: ignore[misc]
     """The SDK's registry, whose ``run`` marks the request as awaited and soon forgets it.

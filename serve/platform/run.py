@@ -10,6 +10,7 @@ from typing import Any, Final
 from florence2.budget import Budget
 from florence2.engine.ask import Ask
 from florence2.engine.encoding import AnyImage
+from florence2.errors import FlorenceError
 from florence2.records import Failure, Result
 from serve.limits import FailureLimit
 from serve.platform.failures import (
@@ -26,6 +27,12 @@ from serve.sdk import sly
 from serve.settings import Settings
 
 _SHOWN_IDS: Final = 20
+
+
+class ModelChangedError(FlorenceError):
+    """Another model was deployed while a run went on, whose labels say which model made them."""
+
+    code = "not_deployed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +59,20 @@ class RunServices:
     is_model_coming: Callable[[], bool] = field(default=lambda: False)
     num_devices: int = 1
     learn: Callable[[sly.Annotation], None] = field(default=lambda annotation: None)
+
+    def check_model(self, settings: Settings, began_with: Mapping[str, Any]) -> None:
+        """ModelChangedError where another model answers now, StoppedError where none does."""
+        current = dict(self.model_of(settings))
+        if current != began_with:
+            raise ModelChangedError(
+                f"The run began with {_named(began_with)}, and {_named(current)} was deployed "
+                "while it went on; deploy the one before again, or give the rest a run of its own."
+            )
+
+
+def _named(model: Mapping[str, Any]) -> str:
+    """A model as a manifest tells of it."""
+    return " ".join(str(value) for value in model.values()) or "no model"
 
 
 class Ledger:

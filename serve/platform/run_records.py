@@ -50,7 +50,7 @@ MAX_RUNS: Final = 100
 """In the custom data of a project; of older runs only the team files know."""
 _MAX_SETTINGS: Final = 4000
 _FOLDER: Final = "/florence2/runs"
-_MANIFEST: Final = "manifest.json"
+MANIFEST: Final = "manifest.json"
 _HOLDER: Final = "holder.json"
 _IMAGES: Final = "/images-"
 _UNSAVED: Final = "unsaved.jsonl"
@@ -499,7 +499,7 @@ class RunRecord:
         def keep_file() -> None:
             if lines is None:
                 return
-            path = f"{folder_of(project_id, self.run_id)}/{_MANIFEST}"
+            path = f"{folder_of(project_id, self.run_id)}/{MANIFEST}"
             stored = {**manifest.to_json(), "images": [json.loads(line) for line in lines]}
             text = json.dumps(stored, ensure_ascii=False, indent=2)
             write_text(self._api, self._team_of(project_id), path, text)
@@ -602,7 +602,7 @@ def find_run(api: sly.Api, project_id: int, run_id: str) -> Manifest:
     if run_id.isalnum():
         texts = read_texts(api, team_of(api, project_id), folder_of(project_id, run_id))
         for path, text in texts.items():
-            if path.endswith(_MANIFEST) and (old := Manifest.of_json(_json(text))) is not None:
+            if path.endswith(MANIFEST) and (old := Manifest.of_json(_json(text))) is not None:
                 return old
     named = ", ".join(one.run for one in known[:10])
     raise NotFoundError(
@@ -649,7 +649,7 @@ def _written_in(row: Mapping[str, Any]) -> Written:
 
 
 def _image_rows(path: str, text: str) -> Iterator[dict[str, Any]]:
-    if path.endswith(_MANIFEST):
+    if path.endswith(MANIFEST):
         manifest = _json(text)
         found = manifest.get("images") if isinstance(manifest, dict) else None
         rows = found if isinstance(found, list) else []

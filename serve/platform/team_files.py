@@ -417,8 +417,9 @@ def read_text(api: sly.Api, team_id: int, path: str) -> str | None:
     return _tried(read)
 
 
-def read_texts(api: sly.Api, team_id: int, folder: str) -> dict[str, str]:
-    """The text of every file of JSON, or JSON lines, below a folder, by path, in their order."""
+def read_texts(api: sly.Api, team_id: int, folder: str, beginning: str = "") -> dict[str, str]:
+    """The text of every file of JSON, or JSON lines, below a folder whose name has this
+    ``beginning``, by path, in their order."""
     listed = api.file.list(team_id, f"{folder}/", recursive=True, return_type="fileinfo")
 
     def read(path: str) -> str:
@@ -426,7 +427,12 @@ def read_texts(api: sly.Api, team_id: int, folder: str) -> dict[str, str]:
         content: bytes = answer.content
         return content.decode("utf-8", "replace")
 
-    paths = sorted(info.path for info in listed if info.path.endswith((".json", ".jsonl")))
+    paths = sorted(
+        info.path
+        for info in listed
+        if info.path.endswith((".json", ".jsonl"))
+        and info.path.rpartition("/")[2].startswith(beginning)
+    )
     with ThreadPoolExecutor(_LISTING_THREADS) as threads:
         texts = threads.map(lambda path: _tried(partial(read, path)), paths)
         return dict(zip(paths, texts, strict=True))

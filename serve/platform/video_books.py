@@ -15,8 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from florence2.errors import RequestError
-from serve.platform.run_records import folder_of, keep_manifest, runs_of, team_of
+from serve.platform.lease import RunHeldError
+from serve.platform.run_records import MANIFEST, folder_of, keep_manifest, runs_of, team_of
 from serve.platform.team_files import read_texts, write_text
 from serve.platform.video_labels import VideoLine
 from serve.provenance import RUN_TAG, Manifest, RunState, new_run_id, now
@@ -52,10 +52,12 @@ class VideoBooks:
         mode: str,
         frames: Mapping[str, int | None],
     ) -> None:
-        """RequestError where this process does the same at this moment."""
+        """RunHeldError where this process does the same at this moment."""
         self._api = api
         self._info = info
         asked = dict(raw_settings(settings))
+        # Which is part of a request, and no setting that it could spell.
+        asked["is_one_class"] = settings.is_one_class
         identity = [info.id, info.hash, dict(frames), asked, dict(model), mode]
         text = json.dumps(identity, sort_keys=True, default=str)
         self._key = hashlib.blake2b(text.encode(), digest_size=_KEY_BYTES).hexdigest()
@@ -71,12 +73,14 @@ class VideoBooks:
                 prompts=[one.text for one in settings.prompts if one.text],
                 settings={
                     **_changed(settings),
-                    "video": {"id": info.id, "name": info.name, "key": self._key, **frames},
+                    "video": {"id": info.id, "name": info.name, **frames},
                 },
                 run_tag=RUN_TAG.name if self.writes_tag else None,
                 started=now(),
                 mode=mode,
                 counts={"frames": 0},
+                # Long settings are not kept.
+                fingerprint=self._key,
             )
             self.lines, self.written, self._num_parts = "", VideoLine(info.id, info.name), 0
             if earlier is not None:
@@ -94,7 +98,7 @@ class VideoBooks:
     def _begin(self) -> None:
         with _at_work_lock:
             if self._place in _at_work:
-                raise RequestError(
+                raise RunHeldError(
                     f"Video {self._info.id} is being labeled by the same request now; wait until "
                     "that is done, or stop it."
                 )
@@ -107,9 +111,7 @@ class VideoBooks:
     def _earlier(self) -> Manifest | None:
         """The run of an equal request that came to no end."""
         for manifest in runs_of(self._api, self._info.project_id):
-            video = manifest.settings.get("video")
-            is_same = isinstance(video, dict) and video.get("key") == self._key
-            if is_same and manifest.state in _GOES_ON:
+            if manifest.fingerprint == self._key and manifest.state in _GOES_ON:
                 return replace(manifest, state="running", finished=None, error=None)
         return None
 
@@ -177,6 +179,8 @@ class VideoBooks:
         return True
 
     def _keep(self, manifest: Manifest) -> None:
+        # Of older runs, and of those of who may not change a project, only the file is left.
+        self._write(MANIFEST, json.dumps(manifest.to_json(), indent=2))
         try:
             keep_manifest(self._api, self._info.project_id, manifest)
         except Exception as error:  # noqa: BLE001  (as above)
@@ -199,18 +203,14 @@ def is_over_video(manifest: Manifest) -> bool:
 
 def video_lines(api: sly.Api, project_id: int, run_id: str) -> list[VideoLine]:
     """What a run wrote on videos of a project."""
-    texts = read_texts(api, team_of(api, project_id), folder_of(project_id, run_id))
-    return [
-        line
-        for path, text in texts.items()
-        if path.rpartition("/")[2].startswith(_WRITTEN)
-        for line in lines_in(text)
-    ]
+    folder = folder_of(project_id, run_id)
+    texts = read_texts(api, team_of(api, project_id), folder, _WRITTEN)
+    return [line for text in texts.values() for line in lines_in(text)]
 
 
 def lines_in(text: str) -> Iterator[VideoLine]:
     for line in text.splitlines():
         try:
             yield VideoLine.of_json(json.loads(line))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             sly.logger.warning(f"A line about a video cannot be read: {line[:80]!r}")

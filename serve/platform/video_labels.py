@@ -70,7 +70,7 @@ class VideoWriter:
 
     ``suffix`` goes behind names that the project has with another meaning. ``track_id`` is that of
     an annotation tool which waits for figures. ``known_ids`` are the objects that were there
-    before.
+    before. ``note`` gets all objects so far as soon as more are there, which have no tags yet.
     """
 
     api: sly.Api
@@ -79,14 +79,15 @@ class VideoWriter:
     suffix: str | None = None
     track_id: object = None
     known_ids: frozenset[int] = frozenset()
+    note: Callable[[Sequence[WrittenObject]], None] = lambda objects: None
     run_tag_name: str | None = None
     num_figures: int = 0
     _is_uncertain: bool = False
     _digests: list[ObjectDigest] = field(default_factory=list)
     _objects: list[WrittenObject] = field(default_factory=list)
 
-    def write_objects(self, objects: Sequence[sly.VideoObject]) -> list[WrittenObject]:
-        """The objects with the ids that the platform gave them, without figures."""
+    def write_objects(self, objects: Sequence[sly.VideoObject]) -> None:
+        """The objects, without figures."""
         fitted = self._fitted(objects)
         for start in range(0, len(fitted), _OBJECTS_PER_CALL):
             batch = fitted[start : start + _OBJECTS_PER_CALL]
@@ -96,21 +97,23 @@ class VideoWriter:
                 self._objects.append(WrittenObject(object_id, name))
                 tags = [{"name": tag.name, "value": tag.value} for tag in one.tags]
                 self._digests.append(ObjectDigest(name, tags, self.run_tag_name))
-        return list(self._objects)
+            self.note(self._objects)
+            self._tag(batch, ids)
 
     def _add(self, objects: Sequence[sly.VideoObject]) -> list[int]:
-        """The ids of new objects with their tags; what a call made whose answer was lost goes."""
+        """The ids of new objects; what a call made whose answer was lost goes."""
         items = [{"classId": one.obj_class.sly_id, "entityId": self.info.id} for one in objects]
         body = {"datasetId": self.info.dataset_id, "annotationObjects": items}
         added = self._sent("annotation-objects.bulk.add", body, self._remove_bare)
-        ids = [row["id"] for row in added]
+        return [row["id"] for row in added]
+
+    def _tag(self, objects: Sequence[sly.VideoObject], ids: Sequence[int]) -> None:
         tags = [
             {"tagId": tag.meta.sly_id, "objectId": object_id, "value": tag.value}
             for one, object_id in zip(objects, ids, strict=True)
             for tag in one.tags
         ]
         self.api.video.tag.append_to_objects_json(self.info.id, tags, self.info.project_id)
-        return ids
 
     def _remove_bare(self) -> None:
         """Objects that came since this began and have neither tags nor figures."""

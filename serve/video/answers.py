@@ -14,7 +14,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO, Final, Protocol
 
-from florence2.errors import RequestError
 from florence2.records import Failure
 from serve.labeled_data import same_objects
 from serve.platform.failures import PartialFailureError, failure_json
@@ -22,7 +21,7 @@ from serve.platform.registry import InferenceRequest, wait_while_paused
 from serve.platform.request_state import State
 from serve.platform.run import RunServices
 from serve.sdk import sly
-from serve.video.asking import Asked, FrameAsker, Outcome, Video
+from serve.video.asking import Asked, FrameAsker, Outcome, Video, no_frames
 from serve.video.detections import check_gives_boxes, seen_of
 from serve.video.frames import AskedFrame, Range, need_libraries
 from serve.video.journal import FrameJournal, Seen, begin_journal
@@ -89,10 +88,7 @@ def _missing(
         return None
     last = asker.last_index
     if last is None:
-        raise RequestError(
-            f"None of the frames that were asked for can be decoded of {video.name!r}, from frame "
-            f"{wanted.first} on; it is cut or damaged, or has fewer frames: look at the video."
-        )
+        raise no_frames(video, wanted)
     if wanted.last is None or video.num_frames is None or last >= wanted.last:
         return None
     return (

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from florence2.engine.scheduler import Priority
-from florence2.errors import DeviceLostError, FlorenceError
+from florence2.errors import DeviceLostError, FlorenceError, RequestError
 from florence2.records import Failure, SizeWh
 from serve.limits import FailureLimit
 from serve.platform.failures import FailedImageError, failure_of
@@ -58,6 +58,14 @@ class Video:
         return wanted.count(self.likely_frames)
 
 
+def no_frames(video: Video, wanted: Range) -> RequestError:
+    """What a run ends with that could not decode any of the frames."""
+    return RequestError(
+        f"None of the frames that were asked for can be decoded of {video.name!r}, from frame "
+        f"{wanted.first} on; it is cut or damaged, or has fewer frames: look at the video."
+    )
+
+
 class FrameAsker:
     """Asks about the frames of one video, for one request."""
 
@@ -93,11 +101,18 @@ class FrameAsker:
             settings, self._api, lambda asks: self._services.ask(asks, call), image=None
         )
 
-    def batches(self, wanted: Range, after: Place | None = None) -> Generator[list[Asked]]:
+    def batches(
+        self,
+        wanted: Range,
+        after: Place | None = None,
+        model: Mapping[str, Any] | None = None,
+    ) -> Generator[list[Asked]]:
         """The frames of a range with their answers, in order, until the request is stopped.
+        Unless None, all of them come from ``model``, which is told as in a run's manifest.
 
         Raises what no frame can do without: a wrong request, a model that is gone, more failures
-        than ``max_failures``, or not one answer in the first batch. Close it to give up the rest.
+        than ``max_failures``, or not one answer in the first batch; and ModelChangedError. Close it
+        to give up the rest.
         """
         is_bulk = wanted.first != wanted.last
         frames = self._video.frames(wanted, after)
@@ -114,6 +129,8 @@ class FrameAsker:
                 outcomes = self._outcomes([one.pixels for one in group], is_bulk=is_bulk)
                 if self._request.is_stopped():
                     return
+                if model is not None:
+                    self._services.check_model(self.settings, model)
                 self._count(group, outcomes)
                 yield [
                     (replace(one, pixels=one.pixels[:0]), outcome)

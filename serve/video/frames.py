@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 EXTENSIONS: Final = (".avi", ".mp4", ".3gp", ".flv", ".webm", ".wmv", ".mov", ".mkv")
 INSTALL: Final = 'pip install "serve-florence-2[video]"'
 ASSUMED_RATE: Final = 25.0
+# Formats that name files, by which a client would be answered about any video on this machine.
+_LISTS: Final = frozenset({"hls", "dash", "concat", "imf"})
 
 
 class VideoError(FlorenceError):
@@ -218,6 +220,12 @@ class _opened:  # noqa: N801 - it is used as a function
                 f"A video is a file of MP4, MKV, AVI or the like, and {name!r} cannot be opened as "
                 f"one ({error.strerror}); it is cut, damaged or of another kind: give a whole file."
             ) from error
+        if container.format.name in _LISTS:
+            container.close()
+            raise VideoError(
+                f"A video holds its own frames, and {name!r} is a list of other files "
+                f"({container.format.name}); give the video itself."
+            )
         is_cover = av.stream.Disposition.attached_pic
         streams = [one for one in container.streams.video if not one.disposition & is_cover]
         if not streams:

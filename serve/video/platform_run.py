@@ -6,14 +6,15 @@ found is kept in team files meanwhile, and the same request goes on with it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
-from serve.platform.failures import PartialFailureError, failure_of
+from florence2.records import Failure
+from serve.platform.failures import FailedImageError, PartialFailureError, failure_of
 from serve.platform.registry import InferenceRequest
 from serve.platform.request_state import State
 from serve.platform.run import RunServices
@@ -23,6 +24,7 @@ from serve.platform.video_labels import (
     Figure,
     VideoLine,
     VideoWriter,
+    WrittenObject,
     remove_objects,
     stored_annotation,
     undo_line,
@@ -30,13 +32,13 @@ from serve.platform.video_labels import (
 from serve.predict.geometry import rectangle_tlbr_from_box_xyxy
 from serve.provenance import RUN_TAG, Undone
 from serve.sdk import sly
-from serve.video.asking import FrameAsker, Video
+from serve.video.asking import FrameAsker, Video, no_frames
 from serve.video.detections import check_gives_boxes, seen_of
 from serve.video.frames import Range, need_libraries
 from serve.video.journal import FrameJournal, begin_journal
 from serve.video.project import video_object
 from serve.video.request import VideoRequest
-from serve.video.source import video_of_platform
+from serve.video.source import video_info, video_of_platform
 from serve.video.tracking import Track, TrackKey, find_tracks, followed_frames
 
 # isort: split
@@ -100,28 +102,39 @@ def label_platform_video(
 
 def track_platform_video(
     api: sly.Api,
-    info: VideoInfo,
+    video_id: int,
     state: State,
     request: InferenceRequest,
     services: RunServices,
 ) -> None:
     """As ``label_platform_video`` for an annotation tool, which is told how far it is, that its
-    figures are there, and what went wrong."""
-    asked = replace(VideoRequest.of(state), mode="append")
+    figures are there, and what went wrong. A tool that cannot be told anything ends no run."""
     track_id = state.get("trackId", state.get("track_id"))
-    ends = asked.frames.within(info.frames_count or None, 1.0)
-    first, last = ends.first, ends.first if ends.last is None else ends.last
-
-    def tell(done: int, total: int) -> bool:
-        return bool(api.video.notify_progress(track_id, info.id, first, last, done, total))
-
     try:
+        asked = replace(VideoRequest.of(state), mode="append")
+        info = video_info(api, video_id)
+        ends = asked.frames.within(info.frames_count or None, 1.0)
+        first, last = ends.first, ends.first if ends.last is None else ends.last
+
+        def tell(done: int, total: int) -> bool:
+            notify = api.video.notify_progress
+            return bool(_told(notify, track_id, info.id, first, last, done, total))
+
         tool = Tool(track_id, tell)
         label_platform_video(api, info, asked, state, request, services, tool)
     except Exception as error:
         failure = failure_of(error, "The video cannot be tracked")
-        api.video.notify_tracking_error(track_id, failure.code, failure.message)
+        _told(api.video.notify_tracking_error, track_id, failure.code, failure.message)
         raise
+
+
+def _told(notify: Callable[..., Any], *what: object) -> Any:  # noqa: ANN401 - what the SDK gives
+    """What the annotation tool answered; None where it could not be told."""
+    try:
+        return notify(*what)
+    except Exception as error:  # noqa: BLE001  (the SDK and its transport raise anything)
+        sly.logger.warning(f"The annotation tool could not be told: {error!r}")
+        return None
 
 
 class _Run:
@@ -157,13 +170,16 @@ class _Run:
             self._request.done(journal.num_asked)
         if journal.is_complete:
             return
-        with closing(asker.batches(self._wanted, journal.last)) as batches:
+        model = self._books.manifest.model
+        with closing(asker.batches(self._wanted, journal.last, model)) as batches:
             for batch in batches:
                 journal.append([seen_of(*one) for one in batch])
                 self._books.looked_at(journal.num_asked)
                 if self._tool is not None and self._tool.tell(journal.num_asked, total):
                     self._request.stop()
-        if not self._request.is_stopped() and journal.last is not None:
+        if not self._request.is_stopped():
+            if journal.last is None:
+                raise no_frames(self._video, self._wanted)
             journal.end()
         self._books.looked_at(journal.num_asked, is_all=True)
         self._notes += asker.notes()
@@ -175,14 +191,17 @@ class _Run:
             return self._stopped(told, 0)
         tracks, boxes_alone = find_tracks(self._journal.seen(), self._rate)
         writer = self._writer(self._take_back())
-        objects = writer.write_objects([video_object(track) for track in tracks.values()])
-        line = VideoLine(self._info.id, self._info.name, tuple(objects))
-        self._books.wrote(line, writer.run_tag_name)
+
+        def note(objects: Sequence[WrittenObject]) -> None:
+            line = VideoLine(self._info.id, self._info.name, tuple(objects))
+            self._books.wrote(line, writer.run_tag_name)
+
+        writer.note = note
+        writer.write_objects([video_object(track) for track in tracks.values()])
         whole = writer.write_figures(self._figures(tracks), self._request.is_stopped)
         if whole is None:
             return self._stopped(told, writer.num_figures)
-        line = VideoLine(self._info.id, self._info.name, tuple(whole))
-        self._books.wrote(line, writer.run_tag_name)
+        note(whole)
         counts = {"objects": len(tracks), "figures": writer.num_figures}
         num_failed = self._look_back()
         self._books.ended("done", self.problem, failed=num_failed, labels=len(tracks), **counts)
@@ -215,9 +234,13 @@ class _Run:
         for other in runs_of(self._api, self._info.project_id):
             if other.run == manifest.run or other.state == "undone" or not is_over_video(other):
                 continue
+            undone = Undone(other.run, False)
             for line in video_lines(self._api, self._info.project_id, other.run):
                 if line.video_id == self._info.id:
-                    undo_line(self._api, line, other.run, other.run_tag, Undone(other.run, False))
+                    undo_line(self._api, line, other.run, other.run_tag, undone)
+            if undone.failed:
+                # Beside them the new objects would be there twice.
+                raise FailedImageError(Failure("platform_failed", undone.failed[0]))
         return known
 
     def _writer(self, known_ids: frozenset[int]) -> VideoWriter:

@@ -28,6 +28,7 @@ _DIRECTIONS: Final = ("forward", "backward")
 TRACKERS: Final = ("botsort", "ocsort")
 VIDEO_MODES: Final[tuple[VideoMode, ...]] = ("append", "skip_labeled", "replace_own")
 _LONGEST_S: Final = 10**12
+_MOST_FRAMES: Final = 10**12
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +191,8 @@ def _whole(state: State, keys: Sequence[str], *, least: int) -> int | None:
             f"{key} is a whole number from {least}, and {shown(value)} was received; correct it "
             "or leave it out."
         )
-    return value
+    # More is the same, and nothing that can be computed with as a float.
+    return min(value, _MOST_FRAMES)
 
 
 def _duration_s(value: object) -> float | None:
@@ -206,4 +208,4 @@ def _duration_s(value: object) -> float | None:
 
 def _short(number: int) -> str:
     """A number that somebody made as long as a book is no use in a sentence."""
-    return str(number) if number < _LONGEST_S else "more than any video has"
+    return str(number) if number < _MOST_FRAMES else "more than any video has"

@@ -45,10 +45,10 @@ _FRAMES_AT_A_TIME: Final = 8
 _WAITS_S: Final = (0.5, 2.0)
 
 
-class VideoTooLargeError(FlorenceError):
+class NoRoomForVideoError(FlorenceError):
     """There is no room on the disk for a video."""
 
-    code = "too_large"
+    code = "disk_full"
 
 
 def video_of_file(path: Path) -> Video:
@@ -86,7 +86,7 @@ def video_of_platform(
     """A video of the platform, and its file as long as this is open.
 
     RequestError where it has none of the frames, VideoError for one that is damaged,
-    VideoTooLargeError where the disk has no room for it.
+    NoRoomForVideoError where the disk has no room for it.
     """
     num_frames = info.frames_count or None
     rate = _rate_of(info)
@@ -178,8 +178,8 @@ def _size_of(info: VideoInfo) -> int:
         return 0
 
 
-def _no_room(info: VideoInfo, size: int) -> VideoTooLargeError:
-    return VideoTooLargeError(
+def _no_room(info: VideoInfo, size: int) -> NoRoomForVideoError:
+    return NoRoomForVideoError(
         f"A video is downloaded before it is decoded, and {info.name!r} ({readable_size(size)}) "
         "does not fit on the disk here; make room, or name another folder in TMPDIR."
     )

@@ -157,7 +157,7 @@ def test_what_is_found_is_written_as_objects_with_figures(app, api, video):
         assert tags["florence2_run"] == told["run"]
 
 
-def test_undo_deletes_what_a_run_wrote_and_nobody_has_changed(app, api, video):
+def test_undo_deletes_what_a_run_wrote_and_nobody_has_changed(app, api, platform, video):
     told = write(app, video, step=3, framesCount=16)
     moved = video.figures[0]
     moved["geometry"]["points"]["exterior"][0][0] += 3
@@ -177,8 +177,20 @@ def test_undo_deletes_what_a_run_wrote_and_nobody_has_changed(app, api, video):
     for one in (shown, undone):
         assert (one["deleted"], one["kept"], one["gone"]) == (told["objects"] - 1, 1, 0)
     assert f"object {moved['objectId']} of class" in undone["kept_labels"][0]
+    # Frames of a long video are many, and say nothing of what was written.
+    read = [str(one.payload) for one in platform.calls if one.method == "file-storage.download"]
+    assert len(read) == 2
+    assert not any("/frames-" in path for path in read)
     assert [one.class_id for one in labels_on(api, video).objects] != []
     assert {one["id"] for one in video.objects} == {moved["objectId"]}
+
+
+def test_a_run_that_the_project_knows_no_more_is_undone_by_its_files(app, api, platform, video):
+    told = write(app, video, step=4, framesCount=9)
+    project_id = project_of(platform.state, video).id
+    api.project.update_custom_data(project_id, {}, silent=True)
+    undone = app.post("undo_run", {"project_id": project_id, "run": told["run"]}).json()
+    assert (undone["deleted"], video.objects) == (told["objects"], [])
 
 
 def test_a_second_run_leaves_a_labeled_video_alone_or_takes_the_place_of_the_first(app, api, video):
@@ -189,6 +201,19 @@ def test_a_second_run_leaves_a_labeled_video_alone_or_takes_the_place_of_the_fir
     tags = [tag["value"] for one in video.objects for tag in one["tags"]]
     assert first["run"] not in tags
     assert tags.count(second["run"]) == second["objects"]
+
+
+def test_where_the_labels_of_the_first_run_cannot_be_taken_away_no_second_ones_are_beside_them(
+    app, platform, video
+):
+    first = write(app, video, step=4, framesCount=9)
+    platform.faults.fail("annotation-objects.bulk.remove", times=50, status=400)
+    again = {"step": 4, "framesCount": 9, "upload_mode": "replace_own"}
+    answer = app.post("inference_video_id", {"videoId": video.id, "settings": SETTINGS, **again})
+    assert_refused(answer, 424, says="cannot be deleted")
+    assert len(video.objects) == first["objects"]
+    platform.faults.statuses.clear()
+    assert write(app, video, **again)["objects"] == len(video.objects)
 
 
 def test_names_that_the_project_uses_otherwise_get_another_one(app, api, platform, video):
@@ -211,7 +236,7 @@ def test_the_same_request_at_the_same_moment_is_refused(app, platform, video):
         uuid = app.post("inference_video_id_async", asked).json()["inference_request_uuid"]
         while not platform.count("annotation-objects.bulk.add"):
             pass
-        assert_refused(app.post("inference_video_id", asked), 400, says="labeled by the same")
+        assert_refused(app.post("inference_video_id", asked), 409, says="labeled by the same")
     assert app.finished(uuid)[0]["exception"] is None
 
 
@@ -224,20 +249,43 @@ def test_what_was_written_and_whose_answer_was_lost_is_there_once(app, platform,
     assert (told["objects"], told["figures"]) == (len(video.objects), len(video.figures))
 
 
-def test_a_run_that_was_cut_off_goes_on_where_it_was(app, api, platform, video):
-    asked = {"videoId": video.id, "settings": SETTINGS, "upload_mode": "append", "framesCount": 9}
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"class_thresholds": {f"thing {number}": 0.5 for number in range(300)}}],
+    ids=["few settings", "more settings than are kept"],
+)
+def test_a_run_that_was_cut_off_goes_on_where_it_was(app, api, platform, video, more):
+    asked = {"framesCount": 9, "settings": {**SETTINGS, **more}}
     platform.faults.fail("figures.bulk.add", times=50, status=400)
-    assert_refused(app.post("inference_video_id", asked), 424, says="platform")
+    answer = app.post("inference_video_id", {"videoId": video.id, "upload_mode": "append", **asked})
+    assert_refused(answer, 424, says="platform")
     assert len(video.objects) > 0
     looked_at = platform.count("videos.bulk.download-frame")
     platform.faults.statuses.clear()
-    told = write(app, video, framesCount=9)
+    told = write(app, video, **asked)
     assert platform.count("videos.bulk.download-frame") == looked_at
     assert (told["objects"], told["figures"]) == (len(video.objects), len(video.figures))
-    [run] = app.post(
-        "list_runs", {"project_id": api.video.get_info_by_id(video.id).project_id}
-    ).json()
-    assert (run["run"], run["state"]) == (told["run"], "done")
+    [run] = runs_of(api, project_of(platform.state, video).id)
+    assert (run.run, run.state) == (told["run"], "done")
+
+
+def test_objects_that_got_no_tags_are_not_there_twice_once_the_run_went_on(app, platform, video):
+    platform.faults.fail("annotation-objects.tags.bulk.add", times=50, status=400)
+    asked = {"videoId": video.id, "settings": SETTINGS, "upload_mode": "append", "framesCount": 9}
+    assert_refused(app.post("inference_video_id", asked), 424, says="platform")
+    assert len(video.objects) > 0
+    platform.faults.statuses.clear()
+    assert write(app, video, framesCount=9)["objects"] == len(video.objects)
+
+
+def test_a_request_for_the_one_class_is_another_one(app, api, platform, video):
+    asked = {"framesCount": 2, "settings": {**SETTINGS, "classes": ["object"]}}
+    platform.faults.fail("figures.bulk.add", times=50, status=400)
+    answer = app.post("inference_video_id", {"videoId": video.id, "upload_mode": "append", **asked})
+    assert_refused(answer, 424, says="platform")
+    platform.faults.statuses.clear()
+    write(app, video, videoId=None, video_id=video.id, **asked)
+    assert len(runs_of(api, project_of(platform.state, video).id)) == 2
 
 
 def test_the_newer_client_has_numbers_too_and_sends_files(model_api, clip_path, platform):
@@ -391,6 +439,11 @@ def test_what_a_video_cannot_be_asked_is_refused_in_a_sentence(app, video, state
 def test_a_huge_count_or_step_means_the_whole_video_or_one_frame(app, video):
     assert frames_of(app, videoId=video.id, startFrameIndex=18, framesCount=10**30) == [18, 19]
     assert frames_of(app, videoId=video.id, startFrameIndex=3, step=10**30) == [3]
+    answer = app.post(
+        "inference_video_id",
+        {"videoId": video.id, "settings": SETTINGS, "tracker": "botsort", "step": 10**400},
+    )
+    assert [entry["frame_index"] for entry in answer.json()["ann"]] == [0]
 
 
 def test_a_video_that_is_not_there_is_not_found(app, video):
@@ -419,6 +472,19 @@ def test_a_damaged_video_is_refused_and_of_a_cut_one_what_is_there_is_given(
     )
 
 
+@pytest.mark.parametrize("mode", ["append", "replace_own"])
+def test_where_no_frame_can_be_decoded_nothing_is_written_and_nothing_is_taken_away(
+    app, api, platform, video, dataset_id, mode
+):
+    told = write(app, video, framesCount=3)
+    video.frames_count = 99
+    asked = {"videoId": video.id, "settings": SETTINGS, "startFrameIndex": 30, "upload_mode": mode}
+    assert_refused(app.post("inference_video_id", asked), 400, says="None of the frames")
+    assert len(video.objects) == told["objects"] > 0
+    states = [one.state for one in runs_of(api, project_of(platform.state, video).id)]
+    assert sorted(states) == ["done", "failed"]
+
+
 def test_an_annotation_tool_gets_figures_of_its_track_and_is_told(app, api, platform, video):
     state = {"videoId": video.id, "settings": SETTINGS, "startFrameIndex": 2, "framesCount": 6}
     context = {"trackId": "of-the-tool"}
@@ -430,4 +496,31 @@ def test_an_annotation_tool_gets_figures_of_its_track_and_is_told(app, api, plat
         assert not wait.wait(0.05)
     assert {one["trackId"] for one in video.figures} == {"of-the-tool"}
     assert told[-1]["data"]["frameRange"] == [2, 7]
-    app.post("tracking_by_detection", {**state, "videoId": 999}, context=context)
+
+
+UNTRACKABLE = {
+    "a video that is gone": ({"videoId": 999}, "There is no video 999"),
+    "a range that it does not have": ({"startFrameIndex": 20}, "at least one frame"),
+    "captions": ({"settings": {"task_prompt": "<CAPTION>"}}, "have none"),
+}
+
+
+@pytest.mark.parametrize(("asked", "says"), UNTRACKABLE.values(), ids=UNTRACKABLE)
+def test_an_annotation_tool_is_told_why_nothing_comes(app, platform, video, asked, says):
+    state = {"videoId": video.id, "settings": SETTINGS, **asked}
+    app.post("tracking_by_detection", state, context={"trackId": "of-the-tool"})
+    told, wait = rows_of(platform.state).told, threading.Event()
+    while not (errors := [one for one in told if one["type"] == "videos:tracking-error"]):
+        assert not wait.wait(0.05)
+    assert errors[0]["data"]["trackId"] == "of-the-tool"
+    assert says in errors[0]["data"]["error"]["message"]
+
+
+def test_figures_are_there_also_where_the_annotation_tool_cannot_be_told(app, api, platform, video):
+    platform.faults.fail("videos.notify-annotation-tool", times=50, status=400)
+    state = {"videoId": video.id, "settings": SETTINGS, "framesCount": 3}
+    app.post("tracking_by_detection", state, context={"trackId": "of-the-tool"})
+    project_id, wait = project_of(platform.state, video).id, threading.Event()
+    while not (runs := runs_of(api, project_id)) or runs[0].state == "running":
+        assert not wait.wait(0.05)
+    assert (runs[0].state, bool(video.figures)) == ("done", True)

@@ -8,11 +8,18 @@ from fastapi import FastAPI, Form, HTTPException, UploadFile
 from fastapi.testclient import TestClient
 from starlette.datastructures import UploadFile as StarletteUpload
 
-from florence2.errors import FlorenceError, ImageError, QueueFullError, RequestError
+from florence2.errors import (
+    CheckpointError,
+    FlorenceError,
+    ImageError,
+    QueueFullError,
+    RequestError,
+)
 from florence2.records import Failure
 from serve.http.errors import TooLargeError, answer_to, kind_of
 from serve.http.guard import install_error_handlers
-from serve.platform.failures import FailedImageError, NotFoundError
+from serve.platform.failures import FailedImageError, NotFoundError, PartialFailureError
+from serve.video.source import NoRoomForVideoError
 
 SDK_NOT_DEPLOYED = (
     "The model has not yet been deployed. Please select the appropriate model in the UI and "
@@ -208,3 +215,17 @@ def test_a_form_that_finds_no_room_on_the_disk_is_not_blamed_for_it(client, monk
     assert "make room" in answer.json()["message"]
     assert answer_to(OSError(errno.EDQUOT, "Quota"), "/").status_code == 507
     assert answer_to(OSError(errno.EACCES, "Denied"), "/").status_code == 500
+
+
+KEEP_THEIR_SENTENCE = {
+    "a run that is done in part": (PartialFailureError("3 of 9 are done."), 422),
+    "a video to download": (NoRoomForVideoError("'a.mp4' does not fit."), 507),
+    "weights": (CheckpointError("The folder of weights is full."), 400),
+}
+
+
+@pytest.mark.parametrize(("error", "status"), KEEP_THEIR_SENTENCE.values(), ids=KEEP_THEIR_SENTENCE)
+def test_a_full_disk_does_not_speak_for_what_has_a_sentence_of_its_own(error, status):
+    error.__cause__ = OSError(errno.ENOSPC, "No space left on device")
+    answer = answer_to(error, "/")
+    assert (answer.status_code, json.loads(answer.body)["message"]) == (status, str(error))

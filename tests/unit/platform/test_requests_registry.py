@@ -46,6 +46,24 @@ def test_a_request_goes_on_from_its_acceptance_until_all_that_came_of_it_is_ther
     assert (told, request.is_inferring()) == ([True] * 3, False)
 
 
+def test_a_run_that_counts_nothing_done_for_an_hour_goes_on_and_one_that_ended_is_forgotten(
+    manager, monkeypatch
+):
+    gate = threading.Event()
+    request, future = manager.schedule_task(lambda inference_request: gate.wait(20))
+    hours = {"running": time.monotonic() + 4000, "ended": time.monotonic() + 8000}
+    with monkeypatch.context() as later:
+        later.setattr(time, "monotonic", lambda: hours["running"])
+        assert not request.is_expired()
+    gate.set()
+    future.result(20)
+    while not request.is_finished():
+        time.sleep(0.01)
+    with monkeypatch.context() as later:
+        later.setattr(time, "monotonic", lambda: hours["ended"])
+        assert request.is_expired()
+
+
 def test_a_scheduled_request_is_not_awaited(manager):
     request, future = manager.schedule_task(lambda inference_request: None)
     future.result()

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from platform_fakes import services, wait_until
+from video_clips import gray_clip
 
 from florence2.errors import FlorenceError, RequestError
 from florence2.records import Failure
 from serve.predict.predictor import Predicted
 from serve.sdk import sly
 from serve.video.answers import answer_video
-from serve.video.asking import Video
+from serve.video.asking import FrameAsker, Video
 from serve.video.frames import AskedFrame, Place, Range
 from serve.video.request import FramesAsked, VideoRequest
 from serve.video.source import FEW_FRAMES, video_of_file, video_of_platform
@@ -132,6 +134,17 @@ def test_what_no_frame_can_be_asked_ends_the_run_at_once(answer):
     assert asked == [4]
 
 
+def test_a_run_that_writes_takes_no_answer_of_a_model_that_was_deployed_meanwhile(manager):
+    told = [{"name": "one"}] * 2 + [{"name": "two"}]
+    handed = replace(services(nothing_found), model_of=lambda settings: told.pop(0))
+    asker = FrameAsker(gray_video(20), None, {"batch_size": 4}, manager.create(), handed)
+    batches = asker.batches(Range(), model={"name": "one"})
+    assert [len(next(batches)), len(next(batches))] == [4, 4]
+    with pytest.raises(FlorenceError, match="began with one, and two was deployed") as caught:
+        next(batches)
+    assert caught.value.code == "not_deployed"
+
+
 class FakeVideos:
     """A platform that gives single frames, and no whole video."""
 
@@ -183,3 +196,21 @@ def test_what_cannot_be_done_without_the_packages_for_videos_says_which(
 def test_a_video_that_is_sent_lies_nowhere():
     with pytest.raises(RequestError, match="lies on no platform"):
         VideoRequest.of_sent({"upload_mode": "append"})
+
+
+LISTS = {
+    "a playlist": ("m3u8", "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{}\n#EXT-X-ENDLIST\n"),
+    "a list to join": ("mp4", "ffconcat version 1.0\nfile {}\n"),
+}
+
+
+@pytest.mark.parametrize(("ending", "text"), LISTS.values(), ids=LISTS)
+def test_a_list_of_files_is_no_video_so_that_nobody_is_answered_about_files_of_the_server(
+    tmp_path, ending, text
+):
+    own = gray_clip(tmp_path / "own.mp4", 4)
+    sent = tmp_path / f"sent.{ending}"
+    sent.write_text(text.format(own if ending == "m3u8" else own.name))
+    with pytest.raises(FlorenceError, match="is a list of other files") as caught:
+        video_of_file(sent)
+    assert caught.value.code == "bad_video"
