@@ -150,7 +150,13 @@ class PredictionRun:
         if is_writing:
             self._model = dict(services.model_of(self._settings))
             record = RunRecord(
-                api, self._settings, self._model, destination, len(targets), self._patience
+                api,
+                self._settings,
+                self._model,
+                destination,
+                len(targets),
+                self._patience,
+                is_of_project=source.project_id is not None,
             )
             if state.get("resume") and source.project_id is not None:
                 ids = {target.image_id for target in targets}

@@ -98,7 +98,8 @@ class RunRecord:
     """The books of one run that writes to the platform; a context around its work.
 
     The last of what is kept waits for a platform that is away, with ``patience``. What cannot be
-    kept is told in the log and ends no run: its labels are there.
+    kept is told in the log and ends no run: its labels are there. Only what ``is_of_project`` can be
+    gone on with.
     """
 
     def __init__(
@@ -109,6 +110,8 @@ class RunRecord:
         destination: Destination,
         num_images: int,
         patience: Patience | None = None,
+        *,
+        is_of_project: bool = True,
     ) -> None:
         raw, default = raw_settings(settings), raw_settings(parse_settings({}))
         mode = destination.mode
@@ -136,11 +139,15 @@ class RunRecord:
             run_tag=RUN_TAG.name if self.writes_tag else None,
             started=now(),
             mode=mode,
+            # A click, or a few images by their ids, is not gone on with: it is newer than the run
+            # over the project that was cut off, and has done next to nothing of it.
             fingerprint=fingerprint_of(
                 {key: model[key] for key in _MODEL_KEYS if key in model},
                 raw,
                 [mode, destination.iou, destination.suffix],
-            ),
+            )
+            if is_of_project
+            else None,
         )
 
     @property
@@ -184,6 +191,8 @@ class RunRecord:
                 one
                 for one in runs_of(self._api, project_id)
                 if one.fingerprint == self._manifest.fingerprint
+                # What it is called is a folder's name.
+                and str(one.run).isalnum()
                 and one.state in ("running", "done", "stopped", "failed")
             ),
             None,

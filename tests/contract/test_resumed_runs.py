@@ -361,6 +361,32 @@ def test_a_run_that_is_whole_is_not_done_again_but_by_again(run, command, platfo
     assert len(platform.state.images) == NUM_IMAGES + 1
 
 
+def test_a_few_images_that_were_labeled_since_do_not_hide_the_run_over_the_project(
+    app, run, platform, project
+):
+    _, first = run()
+    asked = {**asked_for(project), "images_ids": project[1][:2]}
+    del asked["project_id"]
+    app.done("inference_batch_ids_async", asked)
+    uploads = platform.count("annotations.bulk.add")
+    run(resume=True)
+    assert platform.count("annotations.bulk.add") == uploads
+    assert len(runs(platform, project[0])) == 2
+
+
+@pytest.mark.parametrize("named", ["../../experiments", ""])
+def test_a_run_whose_name_is_no_id_is_not_gone_on_with(run, platform, project, named):
+    run()
+    stored = runs(platform, project[0])
+    [(run_id, manifest)] = stored.items()
+    stored[run_id] = {**manifest, "run": named}
+    run(resume=True)
+    assert len(runs(platform, project[0])) == 2
+    folder = f"/florence2/runs/{project[0]}/"
+    written = list(platform.state.files)
+    assert all(path.startswith(folder) for path in written)
+
+
 def test_a_run_of_other_settings_is_another_run(run, platform, project):
     project_id, _ = project
     run()
