@@ -232,7 +232,8 @@ class PredictionRun:
                     outcomes = self._predict(images)
                 except DeviceLostError as error:
                     # They are named; the others are asked of the model once it is loaded again.
-                    settler.put((batch, [failure_of(error, "The device failed")] * len(batch)))
+                    failed = failure_of(error, "The device failed")
+                    settler.put((batch, [_told_without_model(one) or failed for one in images]))
                     if not self._model_came_back():
                         raise
                     continue
@@ -314,13 +315,15 @@ class PredictionRun:
         tried = at_once if self._patience is None else self._patience.tried
         for dataset_id, group in ids_of.items():
             read = partial(self._api.annotation.download_json_batch, dataset_id)
+            # Others were only to be labeled when the run was cut off.
+            labeled = {one.image_id for one in group if _has_labels(one)}
             stored = each_or_failure([one.image_id for one in group], read, _unread, tried)
             for image_id, annotation in stored.items():
                 if isinstance(annotation, Failure):
                     found[image_id] = annotation
                 elif record.found(image_id, annotation, group[0].project_id or 0):
                     found[image_id] = AlreadyLabeled(by_this_run=True)
-                elif self._destination.mode == "skip_labeled":
+                elif self._destination.mode == "skip_labeled" and image_id in labeled:
                     found[image_id] = AlreadyLabeled(by_this_run=False)
         return found
 
@@ -329,13 +332,11 @@ class PredictionRun:
         try:
             usable = [one for one in images if not isinstance(one, Failure | AlreadyLabeled)]
             predicted = iter(self._ask_model(usable) if usable else ())
-            return [
-                image if isinstance(image, Failure | AlreadyLabeled) else next(predicted)
-                for image in images
-            ]
+            return [_told_without_model(one) or next(predicted) for one in images]
         except Exception as error:
             if self._request.is_stopped():
-                return [Failure("cancelled", "The run was stopped.")] * len(images)
+                cancelled = Failure("cancelled", "The run was stopped.")
+                return [_told_without_model(one) or cancelled for one in images]
             if isinstance(error, FlorenceError) and error.code in FATAL_CODES:
                 raise
             sly.logger.error(f"{len(images)} images cannot be predicted", exc_info=True)
@@ -445,6 +446,11 @@ class PredictionRun:
         notes = {"notes": list(predicted.notes)} if predicted.notes else {}
         entry = entry_of(target, predicted.annotation, **notes)
         return {**entry, "data": slides_of(predicted)} if self._shows_windows else entry
+
+
+def _told_without_model(image: AnyImage | AlreadyLabeled) -> Failure | AlreadyLabeled | None:
+    """What becomes of an image whatever the model says; None where that is its answer."""
+    return image if isinstance(image, Failure | AlreadyLabeled) else None
 
 
 def _named(model: Mapping[str, Any]) -> str:

@@ -283,6 +283,34 @@ def subpixel(label):
     return {**label, "points": points, "tags": []}
 
 
+def test_an_image_that_was_only_to_be_labeled_is_not_taken_for_a_labeled_one(
+    run, platform, project
+):
+    project_id, images = project
+    asked = {"settings": {"run_tag": False}, "upload_mode": "skip_labeled"}
+    run(**asked)
+    state = platform.state
+    [(run_id, manifest)] = runs(platform, project_id).items()
+    # As if it had been killed while the labels of the first image were sent.
+    manifest |= {"state": "running", "counts": {}}
+    first = state.image(images[0])
+    expected = len(first.annotation["objects"])
+    state.set_annotation(first, {**first.annotation, "objects": []})
+    folder = f"/florence2/runs/{project_id}/{run_id}"
+    intended = {"image_id": images[0], "outcome": "intended", "labels": ["a"], "image_tags": []}
+    rows = [*lines_of(platform, project_id, run_id).values()][1:]
+    texts = {"images-000000": rows, "unsaved": [intended]}
+    for name, lines in texts.items():
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        state.add_file(TEAM_ID, f"{folder}/{name}.jsonl", text.encode())
+
+    progress, _ = run(**asked, resume=True)
+
+    assert progress["exception"] is None
+    assert len(state.image(images[0]).annotation["objects"]) == expected
+    assert lines_of(platform, project_id, run_id)[images[0]]["outcome"] == "labeled"
+
+
 def test_labels_without_the_tag_are_found_by_what_was_to_be_written(api, platform, project):
     """Of three images one was noted, one had its labels sent, and one was only to have them."""
     project_id, images = project

@@ -13,6 +13,7 @@ from platform_fakes import (
     FakePredictor,
     Stage,
     fails_for,
+    failures_of,
     services,
 )
 from requests.exceptions import ConnectionError as ConnectionFailed
@@ -286,7 +287,7 @@ class Model:
         self.code, self.name, self.then, self.steps = code, "one", then, 0
 
     def before(self, images):
-        if self.code is not None and images[0] == self.fails_at:
+        if self.code is not None and images[-1] == self.fails_at:
             failure, self.code, self.steps = Failure(self.code, "It is gone."), None, 3
             return failure
         return None
@@ -302,6 +303,21 @@ class Model:
         return self.steps > 0
 
 
+def test_what_the_device_has_no_part_in_is_told_as_it_is(runner, platform, sleeps):
+    platform.download_fault = fails_for(3)
+    model = Model("device_lost", "one")
+    model.fails_at = platform.content[4]
+    request = runner.finish(
+        platform,
+        {"image_ids": ALL, "batch_size": 2, "upload_mode": "append"},
+        FakePredictor(model.before),
+        model_of=model.told,
+        is_model_coming=model.is_coming,
+    )
+    assert failures_of(request) == {3: "download_failed", 4: "device_lost"}
+    assert sorted(platform.uploads) == [1, 2, 5, 6]
+
+
 @pytest.mark.parametrize(
     ("code", "then", "failed", "said"),
     [
@@ -314,7 +330,7 @@ def test_a_run_that_writes_waits_for_its_model_and_takes_no_other(
     runner, platform, sleeps, code, then, failed, said
 ):
     model = Model(code, then)
-    model.fails_at = platform.content[3]
+    model.fails_at = platform.content[4]
     state = {"image_ids": ALL, "batch_size": 2, "upload_mode": "append"}
     request = runner.finish(
         platform,
