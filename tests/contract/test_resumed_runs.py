@@ -17,7 +17,9 @@ from contract_calls import BIKE, CITY, HOME, STREET
 from platform_double import TOKEN
 from platform_state import TEAM_ID
 
+from florence2.records import Failure
 from serve.cli.main import main
+from serve.platform import lease, run_records
 from serve.platform.images import Target
 from serve.platform.request_state import Destination
 from serve.platform.run_records import CUSTOM_DATA_KEY, RunRecord
@@ -311,8 +313,11 @@ def test_an_image_that_was_only_to_be_labeled_is_not_taken_for_a_labeled_one(
     assert lines_of(platform, project_id, run_id)[images[0]]["outcome"] == "labeled"
 
 
-def test_labels_without_the_tag_are_found_by_what_was_to_be_written(api, platform, project):
+def test_labels_without_the_tag_are_found_by_what_was_to_be_written(
+    api, platform, project, monkeypatch
+):
     """Of three images one was noted, one had its labels sent, and one was only to have them."""
+    monkeypatch.setattr(lease, "CONFIRM_S", 0.0)
     project_id, images = project
     state = platform.state
     state.set_meta(state.project(project_id), sly.ProjectMeta([PERSONS]).to_json())
@@ -344,11 +349,80 @@ def test_labels_without_the_tag_are_found_by_what_was_to_be_written(api, platfor
 
     assert second.resume(project_id, images[:3], lambda: False) == {images[0]}
     with second:
+        # It is stopped before it gets to any image.
+        pass
+    third = RunRecord(api, settings, {"name": "demo"}, Destination("append"), 3)
+    assert third.resume(project_id, images[:3], lambda: False) == {images[0]}
+    with third:
+        info = api.image.get_info_by_id(images[1])
+        third.settled(project_id, Target(images[1], project_id, info), Failure("any", "It fails."))
+    assert third.counts["failed"] == 1
+    last = RunRecord(api, settings, {"name": "demo"}, Destination("append"), 3)
+    assert last.resume(project_id, images[:3], lambda: False) == {images[0]}
+    with last:
         stored = dict(zip(images, api.annotation.download_json_batch(
             state.image(images[0]).dataset_id, images), strict=True))  # fmt: skip
-        found = [second.found(one, stored[one], project_id) for one in images[:3]]
+        found = [last.found(one, stored[one], project_id) for one in images[:3]]
     assert found == [False, True, False]
-    assert second.counts["labels"] == 1
+    assert last.counts["labels"] == 1
+
+
+def test_a_failed_upload_that_may_have_arrived_is_looked_for_by_the_next_run(
+    api, platform, project
+):
+    project_id, images = project
+    settings = parse_settings({"run_tag": False})
+    first, second = (
+        RunRecord(api, settings, {"name": "demo"}, Destination("append"), 3) for _ in range(2)
+    )
+    infos = [api.image.get_info_by_id(one) for one in images[:2]]
+    with first:
+        for info in infos:
+            label = sly.Label(sly.Rectangle(1, 1, 30, 30), PERSONS)
+            annotation = sly.Annotation((info.height, info.width), [label])
+            first.before_upload(project_id, info.id, annotation)
+            first.keep_intents(project_id)
+            why = Failure("upload_failed", "No answer.") if info is infos[0] else None
+            first.settled(project_id, Target(info.id, project_id, info), why)
+    second.resume(project_id, images[:3], lambda: False)
+    with second:
+        assert [second.is_intended(info.id) for info in infos] == [True, False]
+
+
+def test_team_files_that_take_nothing_are_not_tried_for_every_image(api, project, monkeypatch):
+    tries = []
+
+    def write_text(api, team_id, path, text):
+        if "/images-" in path:
+            tries.append(path)
+            raise OSError("full")
+
+    monkeypatch.setattr(run_records, "write_text", write_text)
+    record = RunRecord(api, parse_settings({}), {"name": "demo"}, Destination("append"), 1100)
+    with record:
+        for image_id in range(1, 1101):
+            record.settled(project[0], Target(image_id, project[0]))
+    assert len(tries) <= 2 + 1
+
+
+def test_what_is_saved_last_has_the_say_about_an_image(api, platform, project):
+    """As after a run whose last lines went into its manifest, and that was killed later."""
+    project_id, [first, *_] = project
+    folder = f"/florence2/runs/{project_id}/3f9a01bc"
+    rows = {
+        "images-000000.jsonl": {"outcome": "labeled", "labels": ["a"]},
+        "manifest.json": {"outcome": "failed", "labels": ["b"]},
+        "unsaved.jsonl": {"outcome": "intended", "labels": ["c"]},
+    }
+    for expected in ("a", "c"):
+        for name, row in rows.items():
+            row = {"image_id": first, **row}
+            text = json.dumps({"images": [row]} if name == "manifest.json" else row)
+            platform.state.add_file(TEAM_ID, f"{folder}/{name}", text.encode())
+        [line] = run_records.image_lines(api, project_id, "3f9a01bc")
+        assert line.written.labels == (expected,)
+        rows.pop("images-000000.jsonl", None)
+        platform.state.files.pop(f"{folder}/images-000000.jsonl", None)
 
 
 def test_the_command_names_what_failed_and_the_same_one_tries_it_again(command, platform, project):
@@ -368,6 +442,16 @@ def test_the_command_names_what_failed_and_the_same_one_tries_it_again(command, 
     code, said = command()
     assert (code, f"Going on with run {first}" in said) == (0, True), said
     check_each_once(platform, project, first)
+
+
+def test_an_image_that_failed_and_is_gone_is_no_failure_any_more(command, platform, project):
+    damaged = project[1][2]
+    platform.faults.damage(damaged)
+    assert command()[0] == 1
+    del platform.state.images[damaged]
+    code, said = command()
+    assert code == 0, said
+    assert " 0 failed" in said
 
 
 def test_a_run_that_is_whole_is_not_done_again_but_by_again(run, command, platform, project):
