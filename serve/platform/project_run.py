@@ -285,7 +285,8 @@ class PredictionRun:
         found = [
             target.failure or known.get(target.image_id) or next(downloaded) for target in batch
         ]
-        if self._patience is not None and all(isinstance(one, Failure) for one in found):
+        is_all_lost = all(isinstance(one, Failure) for one in found)
+        if self._patience is not None and is_all_lost and not self._request.is_stopped():
             self._check_projects_are_there(batch)
         return found
 

@@ -422,7 +422,8 @@ class RunRecord:
             return manifest
         if books.has_intents and not books.num_unsaved:
             # Of images that were not got to, or failed, nobody knows still what arrived.
-            self._write_unsaved(project_id, _intent_lines(self._intended))
+            left = {**self._intended, **self._written}
+            self._write_unsaved(project_id, _intent_lines(left))
         unsaved = books.lines[len(books.lines) - books.num_unsaved :]
         self._keep_manifest(project_id, manifest, unsaved)
         return manifest

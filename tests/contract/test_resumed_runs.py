@@ -367,26 +367,28 @@ def test_labels_without_the_tag_are_found_by_what_was_to_be_written(
     assert last.counts["labels"] == 1
 
 
-def test_a_failed_upload_that_may_have_arrived_is_looked_for_by_the_next_run(
-    api, platform, project
+def test_an_upload_that_failed_or_was_stopped_is_looked_for_by_the_next_run(
+    api, project, monkeypatch
 ):
     project_id, images = project
     settings = parse_settings({"run_tag": False})
     first, second = (
         RunRecord(api, settings, {"name": "demo"}, Destination("append"), 3) for _ in range(2)
     )
-    infos = [api.image.get_info_by_id(one) for one in images[:2]]
+    monkeypatch.setattr(lease, "CONFIRM_S", 0.0)
+    infos = [api.image.get_info_by_id(one) for one in images[:3]]
     with first:
         for info in infos:
             label = sly.Label(sly.Rectangle(1, 1, 30, 30), PERSONS)
             annotation = sly.Annotation((info.height, info.width), [label])
             first.before_upload(project_id, info.id, annotation)
             first.keep_intents(project_id)
-            why = Failure("upload_failed", "No answer.") if info is infos[0] else None
-            first.settled(project_id, Target(info.id, project_id, info), why)
+            if info is not infos[2]:
+                why = Failure("upload_failed", "No answer.") if info is infos[0] else None
+                first.settled(project_id, Target(info.id, project_id, info), why)
     second.resume(project_id, images[:3], lambda: False)
     with second:
-        assert [second.is_intended(info.id) for info in infos] == [True, False]
+        assert [second.is_intended(info.id) for info in infos] == [True, False, True]
 
 
 def test_team_files_that_take_nothing_are_not_tried_for_every_image(api, project, monkeypatch):

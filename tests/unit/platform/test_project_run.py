@@ -194,6 +194,41 @@ def test_without_a_platform_images_are_not_tried_one_by_one(runner, platform, aw
     assert set(map(tuple, platform.called("download"))) == {((1, 2),), ((3, 4),)}
 
 
+@pytest.mark.parametrize("what", ["download", "upload"])
+def test_a_run_that_is_stopped_without_a_platform_tries_no_image_by_itself(
+    runner, platform, away, what
+):
+    request = runner.create()
+    away(platform)
+
+    def fault(ids):
+        request.stop()
+        raise ConnectionFailed("away")
+
+    setattr(platform, f"{what}_fault", fault)
+    state = {"image_ids": ALL, "batch_size": 6, "upload_mode": "append"}
+    runner.finish(platform, state, request=request)
+    assert platform.called(what) == [[tuple(ALL)]]
+    assert (request.stage, request.exception) == (Stage.CANCELLED, None)
+    assert failures_of(request) == {}
+
+
+@pytest.mark.parametrize("what", ["download", "upload"])
+def test_when_the_platform_goes_the_rest_of_a_batch_is_not_tried(runner, platform, away, what):
+    def fault(ids):
+        if len(ids) > 1:
+            raise ValueError("Not together.")
+        if ids[0] > 2:
+            away(platform)
+            raise ConnectionFailed("away")
+
+    setattr(platform, f"{what}_fault", fault)
+    state = {"image_ids": ALL, "batch_size": 6, "upload_mode": "append"}
+    request = runner.finish(platform, state)
+    assert {ids for [ids] in platform.called(what)} == {tuple(ALL), (1,), (2,), (3,)}
+    assert sorted(failures_of(request)) == [3, 4, 5, 6]
+
+
 def test_one_download_that_breaks_off_always_costs_only_itself(runner, platform, away):
     platform.download_fault = fails_for(2, error=ConnectionFailed)
     entries = runner.ids(platform, {"image_ids": [1, 2, 3, 4], "batch_size": 2})
