@@ -30,7 +30,7 @@ from serve.platform.pipeline import (
     split_batches,
 )
 from serve.platform.reference import resolve_reference
-from serve.platform.registry import InferenceRequest, wait_while_paused
+from serve.platform.registry import InferenceRequest, ended_when_stopped, wait_while_paused
 from serve.platform.request_state import (
     Destination,
     Source,
@@ -105,8 +105,10 @@ def run_project(
     wrote to the project: what is done is left alone, what failed is tried again.
     """
     deadline, source = Deadline.of(state), Source.of_project(state)
-    run = PredictionRun(services, api, state, request, source, Destination.of(state), deadline)
-    run.work(must_be_whole=True)
+    # It may be stopped while it waits for a sign of who worked on the run before.
+    with ended_when_stopped(request):
+        run = PredictionRun(services, api, state, request, source, Destination.of(state), deadline)
+        run.work(must_be_whole=True)
 
 
 class PredictionRun:

@@ -24,6 +24,7 @@ from serve.platform.images import Target
 from serve.platform.request_state import Destination
 from serve.platform.run_records import CUSTOM_DATA_KEY, RunRecord
 from serve.platform.undo import undo_run
+from serve.predict.predictor import Predictor
 from serve.sdk import LabelingStatus, sly
 from serve.settings import parse_settings
 
@@ -446,6 +447,16 @@ def test_the_command_names_what_failed_and_the_same_one_tries_it_again(command, 
     check_each_once(platform, project, first)
 
 
+def test_the_terminal_is_told_what_breaks_on_the_way(command, monkeypatch):
+    def predict(self, images, settings, call):
+        raise ValueError("A mistake of ours.")
+
+    monkeypatch.setattr(Predictor, "predict", predict)
+    code, said = command("--batch", "8")
+    assert code == 2
+    assert f"{NUM_IMAGES} images cannot be predicted" in said
+
+
 def test_an_image_that_failed_and_is_gone_is_no_failure_any_more(command, platform, project):
     damaged = project[1][2]
     platform.faults.damage(damaged)
@@ -529,6 +540,21 @@ def test_a_run_that_goes_on_is_not_taken_over(app, run, in_background, platform,
     assert app.finished(uuid)[0]["exception"] is None
     [(run_id, _)] = runs(platform, project[0]).items()
     check_each_once(platform, project, run_id)
+
+
+def test_the_wait_for_who_may_hold_a_run_can_be_stopped(app, run, platform, project):
+    run()
+    for file in platform.state.files.values():
+        if file.path.endswith("/holder.json"):
+            away = {**json.loads(file.content), "machine": "other", "is_released": False}
+            file.content = json.dumps(away).encode()
+    reads = platform.count("file-storage.download")
+    answer = app.post("inference_project_id_async", asked_for(project, resume=True))
+    uuid = answer.json()["inference_request_uuid"]
+    wait_for(lambda: platform.count("file-storage.download") > reads, "no wait")
+    app.post("stop_inference", {"inference_request_uuid": uuid})
+    progress, _ = app.finished(uuid)
+    assert (progress["stage"], progress["exception"]) == ("Cancelled", None)
 
 
 PASSING = {
