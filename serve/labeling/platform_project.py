@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final
 
 from florence2.errors import FlorenceError, RequestError, shown
@@ -299,7 +298,7 @@ class _Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         # What a run says of each image at its end is in the report.
-        if Path(record.pathname).name != "run.py":
+        if not record.pathname.endswith("run.py"):
             say(record.getMessage())
 
 

@@ -98,8 +98,8 @@ class RunRecord:
     """The books of one run that writes to the platform; a context around its work.
 
     The last of what is kept waits for a platform that is away, with ``patience``. What cannot be
-    kept is told in the log and ends no run: its labels are there. Only what ``is_of_project`` can be
-    gone on with.
+    kept is told in the log and ends no run: its labels are there. Only one that ``is_of_project``
+    can be gone on with.
     """
 
     def __init__(
@@ -398,14 +398,17 @@ class RunRecord:
             is_asked = error is None or isinstance(error, KeyboardInterrupt)
             state = "stopped" if is_asked or self._is_stopped else "failed"
         for project_id, books in self._books.items():
+            lease = books.lease
             try:
-                if books.lease is not None:
-                    books.lease.check()
+                if lease is not None:
+                    lease.check()
             except RunHeldError as held:
                 sly.logger.warning(str(held))
-                books.lease.release()
+                if lease is not None:
+                    lease.release()
                 continue
             manifest = self._close(project_id, books, state, None if error is None else str(error))
+            # One that is new may have been announced only now.
             if books.lease is not None:
                 books.lease.release()
             if self.is_bulk:
@@ -660,6 +663,7 @@ def _noted_rows(texts: Mapping[str, str]) -> dict[int, dict[str, Any]]:
     What is saved has the say; but one that failed may have been tried once more.
     """
     rows: dict[int, dict[str, Any]] = {}
+
     def order(path_and_text: tuple[str, str]) -> tuple[bool, bool]:
         return _IMAGES in path_and_text[0], _UNSAVED not in path_and_text[0]
 

@@ -24,7 +24,6 @@ from serve.platform.images import Target
 from serve.platform.request_state import Destination
 from serve.platform.run_records import CUSTOM_DATA_KEY, RunRecord
 from serve.platform.undo import undo_run
-from serve.predict.predictor import Predictor
 from serve.sdk import LabelingStatus, sly
 from serve.settings import parse_settings
 
@@ -323,9 +322,7 @@ def test_labels_without_the_tag_are_found_by_what_was_to_be_written(
     state = platform.state
     state.set_meta(state.project(project_id), sly.ProjectMeta([PERSONS]).to_json())
     settings = parse_settings({"run_tag": False})
-    first, second = (
-        RunRecord(api, settings, {"name": "demo"}, Destination("append"), 3) for _ in range(2)
-    )
+    first = RunRecord(api, settings, {"name": "demo"}, Destination("append"), 3)
 
     def write(place, *, is_sent=True, is_noted=True):
         image_id = images[place]
@@ -348,19 +345,18 @@ def test_labels_without_the_tag_are_found_by_what_was_to_be_written(
             gone = {**json.loads(file.content), "token": "gone", "is_released": True}
             file.content = json.dumps(gone).encode()
 
-    assert second.resume(project_id, images[:3], lambda: False) == {images[0]}
-    with second:
+    def resumed():
+        record = RunRecord(api, settings, {"name": "demo"}, Destination("append"), 3)
+        assert record.resume(project_id, images[:3], lambda: False) == {images[0]}
+        return record
+
+    with resumed():
         # It is stopped before it gets to any image.
         pass
-    third = RunRecord(api, settings, {"name": "demo"}, Destination("append"), 3)
-    assert third.resume(project_id, images[:3], lambda: False) == {images[0]}
-    with third:
-        info = api.image.get_info_by_id(images[1])
-        third.settled(project_id, Target(images[1], project_id, info), Failure("any", "It fails."))
-    assert third.counts["failed"] == 1
-    last = RunRecord(api, settings, {"name": "demo"}, Destination("append"), 3)
-    assert last.resume(project_id, images[:3], lambda: False) == {images[0]}
-    with last:
+    with resumed() as failing:
+        target = Target(images[1], project_id, api.image.get_info_by_id(images[1]))
+        failing.settled(project_id, target, Failure("any", "It fails."))
+    with resumed() as last:
         stored = dict(zip(images, api.annotation.download_json_batch(
             state.image(images[0]).dataset_id, images), strict=True))  # fmt: skip
         found = [last.found(one, stored[one], project_id) for one in images[:3]]
@@ -447,16 +443,6 @@ def test_the_command_names_what_failed_and_the_same_one_tries_it_again(command, 
     check_each_once(platform, project, first)
 
 
-def test_the_terminal_is_told_what_breaks_on_the_way(command, monkeypatch):
-    def predict(self, images, settings, call):
-        raise ValueError("A mistake of ours.")
-
-    monkeypatch.setattr(Predictor, "predict", predict)
-    code, said = command("--batch", "8")
-    assert code == 2
-    assert f"{NUM_IMAGES} images cannot be predicted" in said
-
-
 def test_an_image_that_failed_and_is_gone_is_no_failure_any_more(command, platform, project):
     damaged = project[1][2]
     platform.faults.damage(damaged)
@@ -489,7 +475,7 @@ def test_a_run_that_is_whole_is_not_done_again_but_by_again(run, command, platfo
 def test_a_few_images_that_were_labeled_since_do_not_hide_the_run_over_the_project(
     app, run, platform, project
 ):
-    _, first = run()
+    run()
     asked = {**asked_for(project), "images_ids": project[1][:2]}
     del asked["project_id"]
     app.done("inference_batch_ids_async", asked)

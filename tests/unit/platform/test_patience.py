@@ -118,7 +118,7 @@ def test_what_is_refused_is_not_tried_again(clock):
 
 def test_a_run_that_is_stopped_waits_for_nothing(clock):
     platform = Platform(clock, until_s=10_000)
-    with pytest.raises(GenerationCancelledError, match="was stopped.*cannot be reached"):
+    with pytest.raises(GenerationCancelledError, match=r"was stopped.*cannot be reached"):
         patient(platform, lambda: clock.now_s > 1).tried(platform.work)
     assert clock.now_s < 2
     assert platform.calls == 2
