@@ -175,8 +175,9 @@ class Manifest:
 
     ``model`` has its name, revision and adapter as far as they are known. ``run_tag`` is the name
     of the tag as labels have it, None where they have none. Times are UTC. A run goes on with an
-    earlier one of the same ``fingerprint``: of one model, settings and way of writing. ``holder``
-    is the process that works on it, or did last; it was gone on with ``resumed`` times.
+    earlier one of the same ``fingerprint``: of one model, settings and way of writing; None for
+    images that were named by their ids. ``holder`` is the process that works on it, or did last; it
+    was gone on with ``resumed`` times.
     """
 
     run: str

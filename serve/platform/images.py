@@ -12,7 +12,7 @@ from requests.exceptions import ConnectionError as ConnectionFailed
 from requests.exceptions import HTTPError, Timeout
 
 from florence2.engine.encoding import AnyImage
-from florence2.errors import RequestError
+from florence2.errors import GenerationCancelledError, RequestError
 from florence2.records import Failure
 from serve.platform.failures import NotFoundError, failure_of
 from serve.platform.patience import PlatformAwayError, Tried, at_once
@@ -208,11 +208,29 @@ def each_or_failure(
         return dict(zip(ids, tried(partial(fetch, ids)), strict=True))
     except Exception as error:  # noqa: BLE001  (the SDK and its transport raise what they like)
         sly.logger.warning(f"Images {ids} cannot be fetched together: {error!r}")
-        is_away = isinstance(error, PlatformAwayError)
+        is_away = isinstance(error, PlatformAwayError | GenerationCancelledError)
         is_away |= tried is at_once and isinstance(error, ConnectionFailed | Timeout)
         if len(ids) == 1 or is_away:
-            return {image_id: failure(image_id, error) for image_id in ids}
+            return {image_id: _failure_by(failure, image_id, error) for image_id in ids}
     found: dict[int, Fetched | Failure] = {}
+    silence: Exception | None = None
     for image_id in ids:
-        found |= each_or_failure([image_id], fetch, failure, tried)
+        try:
+            if silence is not None:
+                raise silence
+            [found[image_id]] = tried(partial(fetch, [image_id]))
+        except Exception as error:  # noqa: BLE001  (as above)
+            sly.logger.warning(f"Image {image_id} cannot be fetched: {error!r}")
+            found[image_id] = _failure_by(failure, image_id, error)
+            if isinstance(error, PlatformAwayError | GenerationCancelledError):
+                silence = error
     return found
+
+
+def _failure_by(
+    failure: Callable[[int, Exception], Failure], image_id: int, error: Exception
+) -> Failure:
+    """An image that a stopped run has not got to has not failed."""
+    if isinstance(error, GenerationCancelledError):
+        return Failure(error.code, str(error))
+    return failure(image_id, error)

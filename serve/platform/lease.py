@@ -182,7 +182,8 @@ class Lease:
             raise self._held_by(seen)
         if is_gone:
             return
-        sly.logger.info(
+        # Who watches a terminal would see nothing happen for so long.
+        sly.logger.warning(
             f"{self._what} was worked on by {seen.who}, heard of at {seen.at}; waiting up to "
             f"{LEASE_S:.0f} s for a sign that it still is."
         )

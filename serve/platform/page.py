@@ -31,6 +31,7 @@ _STATES: Final[tuple[State, ...]] = ("labeled", "empty", "failed", "skipped")
 _GO_ON: Final = (
     "Start the run again as it was, with resume: it leaves the images alone that are done."
 )
+_SEND_AGAIN: Final = "Send the ids of the images again that are not done; resume is for projects."
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +179,7 @@ def page_of(
     """The page as HTML. ``manifest`` is that of the run which has ended; ``num_images`` were done
     now, in ``seconds``."""
     base = f"app/images/{project.team_id}/{project.workspace_id}"
+    advice = _SEND_AGAIN if manifest.fingerprint is None else _GO_ON
     has_more = bool(num_pending or figures.counts["failed"])
     has_labels = bool(figures.num_labels) or bool(manifest.counts.get("labels"))
     page = RunPage(
@@ -190,7 +192,7 @@ def page_of(
         href_of=partial(_href, api.server_address, base),
         is_interrupted=manifest.state == "stopped",
         error=manifest.error,
-        advice=[_GO_ON] if has_more else [],
+        advice=[advice] if has_more else [],
         undo_commands=_undo_commands(project.id, manifest.run) if has_labels else (),
         places={"project": Link(f"{project.name} ({project.id})", api.project.url(project.id))},
     )

@@ -9,7 +9,7 @@ from typing import Any, Final, TypeVar
 import httpx
 import requests
 
-from florence2.errors import FlorenceError
+from florence2.errors import FlorenceError, GenerationCancelledError
 from serve.platform.failures import failure_of
 from serve.sdk import sly
 
@@ -81,23 +81,35 @@ class Patience:
         self._should_stop = should_stop
 
     def tried(self, work: Callable[[], Result]) -> Result:
-        """What ``work`` gives; what it raised last, or PlatformAwayError."""
+        """What ``work`` gives; what it raised last, or PlatformAwayError.
+
+        GenerationCancelledError where trying again would help and the run is stopped.
+        """
         until = time.monotonic() + LIMIT_S
         waits_s = iter(_WAITS_S)
         while True:
             try:
                 return work()
             except Exception as error:
-                if not is_passing(error) or self._should_stop():
+                if not is_passing(error):
                     raise
+                self._check_not_stopped(error)
                 wait_s = next(waits_s, None)
                 if wait_s is None or time.monotonic() > until:
                     if not self._was_away(until, error) or time.monotonic() > until:
+                        self._check_not_stopped(error)
                         raise
                     waits_s, wait_s = iter(_WAITS_S), 0.0
                 else:
                     sly.logger.warning(f"{error!r} Trying again in {wait_s:g} s.")
-            self._wait(wait_s)
+                self._wait(wait_s)
+                self._check_not_stopped(error)
+
+    def _check_not_stopped(self, error: Exception) -> None:
+        """GenerationCancelledError; the caller would try each image alone after another error."""
+        if self._should_stop():
+            what = "The run was stopped, and its last call failed"
+            raise GenerationCancelledError(failure_of(error, what).message) from error
 
     def _was_away(self, until: float, error: Exception) -> bool:
         """Whether the platform answers again after it did not; PlatformAwayError if it does not."""

@@ -30,7 +30,7 @@ from serve.platform.pipeline import (
     split_batches,
 )
 from serve.platform.reference import resolve_reference
-from serve.platform.registry import InferenceRequest, wait_while_paused
+from serve.platform.registry import InferenceRequest, ended_when_stopped, wait_while_paused
 from serve.platform.request_state import (
     Destination,
     Source,
@@ -99,8 +99,10 @@ def run_project(
     wrote to the project: what is done is left alone, what failed is tried again.
     """
     deadline, source = Deadline.of(state), Source.of_project(state)
-    run = PredictionRun(services, api, state, request, source, Destination.of(state), deadline)
-    run.work(must_be_whole=True)
+    # It may be stopped while it waits for a sign of who worked on the run before.
+    with ended_when_stopped(request):
+        run = PredictionRun(services, api, state, request, source, Destination.of(state), deadline)
+        run.work(must_be_whole=True)
 
 
 class PredictionRun:
@@ -144,7 +146,13 @@ class PredictionRun:
         if is_writing:
             self._model = dict(services.model_of(self._settings))
             record = RunRecord(
-                api, self._settings, self._model, destination, len(targets), self._patience
+                api,
+                self._settings,
+                self._model,
+                destination,
+                len(targets),
+                self._patience,
+                is_of_project=source.project_id is not None,
             )
             if state.get("resume") and source.project_id is not None:
                 ids = {target.image_id for target in targets}
@@ -220,7 +228,8 @@ class PredictionRun:
                     outcomes = self._predict(images)
                 except DeviceLostError as error:
                     # They are named; the others are asked of the model once it is loaded again.
-                    settler.put((batch, [failure_of(error, "The device failed")] * len(batch)))
+                    failed = failure_of(error, "The device failed")
+                    settler.put((batch, [_told_without_model(one) or failed for one in images]))
                     if not self._model_came_back():
                         raise
                     continue
@@ -272,7 +281,8 @@ class PredictionRun:
         found = [
             target.failure or known.get(target.image_id) or next(downloaded) for target in batch
         ]
-        if self._patience is not None and all(isinstance(one, Failure) for one in found):
+        is_all_lost = all(isinstance(one, Failure) for one in found)
+        if self._patience is not None and is_all_lost and not self._request.is_stopped():
             self._check_projects_are_there(batch)
         return found
 
@@ -302,13 +312,15 @@ class PredictionRun:
         tried = at_once if self._patience is None else self._patience.tried
         for dataset_id, group in ids_of.items():
             read = partial(self._api.annotation.download_json_batch, dataset_id)
+            # Others were only to be labeled when the run was cut off.
+            labeled = {one.image_id for one in group if _has_labels(one)}
             stored = each_or_failure([one.image_id for one in group], read, _unread, tried)
             for image_id, annotation in stored.items():
                 if isinstance(annotation, Failure):
                     found[image_id] = annotation
                 elif record.found(image_id, annotation, group[0].project_id or 0):
                     found[image_id] = AlreadyLabeled(by_this_run=True)
-                elif self._destination.mode == "skip_labeled":
+                elif self._destination.mode == "skip_labeled" and image_id in labeled:
                     found[image_id] = AlreadyLabeled(by_this_run=False)
         return found
 
@@ -317,13 +329,11 @@ class PredictionRun:
         try:
             usable = [one for one in images if not isinstance(one, Failure | AlreadyLabeled)]
             predicted = iter(self._ask_model(usable) if usable else ())
-            return [
-                image if isinstance(image, Failure | AlreadyLabeled) else next(predicted)
-                for image in images
-            ]
+            return [_told_without_model(one) or next(predicted) for one in images]
         except Exception as error:
             if self._request.is_stopped():
-                return [Failure("cancelled", "The run was stopped.")] * len(images)
+                cancelled = Failure("cancelled", "The run was stopped.")
+                return [_told_without_model(one) or cancelled for one in images]
             if isinstance(error, FlorenceError) and error.code in FATAL_CODES:
                 raise
             sly.logger.error(f"{len(images)} images cannot be predicted", exc_info=True)
@@ -427,6 +437,11 @@ class PredictionRun:
         notes = {"notes": list(predicted.notes)} if predicted.notes else {}
         entry = entry_of(target, predicted.annotation, **notes)
         return {**entry, "data": slides_of(predicted)} if self._shows_windows else entry
+
+
+def _told_without_model(image: AnyImage | AlreadyLabeled) -> Failure | AlreadyLabeled | None:
+    """What becomes of an image whatever the model says; None where that is its answer."""
+    return image if isinstance(image, Failure | AlreadyLabeled) else None
 
 
 def _any_answer(api: sly.Api, project_id: int | None) -> object:

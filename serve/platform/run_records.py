@@ -98,7 +98,8 @@ class RunRecord:
     """The books of one run that writes to the platform; a context around its work.
 
     The last of what is kept waits for a platform that is away, with ``patience``. What cannot be
-    kept is told in the log and ends no run: its labels are there.
+    kept is told in the log and ends no run: its labels are there. Only one that ``is_of_project``
+    can be gone on with.
     """
 
     def __init__(
@@ -109,6 +110,8 @@ class RunRecord:
         destination: Destination,
         num_images: int,
         patience: Patience | None = None,
+        *,
+        is_of_project: bool = True,
     ) -> None:
         raw, default = raw_settings(settings), raw_settings(parse_settings({}))
         mode = destination.mode
@@ -136,11 +139,15 @@ class RunRecord:
             run_tag=RUN_TAG.name if self.writes_tag else None,
             started=now(),
             mode=mode,
+            # A click, or a few images by their ids, is not gone on with: it is newer than the run
+            # over the project that was cut off, and has done next to nothing of it.
             fingerprint=fingerprint_of(
                 {key: model[key] for key in _MODEL_KEYS if key in model},
                 raw,
                 [mode, destination.iou, destination.suffix],
-            ),
+            )
+            if is_of_project
+            else None,
         )
 
     @property
@@ -184,6 +191,8 @@ class RunRecord:
                 one
                 for one in runs_of(self._api, project_id)
                 if one.fingerprint == self._manifest.fingerprint
+                # What it is called is a folder's name.
+                and str(one.run).isalnum()
                 and one.state in ("running", "done", "stopped", "failed")
             ),
             None,
@@ -213,6 +222,9 @@ class RunRecord:
             outcome, written = str(row.get("outcome")), _written_in(row)
             if outcome == _INTENDED:
                 self._intended[image_id] = written
+                continue
+            if outcome == "failed" and image_id not in image_ids:
+                # It is not there any more, or is not asked for now.
                 continue
             if outcome == "failed":
                 self._failed_before.add(image_id)
@@ -285,11 +297,8 @@ class RunRecord:
         if not self.is_bulk or self._manifest.mode == "replace" or all(tells_itself):
             return
         lines = books.lines[len(books.lines) - books.num_unsaved :]
-        for image_id, written in intents.items():
-            line = {"image_id": image_id, "outcome": _INTENDED, **_digests(written)}
-            lines.append(json.dumps(line))
         books.has_intents = True
-        self._write_unsaved(project_id, lines)
+        self._write_unsaved(project_id, [*lines, *_intent_lines({**self._intended, **intents})])
 
     def is_intended(self, image_id: int) -> bool:
         """Whether the run that was cut off may have been about to write on an image."""
@@ -330,6 +339,10 @@ class RunRecord:
         annotation = self._annotations.pop(target.image_id, None)
         answer = self._answers.take(target.image_id)
         self._num_settled += 1
+        if failure is None:
+            self._intended.pop(target.image_id, None)
+        elif written:
+            self._intended[target.image_id] = written
         outcome = "skipped" if is_skipped else "failed" if failure is not None else "labeled"
         if outcome == "labeled" and not written:
             outcome = "empty"
@@ -361,7 +374,9 @@ class RunRecord:
         books.add(line, counts)
         add_line(books.figures, line, project_id, annotation, answer.picture)
         is_due = time.monotonic() - books.saved_at >= _SAVE_AFTER_S
-        if self.is_bulk and (is_due or len(books.lines) >= _LINES_PER_FILE):
+        # Team files that take nothing are tried again when it is due, and not for every image.
+        is_full = len(books.lines) == _LINES_PER_FILE
+        if self.is_bulk and (is_due or is_full):
             self._save_lines(project_id, books)
 
     def stopped(self) -> None:
@@ -383,13 +398,17 @@ class RunRecord:
             is_asked = error is None or isinstance(error, KeyboardInterrupt)
             state = "stopped" if is_asked or self._is_stopped else "failed"
         for project_id, books in self._books.items():
+            lease = books.lease
             try:
-                if books.lease is not None:
-                    books.lease.check()
+                if lease is not None:
+                    lease.check()
             except RunHeldError as held:
                 sly.logger.warning(str(held))
+                if lease is not None:
+                    lease.release()
                 continue
             manifest = self._close(project_id, books, state, None if error is None else str(error))
+            # One that is new may have been announced only now.
             if books.lease is not None:
                 books.lease.release()
             if self.is_bulk:
@@ -405,7 +424,9 @@ class RunRecord:
         elif not books.has_written and not self.is_resumed:
             return manifest
         if books.has_intents and not books.num_unsaved:
-            self._write_unsaved(project_id, [])
+            # Of images that were not got to, or failed, nobody knows still what arrived.
+            left = {**self._intended, **self._written}
+            self._write_unsaved(project_id, _intent_lines(left))
         unsaved = books.lines[len(books.lines) - books.num_unsaved :]
         self._keep_manifest(project_id, manifest, unsaved)
         return manifest
@@ -518,6 +539,13 @@ class RunRecord:
         if books.team_id is None:
             books.team_id = team_of(self._api, project_id)
         return books.team_id
+
+
+def _intent_lines(intended: Mapping[int, Written]) -> list[str]:
+    return [
+        json.dumps({"image_id": image_id, "outcome": _INTENDED, **_digests(written)})
+        for image_id, written in intended.items()
+    ]
 
 
 def _digests(written: Written) -> dict[str, Any]:
@@ -635,7 +663,11 @@ def _noted_rows(texts: Mapping[str, str]) -> dict[int, dict[str, Any]]:
     What is saved has the say; but one that failed may have been tried once more.
     """
     rows: dict[int, dict[str, Any]] = {}
-    for path, text in sorted(texts.items(), key=lambda pair: _UNSAVED not in pair[0]):
+
+    def order(path_and_text: tuple[str, str]) -> tuple[bool, bool]:
+        return _IMAGES in path_and_text[0], _UNSAVED not in path_and_text[0]
+
+    for path, text in sorted(texts.items(), key=order):
         for row in _image_rows(path, text):
             before = rows.get(row["image_id"], {})
             if before.get("outcome") == _INTENDED and row.get("outcome") == "failed":

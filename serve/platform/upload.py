@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+from florence2.errors import GenerationCancelledError
 from florence2.records import Failure
 from serve.platform.failures import NotFoundError, failure_of
 from serve.platform.images import Target, check_project_is_there
@@ -27,6 +28,8 @@ DEFAULT_SUFFIX: Final = "_nn"
 # Two runs that read a project's meta, add to it and write it back would undo each other's work.
 meta_lock: Final = threading.Lock()
 _ANYWHERE: Final = sly.TagApplicableTo.ALL
+# After these the other images of a batch are not tried: the platform is away, or the run stopped.
+_SILENCE: Final = (PlatformAwayError, GenerationCancelledError)
 
 
 def compatible_tag_meta(
@@ -172,8 +175,9 @@ class Uploading:
         for group in groups.values():
             failures.update(self._upload_dataset(group))
         if batch:
-            # What was deleted says nothing about the rest.
-            lost = {one for one, why in failures.items() if why.code != NotFoundError.code}
+            # What was deleted, or not got to, says nothing about the rest.
+            other = (NotFoundError.code, GenerationCancelledError.code)
+            lost = {one for one, why in failures.items() if why.code not in other}
             is_lost = all(one.target.image_id in lost for one in batch)
             self.num_lost_batches = self.num_lost_batches + 1 if is_lost else 0
         return failures
@@ -217,7 +221,7 @@ class Uploading:
             return self._tried(step, group), {}
         except (NotFoundError, RunHeldError):
             raise
-        except PlatformAwayError as error:
+        except _SILENCE as error:
             return [], {one.target.image_id: _failure(one, error) for one in group}
         except Exception as error:  # noqa: BLE001  (whatever it is, the other images go on)
             sly.logger.warning(f"Labels of {len(group)} images cannot be uploaded: {error!r}")
@@ -225,7 +229,7 @@ class Uploading:
             return [], lost
         kept: list[Labeled] = []
         failures: dict[int, Failure] = {}
-        silence: PlatformAwayError | None = None
+        silence: Exception | None = None
         for one in group:
             self._request.context["project_meta"].clear()
             try:
@@ -237,7 +241,7 @@ class Uploading:
             except Exception as error:  # noqa: BLE001  (as above)
                 sly.logger.warning(f"Labels of image {one.target.image_id} failed: {error!r}")
                 failures[one.target.image_id] = self._failure_of(one, error)
-                silence = error if isinstance(error, PlatformAwayError) else None
+                silence = error if isinstance(error, _SILENCE) else None
         return kept, failures
 
     def _tried(self, step: Step, group: list[Labeled]) -> list[Labeled]:
@@ -276,7 +280,7 @@ class Uploading:
 
     def _failure_of(self, labeled: Labeled, error: Exception) -> Failure:
         image_id = labeled.target.image_id
-        if self._patience is not None and not isinstance(error, PlatformAwayError):
+        if self._patience is not None and not isinstance(error, _SILENCE):
             try:
                 is_there = self._api.image.get_info_by_id(image_id) is not None
             except Exception as unknown:  # noqa: BLE001  (as above)
@@ -475,4 +479,5 @@ def _uploads_to(dataset_id: int | None) -> threading.Lock:
 
 def _failure(labeled: Labeled, error: Exception) -> Failure:
     what = f"The labels of image {labeled.target.image_id} cannot be uploaded"
-    return failure_of(error, what, "upload_failed")
+    is_stopped = isinstance(error, GenerationCancelledError)
+    return failure_of(error, what, None if is_stopped else "upload_failed")

@@ -94,10 +94,21 @@ def test_what_failed_is_named_with_its_place_and_the_skipped_are_counted(run, pl
     tags = page_in(files)
     text = "\n".join(tags.text)
     assert "1 of 5 images failed; all others are done." in text
+    assert "Start the run again as it was, with resume" in text
     assert "cut <b>.jpg" in text
     assert "skip_labeled" in text
     assert "skipped" in text
     assert any(link.endswith(f"#image-{broken.id}") for link in tags.values("href"))
+
+
+def test_images_that_were_named_by_their_ids_are_not_to_be_gone_on_with(app, platform, seeded):
+    ids = list(seeded.image_ids.values())[:2]
+    platform.state.image(ids[0]).content = b"no image"
+    app.done("inference_batch_ids_async", {"images_ids": ids, "upload_mode": "append"})
+    [run_id] = platform.state.project(seeded.project_id).custom_data[CUSTOM_DATA_KEY]
+    path = f"/florence2/runs/{seeded.project_id}/{run_id}/report.html"
+    text = "".join(page_in({"report.html": platform.state.files[path].content.decode()}).text)
+    assert "Send the ids of the images again" in text
 
 
 def test_labels_of_copies_are_looked_for_in_the_project_that_has_them(run, platform, seeded):

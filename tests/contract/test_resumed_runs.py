@@ -17,7 +17,9 @@ from contract_calls import BIKE, CITY, HOME, STREET
 from platform_double import TOKEN
 from platform_state import TEAM_ID
 
+from florence2.records import Failure
 from serve.cli.main import main
+from serve.platform import lease, run_records
 from serve.platform.images import Target
 from serve.platform.request_state import Destination
 from serve.platform.run_records import CUSTOM_DATA_KEY, RunRecord
@@ -283,15 +285,44 @@ def subpixel(label):
     return {**label, "points": points, "tags": []}
 
 
-def test_labels_without_the_tag_are_found_by_what_was_to_be_written(api, platform, project):
+def test_an_image_that_was_only_to_be_labeled_is_not_taken_for_a_labeled_one(
+    run, platform, project
+):
+    project_id, images = project
+    asked = {"settings": {"run_tag": False}, "upload_mode": "skip_labeled"}
+    run(**asked)
+    state = platform.state
+    [(run_id, manifest)] = runs(platform, project_id).items()
+    # As if it had been killed while the labels of the first image were sent.
+    manifest |= {"state": "running", "counts": {}}
+    first = state.image(images[0])
+    expected = len(first.annotation["objects"])
+    state.set_annotation(first, {**first.annotation, "objects": []})
+    folder = f"/florence2/runs/{project_id}/{run_id}"
+    intended = {"image_id": images[0], "outcome": "intended", "labels": ["a"], "image_tags": []}
+    rows = [*lines_of(platform, project_id, run_id).values()][1:]
+    texts = {"images-000000": rows, "unsaved": [intended]}
+    for name, lines in texts.items():
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        state.add_file(TEAM_ID, f"{folder}/{name}.jsonl", text.encode())
+
+    progress, _ = run(**asked, resume=True)
+
+    assert progress["exception"] is None
+    assert len(state.image(images[0]).annotation["objects"]) == expected
+    assert lines_of(platform, project_id, run_id)[images[0]]["outcome"] == "labeled"
+
+
+def test_labels_without_the_tag_are_found_by_what_was_to_be_written(
+    api, platform, project, monkeypatch
+):
     """Of three images one was noted, one had its labels sent, and one was only to have them."""
+    monkeypatch.setattr(lease, "CONFIRM_S", 0.0)
     project_id, images = project
     state = platform.state
     state.set_meta(state.project(project_id), sly.ProjectMeta([PERSONS]).to_json())
     settings = parse_settings({"run_tag": False})
-    first, second = (
-        RunRecord(api, settings, {"name": "demo"}, Destination("append"), 3) for _ in range(2)
-    )
+    first = RunRecord(api, settings, {"name": "demo"}, Destination("append"), 3)
 
     def write(place, *, is_sent=True, is_noted=True):
         image_id = images[place]
@@ -314,13 +345,83 @@ def test_labels_without_the_tag_are_found_by_what_was_to_be_written(api, platfor
             gone = {**json.loads(file.content), "token": "gone", "is_released": True}
             file.content = json.dumps(gone).encode()
 
-    assert second.resume(project_id, images[:3], lambda: False) == {images[0]}
-    with second:
+    def resumed():
+        record = RunRecord(api, settings, {"name": "demo"}, Destination("append"), 3)
+        assert record.resume(project_id, images[:3], lambda: False) == {images[0]}
+        return record
+
+    with resumed():
+        # It is stopped before it gets to any image.
+        pass
+    with resumed() as failing:
+        target = Target(images[1], project_id, api.image.get_info_by_id(images[1]))
+        failing.settled(project_id, target, Failure("any", "It fails."))
+    with resumed() as last:
         stored = dict(zip(images, api.annotation.download_json_batch(
             state.image(images[0]).dataset_id, images), strict=True))  # fmt: skip
-        found = [second.found(one, stored[one], project_id) for one in images[:3]]
+        found = [last.found(one, stored[one], project_id) for one in images[:3]]
     assert found == [False, True, False]
-    assert second.counts["labels"] == 1
+    assert last.counts["labels"] == 1
+
+
+def test_an_upload_that_failed_or_was_stopped_is_looked_for_by_the_next_run(
+    api, project, monkeypatch
+):
+    project_id, images = project
+    settings = parse_settings({"run_tag": False})
+    first, second = (
+        RunRecord(api, settings, {"name": "demo"}, Destination("append"), 3) for _ in range(2)
+    )
+    monkeypatch.setattr(lease, "CONFIRM_S", 0.0)
+    infos = [api.image.get_info_by_id(one) for one in images[:3]]
+    with first:
+        for info in infos:
+            label = sly.Label(sly.Rectangle(1, 1, 30, 30), PERSONS)
+            annotation = sly.Annotation((info.height, info.width), [label])
+            first.before_upload(project_id, info.id, annotation)
+            first.keep_intents(project_id)
+            if info is not infos[2]:
+                why = Failure("upload_failed", "No answer.") if info is infos[0] else None
+                first.settled(project_id, Target(info.id, project_id, info), why)
+    second.resume(project_id, images[:3], lambda: False)
+    with second:
+        assert [second.is_intended(info.id) for info in infos] == [True, False, True]
+
+
+def test_team_files_that_take_nothing_are_not_tried_for_every_image(api, project, monkeypatch):
+    tries = []
+
+    def write_text(api, team_id, path, text):
+        if "/images-" in path:
+            tries.append(path)
+            raise OSError("full")
+
+    monkeypatch.setattr(run_records, "write_text", write_text)
+    record = RunRecord(api, parse_settings({}), {"name": "demo"}, Destination("append"), 1100)
+    with record:
+        for image_id in range(1, 1101):
+            record.settled(project[0], Target(image_id, project[0]))
+    assert len(tries) <= 2 + 1
+
+
+def test_what_is_saved_last_has_the_say_about_an_image(api, platform, project):
+    """As after a run whose last lines went into its manifest, and that was killed later."""
+    project_id, [first, *_] = project
+    folder = f"/florence2/runs/{project_id}/3f9a01bc"
+    rows = {
+        "images-000000.jsonl": {"outcome": "labeled", "labels": ["a"]},
+        "manifest.json": {"outcome": "failed", "labels": ["b"]},
+        "unsaved.jsonl": {"outcome": "intended", "labels": ["c"]},
+    }
+    for expected in ("a", "c"):
+        for name, row in rows.items():
+            row = {"image_id": first, **row}
+            text = json.dumps({"images": [row]} if name == "manifest.json" else row)
+            platform.state.add_file(TEAM_ID, f"{folder}/{name}", text.encode())
+        [line] = run_records.image_lines(api, project_id, "3f9a01bc")
+        assert line.written.labels == (expected,)
+        rows.pop("images-000000.jsonl", None)
+        platform.state.files.pop(f"{folder}/images-000000.jsonl", None)
 
 
 def test_the_command_names_what_failed_and_the_same_one_tries_it_again(command, platform, project):
@@ -342,6 +443,16 @@ def test_the_command_names_what_failed_and_the_same_one_tries_it_again(command, 
     check_each_once(platform, project, first)
 
 
+def test_an_image_that_failed_and_is_gone_is_no_failure_any_more(command, platform, project):
+    damaged = project[1][2]
+    platform.faults.damage(damaged)
+    assert command()[0] == 1
+    del platform.state.images[damaged]
+    code, said = command()
+    assert code == 0, said
+    assert " 0 failed" in said
+
+
 def test_a_run_that_is_whole_is_not_done_again_but_by_again(run, command, platform, project):
     project_id, _ = project
     run()
@@ -359,6 +470,32 @@ def test_a_run_that_is_whole_is_not_done_again_but_by_again(run, command, platfo
     assert len(runs(platform, project_id)) == 2
     assert added.annotation["objects"]
     assert len(platform.state.images) == NUM_IMAGES + 1
+
+
+def test_a_few_images_that_were_labeled_since_do_not_hide_the_run_over_the_project(
+    app, run, platform, project
+):
+    run()
+    asked = {**asked_for(project), "images_ids": project[1][:2]}
+    del asked["project_id"]
+    app.done("inference_batch_ids_async", asked)
+    uploads = platform.count("annotations.bulk.add")
+    run(resume=True)
+    assert platform.count("annotations.bulk.add") == uploads
+    assert len(runs(platform, project[0])) == 2
+
+
+@pytest.mark.parametrize("named", ["../../experiments", ""])
+def test_a_run_whose_name_is_no_id_is_not_gone_on_with(run, platform, project, named):
+    run()
+    stored = runs(platform, project[0])
+    [(run_id, manifest)] = stored.items()
+    stored[run_id] = {**manifest, "run": named}
+    run(resume=True)
+    assert len(runs(platform, project[0])) == 2
+    folder = f"/florence2/runs/{project[0]}/"
+    written = list(platform.state.files)
+    assert all(path.startswith(folder) for path in written)
 
 
 def test_a_run_of_other_settings_is_another_run(run, platform, project):
@@ -389,6 +526,21 @@ def test_a_run_that_goes_on_is_not_taken_over(app, run, in_background, platform,
     assert app.finished(uuid)[0]["exception"] is None
     [(run_id, _)] = runs(platform, project[0]).items()
     check_each_once(platform, project, run_id)
+
+
+def test_the_wait_for_who_may_hold_a_run_can_be_stopped(app, run, platform, project):
+    run()
+    for file in platform.state.files.values():
+        if file.path.endswith("/holder.json"):
+            away = {**json.loads(file.content), "machine": "other", "is_released": False}
+            file.content = json.dumps(away).encode()
+    reads = platform.count("file-storage.download")
+    answer = app.post("inference_project_id_async", asked_for(project, resume=True))
+    uuid = answer.json()["inference_request_uuid"]
+    wait_for(lambda: platform.count("file-storage.download") > reads, "no wait")
+    app.post("stop_inference", {"inference_request_uuid": uuid})
+    progress, _ = app.finished(uuid)
+    assert (progress["stage"], progress["exception"]) == ("Cancelled", None)
 
 
 PASSING = {

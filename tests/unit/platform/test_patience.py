@@ -6,6 +6,7 @@ import httpx
 import pytest
 import requests
 
+from florence2.errors import GenerationCancelledError
 from serve.platform import patience
 from serve.platform.patience import Patience, PlatformAwayError, is_passing
 
@@ -117,6 +118,13 @@ def test_what_is_refused_is_not_tried_again(clock):
 
 def test_a_run_that_is_stopped_waits_for_nothing(clock):
     platform = Platform(clock, until_s=10_000)
-    with pytest.raises(requests.ConnectionError):
+    with pytest.raises(GenerationCancelledError, match=r"was stopped.*cannot be reached"):
         patient(platform, lambda: clock.now_s > 1).tried(platform.work)
     assert clock.now_s < 2
+    assert platform.calls == 2
+
+
+def test_what_is_refused_stays_a_failure_of_a_run_that_is_stopped(clock):
+    platform = Platform(clock, fails=100, error=ValueError)
+    with pytest.raises(ValueError, match="away"):
+        patient(platform, lambda: True).tried(platform.work)

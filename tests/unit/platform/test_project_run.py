@@ -13,6 +13,7 @@ from platform_fakes import (
     FakePredictor,
     Stage,
     fails_for,
+    failures_of,
     services,
 )
 from requests.exceptions import ConnectionError as ConnectionFailed
@@ -193,6 +194,41 @@ def test_without_a_platform_images_are_not_tried_one_by_one(runner, platform, aw
     assert set(map(tuple, platform.called("download"))) == {((1, 2),), ((3, 4),)}
 
 
+@pytest.mark.parametrize("what", ["download", "upload"])
+def test_a_run_that_is_stopped_without_a_platform_tries_no_image_by_itself(
+    runner, platform, away, what
+):
+    request = runner.create()
+    away(platform)
+
+    def fault(ids):
+        request.stop()
+        raise ConnectionFailed("away")
+
+    setattr(platform, f"{what}_fault", fault)
+    state = {"image_ids": ALL, "batch_size": 6, "upload_mode": "append"}
+    runner.finish(platform, state, request=request)
+    assert platform.called(what) == [[tuple(ALL)]]
+    assert (request.stage, request.exception) == (Stage.CANCELLED, None)
+    assert failures_of(request) == {}
+
+
+@pytest.mark.parametrize("what", ["download", "upload"])
+def test_when_the_platform_goes_the_rest_of_a_batch_is_not_tried(runner, platform, away, what):
+    def fault(ids):
+        if len(ids) > 1:
+            raise ValueError("Not together.")
+        if ids[0] > 2:
+            away(platform)
+            raise ConnectionFailed("away")
+
+    setattr(platform, f"{what}_fault", fault)
+    state = {"image_ids": ALL, "batch_size": 6, "upload_mode": "append"}
+    request = runner.finish(platform, state)
+    assert {ids for [ids] in platform.called(what)} == {tuple(ALL), (1,), (2,), (3,)}
+    assert sorted(failures_of(request)) == [3, 4, 5, 6]
+
+
 def test_one_download_that_breaks_off_always_costs_only_itself(runner, platform, away):
     platform.download_fault = fails_for(2, error=ConnectionFailed)
     entries = runner.ids(platform, {"image_ids": [1, 2, 3, 4], "batch_size": 2})
@@ -286,7 +322,7 @@ class Model:
         self.code, self.name, self.then, self.steps = code, "one", then, 0
 
     def before(self, images):
-        if self.code is not None and images[0] == self.fails_at:
+        if self.code is not None and images[-1] == self.fails_at:
             failure, self.code, self.steps = Failure(self.code, "It is gone."), None, 3
             return failure
         return None
@@ -302,6 +338,21 @@ class Model:
         return self.steps > 0
 
 
+def test_what_the_device_has_no_part_in_is_told_as_it_is(runner, platform, sleeps):
+    platform.download_fault = fails_for(3)
+    model = Model("device_lost", "one")
+    model.fails_at = platform.content[4]
+    request = runner.finish(
+        platform,
+        {"image_ids": ALL, "batch_size": 2, "upload_mode": "append"},
+        FakePredictor(model.before),
+        model_of=model.told,
+        is_model_coming=model.is_coming,
+    )
+    assert failures_of(request) == {3: "download_failed", 4: "device_lost"}
+    assert sorted(platform.uploads) == [1, 2, 5, 6]
+
+
 @pytest.mark.parametrize(
     ("code", "then", "failed", "said"),
     [
@@ -314,7 +365,7 @@ def test_a_run_that_writes_waits_for_its_model_and_takes_no_other(
     runner, platform, sleeps, code, then, failed, said
 ):
     model = Model(code, then)
-    model.fails_at = platform.content[3]
+    model.fails_at = platform.content[4]
     state = {"image_ids": ALL, "batch_size": 2, "upload_mode": "append"}
     request = runner.finish(
         platform,

@@ -98,10 +98,13 @@ def test_a_holder_that_gives_a_sign_keeps_its_run(files):
         beating.join()
 
 
-def test_the_wait_for_a_sign_can_be_stopped(files):
+def test_the_wait_for_a_sign_is_told_and_can_be_stopped(files, monkeypatch):
+    told = []
+    monkeypatch.setattr(module.sly.logger, "warning", told.append)
     held_by(files)
     with pytest.raises(GenerationCancelledError):
         taken(lambda: True)
+    assert "worked on by other, process 7" in told[0]
 
 
 def test_who_was_thought_gone_finds_out_that_the_run_is_anothers(files):
