@@ -14,7 +14,8 @@ import socket
 import threading
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator
+from collections import deque
+from collections.abc import Callable, Collection, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
@@ -139,13 +140,62 @@ def _check_address(address: str) -> None:
         ) from error
 
 
-def committed_shards(pipeline: Pipeline) -> Generator[Committed]:
+class Stall:
+    """Whether results that a pass waits for were lost with a machine.
+
+    A cluster that grows may lose a machine and still have more of them than it began with. Results
+    may come slowly: only much more than the longest time between two of them is too long.
+    """
+
+    def __init__(self, now_s: float, machines: Collection[str]) -> None:
+        self._seen = set(machines)
+        self._last_s, self._longest_s = now_s, 0.0
+
+    def came(self, now_s: float) -> None:
+        """A result is there."""
+        self._longest_s = max(self._longest_s, now_s - self._last_s)
+        self._last_s = now_s
+
+    def is_certain(self, now_s: float, machines: Collection[str]) -> bool:
+        """To be asked now and then, with the machines of the moment."""
+        self._seen.update(machines)
+        waited_s = now_s - self._last_s
+        return waited_s > max(_STALL_S, 3 * self._longest_s) and not self._seen <= {*machines}
+
+
+def patient_shards(
+    plan: Plan, done: Collection[int], sleep: Callable[[float], None] = time.sleep
+) -> Iterator[Shard]:
+    """The shards that are not ``done``, each once; a store that is gone for minutes is waited for.
+
+    Raises StorageError where it stays away.
+    """
+    given = set(done)
+    waits_s = deque(_STORE_WAIT_S)
+    while True:
+        try:
+            for shard in plan.shards():
+                if shard.number not in given:
+                    given.add(shard.number)
+                    waits_s = deque(_STORE_WAIT_S)
+                    yield shard
+            return
+        except StorageError:
+            if not waits_s:
+                raise
+            sleep(waits_s.popleft())
+
+
+def committed_shards(
+    pipeline: Pipeline, one_pass: Callable[[Pipeline], Iterator[Committed]] | None = None
+) -> Generator[Committed]:
     """Runs the pipeline on the connected cluster; each shard as it is committed, in any order.
 
     A worker that ends takes the shards in its hands with it, and the pass goes on without: Ray
     would keep them for it until there is room for another one, which may be never. What is left
     at the end of a pass is in the next one. Close it to stop. Raises the FlorenceError that ends a
-    run, and ClusterError.
+    run, and ClusterError. ``one_pass`` gives what of a pipeline comes through in one pass, or ends
+    it by PassEndedError.
     """
     target = pipeline.work.target
     plan = Plan(target, pipeline.source, pipeline.shard_size)
@@ -153,10 +203,10 @@ def committed_shards(pipeline: Pipeline) -> Generator[Committed]:
     while True:
         before = len(done)
         try:
-            for found in _one_pass(replace(pipeline, done=frozenset(done))):
+            for found in (one_pass or _one_pass)(replace(pipeline, done=frozenset(done))):
                 done.add(found.shard)
                 yield found
-        except _PassEndedError as error:
+        except PassEndedError as error:
             reason = f" ({error})"
         # A shard may be committed by a task whose machine ended before it could say so.
         for number in committed_numbers(target) - done:
@@ -186,18 +236,16 @@ def _one_pass(pipeline: Pipeline) -> Iterator[Committed]:
     context.max_errored_blocks = -1
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     found = _rows_of(pipeline)
-    num_machines = _num_machines()
-    longest_s, last_s = 0.0, time.monotonic()
+    stall = Stall(time.monotonic(), _machines())
     while True:
         try:
             row = found.get(timeout=_LOOK_S)
         except queue.Empty:
-            waited_s = time.monotonic() - last_s
-            if waited_s > max(_STALL_S, 3 * longest_s) and _num_machines() < num_machines:
+            if stall.is_certain(time.monotonic(), _machines()):
                 _reconnect()
-                raise _PassEndedError("nothing came any more after a machine was lost") from None
+                raise PassEndedError("nothing came any more after a machine was lost") from None
             continue
-        longest_s, last_s = max(longest_s, time.monotonic() - last_s), time.monotonic()
+        stall.came(time.monotonic())
         if row is None:
             return
         if isinstance(row, BaseException):
@@ -221,7 +269,7 @@ def _rows_of(pipeline: Pipeline) -> queue.Queue[Any]:
                     found.put(row)
             found.put(None)
         except ray.exceptions.RayError as error:
-            found.put(_PassEndedError(_first_line(error)))
+            found.put(PassEndedError(_first_line(error)))
         # It is raised where the rows are taken.
         except BaseException as error:  # noqa: BLE001
             found.put(error)
@@ -230,10 +278,10 @@ def _rows_of(pipeline: Pipeline) -> queue.Queue[Any]:
     return found
 
 
-def _num_machines() -> int:
+def _machines() -> set[str]:
     import ray
 
-    return sum(bool(node["Alive"]) for node in ray.nodes())
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
 def _reconnect() -> None:
@@ -245,7 +293,7 @@ def _reconnect() -> None:
     ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
 
 
-class _PassEndedError(Exception):
+class PassEndedError(Exception):
     """Ray gave a pass up, as it does for a result that was on a machine that ended."""
 
 
@@ -303,9 +351,8 @@ def _plan(batch: Any, pipeline: Pipeline) -> Iterator[Any]:  # noqa: ANN401
     from the start."""
     plan = Plan(pipeline.work.target, pipeline.source, pipeline.shard_size)
     try:
-        for shard in plan.shards():
-            if shard.number not in pipeline.done:
-                yield _packed(shard)
+        for shard in patient_shards(plan, pipeline.done):
+            yield _packed(shard)
     except FlorenceError as error:
         yield _packed(error)
 
