@@ -15,15 +15,22 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
 
+from florence2.engine.ask import Ask
+from florence2.engine.encoding import AnyImage
+from florence2.engine.scheduler import Priority
 from florence2.errors import DeviceLostError, FlorenceError, RequestError
+from florence2.records import Failure
+from serve.labeling.platform_project import ProjectModel
 from serve.labeling.run import ModelSource, error_sentence
-from serve.predict.predictor import Predictor
+from serve.predict.predictor import Call, Predictor
 from serve.scaling.plan import Plan, Shard, Source
+from serve.scaling.pool import ClusterError, WorkerPool
 from serve.scaling.shards import (
     Committed,
     ShardImage,
@@ -35,6 +42,7 @@ from serve.scaling.shards import (
     open_shard,
 )
 from serve.scaling.storage import StorageError
+from serve.settings import Settings
 
 LOCAL: Final = "local"
 AUTO: Final = "auto"
@@ -297,12 +305,6 @@ class PassEndedError(Exception):
     """Ray gave a pass up, as it does for a result that was on a machine that ended."""
 
 
-class ClusterError(FlorenceError):
-    """Ray ended a run."""
-
-    code = "cluster"
-
-
 def _streamed(pipeline: Pipeline) -> Any:  # noqa: ANN401 - a ray.data.Dataset
     import ray
     from ray.data import ActorPoolStrategy
@@ -344,6 +346,87 @@ def _streamed(pipeline: Pipeline) -> Any:  # noqa: ANN401 - a ray.data.Dataset
             )
             .map_batches(_commit, fn_kwargs={"work": pipeline.work}, **committing, **rows)
         )
+
+
+def check_device(device: str) -> None:
+    """RequestError for a device that Ray cannot give to each worker."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise RequestError(
+            f"Ray gives each worker a device, and --device {device!r} names one; leave it out, or "
+            "give cpu."
+        )
+
+
+def project_workers(
+    load: Callable[[], ProjectModel],
+    adapter: str | None,
+    *,
+    is_on_cpu: bool,
+    most: int | None,
+    cores: int,
+) -> WorkerPool:
+    """Workers of the connected cluster for a run whose images its driver brings and takes.
+
+    One for each GPU that is there, or for ``cores`` cores where there is none; at most ``most``.
+    """
+    import ray
+
+    resources = ray.cluster_resources()
+    num_gpus = 0 if is_on_cpu else int(resources.get("GPU", 0))
+    # The driver needs some of a core, if nobody says otherwise.
+    num_cpus = resources.get("CPU", 1) - (most is None)
+    num_places = num_gpus or max(1, int(num_cpus / cores))
+    needs = {"num_gpus": 1} if num_gpus else {"num_cpus": cores}
+    actor = ray.remote(max_restarts=0, max_task_retries=0, **needs)(_Answering)
+    count = num_places if most is None else min(num_places, most)
+    return WorkerPool(lambda: _RayWorker(actor.remote(load, adapter)), count)
+
+
+class _RayWorker:
+    """A ``Worker`` that is an actor."""
+
+    def __init__(self, actor: Any) -> None:  # noqa: ANN401
+        self._actor = actor
+        self.told: Future[Any] = actor.told.remote().future()
+
+    def predict(self, images: Sequence[AnyImage], settings: Settings) -> Future[Any]:
+        sent: Future[Any] = self._actor.predict.remote(images, settings).future()
+        return sent
+
+    def ask(self, asks: Sequence[Ask]) -> Future[Any]:
+        sent: Future[Any] = self._actor.ask.remote(asks).future()
+        return sent
+
+
+class _Answering:
+    """A process with the model of a run over a project."""
+
+    def __init__(self, load: Callable[[], ProjectModel], adapter: str | None) -> None:
+        self._model = _outcome(load)
+        self._adapter = adapter
+
+    def told(self) -> object:
+        return self._given(lambda model: model.told(self._adapter))
+
+    def predict(self, images: Sequence[AnyImage], settings: Settings) -> object:
+        return self._given(lambda model: model.predict(images, settings, Call(Priority.BULK)))
+
+    def ask(self, asks: Sequence[Ask]) -> object:
+        return self._given(lambda model: model.ask(asks, Call(Priority.BULK)))
+
+    def _given(self, work: Callable[[ProjectModel], object]) -> object:
+        model = self._model
+        if isinstance(model, FlorenceError):
+            return model
+
+        def done() -> object:
+            found = work(model)
+            for one in found if isinstance(found, list) else ():
+                if isinstance(one, Failure) and one.code == DeviceLostError.code:
+                    raise DeviceLostError(one.message)
+            return found
+
+        return _outcome(done)
 
 
 def _plan(batch: Any, pipeline: Pipeline) -> Iterator[Any]:  # noqa: ANN401

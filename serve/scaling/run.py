@@ -24,7 +24,7 @@ from serve.labeling.report import FAILED_NAME, REPORT_NAME, Report, RunCounts, w
 from serve.labeling.run import Job, ModelSource
 from serve.labeling.settings import journal_settings
 from serve.provenance import RUN_TAG, Manifest, RunState, new_run_id, now
-from serve.scaling.cluster import Pipeline, Workers, committed_shards, connected
+from serve.scaling.cluster import Pipeline, Workers, check_device, committed_shards, connected
 from serve.scaling.plan import PLAN, Listing, Plan, PlannedImage, Source
 from serve.scaling.shards import (
     ATTEMPTS,
@@ -136,11 +136,7 @@ def label_on_cluster(settings: Settings, scaled: ScaledJob, model: ModelSource) 
 
 def _check_options(scaled: ScaledJob) -> None:
     job = scaled.job
-    if scaled.device not in ("auto", "cpu", "cuda"):
-        raise RequestError(
-            f"Ray gives each worker a device, and --device {scaled.device!r} names one; leave it "
-            "out, or give cpu."
-        )
+    check_device(scaled.device)
     for option, is_given, instead in (
         ("--overwrite", job.overwrite, "choose another --out"),
         ("--link", job.link, "leave it out: other machines have no file to link"),
