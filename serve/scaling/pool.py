@@ -109,7 +109,8 @@ class WorkerPool:
                 while waiting and self._free:
                     worker, part = self._free.pop(), waiting.popleft()
                     in_hand[send(worker, [items[place] for place in part.places])] = worker, part
-                wait([*in_hand, *(one.told for one in self._starting)], _LOOK_S, FIRST_COMPLETED)
+                awaited: list[Future[Any]] = [*in_hand, *(one.told for one in self._starting)]
+                wait(awaited, _LOOK_S, FIRST_COMPLETED)
                 self._take_started()
                 for done in [one for one in in_hand if one.done()]:
                     worker, part = in_hand.pop(done)
