@@ -109,7 +109,8 @@ class WorkerPool:
                 while waiting and self._free:
                     worker, part = self._free.pop(), waiting.popleft()
                     in_hand[send(worker, [items[place] for place in part.places])] = worker, part
-                awaited: list[Future[Any]] = [*in_hand, *(one.told for one in self._starting)]
+                awaited: list[Future[Any]] = [one.told for one in self._starting]
+                awaited += in_hand
                 wait(awaited, _LOOK_S, FIRST_COMPLETED)
                 self._take_started()
                 for done in [one for one in in_hand if one.done()]:

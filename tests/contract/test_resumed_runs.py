@@ -656,7 +656,10 @@ def test_a_class_that_is_deleted_meanwhile_comes_back(app, in_background, platfo
 WRONG = {
     "a folder beside it": (["photos", "--out", "x"], "IMAGES is not for a project"),
     "an option of folders": (["--coco"], "--coco is not for a project"),
-    "an option of shards": (["--ray", "local", "--shard-size", "5"], "--shard-size is not for a project"),
+    "an option of shards": (
+        ["--ray", "local", "--shard-size", "5"],
+        "--shard-size is not for a project",
+    ),
     "workers without a cluster": (["--workers", "2"], "--workers is for a run on a Ray cluster"),
     "no such mode": (["--upload-mode", "apend"], "Did you mean 'append'"),
     "no such dataset": (["--dataset", "inside"], "its own: all"),
