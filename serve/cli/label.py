@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperCommand
 
 from florence2.errors import RequestError, unknown_name
-from serve.cli.loading import OneModel, fingerprint, first_and_others, one_model
+from serve.cli.loading import fingerprint, first_and_others, one_model
 from serve.cli.options import (
     Batch,
     Beams,
@@ -28,10 +28,14 @@ from serve.console import say
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from serve.labeling.platform_project import ProjectJob, ProjectReport
+    from serve.labeling.platform_project import (
+        LoadedModel,
+        ProjectJob,
+        ProjectModel,
+        ProjectReport,
+    )
     from serve.labeling.report import Report
     from serve.labeling.run import Job, ModelSource
-    from serve.model_service import Deployed
     from serve.platform.request_state import UploadMode
     from serve.predict.predictor import Predictor
     from serve.settings import Settings
@@ -166,6 +170,8 @@ Again = Annotated[
     bool, typer.Option("--again", help="Of a project: begin anew, whatever earlier runs did.")
 ]
 
+_FOR_RAY: Final = "is for a run on a Ray cluster; add --ray ADDRESS"
+_NOT_FOR_RAY: Final = "is for a run on one machine and not for --ray"
 _FOR_PROJECTS: Final = ("dataset", "upload_mode", "again")
 _FOR_FILES: Final = (
     "images",
@@ -182,10 +188,7 @@ _FOR_FILES: Final = (
     "every",
     "from_",
     "to",
-    "ray",
     "shard_size",
-    "workers",
-    "worker_cores",
 )
 Ray = Annotated[
     str | None,
@@ -290,9 +293,24 @@ def label(
             max_failures,
             tuple(context.obj or ()),
         )
-        report = _labeled_project(
-            settings, project_job, lambda: one_model(model, first, runtime, precision, others)
-        )
+        load = partial(_loaded, model, first, runtime, precision, others)
+        if ray is None:
+            _check_left_out({"--workers": workers, "--worker-cores": worker_cores}, _FOR_RAY)
+            raise typer.Exit(_labeled_project(settings, project_job, load).exit_code)
+        _check_left_out({"--devices": devices}, _NOT_FOR_RAY)
+        from serve.scaling.cluster import check_device, connected, project_workers
+
+        check_device(device)
+        with connected(ray):
+            start = partial(
+                project_workers,
+                load,
+                settings.model,
+                is_on_cpu=device == "cpu",
+                most=workers,
+                cores=worker_cores or 1,
+            )
+            report = _labeled_project(settings, project_job, start)
         raise typer.Exit(report.exit_code)
     if images is None or out is None:
         raise RequestError(
@@ -326,9 +344,9 @@ def label(
     video = {"--every": every, "--from": from_, "--to": to}
     scaling = {"--shard-size": shard_size, "--workers": workers, "--worker-cores": worker_cores}
     if ray is None:
-        _check_left_out(scaling, "is for a run on a Ray cluster; add --ray ADDRESS")
+        _check_left_out(scaling, _FOR_RAY)
         raise typer.Exit(_labeled(settings, job, source, every, from_, to).exit_code)
-    _check_left_out(video | {"--devices": devices}, "is for a run on one machine and not for --ray")
+    _check_left_out(video | {"--devices": devices}, _NOT_FOR_RAY)
     from serve.scaling.run import DEFAULT_SHARD_SIZE, ScaledJob, label_on_cluster
 
     scaled = ScaledJob(
@@ -374,19 +392,14 @@ def _mode(named: str) -> UploadMode:
 
 
 def _labeled_project(
-    settings: Settings, job: ProjectJob, load: Callable[[], OneModel]
+    settings: Settings, job: ProjectJob, load: Callable[[], ProjectModel]
 ) -> ProjectReport:
     from serve.cli.loading import platform_failures_told
     from serve.labeling.platform_project import label_project
     from serve.platform.team_files import api_of_environment
-    from serve.predict.predictor import Predictor
-
-    def loaded() -> tuple[Predictor, Deployed]:
-        models = load()
-        return Predictor(models), models.current
 
     with platform_failures_told():
-        report = label_project(api_of_environment(), settings, job, loaded)
+        report = label_project(api_of_environment(), settings, job, load)
     for line in report.lines(job):
         say(line)
     return report
@@ -416,6 +429,17 @@ def _labeled(
 def _is_given(context: typer.Context, name: str) -> bool:
     source = context.get_parameter_source(name)
     return source is not None and source.name != "DEFAULT"
+
+
+def _loaded(
+    name: str, device: str, runtime: str, precision: str, others: tuple[str, ...]
+) -> LoadedModel:
+    """For a project of the platform."""
+    from serve.labeling.platform_project import LoadedModel
+    from serve.predict.predictor import Predictor
+
+    models = one_model(name, device, runtime, precision, others)
+    return LoadedModel(Predictor(models), models.current)
 
 
 def _predictor(

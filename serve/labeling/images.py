@@ -305,7 +305,9 @@ def project_name(key: str, *, recursive: bool) -> str:
     parts = key.split("/")
     name = _JOIN.join(parts)
     is_ambiguous = recursive and any(
-        _JOIN in part or (len(parts) > 1 and (part[0] == "_" or part[-1] == "_")) for part in parts
+        # Folders of a store may have no name.
+        _JOIN in part or (len(parts) > 1 and (not part or part[0] == "_" or part[-1] == "_"))
+        for part in parts
     )
     if not is_ambiguous and len(name.encode("utf-8", "replace")) <= _MAX_NAME_BYTES:
         return name

@@ -15,10 +15,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
+from florence2.engine.ask import Ask
+from florence2.engine.encoding import AnyImage
 from florence2.errors import FlorenceError, RequestError, shown
-from florence2.records import Failure
+from florence2.records import Failure, Result
 from serve.console import say
 from serve.labeling.progress import StopSwitch, progress_bar, stop_on_signals
 from serve.limits import held_bytes
@@ -29,7 +31,7 @@ from serve.platform.request_state import Destination, Source, State, UploadMode
 from serve.platform.run import RunServices
 from serve.platform.run_records import page_path
 from serve.platform.upload import SdkUpload
-from serve.predict.predictor import Deadline, Predictor
+from serve.predict.predictor import Call, Deadline, Predicted, Predictor
 from serve.process import end_process
 from serve.provenance import Manifest
 from serve.sdk import sly
@@ -157,11 +159,46 @@ class CommandRequest:
         """A bar says as much."""
 
 
+class ProjectModel(Protocol):
+    """What answers a run, on this machine or on others. ``told`` is for the run's manifest."""
+
+    @property
+    def num_devices(self) -> int: ...
+
+    def predict(
+        self, images: Sequence[AnyImage], settings: Settings, call: Call
+    ) -> list[Predicted | Failure]: ...
+
+    def ask(self, asks: Sequence[Ask], call: Call) -> Sequence[Result | Failure]: ...
+
+    def told(self, adapter: str | None) -> Mapping[str, Any]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model in this process."""
+
+    predictor: Predictor
+    deployed: Deployed
+
+    @property
+    def num_devices(self) -> int:
+        return self.deployed.scheduler.num_devices
+
+    def predict(
+        self, images: Sequence[AnyImage], settings: Settings, call: Call
+    ) -> list[Predicted | Failure]:
+        return self.predictor.predict(images, settings, call)
+
+    def ask(self, asks: Sequence[Ask], call: Call) -> Sequence[Result | Failure]:
+        return self.predictor.ask(asks, call)
+
+    def told(self, adapter: str | None) -> Mapping[str, Any]:
+        return self.deployed.told(adapter)
+
+
 def label_project(
-    api: sly.Api,
-    settings: Settings,
-    job: ProjectJob,
-    load: Callable[[], tuple[Predictor, Deployed]],
+    api: sly.Api, settings: Settings, job: ProjectJob, load: Callable[[], ProjectModel]
 ) -> ProjectReport:
     """Labels what is left to label of a project of the platform, and says how that went.
 
@@ -174,17 +211,17 @@ def label_project(
     dataset_ids = _datasets_of(api, job)
     with stop_on_signals() as stop, _ended_in_time(stop), _logged_as_lines():
         request = CommandRequest(stop)
-        predictor, deployed = load()
+        model = load()
         services = RunServices(
-            predict=predictor.predict,
-            ask=predictor.ask,
+            predict=model.predict,
+            ask=model.ask,
             settings_of=lambda state: settings,
             upload=SdkUpload().upload_predictions,
             budget=held_bytes(),
             task_id=None,
             default_batch_size=job.batch,
-            model_of=lambda settings: deployed.told(settings.model),
-            num_devices=deployed.scheduler.num_devices,
+            model_of=lambda settings: model.told(settings.model),
+            num_devices=model.num_devices,
         )
         state = job.state(dataset_ids)
         run = PredictionRun(

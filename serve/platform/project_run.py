@@ -67,6 +67,7 @@ Settled = tuple[Batch, Sequence[Outcome]]
 FATAL_CODES: Final = FULL_CODES | {
     "bad_request",
     "cancelled",
+    "cluster",
     "device_lost",
     "not_deployed",
     "not_found",

@@ -20,6 +20,7 @@ _EXAMPLES_PER_REASON: Final = 5
 _MAX_NAME: Final = 120
 _MAX_SAID: Final = 60
 """Below a drawing."""
+_MAX_MESSAGE: Final = 500
 _MAX_VALUE: Final = 2000
 _DAY_S: Final = 86_400
 
@@ -159,7 +160,7 @@ def _failures(report: HtmlReport, page: RunPage) -> None:
     ordered = sorted(failures.items(), key=lambda item: -item[1].count)
     report.table(("reason", page.images), [(code, one.count) for code, one in ordered])
     rows = [
-        (_link(page, image), image.message, code)
+        (_link(page, image), _cut(image.message, _MAX_MESSAGE), code)
         for code, one in ordered
         for image in list(one.examples)[:_EXAMPLES_PER_REASON]
     ]

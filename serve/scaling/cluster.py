@@ -14,15 +14,23 @@ import socket
 import threading
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator
+from collections import deque
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
 
+from florence2.engine.ask import Ask
+from florence2.engine.encoding import AnyImage
+from florence2.engine.scheduler import Priority
 from florence2.errors import DeviceLostError, FlorenceError, RequestError
+from florence2.records import Failure
+from serve.labeling.platform_project import ProjectModel
 from serve.labeling.run import ModelSource, error_sentence
-from serve.predict.predictor import Predictor
+from serve.predict.predictor import Call, Predictor
 from serve.scaling.plan import Plan, Shard, Source
+from serve.scaling.pool import ClusterError, WorkerPool
 from serve.scaling.shards import (
     Committed,
     ShardImage,
@@ -34,6 +42,7 @@ from serve.scaling.shards import (
     open_shard,
 )
 from serve.scaling.storage import StorageError
+from serve.settings import Settings
 
 LOCAL: Final = "local"
 AUTO: Final = "auto"
@@ -139,13 +148,62 @@ def _check_address(address: str) -> None:
         ) from error
 
 
-def committed_shards(pipeline: Pipeline) -> Generator[Committed]:
+class Stall:
+    """Whether results that a pass waits for were lost with a machine.
+
+    A cluster that grows may lose a machine and still have more of them than it began with. Results
+    may come slowly: only much more than the longest time between two of them is too long.
+    """
+
+    def __init__(self, now_s: float, machines: Collection[str]) -> None:
+        self._seen = set(machines)
+        self._last_s, self._longest_s = now_s, 0.0
+
+    def came(self, now_s: float) -> None:
+        """A result is there."""
+        self._longest_s = max(self._longest_s, now_s - self._last_s)
+        self._last_s = now_s
+
+    def is_certain(self, now_s: float, machines: Collection[str]) -> bool:
+        """To be asked now and then, with the machines of the moment."""
+        self._seen.update(machines)
+        waited_s = now_s - self._last_s
+        return waited_s > max(_STALL_S, 3 * self._longest_s) and not self._seen <= {*machines}
+
+
+def patient_shards(
+    plan: Plan, done: Collection[int], sleep: Callable[[float], None] = time.sleep
+) -> Iterator[Shard]:
+    """The shards that are not ``done``, each once; a store that is gone for minutes is waited for.
+
+    Raises StorageError where it stays away.
+    """
+    given = set(done)
+    waits_s = deque(_STORE_WAIT_S)
+    while True:
+        try:
+            for shard in plan.shards():
+                if shard.number not in given:
+                    given.add(shard.number)
+                    waits_s = deque(_STORE_WAIT_S)
+                    yield shard
+            return
+        except StorageError:
+            if not waits_s:
+                raise
+            sleep(waits_s.popleft())
+
+
+def committed_shards(
+    pipeline: Pipeline, one_pass: Callable[[Pipeline], Iterator[Committed]] | None = None
+) -> Generator[Committed]:
     """Runs the pipeline on the connected cluster; each shard as it is committed, in any order.
 
     A worker that ends takes the shards in its hands with it, and the pass goes on without: Ray
     would keep them for it until there is room for another one, which may be never. What is left
     at the end of a pass is in the next one. Close it to stop. Raises the FlorenceError that ends a
-    run, and ClusterError.
+    run, and ClusterError. ``one_pass`` gives what of a pipeline comes through in one pass, or ends
+    it by PassEndedError.
     """
     target = pipeline.work.target
     plan = Plan(target, pipeline.source, pipeline.shard_size)
@@ -153,10 +211,10 @@ def committed_shards(pipeline: Pipeline) -> Generator[Committed]:
     while True:
         before = len(done)
         try:
-            for found in _one_pass(replace(pipeline, done=frozenset(done))):
+            for found in (one_pass or _one_pass)(replace(pipeline, done=frozenset(done))):
                 done.add(found.shard)
                 yield found
-        except _PassEndedError as error:
+        except PassEndedError as error:
             reason = f" ({error})"
         # A shard may be committed by a task whose machine ended before it could say so.
         for number in committed_numbers(target) - done:
@@ -186,18 +244,16 @@ def _one_pass(pipeline: Pipeline) -> Iterator[Committed]:
     context.max_errored_blocks = -1
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     found = _rows_of(pipeline)
-    num_machines = _num_machines()
-    longest_s, last_s = 0.0, time.monotonic()
+    stall = Stall(time.monotonic(), _machines())
     while True:
         try:
             row = found.get(timeout=_LOOK_S)
         except queue.Empty:
-            waited_s = time.monotonic() - last_s
-            if waited_s > max(_STALL_S, 3 * longest_s) and _num_machines() < num_machines:
+            if stall.is_certain(time.monotonic(), _machines()):
                 _reconnect()
-                raise _PassEndedError("nothing came any more after a machine was lost") from None
+                raise PassEndedError("nothing came any more after a machine was lost") from None
             continue
-        longest_s, last_s = max(longest_s, time.monotonic() - last_s), time.monotonic()
+        stall.came(time.monotonic())
         if row is None:
             return
         if isinstance(row, BaseException):
@@ -221,7 +277,7 @@ def _rows_of(pipeline: Pipeline) -> queue.Queue[Any]:
                     found.put(row)
             found.put(None)
         except ray.exceptions.RayError as error:
-            found.put(_PassEndedError(_first_line(error)))
+            found.put(PassEndedError(_first_line(error)))
         # It is raised where the rows are taken.
         except BaseException as error:  # noqa: BLE001
             found.put(error)
@@ -230,10 +286,10 @@ def _rows_of(pipeline: Pipeline) -> queue.Queue[Any]:
     return found
 
 
-def _num_machines() -> int:
+def _machines() -> set[str]:
     import ray
 
-    return sum(bool(node["Alive"]) for node in ray.nodes())
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
 def _reconnect() -> None:
@@ -245,14 +301,8 @@ def _reconnect() -> None:
     ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
 
 
-class _PassEndedError(Exception):
+class PassEndedError(Exception):
     """Ray gave a pass up, as it does for a result that was on a machine that ended."""
-
-
-class ClusterError(FlorenceError):
-    """Ray ended a run."""
-
-    code = "cluster"
 
 
 def _streamed(pipeline: Pipeline) -> Any:  # noqa: ANN401 - a ray.data.Dataset
@@ -298,14 +348,94 @@ def _streamed(pipeline: Pipeline) -> Any:  # noqa: ANN401 - a ray.data.Dataset
         )
 
 
+def check_device(device: str) -> None:
+    """RequestError for a device that Ray cannot give to each worker."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise RequestError(
+            f"Ray gives each worker a device, and --device {device!r} names one; leave it out, or "
+            "give cpu."
+        )
+
+
+def project_workers(
+    load: Callable[[], ProjectModel],
+    adapter: str | None,
+    *,
+    is_on_cpu: bool,
+    most: int | None,
+    cores: int,
+) -> WorkerPool:
+    """Workers of the connected cluster for a run whose images its driver brings and takes.
+
+    One for each GPU that is there, or for ``cores`` cores where there is none; at most ``most``.
+    """
+    import ray
+
+    resources = ray.cluster_resources()
+    num_gpus = 0 if is_on_cpu else int(resources.get("GPU", 0))
+    # The driver needs some of a core, if nobody says otherwise.
+    num_cpus = resources.get("CPU", 1) - (most is None)
+    num_places = num_gpus or max(1, int(num_cpus / cores))
+    needs = {"num_gpus": 1} if num_gpus else {"num_cpus": cores}
+    actor = ray.remote(max_restarts=0, max_task_retries=0, **needs)(_Answering)
+    count = num_places if most is None else min(num_places, most)
+    return WorkerPool(lambda: _RayWorker(actor.remote(load, adapter)), count)
+
+
+class _RayWorker:
+    """A ``Worker`` that is an actor."""
+
+    def __init__(self, actor: Any) -> None:  # noqa: ANN401
+        self._actor = actor
+        self.told: Future[Any] = actor.told.remote().future()
+
+    def predict(self, images: Sequence[AnyImage], settings: Settings) -> Future[Any]:
+        sent: Future[Any] = self._actor.predict.remote(images, settings).future()
+        return sent
+
+    def ask(self, asks: Sequence[Ask]) -> Future[Any]:
+        sent: Future[Any] = self._actor.ask.remote(asks).future()
+        return sent
+
+
+class _Answering:
+    """A process with the model of a run over a project."""
+
+    def __init__(self, load: Callable[[], ProjectModel], adapter: str | None) -> None:
+        self._model = _outcome(load)
+        self._adapter = adapter
+
+    def told(self) -> object:
+        return self._given(lambda model: model.told(self._adapter))
+
+    def predict(self, images: Sequence[AnyImage], settings: Settings) -> object:
+        return self._given(lambda model: model.predict(images, settings, Call(Priority.BULK)))
+
+    def ask(self, asks: Sequence[Ask]) -> object:
+        return self._given(lambda model: model.ask(asks, Call(Priority.BULK)))
+
+    def _given(self, work: Callable[[ProjectModel], object]) -> object:
+        model = self._model
+        if isinstance(model, FlorenceError):
+            return model
+
+        def done() -> object:
+            found = work(model)
+            for one in found if isinstance(found, list) else ():
+                if isinstance(one, Failure) and one.code == DeviceLostError.code:
+                    raise DeviceLostError(one.message)
+            return found
+
+        return _outcome(done)
+
+
 def _plan(batch: Any, pipeline: Pipeline) -> Iterator[Any]:  # noqa: ANN401
     """One task for the whole source. Begun again it gives the same shards: what is done is known
     from the start."""
     plan = Plan(pipeline.work.target, pipeline.source, pipeline.shard_size)
     try:
-        for shard in plan.shards():
-            if shard.number not in pipeline.done:
-                yield _packed(shard)
+        for shard in patient_shards(plan, pipeline.done):
+            yield _packed(shard)
     except FlorenceError as error:
         yield _packed(error)
 

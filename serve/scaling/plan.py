@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import posixpath
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -138,20 +140,26 @@ class Source:
 
     def _rows(self, findings: Findings) -> Iterator[PlannedImage]:
         """Each address once: eight bytes of each are in memory, and of no row more."""
-        digests = array("Q", (_digest(one) for one in _addresses(self.address)))
+        absolute = (_beside(self.address, one) for one in _addresses(self.address))
+        digests = array("Q", map(_digest, absolute))
         values, counts = np.unique(np.frombuffer(digests, np.uint64), return_counts=True)
         repeated = {int(value) for value in values[counts > 1]}
         seen: set[str] = set()
-        for address in _addresses(self.address):
+        first_kind = None
+        for key in _addresses(self.address):
+            address = _beside(self.address, key)
             if _digest(address) in repeated:
                 if address in seen:
                     findings.repeated += 1
                     continue
                 seen.add(address)
-            if _is_wanted(address, findings):
-                path = address.split("://", 1)[-1].lstrip("/")
+            if _is_wanted(key, findings):
+                kind, path = _kind_and_path(key)
+                first_kind = kind if first_kind is None else first_kind
+                name = project_name(path, recursive=True)
+                # ``a/1.png`` is another image than ``/a/1.png`` or ``s3://a/1.png``.
                 yield PlannedImage(
-                    address, _beside(self.address, address), project_name(path, recursive=True)
+                    key, address, name if kind == first_kind else _with_digest(name, address)
                 )
 
 
@@ -185,8 +193,23 @@ def _beside(table: str, address: str) -> str:
     """A relative address is one beside the table."""
     if is_remote(address) or address.startswith("/"):
         return address
-    folder = table.rpartition("/")[0] if is_remote(table) else str(Path(table).resolve().parent)
-    return f"{folder}/{address}"
+    if is_remote(table):
+        return f"{table.rpartition('/')[0]}/{posixpath.normpath(address)}"
+    return posixpath.normpath(f"{Path(table).resolve().parent}/{address}")
+
+
+def _kind_and_path(address: str) -> tuple[str, str]:
+    """Its store, ``/`` or nothing, and the path behind it."""
+    if is_remote(address):
+        store, _, path = address.partition("://")
+        return store, path.lstrip("/")
+    kind = "/" if address.startswith("/") else ""
+    return kind, posixpath.normpath(address).lstrip("/")
+
+
+def _with_digest(name: str, address: str) -> str:
+    stem, extension = os.path.splitext(name)
+    return f"{stem}-{_digest(address):016x}{extension}"
 
 
 def _addresses(table: str) -> Iterator[str]:
@@ -201,11 +224,11 @@ def _addresses(table: str) -> Iterator[str]:
                 if table.lower().endswith(".csv"):
                     as_text = csv.ConvertOptions(column_types={COLUMN: pa.string()})
                     reader = csv.open_csv(file, convert_options=as_text)
-                    _check_column(table, reader.schema.names)
+                    _check_column(table, reader.schema)
                     batches = iter(reader)
                 else:
                     rows = parquet.ParquetFile(file)
-                    _check_column(table, rows.schema_arrow.names)
+                    _check_column(table, rows.schema_arrow)
                     batches = rows.iter_batches(_ROWS, columns=[COLUMN])
                 for batch in batches:
                     column = batch.column(batch.schema.get_field_index(COLUMN))
@@ -221,11 +244,22 @@ def _addresses(table: str) -> Iterator[str]:
             ) from error
 
 
-def _check_column(table: str, names: Sequence[str]) -> None:
-    if COLUMN not in names:
+def _check_column(table: str, schema: Any) -> None:  # noqa: ANN401 - a pyarrow.Schema
+    import pyarrow as pa
+
+    names = schema.names
+    if names.count(COLUMN) != 1:
         raise RequestError(
             f"A table of images has their addresses in a column {COLUMN!r} and {table!r} has "
             f"{', '.join(map(repr, names[:10]))}; rename one."
+        )
+    kind = schema.field(COLUMN).type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
+        raise RequestError(
+            f"The column {COLUMN!r} of a table has addresses as text and in {table!r} it is "
+            f"{str(kind)[:100]}; write the images into files, and their addresses into the table."
         )
 
 
@@ -264,9 +298,12 @@ class Plan:
         return self._end().shard + 1
 
     def _end(self) -> _Position:
-        names = [name for name in self._target.names(PLAN) if name.endswith(".jsonl")]
+        names = self._names()
         lines = self._part(int(names[-1].removesuffix(".jsonl"))) if names else None
         return _Position.of(lines[-1]) if lines else _Position()
+
+    def _names(self) -> list[str]:
+        return [name for name in self._target.names(PLAN) if name.endswith(".jsonl")]
 
     def left_out(self) -> Iterator[LeftOut]:
         """Files that were listed and are no images that a project can hold."""
@@ -277,6 +314,17 @@ class Plan:
             number += 1
         listing = self.listing() or Listing()
         yield from (LeftOut(*one) for one in (*listing.left_out, *listing.unreadable))
+
+    def waiting_again(self, done: Collection[int], first: int) -> set[str]:
+        """Keys in shards from ``first`` on that were planned again and are not done."""
+        number = len(self._names()) - 1
+        waiting: set[str] = set()
+        while number >= 0 and (lines := self._part(number)) and lines[-1]["shard"] >= first:
+            for shard in map(_shard_of, lines):
+                if shard.is_again and shard.number not in done:
+                    waiting.update(image.key for image in shard.images)
+            number -= 1
+        return waiting
 
     def again(self, images: Iterable[PlannedImage]) -> None:
         """Adds shards with images that are planned already: they failed, and are tried again.

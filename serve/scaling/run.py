@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -24,10 +24,18 @@ from serve.labeling.report import FAILED_NAME, REPORT_NAME, Report, RunCounts, w
 from serve.labeling.run import Job, ModelSource
 from serve.labeling.settings import journal_settings
 from serve.provenance import RUN_TAG, Manifest, RunState, new_run_id, now
-from serve.scaling.cluster import Pipeline, Workers, committed_shards, connected
+from serve.scaling.cluster import Pipeline, Workers, check_device, committed_shards, connected
 from serve.scaling.plan import PLAN, Listing, Plan, PlannedImage, Source
-from serve.scaling.shards import ATTEMPTS, COMMITTED, SHARDS, Committed, Work, committed_numbers
-from serve.scaling.storage import Storage, is_remote
+from serve.scaling.shards import (
+    ATTEMPTS,
+    COMMITTED,
+    SHARDS,
+    Committed,
+    Work,
+    committed_names,
+    committed_numbers,
+)
+from serve.scaling.storage import Storage, StorageError, check_target, is_remote
 from serve.settings import Settings
 
 RUN_NAME: Final = "run.json"
@@ -90,6 +98,7 @@ def label_on_cluster(settings: Settings, scaled: ScaledJob, model: ModelSource) 
     """
     job = scaled.job
     _check_options(scaled)
+    check_target(scaled.target)
     target = Storage(scaled.target)
     source = Source(
         scaled.source if is_remote(scaled.source) else str(Path(scaled.source).absolute()),
@@ -127,11 +136,7 @@ def label_on_cluster(settings: Settings, scaled: ScaledJob, model: ModelSource) 
 
 def _check_options(scaled: ScaledJob) -> None:
     job = scaled.job
-    if scaled.device not in ("auto", "cpu", "cuda"):
-        raise RequestError(
-            f"Ray gives each worker a device, and --device {scaled.device!r} names one; leave it "
-            "out, or give cpu."
-        )
+    check_device(scaled.device)
     for option, is_given, instead in (
         ("--overwrite", job.overwrite, "choose another --out"),
         ("--link", job.link, "leave it out: other machines have no file to link"),
@@ -201,8 +206,11 @@ def _plan_again(target: Storage, plan: Plan) -> None:
         raise RequestError(
             f"{target.address!r} is not done; go on without --retry-failed, and then retry."
         )
-    if merged.totals.failures:
-        plan.again(merged.planned[key] for key in merged.totals.failures)
+    # A retry that was stopped is gone on with.
+    waiting = plan.waiting_again(committed_numbers(target), listing.num_shards)
+    failed = [merged.planned[key] for key in merged.totals.failures if key not in waiting]
+    if failed:
+        plan.again(failed)
 
 
 def _manifest(settings: Settings, noted: Mapping[str, Any]) -> Manifest:
@@ -262,7 +270,9 @@ class _Total:
 
     def __call__(self) -> int:
         if time.monotonic() - self._looked_s > _LOOK_AT_PLAN_S:
-            self._known = max(0, self._plan.num_planned() - self._num_done)
+            # Machines are patient with a store that is gone for a moment, and so is a bar.
+            with suppress(StorageError):
+                self._known = max(0, self._plan.num_planned() - self._num_done)
             self._looked_s = time.monotonic()
         return self._known
 
@@ -280,6 +290,9 @@ def _ended(
     listing = plan.listing()
     if listing is not None and not counts.interrupted and error is None:
         _take_back(target)
+        if merged.num_shards == plan.num_shards():
+            # Also those of runs that were killed.
+            target.delete(ATTEMPTS)
     job = scaled.job
     findings = Findings()
     for one in plan.left_out():
@@ -331,7 +344,7 @@ def _keep(
 
 def committed_in(target: Storage) -> Iterator[Committed]:
     """All shards that are committed, by their numbers."""
-    names = (f"{COMMITTED}/{name}" for name in target.names(COMMITTED))
+    names = (f"{COMMITTED}/{name}" for name in committed_names(target))
     return map(Committed.of_json, target.read_many(names))
 
 

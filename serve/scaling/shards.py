@@ -33,7 +33,7 @@ from serve.labeling.journal import Entry, Totals, open_journal
 from serve.labeling.pipeline import LookedAt, check_any_hope, written_entry
 from serve.labeling.previews import PREVIEWS_DIR, draw_missing_previews
 from serve.labeling.project import GrowingProject
-from serve.labeling.run import declare_classes
+from serve.labeling.run import declare_classes, error_sentence
 from serve.labeling.undo import keep_manifest
 from serve.predict.predictor import Call, OpenImage, Predicted, Predictor, made_ready
 from serve.predict.tiling import can_tile
@@ -158,7 +158,13 @@ def committed_name(number: int) -> str:
 
 def committed_numbers(target: Storage) -> set[int]:
     """Of the shards that are done."""
-    return {int(name.removesuffix(".json")) for name in target.names(COMMITTED)}
+    return {int(Path(name).stem) for name in committed_names(target)}
+
+
+def committed_names(target: Storage) -> list[str]:
+    """Of the notes, by their numbers; what else file systems put there is passed over."""
+    names = (name for name in target.names(COMMITTED) if name.endswith(".json"))
+    return [name for name in names if Path(name).stem.isdecimal()]
 
 
 def committed_shard(target: Storage, number: int) -> Committed | None:
@@ -232,6 +238,11 @@ def _download(one: ShardImage) -> None:
                 time.sleep(wait_s)
                 continue
             one.problem = Failure(error.code, str(error))
+        except FlorenceError as error:
+            one.problem = Failure(ImageError.code, str(error))
+        # Of an address that is none: it is one image's, and ends no run.
+        except (LookupError, TypeError, AttributeError, NotImplementedError) as error:
+            one.problem = Failure(ImageError.code, error_sentence(error))
         return
 
 

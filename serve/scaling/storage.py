@@ -7,9 +7,11 @@ Whatever fsspec reads; who may is said by the variables of a store's own client,
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
@@ -22,8 +24,10 @@ from serve.labeling.images import text_of
 
 _PART: Final = ".part-"
 _PAGE: Final = 1000
-# One request of S3 deletes so many.
-_DELETED_AT_ONCE: Final = 1000
+_READERS: Final = 64
+_PASSWORD: Final = re.compile(r"://[^/]*:[^/]*@")
+# In these fsspec sees a pattern, also where it deletes.
+_PATTERN: Final = re.compile(r"[*?\[\]]")
 
 
 class StorageError(FlorenceError):
@@ -63,11 +67,12 @@ class Storage:
 
     def read_many(self, names: Iterable[str]) -> Iterator[bytes]:
         """In order, many at once; all of them are there."""
-        for group in _groups(names, _PAGE):
-            paths = [self._path(name) for name in group]
-            with told(self.address):
-                found: Mapping[str, bytes] = self._fs.cat(paths)
-            yield from (found[path] for path in paths)
+        # Of several paths fsspec makes patterns, and a folder may be called by one.
+        with ThreadPoolExecutor(_READERS, thread_name_prefix="note") as pool:
+            for group in _groups(names, _PAGE):
+                with told(self.address):
+                    found = list(pool.map(self._fs.cat_file, map(self._path, group)))
+                yield from found
 
     def write(self, name: str, content: bytes) -> None:
         """In place of what is there: whole or not at all."""
@@ -130,10 +135,10 @@ class Storage:
     def upload(self, folder: Path, name: str) -> None:
         """All files below a folder of this machine, under ``name``; on a disk when it returns.
 
-        Names that begin with a dot are left out.
+        Names in the folder itself that begin with a dot are left out.
         """
-        found = (path for path in folder.rglob("*") if path.is_file() and path.name[:1] != ".")
-        files = sorted(found)
+        found = (path for path in folder.rglob("*") if path.is_file())
+        files = sorted(path for path in found if path.parent != folder or path.name[:1] != ".")
         targets = [f"{self._path(name)}/{path.relative_to(folder).as_posix()}" for path in files]
         with told(self.address):
             if not _is_local(self._fs):
@@ -159,6 +164,11 @@ class Storage:
 
 def opened(address: str) -> tuple[Any, str]:
     """The file system of an address and the path in it; RequestError where there is no such one."""
+    if _PASSWORD.search(address):
+        raise RequestError(
+            f"Addresses are noted and shown, and {_PASSWORD.sub('://...@', address)!r} has a "
+            "password in it; leave it out, and set the variables of the store's own client."
+        )
     try:
         # What others write is to be seen at once.
         fs, path = url_to_fs(address, use_listings_cache=False)
@@ -174,6 +184,15 @@ def opened(address: str) -> tuple[Any, str]:
             f"with none that is known ({error}); correct it."
         ) from error
     return fs, str(path).rstrip("/")
+
+
+def check_target(address: str) -> None:
+    """RequestError for a folder of a store that could not be deleted from without harm."""
+    if is_remote(address) and _PATTERN.search(address):
+        raise RequestError(
+            f"Labels go into a folder of a store whose address has none of * ? [ ] and got "
+            f"{address!r}; choose another --out."
+        )
 
 
 def _is_local(fs: Any) -> bool:  # noqa: ANN401 - whatever fsspec knows
@@ -254,7 +273,8 @@ def listed(
                 continue
             key = text_of(path.removeprefix(root).lstrip("/") or path.rsplit("/", 1)[-1])
             if not any(part.startswith(".") for part in key.split("/")):
-                yield key, f"{scheme}://{path.lstrip('/') if scheme != 'file' else path}"
+                # Some stores have no host in their paths.
+                yield key, storage.address + path.removeprefix(root)
 
 
 def _s3_paths(fs: Any, root: str, recursive: bool, after: str | None) -> Iterator[str]:  # noqa: ANN401

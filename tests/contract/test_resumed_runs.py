@@ -11,6 +11,7 @@ import threading
 import time
 from contextlib import contextmanager
 
+import psutil
 import pytest
 from app_server import ROOT, SDK_ENVIRONMENT
 from contract_calls import BIKE, CITY, HOME, STREET
@@ -213,6 +214,28 @@ def test_a_killed_command_is_gone_on_with_by_the_app_and_no_image_labeled_twice(
     downloads = [one for one in calls[: uploads[-1]] if one.method == "images.bulk.download"]
     asked = {image_id for call in downloads for image_id in call.payload["imageIds"]}
     assert not asked & labeled, "done images were asked about again"
+
+
+@pytest.mark.soak
+def test_workers_of_a_cluster_label_a_project_and_one_that_ends_loses_no_image(platform, project):
+    pytest.importorskip("ray")
+    project_id, _ = project
+    upload = "annotations.bulk.add"
+    words = ("--batch", "1", "--ray", "local", "--workers", "2")
+    with labeling(platform, project_id, *words) as command:
+        wait_for(lambda: platform.count(upload) >= 1 or command.poll() is not None, "no upload")
+        assert command.poll() is None, command.communicate()[0]
+        with platform.faults.held(upload):
+            killed = [
+                one
+                for one in psutil.Process(command.pid).children(recursive=True)
+                if "_Answering" in " ".join(one.cmdline())
+            ]
+            killed[0].kill()
+        said, _ = command.communicate(timeout=240)
+    assert command.returncode == 0, said
+    [run_id] = runs(platform, project_id)
+    check_each_once(platform, project, run_id)
 
 
 def test_ctrl_c_ends_the_command_after_the_batch_and_the_next_one_goes_on(
@@ -633,6 +656,11 @@ def test_a_class_that_is_deleted_meanwhile_comes_back(app, in_background, platfo
 WRONG = {
     "a folder beside it": (["photos", "--out", "x"], "IMAGES is not for a project"),
     "an option of folders": (["--coco"], "--coco is not for a project"),
+    "an option of shards": (
+        ["--ray", "local", "--shard-size", "5"],
+        "--shard-size is not for a project",
+    ),
+    "workers without a cluster": (["--workers", "2"], "--workers is for a run on a Ray cluster"),
     "no such mode": (["--upload-mode", "apend"], "Did you mean 'append'"),
     "no such dataset": (["--dataset", "inside"], "its own: all"),
     "no such share": (["--max-failures", "few"], "such as 5%"),

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from florence2.errors import FlorenceError, RequestError
+from serve.labeling.images import project_name
 from serve.scaling.plan import Plan, Source
-from serve.scaling.storage import Storage
+from serve.scaling.storage import Storage, listed
 
 
 def keys(shards) -> list[list[str]]:
@@ -171,6 +174,81 @@ def test_a_table_without_the_column_is_refused(tmp_path, target):
     table.write_text("path,size\na.png,7\n")
     with pytest.raises(RequestError, match=r"in a column 'image' and .* has 'path', 'size'"):
         source_of(table, target).check()
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("bytes", "has addresses as text and .* it is struct<bytes"),
+        ("numbers", "has addresses as text and .* it is int64"),
+        ("twice", "in a column 'image' and .* has 'image', 'image'"),
+    ],
+)
+def test_a_column_that_cannot_be_addresses_is_refused(kind, told, tmp_path, target):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "list.parquet"
+    if kind == "twice":
+        path = tmp_path / "list.csv"
+        path.write_text("image,image\na.png,b.png\n")
+    else:
+        values = {"bytes": [{"bytes": b"", "path": "a.png"}], "numbers": [7]}[kind]
+        parquet.write_table(pa.table({"image": values}), path)
+    with pytest.raises(RequestError, match=told):
+        source_of(path, target).check()
+
+
+def test_an_image_that_a_table_names_in_two_ways_is_one_and_others_have_names_of_their_own(
+    tmp_path, target
+):
+    pytest.importorskip("pyarrow")
+    table = tmp_path / "list.csv"
+    named = ["x/a.png", "", "./x/a.png", f"{tmp_path}/x/a.png", "/x/a.png", "s3://x/a.png"]
+    table.write_text("image,n\n" + "".join(f"{name},1\n" for name in named))
+    plan = Plan(target, source_of(table, target), 10)
+    (shard,) = plan.shards()
+    assert [one.key for one in shard.images] == ["x/a.png", "/x/a.png", "s3://x/a.png"]
+    assert shard.images[0].address == f"{tmp_path}/x/a.png"
+    assert shard.images[0].name == "x__a.png"
+    assert len({one.name for one in shard.images}) == 3
+    assert plan.listing().num_repeated == 2
+
+
+def test_a_retry_that_was_stopped_is_not_planned_twice(bucket, target):
+    plan = Plan(target, source_of(bucket(**letters(5)), target), 1)
+    images = [shard.images[0] for shard in plan.shards()]
+    assert plan.waiting_again({0, 1, 2, 3, 4}, 5) == set()
+    plan.again(images[:2])
+    assert plan.waiting_again({0, 1, 2, 3, 4}, 5) == {"a.png", "b.png"}
+    assert plan.waiting_again({0, 1, 2, 3, 4, 6}, 5) == {"a.png"}
+
+
+def test_folders_of_a_store_may_have_no_name():
+    keys = "x//b.png", "x__b.png", "x/_b.png", "x____b.png", "/b.png"
+    names = {project_name(key, recursive=True) for key in keys}
+    assert len(names) == len(keys)
+
+
+def test_an_address_keeps_the_host_of_its_store():
+    class Hosted(MemoryFileSystem):
+        protocol = "hosted"
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            rest = path.removeprefix("hosted://somewhere")
+            return MemoryFileSystem._strip_protocol(rest)
+
+    fsspec.register_implementation("hosted", Hosted, clobber=True)
+    fsspec.filesystem("memory").pipe_file("/there/x/a.png", b"")
+    found = listed(Storage("hosted://somewhere/there"), recursive=True, skip=None, after=None)
+    assert list(found) == [("x/a.png", "hosted://somewhere/there/x/a.png")]
+
+
+def test_an_address_with_a_password_is_refused_and_not_shown(target):
+    with pytest.raises(RequestError, match="has a password in it") as refused:
+        source_of("sftp://me:secret@host/images", target).check()
+    assert "secret" not in str(refused.value)
 
 
 @pytest.mark.parametrize("name", ["list.parquet", "list.csv"])

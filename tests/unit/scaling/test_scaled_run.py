@@ -7,7 +7,7 @@ import csv
 import io
 import json
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +20,7 @@ from serve.scaling import run as scaled_run
 from serve.scaling.cluster import connected
 from serve.scaling.plan import Plan
 from serve.scaling.shards import commit_shard, label_shard, open_shard
-from serve.scaling.storage import Storage
+from serve.scaling.storage import Storage, StorageError
 
 
 @pytest.fixture
@@ -167,6 +167,57 @@ def test_failures_are_named_and_can_be_tried_again(images, label, model, bucket,
     assert target.read("failed.csv") is None
     index = target.read("shards.csv").decode().splitlines()
     assert [line.split(",")[0] for line in index] == ["shard", "0", "1", "2", "3", "4"]
+
+
+def test_a_retry_that_is_stopped_labels_each_image_once(images, label, model, serial, target):
+    model.answer = lambda ask: Failure("too_long", "Too long.")
+    label()
+    model.answer = one_box
+    serial.stop_at = 4
+    assert label("--retry-failed").code == 130
+    serial.stop_at = None
+    done = label("--retry-failed")
+    assert done.code == 0, done.told
+    assert (done.report["labeled"], done.report["pending"]) == (5, 0)
+    assert serial.labeled == [0, 1, 2, 3, 4, 5]
+
+
+def test_notes_of_runs_that_were_killed_go_once_all_is_committed(images, label, serial, target):
+    serial.stop_at = 1
+    label()
+    target.write("attempts/bbbbbbbb/000000-open/start-0", b"")
+    serial.stop_at = None
+    label()
+    assert not target.names("attempts")
+
+
+def test_a_store_that_is_gone_for_a_moment_does_not_end_a_run_by_its_progress_bar(
+    images, label, monkeypatch
+):
+    shown, is_gone = [], [True]
+    num_planned = Plan.num_planned
+
+    def planned(self):
+        if is_gone:
+            raise StorageError("gone")
+        return num_planned(self)
+
+    @contextmanager
+    def bar(total):
+        yield lambda images: shown.append(total())
+        is_gone.clear()
+
+    monkeypatch.setattr(Plan, "num_planned", planned)
+    monkeypatch.setattr(scaled_run, "progress_bar", bar)
+    done = label()
+    assert (done.code, done.report["labeled"]) == (0, 5)
+    assert shown == [0, 0, 0]
+
+
+def test_labels_do_not_go_where_deleting_would_delete_more(images, label):
+    refused = label("--out", "memory://labels/out*")
+    assert refused.code == 2
+    assert "has none of * ? [ ] and got 'memory://labels/out*'" in refused.told
 
 
 def test_a_run_that_goes_wrong_is_stopped(images, label, model):

@@ -17,10 +17,13 @@ from serve.scaling.plan import PlannedImage, Shard
 from serve.scaling.run import committed_in
 from serve.scaling.shards import (
     commit_shard,
+    committed_names,
+    committed_numbers,
     committed_shard,
     label_shard,
     open_shard,
 )
+from serve.scaling.storage import Storage
 
 
 class Killed(BaseException):
@@ -129,6 +132,37 @@ def test_each_failure_is_one_image_with_its_reason(shard, bucket, labeled, work,
     }
     assert (committed.images, committed.labeled) == (4, 1)
     assert "'memory://in/b.png' is in none" in committed.failures[0][4]
+
+
+def test_an_address_that_is_none_fails_one_image(shard, labeled, work):
+    odd = PlannedImage("e.png", "nothing://in/e.png", "e.png")
+    shard = replace(shard, images=(*shard.images, odd))
+    work = work()
+    committed = commit_shard(work, shard, labeled(work, shard))
+    assert committed.labeled == 3
+    ((key, _, _, code, message),) = committed.failures
+    assert (key, code) == ("e.png", "bad_image")
+    assert "begins with none that is known" in message
+
+
+def test_an_image_whose_name_begins_with_a_dot_is_kept(shard, labeled, work, target, tmp_path):
+    first, *others = shard.images
+    shard = replace(shard, images=(replace(first, name=".x__a.png"), *others))
+    work = work()
+    committed = commit_shard(work, shard, labeled(work, shard))
+    annotations, copied = read_shard(target, committed.folder, tmp_path / "copy")
+    assert sorted(annotations) == [".x__a.png", "b.png", "c.png"]
+    assert not (copied / ".lock").exists()
+
+
+def test_notes_are_read_in_a_folder_whose_name_is_a_pattern(tmp_path):
+    target = Storage(str(tmp_path / "out [1]*"))
+    for number in range(3):
+        target.create(f"committed/{number:06}.json", b"%d" % number)
+    target.write("committed/.nfs0001", b"of the file system")
+    assert committed_numbers(target) == {0, 1, 2}
+    names = [f"committed/{name}" for name in committed_names(target)]
+    assert list(target.read_many(names)) == [b"0", b"1", b"2"]
 
 
 def test_settings_that_fit_no_image_end_the_run_at_its_first_shard(shard, labeled, work, model):

@@ -54,6 +54,11 @@ def text_of(page):
     return "\n".join(tags.text)
 
 
+def test_sentences_about_failures_may_be_of_any_length():
+    many = [failed(f"{n}.jpg", f"code{n % 50}", "x" * 50_000) for n in range(250)]
+    assert len(render(page_of(*many))) < 300_000
+
+
 EMPTY = ImageOutcome("c.jpg", "empty")
 SKIPPED = ImageOutcome("d.jpg", "skipped")
 
