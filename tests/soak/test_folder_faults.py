@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 from app_server import clean_environment
-from contract_calls import near, rows_of
+from contract_calls import rows_of
+from soak_project import same_labels
 from soak_table import DISK_BYTES, KILLS, TABLE
 
 pytestmark = pytest.mark.soak
@@ -54,7 +55,7 @@ class Folder:
         wrong = [
             number
             for number, rows in enumerate(self._answers)
-            if not near(rows_of(self._annotation(number)), rows)
+            if not same_labels(rows_of(self._annotation(number)), rows)
         ]
         lost = self.count - len(told)
         twice = sum(count > 1 for count in told.values())
