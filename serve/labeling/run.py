@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import shutil
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -237,7 +237,7 @@ def _run(
                 f"{len(journal.lost)} images were labeled and their files in the project are gone "
                 f"or damaged; they count as not labeled: {named(journal.lost)}"
             )
-        run = _OpenRun(settings, job, project, journal, _manifest(settings, noted), workspace)
+        run = _OpenRun(settings, job, project, journal, new_manifest(settings, noted), workspace)
         counts, error = _work(run, model, stop)
         _end_manifest(run, counts, error)
         if journal.renewed:
@@ -380,7 +380,8 @@ def error_sentence(error: Exception) -> str:
     return f"Something unexpected happened ({type(error).__name__}: {error}; {where})."
 
 
-def _manifest(settings: Settings, noted: dict[str, Any]) -> Manifest:
+def new_manifest(settings: Settings, noted: Mapping[str, Any]) -> Manifest:
+    """That of a run which begins now; ``noted`` are the settings as a journal keeps them."""
     told = ("task", "prompts", "model", "checkpoint")
     return Manifest(
         run=new_run_id(),

@@ -21,9 +21,9 @@ from serve.labeling.images import Findings
 from serve.labeling.journal import Entry, Totals
 from serve.labeling.progress import progress_bar, stop_on_signals
 from serve.labeling.report import FAILED_NAME, REPORT_NAME, Report, RunCounts, write_report
-from serve.labeling.run import Job, ModelSource
+from serve.labeling.run import Job, ModelSource, new_manifest
 from serve.labeling.settings import journal_settings
-from serve.provenance import RUN_TAG, Manifest, RunState, new_run_id, now
+from serve.provenance import RunState
 from serve.scaling.cluster import Pipeline, Workers, check_device, committed_shards, connected
 from serve.scaling.plan import PLAN, Listing, Plan, PlannedImage, Source
 from serve.scaling.shards import (
@@ -119,7 +119,7 @@ def label_on_cluster(settings: Settings, scaled: ScaledJob, model: ModelSource) 
         plan = Plan(target, source, scaled.shard_size)
         if job.retry_failed:
             _plan_again(target, plan)
-        manifest = _manifest(settings, noted)
+        manifest = new_manifest(settings, noted)
         work = Work(target, settings, noted, manifest, job.batch, job.coco, job.draw)
         done = frozenset(committed_numbers(target))
         is_on_cpu = scaled.device == "cpu"
@@ -211,19 +211,6 @@ def _plan_again(target: Storage, plan: Plan) -> None:
     failed = [merged.planned[key] for key in merged.totals.failures if key not in waiting]
     if failed:
         plan.again(failed)
-
-
-def _manifest(settings: Settings, noted: Mapping[str, Any]) -> Manifest:
-    told = ("task", "prompts", "model", "checkpoint")
-    return Manifest(
-        run=new_run_id(),
-        model={"name": noted["model"], "checkpoint": noted["checkpoint"]},
-        task=noted["task"],
-        prompts=noted["prompts"],
-        settings={key: value for key, value in noted.items() if key not in told},
-        run_tag=RUN_TAG.name if settings.run_tag else None,
-        started=now(),
-    )
 
 
 def _work(pipeline: Pipeline, plan: Plan, job: Job) -> tuple[RunCounts, str | None]:
