@@ -335,7 +335,7 @@ class _Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         # What a run says of each image at its end is in the report.
-        if not record.pathname.endswith("run.py"):
+        if record.filename != "run.py":
             say(record.getMessage())
 
 
