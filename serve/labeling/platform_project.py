@@ -208,8 +208,8 @@ def label_project(
     """
     # The run waits for a platform that is away in a way that Ctrl-C ends; the SDK does not.
     api.retry_count = min(api.retry_count, _SDK_RETRIES)
-    dataset_ids = _datasets_of(api, job)
     with stop_on_signals() as stop, _ended_in_time(stop), _logged_as_lines():
+        dataset_ids = _datasets_of(api, job)
         request = CommandRequest(stop)
         model = load()
         services = RunServices(
