@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -413,16 +414,17 @@ class Uploading:
         images.update({one.target.image_id: one.target.info for one in group})
         try:
             with ExitStack() as held:
-                meta = self._meta(project_id)
-                if any(self._fitted(one.annotation, meta)[1] for one in group):
+                fitted = [self._fitted(one.annotation, self._meta(project_id)) for one in group]
+                if any(is_lacking for _, is_lacking in fitted):
                     # The project may have grown since: writing back an old meta would delete
                     # from it.
                     held.enter_context(meta_lock)
                     meta = self._meta(project_id, is_fresh=True)
+                    fitted = [self._fitted(one.annotation, meta) for one in group]
                 predictions = []
-                for one in group:
+                for one, (annotation, _) in zip(group, fitted, strict=True):
                     prediction = prediction_of(one.target)
-                    prediction.annotation, _ = self._fitted(one.annotation, meta)
+                    prediction.annotation = annotation
                     if project_id is not None:
                         source_id = one.source_id or one.target.image_id
                         self._record.before_upload(project_id, source_id, prediction.annotation)
@@ -446,7 +448,7 @@ class Uploading:
     def _meta(self, project_id: int | None, *, is_fresh: bool = False) -> sly.ProjectMeta:
         metas = self._request.context["project_meta"]
         if is_fresh or project_id not in metas:
-            metas[project_id] = sly.ProjectMeta.from_json(self._api.project.get_meta(project_id))
+            metas[project_id] = _KnownMeta.from_json(self._api.project.get_meta(project_id))
         return metas[project_id]
 
     def _output_project(self, target: Target) -> int | None:
@@ -467,6 +469,20 @@ class Uploading:
         self._request.context.setdefault("project_info", {})[created.id] = created
         project_id: int = created.id
         return project_id
+
+
+class _KnownMeta(sly.ProjectMeta):  # type: ignore[misc]
+    """The meta of a project, which the SDK makes JSON of for every image, to log it or not.
+
+    That takes longer than all else about an image's labels. Whoever changes a meta makes a new one.
+    """
+
+    _json: dict[str, Any] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        if self._json is None:
+            self._json = super().to_json()
+        return copy.deepcopy(self._json)
 
 
 _locks: Final = tuple(threading.Lock() for _ in range(64))
