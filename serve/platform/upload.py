@@ -449,6 +449,9 @@ class Uploading:
         metas = self._request.context["project_meta"]
         if is_fresh or project_id not in metas:
             metas[project_id] = _KnownMeta.from_json(self._api.project.get_meta(project_id))
+        elif not isinstance(metas[project_id], _KnownMeta):
+            # What the SDK has kept of it after it added to it.
+            metas[project_id] = _KnownMeta.of(metas[project_id])
         return metas[project_id]
 
     def _output_project(self, target: Target) -> int | None:
@@ -478,6 +481,11 @@ class _KnownMeta(sly.ProjectMeta):  # type: ignore[misc]
     """
 
     _json: dict[str, Any] | None = None
+
+    @classmethod
+    def of(cls, meta: sly.ProjectMeta) -> _KnownMeta:
+        """The same classes, tags and settings."""
+        return cls(meta.obj_classes, meta.tag_metas, meta.project_type, meta.project_settings)
 
     def to_json(self) -> dict[str, Any]:
         if self._json is None:

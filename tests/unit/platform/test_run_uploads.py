@@ -77,6 +77,26 @@ def test_nothing_is_written_where_there_is_nothing_new(runner, platform, labels,
     assert entry["image_id"] == 1
 
 
+def test_the_meta_of_a_project_becomes_json_as_often_for_five_images_as_for_two(
+    runner, monkeypatch
+):
+    """The SDK asks for it with every image, and that takes longer than all else about one."""
+    made = []
+    original = sly.ProjectMeta.to_json
+
+    def to_json(meta):
+        made.append(meta)
+        return original(meta)
+
+    monkeypatch.setattr(sly.ProjectMeta, "to_json", to_json)
+    counts = []
+    for ids in ([1, 2], [1, 2, 3, 4, 5]):
+        made.clear()
+        runner.ids(FakePlatform(range(1, 6)), {**ONE_BY_ONE, "image_ids": ids}, FakePredictor())
+        counts.append(len(made))
+    assert counts[0] == counts[1] > 0
+
+
 def test_the_same_object_under_another_class_stays(runner, platform):
     platform.add_label(1, rectangle("dog"))
     runner.ids(platform, {"image_id": 1, "upload_mode": "iou_merge"})
