@@ -36,7 +36,7 @@ COMMANDS: Final = (
 
 app = typer.Typer(
     name="florence2",
-    help="Label images with Florence-2: from a folder, on this machine.",
+    help="Label images with Florence-2: folders, videos, projects of the platform, clusters.",
     epilog="Add --debug to any command to see where an error came from.",
     no_args_is_help=True,
     add_completion=False,

@@ -59,7 +59,8 @@ _LINES_PER_FILE: Final = 1000
 _DONE: Final = frozenset({"labeled", "empty", "skipped"})
 _INTENDED: Final = "intended"
 # What makes a model another one; the same labels are to be had on another device.
-_MODEL_KEYS: Final = ("name", "revision", "adapter", "adapter_sha256")
+MODEL_KEYS: Final = ("name", "revision", "adapter", "adapter_sha256")
+"""What a run goes on with may be in another precision and on another device."""
 
 # Custom data are read, added to and written back as a whole.
 _custom_data_lock: Final = threading.Lock()
@@ -142,7 +143,7 @@ class RunRecord:
             # A click, or a few images by their ids, is not gone on with: it is newer than the run
             # over the project that was cut off, and has done next to nothing of it.
             fingerprint=fingerprint_of(
-                {key: model[key] for key in _MODEL_KEYS if key in model},
+                {key: model[key] for key in MODEL_KEYS if key in model},
                 raw,
                 [mode, destination.iou, destination.suffix],
             )

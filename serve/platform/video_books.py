@@ -16,7 +16,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from serve.platform.lease import RunHeldError
-from serve.platform.run_records import MANIFEST, folder_of, keep_manifest, runs_of, team_of
+from serve.platform.run_records import (
+    MANIFEST,
+    MODEL_KEYS,
+    folder_of,
+    keep_manifest,
+    runs_of,
+    team_of,
+)
 from serve.platform.team_files import read_texts, write_text
 from serve.platform.video_labels import VideoLine
 from serve.provenance import RUN_TAG, Manifest, RunState, new_run_id, now
@@ -58,7 +65,8 @@ class VideoBooks:
         asked = dict(raw_settings(settings))
         # Which is part of a request, and no setting that it could spell.
         asked["is_one_class"] = settings.is_one_class
-        identity = [info.id, info.hash, dict(frames), asked, dict(model), mode]
+        answering = {key: model[key] for key in MODEL_KEYS if key in model}
+        identity = [info.id, info.hash, dict(frames), asked, answering, mode]
         text = json.dumps(identity, sort_keys=True, default=str)
         self._key = hashlib.blake2b(text.encode(), digest_size=_KEY_BYTES).hexdigest()
         self._place = info.id, self._key

@@ -324,7 +324,7 @@ def _streamed(pipeline: Pipeline) -> Any:  # noqa: ANN401 - a ray.data.Dataset
         opening = committing = {"num_cpus": 0, "concurrency": most}
     rows = {"batch_size": 1, "batch_format": "pyarrow"}
     with warnings.catch_warnings():
-        # Of Ray 2.64, which has no other way to say what it is to do with workers that end.
+        # Of Ray, which has no other way to say what it is to do with workers that end.
         warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
         return (
             ray.data.range(1, override_num_blocks=1)

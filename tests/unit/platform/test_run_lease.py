@@ -58,7 +58,7 @@ GONE = {
     "it let go": {"is_released": True},
     "its last sign is of yesterday": {"at": "2020-01-01T00:00:00Z"},
     "it gives no sign": {},
-    "its file is no holder's": {"beat": None, "unknown": 1},
+    "its file has keys of a later version": {"beat": None, "unknown": 1},
 }
 
 
@@ -68,6 +68,11 @@ def test_a_run_whose_holder_is_gone_is_taken_over(files, changed):
     taking = taken()
     assert Holder.of_text(files["/run"]).who == taking.who
     taking.release()
+
+
+def test_a_run_whose_file_says_nothing_that_can_be_read_is_taken_over(files):
+    files["/run"] = "no JSON"
+    taken().release()
 
 
 def test_a_killed_process_of_this_machine_is_known_to_be_gone_at_once(files, monkeypatch):
