@@ -37,7 +37,7 @@ from serve.labeling.undo import keep_manifest, undo_in
 from serve.platform.project_run import run_project
 from serve.platform.registry import RequestsManager
 from serve.platform.run import RunServices
-from serve.platform.run_records import runs_of
+from serve.platform.run_store import runs_of
 from serve.platform.undo import undo_run
 from serve.platform.upload import SdkUpload
 from serve.predict.predictor import Predicted

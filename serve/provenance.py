@@ -20,6 +20,8 @@ RUN_TAG: Final = sly.TagMeta(
     color=[120, 120, 130],
     applicable_to=sly.TagApplicableTo.OBJECTS_ONLY,
 )
+MODEL_KEYS: Final = ("name", "revision", "adapter", "adapter_sha256")
+"""What makes a model another one: the same labels are to be had in another precision or runtime."""
 _ID_BYTES: Final = 4
 _DIGEST_BYTES: Final = 6
 _DECIMALS: Final = 3

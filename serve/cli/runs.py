@@ -33,7 +33,7 @@ def _runs_of(project: str) -> list[Manifest]:
 
         return runs_in(place)
     from serve.cli.loading import platform_failures_told
-    from serve.platform.run_records import runs_of
+    from serve.platform.run_store import runs_of
     from serve.platform.team_files import api_of_environment
 
     api = api_of_environment()

@@ -29,7 +29,7 @@ from serve.platform.failures import NotFoundError
 from serve.platform.project_run import PredictionRun
 from serve.platform.request_state import Destination, Source, State, UploadMode
 from serve.platform.run import RunServices
-from serve.platform.run_records import page_path
+from serve.platform.run_store import page_path
 from serve.platform.upload import SdkUpload
 from serve.predict.predictor import Call, Deadline, Predicted, Predictor
 from serve.process import end_process

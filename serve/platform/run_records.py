@@ -1,17 +1,14 @@
-"""What is kept of runs on the platform: summaries in the project, image by image in team files.
+"""The books of one run that writes to the platform: what it did so far, kept as it goes.
 
-A run's manifest stands in the custom data of the project under ``florence2_runs``, by its id, and
-beside it in the team files are lines about each image, and a page about all of them:
-``/florence2/runs/PROJECT/RUN``. The lines are what a run goes on from that was cut off, stopped, or
+They lie where ``run_store.py`` says, and are what a run goes on from that was cut off, stopped, or
 not whole.
 """
 
 from __future__ import annotations
 
 import json
-import threading
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,51 +16,49 @@ from types import TracebackType
 from typing import Any, Final
 
 from florence2.records import Failure
-from serve.platform.failures import NotFoundError
 from serve.platform.images import Target
 from serve.platform.lease import Lease, RunHeldError
 from serve.platform.page import Answer, HeldAnswers, add_line, draw_missing, page_of
 from serve.platform.patience import Patience, Tried, at_once
 from serve.platform.request_state import Destination
+from serve.platform.run_store import (
+    IMAGES,
+    INTENDED,
+    MANIFEST,
+    UNSAVED,
+    folder_of,
+    image_rows,
+    info_of,
+    keep_manifest,
+    noted_rows,
+    page_path,
+    runs_of,
+    team_of,
+    written_in,
+)
 from serve.platform.team_files import read_texts, write_text
 from serve.predict.predictor import Predicted
 from serve.provenance import (
+    MODEL_KEYS,
     RUN_TAG,
     Manifest,
     RunState,
     Written,
     fingerprint_of,
     new_run_id,
-    newest_first,
     now,
     run_of_label,
     sort_labels,
 )
 from serve.run_page.drawing import scores_of
 from serve.run_page.figures import RunFigures
-from serve.run_page.page import PAGE_NAME
 from serve.sdk import sly
 from serve.settings import Settings, parse_settings, raw_settings
 
-CUSTOM_DATA_KEY: Final = "florence2_runs"
-MAX_RUNS: Final = 100
-"""In the custom data of a project; of older runs only the team files know."""
-_MAX_SETTINGS: Final = 4000
-_FOLDER: Final = "/florence2/runs"
-MANIFEST: Final = "manifest.json"
 _HOLDER: Final = "holder.json"
-_IMAGES: Final = "/images-"
-_UNSAVED: Final = "unsaved.jsonl"
 _SAVE_AFTER_S: Final = 30.0
 _LINES_PER_FILE: Final = 1000
 _DONE: Final = frozenset({"labeled", "empty", "skipped"})
-_INTENDED: Final = "intended"
-# What makes a model another one; the same labels are to be had on another device.
-MODEL_KEYS: Final = ("name", "revision", "adapter", "adapter_sha256")
-"""What a run goes on with may be in another precision and on another device."""
-
-# Custom data are read, added to and written back as a whole.
-_custom_data_lock: Final = threading.Lock()
 
 
 @dataclass(slots=True)
@@ -218,10 +213,10 @@ class RunRecord:
         self, project_id: int, books: _ProjectBooks, image_ids: Collection[int]
     ) -> frozenset[int]:
         texts = read_texts(self._api, self._team_of(project_id), folder_of(project_id, self.run_id))
-        rows = _noted_rows(texts)
+        rows = noted_rows(texts)
         for image_id, row in rows.items():
-            outcome, written = str(row.get("outcome")), _written_in(row)
-            if outcome == _INTENDED:
+            outcome, written = str(row.get("outcome")), written_in(row)
+            if outcome == INTENDED:
                 self._intended[image_id] = written
                 continue
             if outcome == "failed" and image_id not in image_ids:
@@ -236,14 +231,14 @@ class RunRecord:
         books.num_before = books.figures.num_images
         done = frozenset(one for one in image_ids if rows.get(one, {}).get("outcome") in _DONE)
         self._num_settled = len(done)
-        saved = {path: text for path, text in texts.items() if _IMAGES in path}
+        saved = {path: text for path, text in texts.items() if IMAGES in path}
         books.num_files = len(saved)
-        books.has_intents = any(_UNSAVED in path for path in texts)
-        known = _noted_rows(saved)
+        books.has_intents = any(UNSAVED in path for path in texts)
+        known = noted_rows(saved)
         for path in texts.keys() - saved.keys():
             # These files are written anew without them.
-            for row in _image_rows(path, texts[path]):
-                if row["image_id"] not in known and row.get("outcome") != _INTENDED:
+            for row in image_rows(path, texts[path]):
+                if row["image_id"] not in known and row.get("outcome") != INTENDED:
                     books.add(row, Counter())
         books.is_announced = True
         if books.lease is not None:
@@ -441,7 +436,7 @@ class RunRecord:
         try:
             page = page_of(
                 self._api,
-                _info_of(self._api, project_id),
+                info_of(self._api, project_id),
                 manifest,
                 books.figures,
                 num_pending=max(self._num_images - self._num_settled, 0),
@@ -487,7 +482,7 @@ class RunRecord:
             return
         if not books.is_announced:
             self._announce(project_id, books)
-        path = f"{folder_of(project_id, self.run_id)}{_IMAGES}{books.num_files:06}.jsonl"
+        path = f"{folder_of(project_id, self.run_id)}{IMAGES}{books.num_files:06}.jsonl"
         try:
             text = "\n".join(books.lines) + "\n"
             tried(lambda: write_text(self._api, self._team_of(project_id), path, text))
@@ -500,7 +495,7 @@ class RunRecord:
             books.lines.clear()
 
     def _write_unsaved(self, project_id: int, lines: Sequence[str]) -> None:
-        path = f"{folder_of(project_id, self.run_id)}/{_UNSAVED}"
+        path = f"{folder_of(project_id, self.run_id)}/{UNSAVED}"
         try:
             write_text(self._api, self._team_of(project_id), path, "\n".join(lines) + "\n")
         except Exception as error:  # noqa: BLE001  (as above)
@@ -544,7 +539,7 @@ class RunRecord:
 
 def _intent_lines(intended: Mapping[int, Written]) -> list[str]:
     return [
-        json.dumps({"image_id": image_id, "outcome": _INTENDED, **_digests(written)})
+        json.dumps({"image_id": image_id, "outcome": INTENDED, **_digests(written)})
         for image_id, written in intended.items()
     ]
 
@@ -565,168 +560,3 @@ def _tag_names(annotation: sly.Annotation, run_id: str) -> Iterator[str]:
         for tag in label.tags:
             if tag.value == run_id and tag.meta.name.startswith(RUN_TAG.name):
                 yield tag.meta.name
-
-
-def folder_of(project_id: int, run_id: str) -> str:
-    return f"{_FOLDER}/{project_id}/{run_id}"
-
-
-def page_path(project_id: int, run_id: str) -> str:
-    """Where among the team files the page about a run over more than one image is."""
-    return f"{folder_of(project_id, run_id)}/{PAGE_NAME}"
-
-
-def _info_of(api: sly.Api, project_id: int) -> sly.ProjectInfo:
-    info = api.project.get_info_by_id(project_id)
-    if info is None:
-        raise NotFoundError(
-            f"Project {project_id} does not exist or is not visible to this account; check the id."
-        )
-    return info
-
-
-def team_of(api: sly.Api, project_id: int) -> int:
-    team_id: int = _info_of(api, project_id).team_id
-    return team_id
-
-
-def keep_manifest(api: sly.Api, project_id: int, manifest: Manifest) -> None:
-    """The manifest in the project's custom data, in the place of an earlier one of the run."""
-    stored = manifest.to_json()
-    if len(json.dumps(stored["settings"])) > _MAX_SETTINGS:
-        stored["settings"] = {}
-    with _custom_data_lock:
-        data = dict(_info_of(api, project_id).custom_data or {})
-        runs = data.get(CUSTOM_DATA_KEY)
-        runs = {**runs, manifest.run: stored} if isinstance(runs, dict) else {manifest.run: stored}
-        # Clicks in an annotation tool are many, and must not hide the runs over projects.
-        ordered = sorted(runs, key=lambda run: (_is_over_many(runs[run]), _started(runs[run])))
-        gone = set(ordered[:-MAX_RUNS])
-        data[CUSTOM_DATA_KEY] = {run: one for run, one in runs.items() if run not in gone}
-        api.project.update_custom_data(project_id, data, silent=True)
-
-
-def _is_over_many(stored: object) -> bool:
-    counts = stored.get("counts") if isinstance(stored, dict) else None
-    return not isinstance(counts, dict) or counts.get("images") != 1
-
-
-def _started(stored: object) -> str:
-    return str(stored.get("started")) if isinstance(stored, dict) else ""
-
-
-def runs_of(api: sly.Api, project_id: int) -> list[Manifest]:
-    """The runs over a project that its custom data know, the newest first; NotFoundError."""
-    stored = (_info_of(api, project_id).custom_data or {}).get(CUSTOM_DATA_KEY)
-    found = stored.values() if isinstance(stored, dict) else ()
-    return newest_first(one for one in map(Manifest.of_json, found) if one is not None)
-
-
-def find_run(api: sly.Api, project_id: int, run_id: str) -> Manifest:
-    """A run over a project by its id; NotFoundError names those that there are."""
-    known = runs_of(api, project_id)
-    for manifest in known:
-        if manifest.run == run_id:
-            return manifest
-    if run_id.isalnum():
-        texts = read_texts(api, team_of(api, project_id), folder_of(project_id, run_id))
-        for path, text in texts.items():
-            if path.endswith(MANIFEST) and (old := Manifest.of_json(_json(text))) is not None:
-                return old
-    named = ", ".join(one.run for one in known[:10])
-    raise NotFoundError(
-        f"Project {project_id} knows no run {run_id!r}; "
-        + (f"choose one of {named}." if named else "no run is noted in it.")
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class ImageLine:
-    """What a run wrote on one image; ``copied_to`` is the dataset of its copy, if that has it."""
-
-    image_id: int
-    name: str
-    copied_to: int | None
-    written: Written
-
-
-def image_lines(api: sly.Api, project_id: int, run_id: str) -> Iterator[ImageLine]:
-    """The images on which a run wrote something; a later line about an image has the say."""
-    texts = read_texts(api, team_of(api, project_id), folder_of(project_id, run_id))
-    for image_id, row in _noted_rows(texts).items():
-        if written := _written_in(row):
-            yield ImageLine(image_id, str(row.get("name")), row.get("copied_to"), written)
-
-
-def _noted_rows(texts: Mapping[str, str]) -> dict[int, dict[str, Any]]:
-    """What the files of a run, by path, say of each image.
-
-    What is saved has the say; but one that failed may have been tried once more.
-    """
-    rows: dict[int, dict[str, Any]] = {}
-
-    def order(path_and_text: tuple[str, str]) -> tuple[bool, bool]:
-        return _IMAGES in path_and_text[0], _UNSAVED not in path_and_text[0]
-
-    for path, text in sorted(texts.items(), key=order):
-        for row in _image_rows(path, text):
-            before = rows.get(row["image_id"], {})
-            if before.get("outcome") == _INTENDED and row.get("outcome") == "failed":
-                continue
-            rows[row["image_id"]] = row
-    return rows
-
-
-def _written_in(row: Mapping[str, Any]) -> Written:
-    return Written(tuple(row.get("labels", ())), tuple(row.get("image_tags", ())))
-
-
-def _image_rows(path: str, text: str) -> Iterator[dict[str, Any]]:
-    if path.endswith(MANIFEST):
-        manifest = _json(text)
-        found = manifest.get("images") if isinstance(manifest, dict) else None
-        rows = found if isinstance(found, list) else []
-    elif path.endswith(".jsonl"):
-        # Not by every sign that Unicode parts lines with: names of images may have some.
-        rows = [_json(line) for line in text.split("\n")]
-    else:
-        rows = []
-    for row in rows:
-        if isinstance(row, dict) and isinstance(row.get("image_id"), int):
-            yield row
-
-
-def _json(text: str) -> object:
-    try:
-        found: object = json.loads(text)
-    except ValueError:
-        return None
-    return found
-
-
-class OwnLabels:
-    """What runs before this one wrote on the images of a project, and nobody has changed since."""
-
-    def __init__(self, api: sly.Api, project_id: int, but_run: str) -> None:
-        self._written: dict[int, list[tuple[str, str | None, Written]]] = defaultdict(list)
-        for manifest in runs_of(api, project_id):
-            if manifest.run in (but_run,) or manifest.state == "undone":
-                continue
-            for line in image_lines(api, project_id, manifest.run):
-                if line.copied_to is None:
-                    self._written[line.image_id].append(
-                        (manifest.run, manifest.run_tag, line.written)
-                    )
-
-    def without(self, image_id: int, annotation: dict[str, Any]) -> dict[str, Any]:
-        """An annotation's JSON without them; the very same object where there are none."""
-        for run_id, run_tag, written in self._written.get(image_id, ()):
-            found = sort_labels(annotation, run_id, run_tag, written)
-            if found.unchanged or found.image_tags:
-                labels, tags = annotation["objects"], annotation.get("tags", [])
-                annotation = {
-                    **annotation,
-                    "objects": [one for at, one in enumerate(labels) if at not in found.unchanged],
-                    "tags": [one for at, one in enumerate(tags) if at not in found.image_tags],
-                }
-        return annotation

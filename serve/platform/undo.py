@@ -15,7 +15,7 @@ from florence2.records import Failure
 from serve.platform.failures import failure_of
 from serve.platform.images import each_or_failure, image_infos
 from serve.platform.request_state import Source, State
-from serve.platform.run_records import ImageLine, find_run, image_lines, keep_manifest, runs_of
+from serve.platform.run_store import ImageLine, find_run, image_lines, keep_manifest, runs_of
 from serve.platform.video_books import is_over_video, video_lines
 from serve.platform.video_labels import undo_line
 from serve.provenance import Manifest, Undone, Written, now, sort_labels

@@ -19,7 +19,8 @@ from serve.platform.patience import Patience, PlatformAwayError
 from serve.platform.registry import InferenceRequest
 from serve.platform.request_state import Destination
 from serve.platform.run import RunServices
-from serve.platform.run_records import OwnLabels, RunRecord
+from serve.platform.run_records import RunRecord
+from serve.platform.run_store import OwnLabels
 from serve.provenance import with_run_tag
 from serve.sdk import sly
 

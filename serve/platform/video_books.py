@@ -16,17 +16,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from serve.platform.lease import RunHeldError
-from serve.platform.run_records import (
-    MANIFEST,
-    MODEL_KEYS,
-    folder_of,
-    keep_manifest,
-    runs_of,
-    team_of,
-)
+from serve.platform.run_store import MANIFEST, folder_of, keep_manifest, runs_of, team_of
 from serve.platform.team_files import read_texts, write_text
 from serve.platform.video_labels import VideoLine
-from serve.provenance import RUN_TAG, Manifest, RunState, new_run_id, now
+from serve.provenance import MODEL_KEYS, RUN_TAG, Manifest, RunState, new_run_id, now
 from serve.sdk import sly
 from serve.settings import Settings, parse_settings, raw_settings
 

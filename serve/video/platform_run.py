@@ -18,7 +18,7 @@ from serve.platform.failures import FailedImageError, PartialFailureError, failu
 from serve.platform.registry import InferenceRequest
 from serve.platform.request_state import State
 from serve.platform.run import RunServices
-from serve.platform.run_records import runs_of
+from serve.platform.run_store import runs_of
 from serve.platform.video_books import VideoBooks, is_over_video, video_lines
 from serve.platform.video_labels import (
     Figure,

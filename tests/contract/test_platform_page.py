@@ -9,7 +9,7 @@ from html_pages import Tags
 from platform_state import TEAM_ID, WORKSPACE_ID
 
 from serve.platform.page import Answer, HeldAnswers, add_line, draw_missing
-from serve.platform.run_records import CUSTOM_DATA_KEY
+from serve.platform.run_store import CUSTOM_DATA_KEY
 from serve.provenance import Manifest
 from serve.run_page.figures import RunFigures
 from serve.sdk import sly

@@ -27,7 +27,7 @@ from production_app import (
     published_checkpoints,
 )
 
-from serve.platform.run_records import CUSTOM_DATA_KEY
+from serve.platform.run_store import CUSTOM_DATA_KEY
 from serve.platform.team_files import upload_experiment
 from serve.sdk import sly
 

@@ -20,10 +20,11 @@ from platform_state import TEAM_ID
 
 from florence2.records import Failure
 from serve.cli.main import main
-from serve.platform import lease, run_records
+from serve.platform import lease, run_records, run_store
 from serve.platform.images import Target
 from serve.platform.request_state import Destination
-from serve.platform.run_records import CUSTOM_DATA_KEY, RunRecord
+from serve.platform.run_records import RunRecord
+from serve.platform.run_store import CUSTOM_DATA_KEY
 from serve.platform.undo import undo_run
 from serve.sdk import LabelingStatus, sly
 from serve.settings import parse_settings
@@ -441,7 +442,7 @@ def test_what_is_saved_last_has_the_say_about_an_image(api, platform, project):
             row = {"image_id": first, **row}
             text = json.dumps({"images": [row]} if name == "manifest.json" else row)
             platform.state.add_file(TEAM_ID, f"{folder}/{name}", text.encode())
-        [line] = run_records.image_lines(api, project_id, "3f9a01bc")
+        [line] = run_store.image_lines(api, project_id, "3f9a01bc")
         assert line.written.labels == (expected,)
         rows.pop("images-000000.jsonl", None)
         platform.state.files.pop(f"{folder}/images-000000.jsonl", None)

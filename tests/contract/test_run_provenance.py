@@ -10,7 +10,7 @@ from platform_double import TOKEN
 from platform_state import TEAM_ID
 
 from serve.cli.main import main
-from serve.platform.run_records import CUSTOM_DATA_KEY
+from serve.platform.run_store import CUSTOM_DATA_KEY
 from serve.provenance import RUN_TAG
 from serve.sdk import sly
 

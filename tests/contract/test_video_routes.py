@@ -13,7 +13,7 @@ from video_clips import cut_streamable, text_file
 
 from bench.video import compare
 from florence2_demo.clips import make_clip, write_clip
-from serve.platform.run_records import runs_of
+from serve.platform.run_store import runs_of
 from serve.sdk import LabelingStatus, sly
 
 # isort: split
