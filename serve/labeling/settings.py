@@ -16,9 +16,9 @@ from serve.console import say
 from serve.naming import clean_class_name
 from serve.settings import (
     Settings,
+    changed_settings,
     join_classes,
     parse_settings,
-    raw_settings,
     split_phrases,
 )
 from serve.settings.schema import SPELLINGS
@@ -276,11 +276,10 @@ def journal_settings(settings: Settings, model: str) -> dict[str, Any]:
     takes_text = settings.steps[0].takes is TaskInput.TEXT
     prompts = settings.prompts if takes_text else ()
     regions = [list(box) for box in settings.regions]
-    raw, default = raw_settings(settings), raw_settings(parse_settings({}))
     others = {
         key: value
-        for key, value in raw.items()
-        if key not in _IN_THEIR_OWN_WORDS and value != default.get(key)
+        for key, value in changed_settings(settings).items()
+        if key not in _IN_THEIR_OWN_WORDS
     }
     return {
         "task": settings.task_prompt,

@@ -53,7 +53,7 @@ from serve.provenance import (
 from serve.run_page.drawing import scores_of
 from serve.run_page.figures import RunFigures
 from serve.sdk import sly
-from serve.settings import Settings, parse_settings, raw_settings
+from serve.settings import Settings, changed_settings, raw_settings
 
 _HOLDER: Final = "holder.json"
 _SAVE_AFTER_S: Final = 30.0
@@ -109,7 +109,7 @@ class RunRecord:
         *,
         is_of_project: bool = True,
     ) -> None:
-        raw, default = raw_settings(settings), raw_settings(parse_settings({}))
+        raw = raw_settings(settings)
         mode = destination.mode
         self.writes_tag = settings.run_tag is not False
         self._api = api
@@ -131,7 +131,7 @@ class RunRecord:
             model=model,
             task=settings.task_prompt,
             prompts=[prompt.text for prompt in settings.prompts if prompt.text],
-            settings={key: value for key, value in raw.items() if value != default.get(key)},
+            settings=changed_settings(settings),
             run_tag=RUN_TAG.name if self.writes_tag else None,
             started=now(),
             mode=mode,

@@ -21,7 +21,7 @@ from serve.platform.team_files import read_texts, write_text
 from serve.platform.video_labels import VideoLine
 from serve.provenance import MODEL_KEYS, RUN_TAG, Manifest, RunState, new_run_id, now
 from serve.sdk import sly
-from serve.settings import Settings, parse_settings, raw_settings
+from serve.settings import Settings, changed_settings, raw_settings
 
 # isort: split
 from supervisely.api.video.video_api import VideoInfo
@@ -73,7 +73,7 @@ class VideoBooks:
                 task=settings.task_prompt,
                 prompts=[one.text for one in settings.prompts if one.text],
                 settings={
-                    **_changed(settings),
+                    **changed_settings(settings),
                     "video": {"id": info.id, "name": info.name, **frames},
                 },
                 run_tag=RUN_TAG.name if self.writes_tag else None,
@@ -189,12 +189,6 @@ class VideoBooks:
                 f"The manifest of run {self.run_id} cannot be kept for project "
                 f"{self._info.project_id}: {error!r}"
             )
-
-
-def _changed(settings: Settings) -> dict[str, Any]:
-    default = raw_settings(parse_settings({}))
-    asked = raw_settings(settings)
-    return {key: value for key, value in asked.items() if value != default.get(key)}
 
 
 def is_over_video(manifest: Manifest) -> bool:

@@ -533,3 +533,11 @@ def raw_settings(settings: Settings) -> dict[str, object]:
             "reference_class_name": reference.class_name,
         }
     return raw
+
+
+def changed_settings(settings: Settings) -> dict[str, object]:
+    """Those of ``raw_settings`` that are not what they are without a word about them."""
+    default = raw_settings(parse_settings({}))
+    return {
+        key: value for key, value in raw_settings(settings).items() if value != default.get(key)
+    }
