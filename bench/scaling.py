@@ -28,8 +28,7 @@ from serve.labeling.settings import label_settings
 from serve.predict.predictor import Predicted
 from serve.provenance import Manifest
 from serve.scaling.plan import Plan, PlannedImage, Shard, Source
-from serve.scaling.run import committed_in
-from serve.scaling.shards import ShardImage, Work, commit_shard, open_shard
+from serve.scaling.shards import ShardImage, Work, commit_shard, committed_in, open_shard
 from serve.scaling.storage import Storage
 from serve.sdk import sly
 

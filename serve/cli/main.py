@@ -28,6 +28,7 @@ COMMANDS: Final = (
     "evaluate",
     "tune",
     "train",
+    "upload",
     "upload_model",
     "runs",
     "undo",

@@ -321,6 +321,13 @@ def entries_of_run(path: Path, run_id: str) -> Iterator[Entry]:
             yield entry
 
 
+def settled_entries(path: Path) -> Iterator[Entry]:
+    """What holds of each image that was labeled or found empty."""
+    for _, entry in _last_entries(path):
+        if entry.state in ("labeled", "empty"):
+            yield entry
+
+
 def append_entries(path: Path, entries: Iterable[Entry]) -> None:
     """Lines behind a journal that nobody has open, on the disk when this returns."""
     whole = _length_of_whole_lines(path)

@@ -208,7 +208,7 @@ def label_project(
     """
     # The run waits for a platform that is away in a way that Ctrl-C ends; the SDK does not.
     api.retry_count = min(api.retry_count, _SDK_RETRIES)
-    with stop_on_signals() as stop, _ended_in_time(stop), _logged_as_lines():
+    with stop_on_signals() as stop, ended_in_time(stop), logged_as_lines():
         dataset_ids = _datasets_of(api, job)
         request = CommandRequest(stop)
         model = load()
@@ -315,7 +315,7 @@ def _path_of(dataset_id: int, rows: Mapping[int, Any]) -> str:
 
 
 @contextmanager
-def _ended_in_time(stop: StopSwitch) -> Iterator[None]:
+def ended_in_time(stop: StopSwitch) -> Iterator[None]:
     """After a second Ctrl-C the process ends, whatever the platform does not answer.
 
     A thread that waits for an answer cannot be told to end, and the interpreter waits for it.
@@ -340,7 +340,7 @@ class _Lines(logging.Handler):
 
 
 @contextmanager
-def _logged_as_lines() -> Iterator[None]:
+def logged_as_lines() -> Iterator[None]:
     """Warnings of a run for a person at a terminal."""
     logger, lines = sly.logger, _Lines(logging.WARNING)
     before, level = list(logger.handlers), logger.level

@@ -95,6 +95,20 @@ def check_project_is_there(api: sly.Api, project_id: int | None) -> None:
         )
 
 
+def check_project_of_images(api: sly.Api, project_id: int) -> None:
+    """RequestError for a project of another kind, NotFoundError where there is none."""
+    project = api.project.get_info_by_id(project_id)
+    if project is None:
+        raise NotFoundError(
+            f"Project {project_id} does not exist or is not visible to this account; check the id."
+        )
+    if str(project.type) != _IMAGES_PROJECT:
+        raise RequestError(
+            f"Only projects of images can be labeled, and project {project_id} is of "
+            f"{project.type}; choose another."
+        )
+
+
 def _by_ids(api: sly.Api, image_ids: Sequence[int]) -> Images:
     infos = image_infos(api, image_ids)
     if not infos:
@@ -148,16 +162,7 @@ def _info_or_none(api: sly.Api, image_id: int) -> sly.ImageInfo | None:
 
 
 def _of_project(api: sly.Api, project_id: int, dataset_ids: Sequence[int] | None) -> Images:
-    project = api.project.get_info_by_id(project_id)
-    if project is None:
-        raise NotFoundError(
-            f"Project {project_id} does not exist or is not visible to this account; check the id."
-        )
-    if str(project.type) != _IMAGES_PROJECT:
-        raise RequestError(
-            f"Only projects of images can be labeled, and project {project_id} is of "
-            f"{project.type}; choose another."
-        )
+    check_project_of_images(api, project_id)
     datasets = {found.id: found for found in api.dataset.get_list(project_id, recursive=True)}
     unknown = [one for one in dataset_ids or () if one not in datasets]
     if unknown:

@@ -92,7 +92,7 @@ def listed_in_time(api: sly.Api, team_id: int, timeout_s: float) -> list[Experim
 
     def find() -> None:
         try:
-            found.append(_tried(partial(find_experiments, _asked_once(api), team_id)))
+            found.append(_tried(partial(find_experiments, asked_once(api), team_id)))
         except Exception as error:  # noqa: BLE001 - the SDK and its transport raise what they like
             logger.warning(
                 "The platform did not list the team's fine-tunes (%s: %s); they are missing on the "
@@ -373,7 +373,7 @@ def _is_written(part: Path) -> bool:
         return True
 
 
-def _asked_once(api: sly.Api) -> sly.Api:
+def asked_once(api: sly.Api) -> sly.Api:
     """The same platform for calls that are tried again here."""
     return sly.Api(api.server_address, api.token, retry_count=1, retry_sleep_sec=0)
 
@@ -393,7 +393,7 @@ def _tried(work: Callable[[], Result]) -> Result:
 
 def write_text(api: sly.Api, team_id: int, path: str, text: str) -> None:
     """A file of the team with this text; raises what the SDK raises where the platform fails."""
-    once = _asked_once(api)
+    once = asked_once(api)
     with TemporaryDirectory() as folder:
         local = Path(folder) / PurePosixPath(path).name
         local.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
@@ -402,7 +402,7 @@ def write_text(api: sly.Api, team_id: int, path: str, text: str) -> None:
 
 def read_text(api: sly.Api, team_id: int, path: str) -> str | None:
     """The text of one file of the team, None where there is none; otherwise as ``write_text``."""
-    once = _asked_once(api)
+    once = asked_once(api)
 
     def read() -> str | None:
         try:
@@ -475,7 +475,7 @@ def upload_experiment(
     experiment = experiment_of(read_training(folder / INFO_NAME), str(folder / INFO_NAME))
     artifacts = PurePosixPath(experiment.info.artifacts_dir)
     # Where the SDK tries again, it sends what is left of the body, nothing, and waits for ever.
-    once = _asked_once(api)
+    once = asked_once(api)
     infos = _tried(partial(_infos_in, once, team_id, artifacts))
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     files.sort(key=lambda path: path.name == INFO_NAME)

@@ -8,7 +8,7 @@ import json
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,16 +29,16 @@ from serve.scaling.plan import PLAN, Listing, Plan, PlannedImage, Source
 from serve.scaling.shards import (
     ATTEMPTS,
     COMMITTED,
+    RUN_NAME,
     SHARDS,
     Committed,
     Work,
-    committed_names,
+    committed_in,
     committed_numbers,
 )
 from serve.scaling.storage import Storage, StorageError, check_target, is_remote
 from serve.settings import Settings
 
-RUN_NAME: Final = "run.json"
 RUNS: Final = "runs"
 INDEX_NAME: Final = "shards.csv"
 DEFAULT_SHARD_SIZE: Final = 100
@@ -327,12 +327,6 @@ def _keep(
         manifest = manifest.ended(state, {"images": counts.images, **counts.outcomes}, error)
     text = json.dumps(manifest.to_json(), ensure_ascii=False, indent=2) + "\n"
     work.target.write(f"{RUNS}/{manifest.run}.json", text.encode("utf-8", "backslashreplace"))
-
-
-def committed_in(target: Storage) -> Iterator[Committed]:
-    """All shards that are committed, by their numbers."""
-    names = (f"{COMMITTED}/{name}" for name in committed_names(target))
-    return map(Committed.of_json, target.read_many(names))
 
 
 def _merged(target: Storage) -> Merged:

@@ -42,6 +42,7 @@ from serve.scaling.plan import PlannedImage, Shard
 from serve.scaling.storage import Storage, StorageError, read_address
 from serve.settings import Settings
 
+RUN_NAME: Final = "run.json"
 SHARDS: Final = "shards"
 COMMITTED: Final = "committed"
 ATTEMPTS: Final = "attempts"
@@ -171,6 +172,12 @@ def committed_shard(target: Storage, number: int) -> Committed | None:
     """What is noted of a shard that is done; None of another."""
     stored = target.read(committed_name(number))
     return None if stored is None else Committed.of_json(stored)
+
+
+def committed_in(target: Storage) -> Iterator[Committed]:
+    """All shards that are committed, by their numbers."""
+    names = (f"{COMMITTED}/{name}" for name in committed_names(target))
+    return map(Committed.of_json, target.read_many(names))
 
 
 def has_one_view(settings: Settings) -> bool:

@@ -153,6 +153,20 @@ class Storage:
                 if parent.is_relative_to(self._root):
                     sync_folder(parent)
 
+    def download(self, name: str, folder: Path) -> None:
+        """All files below ``name``, into a folder of this machine."""
+        files = [path for path in self._files(name) if _PART not in path]
+        top = self._path(name)
+        targets = [folder / path.removeprefix(top).strip("/") for path in files]
+        for parent in {target.parent for target in targets}:
+            parent.mkdir(parents=True, exist_ok=True)
+        with told(self.address), ThreadPoolExecutor(_READERS, thread_name_prefix="file") as pool:
+            list(pool.map(self._fs.get_file, files, map(str, targets)))
+
+    def _files(self, name: str) -> list[str]:
+        with told(self.address):
+            return [str(path) for path in self._fs.find(self._path(name))]
+
     def delete(self, name: str) -> None:
         """A file, or a folder with all in it; nothing where there is nothing."""
         with told(self.address), suppress(FileNotFoundError):

@@ -164,7 +164,8 @@ class PlatformDouble:
         if request.method == "GET":
             return dict(request.query_params)
         if request.headers.get("content-type", "").startswith("multipart/form-data"):
-            return await _uploaded(request)
+            is_image = request.path_params["method"] == "images.bulk.upload"
+            return await (_uploaded_images if is_image else _uploaded)(request)
         return json.loads(await request.body() or b"{}")
 
     def _answer_or_break(
@@ -275,6 +276,12 @@ async def _uploaded(request: Request) -> Json:
     return {"teamId": int(request.query_params["teamId"]), "files": files}
 
 
+async def _uploaded_images(request: Request) -> list[bytes]:
+    """Files of images as the SDK sends them, a part for each."""
+    async with request.form(max_files=10_000) as form:
+        return [await one.read() for one in form.values() if not isinstance(one, str)]
+
+
 def _copied(answer: requests.Response) -> Response:
     headers = {name: answer.headers[name] for name in ("Retry-After",) if name in answer.headers}
     kind = answer.headers.get("content-type")
@@ -282,6 +289,8 @@ def _copied(answer: requests.Response) -> Response:
 
 
 def _refusal(refused: Refused) -> Response:
-    details = {"type": refused.kind, "message": str(refused)}
+    details: Json = {"type": refused.kind, "message": str(refused)}
+    if refused.errors:
+        details["errors"] = refused.errors
     body = {"error": str(refused), "details": [details]}
     return JSONResponse(body, status_code=refused.status)

@@ -6,10 +6,14 @@ or Parts (images by id, sent as multipart); what it cannot do it refuses.
 
 from __future__ import annotations
 
+import base64
 import copy
+import hashlib
+import io
 from collections.abc import Callable
 from typing import Any
 
+from PIL import Image
 from platform_clients import CLIENT_METHODS
 from platform_production import PRODUCTION_METHODS
 from platform_state import (
@@ -94,15 +98,38 @@ def task_fields_set(state: PlatformState, payload: Json) -> Json:
     return DONE
 
 
+def images_upload(state: PlatformState, files: list[bytes]) -> list[Json]:
+    """Content that images are made of by its hash."""
+    answers: list[Json] = []
+    for content in files:
+        try:
+            with Image.open(io.BytesIO(content)) as opened:
+                opened.verify()
+        except OSError:
+            answers.append({"errors": ["It is no image."]})
+            continue
+        digest = base64.b64encode(hashlib.sha256(content).digest()).decode()
+        state.uploaded[digest] = content
+        answers.append({"hash": digest})
+    return answers
+
+
 def images_add(state: PlatformState, payload: Json) -> list[Json]:
-    by_hash = {image.hash: image.content for image in state.images.values()}
+    """All of them, or none where a name is taken."""
+    by_hash = {image.hash: image.content for image in state.images.values()} | state.uploaded
+    there = {image.name: image.id for image in state.images_of(payload["datasetId"])}
+    names = [item.get("title") or item["name"] for item in payload["images"]]
+    if taken := [{"name": name, "id": there[name]} for name in names if name in there]:
+        refused = Refused(f"Image {taken[0]['name']!r} already exists.", kind="NONUNIQUE")
+        refused.errors = taken
+        raise refused
     added = []
-    for item in payload["images"]:
+    for item, name in zip(payload["images"], names, strict=True):
         source, digest = item.get("imageId"), item.get("hash")
         content = state.image(source).content if source else by_hash.get(digest)
         if content is None:
             raise Refused(f"There is no image with hash {digest!r}.")
-        image = state.add_image(payload["datasetId"], item.get("title") or item["name"], content)
+        image = state.add_image(payload["datasetId"], name, content)
         image.meta = item.get("meta", {})
         added.append(image_json(state, image))
     return added
@@ -202,6 +229,12 @@ METHODS: dict[str, Callable[[PlatformState, Any], Any]] = {
         {key: state.image(key).content for key in asked["imageIds"]}
     ),
     "images.bulk.add": images_add,
+    "images.bulk.upload": images_upload,
+    "images.internal.hashes.list": lambda state, asked: [
+        digest
+        for digest in asked
+        if digest in state.uploaded or digest in {one.hash for one in state.images.values()}
+    ],
     "datasets.info": lambda state, asked: dataset_json(state, state.dataset(asked["id"])),
     "datasets.list": lambda state, asked: page(
         [

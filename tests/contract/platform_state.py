@@ -132,6 +132,7 @@ class PlatformState:
         self.projects: dict[int, Project] = {}
         self.datasets: dict[int, Dataset] = {}
         self.images: dict[int, StoredImage] = {}
+        self.uploaded: dict[str, bytes] = {}
         self.task_fields: Json = {}
         self.files: dict[str, StoredFile] = {}
         self.session = AppSession()
@@ -289,6 +290,7 @@ class Refused(Exception):  # noqa: N818
     def __init__(self, text: str, *, status: int = 400, kind: str = "VALIDATION") -> None:
         super().__init__(text)
         self.status, self.kind = status, kind
+        self.errors: list[Json] = []
 
 
 def check_team(team_id: Any) -> None:

@@ -14,9 +14,9 @@ from florence2.errors import DeviceLostError, RequestError
 from florence2.records import Failure
 from serve.labeling.undo import undo_in
 from serve.scaling.plan import PlannedImage, Shard
-from serve.scaling.run import committed_in
 from serve.scaling.shards import (
     commit_shard,
+    committed_in,
     committed_names,
     committed_numbers,
     committed_shard,

@@ -1,0 +1,362 @@
+"""Labeled images on their way into a project of the platform: files, labels, and whose they are."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from requests.exceptions import HTTPError
+
+from florence2.errors import GenerationCancelledError, RequestError
+from florence2.records import Failure
+from serve.console import say
+from serve.labeling.journal import JOURNAL_NAME, Entry, settled_entries
+from serve.labeling.project import DATASET, project_folder
+from serve.labeling.undo import runs_in
+from serve.platform.failures import failure_of
+from serve.platform.images import check_project_of_images
+from serve.platform.patience import Patience, PlatformAwayError
+from serve.platform.run_store import IMAGES, folder_of, keep_manifest, team_of
+from serve.platform.team_files import asked_once, write_text
+from serve.platform.upload import meta_lock, with_compatible_tags
+from serve.provenance import RUN_TAG, Manifest, Written, sort_labels
+from serve.sdk import sly
+
+# isort: split
+from supervisely.nn.inference.inference import update_meta_and_ann
+
+
+@dataclass(frozen=True, slots=True)
+class Uploaded:
+    """What became of a unit. ``added`` images are new on the platform, ``kept`` ones had labels or
+    tags there, ``labels`` were written; ``runs`` are images and labels by the run that made them.
+    """
+
+    names: Sequence[str] = ()
+    added: int = 0
+    kept: int = 0
+    labels: int = 0
+    runs: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    failures: Sequence[Sequence[str]] = ()
+
+    @classmethod
+    def of_json(cls, stored: bytes) -> Uploaded:
+        return cls(**json.loads(stored))
+
+
+class LabeledFolder:
+    """What ``florence2 label`` wrote for some images: their files, labels, and what was noted."""
+
+    def __init__(self, root: Path) -> None:
+        self._folder = project_folder(root) / DATASET
+        stored = (self._folder.parent / "meta.json").read_text("utf-8")
+        self.meta = sly.ProjectMeta.from_json(json.loads(stored))
+        self.entries = {one.name: one for one in settled_entries(root / JOURNAL_NAME)}
+        self.manifests = {one.run: one for one in runs_in(root)}
+        if str(self.meta.project_type or "images") != "images":
+            raise RequestError(
+                f"Labeled images are uploaded, and {str(root)!r} holds a video; upload its project "
+                "with the SDK, or label the video on the platform."
+            )
+
+    def image(self, name: str) -> Path:
+        return self._folder / "img" / name
+
+    def annotation(self, name: str) -> dict[str, Any]:
+        """Its JSON as it is now; OSError and ValueError."""
+        found = json.loads((self._folder / "ann" / f"{name}.json").read_text("utf-8"))
+        return dict(found)
+
+
+@dataclass(slots=True)
+class _Image:
+    """An image on its way: what it is here, then what it is there.
+
+    ``was_there`` is None until the platform has said so; ``is_kept``: it had labels there.
+    """
+
+    entry: Entry
+    path: Path
+    stored: dict[str, Any]
+    image_id: int = 0
+    was_there: bool | None = None
+    is_kept: bool = False
+    written: Written = field(default_factory=Written)
+
+    @property
+    def name(self) -> str:
+        return self.entry.name
+
+
+def _images_of(
+    folder: LabeledFolder, names: Collection[str]
+) -> tuple[list[_Image], dict[str, Failure]]:
+    """The images, and those whose files cannot be read."""
+    images: list[_Image] = []
+    failures: dict[str, Failure] = {}
+    for name in sorted(names):
+        try:
+            if not folder.image(name).is_file():
+                raise FileNotFoundError(f"its file {name!r} is gone")
+            stored = folder.annotation(name)
+            sly.Annotation.from_json(stored, folder.meta)
+        except (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            failures[name] = Failure(
+                "bad_annotation",
+                f"An image is uploaded with its annotation, and one of both cannot be read ({error}"
+                "); mend them or label the image again.",
+            )
+            continue
+        images.append(_Image(folder.entries[name], folder.image(name), stored))
+    return images, failures
+
+
+class PlatformTarget:
+    """The project that images go to."""
+
+    def __init__(self, api: sly.Api, project_id: int, should_stop: Callable[[], bool]) -> None:
+        check_project_of_images(api, project_id)
+        self._api, self._id = api, project_id
+        self._patience = Patience(partial(api.project.get_info_by_id, self._id), should_stop)
+        self._lock = threading.Lock()
+        self._datasets: dict[str, int] = {}
+        self._announced: dict[str, Manifest] = {}
+        self._team_id = team_of(api, self._id)
+
+    def upload(
+        self, folder: LabeledFolder, names: Collection[str], dataset: str, number: int
+    ) -> Uploaded:
+        """Brings these images and their labels, which are noted as part ``number`` of their runs.
+
+        Raises FlorenceError where going on makes no sense.
+        """
+        images, failures = _images_of(folder, names)
+        dataset_id = self._tried(partial(self._dataset_id, dataset))
+        for run in {one.entry.run for one in images}:
+            self._announce(folder.manifests.get(run))
+        failures |= self._each(images, partial(self._bring, dataset_id, folder))
+        brought = [one for one in images if one.name not in failures]
+        runs: dict[str, Counter[str]] = {}
+        for one in brought:
+            counts = {"images": 1, one.entry.state: 1, "labels": len(one.written.labels)}
+            runs.setdefault(one.entry.run, Counter()).update(counts)
+        runs.pop("", None)
+        for run in runs:
+            lines = [_line(one, dataset_id) for one in brought if one.entry.run == run]
+            self._keep_lines(run, number, lines)
+        return Uploaded(
+            [one.name for one in brought],
+            added=sum(not one.was_there for one in brought),
+            kept=sum(one.is_kept for one in brought),
+            labels=sum(len(one.stored.get("objects", ())) for one in brought if not one.is_kept),
+            runs={run: dict(counts) for run, counts in runs.items()},
+            failures=[(name, one.code, one.message) for name, one in failures.items()],
+        )
+
+    def ended(self, units: Collection[Uploaded]) -> None:
+        """Notes of the runs what all these are together; only where no other part of them can have
+        come to the platform."""
+        for run, manifest in self._announced.items():
+            counts: Counter[str] = Counter()
+            for unit in units:
+                counts.update(unit.runs.get(run, {}))
+            self._keep_manifest(replace(manifest, counts=dict(counts)))
+
+    def _dataset_id(self, name: str) -> int:
+        with self._lock:
+            if name not in self._datasets:
+                try:
+                    found = self._api.dataset.get_or_create(self._id, name)
+                except HTTPError:
+                    # Another machine has made it meanwhile, or the SDK's own first try.
+                    found = self._api.dataset.get_info_by_name(self._id, name)
+                    if found is None:
+                        raise
+                self._datasets[name] = found.id
+            return self._datasets[name]
+
+    def _announce(self, manifest: Manifest | None) -> None:
+        """Before any label of a run is there; without counts it says that some may be missing."""
+        if manifest is None:
+            return
+        with self._lock:
+            if manifest.run in self._announced:
+                return
+            manifest = replace(manifest, mode="upload", counts={}, fingerprint=None)
+            self._announced[manifest.run] = manifest
+        self._keep_manifest(manifest)
+
+    def _keep_manifest(self, manifest: Manifest) -> None:
+        try:
+            self._tried(partial(keep_manifest, self._api, self._id, manifest))
+        except Exception as error:  # noqa: BLE001  (the SDK and its transport raise anything)
+            say(f"Run {manifest.run} is not noted in project {self._id}: {error!r}")
+
+    def _each(
+        self, images: Sequence[_Image], bring: Callable[[Sequence[_Image]], None]
+    ) -> dict[str, Failure]:
+        """All together and, where that fails, one by one; why which one failed."""
+        if not images:
+            return {}
+        try:
+            self._tried(partial(bring, images))
+        except Exception as error:  # noqa: BLE001  (the SDK and its transport raise anything)
+            self._check_goes_on(error)
+            sly.logger.debug(f"{len(images)} images cannot be uploaded together: {error!r}")
+        else:
+            return {}
+        failures: dict[str, Failure] = {}
+        for one in images:
+            try:
+                self._tried(partial(bring, [one]))
+            except Exception as error:  # noqa: BLE001  (as above)
+                self._check_goes_on(error)
+                failures[one.name] = failure_of(error, "It cannot be uploaded", "upload_failed")
+        return failures
+
+    def _check_goes_on(self, error: Exception) -> None:
+        """Raises what ends an upload, such as a project that was deleted meanwhile."""
+        if isinstance(error, PlatformAwayError | GenerationCancelledError):
+            raise error
+        self._tried(partial(check_project_of_images, self._api, self._id))
+
+    def _tried(self, work: Callable[[], Any]) -> Any:  # noqa: ANN401 - what the work gives
+        return self._patience.tried(work)
+
+    def _bring(self, dataset_id: int, folder: LabeledFolder, images: Sequence[_Image]) -> None:
+        """Images that are not there, and labels where none are. It can be done again."""
+        names = [one.name for one in images]
+        there = self._stored(dataset_id, names)
+        for one in images:
+            if one.was_there is None:
+                one.was_there = one.name in there
+            if one.name in there:
+                _check_same(one, there[one.name])
+        if new := [one for one in images if one.name not in there]:
+            # Where the SDK tries again, it sends what is left of the body, and waits for ever.
+            found = asked_once(self._api).image.upload_paths(
+                dataset_id,
+                [one.name for one in new],
+                [str(one.path) for one in new],
+                # Another machine may have brought them meanwhile.
+                conflict_resolution="skip",
+            )
+            there |= _by_name(found, names)
+        for one in images:
+            one.image_id = there[one.name].id
+        self._label(dataset_id, folder, images, new)
+
+    def _stored(self, dataset_id: int, names: Sequence[str]) -> dict[str, sly.ImageInfo]:
+        wanted = [{"field": "name", "operator": "in", "value": list(names)}]
+        return _by_name(self._api.image.get_list(dataset_id, filters=wanted), names)
+
+    def _label(
+        self,
+        dataset_id: int,
+        folder: LabeledFolder,
+        images: Sequence[_Image],
+        new: Sequence[_Image],
+    ) -> None:
+        before = [one for one in images if one not in new]
+        ids = [one.image_id for one in before]
+        stored = self._api.annotation.download_json_batch(dataset_id, ids) if ids else []
+        has_labels = {
+            one.name
+            for one, annotation in zip(before, stored, strict=True)
+            if annotation.get("objects") or annotation.get("tags")
+        }
+        fitted = self._fitted([sly.Annotation.from_json(one.stored, folder.meta) for one in images])
+        wanted: list[tuple[int, sly.Annotation]] = []
+        for one, annotation in zip(images, fitted, strict=True):
+            one.is_kept = bool(one.was_there) and one.name in has_labels
+            one.written = self._written(one, annotation, folder)
+            if one.name not in has_labels and (annotation.labels or annotation.img_tags):
+                wanted.append((one.image_id, annotation))
+        if wanted:
+            self._api.annotation.upload_anns(*map(list, zip(*wanted, strict=True)))
+
+    def _fitted(self, annotations: Sequence[sly.Annotation]) -> list[sly.Annotation]:
+        """Under the names that the project has for classes and tags, which it is given as far as
+        it lacks them."""
+        with meta_lock:
+            meta = known = sly.ProjectMeta.from_json(self._api.project.get_meta(self._id))
+            fitted = []
+            for one in annotations:
+                meta, renamed, _ = update_meta_and_ann(meta, with_compatible_tags(one, meta))
+                fitted.append(renamed)
+            if meta is not known:
+                self._api.project.update_meta(self._id, meta)
+        return fitted
+
+    def _written(self, image: _Image, fitted: sly.Annotation, folder: LabeledFolder) -> Written:
+        """What its run made of an image and nobody changed here, as it is on the platform."""
+        entry, manifest = image.entry, self._announced.get(image.entry.run)
+        if manifest is None:
+            return Written()
+        before = folder.manifests[entry.run].run_tag
+        made = Written(tuple(entry.labels), tuple(entry.image_tags))
+        ours = sort_labels(image.stored, entry.run, before, made)
+        run_tag = manifest.run_tag
+        if before is not None and (found := _run_tag_of(fitted, entry.run)) not in (None, run_tag):
+            run_tag = found
+            with self._lock:
+                self._announced[entry.run] = replace(manifest, run_tag=found)
+            self._keep_manifest(self._announced[entry.run])
+        all_of_it = Written.of(fitted.to_json(), run_tag)
+        return Written(
+            tuple(all_of_it.labels[at] for at in ours.unchanged),
+            tuple(all_of_it.image_tags[at] for at in ours.image_tags),
+        )
+
+    def _keep_lines(self, run: str, number: int, lines: Sequence[str]) -> None:
+        path = f"{folder_of(self._id, run)}{IMAGES}{number:06}.jsonl"
+        text = "\n".join(lines) + "\n"
+        self._tried(lambda: write_text(self._api, self._team_id, path, text))
+
+
+def _by_name(infos: Sequence[sly.ImageInfo], names: Collection[str]) -> dict[str, sly.ImageInfo]:
+    """By the names that images have on the platform: the SDK adds what it takes for the right
+    extension to those of others."""
+    wanted = set(names)
+    found = {}
+    for info in infos:
+        name = info.name if info.name in wanted else info.name.removesuffix(f".{info.ext}")
+        if name in wanted:
+            found[name] = info
+    return found
+
+
+def _check_same(image: _Image, there: sly.ImageInfo) -> None:
+    """RequestError where the image that has this name on the platform is another one."""
+    if there.hash != sly.fs.get_file_hash(str(image.path)):
+        raise RequestError(
+            f"One name in a dataset is one image, and {image.name!r} is another image there; "
+            "choose another --dataset."
+        )
+
+
+def _run_tag_of(annotation: sly.Annotation, run: str) -> str | None:
+    """What the tag with the run's id is called."""
+    for label in annotation.labels:
+        for tag in label.tags:
+            if tag.value == run and tag.meta.name.startswith(RUN_TAG.name):
+                return str(tag.meta.name)
+    return None
+
+
+def _line(image: _Image, dataset_id: int) -> str:
+    line = {
+        "image_id": image.image_id,
+        "name": image.name,
+        "outcome": image.entry.state,
+        "dataset_id": dataset_id,
+        "labels": image.written.labels,
+        "image_tags": image.written.image_tags,
+    }
+    return json.dumps(line, ensure_ascii=False)

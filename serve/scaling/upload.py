@@ -1,0 +1,281 @@
+"""``florence2 upload``: labeled images of a folder or a bucket, into a project of the platform.
+
+What is uploaded is noted beside the labels, so that whoever goes on knows what is left. What the
+platform has already stays as it is there.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import TracebackType
+from typing import Final
+
+from florence2.errors import GenerationCancelledError
+from florence2.records import Failure
+from serve.labeling.files import OutputError
+from serve.labeling.journal import is_output
+from serve.labeling.platform_project import ended_in_time, logged_as_lines
+from serve.labeling.progress import progress_bar, stop_on_signals
+from serve.platform.failures import failure_of
+from serve.scaling.platform_target import LabeledFolder, PlatformTarget, Uploaded
+from serve.scaling.shards import RUN_NAME, Committed, committed_in
+from serve.scaling.storage import Storage
+from serve.sdk import sly
+
+UPLOADED: Final = "uploaded"
+_UNIT: Final = 100
+_UNITS_IN_DATASET: Final = 100
+_THREADS: Final = 4
+_SDK_RETRIES: Final = 3
+_SHOWN_FAILURES: Final = 5
+_INTERRUPTED: Final = 130
+_DEFAULT_DATASET: Final = "florence2"
+
+
+@dataclass(frozen=True, slots=True)
+class UploadJob:
+    """What ``florence2 label`` wrote to ``labeled``, and the project that it goes to.
+
+    ``dataset`` is the name of the first dataset there. ``is_again``: also what was uploaded before.
+    """
+
+    labeled: str
+    project_id: int
+    dataset: str | None = None
+    is_again: bool = False
+    arguments: tuple[str, ...] = ()
+
+    def dataset_name(self, number: int) -> str:
+        """Of the dataset with this number: 10,000 images of a folder are in one."""
+        name = self.dataset or self.labeled.rstrip("/").rsplit("/", 1)[-1] or _DEFAULT_DATASET
+        return name if number == 0 else f"{name}-{number + 1}"
+
+    def command(self) -> str:
+        """The command line that goes on with it."""
+        words = [word for word in self.arguments if word != "--again"]
+        return shlex.join(["florence2", *words])
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Images that are uploaded and noted together: a shard in its folder, or part of a folder.
+
+    ``names`` of None: all images of ``folder``, which is below what was labeled.
+    """
+
+    number: int
+    folder: str = ""
+    names: frozenset[str] | None = None
+
+
+@dataclass(slots=True)
+class UploadReport:
+    """The end of an upload: of the ``total`` images that were left ``done`` were looked at."""
+
+    project_id: int
+    total: int
+    done: int = 0
+    added: int = 0
+    kept: int = 0
+    labels: int = 0
+    runs: Counter[str] = field(default_factory=Counter)
+    failures: list[tuple[str, Failure]] = field(default_factory=list)
+    error: str | None = None
+    is_interrupted: bool = False
+
+    def add(self, unit: Uploaded) -> None:
+        self.done += len(unit.names) + len(unit.failures)
+        self.added += unit.added
+        self.kept += unit.kept
+        self.labels += unit.labels
+        self.runs.update({run: counts.get("labels", 0) for run, counts in unit.runs.items()})
+        self.failures += [(name, Failure(*told)) for name, *told in unit.failures]
+
+    @property
+    def exit_code(self) -> int:
+        """0 all fine, 1 some failed, 2 nothing could be done, 130 interrupted."""
+        if self.is_interrupted:
+            return _INTERRUPTED
+        if not self.failures and self.error is None:
+            return 0
+        return 1 if self.done > len(self.failures) else 2
+
+    def lines(self, job: UploadJob) -> list[str]:
+        """For a terminal."""
+        lines = [] if self.error is None else [f"Stopped early: {self.error}"]
+        kept = f", {self.kept} had labels there and stay as they are" if self.kept else ""
+        lines.append(
+            f"{self.added} images and {self.labels} labels uploaded to project {self.project_id}"
+            f"{kept}, {len(self.failures)} failed."
+        )
+        lines += [f"  {name}: {one.message}" for name, one in self.failures[:_SHOWN_FAILURES]]
+        if len(self.failures) > _SHOWN_FAILURES:
+            lines.append(f"  ... and {len(self.failures) - _SHOWN_FAILURES} more")
+        for run in sorted(self.runs):
+            lines.append(
+                f"Take the labels of run {run} back with: florence2 undo {self.project_id} "
+                f"--run {run}"
+            )
+        if self.done < self.total or self.failures:
+            left = self.total - self.done
+            what = f"{left} images are still to upload" if left else "Some failed"
+            lines += [f"{what}; go on with:", job.command()]
+        elif not self.total:
+            lines.append("All images were uploaded before; --again looks at them again.")
+        return lines
+
+
+def upload_labeled(api: sly.Api, job: UploadJob) -> UploadReport:
+    """Uploads what is left to upload, and says how that went.
+
+    RequestError for what is not labeled, or a project that it cannot go to.
+    """
+    with stop_on_signals() as stop, ended_in_time(stop), logged_as_lines():
+        uploads = Uploads(api, job, stop)
+        units = list(uploads.units_left())
+        report = UploadReport(job.project_id, sum(uploads.size_of(unit) for unit in units))
+        with progress_bar(report.total, "Uploading") as advance:
+
+            def done(unit: Uploaded) -> None:
+                report.add(unit)
+                advance(len(unit.names) + len(unit.failures))
+
+            with stop.after_batch(), uploads:
+                for unit in units:
+                    uploads.add(unit)
+                report.error = uploads.finish(done)
+        report.is_interrupted = stop.pulled and report.done < report.total
+    return report
+
+
+class Uploads:
+    """Uploads units, a few at the same time; a context around that work."""
+
+    def __init__(self, api: sly.Api, job: UploadJob, should_stop: Callable[[], bool]) -> None:
+        # An upload waits for a platform that is away in a way that Ctrl-C ends; the SDK does not.
+        api.retry_count = min(api.retry_count, _SDK_RETRIES)
+        self._target = Storage(job.labeled)
+        self._shards = _shards_in(self._target)
+        self._folder = None if self._shards is not None else _folder_of(self._target)
+        self._job = job
+        self._should_stop = should_stop
+        self._known = {} if job.is_again else self._noted()
+        self._platform = PlatformTarget(api, job.project_id, should_stop)
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="upload")
+        self._pending: list[Future[Uploaded]] = []
+        self._has_failed = threading.Event()
+
+    def units_left(self) -> Iterator[Unit]:
+        """What was labeled and is not uploaded, or failed to be."""
+        if self._shards is not None:
+            for number, one in self._shards.items():
+                known = self._known.get(number)
+                if known is None or known.failures:
+                    yield Unit(number, one.folder)
+            return
+        done = {name for unit in self._known.values() for name in unit.names}
+        left = [name for name in (self._folder.entries if self._folder else ()) if name not in done]
+        first = max(self._known, default=-1) + 1
+        for number, begin in enumerate(range(0, len(left), _UNIT), first):
+            yield Unit(number, names=frozenset(left[begin : begin + _UNIT]))
+
+    def size_of(self, unit: Unit) -> int:
+        """Images of a unit."""
+        if unit.names is not None:
+            return len(unit.names)
+        shard = (self._shards or {})[unit.number]
+        return shard.labeled + shard.empty
+
+    def add(self, unit: Unit) -> None:
+        """Uploads it as soon as there is a thread for it."""
+        self._pending.append(self._threads.submit(self._upload, unit))
+
+    def finish(self, done: Callable[[Uploaded], None]) -> str | None:
+        """Waits for all of them; a sentence where something ended the upload."""
+        error: str | None = None
+        while self._pending:
+            try:
+                done(self._pending.pop(0).result())
+            except GenerationCancelledError:
+                continue
+            except Exception as raised:  # noqa: BLE001  (the SDK and its transport raise anything)
+                error = error or failure_of(raised, "The upload ended").message
+        units = {**self._known, **self._noted()}.values()
+        if error is None and not any(unit.failures for unit in units):
+            self._platform.ended(units)
+        return error
+
+    def __enter__(self) -> Uploads:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._has_failed.set()
+        self._threads.shutdown(cancel_futures=True)
+
+    def _upload(self, unit: Unit) -> Uploaded:
+        if self._should_stop() or self._has_failed.is_set():
+            raise GenerationCancelledError("The upload was stopped.")
+        try:
+            with self._on_disk(unit) as folder:
+                names = folder.entries if unit.names is None else unit.names
+                dataset = self._job.dataset_name(unit.number // _UNITS_IN_DATASET)
+                uploaded = self._platform.upload(folder, list(names), dataset, unit.number)
+            note = json.dumps(asdict(uploaded), ensure_ascii=False) + "\n"
+            self._target.write(self._note_name(unit.number), note.encode("utf-8"))
+        except BaseException:
+            self._has_failed.set()
+            raise
+        return uploaded
+
+    @contextmanager
+    def _on_disk(self, unit: Unit) -> Iterator[LabeledFolder]:
+        if self._folder is not None:
+            yield self._folder
+        elif (local := self._target.local) is not None:
+            yield LabeledFolder(local / unit.folder)
+        else:
+            with TemporaryDirectory(prefix="florence2-") as copy:
+                self._target.download(unit.folder, Path(copy))
+                yield LabeledFolder(Path(copy))
+
+    def _note_name(self, number: int) -> str:
+        return f"{UPLOADED}/{self._job.project_id}/{number:06}.json"
+
+    def _noted(self) -> dict[int, Uploaded]:
+        folder = f"{UPLOADED}/{self._job.project_id}"
+        names = [name for name in self._target.names(folder) if name.endswith(".json")]
+        stored = self._target.read_many(f"{folder}/{name}" for name in names)
+        return {
+            int(Path(name).stem): Uploaded.of_json(one)
+            for name, one in zip(names, stored, strict=True)
+        }
+
+
+def _shards_in(target: Storage) -> dict[int, Committed] | None:
+    """By their numbers; None where labels are not in shards."""
+    if target.read(RUN_NAME) is None:
+        return None
+    return {one.shard: one for one in committed_in(target)}
+
+
+def _folder_of(target: Storage) -> LabeledFolder:
+    if target.local is None or not is_output(target.local):
+        raise OutputError(
+            f"What florence2 label wrote is uploaded, and {target.address!r} is nothing of that "
+            "kind; give what was given to it as --out."
+        )
+    return LabeledFolder(target.local)
