@@ -3,10 +3,10 @@ platform gets its labels there."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple
 
 import typer
 from typer.core import TyperCommand
@@ -149,8 +149,8 @@ Project = Annotated[
     typer.Option(
         metavar="ID",
         min=1,
-        help="In place of IMAGES and --out: a project of the platform of SERVER_ADDRESS and "
-        "API_TOKEN; run again to go on with it.",
+        help="In place of IMAGES: a project of the platform of SERVER_ADDRESS and API_TOKEN, "
+        "labeled where it is; run again to go on with it. With --ray also into --out.",
     ),
 ]
 Datasets = Annotated[
@@ -170,12 +170,22 @@ Again = Annotated[
     bool, typer.Option("--again", help="Of a project: begin anew, whatever earlier runs did.")
 ]
 
+UploadTo = Annotated[
+    int | None,
+    typer.Option(
+        metavar="ID",
+        min=1,
+        help="Then upload images and labels into this project, as florence2 upload does.",
+    ),
+]
+
 _FOR_RAY: Final = "is for a run on a Ray cluster; add --ray ADDRESS"
 _NOT_FOR_RAY: Final = "is for a run on one machine and not for --ray"
-_FOR_PROJECTS: Final = ("dataset", "upload_mode", "again")
+_IN_PLACE: Final = ("upload_mode", "again")
 _FOR_FILES: Final = (
     "images",
     "out",
+    "upload_to",
     "recursive",
     "link",
     "coco",
@@ -218,6 +228,7 @@ def label(
     context: typer.Context,
     images: Images = None,
     out: Out = None,
+    upload_to: UploadTo = None,
     project: Project = None,
     dataset: Datasets = None,
     upload_mode: Mode = None,
@@ -260,7 +271,8 @@ def label(
 ) -> None:
     """Label a folder of images, or a video, into a Supervisely project on disk, or a project of the
     platform; stop and go on at will."""
-    _check_options(context, is_project=project is not None)
+    is_in_place = project is not None and out is None
+    _check_options(context, is_in_place=is_in_place, is_of_project=project is not None)
     from serve.labeling.settings import label_settings
     from serve.limits import FailureLimit
 
@@ -277,11 +289,11 @@ def label(
         tiling=tiling,
         num_beams=num_beams,
         max_new_tokens=max_new_tokens,
-        is_for_folders=project is None,
+        is_for_folders=not is_in_place,
     )
     failure_limit = FailureLimit.parse(max_failures)
     first, others = first_and_others(device, devices)
-    if project is not None:
+    if project is not None and out is None:
         from serve.labeling.platform_project import DEFAULT_MODE, ProjectJob
 
         project_job = ProjectJob(
@@ -296,28 +308,20 @@ def label(
         load = partial(_loaded, model, first, runtime, precision, others)
         if ray is None:
             _check_left_out({"--workers": workers, "--worker-cores": worker_cores}, _FOR_RAY)
-            raise typer.Exit(_labeled_project(settings, project_job, load).exit_code)
-        _check_left_out({"--devices": devices}, _NOT_FOR_RAY)
-        from serve.scaling.cluster import check_device, connected, project_workers
-
-        check_device(device)
-        with connected(ray):
-            start = partial(
-                project_workers,
-                load,
-                settings.model,
-                is_on_cpu=device == "cpu",
-                most=workers,
-                cores=worker_cores or 1,
-            )
-            report = _labeled_project(settings, project_job, start)
-        raise typer.Exit(report.exit_code)
+        else:
+            _check_left_out({"--devices": devices}, _NOT_FOR_RAY)
+        cluster = None if ray is None else _Cluster(ray, device, workers, worker_cores or 1)
+        raise typer.Exit(_labeled_project(settings, project_job, load, cluster).exit_code)
+    if project is not None:
+        images = _address_of(project, dataset or (), ray)
     if images is None or out is None:
         raise RequestError(
             "A folder of images, or a video, is labeled into another folder: name both, as in "
             "florence2 label photos --out labeled; or name a project of the platform with "
             "--project."
         )
+    if upload_to is not None:
+        _check_can_upload(images, upload_to)
     from serve.labeling.run import Job, ModelSource
 
     job = Job(
@@ -345,7 +349,8 @@ def label(
     scaling = {"--shard-size": shard_size, "--workers": workers, "--worker-cores": worker_cores}
     if ray is None:
         _check_left_out(scaling, _FOR_RAY)
-        raise typer.Exit(_labeled(settings, job, source, every, from_, to).exit_code)
+        report = _labeled(settings, job, source, every, from_, to)
+        raise typer.Exit(_ended(report.exit_code, out, upload_to))
     _check_left_out(video | {"--devices": devices}, _NOT_FOR_RAY)
     from serve.scaling.run import DEFAULT_SHARD_SIZE, ScaledJob, label_on_cluster
 
@@ -359,7 +364,45 @@ def label(
         worker_cores=worker_cores or 1,
         device=device,
     )
-    raise typer.Exit(label_on_cluster(settings, scaled, source).exit_code)
+    raise typer.Exit(_ended(label_on_cluster(settings, scaled, source).exit_code, out, upload_to))
+
+
+def _address_of(project: int, datasets: Sequence[str], ray: str | None) -> str:
+    """A project of the platform as the source of labels that go elsewhere; RequestError."""
+    if ray is None:
+        raise RequestError(
+            "Images of a project are labeled into a folder by the workers of --ray; add --ray "
+            "local for this machine alone, or leave --out out to label the project itself."
+        )
+    from serve.scaling.platform_source import project_address
+
+    return project_address(project, datasets)
+
+
+def _check_can_upload(images: str, project_id: int) -> None:
+    """RequestError before anything is labeled rather than after it."""
+    from serve.cli.loading import platform_failures_told
+    from serve.platform.images import check_project_of_images
+    from serve.platform.team_files import api_of_environment
+    from serve.video.frames import is_video
+
+    if is_video(Path(images)) and not Path(images).is_dir():
+        raise RequestError(
+            f"Labeled images are uploaded, and {images!r} is a video; leave --upload-to out, or "
+            "label the video on the platform."
+        )
+
+    with platform_failures_told():
+        check_project_of_images(api_of_environment(), project_id)
+
+
+def _ended(labeled: int, out: str, upload_to: int | None) -> int:
+    """The exit code, after what was labeled was uploaded too if it is to be."""
+    if upload_to is None or labeled not in (0, 1):
+        return labeled
+    from serve.cli.upload import upload_labels
+
+    return max(labeled, upload_labels(out, upload_to))
 
 
 def _check_left_out(options: Mapping[str, object], rule: str) -> None:
@@ -368,17 +411,28 @@ def _check_left_out(options: Mapping[str, object], rule: str) -> None:
             raise RequestError(f"{option} {rule}; leave {option} out.")
 
 
-def _check_options(context: typer.Context, *, is_project: bool) -> None:
-    """RequestError for an option of folders beside a project, or of projects beside a folder."""
-    for name in _FOR_FILES if is_project else _FOR_PROJECTS:
+def _check_options(context: typer.Context, *, is_in_place: bool, is_of_project: bool) -> None:
+    """RequestError for options of what is labeled in place beside others, or the other way round.
+
+    ``--dataset`` is for both, but needs a project.
+    """
+    for name in _FOR_FILES if is_in_place else _IN_PLACE:
         if _is_given(context, name):
             named = "IMAGES" if name == "images" else "--" + name.rstrip("_").replace("_", "-")
             raise RequestError(
-                f"{named} is not for a project of the platform, and --project was given; leave out "
-                "one of both."
-                if is_project
-                else f"{named} is for a project of the platform; name it with --project."
+                f"{named} is not for a project of the platform, and --project was given without "
+                "--out; leave out one of both."
+                if is_in_place
+                else f"{named} is for a project that is labeled where it is; name it with "
+                "--project, and leave --out out."
             )
+    if is_of_project and _is_given(context, "images"):
+        raise RequestError(
+            "IMAGES and --project both name what is labeled; leave out one of both, or name the "
+            "project that labels are to go to with --upload-to."
+        )
+    if not is_of_project and _is_given(context, "dataset"):
+        raise RequestError("--dataset is for a project of the platform; name it with --project.")
 
 
 def _mode(named: str) -> UploadMode:
@@ -391,7 +445,37 @@ def _mode(named: str) -> UploadMode:
     raise RequestError(unknown_name("--upload-mode", named, known))
 
 
+class _Cluster(NamedTuple):
+    """What of a Ray cluster labels a project."""
+
+    address: str
+    device: str
+    workers: int | None
+    worker_cores: int
+
+
 def _labeled_project(
+    settings: Settings, job: ProjectJob, load: Callable[[], ProjectModel], cluster: _Cluster | None
+) -> ProjectReport:
+    """Here, or by the workers of a cluster."""
+    if cluster is None:
+        return _labeled_in_place(settings, job, load)
+    from serve.scaling.cluster import check_device, connected, project_workers
+
+    check_device(cluster.device)
+    with connected(cluster.address):
+        start = partial(
+            project_workers,
+            load,
+            settings.model,
+            is_on_cpu=cluster.device == "cpu",
+            most=cluster.workers,
+            cores=cluster.worker_cores,
+        )
+        return _labeled_in_place(settings, job, start)
+
+
+def _labeled_in_place(
     settings: Settings, job: ProjectJob, load: Callable[[], ProjectModel]
 ) -> ProjectReport:
     from serve.cli.loading import platform_failures_told

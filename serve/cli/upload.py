@@ -39,20 +39,26 @@ def register(app: typer.Typer) -> None:
 
 
 def upload(
-    context: typer.Context,
     labeled: Source,
     project: Project,
     dataset: Dataset = None,
     again: Again = False,
 ) -> None:
     """Upload labeled images into a project of the platform; run again to go on."""
+    raise typer.Exit(upload_labels(labeled, project, dataset, is_again=again))
+
+
+def upload_labels(
+    labeled: str, project: int, dataset: str | None = None, *, is_again: bool = False
+) -> int:
+    """Uploads and says how that went; the exit code."""
     from serve.cli.loading import platform_failures_told
     from serve.platform.team_files import api_of_environment
     from serve.scaling.upload import UploadJob, upload_labeled
 
-    job = UploadJob(labeled, project, dataset, again, tuple(context.obj or ()))
+    job = UploadJob(labeled, project, dataset, is_again)
     with platform_failures_told():
         report = upload_labeled(api_of_environment(), job)
     for line in report.lines(job):
         say(line)
-    raise typer.Exit(report.exit_code)
+    return report.exit_code

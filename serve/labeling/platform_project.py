@@ -209,7 +209,7 @@ def label_project(
     # The run waits for a platform that is away in a way that Ctrl-C ends; the SDK does not.
     api.retry_count = min(api.retry_count, _SDK_RETRIES)
     with stop_on_signals() as stop, ended_in_time(stop), logged_as_lines():
-        dataset_ids = _datasets_of(api, job)
+        dataset_ids = _dataset_ids_of(api, job)
         request = CommandRequest(stop)
         model = load()
         services = RunServices(
@@ -283,29 +283,32 @@ def _said_of_earlier(earlier: Manifest, num_before: int, num_pending: int) -> st
     )
 
 
-def _datasets_of(api: sly.Api, job: ProjectJob) -> list[int] | None:
-    """The ids of the datasets that were named; None for all of them. RequestError."""
+def _dataset_ids_of(api: sly.Api, job: ProjectJob) -> list[int] | None:
+    """None for all of them."""
     if api.project.get_info_by_id(job.project_id) is None:
         raise NotFoundError(
             f"Project {job.project_id} does not exist or is not visible to this account; check "
             "the id."
         )
-    if not job.datasets:
-        return None
-    rows = {row.id: row for row in api.dataset.get_list(job.project_id, recursive=True)}
+    return list(datasets_of(api, job.project_id, job.datasets)) if job.datasets else None
+
+
+def datasets_of(api: sly.Api, project_id: int, named: Sequence[str] = ()) -> dict[int, str]:
+    """The paths of a project's datasets by their ids, or of those that are named; RequestError."""
+    rows = {row.id: row for row in api.dataset.get_list(project_id, recursive=True)}
     paths = {key: _path_of(key, rows) for key in rows}
-    found: dict[int, None] = {}
-    for named in job.datasets:
-        fitting = [key for key, row in rows.items() if named in (row.name, paths[key])]
-        if not fitting and named.isdecimal() and int(named) in rows:
-            fitting = [int(named)]
+    found: dict[int, str] = {}
+    for name in named:
+        fitting = [key for key, row in rows.items() if name in (row.name, paths[key])]
+        if not fitting and name.isdecimal() and int(name) in rows:
+            fitting = [int(name)]
         if not fitting:
             known = ", ".join(sorted(paths.values())[:10]) or "none"
             raise RequestError(
-                f"Project {job.project_id} has no dataset {named!r}; choose from its own: {known}."
+                f"Project {project_id} has no dataset {name!r}; choose from its own: {known}."
             )
-        found |= dict.fromkeys(fitting)
-    return list(found)
+        found |= {key: paths[key] for key in fitting}
+    return found if named else paths
 
 
 def _path_of(dataset_id: int, rows: Mapping[int, Any]) -> str:

@@ -31,6 +31,7 @@ from serve.labeling.images import (
     project_name,
 )
 from serve.labeling.run import check_images
+from serve.scaling.platform_source import check_project, is_project, project_images
 from serve.scaling.storage import Storage, is_remote, listed, opened, told
 
 COLUMN: Final = "image"
@@ -80,19 +81,24 @@ class Listing:
 
 
 class Source:
-    """Images by their addresses: a folder of a disk or a store, or a table with a column ``image``.
+    """Images by their addresses: a folder of a disk or a store, a table with a column ``image``, or
+    a project of the platform.
 
     ``skip`` is the address of the labels, which may lie in the folder.
     """
 
     def __init__(self, address: str, *, recursive: bool, skip: str) -> None:
         self.address = address
-        self.is_table = address.lower().endswith(_TABLES)
+        self.is_project = is_project(address)
+        self.is_table = not self.is_project and address.lower().endswith(_TABLES)
         self._recursive = recursive
         self._skip = skip
 
     def check(self) -> None:
         """RequestError for a source that is not there, or that holds nothing to label."""
+        if self.is_project:
+            check_project(self.address)
+            return
         if not self.is_table and not is_remote(self.address):
             check_images(Path(self.address), Path(self._skip), recursive=self._recursive)
             return
@@ -118,6 +124,9 @@ class Source:
         """
         if self.is_table:
             yield from _behind(self._rows(findings), after, self.address, findings)
+        elif self.is_project:
+            of_project = (PlannedImage(*one) for one in project_images(self.address, findings))
+            yield from _behind(of_project, after, self.address, findings)
         elif is_remote(self.address):
             yield from self._stored(findings, after)
         else:

@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
+import fsspec
 from fsspec.core import url_to_fs
 
 from florence2.errors import FlorenceError, RequestError
@@ -28,6 +29,10 @@ _READERS: Final = 64
 _PASSWORD: Final = re.compile(r"://[^/]*:[^/]*@")
 # In these fsspec sees a pattern, also where it deletes.
 _PATTERN: Final = re.compile(r"[*?\[\]]")
+
+
+PLATFORM: Final = "supervisely"
+fsspec.register_implementation(PLATFORM, "serve.scaling.platform_source.PlatformFiles")
 
 
 class StorageError(FlorenceError):
@@ -201,7 +206,13 @@ def opened(address: str) -> tuple[Any, str]:
 
 
 def check_target(address: str) -> None:
-    """RequestError for a folder of a store that could not be deleted from without harm."""
+    """RequestError for a folder of a store that could not be deleted from without harm, and for a
+    project of the platform, which takes no files."""
+    if address.startswith(f"{PLATFORM}://"):
+        raise RequestError(
+            f"Labels go into a folder of a disk or a store, and {address!r} is a project; choose "
+            "another --out, and name the project they are to go to with --upload-to."
+        )
     if is_remote(address) and _PATTERN.search(address):
         raise RequestError(
             f"Labels go into a folder of a store whose address has none of * ? [ ] and got "

@@ -52,7 +52,6 @@ class UploadJob:
     project_id: int
     dataset: str | None = None
     is_again: bool = False
-    arguments: tuple[str, ...] = ()
 
     def dataset_name(self, number: int) -> str:
         """Of the dataset with this number: 10,000 images of a folder are in one."""
@@ -61,8 +60,8 @@ class UploadJob:
 
     def command(self) -> str:
         """The command line that goes on with it."""
-        words = [word for word in self.arguments if word != "--again"]
-        return shlex.join(["florence2", *words])
+        words = ["florence2", "upload", self.labeled, "--project", str(self.project_id)]
+        return shlex.join(words + (["--dataset", self.dataset] if self.dataset else []))
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +110,8 @@ class UploadReport:
 
     def lines(self, job: UploadJob) -> list[str]:
         """For a terminal."""
+        if not self.total:
+            return ["All images were uploaded before; --again looks at them again."]
         lines = [] if self.error is None else [f"Stopped early: {self.error}"]
         kept = f", {self.kept} had labels there and stay as they are" if self.kept else ""
         lines.append(
@@ -129,8 +130,6 @@ class UploadReport:
             left = self.total - self.done
             what = f"{left} images are still to upload" if left else "Some failed"
             lines += [f"{what}; go on with:", job.command()]
-        elif not self.total:
-            lines.append("All images were uploaded before; --again looks at them again.")
         return lines
 
 
