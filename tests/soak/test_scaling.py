@@ -17,11 +17,13 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import psutil
 import pytest
 from PIL import ImageChops
+from platform_double import TOKEN
 
 from serve.scaling.plan import Plan, Source
 from serve.scaling.storage import Storage
@@ -258,3 +260,65 @@ def check_each_once_or_named(store) -> None:
     assert report["images"] == NUM_IMAGES
     assert report["labeled"] + report["empty"] == NUM_IMAGES - NUM_BROKEN
     assert (report["failed"], report["pending"]) == (NUM_BROKEN, 0)
+
+
+NUM_OF_PROJECT = max(20, NUM_IMAGES // 10)
+
+
+@pytest.fixture
+def machines_know_platform(platform, monkeypatch):
+    """The processes of a cluster that is started after it have its address and token."""
+    monkeypatch.setenv("SERVER_ADDRESS", platform.address)
+    monkeypatch.setenv("API_TOKEN", TOKEN)
+    return platform
+
+
+def test_a_project_goes_through_a_bucket_into_another_project_once_each(
+    machines_know_platform, cluster, store, tmp_path
+):
+    """A worker is killed on the way, and the command of the upload."""
+    platform = machines_know_platform
+    source, target = platform.state.add_project("in"), platform.state.add_project("out")
+    dataset = platform.state.add_dataset(source.id, "street")
+    for key, content in islice(drawn_images(), NUM_OF_PROJECT):
+        if content != b"no image":
+            platform.state.add_image(dataset.id, Path(key).name, content)
+    count = len(platform.state.images)
+    node = add_node(cluster)
+    out, log = "s3://labels/project", tmp_path / "label.log"
+    words = ("label", "--project", str(source.id), "--out", out, *OPTIONS)
+    words += ("--ray", cluster.address, "--shard-size", "5", "--workers", "2")
+    command = [sys.executable, "-m", "serve.cli.main"]
+    run = subprocess.Popen([*command, *words], cwd=ROOT, stderr=log.open("w"))
+    until = time.monotonic() + 600
+    while not keys_of(store, "labels", "project/committed/"):
+        assert run.poll() is None, log.read_text()
+        assert time.monotonic() < until
+        time.sleep(0.3)
+    for one in workers_of(node)[:1]:
+        one.kill()
+    assert run.wait(1200) == 0, log.read_text()
+
+    words = ["upload", out, "--project", str(target.id)]
+    with platform.faults.held("annotations.bulk.add"):
+        upload = subprocess.Popen([*command, *words], cwd=ROOT)
+        while not platform.count("annotations.bulk.add"):
+            assert upload.poll() is None
+            time.sleep(0.1)
+        upload.kill()
+        upload.wait(60)
+    ended = subprocess.run(
+        [*command, *words], cwd=ROOT, timeout=600, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+
+    rows = platform.state.datasets_of(target.id)
+    there = [one for row in rows for one in platform.state.images_of(row.id)]
+    assert len(there) == count
+    committed = [
+        json.loads(get(store, key)) for key in keys_of(store, "labels", "project/committed/")
+    ]
+    assert sum(one["images"] for one in committed) == count
+    num_labels = sum(len(one.annotation["objects"]) for one in there)
+    assert num_labels == sum(one["objects"] for one in committed)
+    assert num_labels
