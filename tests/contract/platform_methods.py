@@ -116,7 +116,6 @@ def images_upload(state: PlatformState, files: list[bytes]) -> list[Json]:
 
 def images_add(state: PlatformState, payload: Json) -> list[Json]:
     """All of them, or none where a name is taken."""
-    by_hash = {image.hash: image.content for image in state.images.values()} | state.uploaded
     there = {image.name: image.id for image in state.images_of(payload["datasetId"])}
     names = [item.get("title") or item["name"] for item in payload["images"]]
     if taken := [{"name": name, "id": there[name]} for name in names if name in there]:
@@ -126,7 +125,7 @@ def images_add(state: PlatformState, payload: Json) -> list[Json]:
     added = []
     for item, name in zip(payload["images"], names, strict=True):
         source, digest = item.get("imageId"), item.get("hash")
-        content = state.image(source).content if source else by_hash.get(digest)
+        content = state.image(source).content if source else state.content_of(digest)
         if content is None:
             raise Refused(f"There is no image with hash {digest!r}.")
         image = state.add_image(payload["datasetId"], name, content)
@@ -231,9 +230,7 @@ METHODS: dict[str, Callable[[PlatformState, Any], Any]] = {
     "images.bulk.add": images_add,
     "images.bulk.upload": images_upload,
     "images.internal.hashes.list": lambda state, asked: [
-        digest
-        for digest in asked
-        if digest in state.uploaded or digest in {one.hash for one in state.images.values()}
+        digest for digest in asked if state.content_of(digest) is not None
     ],
     "datasets.info": lambda state, asked: dataset_json(state, state.dataset(asked["id"])),
     "datasets.list": lambda state, asked: page(

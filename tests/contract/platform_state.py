@@ -153,13 +153,21 @@ class PlatformState:
         return self.project(self.dataset(image.dataset_id).project_id)
 
     def images_of(self, dataset_id: int) -> list[StoredImage]:
-        return [image for image in self.images.values() if image.dataset_id == dataset_id]
+        # Calls are answered by several threads.
+        return [image for image in list(self.images.values()) if image.dataset_id == dataset_id]
+
+    def content_of(self, digest: Any) -> bytes | None:
+        """Of an image, or a file that one may be made of, by its hash."""
+        if digest in self.uploaded:
+            return self.uploaded[digest]
+        found = (one.content for one in list(self.images.values()) if one.hash == digest)
+        return next(found, None)
 
     def datasets_of(self, project_id: int) -> list[Dataset]:
-        return [row for row in self.datasets.values() if row.project_id == project_id]
+        return [row for row in list(self.datasets.values()) if row.project_id == project_id]
 
     def add_project(self, name: str) -> Project:
-        names = {project.name for project in self.projects.values()}
+        names = {project.name for project in list(self.projects.values())}
         if name in names:
             raise Refused(f"Project {name!r} already exists.", kind="NONUNIQUE")
         empty: Json = {"classes": [], "tags": [], "projectType": "images"}
@@ -202,7 +210,7 @@ class PlatformState:
         """The file of a path, or those below a folder."""
         check_team(team_id)
         below = path.rstrip("/") + "/"
-        found = [file for file in self.files.values() if (file.path + "/").startswith(below)]
+        found = [file for file in list(self.files.values()) if (file.path + "/").startswith(below)]
         return [file for file in found if recursive or "/" not in file.path[len(below) :]]
 
     def file(self, team_id: Any, path: Any) -> StoredFile:
@@ -256,7 +264,7 @@ class PlatformState:
         ]
 
     def figure(self, key: Any) -> tuple[StoredImage, Json]:
-        for image in self.images.values():
+        for image in list(self.images.values()):
             for figure in image.annotation["objects"]:
                 if figure["id"] == key:
                     return image, figure
@@ -267,7 +275,7 @@ class PlatformState:
         wanted = set(keys)
         holders = [
             image
-            for image in self.images.values()
+            for image in list(self.images.values())
             if any(figure["id"] in wanted for figure in image.annotation["objects"])
         ]
         found = {figure["id"] for image in holders for figure in image.annotation["objects"]}
