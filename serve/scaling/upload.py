@@ -28,7 +28,7 @@ from serve.labeling.progress import progress_bar, stop_on_signals
 from serve.platform.failures import failure_of
 from serve.scaling.platform_target import LabeledFolder, PlatformTarget, Uploaded
 from serve.scaling.shards import RUN_NAME, Committed, committed_in
-from serve.scaling.storage import Storage
+from serve.scaling.storage import Storage, is_remote
 from serve.sdk import sly
 
 UPLOADED: Final = "uploaded"
@@ -55,7 +55,8 @@ class UploadJob:
 
     def dataset_name(self, number: int) -> str:
         """Of the dataset with this number: 10,000 images of a folder are in one."""
-        name = self.dataset or self.labeled.rstrip("/").rsplit("/", 1)[-1] or _DEFAULT_DATASET
+        place = self.labeled if is_remote(self.labeled) else str(Path(self.labeled).resolve())
+        name = self.dataset or place.rstrip("/").rsplit("/", 1)[-1] or _DEFAULT_DATASET
         return name if number == 0 else f"{name}-{number + 1}"
 
     def command(self) -> str:
