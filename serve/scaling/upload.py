@@ -143,11 +143,14 @@ def upload_labeled(api: sly.Api, job: UploadJob) -> UploadReport:
         uploads = Uploads(api, job, stop)
         units = list(uploads.units_left())
         report = UploadReport(job.project_id, sum(uploads.size_of(unit) for unit in units))
-        with progress_bar(report.total, "Uploading") as advance:
+        with progress_bar(lambda: report.total, "Uploading") as advance:
 
-            def done(unit: Uploaded) -> None:
-                report.add(unit)
-                advance(len(unit.names) + len(unit.failures))
+            def done(unit: Unit, uploaded: Uploaded) -> None:
+                report.add(uploaded)
+                num_images = len(uploaded.names) + len(uploaded.failures)
+                # Of a shard some may be undone.
+                report.total += num_images - uploads.size_of(unit)
+                advance(num_images)
 
             with stop.after_batch(), uploads:
                 for unit in units:
@@ -168,10 +171,12 @@ class Uploads:
         self._folder = None if self._shards is not None else _folder_of(self._target)
         self._job = job
         self._should_stop = should_stop
-        self._known = {} if job.is_again else self._noted()
         self._platform = PlatformTarget(api, job.project_id, should_stop)
+        if job.is_again:
+            self._target.delete(f"{UPLOADED}/{job.project_id}")
+        self._known = self._noted()
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="upload")
-        self._pending: list[Future[Uploaded]] = []
+        self._pending: list[tuple[Unit, Future[Uploaded]]] = []
         self._has_failed = threading.Event()
 
     def units_left(self) -> Iterator[Unit]:
@@ -197,19 +202,20 @@ class Uploads:
 
     def add(self, unit: Unit) -> None:
         """Uploads it as soon as there is a thread for it."""
-        self._pending.append(self._threads.submit(self._upload, unit))
+        self._pending.append((unit, self._threads.submit(self._upload, unit)))
 
-    def finish(self, done: Callable[[Uploaded], None]) -> str | None:
+    def finish(self, done: Callable[[Unit, Uploaded], None]) -> str | None:
         """Waits for all of them; a sentence where something ended the upload."""
         error: str | None = None
         while self._pending:
+            unit, uploaded = self._pending.pop(0)
             try:
-                done(self._pending.pop(0).result())
+                done(unit, uploaded.result())
             except GenerationCancelledError:
                 continue
             except Exception as raised:  # noqa: BLE001  (the SDK and its transport raise anything)
                 error = error or failure_of(raised, "The upload ended").message
-        units = {**self._known, **self._noted()}.values()
+        units = self._noted().values()
         if error is None and not any(unit.failures for unit in units):
             self._platform.ended(units)
         return error

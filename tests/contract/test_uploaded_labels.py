@@ -18,6 +18,7 @@ from florence2.pixels import ImageProcessor
 from serve.cli.loading import one_model
 from serve.cli.main import main
 from serve.labeling.settings import label_settings
+from serve.labeling.undo import undo_in
 from serve.predict.predictor import Predictor
 from serve.provenance import Manifest
 from serve.scaling.plan import PlannedImage, Shard
@@ -287,6 +288,21 @@ def test_committed_shards_are_uploaded_from_a_disk_and_from_a_bucket(
     }
     code, said = upload(address, "--run", "aaaaaaaa", command="undo")
     assert f"{sum(counts)} labels deleted, on 3 images." in said
+
+
+def test_what_was_undone_on_the_disk_is_not_uploaded(upload, labeled, platform, project):
+    run = json.loads((labeled / "runs.jsonl").read_text())["run"]
+    path = labeled / "project" / "ds0" / "ann" / f"{BIKE.name}.json"
+    edited = json.loads(path.read_text())
+    edited["objects"][0]["classTitle"] = edited["objects"][-1]["classTitle"] = "star"
+    path.write_text(json.dumps(edited))
+    undo_in(labeled, run)
+    code, said = upload(labeled)
+
+    assert code == 0, said
+    assert stored(platform, project) == in_dataset(labeled)
+    assert [name for _, name in stored(platform, project)] == [BIKE.name]
+    assert "go on with" not in said
 
 
 @pytest.mark.parametrize("what", ["no labels", "no project", "a project of videos", "nothing"])
