@@ -72,6 +72,9 @@ def merged_settings(
     merged = dict(state.get("settings") or {})
     if is_form_for_masks(merged):
         merged["class_suffix"] = BOX_SUFFIX
+    elif merged.get("unknown_tags") in (None, ""):
+        # The file's is for clients that send it.
+        merged["unknown_tags"] = "tag"
     merged = with_own(merged, own) if own else merged
     if "rectangle" in state:
         merged["rectangle"] = state["rectangle"]

@@ -6,13 +6,13 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
 
 from florence2.engine.encoding import AnyImage
 from florence2.engine.scheduler import Priority
-from florence2.errors import DeviceLostError, FlorenceError
+from florence2.errors import DeviceLostError, FlorenceError, RequestError
 from florence2.records import Failure
 from serve.limits import FailureLimit
 from serve.platform.failures import FailedImageError, NotFoundError, failure_json, failure_of
@@ -41,7 +41,13 @@ from serve.platform.request_state import (
 )
 from serve.platform.run import Ledger, ModelChangedError, RunServices
 from serve.platform.run_records import RunRecord
-from serve.platform.upload import Labeled, Uploading, entry_of, uploaded_entry
+from serve.platform.upload import (
+    Labeled,
+    Uploading,
+    entry_of,
+    uploaded_entry,
+    with_words_described,
+)
 from serve.predict.details import slides_of
 from serve.predict.full_queue import FULL_CODES, when_queue_has_room
 from serve.predict.predictor import Call, Deadline, Predicted
@@ -393,7 +399,9 @@ class PredictionRun:
 
     def _settle(self, settled: Settled, ledger: Ledger) -> None:
         """Uploads a batch, or returns it; what failed is told of both."""
-        pairs = list(zip(*settled, strict=True))
+        pairs = [
+            (target, self._for_client(target, one)) for target, one in zip(*settled, strict=True)
+        ]
         refused: dict[int, Failure] = {}
         if self._uploading is not None:
             refused = self._uploading.upload(
@@ -438,6 +446,35 @@ class PredictionRun:
         notes = {"notes": list(predicted.notes)} if predicted.notes else {}
         entry = entry_of(target, predicted.annotation, **notes)
         return {**entry, "data": slides_of(predicted)} if self._shows_windows else entry
+
+    def _for_client(self, target: Target, outcome: Outcome) -> Outcome:
+        """An answer that is not written here, as the image's project takes it where a client is to
+        write it that adds no tags."""
+        if (
+            self._uploading is not None
+            or self._settings.unknown_tags != "description"
+            or not isinstance(outcome, Predicted)
+            or target.project_id is None
+        ):
+            return outcome
+        annotation = outcome.annotation
+        if not annotation.img_tags and not any(label.tags for label in annotation.labels):
+            return outcome
+        project_id, metas = target.project_id, self._request.context.setdefault("project_meta", {})
+        try:
+            if project_id not in metas:
+                found = self._api.project.get_meta(project_id)
+                metas[project_id] = sly.ProjectMeta.from_json(found)
+        except Exception as error:  # noqa: BLE001  (the SDK and its transport raise what they like)
+            return failure_of(error, f"The tags of project {project_id} cannot be read")
+        fitted = with_words_described(annotation, metas[project_id])
+        if isinstance(fitted, sly.Annotation):
+            return replace(outcome, annotation=fitted)
+        return Failure(
+            RequestError.code,
+            f"Project {project_id} has no tag {fitted!r} of type text for images, in which to keep "
+            "what is said about the image; add it to the project and ask again.",
+        )
 
 
 def _told_without_model(image: AnyImage | AlreadyLabeled) -> Failure | AlreadyLabeled | None:

@@ -80,6 +80,41 @@ def with_compatible_tags(
     return annotation.clone(labels=labels, img_tags=_renamed(annotation.img_tags, metas))
 
 
+def with_words_described(
+    annotation: sly.Annotation, project_meta: sly.ProjectMeta
+) -> sly.Annotation | str:
+    """The annotation without tags that a project does not take, for a client that adds none.
+
+    The platform refuses all labels of an image for one of those. Their words become the
+    description of the object or the image; a number goes. A confidence that the project lacks
+    stays, as every client adds it. What is said of the image alone is no annotation, but the name
+    of the tag that is missing: clients lose the description of an image.
+    """
+
+    def is_taken(tag: sly.Tag) -> bool:
+        known = project_meta.get_tag_meta(tag.meta.name)
+        return tag.meta.name == "confidence" if known is None else _takes(known, tag.meta)
+
+    def parted(tags: Iterable[sly.Tag]) -> tuple[list[sly.Tag], list[sly.Tag]]:
+        taken = [tag for tag in tags if is_taken(tag)]
+        return taken, [tag for tag in tags if not is_taken(tag) and isinstance(tag.value, str)]
+
+    image_tags, untold = parted(annotation.img_tags)
+    if untold and not annotation.labels:
+        return str(untold[0].meta.name)
+    labels = []
+    for label in annotation.labels:
+        tags, words = parted(label.tags)
+        labels.append(label.clone(tags=sly.TagCollection(tags), description=_said(words)))
+    return annotation.clone(
+        labels=labels, img_tags=sly.TagCollection(image_tags), img_description=_said(untold)
+    )
+
+
+def _said(tags: Iterable[sly.Tag]) -> str:
+    return "\n".join(tag.value for tag in tags)
+
+
 def _renamed(tags: Iterable[sly.Tag], metas: dict[str, sly.TagMeta]) -> sly.TagCollection:
     return sly.TagCollection([tag.clone(meta=metas[tag.meta.name]) for tag in tags])
 

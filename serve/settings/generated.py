@@ -91,7 +91,7 @@ def _default(name: str) -> object:
 
 
 def _cells(name: str) -> tuple[str, ...]:
-    default = _default(name)
+    default = KEYS[name].default if name == "unknown_tags" else _default(name)
     return (
         _code(name),
         ", ".join(map(_code, SPELLINGS[name][1:])),

@@ -186,6 +186,10 @@ class Settings(_Keys):
     run_tag: Flag | None = _key(None, "true or false")
     """Whether each label that a run writes has the run's id in a tag florence2_run, which finds and
     undoes them; empty: on the platform yes, in a folder no."""
+    unknown_tags: values.UnknownTags = _key("tag", "tag or description")
+    """In an answer about an image of the platform, what words (text, captions) become whose tag its
+    project does not have: tag for those who read it; description, of the object or the image, for
+    clients that write labels and add no tags; empty: tag."""
     rectangle: values.Rectangle | None = _key(None, "box")
     """Only this part of the image is looked at, such as [10, 20, 200, 180]."""
     reference: Reference | None = None
@@ -290,6 +294,9 @@ _KNOWN: Final = dict.fromkeys([*chain.from_iterable(SPELLINGS.values()), *LET_TH
 
 def default_in_file(name: str) -> object:
     """What counts as nothing said: the SDK puts it wherever a request has none."""
+    if name == "unknown_tags":
+        # Clients that write labels themselves send the file as it came; others leave the key out.
+        return "description"
     return None if name == "task_prompt" else KEYS[name].get_default(call_default_factory=True)
 
 
@@ -516,8 +523,12 @@ def _check_calibration(settings: Settings) -> None:
 
 
 def raw_settings(settings: Settings) -> dict[str, object]:
-    """Settings as a request would spell them: plain JSON types that parse to the same settings."""
-    raw = settings.model_dump(mode="json", exclude={"reference", "is_one_class"})
+    """Settings as a request would spell them: plain JSON types that parse to the same settings.
+
+    Without how a client is told of labels that it writes itself: it changes nothing in a run's.
+    """
+    exclude = {"reference", "is_one_class", "unknown_tags"}
+    raw = settings.model_dump(mode="json", exclude=exclude)
     if settings.nms_threshold is None:
         raw["nms_threshold"] = "off"
     if (tiling := settings.tiling) is not None:

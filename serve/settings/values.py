@@ -509,5 +509,6 @@ TilingOrOff = Annotated[Tiling | None, BeforeValidator(_read_tiling)]
 DEFAULT_SLIDING_WINDOW: Final = Tiling((_WINDOW, _WINDOW), (0, 0), full_image=False)
 SlidingWindow = Annotated[Tiling, BeforeValidator(_read_sliding_window)]
 Geometry = Annotated[Literal["polygon", "bitmap"], BeforeValidator(word)]
+UnknownTags = Annotated[Literal["tag", "description"], BeforeValidator(word)]
 Mode = Annotated[Literal["text_prompt", "reference_image"], BeforeValidator(word)]
 InferenceMode = Annotated[Literal["full_image", "sliding_window"], BeforeValidator(word)]

@@ -83,6 +83,7 @@ class AnnotationTool(ByTask):
         """The button to apply the model; with a figure it writes a reference into the settings."""
         info = self.api.image.get_info_by_id(image_id)
         project_id = self.api.dataset.get_info_by_id(info.dataset_id).project_id
+        meta = meta_of(self.api, project_id)
         before = annotation_of(self.api, image_id)
         if figure_id is not None:
             self._refer_to(before.get_label_by_id(figure_id), image_id)
@@ -94,7 +95,7 @@ class AnnotationTool(ByTask):
             self.error = str(error)
             entry = {"annotation": sly.Annotation((info.height, info.width)).to_json()}
         found = self.read(entry, (info.height, info.width))
-        found = self._fitted(found, project_id)
+        found = self._fitted(found, project_id, meta)
         result = before.merge(found) if add_mode == "merge" else found
         self.api.annotation.upload_ann(image_id, result)
         return found
@@ -108,9 +109,14 @@ class AnnotationTool(ByTask):
             reference_bbox=[box.top, box.left, box.bottom, box.right],
         )
 
-    def _fitted(self, found: sly.Annotation, project_id: int) -> sly.Annotation:
-        """Its classes are added to the project, under other names where they have another shape."""
-        meta = with_confidence(meta_of(self.api, project_id))
+    def _fitted(
+        self, found: sly.Annotation, project_id: int, meta: sly.ProjectMeta
+    ) -> sly.Annotation:
+        """Its classes are added to the project, under other names where they have another shape.
+
+        ``meta`` is from before the model was asked: what somebody added meanwhile goes again.
+        """
+        meta = with_confidence(meta)
         labels = []
         for label in found.labels:
             name, number = label.obj_class.name, 0

@@ -88,6 +88,21 @@ TYPED = {
 }
 
 
+IN_PROJECT = {
+    "no such tag": [],
+    "a tag of another value": [sly.TagMeta("text", sly.TagValueType.NONE)],
+    "a tag of images": [
+        sly.TagMeta(
+            "text", sly.TagValueType.ANY_STRING, applicable_to=sly.TagApplicableTo.IMAGES_ONLY
+        )
+    ],
+}
+
+
+def add_tags(api, project_id, *tags):
+    api.project.update_meta(project_id, meta_of(api, project_id).add_tag_metas(tags))
+
+
 class TestAnnotationTool:
     """NN Image Labeling: connect, then one image at a time in the annotation tool."""
 
@@ -153,15 +168,77 @@ class TestAnnotationTool:
     def test_text_that_was_read_arrives_where_the_project_has_a_tag_for_it(
         self, tool, api, seeded, city
     ):
-        meta = meta_of(api, seeded.project_id)
-        api.project.update_meta(
-            seeded.project_id, meta.add_tag_metas([tool.meta.get_tag_meta("text")])
-        )
+        add_tags(api, seeded.project_id, tool.meta.get_tag_meta("text"))
         tool.edit(task_prompt="<OCR_WITH_REGION>")
         tool.press(city, add_mode="replace")
         labels = annotation_of(api, city).labels
         assert {label.geometry.geometry_name() for label in labels} == {"polygon"}
         assert all(label.tags.get("text").value for label in labels)
+
+    @pytest.mark.parametrize("add_mode", ["merge", "replace"])
+    @pytest.mark.parametrize("in_project", IN_PROJECT.values(), ids=IN_PROJECT)
+    def test_text_that_was_read_is_a_description_where_the_project_does_not_take_its_tag(
+        self, tool, api, seeded, city, in_project, add_mode
+    ):
+        add_tags(api, seeded.project_id, *in_project)
+        tool.edit(task_prompt="<OCR_WITH_REGION>")
+        tool.press(city, add_mode=add_mode)
+        labels = annotation_of(api, city).labels
+        read = [one for one in labels if one.obj_class.name == "text"]
+        assert tool.error == ""
+        assert read
+        assert all(one.description and one.tags.get("text") is None for one in read)
+        assert len(labels) - len(read) == (1 if add_mode == "merge" else 0)
+
+    def test_a_score_goes_where_the_project_means_something_else_by_confidence(
+        self, tool, api, seeded, city
+    ):
+        add_tags(api, seeded.project_id, sly.TagMeta("confidence", sly.TagValueType.ANY_STRING))
+        tool.press(city, add_mode="replace")
+        labels = annotation_of(api, city).labels
+        assert classes_in_labels(annotation_of(api, city)) == ["car", "car", "moon"]
+        assert not any(label.tags.get("confidence") for label in labels)
+
+    @pytest.mark.parametrize("key", ["unknown_tags: tag", ""], ids=["asked for", "key left out"])
+    def test_tags_stay_tags_for_whoever_reads_them(self, tool, send, city, key):
+        settings = yaml.safe_load(f"task_prompt: <OCR_WITH_REGION>\n{key}\n")
+        entry = send("inference_image_id", image_id=city, settings=settings)
+        objects = entry["annotation"]["objects"]
+        assert objects
+        assert all("text" in [tag["name"] for tag in one["tags"]] for one in objects)
+
+    def test_a_caption_without_a_tag_for_it_is_told_and_arrives_once_there_is_one(
+        self, tool, api, seeded, city
+    ):
+        before = annotation_of(api, city)
+        tool.edit(task_prompt="<CAPTION>")
+        tool.press(city)
+        assert "has no tag 'caption'" in tool.error
+        assert rows(annotation_of(api, city)) == rows(before)
+
+        add_tags(api, seeded.project_id, tool.meta.get_tag_meta("caption"))
+        tool.error = ""
+        tool.press(city)
+        assert tool.error == ""
+        assert annotation_of(api, city).img_tags.get("caption").value
+
+    def test_objects_beside_a_caption_arrive_without_a_tag_for_it(self, tool, api, city):
+        tool.edit(task_prompt="<CAPTION>+<CAPTION_TO_PHRASE_GROUNDING>")
+        tool.press(city, add_mode="replace")
+        found = annotation_of(api, city)
+        assert tool.error == ""
+        assert found.labels
+        assert found.img_description
+
+    def test_labels_of_a_run_of_ours_stay_as_they_are(self, tool, api, send, city):
+        run = PredictApp(api)
+        run.connect()
+        run.run([city], "append")
+        before = [one for one in annotation_of(api, city).labels if one.tags.get("florence2_run")]
+        tool.edit(task_prompt="<OCR_WITH_REGION>")
+        tool.press(city)
+        after = [one for one in annotation_of(api, city).labels if one.tags.get("florence2_run")]
+        assert len(before) == len(after) > 0
 
     def test_outlines_of_a_class_that_was_asked_for_before_connecting_arrive(
         self, api, running_app, seeded
@@ -247,6 +324,15 @@ class TestApplyToImages:
         client.edit(existing_objects_iou_thresh=0.9)
         result = client.apply(seeded.project_id, seeded.dataset_ids["outside"])
         assert len(labels_by_name(api, result)["scene_city.jpg"]) == 3
+
+    def test_text_that_was_read_is_a_description_where_the_project_has_no_tag_for_it(
+        self, client, api, seeded
+    ):
+        client.edit(task_prompt="<OCR_WITH_REGION>")
+        result = client.apply(seeded.project_id, seeded.dataset_ids["outside"], add_mode="replace")
+        labels = [one for found in labels_by_name(api, result).values() for one in found]
+        assert labels
+        assert all(one.description and one.obj_class.name == "text" for one in labels)
 
     def test_a_damaged_image_of_two_costs_itself_alone(self, client, api, platform, seeded):
         platform.faults.damage(seeded.image_ids["scene_street.jpg"])

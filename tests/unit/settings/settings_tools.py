@@ -20,6 +20,12 @@ def merged(settings, **state):
     return merged_settings(request, DEFAULTS, "none")
 
 
+def as_sent(settings, sent):
+    """``settings`` of a client, with what the file says to those that send it."""
+    said = (sent or {}).get("unknown_tags") or settings.unknown_tags
+    return settings.model_copy(update={"unknown_tags": said})
+
+
 def session():
     """An SDK session with a served model of ours; nothing is sent."""
     made = object.__new__(sly.nn.inference.Session)

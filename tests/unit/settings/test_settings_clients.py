@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from settings_tools import DEFAULTS, cli_settings, merged, session
+from settings_tools import DEFAULTS, as_sent, cli_settings, merged, session
 from supervisely.nn.model.prediction_session import PredictionSession
 
 from serve.sdk import sly
@@ -24,6 +24,7 @@ WINDOWS = {
     },
 }
 TILES = Tiling(size_wh=(512, 256), overlap_wh=(64, 32), full_image=False)
+OF_MASKS = {"class_suffix": "_bbox", "unknown_tags": "description"}
 
 
 def grounding(text=None, **others):
@@ -64,15 +65,15 @@ CLIENTS = {
     "Apply NN, preview of a sliding window": (WINDOWS, Settings(tiling=TILES)),
     "Apply Florence-2, common prompt": (
         {"mapping": None, "mode": "text_prompt", "text": "a cat"},
-        grounding("a cat", class_suffix="_bbox"),
+        grounding("a cat", **OF_MASKS),
     ),
     "Apply Florence-2, prompts of classes": (
         {"mapping": {"cat": "a cat", "dog": ""}, "mode": "text_prompt", "text": None},
-        grounding(mapping={"cat": ("a cat",), "dog": ("dog",)}, class_suffix="_bbox"),
+        grounding(mapping={"cat": ("a cat",), "dog": ("dog",)}, **OF_MASKS),
     ),
     "Apply Florence-2, empty prompt": (
         {"mapping": None, "mode": "text_prompt", "text": ""},
-        Settings(class_suffix="_bbox"),
+        Settings(**OF_MASKS),
     ),
     "the keys of Apply Florence-2 and no mode": (
         {"mapping": None, "mode": None, "text": "a cat"},
@@ -179,14 +180,15 @@ PREDICTIONS = {
 
 
 def test_the_settings_file_alone_is_plain_detection():
-    assert parse_settings(DEFAULTS) == Settings() == parse_settings(None) == parse_settings({})
+    assert parse_settings(DEFAULTS) == as_sent(Settings(), DEFAULTS)
+    assert Settings() == parse_settings(None) == parse_settings({})
     assert Settings().task_prompt == "<OD>"
 
 
 @pytest.mark.parametrize("client", CLIENTS)
 def test_each_client_is_understood(client):
     sent, expected = CLIENTS[client]
-    assert parse_settings(merged(sent)) == expected
+    assert parse_settings(merged(sent)) == as_sent(expected, sent)
 
 
 def test_a_picked_figure_is_the_part_of_the_image_to_look_at():
@@ -197,7 +199,8 @@ def test_a_picked_figure_is_the_part_of_the_image_to_look_at():
 @pytest.mark.parametrize("case", COMMAND_LINES)
 def test_the_sdk_command_line_is_understood(case):
     words, expected = COMMAND_LINES[case]
-    assert parse_settings(cli_settings(*words)) == expected
+    taken = cli_settings(*words)
+    assert parse_settings(taken) == as_sent(expected, taken)
 
 
 @pytest.mark.parametrize("case", SESSIONS)
@@ -213,7 +216,7 @@ def test_the_sdk_prediction_session_is_understood(monkeypatch, case):
     monkeypatch.setattr(PredictionSession, "_get_api_token", lambda _: None)
     made = PredictionSession("http://localhost", image_id=1, **words)
     sent = json.loads(json.dumps(made._get_json_body()["state"]["settings"]))
-    assert parse_settings(merged(sent)) == expected
+    assert parse_settings(merged(sent)) == as_sent(expected, sent)
 
 
 def test_conf_has_the_say_over_the_file_and_over_what_the_client_has_besides():

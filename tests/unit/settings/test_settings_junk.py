@@ -143,7 +143,7 @@ def test_settings_written_out_parse_to_themselves(kind, usual):
 def test_the_merge_with_the_settings_file_changes_nothing(kind, usual):
     alone = kind | usual
     assert parse_settings(merged(alone)) == parse_settings(alone)
-    assert parse_settings(DEFAULTS | alone) == parse_settings(alone)
+    assert parse_settings(DEFAULTS | {"unknown_tags": "tag"} | alone) == parse_settings(alone)
 
 
 def test_a_long_text_of_abbreviations_is_parted_in_no_time():
