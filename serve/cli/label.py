@@ -6,10 +6,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Final, NamedTuple
 
 import typer
-from typer.core import TyperCommand
 
 from florence2.errors import RequestError, unknown_name
 from serve.cli.loading import fingerprint, first_and_others, one_model
@@ -47,29 +46,6 @@ _PROMPT_HELP: Final = (
     'What to look for: "red car. dog" or "red car; dog" asks for two things; '
     '"red car, dog" is one phrase.'
 )
-
-
-# Options that say what the settings file says about the key of their name.
-_NAMED_BY_KEY: Final = {
-    "class_threshold": "class_thresholds",
-    "nms": "nms_threshold",
-    "geometry": "geometry",
-    "tiling": "tiling",
-}
-
-
-class _LabelCommand(TyperCommand):
-    """Reads the settings' schema for its help only: importing it takes as long as all the rest."""
-
-    def format_help(self, ctx: Any, formatter: Any) -> None:  # noqa: ANN401 - typer's own click's
-        from serve.settings import Settings
-
-        for option in self.params:
-            if option.name in _NAMED_BY_KEY:
-                key = _NAMED_BY_KEY[option.name]
-                option.help = Settings.model_fields[key].description  # type: ignore[attr-defined]
-        super().format_help(ctx, formatter)
-
 
 # Text, as addresses of object storage are no paths.
 Images = Annotated[
@@ -109,11 +85,34 @@ SettingsFile = Annotated[
 ]
 ClassThresholds = Annotated[
     list[str] | None,
-    typer.Option("--class-threshold", metavar="NAME=0.6"),
+    typer.Option(
+        "--class-threshold",
+        metavar="NAME=0.6",
+        help="Another threshold for one class, such as dog=0.6; repeatable.",
+    ),
 ]
-Nms = Annotated[str | None, typer.Option(metavar="0.7|off")]
-GeometryName = Annotated[str | None, typer.Option(metavar="polygon|bitmap")]
-TilingWindows = Annotated[str | None, typer.Option("--tiling", metavar="SIZE|MAPPING|off")]
+Nms = Annotated[
+    str | None,
+    typer.Option(
+        metavar="0.7|off",
+        help="Two boxes of a class with this IoU or more are one object, and the one with the "
+        "higher confidence stays; off: both stay. [default: 0.7]",
+    ),
+]
+GeometryName = Annotated[
+    str | None,
+    typer.Option(metavar="polygon|bitmap", help="How outlines are written. [default: polygon]"),
+]
+TilingWindows = Annotated[
+    str | None,
+    typer.Option(
+        "--tiling",
+        metavar="SIZE|MAPPING|off",
+        help="Look through windows too, for small objects: one number of pixels for both sides, "
+        "such as 1024, or '{width: 1024, height: 768, overlap: 128}'; with full_image: false in it "
+        "the whole image is not looked at. [default: off]",
+    ),
+]
 Threshold = Annotated[float, typer.Option(help="Drop objects with a lower confidence.")]
 Recursive = Annotated[bool, typer.Option("--recursive", help="Look into subfolders too.")]
 Link = Annotated[bool, typer.Option("--link", help="Link images into the project, not copy.")]
@@ -221,7 +220,7 @@ WorkerCores = Annotated[
 
 
 def register(app: typer.Typer) -> None:
-    app.command("label", cls=_LabelCommand)(label)
+    app.command("label")(label)
 
 
 def label(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -80,6 +81,8 @@ def label_settings(
         "tiling": tiling,
     }
     others = {key: value for key, value in others.items() if value is not None}
+    for key, value in others.items():
+        _check_option(key, value)
     if file is None:
         # Checked above by the rules of the command line, which are older than those of requests.
         return parse_settings(others).model_copy(update=own)
@@ -94,6 +97,18 @@ def label_settings(
     settings = parse_settings(raw)
     _check_is_for_commands(settings, file, is_for_folders=is_for_folders)
     return settings
+
+
+def _check_option(key: str, value: object) -> None:
+    """RequestError for a wrong value, by the name that the option has on a command line."""
+    try:
+        parse_settings({key: value})
+    except RequestError as error:
+        option = _OPTIONS.get(key, f"--{key}")
+        raise RequestError(re.sub(rf"\b{key}\b(?!\.)", option, str(error))) from error
+
+
+_OPTIONS: Final = {"class_thresholds": "--class-threshold", "nms_threshold": "--nms"}
 
 
 def _check_is_for_commands(settings: Settings, file: Path, *, is_for_folders: bool) -> None:

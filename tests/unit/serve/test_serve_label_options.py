@@ -84,3 +84,20 @@ def test_a_rectangle_beyond_one_image_fails_that_image_only(label, tmp_path, mod
     assert done.code == 1
     report = report_of(done.out)
     assert (report["labeled"], report["failed_by_code"]) == (1, {"bad_request": 1})
+
+
+WRONG = {
+    "no share": (["--nms", "2"], "--nms is a number from 0 to 1, or off, and '2' was received"),
+    "no threshold": (["--class-threshold", "dog=7"], "of 'dog' in --class-threshold is a number"),
+    "no shape": (["--geometry", "circle"], "Unknown --geometry 'circle'"),
+    "no windows": (["--tiling", "[]"], "--tiling is a mapping"),
+}
+
+
+@pytest.mark.parametrize(("options", "sentence"), WRONG.values(), ids=WRONG)
+def test_a_wrong_value_is_told_by_the_name_of_its_option(
+    label, tmp_path, capsys, options, sentence
+):
+    paint(tmp_path / "images" / "1.png", 1)
+    assert label(tmp_path / "images", *options).code == 2
+    assert sentence in capsys.readouterr().err
