@@ -45,7 +45,7 @@ from serve.settings import (
     with_own,
 )
 from serve.video.answers import answer_video
-from serve.video.frames import has_library
+from serve.video.frames import check_without_av, has_library
 from serve.video.platform_run import label_platform_video, track_platform_video
 from serve.video.request import VideoRequest, video_id_of
 from serve.video.source import video_info, video_of_file, video_of_platform
@@ -287,6 +287,7 @@ class Answering:
         asked = VideoRequest.of_sent(state)
         if not (asked.is_followed or has_library("av")):
             # Its frames are read by OpenCV.
+            check_without_av(path)
             self._sdk.label_video(str(path), state, inference_request)
             return
         video = video_of_file(path)

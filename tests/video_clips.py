@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from fractions import Fraction
 from pathlib import Path
 
@@ -100,4 +101,26 @@ def cut_streamable(path: Path, count: int = 24) -> Path:
     whole = gray_clip(path, count, options={"g": "1", "bf": "0"}, container_options=faststart)
     data = whole.read_bytes()
     whole.write_bytes(data[: data.index(b"mdat") + (len(data) - data.index(b"mdat")) // 2])
+    return whole
+
+
+def claiming_file(path: Path, size_wh=(20000, 20000)) -> Path:
+    """An AVI of some kilobytes whose header and frames say that they are of this size."""
+    whole = gray_clip(path, 2, codec="mjpeg", options={"strict": "unofficial"})
+    for form, before, after in (("<II", (64, 48), size_wh), (">HH", (48, 64), size_wh[::-1])):
+        whole.write_bytes(
+            whole.read_bytes().replace(struct.pack(form, *before), struct.pack(form, *after))
+        )
+    return whole
+
+
+def growing_clip(path: Path, grown: tuple[int, ...], count: int = 3) -> Path:
+    """A WebM of 64 x 48 of which these frames are 16000 x 16000."""
+    whole = gray_clip(path, count, codec="libvpx", options={"g": "1"})
+    start, size = b"\x9d\x01\x2a", struct.Struct("<HH")
+    before, *frames = whole.read_bytes().split(start + size.pack(64, 48))
+    for number, frame in enumerate(frames):
+        is_grown = number in grown
+        before += start + size.pack(*((16000, 16000) if is_grown else (64, 48))) + frame
+    whole.write_bytes(before)
     return whole

@@ -30,8 +30,13 @@ if TYPE_CHECKING:
 EXTENSIONS: Final = (".avi", ".mp4", ".3gp", ".flv", ".webm", ".wmv", ".mov", ".mkv")
 INSTALL: Final = 'pip install "serve-florence-2[video]"'
 ASSUMED_RATE: Final = 25.0
+MAX_FRAME_PIXELS: Final = 8192 * 8192
+"""Several frames are in memory at once, and a file of some kilobytes can claim any size."""
 # Formats that name files, by which a client would be answered about any video on this machine.
 _LISTS: Final = frozenset({"hls", "dash", "concat", "imf"})
+
+
+_BOUNDED: Final = {"max_pixels": str(MAX_FRAME_PIXELS)}
 
 
 class VideoError(FlorenceError):
@@ -129,8 +134,10 @@ def has_library(name: str) -> bool:
 
 
 def open_clip(path: Path) -> Clip:
-    """What there is to know of a video. Raises VideoError for a file without frames."""
+    """What there is to know of a video. Raises VideoError for a file without frames, or with
+    frames of more than ``MAX_FRAME_PIXELS``."""
     need_libraries("av")
+    check_frame_size(_size_in_header(path), path.name)
     with _opened(path) as (container, stream):
         said, rate = stream.frames, stream.average_rate or stream.guessed_rate
         frame = next((frame for frame, _ in _decoded(container, stream)), None)
@@ -143,6 +150,53 @@ def open_clip(path: Path) -> Clip:
     stored = (frame.width, frame.height)
     size = stored if turns % 2 == 0 else (stored[1], stored[0])
     return Clip(path, size, stored, turns, float(rate or ASSUMED_RATE), said)
+
+
+def check_frame_size(size_wh: SizeWh, name: str) -> None:
+    """VideoError for a frame that is too large to be decoded."""
+    width, height = size_wh
+    if width * height > MAX_FRAME_PIXELS:
+        raise VideoError(
+            f"A frame of a video can have at most {MAX_FRAME_PIXELS / 1e6:.0f} million pixels, and "
+            f"those of {name!r} are {width}x{height}; scale the video down."
+        )
+
+
+def check_without_av(path: Path) -> None:
+    """VideoError for a file that OpenCV would decode into frames that are too large."""
+    from florence2.opencv import cv2
+
+    capture = cv2.VideoCapture(str(path))
+    try:
+        width, height = (
+            int(capture.get(side)) for side in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT)
+        )
+    finally:
+        capture.release()
+    check_frame_size((width, height), path.name)
+
+
+def _size_in_header(path: Path) -> SizeWh:
+    """Of a frame, zeros where no header says it."""
+    import av
+
+    try:
+        # Opening a file decodes its first frames, except by a decoder that is not allowed.
+        with av.open(str(path), container_options={"codec_whitelist": "none"}) as container:
+            for stream in _moving(container):
+                return stream.width, stream.height
+    except av.FFmpegError:
+        # Whoever opens it to decode it says what is wrong.
+        return 0, 0
+    return 0, 0
+
+
+def _moving(container: InputContainer) -> list[VideoStream]:
+    """The streams that are no cover picture."""
+    import av
+
+    is_cover = av.stream.Disposition.attached_pic
+    return [one for one in container.streams.video if not one.disposition & is_cover]
 
 
 def asked_frames(clip: Clip, wanted: Range, after: Place | None = None) -> Generator[AskedFrame]:
@@ -209,7 +263,7 @@ class _opened:  # noqa: N801 - it is used as a function
 
         name = self._path.name
         try:
-            container = self._container = av.open(str(self._path), "r")
+            container = self._container = av.open(str(self._path), "r", options=dict(_BOUNDED))
         except OSError as error:
             raise VideoError(
                 f"A video is read from its file, and {name!r} cannot be read "
@@ -226,8 +280,7 @@ class _opened:  # noqa: N801 - it is used as a function
                 f"A video holds its own frames, and {name!r} is a list of other files "
                 f"({container.format.name}); give the video itself."
             )
-        is_cover = av.stream.Disposition.attached_pic
-        streams = [one for one in container.streams.video if not one.disposition & is_cover]
+        streams = _moving(container)
         if not streams:
             kinds = sorted({one.type for one in container.streams})
             container.close()
@@ -236,6 +289,8 @@ class _opened:  # noqa: N801 - it is used as a function
                 f"{'only ' + ' and '.join(kinds) if kinds else 'none'}; give a file with a video "
                 "stream."
             )
+        # A frame that is larger than the header says counts as damaged.
+        streams[0].codec_context.options = dict(_BOUNDED)
         return container, streams[0]
 
     def __exit__(self, *_: object) -> None:

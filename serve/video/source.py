@@ -26,10 +26,12 @@ from serve.sdk import sly
 from serve.video.asking import Video
 from serve.video.frames import (
     ASSUMED_RATE,
+    MAX_FRAME_PIXELS,
     AskedFrame,
     Place,
     Range,
     asked_frames,
+    check_frame_size,
     count_frames,
     has_library,
     open_clip,
@@ -93,6 +95,7 @@ def video_of_platform(
     ids = {"video_id": info.id, "dataset_id": info.dataset_id, "project_id": info.project_id}
     wanted = asked.within(num_frames, rate)
     size_wh = (info.frame_width or 0, info.frame_height or 0)
+    check_frame_size(size_wh, info.name)
     if num_frames is not None and all(size_wh) and _is_fetched(wanted.count(num_frames)):
 
         def frames(wanted: Range, after: Place | None) -> Generator[AskedFrame]:
@@ -133,7 +136,7 @@ def _fetched_frames(
         for index, picture in zip(batch, pictures, strict=True):
             times_s = tuple(number / rate for number in range(before + 1, index + 1))
             place = Place(index, None, index / rate)
-            with open_image(picture) as opened:
+            with open_image(picture, MAX_FRAME_PIXELS) as opened:
                 pixels = np.array(opened.image)
             yield AskedFrame(place, times_s, 0, pixels)
             before = index

@@ -9,7 +9,7 @@ from app_server import SDK_ENVIRONMENT, AppServer
 from contract_calls import App, assert_refused, refused_now_or_later
 from platform_double import TOKEN
 from platform_videos import StoredVideo, add_video, add_video_project, project_of, rows_of
-from video_clips import cut_streamable, text_file
+from video_clips import claiming_file, cut_streamable, text_file
 
 from bench.video import compare
 from florence2_demo.clips import make_clip, write_clip
@@ -465,6 +465,10 @@ def test_a_damaged_video_is_refused_and_of_a_cut_one_what_is_there_is_given(
     progress, entries = app.done("inference_video_id_async", {"videoId": cut.id, **settings})
     assert 0 < len(entries) < 24
     assert "cannot be decoded" in progress["exception"]["message"]
+    huge = claiming_file(tmp_path / "huge.avi").read_bytes()
+    sent = app.upload("inference_video_async", [("huge.avi", huge)], SETTINGS).json()
+    progress, _ = app.finished(sent["inference_request_uuid"])
+    assert "20000x20000; scale the video down" in progress["exception"]["message"]
     empty = app.upload("inference_video_async", [("a.mp4", b"")], SETTINGS).json()
     assert (
         "cannot be opened"

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from platform_fakes import services, wait_until
-from video_clips import gray_clip
+from video_clips import claiming_file, gray_clip
 
 from florence2.errors import FlorenceError, RequestError
 from florence2.records import Failure
@@ -17,7 +17,7 @@ from serve.predict.predictor import Predicted
 from serve.sdk import sly
 from serve.video.answers import answer_video
 from serve.video.asking import FrameAsker, Video
-from serve.video.frames import AskedFrame, Place, Range
+from serve.video.frames import AskedFrame, Place, Range, check_without_av
 from serve.video.request import FramesAsked, VideoRequest
 from serve.video.source import FEW_FRAMES, video_of_file, video_of_platform
 
@@ -158,13 +158,29 @@ class FakeVideos:
         return [picture for _ in indexes]
 
 
-def platform_video(videos, frames_count):
+def platform_video(videos, frames_count, size_wh=(8, 8)):
     info = SimpleNamespace(
         id=3, name="a.mp4", dataset_id=2, project_id=1, frames_count=frames_count,
-        frame_width=8, frame_height=8, file_meta={"duration": 0.4},
+        frame_width=size_wh[0], frame_height=size_wh[1], file_meta={"duration": 0.4},
     )  # fmt: skip
     api = SimpleNamespace(video=videos)
     return video_of_platform(api, info, FramesAsked(), SimpleNamespace())
+
+
+def test_a_video_of_frames_that_are_too_large_is_refused_before_anything_is_fetched():
+    videos = FakeVideos()
+    with (
+        pytest.raises(FlorenceError, match=r"'a\.mp4' are 20000x20000; scale the video down"),
+        platform_video(videos, 100, (20000, 20000)),
+    ):
+        pass
+    assert videos.asked == []
+
+
+def test_frames_that_are_too_large_are_refused_also_where_opencv_would_decode_them(tmp_path):
+    check_without_av(gray_clip(tmp_path / "a.mp4", 2))
+    with pytest.raises(FlorenceError, match="are 12000x8000; scale the video down"):
+        check_without_av(claiming_file(tmp_path / "a.avi", (12000, 8000)))
 
 
 @pytest.mark.parametrize("is_av_there", [True, False])

@@ -14,12 +14,14 @@ import pytest
 from label_fakes import color_in, files_below, result
 from video_clips import (
     audio_file,
+    claiming_file,
     clip_without_frames,
     cut_file,
     cut_streamable,
     empty_file,
     frame_of,
     gray_clip,
+    growing_clip,
     text_file,
     timed_clip,
     turned_clip,
@@ -360,6 +362,39 @@ def test_what_is_no_video_is_refused_in_one_sentence(label, tmp_path, capsys, ma
     assert (run.code, run.out.exists()) == (2, False)
     assert sentence in said
     assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "sentence"),
+    [
+        (
+            claiming_file,
+            "clip.avi",
+            "at most 67 million pixels, and those of 'clip.avi' are 20000x",
+        ),
+        (lambda path: growing_clip(path, (0, 1, 2)), "clip.webm", "none of 'clip.webm' can be"),
+    ],
+    ids=["as its header says", "larger than its header says"],
+)
+def test_frames_that_are_too_large_are_refused_before_they_take_memory(
+    label, tmp_path, capsys, make, name, sentence
+):
+    clip = make(tmp_path / name)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run = label(clip)
+    said = capsys.readouterr().err.strip()
+    assert (run.code, run.out.exists()) == (2, False)
+    assert sentence in said
+    assert len(said.splitlines()) == 1
+    grown_mib = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    assert grown_mib < 250
+
+
+def test_a_frame_that_is_too_large_is_one_that_is_damaged(label, tmp_path, report_of):
+    run = label(growing_clip(tmp_path / "clip.webm", (1,), 4))
+    report = report_of(run.out)
+    assert report["asked"] == 3
+    assert report["damaged"] == 1
 
 
 @pytest.mark.parametrize(
