@@ -31,7 +31,7 @@ from serve.labeling.undo import runs_in
 from serve.provenance import Manifest
 from serve.run_page.drawing import draw_label
 from serve.run_page.figures import ImageOutcome, LowLabel, RunFigures, known_scores
-from serve.run_page.page import PAGE_NAME, RunPage, render
+from serve.run_page.page import PAGE_NAME, RunPage, here, original, render
 
 _DRAW_FOR_S: Final = 6.0
 """What is not drawn by then is named only: the page may not keep anybody waiting."""
@@ -74,6 +74,7 @@ def write_page(
         error=report.error,
         resume_command=report.resume_command,
         retry_command=report.retry_command if report.totals.failed else None,
+        typed_in=here(),
         undo_commands=[
             shlex.join(["florence2", "undo", str(root), "--run", one.run])
             for one in known[:_SHOWN_RUNS]
@@ -155,6 +156,7 @@ def _places(report: Report, images: Path, root: Path, links: _Links) -> Mapping[
         "images": Link(text_of(str(images.resolve())), links.source),
         "labels": Link(text_of(str(root.resolve())), links.project),
         "figures": Link(REPORT_NAME, REPORT_NAME),
+        "this page": original(text_of(str(root.resolve() / PAGE_NAME))),
     }
     if report.totals.failed or report.not_renewed or report.findings.undone:
         places["all that was not labeled"] = Link(FAILED_NAME, FAILED_NAME)

@@ -222,6 +222,7 @@ def label_project(
             default_batch_size=job.batch,
             model_of=lambda settings: model.told(settings.model),
             num_devices=model.num_devices,
+            resume_command=job.command(),
         )
         state = job.state(dataset_ids)
         run = PredictionRun(

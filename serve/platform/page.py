@@ -19,7 +19,7 @@ from florence2.images import LoadedImage, open_image
 from serve.provenance import Manifest
 from serve.run_page.drawing import draw_label
 from serve.run_page.figures import ImageOutcome, LowLabel, RunFigures, State, known_scores
-from serve.run_page.page import RunPage, render
+from serve.run_page.page import RunPage, here, render
 from serve.sdk import sly
 
 # For the pictures of batches that wait for their upload.
@@ -29,9 +29,23 @@ _DRAW_FOR_S: Final = 10.0
 _IMAGE_PLACE: Final = re.compile(r"(\d+)/(\d+)#image-(\d+)")
 _STATES: Final[tuple[State, ...]] = ("labeled", "empty", "failed", "skipped")
 _GO_ON: Final = (
-    "Start the run again as it was, with resume: it leaves the images alone that are done."
+    'Send the request again as it was, with "resume": true beside upload_mode: the images that are '
+    "done are left alone."
+)
+_TWICE: Final = (
+    "A client that cannot send it, such as Predict App, labels them a second time: take back first "
+    "what the run wrote."
+)
+_TYPED: Final = (
+    "The run was started {}; any machine with the files that the command names, and with "
+    "SERVER_ADDRESS and API_TOKEN, can go on with it."
 )
 _SEND_AGAIN: Final = "Send the ids of the images again that are not done; resume is for projects."
+_COPIED: Final = (
+    "A run that copies images cannot be gone on with. Send the ids of the images that have no copy "
+    "in this project again, with its id as output_project_id; copies without labels are labeled by "
+    "a run over this project with upload_mode skip_labeled."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,13 +189,22 @@ def page_of(
     num_pending: int,
     num_images: int,
     seconds: float,
+    is_copying: bool,
+    resume_command: str | None,
 ) -> str:
     """The page as HTML. ``manifest`` is that of the run which has ended; ``num_images`` were done
-    now, in ``seconds``."""
+    now, in ``seconds``. ``is_copying``: the labels are in copies of the images.
+    ``resume_command`` is what was typed, if the run was; any machine can go on with it."""
     base = f"app/images/{project.team_id}/{project.workspace_id}"
-    advice = _SEND_AGAIN if manifest.fingerprint is None else _GO_ON
     has_more = bool(num_pending or figures.counts["failed"])
     has_labels = bool(figures.num_labels) or bool(manifest.counts.get("labels"))
+    advice = [_GO_ON, _TWICE] if has_labels else [_GO_ON]
+    if resume_command is not None:
+        advice = [_TYPED.format(here())]
+    elif is_copying:
+        advice = [_COPIED]
+    elif manifest.fingerprint is None:
+        advice = [_SEND_AGAIN]
     page = RunPage(
         title=f"Labels of {project.name}",
         manifest=manifest,
@@ -192,7 +215,9 @@ def page_of(
         href_of=partial(_href, api.server_address, base),
         is_interrupted=manifest.state == "stopped",
         error=manifest.error,
-        advice=[advice] if has_more else [],
+        resume_command=resume_command,
+        retry_command=None if num_pending or not figures.counts["failed"] else resume_command,
+        advice=advice if has_more else [],
         undo_commands=_undo_commands(project.id, manifest.run) if has_labels else (),
         places={"project": Link(f"{project.name} ({project.id})", api.project.url(project.id))},
     )

@@ -160,6 +160,8 @@ class PredictionRun:
                 len(targets),
                 self._patience,
                 is_of_project=source.project_id is not None,
+                is_copying=any(destination.is_copying(one.project_id) for one in targets),
+                resume_command=services.resume_command,
             )
             if state.get("resume") and source.project_id is not None:
                 ids = {target.image_id for target in targets}

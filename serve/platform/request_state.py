@@ -100,6 +100,10 @@ class Destination:
             )
         return cls(mode, project_id, iou, suffix or None)
 
+    def is_copying(self, project_id: int | None) -> bool:
+        """Whether the labels of a project's images go to copies of them."""
+        return self.mode == "create" or self.project_id not in (None, project_id)
+
 
 def check_resume(state: State, source: Source, destination: Destination) -> None:
     """RequestError where ``resume`` goes together with nothing to go on with."""
@@ -115,7 +119,7 @@ def check_resume(state: State, source: Source, destination: Destination) -> None
             + " came with it; send "
             + ("one." if destination.mode is None else "project_id.")
         )
-    if destination.mode == "create" or destination.project_id not in (None, source.project_id):
+    if destination.is_copying(source.project_id):
         raise RequestError(
             "A run that copies images to another project cannot be gone on with; leave resume out, "
             "or label the copies: send their project as project_id with upload_mode append."

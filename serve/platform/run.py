@@ -45,7 +45,8 @@ class RunServices:
     holds. ``task_id`` names created projects. ``model_of`` tells for a run's manifest which model
     answers, and StoppedError while none does; ``is_model_coming`` whether one is being loaded. Each
     of the ``num_devices`` that answer side by side gets a batch. ``learn`` is told of classes that
-    clients get without a prediction of ours.
+    clients get without a prediction of ours. ``resume_command`` is what goes on with a run that was
+    typed.
     """
 
     predict: Callable[[Sequence[AnyImage], Settings, Call], Sequence[Predicted | Failure]]
@@ -59,6 +60,7 @@ class RunServices:
     is_model_coming: Callable[[], bool] = field(default=lambda: False)
     num_devices: int = 1
     learn: Callable[[sly.Annotation], None] = field(default=lambda annotation: None)
+    resume_command: str | None = None
 
     def check_model(self, settings: Settings, began_with: Mapping[str, Any]) -> None:
         """ModelChangedError where another model answers now, StoppedError where none does."""

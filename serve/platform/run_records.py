@@ -94,8 +94,9 @@ class RunRecord:
     """The books of one run that writes to the platform; a context around its work.
 
     The last of what is kept waits for a platform that is away, with ``patience``. What cannot be
-    kept is told in the log and ends no run: its labels are there. Only one that ``is_of_project``
-    can be gone on with.
+    kept is told in the log and ends no run: its labels are there. Only one that ``is_of_project``,
+    and is not ``is_copying`` its images, can be gone on with; by ``resume_command``, if it was
+    typed.
     """
 
     def __init__(
@@ -108,10 +109,13 @@ class RunRecord:
         patience: Patience | None = None,
         *,
         is_of_project: bool = True,
+        is_copying: bool = False,
+        resume_command: str | None = None,
     ) -> None:
         raw = raw_settings(settings)
         mode = destination.mode
         self.writes_tag = settings.run_tag is not False
+        self._is_copying, self._resume_command = is_copying, resume_command
         self._api = api
         self._num_images = num_images
         self._tried: Tried = at_once if patience is None else patience.tried
@@ -142,7 +146,7 @@ class RunRecord:
                 raw,
                 [mode, destination.iou, destination.suffix],
             )
-            if is_of_project
+            if is_of_project and not is_copying
             else None,
         )
 
@@ -442,6 +446,8 @@ class RunRecord:
                 num_pending=max(self._num_images - self._num_settled, 0),
                 num_images=books.figures.num_images - books.num_before,
                 seconds=time.monotonic() - self._started_at,
+                is_copying=self._is_copying,
+                resume_command=self._resume_command,
             )
             write_text(self._api, self._team_of(project_id), path, page)
         except Exception as error:  # noqa: BLE001  (the SDK and its transport raise anything)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 
 from florence2.evaluation.html_report import Histogram, HtmlReport, Link, Thumbnail, Tone
@@ -34,6 +37,7 @@ class RunPage:
     somebody stopped it; ``error``: the sentence that it stopped with. ``num_images`` of this run
     took ``seconds``. ``href_of`` gives where an image is opened, empty where nowhere. A command is
     None where there is nothing to do with it; ``advice`` are sentences that stand in their place.
+    ``typed_in``: where commands are typed, as ``here`` gives it; empty for anywhere.
     ``undo_commands`` are of every run whose labels are there, ``places`` where things are, by what
     they are, and ``remarks`` sentences about what else is to be known. ``images`` is what images
     are called, such as frames.
@@ -51,6 +55,7 @@ class RunPage:
     resume_command: str | None = None
     retry_command: str | None = None
     advice: Sequence[str] = ()
+    typed_in: str = ""
     undo_commands: Sequence[str] = ()
     places: Mapping[str, Link] = field(default_factory=dict)
     remarks: Sequence[str] = ()
@@ -60,6 +65,21 @@ class RunPage:
     @property
     def num_total(self) -> int:
         return self.figures.num_images + self.num_pending
+
+
+def here() -> str:
+    """The folder and the machine that a process works in: its page may be read anywhere."""
+    machine = f"on {socket.gethostname()}"
+    try:
+        folder = os.fsencode(Path.cwd()).decode("utf-8", "backslashreplace")
+    except OSError:
+        return machine
+    return f"in {folder} {machine}"
+
+
+def original(folder: str) -> Link:
+    """Where a page lies whose links are relative to it, for whoever reads a copy."""
+    return Link(f"{folder} on {socket.gethostname()}; the links of a copy elsewhere do not open")
 
 
 def verdict(page: RunPage) -> tuple[str, Tone]:
@@ -141,13 +161,16 @@ def _counts(report: HtmlReport, page: RunPage) -> None:
 
 
 def _commands(report: HtmlReport, page: RunPage) -> None:
-    for before, command in (
-        ("Go on with:", page.resume_command if page.num_pending else None),
-        ("Try what failed once more with:", page.retry_command),
-    ):
+    commands = {
+        "Go on with:": page.resume_command if page.num_pending else None,
+        "Try what failed once more with:": page.retry_command,
+    }
+    for before, command in commands.items():
         if command:
             report.text(before)
             report.code(command)
+    if page.typed_in and any(commands.values()):
+        report.text(f"The run was started {page.typed_in}; type it there.")
     for sentence in page.advice:
         report.text(sentence)
 
@@ -191,7 +214,7 @@ def _review_rows(page: RunPage) -> list[tuple[str, str]]:
 
     why = f"The score is below {LOW_SCORE:g}; the lowest are drawn below."
     add(figures.num_low, "low scores", why, "labels")
-    why = "The answer reached the limit of tokens: something may be missing. Raise the limit."
+    why = "The answer reached the limit of tokens: something may be missing. Raise max_new_tokens."
     add(figures.num_truncated, "answers cut", why)
     limit, number, _ = figures.far_out()
     add(number, "unusually many labels", f"{limit} or more: they may be repetitions.")
@@ -312,7 +335,10 @@ def _about(report: HtmlReport, page: RunPage) -> None:
     rows += page.places.items()
     report.table(("", ""), [row for row in rows if row[1] not in (None, "")])
     if page.undo_commands:
-        report.text("This takes back what a run wrote, as far as nobody has changed it since:")
+        where = f", typed {page.typed_in}" if page.typed_in else ""
+        report.text(
+            f"This takes back what a run wrote, as far as nobody has changed it since{where}:"
+        )
         report.code("\n".join(page.undo_commands))
     settings = [(name, _value(value)) for name, value in manifest.settings.items()]
     settings = [(name, value) for name, value in settings if value]

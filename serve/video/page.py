@@ -22,7 +22,7 @@ from serve.predict.geometry import rectangle_tlbr_from_box_xyxy
 from serve.provenance import Manifest
 from serve.run_page.drawing import draw_label
 from serve.run_page.figures import ImageOutcome, LowLabel, RunFigures
-from serve.run_page.page import PAGE_NAME, RunPage, render
+from serve.run_page.page import PAGE_NAME, RunPage, here, original, render
 from serve.sdk import sly
 from serve.video.frames import Clip, Range, frame_at
 from serve.video.journal import FrameJournal, Seen
@@ -30,6 +30,10 @@ from serve.video.report import VideoReport, remark_lines
 
 _DRAW_FOR_S: Final = 6.0
 """What is not drawn by then is named only: finding a frame takes long in some files."""
+_FAILED: Final = (
+    "Frames that failed are not asked again: boxes of objects pass through them, between those of "
+    "other frames. To ask all frames anew add --overwrite to the command."
+)
 
 
 def write_page(
@@ -62,6 +66,8 @@ def write_page(
         is_interrupted=report.run.interrupted,
         error=report.error,
         resume_command=report.resume_command,
+        advice=[_FAILED] if summary.failed else (),
+        typed_in=here(),
         places=_places(report, clip, workspace),
         remarks=remark_lines(report),
         images="frames",
@@ -139,4 +145,5 @@ def _places(report: VideoReport, clip: Clip, workspace: Workspace) -> Mapping[st
         "video": Link(text_of(str(clip.path.absolute())), _address(clip, workspace)),
         "labels": Link(text_of(str(report.project.absolute())), quote(os.fsencode(project))),
         "figures": Link(REPORT_NAME, REPORT_NAME),
+        "this page": original(text_of(str(workspace.root.absolute() / PAGE_NAME))),
     }

@@ -94,7 +94,7 @@ def test_what_failed_is_named_with_its_place_and_the_skipped_are_counted(run, pl
     tags = page_in(files)
     text = "\n".join(tags.text)
     assert "1 of 5 images failed; all others are done." in text
-    assert "Start the run again as it was, with resume" in text
+    assert 'Send the request again as it was, with "resume": true' in text
     assert "cut <b>.jpg" in text
     assert "skip_labeled" in text
     assert "skipped" in text
@@ -116,10 +116,28 @@ def test_labels_of_copies_are_looked_for_in_the_project_that_has_them(run, platf
     platform.state.set_meta(into, sly.ProjectMeta().to_json())
     _, _, files = run(upload_mode="append", into=into.id, output_project_id=into.id)
     tags = page_in(files)
-    assert "Labels of copies" in "".join(tags.text)
+    text = "".join(tags.text)
+    assert "Labels of copies" in text
+    assert "resume" not in text, "all is done"
     inside = [link for link in tags.values("href") if "/app/images/" in link]
     assert inside
     assert all(f"/{into.id}/" in link and "#" not in link for link in inside)
+
+
+def test_a_run_into_copies_is_not_to_be_gone_on_with(run, platform, app, seeded):
+    into = platform.state.add_project("copies")
+    platform.state.set_meta(into, sly.ProjectMeta().to_json())
+    platform.state.image(seeded.in_dataset("inside")[0]).content = b"no image"
+    _, _, files = run(upload_mode="append", into=into.id, output_project_id=into.id)
+    text = "".join(page_in(files).text)
+    assert "with its id as output_project_id" in text
+    assert "resume" not in text
+
+
+def test_whose_client_cannot_go_on_is_told_to_take_labels_back_first(run, platform, seeded):
+    platform.state.image(seeded.in_dataset("inside")[0]).content = b"no image"
+    _, _, files = run(upload_mode="append")
+    assert "such as Predict App, labels them a second time" in "".join(page_in(files).text)
 
 
 def test_one_image_that_somebody_waits_for_has_no_page(app, platform, seeded):

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import psutil
 import pytest
 from app_server import ROOT, SDK_ENVIRONMENT
 from contract_calls import BIKE, CITY, HOME, STREET
+from html_pages import Tags
 from platform_double import TOKEN
 from platform_state import TEAM_ID
 
@@ -239,6 +242,11 @@ def test_workers_of_a_cluster_label_a_project_and_one_that_ends_loses_no_image(p
     check_each_once(platform, project, run_id)
 
 
+def page_of(platform, project_id, run_id):
+    path = f"/florence2/runs/{project_id}/{run_id}/report.html"
+    return "".join(Tags(platform.state.files[path].content.decode()).text)
+
+
 def test_ctrl_c_ends_the_command_after_the_batch_and_the_next_one_goes_on(
     command, platform, project
 ):
@@ -257,6 +265,10 @@ def test_ctrl_c_ends_the_command_after_the_batch_and_the_next_one_goes_on(
     assert manifest["state"] == "stopped"
     num_done = manifest["counts"]["images"]
     assert 0 < num_done < NUM_IMAGES
+    page = page_of(platform, project_id, run_id)
+    assert f"florence2 label --project {project_id}" in page
+    assert f"The run was started in {Path.cwd()} on {socket.gethostname()}" in page
+    assert "resume" not in page, "which is nothing to be typed"
 
     code, said = command()
     assert code == 0, said

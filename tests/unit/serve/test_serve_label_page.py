@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+from pathlib import Path
 from urllib.parse import unquote_to_bytes
 
 import pytest
@@ -100,6 +102,8 @@ def test_a_run_that_stops_says_where_and_how_to_go_on(label, images, model):
     text = text_in(out)
     assert "Stopped early after 2 of 5 images, 2 of them failed:" in text
     assert "Go on with:" in text
+    assert f"The run was started in {Path.cwd()} on {socket.gethostname()}; type it there." in text
+    assert f"{out / 'report.html'} on {socket.gethostname()}; the links of a copy" in text
 
 
 def test_a_run_that_is_interrupted_has_its_page(label, images, model):

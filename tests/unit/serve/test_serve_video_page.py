@@ -70,3 +70,4 @@ def test_frames_without_an_answer_and_what_is_left_are_told(label, model, clip, 
     assert "It took too long." in text
     assert "frame 4 at 0.16 s" in text
     assert "florence2 label" in text
+    assert "Frames that failed are not asked again" in text
