@@ -28,7 +28,7 @@ from serve.model_service import Deployed
 from serve.platform.failures import NotFoundError
 from serve.platform.project_run import PredictionRun
 from serve.platform.request_state import Destination, Source, State, UploadMode
-from serve.platform.run import RunServices
+from serve.platform.run import FAILED_IMAGES, RunServices
 from serve.platform.run_store import page_path
 from serve.platform.upload import SdkUpload
 from serve.predict.predictor import Call, Deadline, Predicted, Predictor
@@ -338,8 +338,8 @@ class _Lines(logging.Handler):
     """The SDK writes its log to stdout, as JSON."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        # What a run says of each image at its end is in the report.
-        if record.filename != "run.py":
+        # The report names these.
+        if record.name != FAILED_IMAGES.name:
             say(record.getMessage())
 
 

@@ -77,6 +77,10 @@ def _named(model: Mapping[str, Any]) -> str:
     return " ".join(str(value) for value in model.values()) or "no model"
 
 
+FAILED_IMAGES: Final = sly.logger.getChild("failed_images")
+"""Names each image that failed once a run is over, for those who have no report of it."""
+
+
 class Ledger:
     """The books of one run, from its first image to its end; a context around its work.
 
@@ -139,7 +143,7 @@ class Ledger:
             f"{len(self._failures)} failed."
         )
         for image_id, failure in self._failures:
-            sly.logger.warning(f"Image {image_id} failed: {failure.message}")
+            FAILED_IMAGES.warning(f"Image {image_id} failed: {failure.message}")
         if isinstance(error, Exception):
             if self._num_done:
                 raise self._broken_off(error) from error

@@ -467,7 +467,7 @@ def test_the_command_names_what_failed_and_the_same_one_tries_it_again(command, 
     assert code == 1, said
     assert f"{NUM_IMAGES - 1} labeled" in said
     assert "Failed: 1 bad_image" in said
-    assert f"image {damaged}: " in said
+    assert said.count(f"mage {damaged}") == 1, "once, in the report"
     code, said = command("--again", "--max-failures", "0", "--batch", "1")
     assert (code, "Stopped early: The run stopped after" in said) == (1, True), said
     platform.faults.damaged.clear()
@@ -477,6 +477,22 @@ def test_the_command_names_what_failed_and_the_same_one_tries_it_again(command, 
     code, said = command()
     assert (code, f"Going on with run {first}" in said) == (0, True), said
     check_each_once(platform, project, first)
+
+
+def test_the_command_tells_every_other_warning_wherever_it_comes_from(
+    command, platform, project, monkeypatch
+):
+    warn = compile("logger.warning('The disk is nearly full.')", "/of/some/package/run.py", "exec")
+    settled = RunRecord.settled
+
+    def settled_with_warning(*words, **more):
+        exec(warn, {"logger": sly.logger})
+        return settled(*words, **more)
+
+    monkeypatch.setattr(RunRecord, "settled", settled_with_warning)
+    code, said = command()
+    assert code == 0, said
+    assert said.count("The disk is nearly full.") == NUM_IMAGES
 
 
 def test_an_image_that_failed_and_is_gone_is_no_failure_any_more(command, platform, project):
