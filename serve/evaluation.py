@@ -201,6 +201,7 @@ def _classless(data: LabeledData, *, only_text: bool) -> LabeledData:
                 for one in image.objects
                 if not only_text or TEXT_CLASS in (one.label, *one.texts)
             ),
+            crowds=() if only_text else tuple(replace(one, label=name) for one in image.crowds),
         )
         for image in data.images
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Final
@@ -13,7 +13,7 @@ from florence2.evaluation.calibration import Curve, calibrated, calibration_curv
 from florence2.evaluation.detection import ImageBoxes, Ranking, ranking
 from florence2.evaluation.metrics import Floats, resamplings
 from florence2.evaluation.operating_points import Counts, counts_at, simplest
-from florence2.labeled.records import LabeledImage
+from florence2.labeled.records import LabeledObject
 from florence2.records import BoxXyxy
 from serve.naming import clean_class_name
 from serve.predict.annotations import each_once
@@ -57,7 +57,10 @@ class Comparison:
     def __init__(self, answers: Answers, plan: TuningPlan) -> None:
         self._answers, self._plan = answers, plan
         self._rankings: dict[tuple[str, int, float | None, Prompts], Ranking] = {}
-        self._truth = {name: [_boxes_of(i, name) for i in answers.images] for name in plan.prompts}
+        self._truth = {
+            name: [(_boxes_of(i.objects, name), _boxes_of(i.crowds, name)) for i in answers.images]
+            for name in plan.prompts
+        }
 
     @property
     def num_images(self) -> int:
@@ -74,12 +77,22 @@ class Comparison:
         rules = replace(rules_of(self._plan.settings), nms_threshold=nms)
         lists = [self._answers.found[tiling, name, prompt] for prompt in prompts]
         images = []
-        for truth, *of_prompts in zip(self._truth[name], *lists, strict=True):
+        for (truth, crowds), *of_prompts in zip(self._truth[name], *lists, strict=True):
             kept = each_once([item for found in of_prompts for item in found], rules)
             boxes = tuple(outer_box(item.shape) or (0.0, 0.0, 0.0, 0.0) for item in kept)
             scores = tuple(known_score(item.score) for item in kept)
             labels, true_labels = (name,) * len(boxes), (name,) * len(truth)
-            images.append(ImageBoxes(boxes, labels, scores, truth, true_labels))
+            images.append(
+                ImageBoxes(
+                    boxes,
+                    labels,
+                    scores,
+                    truth,
+                    true_labels,
+                    crowd_boxes=crowds,
+                    crowd_labels=(name,) * len(crowds),
+                )
+            )
         return ranking(images, name, (self._plan.iou,), most=None)
 
     def choose(self, weights: Floats) -> tuple[Choice, list[Floats]]:
@@ -176,9 +189,9 @@ class Comparison:
         return replace(choice, of_class={**choice.of_class, name: own})
 
 
-def _boxes_of(image: LabeledImage, name: str) -> tuple[BoxXyxy, ...]:
+def _boxes_of(objects: Iterable[LabeledObject], name: str) -> tuple[BoxXyxy, ...]:
     key = name.casefold()
-    labels = ((clean_class_name(one.label).casefold(), one.box_xyxy) for one in image.objects)
+    labels = ((clean_class_name(one.label).casefold(), one.box_xyxy) for one in objects)
     return tuple(box_xyxy for label, box_xyxy in labels if label == key)
 
 

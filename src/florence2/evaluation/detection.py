@@ -25,14 +25,17 @@ _RECALLS: Final = np.linspace(0, 1, 101)
 _BINS: Final = 10
 
 
-def box_ious(first: Boxes, second: Boxes) -> NDArray[np.float64]:
-    """Intersection over union [n, m] of boxes (x1, y1, x2, y2); 0 where a box has no area."""
+def box_ious(first: Boxes, second: Boxes, *, over_first: bool = False) -> NDArray[np.float64]:
+    """Intersection over union [n, m] of boxes (x1, y1, x2, y2); 0 where a box has no area.
+
+    ``over_first``: over the area of the first box alone.
+    """
     a = np.asarray(first, np.float64).reshape(-1, 1, 4)
     b = np.asarray(second, np.float64).reshape(1, -1, 4)
     sides = np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])
     shared = np.clip(sides, 0, None).prod(axis=-1)
     area_a, area_b = ((box[..., 2:] - box[..., :2]).prod(axis=-1) for box in (a, b))
-    union = area_a + area_b - shared
+    union = area_a + 0 * area_b if over_first else area_a + area_b - shared
     ious: NDArray[np.float64] = np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
     return ious
 
@@ -46,16 +49,23 @@ def outline_iou(first: Iterable[Ring], second: Iterable[Ring]) -> float:
 
 
 def outline_ious(
-    first: Sequence[Sequence[Ring]], second: Sequence[Sequence[Ring]]
+    first: Sequence[Sequence[Ring]],
+    second: Sequence[Sequence[Ring]],
+    *,
+    over_first: bool = False,
 ) -> NDArray[np.float64]:
-    """The ``outline_iou`` [n, m] of each object, given by its rings, with each other one."""
+    """The ``outline_iou`` [n, m] of each object, given by its rings, with each other one.
+
+    ``over_first``: over what the first one covers alone.
+    """
     ious = box_ious([_box_around(rings) for rings in first], [_box_around(r) for r in second])
     rows, columns = np.nonzero(ious)
     # A mask is a megabyte: those of one row and of all columns would be too many at once.
     for row in np.unique(rows):
         mask = _covered(first[row])
         for column in columns[rows == row]:
-            ious[row, column] = _mask_iou(mask, _covered(second[column]))
+            other = _covered(second[column])
+            ious[row, column] = _mask_iou(mask, mask & other if over_first else other)
     return ious
 
 
@@ -63,6 +73,18 @@ def _box_around(rings: Sequence[Ring]) -> Ring:
     xs = [x for ring in rings for x in ring[0::2]] or [0.0]
     ys = [y for ring in rings for y in ring[1::2]] or [0.0]
     return min(xs), min(ys), max(xs), max(ys)
+
+
+def in_crowds(
+    shares: NDArray[np.float64], matched: NDArray[np.int64], threshold: float
+) -> NDArray[np.bool_]:
+    """Whether each prediction [n] is neither right nor wrong: ``matched`` with nothing, and by
+    ``threshold`` of its area in a crowd. ``shares`` [n, m] are those in each crowd of its label.
+
+    As COCO decides: one crowd has room for any number.
+    """
+    inside: NDArray[np.bool_] = (shares >= min(threshold, 1 - 1e-10)).any(axis=1)
+    return inside & (matched < 0)
 
 
 def _mask_iou(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> float:
@@ -126,7 +148,8 @@ class ImageBoxes:
     """What was found in one image, and what is there. Boxes in any one unit.
 
     ``ious`` [found, there] are the overlaps to judge by, such as those of outlines; without them
-    those of the boxes are.
+    those of the boxes are. So with ``crowd_shares`` [found, crowds]: how much of each thing found
+    is in each crowd.
     """
 
     boxes: tuple[BoxXyxy, ...]
@@ -135,6 +158,17 @@ class ImageBoxes:
     true_boxes: tuple[BoxXyxy, ...]
     true_labels: tuple[str, ...]
     ious: NDArray[np.float64] | None = None
+    crowd_boxes: tuple[BoxXyxy, ...] = ()
+    crowd_labels: tuple[str, ...] = ()
+    crowd_shares: NDArray[np.float64] | None = None
+
+    def shares_in_crowds(self, found: Sequence[int], label: str) -> NDArray[np.float64]:
+        """Those [n, m] of the things found with these numbers, in the crowds of a label."""
+        own = [place for place, name in enumerate(self.crowd_labels) if name == label]
+        if self.crowd_shares is not None:
+            return self.crowd_shares[np.ix_(found, own)]
+        crowds = [self.crowd_boxes[m] for m in own]
+        return box_ious([self.boxes[n] for n in found], crowds, over_first=True)
 
     def overlaps(self, found: Sequence[int], there: Sequence[int]) -> NDArray[np.float64]:
         """Those [n, m] of the things found and there with these numbers."""
@@ -149,7 +183,8 @@ class Ranking:
     each threshold, of which image [D]; and the number of true boxes in each image [S].
 
     ``overlaps`` [D] are those with the true box that each is right about by the first threshold, 0
-    for wrong ones.
+    for wrong ones. ``ignored`` [T, D] are neither right nor wrong, as they are in a crowd; what is
+    ignored at every threshold is not among the predictions.
     """
 
     scores: Floats
@@ -157,6 +192,7 @@ class Ranking:
     images: NDArray[np.int64]
     positives: Floats
     overlaps: Floats
+    ignored: NDArray[np.bool_]
 
     def average_precisions(self, weights: Floats) -> Floats | None:
         """COCO's 101-point interpolation at each threshold [T]; None without true boxes."""
@@ -165,7 +201,7 @@ class Ranking:
             return None
         counts = weights[self.images]
         hits = np.cumsum(self.right * counts, axis=1)
-        seen = np.cumsum(counts)
+        seen = np.cumsum(~self.ignored * counts, axis=1)
         precision = np.divide(hits, seen, out=np.zeros_like(hits), where=seen > 0)
         # One more, of precision 0, for recalls that are not reached.
         envelope = np.zeros((len(hits), len(counts) + 1))
@@ -254,31 +290,49 @@ def ranking(
     precision counts; None: all.
     """
     found = [_judged(image, label, thresholds, most) for image in images]
-    scores, right, overlaps = (np.concatenate(part, axis=-1) for part in zip(*found, strict=True))
-    numbers = np.repeat(np.arange(len(found)), [len(scores) for scores, _, _ in found])
+    scores, right, overlaps, ignored = (
+        np.concatenate(part, axis=-1) for part in zip(*found, strict=True)
+    )
+    numbers = np.repeat(np.arange(len(found)), [len(scores) for scores, *_ in found])
     positives = np.array([image.true_labels.count(label) for image in images], np.float64)
     order = np.argsort(-scores, kind="stable")
-    return Ranking(scores[order], right[:, order], numbers[order], positives, overlaps[order])
+    return Ranking(
+        scores[order],
+        right[:, order],
+        numbers[order],
+        positives,
+        overlaps[order],
+        ignored[:, order],
+    )
 
 
 def _judged(
     image: ImageBoxes, label: str, thresholds: Sequence[float], most: int | None
-) -> tuple[Floats, NDArray[np.bool_], Floats]:
-    """Scores [D] of one image's predictions of a label, best first, whether right [T, D], and the
-    overlaps [D] of those that are right by the first threshold.
+) -> tuple[Floats, NDArray[np.bool_], Floats, NDArray[np.bool_]]:
+    """Scores [D] of one image's predictions of a label, best first, whether right [T, D], the
+    overlaps [D] of those that are right by the first threshold, and whether ignored [T, D].
     """
     own = [place for place, name in enumerate(image.labels) if name == label]
     if not own:
-        return np.zeros(0), np.zeros((len(thresholds), 0), bool), np.zeros(0)
+        nothing = np.zeros((len(thresholds), 0), bool)
+        return np.zeros(0), nothing, np.zeros(0), nothing
     scores = np.array([image.scores[place] for place in own], np.float64)
     order = np.argsort(-scores, kind="stable")[:most]
     true = [place for place, name in enumerate(image.true_labels) if name == label]
-    ious = image.overlaps([own[place] for place in order], true)
+    ranked = [own[place] for place in order]
+    ious, shares = image.overlaps(ranked, true), image.shares_in_crowds(ranked, label)
     matched = np.stack([matched_by_rank(ious, threshold) for threshold in thresholds])
     overlaps = np.zeros(len(order))
     rows = np.flatnonzero(matched[0] >= 0)
     overlaps[rows] = ious[rows, matched[0][rows]]
-    return scores[order], matched >= 0, overlaps
+    ignored = np.stack(
+        [
+            in_crowds(shares, row, threshold)
+            for row, threshold in zip(matched, thresholds, strict=True)
+        ]
+    )
+    counts = ~ignored.all(axis=0)
+    return scores[order][counts], (matched >= 0)[:, counts], overlaps[counts], ignored[:, counts]
 
 
 def pooled(images: Sequence[ImageBoxes], threshold: float = 0.5) -> CalibrationError:

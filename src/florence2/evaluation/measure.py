@@ -19,6 +19,7 @@ from florence2.evaluation.detection import (
     CalibrationError,
     ImageBoxes,
     Ranking,
+    in_crowds,
     matched_by_rank,
     outline_ious,
     ranking,
@@ -119,7 +120,7 @@ class ImageMistakes:
 
     ``found`` are the predictions of the data's classes, best first; ``pairs`` have their numbers
     and those of the objects that are there, with None for a partner that is missing. What has too
-    low a score is in no pair.
+    low a score, or is in a crowd of its class, is in no pair.
     """
 
     name: str
@@ -259,12 +260,15 @@ def image_boxes(
     image: LabeledImage, kept: Sequence[Located], names: ClassNames, by: str
 ) -> ImageBoxes:
     """One image's objects of the data's classes, by boxes or outlines."""
-    ious = None
+    ious = shares = None
     if by == "outlines":
-        ious = outline_ious(
-            [_in_fractions(rings_of(one), image.size_wh) for one in kept],
-            [_in_fractions(true_rings(one), image.size_wh) for one in image.objects],
+        outlines = [_in_fractions(rings_of(one), image.size_wh) for one in kept]
+        there, crowds = (
+            [_in_fractions(true_rings(one), image.size_wh) for one in several]
+            for several in (image.objects, image.crowds)
         )
+        ious = outline_ious(outlines, there)
+        shares = outline_ious(outlines, crowds, over_first=True)
     return ImageBoxes(
         tuple(box_around(one) for one in kept),
         tuple(one.label for one in kept),
@@ -272,6 +276,9 @@ def image_boxes(
         tuple(one.box_xyxy for one in image.objects),
         tuple(names.of(one.label) or one.label for one in image.objects),
         ious,
+        tuple(one.box_xyxy for one in image.crowds),
+        tuple(names.of(one.label) or one.label for one in image.crowds),
+        shares,
     )
 
 
@@ -447,7 +454,10 @@ def _mistakes(
 def _pairs(
     image: ImageBoxes, thresholds: Mapping[str, float]
 ) -> list[tuple[int | None, int | None]]:
-    """Numbers of what was found and what is there, in pairs; None for a partner that is missing."""
+    """Numbers of what was found and what is there, in pairs; None for a partner that is missing.
+
+    What is in a crowd of its class, and is none of the objects there, is in no pair.
+    """
     own = _kept(image, thresholds)
     true = list(range(len(image.true_labels)))
     ious = image.overlaps(own, true)
@@ -455,12 +465,17 @@ def _pairs(
     same = labels[:, None] == np.array(image.true_labels, object)[None, :]
     pairs: list[tuple[int | None, int | None]] = []
     left, free = np.ones(len(own), bool), np.ones(len(true), bool)
+    ignored = np.zeros(len(own), bool)
+    for row, number in enumerate(own):
+        shares = image.shares_in_crowds([number], image.labels[number])
+        ignored[row] = in_crowds(shares, np.array([-1]), FOUND_IOU)[0]
     for allowed in (same, ~same):
         possible = np.where(allowed & left[:, None] & free[None, :], ious, -1.0)
         for row, column in enumerate(matched_by_rank(possible, FOUND_IOU)):
             if column >= 0:
                 pairs.append((own[row], true[column]))
                 left[row] = free[column] = False
+        left &= ~ignored
     pairs += [(own[row], None) for row in np.flatnonzero(left)]
     return pairs + [(None, true[column]) for column in np.flatnonzero(free)]
 

@@ -78,7 +78,8 @@ def mirrored(picture: Image.Image, image: LabeledImage) -> tuple[Image.Image, La
         return replace(thing, box_xyxy=(width - x2, y1, width - x1, y2), rings_xy=rings)
 
     turned = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return turned, replace(image, objects=tuple(mirror(thing) for thing in image.objects))
+    objects, crowds = (tuple(map(mirror, things)) for things in (image.objects, image.crowds))
+    return turned, replace(image, objects=objects, crowds=crowds)
 
 
 def cropped(
@@ -90,9 +91,13 @@ def cropped(
     """
     left, top, right, bottom = box_xyxy
     size_wh = (right - left, bottom - top)
-    objects = (_cut(thing, left, top, size_wh) for thing in image.objects)
-    kept = tuple(thing for thing in objects if thing is not None)
-    return picture.crop(box_xyxy), replace(image, size_wh=size_wh, objects=kept)
+
+    def kept(things: Iterable[LabeledObject]) -> tuple[LabeledObject, ...]:
+        cut = (_cut(thing, left, top, size_wh) for thing in things)
+        return tuple(thing for thing in cut if thing is not None)
+
+    objects, crowds = kept(image.objects), kept(image.crowds)
+    return picture.crop(box_xyxy), replace(image, size_wh=size_wh, objects=objects, crowds=crowds)
 
 
 def _crop_box(

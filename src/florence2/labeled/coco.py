@@ -160,14 +160,20 @@ class _File:
                 f"are for {stated[0]}x{stated[1]}; save the image as it was labeled.",
             )
             return
-        objects = [found for one in annotations for found in self._objects(unique, one, size_wh)]
+        placed = [
+            (bool(one.get("iscrowd")), found)
+            for one in annotations
+            for found in self._objects(unique, one, size_wh)
+        ]
+        objects = tuple(found for is_crowd, found in placed if not is_crowd)
+        crowds = tuple(found for is_crowd, found in placed if is_crowd)
         answers = tuple(
             WantedAnswer(_CAPTION, " ".join(one["caption"].split()))
             for one in annotations
             if isinstance(one.get("caption"), str) and one["caption"].strip()
         )
         self._collector.add(
-            LabeledImage(path, unique, size_wh, tuple(objects), {}, self._dataset, answers)
+            LabeledImage(path, unique, size_wh, objects, {}, self._dataset, answers, crowds)
         )
 
     def _objects(
@@ -181,8 +187,6 @@ class _File:
         problem = None
         if not label:
             problem = f"category_id {shown(number)} is none of the categories"
-        elif one.get("iscrowd"):
-            problem = f"a crowd of class {label!r} is no single object"
         elif not one.get("bbox") and not outline:
             problem = f"an object of class {label!r} has neither bbox nor segmentation"
         elif one.get("bbox") and _corners(one["bbox"]) is None:
@@ -203,6 +207,12 @@ class _File:
             image, label, size_wh, box_xyxy=corners, rings_xy=rings, texts=texts
         )
         if found is not None:
+            if one.get("iscrowd"):
+                self._collector.leave_out(
+                    image,
+                    f"Annotation {one.get('id')}: a crowd of class {label!r} is no single object; "
+                    "what is found in it counts as neither right nor wrong.",
+                )
             yield found
 
 

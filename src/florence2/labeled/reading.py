@@ -90,7 +90,8 @@ class Collector:
             tags = {**known.tags, **image.tags}
             objects = (*known.objects, *image.objects)
             answers = tuple(dict.fromkeys((*known.answers, *image.answers)))
-            image = replace(known, objects=objects, tags=tags, answers=answers)
+            crowds = (*known.crowds, *image.crowds)
+            image = replace(known, objects=objects, tags=tags, answers=answers, crowds=crowds)
         once: dict[tuple[str, BoxXyxy, tuple[Ring, ...]], LabeledObject] = {}
         for found in image.objects:
             key = found.label, found.box_xyxy, found.rings_xy

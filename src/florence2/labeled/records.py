@@ -48,7 +48,9 @@ class LabeledImage:
     ``name`` is unique in its data. ``dataset`` is the folder, split or dataset it came from
     ("parent/child" for one inside another), and "" where there is none. ``tags`` are those of the
     image, with None for a tag without a value. Where there are ``answers``, ``objects`` are what
-    those that locate something say, read once more: train on the answers.
+    those that locate something say, read once more: train on the answers. ``crowds`` are regions
+    with many things of a class that nobody told apart: what is found there is neither right nor
+    wrong.
     """
 
     path: Path
@@ -58,6 +60,7 @@ class LabeledImage:
     tags: Mapping[str, str | None] = field(default_factory=dict)
     dataset: str = ""
     answers: tuple[WantedAnswer, ...] = ()
+    crowds: tuple[LabeledObject, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

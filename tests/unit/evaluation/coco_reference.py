@@ -8,8 +8,9 @@ import pytest
 from florence2.evaluation.detection import ImageBoxes
 
 
-def random_scenes(seed, count=40):
-    """True boxes, and predictions that hit some of them by some."""
+def random_scenes(seed, count=40, *, crowded=False):
+    """True boxes, and predictions that hit some of them by some; ``crowded`` images have crowds
+    too, which hold some of the predictions and some of the true boxes."""
     rng = np.random.default_rng(seed)
     scenes = []
     for _ in range(count):
@@ -21,8 +22,18 @@ def random_scenes(seed, count=40):
         boxes += [random_box(rng) for _ in range(rng.integers(0, 4))]
         labels += [str(rng.choice(["ball", "car", "cup"])) for _ in boxes[len(labels) :]]
         scores = rng.permutation(1000)[: len(boxes)] / 1000
+        crowds = [random_box(rng) for _ in range(rng.integers(0, 4))] if crowded else []
+        of_crowds = [str(rng.choice(["ball", "car", "cup"])) for _ in crowds]
         scenes.append(
-            ImageBoxes(tuple(boxes), tuple(labels), tuple(scores), tuple(true), tuple(names))
+            ImageBoxes(
+                tuple(boxes),
+                tuple(labels),
+                tuple(scores),
+                tuple(true),
+                tuple(names),
+                crowd_boxes=tuple(crowds),
+                crowd_labels=tuple(of_crowds),
+            )
         )
     return scenes
 
@@ -48,11 +59,13 @@ def coco_map(scenes):
     """Average precision over overlaps from 0.5 to 0.95, and at 0.5."""
     reference = pytest.importorskip("faster_coco_eval")
     coco = reference.COCO()
+    rows = [row | {"iscrowd": 0} for row in coco_rows(scenes, "true_boxes", "true_labels")]
+    rows += [row | {"iscrowd": 1} for row in coco_rows(scenes, "crowd_boxes", "crowd_labels")]
     coco.dataset = {
         "images": [{"id": n + 1, "width": 128, "height": 128} for n in range(len(scenes))],
         "annotations": [
-            row | {"id": number, "area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0}
-            for number, row in enumerate(coco_rows(scenes, "true_boxes", "true_labels"), start=1)
+            row | {"id": number, "area": row["bbox"][2] * row["bbox"][3]}
+            for number, row in enumerate(rows, start=1)
         ],
         "categories": [{"id": number, "name": name} for name, number in IDS.items()],
         "info": {},

@@ -91,7 +91,8 @@ def found(scores, right, positives, scenes=None):
     right = np.array([right], bool)
     scenes = np.zeros(len(scores), np.int64) if scenes is None else np.array(scenes)
     overlaps = right[0].astype(float)
-    return Ranking(np.array(scores), right, scenes, np.array(positives, float), overlaps)
+    positives = np.array(positives, float)
+    return Ranking(np.array(scores), right, scenes, positives, overlaps, np.zeros_like(right))
 
 
 @pytest.mark.parametrize(

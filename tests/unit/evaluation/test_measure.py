@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -14,10 +15,11 @@ from florence2.records import Box, Failure, Polygon, Quad
 
 DOG, CAT = (0.0, 0.0, 40.0, 40.0), (60.0, 60.0, 100.0, 100.0)
 FAR = (0.0, 80.0, 10.0, 100.0)
+NO_CROWDS = MappingProxyType({})
 
 
-def data_of(*images, classes=("dog", "cat")):
-    """Labeled images ``0``, ``1``, ... of (label, box) or whole objects."""
+def data_of(*images, classes=("dog", "cat"), crowds=NO_CROWDS):
+    """Labeled images ``0``, ``1``, ... of (label, box) or whole objects; ``crowds`` by number."""
     labeled = tuple(
         LabeledImage(
             Path(f"/{number}.png"),
@@ -26,6 +28,7 @@ def data_of(*images, classes=("dog", "cat")):
             tuple(
                 one if isinstance(one, LabeledObject) else LabeledObject(*one) for one in objects
             ),
+            crowds=tuple(LabeledObject(*one) for one in crowds.get(number, ())),
         )
         for number, objects in enumerate(images)
     )
@@ -36,14 +39,18 @@ def found(label, box, score=0.9):
     return Box(box, label, score)
 
 
-def measured(truths, predictions, **options):
+def measured(truths, predictions, crowds=NO_CROWDS, **options):
     named = {str(number): one for number, one in enumerate(predictions)}
-    return measure(data_of(*truths), named, **({"resamples": 20} | options))
+    return measure(data_of(*truths, crowds=crowds), named, **({"resamples": 20} | options))
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_average_precision_is_that_of_an_independent_evaluator(seed):
-    scenes = random_scenes(seed)
+@pytest.mark.parametrize(("seed", "crowded"), [(0, False), (1, False), (0, True), (2, True)])
+def test_average_precision_is_that_of_an_independent_evaluator(seed, crowded):
+    scenes = random_scenes(seed, crowded=crowded)
+    crowds = {
+        number: list(zip(one.crowd_labels, one.crowd_boxes, strict=True))
+        for number, one in enumerate(scenes)
+    }
     truths = [list(zip(one.true_labels, one.true_boxes, strict=True)) for one in scenes]
     predictions = [
         [
@@ -53,7 +60,8 @@ def test_average_precision_is_that_of_an_independent_evaluator(seed):
         for one in scenes
     ]
     named = {str(number): one for number, one in enumerate(predictions)}
-    evaluation = measure(data_of(*truths, classes=tuple(IDS)), named, resamples=50)
+    data = data_of(*truths, classes=tuple(IDS), crowds=crowds)
+    evaluation = measure(data, named, resamples=50)
     whole, half = coco_map(scenes)
     total = evaluation.total
     assert total.ap.value == pytest.approx(whole, abs=1e-9)
@@ -63,6 +71,45 @@ def test_average_precision_is_that_of_an_independent_evaluator(seed):
     assert np.mean(of_classes) == pytest.approx(whole, abs=1e-9)
     assert evaluation.to_dict()["total"]["ap"]["value"] == total.ap.value
     json.dumps(evaluation.to_dict())
+
+
+CROWD = (0.0, 0.0, 128.0, 50.0)
+RING = (80.0, 0.0, 128.0, 0.0, 128.0, 50.0)
+CROWDED = {
+    "in a crowd": ([found("dog", (50.0, 0.0, 90.0, 40.0))], (1, 0, 0)),
+    "any number of them": (
+        [found("dog", (x, 0.0, x + 20.0, 20.0)) for x in (50, 70, 90)],
+        (1, 0, 0),
+    ),
+    "half in it": ([found("dog", (50.0, 30.0, 90.0, 70.0))], (1, 0, 0)),
+    "less than half": ([found("dog", (50.0, 31.0, 90.0, 71.0))], (1, 1, 0)),
+    "of another class": ([found("cat", (50.0, 0.0, 90.0, 40.0))], (1, 1, 0)),
+    "an object in it is found": ([found("dog", DOG)], (0, 0, 1)),
+    "the second on that object": ([found("dog", DOG), found("dog", DOG, 0.8)], (0, 0, 1)),
+}
+
+
+@pytest.mark.parametrize(("predictions", "expected"), CROWDED.values(), ids=CROWDED)
+@pytest.mark.parametrize("by", ["boxes", "outlines"])
+def test_what_is_found_in_a_crowd_of_its_class_is_neither_right_nor_wrong(
+    predictions, expected, by
+):
+    truth = [[LabeledObject("dog", DOG, ((0.0, 0.0, 40.0, 0.0, 40.0, 40.0, 0.0, 40.0),))]]
+    evaluation = measured(truth, [predictions], {0: [("dog", CROWD)]}, by=by)
+    [image] = evaluation.images
+    missed, wrong, right = expected
+    assert (image.missed, image.wrong, image.right) == (missed, wrong, right)
+    assert evaluation.total.num_found == wrong + right
+    assert evaluation.total.num_true == 1
+    assert evaluation.total.ap50.value == (1.0 if right else 0.0)
+
+
+def test_a_crowd_with_an_outline_is_what_that_covers():
+    truth, right_half = [[LabeledObject("dog", DOG, (RING[:6],))]], (80.0, 0.0, 128.0, 50.0)
+    crowd = {0: [("dog", right_half, (RING,))]}
+    below = (81.0, 30.0, 100.0, 49.0)
+    assert measured(truth, [[found("dog", below)]], crowd).images[0].wrong == 0
+    assert measured(truth, [[found("dog", below)]], crowd, by="outlines").images[0].wrong == 1
 
 
 def test_outlines_are_compared_with_outlines():

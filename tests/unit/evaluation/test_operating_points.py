@@ -17,6 +17,7 @@ RANKING = Ranking(
     images=np.array([0, 1, 0, 2, 2]),
     positives=np.array([1.0, 2.0, 1.0]),
     overlaps=np.array([0.9, 0.7, 0.0, 0.5, 0.0]),
+    ignored=np.zeros((1, 5), bool),
 )
 ALL = np.ones(3)
 
@@ -85,6 +86,7 @@ def test_a_precision_that_is_out_of_reach_gives_way_to_f05_and_is_worth_less_tha
         np.array([0, 0]),
         np.ones(1),
         np.array([0.0, 0.8]),
+        np.zeros((1, 2), bool),
     )
     objective = Objective.of("recall@0.9")
     assert objective.threshold(wrong_first, np.ones(1)) == 0.0

@@ -255,6 +255,17 @@ def test_questions_about_one_image_come_together(tmp_path):
     assert [one.suffix for one in image.answers[1:]] == ["A dog.", "A dog on grass."]
 
 
+def test_crowds_of_coco_are_no_objects_and_keep_their_place(tmp_path):
+    whole = [0, 64 * 48]
+    crowd = {"category_id": 2, "iscrowd": 1, "segmentation": {"size": [48, 64], "counts": whole}}
+    (image,) = open_labeled(coco(tmp_path, [COCO_BOX, crowd, COCO_BOX | {"iscrowd": 1}])).images
+    assert [one.label for one in image.objects] == ["dog"]
+    assert [(one.label, one.box_xyxy) for one in image.crowds] == [
+        ("cat", (0.0, 0.0, 64.0, 48.0)),
+        ("dog", OBJECT_XYXY),
+    ]
+
+
 def test_captions_of_coco_are_answers(tmp_path):
     path = coco(tmp_path, [{"caption": "A  dog."}, {"caption": "A pet."}])
     (image,) = open_labeled(path).images

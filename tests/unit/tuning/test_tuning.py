@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +127,19 @@ def test_windows_have_to_prove_that_they_are_better(recall, wins):
     assert [(one.tiling, one.is_chosen) for one in tuned.options] == [
         (None, not wins), (WINDOWS, wins),
     ]  # fmt: skip
+
+
+def test_what_is_found_in_a_crowd_counts_neither_for_nor_against_a_prompt():
+    world = World().prompt("dog", recall=1.0, wrong=1.0)
+
+    def right():
+        compared = Comparison(Answers(world.images, world.found), world.plan("dog"))
+        return compared.ranking("dog", 0, 0.7, ("dog",)).right
+
+    before = right()
+    crowd = LabeledObject("Dog", (0.0, 0.0, float(SIZE[0]), float(SIZE[1])))
+    world.images[:] = [replace(image, crowds=(crowd,)) for image in world.images]
+    assert before.sum() == right().sum() == right().size < before.size
 
 
 def test_nms_is_chosen_too():
