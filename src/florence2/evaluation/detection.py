@@ -83,7 +83,7 @@ def in_crowds(
 
     As COCO decides: one crowd has room for any number.
     """
-    inside: NDArray[np.bool_] = (shares >= min(threshold, 1 - 1e-10)).any(axis=1)
+    inside = np.asarray((shares >= min(threshold, 1 - 1e-10)).any(axis=1), bool)
     return inside & (matched < 0)
 
 
