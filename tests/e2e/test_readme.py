@@ -14,18 +14,22 @@ from serve.cli.main import app
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {path: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
 def commands() -> list[list[str]]:
-    """Every ``florence2 ...`` line, as words without comments and redirections."""
-    joined = [re.sub(r"\\\n\s*", "", block) for block in blocks("bash")]
+    """Every ``florence2 ...`` line of the README and the pages, as words without comments and
+    redirections, each once."""
+    found = [block for text in (README, *PAGES.values()) for block in blocks("bash", text)]
+    joined = [re.sub(r"\\\n\s*", "", block) for block in found]
     lines = [line for block in joined for line in block.splitlines()]
     own = [line for line in lines if line.split(" ")[0].rsplit("/", 1)[-1] == "florence2"]
-    return [shlex.split(line.split(" < ")[0], comments=True)[1:] for line in own]
+    split = [shlex.split(line.split(" < ")[0], comments=True)[1:] for line in own]
+    return [list(words) for words in dict.fromkeys(map(tuple, split))]
 
 
 def test_the_python_example_runs(monkeypatch, capsys):
@@ -53,7 +57,7 @@ def test_the_task_table_is_the_one_the_command_prints():
 
 
 def test_every_runtime_dependency_has_its_reason():
-    table = README.split("## Dependencies")[1]
+    table = PAGES[ROOT / "docs" / "dependencies.md"]
     named = {
         name
         for row in re.findall(r"^\| ([a-z0-9_, -]+) \|", table, re.MULTILINE)
@@ -78,6 +82,17 @@ def test_every_make_target_exists(target):
     assert re.search(rf"^{target}:", makefile, re.MULTILINE)
 
 
-@pytest.mark.parametrize("link", re.findall(r"\]\((docs/[^)#]+)", README))
-def test_every_linked_page_exists(link):
-    assert (ROOT / link).is_file()
+def anchors(text: str) -> set[str]:
+    """As they are made of the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", one.lower()).replace(" ", "-") for one in headings}
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.name)
+def test_every_linked_page_and_its_heading_exist(page):
+    links = re.findall(r"\]\((?!https?:)([^)\s#]*)(?:#([^)\s]+))?\)", page.read_text("utf-8"))
+    for link, anchor in links:
+        target = page.parent / link if link else page
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target.read_text("utf-8")), f"{link}#{anchor}"
