@@ -468,7 +468,9 @@ class PredictionRun:
                 found = self._api.project.get_meta(project_id)
                 metas[project_id] = sly.ProjectMeta.from_json(found)
         except Exception as error:  # noqa: BLE001  (the SDK and its transport raise what they like)
-            return failure_of(error, f"The tags of project {project_id} cannot be read")
+            # The client may still be able to write what it gets.
+            sly.logger.warning(f"The tags of project {project_id} cannot be read: {error!r}")
+            return outcome
         fitted = with_words_described(annotation, metas[project_id])
         if isinstance(fitted, sly.Annotation):
             return replace(outcome, annotation=fitted)

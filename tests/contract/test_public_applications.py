@@ -207,6 +207,14 @@ class TestAnnotationTool:
         assert objects
         assert all("text" in [tag["name"] for tag in one["tags"]] for one in objects)
 
+    def test_labels_come_as_they_are_where_the_tags_of_the_project_cannot_be_read(
+        self, tool, platform, send, city
+    ):
+        whole = send("inference_image_id", image_id=city, settings={})
+        platform.faults.fail("projects.meta", times=50, status=403)
+        entry = send("inference_image_id", image_id=city, settings=yaml.safe_load(tool.text))
+        assert rows_of(entry["annotation"]) == rows_of(whole["annotation"]) != []
+
     def test_a_caption_without_a_tag_for_it_is_told_and_arrives_once_there_is_one(
         self, tool, api, seeded, city
     ):
