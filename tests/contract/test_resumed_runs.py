@@ -683,7 +683,7 @@ def test_a_class_that_is_deleted_meanwhile_comes_back(app, in_background, platfo
 
 
 WRONG = {
-    "a folder beside it": (["photos", "--out", "x"], "IMAGES is not for a project"),
+    "a folder beside it": (["photos", "--out", "x"], "IMAGES and --project both name"),
     "an option of folders": (["--coco"], "--coco is not for a project"),
     "an option of shards": (
         ["--ray", "local", "--shard-size", "5"],
