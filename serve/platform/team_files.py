@@ -38,6 +38,7 @@ from serve.platform.experiments import (
     read_training,
 )
 from serve.platform.failures import NotFoundError, platform_failure
+from serve.platform.patience import status_of
 from serve.sdk import sly
 
 # isort: split
@@ -408,7 +409,9 @@ def read_text(api: sly.Api, team_id: int, path: str) -> str | None:
         try:
             answer = once.post("file-storage.download", {"teamId": team_id, "path": path})
         except requests.HTTPError as error:
-            if error.response is not None and error.response.status_code in (400, 404):
+            # Neither status is of missing files alone: as for the SDK, its list says what is there.
+            is_refused = status_of(error) in (400, 404)
+            if is_refused and not once.file.exists(team_id, path):
                 return None
             raise
         content: bytes = answer.content
@@ -440,8 +443,7 @@ def read_texts(api: sly.Api, team_id: int, folder: str, beginning: str = "") -> 
 
 def api_of_environment() -> sly.Api:
     """The platform of the environment or ``~/supervisely.env``; RequestError."""
-    if os.path.isfile(env := os.path.expanduser("~/supervisely.env")):
-        load_dotenv(env)
+    _load_environment()
     if not (os.environ.get("SERVER_ADDRESS") and os.environ.get("API_TOKEN")):
         raise RequestError(
             "A project of the platform needs its address and a token, and SERVER_ADDRESS or "
@@ -452,8 +454,7 @@ def api_of_environment() -> sly.Api:
 
 def platform_of_environment(team_id: int | None = None) -> tuple[sly.Api, int]:
     """The platform and the team of the environment or ``~/supervisely.env``; RequestError."""
-    if os.path.isfile(env := os.path.expanduser("~/supervisely.env")):
-        load_dotenv(env)
+    _load_environment()
     team_id = team_id or sly.env.team_id(raise_not_found=False)
     if not (os.environ.get("SERVER_ADDRESS") and os.environ.get("API_TOKEN") and team_id):
         raise RequestError(
@@ -461,6 +462,11 @@ def platform_of_environment(team_id: int | None = None) -> tuple[sly.Api, int]:
             "not set; set them in the environment or in ~/supervisely.env."
         )
     return sly.Api.from_env(), team_id
+
+
+def _load_environment() -> None:
+    if os.path.isfile(env := os.path.expanduser("~/supervisely.env")):
+        load_dotenv(env)
 
 
 def upload_experiment(

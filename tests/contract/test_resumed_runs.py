@@ -12,6 +12,7 @@ import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -20,11 +21,13 @@ from contract_calls import BIKE, CITY, HOME, STREET
 from html_pages import Tags
 from platform_double import TOKEN
 from platform_state import TEAM_ID
+from requests import HTTPError
 
 from florence2.records import Failure
 from serve.cli.main import main
-from serve.platform import lease, run_records, run_store
+from serve.platform import lease, run_records, run_store, team_files
 from serve.platform.images import Target
+from serve.platform.lease import Lease
 from serve.platform.request_state import Destination
 from serve.platform.run_records import RunRecord
 from serve.platform.run_store import CUSTOM_DATA_KEY
@@ -578,6 +581,26 @@ def test_a_run_that_goes_on_is_not_taken_over(app, run, in_background, platform,
     assert app.finished(uuid)[0]["exception"] is None
     [(run_id, _)] = runs(platform, project[0]).items()
     check_each_once(platform, project, run_id)
+
+
+HOLDER = "/florence2/runs/1/3f9a01bc/holder.json"
+
+
+@pytest.mark.parametrize("status", [400, 404])
+def test_a_file_is_missing_only_where_the_platform_does_not_list_it(
+    api, platform, monkeypatch, status
+):
+    monkeypatch.setattr(team_files, "time", SimpleNamespace(sleep=lambda seconds: None))
+    platform.faults.fail("file-storage.download", times=50, status=status)
+    assert team_files.read_text(api, TEAM_ID, HOLDER) is None
+    held, other = (Lease(api, TEAM_ID, HOLDER, "Run 3f9a01bc") for _ in range(2))
+    held.start()
+    with pytest.raises(HTTPError):
+        other.take(lambda: False)
+    platform.faults.statuses.clear()
+    held.check()
+    held.release()
+    assert json.loads(platform.state.files[HOLDER].content)["who"] == held.who
 
 
 def test_the_wait_for_who_may_hold_a_run_can_be_stopped(app, run, platform, project):
