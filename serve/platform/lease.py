@@ -23,7 +23,9 @@ BEAT_S: Final = 20.0
 LEASE_S: Final = 70.0
 """Who does not renew a lease for so long is gone."""
 _SURELY_GONE_S: Final = 3600.0
-CONFIRM_S: Final = 1.0
+CONFIRM_S: Final = 0.3
+# Somebody else may take so many times as long to write as this process took.
+_SLOWER: Final = 5.0
 _LOOK_AFTER_S: Final = 2.0
 
 # Of the runs of this process that go on.
@@ -74,14 +76,15 @@ class Holder:
             return True
         if self.token in _held_here:
             return False
-        if self.machine == _machine(socket.gethostname()) and (
-            self.pid == os.getpid() or not Path(f"/proc/{self.pid}").exists()
-        ):
-            return True
+        if self.machine == _machine(socket.gethostname()):
+            if self.pid == os.getpid() or not Path(f"/proc/{self.pid}").exists():
+                return True
+            if self._age_s() < LEASE_S:
+                return False
         return True if self._age_s() > _SURELY_GONE_S else None
 
     def _age_s(self) -> float:
-        """By two clocks, which may differ."""
+        """By two clocks, which may differ where two machines do."""
         try:
             heard = datetime.fromisoformat(self.at)
         except ValueError:
@@ -145,16 +148,20 @@ class Lease:
         before = self._read()
         if before is not None:
             self._wait_until_gone(before, should_stop)
+        began_s = time.monotonic()
         self._write()
-        if before is not None:
-            # Somebody else may have seen that it is free, too.
-            time.sleep(CONFIRM_S)
-            self._check_is_ours()
+        # Somebody else may have seen that it is free, too.
+        time.sleep(max(CONFIRM_S, _SLOWER * (time.monotonic() - began_s)))
+        self._check_is_ours()
         self._begin()
 
-    def check(self) -> None:
-        """RunHeldError where another process has taken the run over: this one was thought gone."""
-        if self._lost is None and time.time() - self._renewed_at > LEASE_S / 2:
+    def check(self, *, is_fresh: bool = False) -> None:
+        """RunHeldError where another process has taken the run over: this one was thought gone.
+
+        ``is_fresh``: as it is now, and not as it was half a minute ago.
+        """
+        is_old = time.time() - self._renewed_at > LEASE_S / 2
+        if self._lost is None and (is_fresh or is_old):
             self._renew()
         if self._lost is not None:
             raise self._lost

@@ -10,12 +10,15 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from serve.platform.lease import RunHeldError
+from requests.exceptions import HTTPError
+
+from serve.platform.lease import Lease, RunHeldError
+from serve.platform.patience import status_of
 from serve.platform.run_store import MANIFEST, folder_of, keep_manifest, runs_of, team_of
 from serve.platform.team_files import read_texts, write_text
 from serve.platform.video_labels import VideoLine
@@ -29,9 +32,12 @@ from supervisely.api.video.video_api import VideoInfo
 SAVE_AFTER_S: Final = 20.0
 _FRAMES: Final = "frames-"
 _WRITTEN: Final = "videos-"
+_HOLDERS: Final = "videos"
+"""In the place of a run's id: who works on which video is known before the run is."""
 _KEY_BYTES: Final = 8
 _GOES_ON: Final = ("running", "stopped", "failed")
 
+# Of this process, which is to know them also where it may not use team files.
 _at_work: Final[set[tuple[int, str]]] = set()
 _at_work_lock: Final = threading.Lock()
 
@@ -40,7 +46,8 @@ class VideoBooks:
     """One run over one video; a context around its work.
 
     ``lines`` are those of the frames that an earlier process looked at, ``written`` what it wrote.
-    What cannot be kept is told in the log and ends no run.
+    What cannot be kept is told in the log and ends no run. From the beginning to the end nobody
+    else works on the same.
     """
 
     def __init__(
@@ -51,8 +58,13 @@ class VideoBooks:
         model: Mapping[str, Any],
         mode: str,
         frames: Mapping[str, int | None],
+        should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        """RunHeldError where this process does the same at this moment."""
+        """Waits until it is told whether a process that did the same is alive.
+
+        Raises RunHeldError where it is, GenerationCancelledError where the wait is stopped, and
+        what the SDK raises where the platform fails.
+        """
         self._api = api
         self._info = info
         asked = dict(raw_settings(settings))
@@ -63,8 +75,10 @@ class VideoBooks:
         text = json.dumps(identity, sort_keys=True, default=str)
         self._key = hashlib.blake2b(text.encode(), digest_size=_KEY_BYTES).hexdigest()
         self._place = info.id, self._key
+        self._lease: Lease | None = None
         self._begin()
         try:
+            self._take_lease(should_stop)
             earlier = self._earlier()
             self.writes_tag = settings.run_tag is not False
             self.manifest = earlier or Manifest(
@@ -84,6 +98,8 @@ class VideoBooks:
                 fingerprint=self._key,
             )
             self.lines, self.written, self._num_parts = "", VideoLine(info.id, info.name), 0
+            if self._lease is not None:
+                self.manifest = replace(self.manifest, holder=self._lease.who)
             if earlier is not None:
                 self._read()
         except BaseException:
@@ -99,13 +115,43 @@ class VideoBooks:
     def _begin(self) -> None:
         with _at_work_lock:
             if self._place in _at_work:
-                raise RunHeldError(
-                    f"Video {self._info.id} is being labeled by the same request now; wait until "
-                    "that is done, or stop it."
-                )
+                raise self._held()
             _at_work.add(self._place)
 
+    def _held(self) -> RunHeldError:
+        return RunHeldError(
+            f"Video {self._info.id} is being labeled by the same request now; wait until that is "
+            "done, or stop it."
+        )
+
+    def _take_lease(self, should_stop: Callable[[], bool]) -> None:
+        video_id, project_id = self._info.id, self._info.project_id
+        path = f"{folder_of(project_id, _HOLDERS)}/{video_id}-{self._key}.json"
+        what = f"Video {video_id} of project {project_id}"
+        try:
+            lease = Lease(self._api, team_of(self._api, project_id), path, what)
+            lease.take(should_stop)
+        except RunHeldError as error:
+            raise self._held() from error
+        except HTTPError as error:
+            if status_of(error) not in (401, 403):
+                raise
+            sly.logger.warning(f"Nobody else can see who works on video {video_id}: {error!r}")
+        else:
+            self._lease = lease
+
+    def check_held(self, *, is_fresh: bool = False) -> None:
+        """RunHeldError where another process has taken the run over; see ``Lease.check``."""
+        if self._lease is None:
+            return
+        try:
+            self._lease.check(is_fresh=is_fresh)
+        except RunHeldError as error:
+            raise self._held() from error
+
     def _end(self) -> None:
+        if self._lease is not None:
+            self._lease.release()
         with _at_work_lock:
             _at_work.discard(self._place)
 
@@ -138,7 +184,8 @@ class VideoBooks:
         self._keep(self.manifest)
 
     def looked_at(self, num_frames: int, *, is_all: bool = False) -> None:
-        """So many frames are in the journal now; keeps them, not too often."""
+        """So many frames are in the journal now; keeps them, not too often. RunHeldError."""
+        self.check_held()
         self.manifest = replace(
             self.manifest, counts={**self.manifest.counts, "frames": num_frames}
         )
@@ -153,7 +200,8 @@ class VideoBooks:
         self._saved_at = time.monotonic()
 
     def wrote(self, line: VideoLine, run_tag: str | None) -> None:
-        """What is on the platform, before its figures are and once they are."""
+        """What is on the platform, before its figures are and once they are. RunHeldError."""
+        self.check_held()
         self.written = line
         if run_tag is not None and run_tag != self.manifest.run_tag:
             self.manifest = replace(self.manifest, run_tag=run_tag)
@@ -161,6 +209,8 @@ class VideoBooks:
         self._write(f"{_WRITTEN}000000.jsonl", json.dumps(line.to_json()) + "\n")
 
     def ended(self, state: RunState, error: str | None = None, **counts: int) -> None:
+        """RunHeldError, as then the manifest is somebody else's."""
+        self.check_held()
         self._keep(self.manifest.ended(state, {**self.manifest.counts, **counts}, error))
 
     def __enter__(self) -> VideoBooks:

@@ -83,7 +83,9 @@ def label_platform_video(
         mode = asked.mode or "append"
         request.set_stage(InferenceRequest.Stage.INFERENCE, 0, video.count(wanted))
         with (
-            VideoBooks(api, info, asker.settings, model, mode, frames) as books,
+            VideoBooks(
+                api, info, asker.settings, model, mode, frames, request.is_stopped
+            ) as books,
             TemporaryDirectory(prefix="frames-") as folder,
             closing(begin_journal(Path(folder), books.lines)) as journal,
         ):
@@ -190,6 +192,8 @@ class _Run:
         if self._request.is_stopped():
             return self._stopped(told, 0)
         tracks, boxes_alone = find_tracks(self._journal.seen(), self._rate)
+        # Two that began in one moment may not have seen each other.
+        self._books.check_held(is_fresh=True)
         writer = self._writer(self._take_back())
 
         def note(objects: Sequence[WrittenObject]) -> None:
@@ -198,7 +202,12 @@ class _Run:
 
         writer.note = note
         writer.write_objects([video_object(track) for track in tracks.values()])
-        whole = writer.write_figures(self._figures(tracks), self._request.is_stopped)
+
+        def should_stop() -> bool:
+            self._books.check_held()
+            return self._request.is_stopped()
+
+        whole = writer.write_figures(self._figures(tracks), should_stop)
         if whole is None:
             return self._stopped(told, writer.num_figures)
         note(whole)

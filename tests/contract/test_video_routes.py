@@ -179,7 +179,7 @@ def test_undo_deletes_what_a_run_wrote_and_nobody_has_changed(app, api, platform
     assert f"object {moved['objectId']} of class" in undone["kept_labels"][0]
     # Frames of a long video are many, and say nothing of what was written.
     read = [str(one.payload) for one in platform.calls if one.method == "file-storage.download"]
-    assert len(read) == 2
+    assert len([path for path in read if "/videos/" not in path]) == 2
     assert not any("/frames-" in path for path in read)
     assert [one.class_id for one in labels_on(api, video).objects] != []
     assert {one["id"] for one in video.objects} == {moved["objectId"]}
@@ -238,6 +238,28 @@ def test_the_same_request_at_the_same_moment_is_refused(app, platform, video):
             pass
         assert_refused(app.post("inference_video_id", asked), 409, says="labeled by the same")
     assert app.finished(uuid)[0]["exception"] is None
+
+
+def test_the_same_request_to_another_app_is_refused_until_the_first_is_done(
+    app, platform, video, tmp_path
+):
+    asked = {"videoId": video.id, "settings": SETTINGS, "upload_mode": "append", "framesCount": 3}
+    env = {**SDK_ENVIRONMENT, "SERVER_ADDRESS": platform.address, "API_TOKEN": TOKEN}
+    server = AppServer(tmp_path, env)
+    server.start()
+    try:
+        other = App(server.url)
+        with platform.faults.held("annotation-objects.bulk.add"):
+            uuid = app.post("inference_video_id_async", asked).json()["inference_request_uuid"]
+            while not platform.count("annotation-objects.bulk.add"):
+                pass
+            refused = other.post("inference_video_id", asked)
+            assert_refused(refused, 409, says="is being labeled by the same request now")
+        assert app.finished(uuid)[0]["exception"] is None
+        first = len(video.objects)
+        assert write(other, video, framesCount=3)["objects"] == len(video.objects) - first > 0
+    finally:
+        server.stop()
 
 
 def test_what_was_written_and_whose_answer_was_lost_is_there_once(app, platform, video):

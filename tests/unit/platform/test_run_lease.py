@@ -1,6 +1,7 @@
 """Who holds a run, seen by another process: alive, gone, or not to be told from here."""
 
 import json
+import os
 import threading
 from types import SimpleNamespace
 
@@ -82,6 +83,45 @@ def test_a_killed_process_of_this_machine_is_known_to_be_gone_at_once(files, mon
     taken().release()
     held_by(files, machine=here.machine, pid=here.pid)
     taken().release()
+
+
+def test_a_living_process_of_this_machine_that_was_just_heard_of_is_not_waited_for(
+    files, monkeypatch
+):
+    monkeypatch.setattr(module, "LEASE_S", 60.0)
+    here = Holder.here()
+    held_by(files, machine=here.machine, pid=os.getppid())
+    assert Holder.of_text(files["/run"]).is_gone() is False
+    held_by(files, machine=here.machine, pid=os.getppid(), at="2020-01-01T00:00:00Z")
+    assert Holder.of_text(files["/run"]).is_gone() is True
+
+
+def test_of_two_that_see_at_once_that_nobody_holds_a_run_one_gets_it(files, monkeypatch):
+    both_saw = threading.Barrier(2)
+
+    def read_text(api, team_id, path):
+        found = files.get(path)
+        if found is None:
+            both_saw.wait(10)
+        return found
+
+    monkeypatch.setattr(module, "read_text", read_text)
+    monkeypatch.setattr(module, "CONFIRM_S", 0.2)
+    got, refused = [], []
+
+    def take():
+        try:
+            got.append(taken())
+        except RunHeldError as error:
+            refused.append(error)
+
+    takers = [threading.Thread(target=take) for _ in range(2)]
+    for one in takers:
+        one.start()
+    for one in takers:
+        one.join()
+    assert (len(got), len(refused)) == (1, 1)
+    got[0].release()
 
 
 def test_a_holder_that_gives_a_sign_keeps_its_run(files):
