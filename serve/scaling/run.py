@@ -8,8 +8,8 @@ import json
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping
-from contextlib import closing, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -23,7 +23,7 @@ from serve.labeling.progress import progress_bar, stop_on_signals
 from serve.labeling.report import FAILED_NAME, REPORT_NAME, Report, RunCounts, write_report
 from serve.labeling.run import Job, ModelSource, new_manifest
 from serve.labeling.settings import journal_settings
-from serve.provenance import RunState
+from serve.provenance import Manifest, RunState
 from serve.scaling.cluster import Pipeline, Workers, check_device, committed_shards, connected
 from serve.scaling.plan import PLAN, Listing, Plan, PlannedImage, Source
 from serve.scaling.shards import (
@@ -114,24 +114,29 @@ def label_on_cluster(settings: Settings, scaled: ScaledJob, model: ModelSource) 
         **journal_settings(settings, model.name),
         "checkpoint": model.fingerprint(),
     }
+    manifest = new_manifest(settings, noted)
+    work = Work(target, settings, noted, manifest, job.batch, job.coco, job.draw)
     with stop_on_signals(), connected(scaled.address):
-        _begin(target, noted, scaled.shard_size)
-        plan = Plan(target, source, scaled.shard_size)
-        if job.retry_failed:
-            _plan_again(target, plan)
-        manifest = new_manifest(settings, noted)
-        work = Work(target, settings, noted, manifest, job.batch, job.coco, job.draw)
-        done = frozenset(committed_numbers(target))
+        with _noted_as_running(work):
+            _begin(work, scaled.shard_size)
+            plan = Plan(target, source, scaled.shard_size)
+            if job.retry_failed:
+                _plan_again(target, plan)
+            done = frozenset(committed_numbers(target))
+            is_done = plan.listing() is not None and len(done) == plan.num_shards()
         is_on_cpu = scaled.device == "cpu"
         workers = Workers(
             model, noted["checkpoint"], is_on_cpu, scaled.workers, scaled.worker_cores
         )
-        _keep(work, "running")
         pipeline = Pipeline(work, source, scaled.shard_size, workers, done)
-        is_done = plan.listing() is not None and len(done) == plan.num_shards()
         counts, error = (RunCounts(), None) if is_done else _work(pipeline, plan, job)
     # Only now no task of the run commits anything any more.
-    return _ended(scaled, pipeline, plan, counts, error)
+    if counts.interrupted or error is not None:
+        _settled(target)
+    if error is not None and not counts.images and not done:
+        _keep(work, "failed", counts, str(error))
+        raise error
+    return _ended(scaled, pipeline, plan, counts, None if error is None else str(error))
 
 
 def _check_options(scaled: ScaledJob) -> None:
@@ -153,18 +158,34 @@ def _check_options(scaled: ScaledJob) -> None:
             )
 
 
-def _begin(target: Storage, noted: Mapping[str, Any], shard_size: int) -> None:
-    """The settings of a target that is new; OutputError for one that holds other labels."""
-    wanted = json.loads(json.dumps({**noted, "shard_size": shard_size}))
+@contextmanager
+def _noted_as_running(work: Work) -> Iterator[None]:
+    """Before anything else, as others look who is at work before they begin with other settings;
+    a run that cannot begin takes its note back."""
+    if work.target.read(RUN_NAME) is None and not work.target.is_empty(but=(RUNS, RUN_NAME)):
+        raise OutputError(
+            f"A run begins in an empty folder and {work.target.address!r} holds something else; "
+            "choose another --out."
+        )
+    _keep(work, "running")
+    try:
+        yield
+    except BaseException:
+        # What ended it is to be told, also where the store is what failed.
+        with suppress(StorageError):
+            work.target.delete(_manifest_name(work.manifest.run))
+        raise
+
+
+def _begin(work: Work, shard_size: int) -> None:
+    """The settings of a target that is new; OutputError for one that holds other labels, or that
+    a run with other settings may be at work on."""
+    target = work.target
+    wanted = json.loads(json.dumps({**work.noted, "shard_size": shard_size}))
     text = json.dumps({"format": _FORMAT, "settings": wanted}, ensure_ascii=False, indent=2)
     content = text.encode("utf-8", "backslashreplace")
     stored = target.read(RUN_NAME)
     if stored is None:
-        if not target.is_empty():
-            raise OutputError(
-                f"A run begins in an empty folder and {target.address!r} holds something else; "
-                "choose another --out."
-            )
         if target.create(RUN_NAME, content):
             return
         stored = target.read(RUN_NAME) or b"{}"
@@ -172,14 +193,36 @@ def _begin(target: Storage, noted: Mapping[str, Any], shard_size: int) -> None:
     if key is None:
         return
     before = json.loads(stored)["settings"].get(key)
+    begun = (
+        f"One target holds one kind of labels and {target.address!r} was begun with {key} "
+        f"{before!r}, not {wanted.get(key)!r}"
+    )
     if committed_numbers(target):
-        raise OutputError(
-            f"One target holds one kind of labels and {target.address!r} was begun with {key} "
-            f"{before!r}, not {wanted.get(key)!r}; choose another --out."
-        )
+        raise OutputError(f"{begun}; choose another --out.")
+    _check_nobody_runs(work, begun)
     # A run that never got to a shard: nothing is lost with it.
-    target.delete(PLAN)
     target.write(RUN_NAME, content)
+    try:
+        # One that began meanwhile has noted that before it read the earlier settings.
+        _check_nobody_runs(work, begun)
+    except OutputError:
+        target.write(RUN_NAME, stored)
+        raise
+    target.delete(PLAN)
+
+
+def _check_nobody_runs(work: Work, begun: str) -> None:
+    """OutputError where a run over the target may be at work: a killed one cannot be told."""
+    own = _manifest_name(work.manifest.run)
+    names = [f"{RUNS}/{name}" for name in work.target.names(RUNS) if name.endswith(".json")]
+    for name in names:
+        stored = None if name == own else work.target.read(name)
+        other = None if stored is None else Manifest.of_json(json.loads(stored))
+        if other is not None and other.state == "running":
+            raise OutputError(
+                f"{begun}, by run {other.run}, which is at work or was killed; wait until it ends, "
+                "or choose another --out."
+            )
 
 
 def _difference(target: Storage, stored: bytes, wanted: Mapping[str, Any]) -> str | None:
@@ -213,8 +256,8 @@ def _plan_again(target: Storage, plan: Plan) -> None:
         plan.again(failed)
 
 
-def _work(pipeline: Pipeline, plan: Plan, job: Job) -> tuple[RunCounts, str | None]:
-    """Runs until done, stopped or stuck; the second value says in a sentence what it stuck on."""
+def _work(pipeline: Pipeline, plan: Plan, job: Job) -> tuple[RunCounts, FlorenceError | None]:
+    """Runs until done, stopped or stuck; the second value says what it stuck on."""
     counts = RunCounts()
     started = time.monotonic()
     total = _Total(plan, len(pipeline.done) * pipeline.shard_size)
@@ -238,10 +281,7 @@ def _work(pipeline: Pipeline, plan: Plan, job: Job) -> tuple[RunCounts, str | No
         counts.interrupted = True
         say("Stopping; shards that are not committed yet are given up.")
     except FlorenceError as error:
-        if not counts.images and not pipeline.done:
-            _keep(pipeline.work, "failed", counts, str(error))
-            raise
-        return counts, str(error)
+        return counts, error
     finally:
         counts.seconds = time.monotonic() - started
     return counts, None
@@ -269,8 +309,6 @@ def _ended(
 ) -> Report:
     work, target = pipeline.work, pipeline.work.target
     state: RunState = "stopped" if counts.interrupted else "failed" if error else "done"
-    if counts.interrupted:
-        _settled(target)
     _keep(work, state, counts, error)
     target.delete(f"{ATTEMPTS}/{work.manifest.run}")
     merged = _merged(target)
@@ -326,7 +364,11 @@ def _keep(
     if counts is not None:
         manifest = manifest.ended(state, {"images": counts.images, **counts.outcomes}, error)
     text = json.dumps(manifest.to_json(), ensure_ascii=False, indent=2) + "\n"
-    work.target.write(f"{RUNS}/{manifest.run}.json", text.encode("utf-8", "backslashreplace"))
+    work.target.write(_manifest_name(manifest.run), text.encode("utf-8", "backslashreplace"))
+
+
+def _manifest_name(run: str) -> str:
+    return f"{RUNS}/{run}.json"
 
 
 def _merged(target: Storage) -> Merged:

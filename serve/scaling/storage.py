@@ -10,7 +10,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -128,14 +128,15 @@ class Storage:
         below = (path.removeprefix(top).strip("/") for path in found)
         return sorted(name for name in below if name and _PART not in name)
 
-    def is_empty(self) -> bool:
+    def is_empty(self, but: Collection[str] = ()) -> bool:
+        """Whether there is nothing, ``but`` these names and those that begin with a dot."""
         with told(self.address):
             try:
                 listed = self._fs.ls(self._root, detail=False)
             except FileNotFoundError:
                 return True
         names = (str(path).rstrip("/").rsplit("/", 1)[-1] for path in listed)
-        return not any(not name.startswith(".") for name in names)
+        return all(name.startswith(".") or name in but for name in names)
 
     def upload(self, folder: Path, name: str) -> None:
         """All files below a folder of this machine, under ``name``; on a disk when it returns.

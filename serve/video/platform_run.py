@@ -205,7 +205,7 @@ class _Run:
 
         def should_stop() -> bool:
             self._books.check_held()
-            return self._request.is_stopped()
+            return bool(self._request.is_stopped())
 
         whole = writer.write_figures(self._figures(tracks), should_stop)
         if whole is None:

@@ -30,8 +30,9 @@ def target(bucket):
 
 @pytest.fixture
 def serial(monkeypatch, preparer):
-    """In place of the cluster; at the shard ``stop_at`` Ctrl-C is pressed."""
-    edge = SimpleNamespace(stop_at=None, labeled=[])
+    """In place of the cluster; at the shard ``stop_at`` Ctrl-C is pressed, and while the first one
+    is on its way ``meanwhile`` happens."""
+    edge = SimpleNamespace(stop_at=None, labeled=[], meanwhile=lambda: None)
 
     def committed_shards(pipeline):
         work = pipeline.work
@@ -42,6 +43,8 @@ def serial(monkeypatch, preparer):
             if shard.number == edge.stop_at:
                 raise KeyboardInterrupt
             edge.labeled.append(shard.number)
+            meanwhile, edge.meanwhile = edge.meanwhile, lambda: None
+            meanwhile()
             images = open_shard(work, shard, preparer)
             label_shard(work, shard, images, predictor)
             yield commit_shard(work, shard, images)
@@ -254,6 +257,73 @@ def test_a_target_where_nothing_was_committed_takes_other_settings(images, label
     done = label("--threshold", "0.7", "--shard-size", "3")
     assert (done.code, done.report["labeled"]) == (0, 5)
     assert serial.labeled == [0, 1]
+
+
+def test_a_run_that_ends_before_its_first_shard_is_noted_as_failed(images, label, model, target):
+    model.answer = lambda ask: Failure("bad_request", "The prompt is too long.")
+    refused = label()
+    assert (refused.code, "The prompt is too long." in refused.told) == (2, True)
+    [name] = target.names("runs")
+    stored = json.loads(target.read(f"runs/{name}"))
+    assert (stored["state"], "too long" in stored["error"]) == ("failed", True)
+
+
+AT_WORK = "was begun with threshold 0.0, not 0.7, by run"
+
+
+def settings_of(target):
+    return json.loads(target.read("run.json"))["settings"]
+
+
+def test_a_run_that_has_committed_nothing_yet_keeps_its_target(images, label, serial, target):
+    refused = []
+    serial.meanwhile = lambda: refused.append(label("--threshold", "0.7"))
+    done = label()
+    assert (done.code, done.report["labeled"]) == (0, 5), done.told
+    assert refused[0].code == 2
+    assert AT_WORK in refused[0].told
+    assert settings_of(target)["threshold"] == 0.0
+    assert len(target.names("runs")) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "is_taken_over"),
+    [("run.json", False), ("run.json", True), ("runs/", True)],
+    ids=["new", "its settings are written", "it is noted"],
+)
+def test_of_two_runs_that_begin_in_one_moment_one_gets_the_target(
+    images, label, serial, target, monkeypatch, name, is_taken_over
+):
+    if is_taken_over:
+        serial.stop_at = 0
+        label("--threshold", "0.9")
+        serial.stop_at = None
+    others = []
+
+    def patched(method):
+        inner = getattr(Storage, method)
+
+        def write(self, written, content):
+            result = inner(self, written, content)
+            if written.startswith(name) and not others:
+                others.append(None)
+                others.append(label("--threshold", "0.7"))
+            return result
+
+        monkeypatch.setattr(Storage, method, write)
+
+    patched("write")
+    patched("create")
+    runs = [label(), others[-1]]
+    done = [one for one in runs if one.code == 0]
+    assert len(done) <= 1
+    assert all("choose another --out" in one.told for one in runs if one not in done)
+    if done:
+        assert settings_of(target)["threshold"] == (0.0 if done == runs[:1] else 0.7)
+        assert done[0].report["labeled"] == 5
+    else:
+        assert not target.names("committed")
+    assert label("--threshold", str(settings_of(target)["threshold"])).code == 0
 
 
 def test_labels_go_where_nothing_else_is(images, label, target):
