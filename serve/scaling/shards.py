@@ -50,6 +50,8 @@ _DOWNLOADS: Final = 8
 _READERS: Final = 2
 # A store that is gone for a moment fails no image.
 _RETRY_S: Final = (1.0, 4.0, 15.0)
+THIS_PROCESS: Final = secrets.token_hex(6)
+"""In notes of attempts: what begins anew after a store failed is no further process."""
 # From then on images go through a stage one by one, each noted before.
 _CAREFUL_FROM: Final = 2
 
@@ -117,11 +119,12 @@ class Committed:
 
 
 class Attempts:
-    """Starts of a stage with one shard in one run, so that an image which ends processes is found.
+    """Processes that began a stage with one shard in one run, so that an image which ends them is
+    found.
 
-    A process that ends is started again with the same shard. From the third start on images are
-    taken one by one, each noted before: those that an earlier start noted and did not get past are
-    not taken again.
+    A process that ends is started again with the same shard. From the third one on images are taken
+    one by one, each noted before: those that an earlier process noted and did not get past are not
+    taken again.
     """
 
     def __init__(self, work: Work, shard: Shard, stage: str) -> None:
@@ -129,14 +132,15 @@ class Attempts:
         self._folder = f"{ATTEMPTS}/{work.manifest.run}/{shard.title}-{stage}"
         known = self._target.names(self._folder)
         noted = [name.split("-") for name in known]
+        others = [one for one in noted if one[-1] != THIS_PROCESS]
         passed = {int(place) for kind, place, *_ in noted if kind == "passed"}
-        self.blamed = {int(place) for kind, place, *_ in noted if kind == "taken"} - passed
-        self.is_careful = sum(kind == "start" for kind, *_ in noted) >= _CAREFUL_FROM
-        self._note(f"start-{secrets.token_hex(6)}")
+        self.blamed = {int(place) for kind, place, *_ in others if kind == "taken"} - passed
+        self.is_careful = sum(kind == "start" for kind, *_ in others) >= _CAREFUL_FROM
+        self._note(f"start-{THIS_PROCESS}")
 
     def taken(self, place: int) -> None:
         if self.is_careful:
-            self._note(f"taken-{place}")
+            self._note(f"taken-{place}-{THIS_PROCESS}")
 
     def passed(self, place: int) -> None:
         if self.is_careful:

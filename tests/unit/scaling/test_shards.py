@@ -13,6 +13,7 @@ from scaling_tools import picture, read_shard
 from florence2.errors import DeviceLostError, RequestError
 from florence2.records import Failure
 from serve.labeling.undo import undo_in
+from serve.scaling import shards
 from serve.scaling.plan import PlannedImage, Shard
 from serve.scaling.shards import (
     commit_shard,
@@ -23,7 +24,7 @@ from serve.scaling.shards import (
     label_shard,
     open_shard,
 )
-from serve.scaling.storage import Storage
+from serve.scaling.storage import Storage, StorageError
 
 
 class Killed(BaseException):
@@ -179,7 +180,21 @@ def test_a_device_that_is_lost_fails_no_image(shard, labeled, work, model):
         labeled(work(), shard)
 
 
-def test_an_image_that_ends_processes_is_found_and_named(shard, labeled, work, model):
+@pytest.fixture
+def in_processes(monkeypatch):
+    """Does something so many times, each in a process that ends by it."""
+
+    def times(count, work):
+        for number in range(count):
+            monkeypatch.setattr(shards, "THIS_PROCESS", f"p{number}")
+            with pytest.raises(Killed):
+                work()
+        monkeypatch.setattr(shards, "THIS_PROCESS", "last")
+
+    return times
+
+
+def test_an_image_that_ends_processes_is_found_and_named(shard, labeled, work, model, in_processes):
     def answer(ask):
         if color_in(ask) == color_of(1):
             raise Killed
@@ -187,16 +202,14 @@ def test_an_image_that_ends_processes_is_found_and_named(shard, labeled, work, m
 
     model.answer = answer
     work = work()
-    for _ in range(3):
-        with pytest.raises(Killed):
-            labeled(work, shard)
+    in_processes(3, lambda: labeled(work, shard))
     committed = commit_shard(work, shard, labeled(work, shard))
     assert [(one[0], one[3]) for one in committed.failures] == [("b.png", "process_ended")]
     assert committed.labeled == 2
 
 
 def test_a_file_that_ends_the_opening_process_is_found_and_named(
-    shard, work, preparer, predictor, monkeypatch
+    shard, work, preparer, in_processes, monkeypatch
 ):
     work = work()
 
@@ -205,11 +218,43 @@ def test_a_file_that_ends_the_opening_process_is_found_and_named(
 
     with monkeypatch.context() as patch:
         patch.setattr("serve.scaling.shards.read_ahead", killed)
-        for _ in range(3):
-            with pytest.raises(Killed):
-                open_shard(work, shard, preparer)
+        in_processes(3, lambda: open_shard(work, shard, preparer))
     opened = open_shard(work, shard, preparer)
     assert [one.problem and one.problem.code for one in opened] == ["process_ended", None, None]
+
+
+@pytest.mark.parametrize("note", ["start-", "taken-", "passed-"])
+@pytest.mark.parametrize("is_written", [True, False], ids=["its answer is lost", "it is gone"])
+def test_a_store_that_fails_for_a_while_is_no_end_of_a_process(
+    shard, labeled, work, model, target, in_processes, monkeypatch, note, is_written
+):
+    """After two processes ended each image is noted before it is asked about."""
+
+    def killed(ask):
+        raise Killed
+
+    work, write, failures = work(), Storage.write, []
+
+    def failing(self, name, content):
+        if f"-label/{note}" in name and len(failures) < 3:
+            if is_written:
+                write(self, name, content)
+            failures.append(name)
+            raise StorageError("gone")
+        write(self, name, content)
+
+    model.answer = killed
+    in_processes(2, lambda: labeled(work, shard))
+    model.answer = one_box
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "write", failing)
+        for _ in range(3):
+            with pytest.raises(StorageError):
+                labeled(work, shard)
+        committed = commit_shard(work, shard, labeled(work, shard))
+    assert (committed.labeled, committed.failures) == (3, [])
+    starts = [one for one in target.names("attempts/aaaaaaaa/000007-label") if "start" in one]
+    assert len(starts) == 3
 
 
 def test_a_shard_of_what_failed_says_what_has_labels_now(shard, labeled, work, model):
