@@ -9,9 +9,10 @@ import sys
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import typer
+from typer.core import TyperGroup
 
 from florence2.errors import FlorenceError
 from serve.console import complain
@@ -35,8 +36,22 @@ COMMANDS: Final = (
 )
 """In the order in which ``florence2 --help`` lists them."""
 
+
+
+class _Commands(TyperGroup):
+    """Typer itself says nothing where a command is interrupted."""
+
+    def invoke(self, ctx: Any) -> Any:  # noqa: ANN401 - typer's own click's
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            complain("Interrupted.")
+            raise typer.Exit(130) from error
+
+
 app = typer.Typer(
     name="florence2",
+    cls=_Commands,
     help="Label images with Florence-2: folders, videos, projects of the platform, clusters.",
     epilog="Add --debug to any command to see where an error came from.",
     no_args_is_help=True,
@@ -75,9 +90,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except OSError as error:
         reason = f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")
         _end(error, f"A file or folder could not be used ({reason}).", 2, debug=_DEBUG in given)
-    except KeyboardInterrupt:
-        complain("Interrupted.")
-        sys.exit(130)
     # The edge of the program: whatever it is, a labeler gets a sentence and not a traceback.
     except Exception as error:  # noqa: BLE001
         text = f"Something unexpected happened ({type(error).__name__}: {error})."

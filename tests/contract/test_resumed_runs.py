@@ -10,7 +10,8 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,6 +33,8 @@ from serve.platform.request_state import Destination
 from serve.platform.run_records import RunRecord
 from serve.platform.run_store import CUSTOM_DATA_KEY
 from serve.platform.undo import undo_run
+from serve.scaling import cluster
+from serve.scaling.pool import WorkerPool
 from serve.sdk import LabelingStatus, sly
 from serve.settings import parse_settings
 
@@ -703,6 +706,21 @@ def test_a_class_that_is_deleted_meanwhile_comes_back(app, in_background, platfo
     assert progress["exception"] is None
     assert platform.state.project(project[0]).meta["classes"]
     assert platform.state.image(project[1][-1]).annotation["objects"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_command_that_is_interrupted_while_its_workers_load_ends_at_once(
+    command, monkeypatch, platform, project, number
+):
+    def never_loaded():
+        # Whoever waits for it does so by then.
+        threading.Timer(0.5, os.kill, (os.getpid(), number)).start()
+        return SimpleNamespace(told=Future())
+
+    monkeypatch.setattr(cluster, "connected", lambda address: nullcontext())
+    monkeypatch.setattr(cluster, "project_workers", lambda *_, **__: WorkerPool(never_loaded, 1))
+    assert command("--ray", "local") == (130, "Interrupted.\n")
+    assert runs(platform, project[0]) == {}
 
 
 WRONG = {
