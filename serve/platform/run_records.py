@@ -83,6 +83,11 @@ class _ProjectBooks:
     figures: RunFigures = field(default_factory=RunFigures)
     num_before: int = 0
 
+    @property
+    def unsaved(self) -> Sequence[str]:
+        """The lines that are not in team files."""
+        return self.lines[len(self.lines) - self.num_unsaved :]
+
     def add(self, line: Mapping[str, Any], counts: Counter[str]) -> None:
         """What became of one more image."""
         self.lines.append(json.dumps(line, ensure_ascii=False))
@@ -296,9 +301,8 @@ class RunRecord:
         tells_itself = [self.writes_tag and one.labels for one in intents.values() if one]
         if not self.is_bulk or self._manifest.mode == "replace" or all(tells_itself):
             return
-        lines = books.lines[len(books.lines) - books.num_unsaved :]
         books.has_intents = True
-        self._write_unsaved(project_id, [*lines, *_intent_lines({**self._intended, **intents})])
+        self._write_unsaved(project_id, [*books.unsaved, *_intent_lines({**self._intended, **intents})])
 
     def is_intended(self, image_id: int) -> bool:
         """Whether the run that was cut off may have been about to write on an image."""
@@ -427,8 +431,7 @@ class RunRecord:
             # Of images that were not got to, or failed, nobody knows still what arrived.
             left = {**self._intended, **self._written}
             self._write_unsaved(project_id, _intent_lines(left))
-        unsaved = books.lines[len(books.lines) - books.num_unsaved :]
-        self._keep_manifest(project_id, manifest, unsaved)
+        self._keep_manifest(project_id, manifest)
         return manifest
 
     def _write_page(self, project_id: int, books: _ProjectBooks, manifest: Manifest) -> None:
@@ -510,18 +513,15 @@ class RunRecord:
                 f"twice: {path} cannot be written: {error!r}"
             )
 
-    def _keep_manifest(
-        self, project_id: int, manifest: Manifest, lines: Sequence[str] | None = None
-    ) -> None:
-        """In the custom data; with ``lines``, that are not in team files yet, there too.
+    def _keep_manifest(self, project_id: int, manifest: Manifest) -> None:
+        """In the custom data, and in team files with the lines that are not there yet.
 
         For one image, which somebody waits for, that is one file. Who may not change a project may
         still write files, from which a run can be undone.
         """
 
         def keep_file() -> None:
-            if lines is None:
-                return
+            lines = self._books_of(project_id).unsaved
             path = f"{folder_of(project_id, self.run_id)}/{MANIFEST}"
             stored = {**manifest.to_json(), "images": [json.loads(line) for line in lines]}
             text = json.dumps(stored, ensure_ascii=False, indent=2)

@@ -14,11 +14,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from requests.exceptions import HTTPError
+
 from serve.platform.failures import NotFoundError
-from serve.platform.team_files import read_texts
+from serve.platform.patience import status_of
+from serve.platform.team_files import read_files, read_texts, write_text
 from serve.provenance import Manifest, Written, newest_first, sort_labels
 from serve.run_page.page import PAGE_NAME
 from serve.sdk import sly
+
+# isort: split
+from supervisely.api.file_api import FileInfo
 
 CUSTOM_DATA_KEY: Final = "florence2_runs"
 MAX_RUNS: Final = 100
@@ -27,6 +33,7 @@ _MAX_SETTINGS: Final = 4000
 _FOLDER: Final = "/florence2/runs"
 MANIFEST: Final = "manifest.json"
 IMAGES: Final = "/images-"
+UNDONE: Final = "undone.json"
 UNSAVED: Final = "unsaved.jsonl"
 INTENDED: Final = "intended"
 """The outcome of an image whose labels are about to be written."""
@@ -87,10 +94,76 @@ def _started(stored: object) -> str:
 
 
 def runs_of(api: sly.Api, project_id: int) -> list[Manifest]:
-    """The runs over a project that its custom data know, the newest first; NotFoundError."""
-    stored = (info_of(api, project_id).custom_data or {}).get(CUSTOM_DATA_KEY)
-    found = stored.values() if isinstance(stored, dict) else ()
-    return newest_first(one for one in map(Manifest.of_json, found) if one is not None)
+    """The runs over a project, the newest first; NotFoundError.
+
+    Custom data are read and written as a whole: of two processes that do so at once, one loses
+    what it noted there, and its run is known by its file alone.
+    """
+    info = info_of(api, project_id)
+    stored = (info.custom_data or {}).get(CUSTOM_DATA_KEY)
+    found = map(Manifest.of_json, stored.values() if isinstance(stored, dict) else ())
+    known = {one.run: one for one in found if one is not None}
+    try:
+        lost = _lost_runs(api, info, known)
+    except HTTPError as error:
+        if status_of(error) not in (401, 403):
+            raise
+        sly.logger.warning(f"Runs that only team files know are not found: {error!r}")
+        lost = {}
+    return newest_first({**known, **lost}.values())
+
+
+def _lost_runs(
+    api: sly.Api, info: sly.ProjectInfo, known: Mapping[str, Manifest]
+) -> dict[str, Manifest]:
+    """By their files: runs that ought to be in the custom data, or that came further."""
+    folder = f"{_FOLDER}/{info.id}/"
+    files: dict[str, dict[str, FileInfo]] = defaultdict(dict)
+    for file in api.file.list(info.team_id, folder, recursive=True, return_type="fileinfo"):
+        run, _, name = file.path.removeprefix(folder).partition("/")
+        files[run][name] = file
+    # Of those that were left out on purpose there may be thousands: clicks, and then the oldest.
+    is_full = len(known) >= MAX_RUNS
+    oldest = ""
+    if is_full and all(_is_over_many(one.to_json()) for one in known.values()):
+        oldest = min(one.started for one in known.values())
+    wanted = []
+    for run, names in files.items():
+        before, newest = known.get(run), names.get(UNDONE) or names.get(MANIFEST)
+        if before is None:
+            is_wanted = not is_full or len(names) > 1
+        else:
+            is_undone = UNDONE in names and not before.state.startswith("undone")
+            is_wanted = is_undone or before.state == "running"
+        if newest is not None and is_wanted:
+            wanted.append(newest)
+    wanted.sort(key=lambda file: (str(file.updated_at), file.id))
+    lost = {}
+    paths = [file.path for file in wanted[-MAX_RUNS:]]
+    for path, text in read_files(api, info.team_id, paths).items():
+        manifest = Manifest.of_json(_json(text))
+        if manifest is None or manifest.run != path.split("/")[-2]:
+            continue
+        before = known.get(manifest.run)
+        is_newer = manifest.started >= oldest if before is None else _is_further(manifest, before)
+        if is_newer:
+            lost[manifest.run] = manifest
+    return lost
+
+
+def _is_further(manifest: Manifest, before: Manifest) -> bool:
+    """A run that was undone is not gone on with any more."""
+    return manifest.state.startswith("undone") or manifest.resumed >= before.resumed
+
+
+def keep_undone(api: sly.Api, project_id: int, manifest: Manifest) -> None:
+    """That a run is undone, also where another process writes the custom data at this moment."""
+    path = f"{folder_of(project_id, manifest.run)}/{UNDONE}"
+    try:
+        write_text(api, team_of(api, project_id), path, json.dumps(manifest.to_json(), indent=2))
+    except Exception as error:  # noqa: BLE001  (the SDK and its transport raise anything)
+        sly.logger.warning(f"That run {manifest.run} is undone is not in {path}: {error!r}")
+    keep_manifest(api, project_id, manifest)
 
 
 def find_run(api: sly.Api, project_id: int, run_id: str) -> Manifest:

@@ -12,7 +12,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -424,18 +424,23 @@ def read_texts(api: sly.Api, team_id: int, folder: str, beginning: str = "") -> 
     """The text of every file of JSON, or JSON lines, below a folder whose name has this
     ``beginning``, by path, in their order."""
     listed = api.file.list(team_id, f"{folder}/", recursive=True, return_type="fileinfo")
-
-    def read(path: str) -> str:
-        answer = api.post("file-storage.download", {"teamId": team_id, "path": path})
-        content: bytes = answer.content
-        return content.decode("utf-8", "replace")
-
     paths = sorted(
         info.path
         for info in listed
         if info.path.endswith((".json", ".jsonl"))
         and info.path.rpartition("/")[2].startswith(beginning)
     )
+    return read_files(api, team_id, paths)
+
+
+def read_files(api: sly.Api, team_id: int, paths: Sequence[str]) -> dict[str, str]:
+    """The text of each of these files, by path; all of them are there."""
+
+    def read(path: str) -> str:
+        answer = api.post("file-storage.download", {"teamId": team_id, "path": path})
+        content: bytes = answer.content
+        return content.decode("utf-8", "replace")
+
     with ThreadPoolExecutor(_LISTING_THREADS) as threads:
         texts = threads.map(lambda path: _tried(partial(read, path)), paths)
         return dict(zip(paths, texts, strict=True))

@@ -15,7 +15,7 @@ from florence2.records import Failure
 from serve.platform.failures import failure_of
 from serve.platform.images import each_or_failure, image_infos
 from serve.platform.request_state import Source, State
-from serve.platform.run_store import ImageLine, find_run, image_lines, keep_manifest, runs_of
+from serve.platform.run_store import ImageLine, find_run, image_lines, keep_undone, runs_of
 from serve.platform.video_books import is_over_video, video_lines
 from serve.platform.video_labels import undo_line
 from serve.provenance import Manifest, Undone, Written, now, sort_labels
@@ -92,7 +92,7 @@ def _note(
     deleted = undone.num_deleted + manifest.counts.get("deleted", 0)
     counts = {**manifest.counts, "deleted": deleted, "kept": undone.num_kept}
     ended = replace(manifest, state=state, counts=counts, finished=manifest.finished or now())
-    keep_manifest(api, project_id, ended)
+    keep_undone(api, project_id, ended)
 
 
 def _undo_videos(

@@ -159,7 +159,10 @@ class VideoBooks:
         """The run of an equal request that came to no end."""
         for manifest in runs_of(self._api, self._info.project_id):
             if manifest.fingerprint == self._key and manifest.state in _GOES_ON:
-                return replace(manifest, state="running", finished=None, error=None)
+                resumed = manifest.resumed + 1
+                return replace(
+                    manifest, state="running", finished=None, error=None, resumed=resumed
+                )
         return None
 
     def _read(self) -> None:

@@ -10,8 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import Future
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,8 +32,6 @@ from serve.platform.request_state import Destination
 from serve.platform.run_records import RunRecord
 from serve.platform.run_store import CUSTOM_DATA_KEY
 from serve.platform.undo import undo_run
-from serve.scaling import cluster
-from serve.scaling.pool import WorkerPool
 from serve.sdk import LabelingStatus, sly
 from serve.settings import parse_settings
 
@@ -549,11 +546,82 @@ def test_a_run_whose_name_is_no_id_is_not_gone_on_with(run, platform, project, n
     stored = runs(platform, project[0])
     [(run_id, manifest)] = stored.items()
     stored[run_id] = {**manifest, "run": named}
+    folder = f"/florence2/runs/{project[0]}/"
+    file = platform.state.files[f"{folder}{run_id}/manifest.json"]
+    file.content = json.dumps({**manifest, "run": named}).encode()
     run(resume=True)
     assert len(runs(platform, project[0])) == 2
-    folder = f"/florence2/runs/{project[0]}/"
     written = list(platform.state.files)
     assert all(path.startswith(folder) for path in written)
+
+
+def test_a_run_that_another_process_wrote_out_of_the_custom_data_is_not_lost(
+    app, api, run, platform, project
+):
+    """As where two read a project's custom data at once, and each adds its own run."""
+    run()
+    [(run_id, manifest)] = runs(platform, project[0]).items()
+    api.project.update_custom_data(project[0], {}, silent=True)
+    [listed] = app.post("list_runs", {"project_id": project[0]}).json()
+    assert (listed["run"], listed["state"]) == (run_id, "done")
+    uploads = platform.count("annotations.bulk.add")
+    run(resume=True)
+    assert platform.count("annotations.bulk.add") == uploads
+    assert list(runs(platform, project[0])) == [run_id]
+    check_each_once(platform, project, run_id)
+    earlier = {**manifest, "state": "running", "finished": None, "counts": {}}
+    custom_data = {CUSTOM_DATA_KEY: {run_id: earlier}}
+    api.project.update_custom_data(project[0], custom_data, silent=True)
+    assert [one.state for one in run_store.runs_of(api, project[0])] == ["done"]
+    api.project.update_custom_data(project[0], {}, silent=True)
+    undone = app.post("undo_run", {"project_id": project[0], "run": run_id}).json()
+    assert undone["deleted"] == manifest["counts"]["labels"]
+    for lost in ({}, {CUSTOM_DATA_KEY: {run_id: manifest}}):
+        api.project.update_custom_data(project[0], lost, silent=True)
+        assert [one.state for one in run_store.runs_of(api, project[0])] == ["undone"]
+    run(resume=True)
+    assert len(runs(platform, project[0])) == 2
+
+
+def test_a_run_that_goes_on_and_that_the_custom_data_do_not_have_is_listed(
+    app, api, in_background, platform, project
+):
+    with in_background() as uuid:
+        [(run_id, _)] = runs(platform, project[0]).items()
+        api.project.update_custom_data(project[0], {}, silent=True)
+        [listed] = app.post("list_runs", {"project_id": project[0]}).json()
+        assert (listed["run"], listed["state"]) == (run_id, "running")
+    assert app.finished(uuid)[0]["exception"] is None
+
+
+def test_of_clicks_that_were_left_out_of_the_custom_data_nobody_is_told(
+    api, platform, project, monkeypatch
+):
+    monkeypatch.setattr(run_store, "MAX_RUNS", 3)
+    record = RunRecord(api, parse_settings({}), {"name": "demo"}, Destination("append"), 2)
+    with record:
+        for image_id in project[1][:2]:
+            record.settled(project[0], Target(image_id, project[0]))
+    annotation = sly.Annotation((90, 90), [sly.Label(sly.Rectangle(1, 1, 30, 30), PERSONS)])
+    for image_id in project[1]:
+        with RunRecord(api, parse_settings({}), {}, Destination("append"), 1) as click:
+            click.before_upload(project[0], image_id, annotation)
+            click.settled(project[0], Target(image_id, project[0]))
+    found = run_store.runs_of(api, project[0])
+    assert len(found) == 3
+    assert record.run_id in {one.run for one in found}
+    stored = runs(platform, project[0])
+    del stored[record.run_id]
+    stored["0"] = {**next(iter(stored.values())), "run": "0"}
+    assert record.run_id in {one.run for one in run_store.runs_of(api, project[0])}
+
+
+def test_who_may_not_list_files_of_the_team_sees_the_runs_of_the_custom_data(
+    api, run, platform, project
+):
+    run()
+    platform.faults.fail("file-storage.list", status=403)
+    assert len(run_store.runs_of(api, project[0])) == 1
 
 
 def test_a_run_of_other_settings_is_another_run(run, platform, project):
@@ -706,21 +774,6 @@ def test_a_class_that_is_deleted_meanwhile_comes_back(app, in_background, platfo
     assert progress["exception"] is None
     assert platform.state.project(project[0]).meta["classes"]
     assert platform.state.image(project[1][-1]).annotation["objects"]
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_command_that_is_interrupted_while_its_workers_load_ends_at_once(
-    command, monkeypatch, platform, project, number
-):
-    def never_loaded():
-        # Whoever waits for it does so by then.
-        threading.Timer(0.5, os.kill, (os.getpid(), number)).start()
-        return SimpleNamespace(told=Future())
-
-    monkeypatch.setattr(cluster, "connected", lambda address: nullcontext())
-    monkeypatch.setattr(cluster, "project_workers", lambda *_, **__: WorkerPool(never_loaded, 1))
-    assert command("--ray", "local") == (130, "Interrupted.\n")
-    assert runs(platform, project[0]) == {}
 
 
 WRONG = {

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from concurrent.futures import Future
 from types import SimpleNamespace
 
@@ -9,6 +12,7 @@ import pytest
 
 from florence2.errors import GenerationCancelledError, RequestError
 from florence2.records import Failure
+from serve.labeling.progress import stop_on_signals
 from serve.predict.predictor import Call
 from serve.scaling.pool import ClusterError, WorkerPool
 
@@ -87,6 +91,13 @@ def test_a_run_that_is_stopped_waits_for_no_worker(cluster):
     with pytest.raises(GenerationCancelledError):
         pool.predict(["a"], None, Call(should_stop=lambda: next(stops)))
     assert len(cluster.sent) == 1
+
+
+def test_who_waits_for_workers_that_load_can_be_interrupted():
+    pool = WorkerPool(lambda: SimpleNamespace(told=Future()), 1)
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with stop_on_signals(), pytest.raises(KeyboardInterrupt):
+        pool.told()
 
 
 @pytest.mark.parametrize(

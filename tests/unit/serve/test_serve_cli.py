@@ -115,6 +115,15 @@ def test_an_unknown_option_is_a_usage_error(capsys):
     assert "--threshold" in capsys.readouterr().err
 
 
+def test_a_command_that_is_interrupted_says_so(monkeypatch, capsys, tmp_path):
+    def interrupted(folder):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("serve.labeling.undo.runs_in", interrupted)
+    assert run("runs", str(tmp_path)) == 130
+    assert capsys.readouterr().err == "Interrupted.\n"
+
+
 def test_an_error_nobody_foresaw_is_a_sentence_too(monkeypatch, capsys):
     import serve.cli.info as info
 
