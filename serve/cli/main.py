@@ -37,7 +37,6 @@ COMMANDS: Final = (
 """In the order in which ``florence2 --help`` lists them."""
 
 
-
 class _Commands(TyperGroup):
     """Typer itself says nothing where a command is interrupted."""
 

@@ -302,7 +302,9 @@ class RunRecord:
         if not self.is_bulk or self._manifest.mode == "replace" or all(tells_itself):
             return
         books.has_intents = True
-        self._write_unsaved(project_id, [*books.unsaved, *_intent_lines({**self._intended, **intents})])
+        self._write_unsaved(
+            project_id, [*books.unsaved, *_intent_lines({**self._intended, **intents})]
+        )
 
     def is_intended(self, image_id: int) -> bool:
         """Whether the run that was cut off may have been about to write on an image."""

@@ -83,9 +83,7 @@ def label_platform_video(
         mode = asked.mode or "append"
         request.set_stage(InferenceRequest.Stage.INFERENCE, 0, video.count(wanted))
         with (
-            VideoBooks(
-                api, info, asker.settings, model, mode, frames, request.is_stopped
-            ) as books,
+            VideoBooks(api, info, asker.settings, model, mode, frames, request.is_stopped) as books,
             TemporaryDirectory(prefix="frames-") as folder,
             closing(begin_journal(Path(folder), books.lines)) as journal,
         ):
