@@ -259,10 +259,9 @@ class PredictionRun:
         if self._record is None or self._uploading is None:
             return
         project_id, copied_to = self._uploading.written_to(target)
-        if target.project_id is not None:
-            self._record.settled(
-                project_id, target, failure, copied_to=copied_to, is_skipped=is_skipped
-            )
+        self._record.settled(
+            project_id, target, failure, copied_to=copied_to, is_skipped=is_skipped
+        )
 
     def _tell_record_of_answers(
         self,

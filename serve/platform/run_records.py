@@ -340,7 +340,10 @@ class RunRecord:
         copied_to: int | None = None,
         is_skipped: bool = False,
     ) -> None:
-        """What became of an image; ``copied_to`` is the dataset of the copy that has the labels."""
+        """What became of an image; ``copied_to`` is the dataset of the copy that has the labels.
+
+        ``project_id`` is where its labels are, None where nobody knows it or it is not made yet.
+        """
         written = self._written.pop(target.image_id, Written())
         annotation = self._annotations.pop(target.image_id, None)
         answer = self._answers.take(target.image_id)
@@ -369,10 +372,13 @@ class RunRecord:
             line["scores"] = scores_of(annotation)
         line = {key: value for key, value in line.items() if value not in (None, ())}
         counts = _counts_of(outcome, written)
-        if project_id is None:
+        if project_id is None and not self._books:
             # The project that images are copied to is made with the first one that has labels.
             self._early.append((line, counts))
             return
+        if project_id is None:
+            # Of an image that is not there nobody knows the project: it is named in one of them.
+            project_id = next(iter(self._books))
         books = self._books_of(project_id)
         if target.image_id in self._failed_before:
             self._failed_before.remove(target.image_id)

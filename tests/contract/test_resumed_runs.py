@@ -728,6 +728,31 @@ def test_a_refused_last_upload_is_named_at_once_and_done_by_the_next_run(run, pl
     check_each_once(platform, project, run_id)
 
 
+@pytest.mark.parametrize("place", [0, 3], ids=["before the others", "after them"])
+@pytest.mark.parametrize("mode", ["append", "create"])
+def test_an_image_that_is_not_there_is_named_in_the_run_and_the_others_are_labeled(
+    app, api, platform, project, place, mode
+):
+    ids = project[1][:3]
+    ids.insert(place, 999)
+    asked = {"images_ids": ids, "upload_mode": mode, "settings": SETTINGS, "batch_size": 2}
+    progress, results = app.done("inference_batch_ids_async", asked)
+    assert progress["exception"]["message"].startswith("1 of 4 images failed")
+    assert {one["image_id"]: (one.get("error") or {}).get("code") for one in results} == {
+        **dict.fromkeys(project[1][:3]),
+        999: "not_found",
+    }
+    labeled = project[0] if mode == "append" else max(platform.state.projects)
+    [run] = run_store.runs_of(api, labeled)
+    assert run.state == "done"
+    assert {key: run.counts[key] for key in ("images", "labeled", "failed")} == {
+        "images": 4,
+        "labeled": 3,
+        "failed": 1,
+    }
+    assert lines_of(platform, labeled, run.run)[999]["code"] == "not_found"
+
+
 def delete_project(state, project):
     del state.projects[project[0]]
 
