@@ -25,11 +25,10 @@ from serve.console import say
 from serve.labeling.progress import StopSwitch, progress_bar, stop_on_signals
 from serve.limits import held_bytes
 from serve.model_service import Deployed
-from serve.platform.failures import NotFoundError
 from serve.platform.project_run import PredictionRun
 from serve.platform.request_state import Destination, Source, State, UploadMode
 from serve.platform.run import FAILED_IMAGES, RunServices
-from serve.platform.run_store import page_path
+from serve.platform.run_store import info_of, page_path
 from serve.platform.upload import SdkUpload
 from serve.predict.predictor import Call, Deadline, Predicted, Predictor
 from serve.process import end_process
@@ -286,11 +285,7 @@ def _said_of_earlier(earlier: Manifest, num_before: int, num_pending: int) -> st
 
 def _dataset_ids_of(api: sly.Api, job: ProjectJob) -> list[int] | None:
     """None for all of them."""
-    if api.project.get_info_by_id(job.project_id) is None:
-        raise NotFoundError(
-            f"Project {job.project_id} does not exist or is not visible to this account; check "
-            "the id."
-        )
+    info_of(api, job.project_id)
     return list(datasets_of(api, job.project_id, job.datasets)) if job.datasets else None
 
 

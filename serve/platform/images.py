@@ -17,6 +17,7 @@ from florence2.records import Failure
 from serve.platform.failures import NotFoundError, failure_of
 from serve.platform.patience import PlatformAwayError, Tried, at_once
 from serve.platform.request_state import Source
+from serve.platform.run_store import info_of
 from serve.sdk import sly
 
 _IDS_PER_REQUEST: Final = 500
@@ -97,11 +98,7 @@ def check_project_is_there(api: sly.Api, project_id: int | None) -> None:
 
 def check_project_of_images(api: sly.Api, project_id: int) -> None:
     """RequestError for a project of another kind, NotFoundError where there is none."""
-    project = api.project.get_info_by_id(project_id)
-    if project is None:
-        raise NotFoundError(
-            f"Project {project_id} does not exist or is not visible to this account; check the id."
-        )
+    project = info_of(api, project_id)
     if str(project.type) != _IMAGES_PROJECT:
         raise RequestError(
             f"Only projects of images can be labeled, and project {project_id} is of "
@@ -111,10 +108,13 @@ def check_project_of_images(api: sly.Api, project_id: int) -> None:
 
 def _by_ids(api: sly.Api, image_ids: Sequence[int]) -> Images:
     infos = image_infos(api, image_ids)
+    dataset_ids = dict.fromkeys(info.dataset_id for info in infos.values())
+    found = {one: api.dataset.get_info_by_id(one) for one in dataset_ids}
+    datasets = {dataset_id: dataset for dataset_id, dataset in found.items() if dataset is not None}
+    # One that is deleted at this moment may go before its images do.
+    infos = {one: info for one, info in infos.items() if info.dataset_id in datasets}
     if not infos:
         raise NotFoundError(_missing_image(image_ids[0]).message)
-    dataset_ids = dict.fromkeys(info.dataset_id for info in infos.values())
-    datasets = {one: api.dataset.get_info_by_id(one) for one in dataset_ids}
     targets = [
         Target(one, datasets[infos[one].dataset_id].project_id, infos[one])
         if one in infos

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from florence2.errors import GenerationCancelledError
 from florence2.records import Failure
@@ -27,6 +27,9 @@ from serve.sdk import sly
 sdk = sly.nn.inference.inference
 
 DEFAULT_SUFFIX: Final = "_nn"
+
+Meta = TypeVar("Meta", sly.ObjClass, sly.TagMeta)
+
 # Two runs that read a project's meta, add to it and write it back would undo each other's work.
 meta_lock: Final = threading.Lock()
 _ANYWHERE: Final = sly.TagApplicableTo.ALL
@@ -37,17 +40,29 @@ _SILENCE: Final = (PlatformAwayError, GenerationCancelledError)
 def compatible_tag_meta(
     wanted: sly.TagMeta, project_meta: sly.ProjectMeta, suffix: str | None = None
 ) -> sly.TagMeta:
-    """``wanted``, or as the project has it, or renamed where the project's means something else.
+    """``wanted``, or as the project has it, or renamed where the project's means something else."""
+    return compatible(
+        wanted, project_meta.get_tag_meta, lambda known: _takes(known, wanted), suffix
+    )
 
-    The first free or equal name of ``confidence``, ``confidence_nn``, ``confidence_nn_2``, ...
+
+def compatible(
+    wanted: Meta,
+    known_of: Callable[[str], Meta | None],
+    takes: Callable[[Meta], bool],
+    suffix: str | None,
+) -> Meta:
+    """A class or tag under the first name that the project has free, or ``takes`` it under.
+
+    Of ``confidence``, ``confidence_nn``, ``confidence_nn_2``, ...
     """
     suffix = suffix or DEFAULT_SUFFIX
     name, number = wanted.name, 1
     while True:
-        known = project_meta.get_tag_meta(name)
+        known = known_of(name)
         if known is None:
             return wanted if name == wanted.name else wanted.clone(name=name)
-        if _takes(known, wanted):
+        if takes(known):
             return known
         name = wanted.name + suffix + (f"_{number}" if number > 1 else "")
         number += 1

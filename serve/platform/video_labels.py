@@ -12,7 +12,7 @@ from itertools import islice
 from typing import Any, Final
 
 from serve.platform.failures import failure_of, platform_failure
-from serve.platform.upload import DEFAULT_SUFFIX, compatible_tag_meta, meta_lock
+from serve.platform.upload import compatible, compatible_tag_meta, meta_lock
 from serve.provenance import Undone
 from serve.sdk import sly
 
@@ -237,16 +237,10 @@ def _compatible_class(
     wanted: sly.ObjClass, meta: sly.ProjectMeta, suffix: str | None
 ) -> sly.ObjClass:
     """``wanted``, or as the project has it, or renamed where the project's has another shape."""
-    suffix = suffix or DEFAULT_SUFFIX
-    name, number = wanted.name, 1
-    while True:
-        known = meta.get_obj_class(name)
-        if known is None:
-            return wanted if name == wanted.name else wanted.clone(name=name)
-        if known.geometry_type in (wanted.geometry_type, sly.AnyGeometry):
-            return known
-        name = wanted.name + suffix + (f"_{number}" if number > 1 else "")
-        number += 1
+    shapes = (wanted.geometry_type, sly.AnyGeometry)
+    return compatible(
+        wanted, meta.get_obj_class, lambda known: known.geometry_type in shapes, suffix
+    )
 
 
 class ObjectDigest:

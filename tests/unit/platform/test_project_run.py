@@ -243,6 +243,13 @@ def test_when_all_images_fail_the_request_fails_as_the_first(runner, platform):
         assert caught.value.code == code
 
 
+def test_an_image_whose_dataset_is_gone_costs_only_itself(runner):
+    platform = FakePlatform(ids=[1, 2], other_ids=[4])
+    del platform.datasets[11]
+    entries = runner.ids(platform, {"image_ids": [1, 4, 2]})
+    assert codes_of(entries) == [None, "not_found", None]
+
+
 def test_a_prediction_that_fails_is_tried_image_by_image(runner, platform):
     def before(images):
         if platform.content[2] in images:
