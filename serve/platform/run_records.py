@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from types import TracebackType
 from typing import Any, Final
 
@@ -24,12 +23,11 @@ from serve.platform.request_state import Destination
 from serve.platform.run_store import (
     IMAGES,
     INTENDED,
-    MANIFEST,
     UNSAVED,
     folder_of,
     image_rows,
     info_of,
-    keep_manifest,
+    note_run,
     noted_rows,
     page_path,
     runs_of,
@@ -522,27 +520,10 @@ class RunRecord:
             )
 
     def _keep_manifest(self, project_id: int, manifest: Manifest) -> None:
-        """In the custom data, and in team files with the lines that are not there yet.
-
-        For one image, which somebody waits for, that is one file. Who may not change a project may
-        still write files, from which a run can be undone.
-        """
-
-        def keep_file() -> None:
-            lines = self._books_of(project_id).unsaved
-            path = f"{folder_of(project_id, self.run_id)}/{MANIFEST}"
-            stored = {**manifest.to_json(), "images": [json.loads(line) for line in lines]}
-            text = json.dumps(stored, ensure_ascii=False, indent=2)
-            write_text(self._api, self._team_of(project_id), path, text)
-
-        for keep in (keep_file, partial(keep_manifest, self._api, project_id, manifest)):
-            try:
-                self._tried(keep)
-            except Exception as error:  # noqa: BLE001  (as above)
-                sly.logger.warning(
-                    f"The manifest of run {self.run_id} cannot be kept for project {project_id}: "
-                    f"{error!r}"
-                )
+        """With the lines that are in no other file; for one image, which somebody waits for, that
+        is one file."""
+        lines = self._books_of(project_id).unsaved
+        note_run(self._api, project_id, manifest, self._tried, lines)
 
     def _team_of(self, project_id: int) -> int:
         books = self._books_of(project_id)

@@ -10,14 +10,15 @@ from __future__ import annotations
 import json
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 from requests.exceptions import HTTPError
 
 from serve.platform.failures import NotFoundError
-from serve.platform.patience import status_of
+from serve.platform.patience import Tried, at_once, status_of
 from serve.platform.team_files import read_files, read_texts, write_text
 from serve.provenance import Manifest, Written, newest_first, sort_labels
 from serve.run_page.page import PAGE_NAME
@@ -66,6 +67,37 @@ def team_of(api: sly.Api, project_id: int) -> int:
     """The team whose files those of a project are."""
     team_id: int = info_of(api, project_id).team_id
     return team_id
+
+
+def note_run(
+    api: sly.Api,
+    project_id: int,
+    manifest: Manifest,
+    tried: Tried = at_once,
+    image_lines: Sequence[str] | None = None,
+) -> None:
+    """The manifest in a file, with ``image_lines`` in it, and in the project's custom data.
+
+    Who may not change a project may still write files, and of two processes that change it at once
+    one loses what it noted there. What cannot be kept is told in the log.
+    """
+
+    def keep_file() -> None:
+        stored = manifest.to_json()
+        if image_lines is not None:
+            stored["images"] = [json.loads(line) for line in image_lines]
+        path = f"{folder_of(project_id, manifest.run)}/{MANIFEST}"
+        text = json.dumps(stored, ensure_ascii=False, indent=2)
+        write_text(api, team_of(api, project_id), path, text)
+
+    for keep in (keep_file, partial(keep_manifest, api, project_id, manifest)):
+        try:
+            tried(keep)
+        except Exception as error:  # noqa: BLE001  (the SDK and its transport raise anything)
+            sly.logger.warning(
+                f"The manifest of run {manifest.run} cannot be kept for project {project_id}: "
+                f"{error!r}"
+            )
 
 
 def keep_manifest(api: sly.Api, project_id: int, manifest: Manifest) -> None:

@@ -19,7 +19,7 @@ from requests.exceptions import HTTPError
 
 from serve.platform.lease import Lease, RunHeldError
 from serve.platform.patience import status_of
-from serve.platform.run_store import MANIFEST, folder_of, keep_manifest, runs_of, team_of
+from serve.platform.run_store import folder_of, note_run, runs_of, team_of
 from serve.platform.team_files import read_texts, write_text
 from serve.platform.video_labels import VideoLine
 from serve.provenance import MODEL_KEYS, RUN_TAG, Manifest, RunState, new_run_id, now
@@ -233,15 +233,7 @@ class VideoBooks:
         return True
 
     def _keep(self, manifest: Manifest) -> None:
-        # Of older runs, and of those of who may not change a project, only the file is left.
-        self._write(MANIFEST, json.dumps(manifest.to_json(), indent=2))
-        try:
-            keep_manifest(self._api, self._info.project_id, manifest)
-        except Exception as error:  # noqa: BLE001  (as above)
-            sly.logger.warning(
-                f"The manifest of run {self.run_id} cannot be kept for project "
-                f"{self._info.project_id}: {error!r}"
-            )
+        note_run(self._api, self._info.project_id, manifest)
 
 
 def is_over_video(manifest: Manifest) -> bool:

@@ -15,14 +15,13 @@ from requests.exceptions import HTTPError
 
 from florence2.errors import GenerationCancelledError, RequestError
 from florence2.records import Failure
-from serve.console import say
 from serve.labeling.journal import JOURNAL_NAME, Entry, settled_entries
 from serve.labeling.project import DATASET, project_folder
 from serve.labeling.undo import runs_in
 from serve.platform.failures import failure_of
 from serve.platform.images import check_project_of_images
 from serve.platform.patience import Patience, PlatformAwayError
-from serve.platform.run_store import IMAGES, folder_of, keep_manifest, team_of
+from serve.platform.run_store import IMAGES, folder_of, note_run, team_of
 from serve.platform.team_files import asked_once, write_text
 from serve.platform.upload import meta_lock, with_compatible_tags
 from serve.provenance import RUN_TAG, Manifest, Written, sort_labels
@@ -193,10 +192,7 @@ class PlatformTarget:
         self._keep_manifest(manifest)
 
     def _keep_manifest(self, manifest: Manifest) -> None:
-        try:
-            self._tried(partial(keep_manifest, self._api, self._id, manifest))
-        except Exception as error:  # noqa: BLE001  (the SDK and its transport raise anything)
-            say(f"Run {manifest.run} is not noted in project {self._id}: {error!r}")
+        note_run(self._api, self._id, manifest, self._tried)
 
     def _each(
         self, images: Sequence[_Image], bring: Callable[[Sequence[_Image]], None]

@@ -19,6 +19,7 @@ from serve.cli.loading import one_model
 from serve.cli.main import main
 from serve.labeling.settings import label_settings
 from serve.labeling.undo import undo_in
+from serve.platform.run_store import runs_of
 from serve.predict.predictor import Predictor
 from serve.provenance import Manifest
 from serve.scaling.plan import PlannedImage, Shard
@@ -134,6 +135,15 @@ def test_a_labeled_folder_is_on_the_platform_as_it_is_on_the_disk(
         assert [{tag.name: tag.value for tag in one.tags} for one in there.labels] == [
             {tag.name: tag.value for tag in one.tags} for one in on_disk.labels
         ]
+
+
+def test_the_runs_of_what_was_uploaded_are_known_also_where_another_process_lost_them(
+    upload, labeled, platform, project, api
+):
+    upload(labeled)
+    [run] = runs_of(api, project)
+    api.project.update_custom_data(project, {}, silent=True)
+    assert runs_of(api, project) == [run]
 
 
 def test_what_was_uploaded_is_not_uploaded_again(upload, labeled, platform):

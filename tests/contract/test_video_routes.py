@@ -546,7 +546,9 @@ def test_figures_are_there_also_where_the_annotation_tool_cannot_be_told(app, ap
     platform.faults.fail("videos.notify-annotation-tool", times=50, status=400)
     state = {"videoId": video.id, "settings": SETTINGS, "framesCount": 3}
     app.post("tracking_by_detection", state, context={"trackId": "of-the-tool"})
-    project_id, wait = project_of(platform.state, video).id, threading.Event()
-    while not (runs := runs_of(api, project_id)) or runs[0].state == "running":
+    # The last that is written of a run.
+    over, wait = b'"is_released": true', threading.Event()
+    while not any(over in one.content for one in platform.state.files.values()):
         assert not wait.wait(0.05)
-    assert (runs[0].state, bool(video.figures)) == ("done", True)
+    [run] = runs_of(api, project_of(platform.state, video).id)
+    assert (run.state, bool(video.figures)) == ("done", True)
