@@ -14,7 +14,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
+from requests.exceptions import HTTPError
+
 from florence2.errors import FlorenceError, GenerationCancelledError
+from serve.platform.patience import status_of
 from serve.platform.team_files import read_text, write_text
 from serve.provenance import now
 from serve.sdk import sly
@@ -244,3 +247,16 @@ class Lease:
             text = json.dumps(asdict(self._holder))
             write_text(self._api, self._team_id, self._path, text)
             self._renewed_at = time.time()
+
+
+def taken(lease: Lease, should_stop: Callable[[], bool]) -> Lease | None:
+    """The lease, as by its ``take``; None for who may not use the files of the team, which is
+    logged: nobody else can see that this process works on it."""
+    try:
+        lease.take(should_stop)
+    except HTTPError as error:
+        if status_of(error) not in (401, 403):
+            raise
+        sly.logger.warning(f"Nobody else can see who works on it: {error!r}")
+        return None
+    return lease

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from florence2.records import Failure
 from serve.platform.images import Target
-from serve.platform.lease import Lease, RunHeldError
+from serve.platform.lease import Lease, RunHeldError, taken
 from serve.platform.page import Answer, HeldAnswers, add_line, draw_missing, page_of
 from serve.platform.patience import Patience, Tried, at_once
 from serve.platform.request_state import Destination
@@ -54,6 +54,8 @@ from serve.sdk import sly
 from serve.settings import Settings, changed_settings, raw_settings
 
 _HOLDER: Final = "holder.json"
+_BEGUN: Final = "begun"
+"""In the place of a run's id: who begins a run that nobody knows yet."""
 _SAVE_AFTER_S: Final = 30.0
 _LINES_PER_FILE: Final = 1000
 _DONE: Final = frozenset({"labeled", "empty", "skipped"})
@@ -133,6 +135,7 @@ class RunRecord:
         self._num_settled = 0
         self._is_stopped = False
         self._earlier: Manifest | None = None
+        self._beginning: Lease | None = None
         self._manifest = Manifest(
             run=new_run_id(),
             model=model,
@@ -189,17 +192,7 @@ class RunRecord:
         Raises RunHeldError where another process works on it, and what the SDK raises where the
         platform fails.
         """
-        found = next(
-            (
-                one
-                for one in runs_of(self._api, project_id)
-                if one.fingerprint == self._manifest.fingerprint
-                # What it is called is a folder's name.
-                and str(one.run).isalnum()
-                and one.state in ("running", "done", "stopped", "failed")
-            ),
-            None,
-        )
+        found = self._find_earlier(project_id) or self._begin(project_id, should_stop)
         if found is None:
             return frozenset()
         self._earlier = found
@@ -215,6 +208,41 @@ class RunRecord:
         except BaseException:
             books.lease.release()
             raise
+
+    def _find_earlier(self, project_id: int) -> Manifest | None:
+        return next(
+            (
+                one
+                for one in runs_of(self._api, project_id)
+                if one.fingerprint == self._manifest.fingerprint
+                # What it is called is a folder's name.
+                and str(one.run).isalnum()
+                and one.state in ("running", "done", "stopped", "failed")
+            ),
+            None,
+        )
+
+    def _begin(self, project_id: int, should_stop: Callable[[], bool]) -> Manifest | None:
+        """Of two processes that begin the same, which nobody can see until labels are written, one
+        does. The run of the other where that is known by then; RunHeldError as long as it is not.
+        """
+        team_id = team_of(self._api, project_id)
+        path = f"{folder_of(project_id, _BEGUN)}/{self._manifest.fingerprint}.json"
+        what = f"A run over project {project_id} with the same settings"
+        self._beginning = taken(Lease(self._api, team_id, path, what), should_stop)
+        try:
+            found = self._find_earlier(project_id)
+        except BaseException:
+            self._end_beginning()
+            raise
+        if found is not None:
+            self._end_beginning()
+        return found
+
+    def _end_beginning(self) -> None:
+        if self._beginning is not None:
+            self._beginning.release()
+            self._beginning = None
 
     def _read_back(
         self, project_id: int, books: _ProjectBooks, image_ids: Collection[int]
@@ -267,6 +295,8 @@ class RunRecord:
 
     def check_held(self) -> None:
         """RunHeldError where another process has taken the run over."""
+        if self._beginning is not None:
+            self._beginning.check()
         for books in self._books.values():
             if books.lease is not None:
                 books.lease.check()
@@ -407,6 +437,12 @@ class RunRecord:
             # Who leaves without an error all the same was asked to.
             is_asked = error is None or isinstance(error, KeyboardInterrupt)
             state = "stopped" if is_asked or self._is_stopped else "failed"
+        try:
+            self._end(state, None if error is None else str(error))
+        finally:
+            self._end_beginning()
+
+    def _end(self, state: RunState, error: str | None) -> None:
         for project_id, books in self._books.items():
             lease = books.lease
             try:
@@ -417,7 +453,7 @@ class RunRecord:
                 if lease is not None:
                     lease.release()
                 continue
-            manifest = self._close(project_id, books, state, None if error is None else str(error))
+            manifest = self._close(project_id, books, state, error)
             # One that is new may have been announced only now.
             if books.lease is not None:
                 books.lease.release()
@@ -484,6 +520,8 @@ class RunRecord:
         except Exception as error:  # noqa: BLE001  (the SDK and its transport raise anything)
             sly.logger.warning(f"Nobody can see who works on run {self.run_id}: {error!r}")
         self._keep_manifest(project_id, books.manifest)
+        if books.lease is not None:
+            self._end_beginning()
 
     def _lease(self, project_id: int) -> Lease:
         path = f"{folder_of(project_id, self.run_id)}/{_HOLDER}"

@@ -15,10 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from requests.exceptions import HTTPError
-
-from serve.platform.lease import Lease, RunHeldError
-from serve.platform.patience import status_of
+from serve.platform.lease import Lease, RunHeldError, taken
 from serve.platform.run_store import folder_of, note_run, runs_of, team_of
 from serve.platform.team_files import read_texts, write_text
 from serve.platform.video_labels import VideoLine
@@ -128,17 +125,11 @@ class VideoBooks:
         video_id, project_id = self._info.id, self._info.project_id
         path = f"{folder_of(project_id, _HOLDERS)}/{video_id}-{self._key}.json"
         what = f"Video {video_id} of project {project_id}"
+        lease = Lease(self._api, team_of(self._api, project_id), path, what)
         try:
-            lease = Lease(self._api, team_of(self._api, project_id), path, what)
-            lease.take(should_stop)
+            self._lease = taken(lease, should_stop)
         except RunHeldError as error:
             raise self._held() from error
-        except HTTPError as error:
-            if status_of(error) not in (401, 403):
-                raise
-            sly.logger.warning(f"Nobody else can see who works on video {video_id}: {error!r}")
-        else:
-            self._lease = lease
 
     def check_held(self, *, is_fresh: bool = False) -> None:
         """RunHeldError where another process has taken the run over; see ``Lease.check``."""

@@ -654,6 +654,21 @@ def test_a_run_that_goes_on_is_not_taken_over(app, run, in_background, platform,
     check_each_once(platform, project, run_id)
 
 
+def test_of_two_that_begin_before_either_has_labeled_anything_one_is_refused(
+    app, run, platform, project
+):
+    with platform.faults.held("images.bulk.download"):
+        answer = app.post("inference_project_id_async", asked_for(project, resume=True))
+        uuid = answer.json()["inference_request_uuid"]
+        wait_for(lambda: platform.count("images.bulk.download"), "no download")
+        progress, _ = run(resume=True)
+        assert "with the same settings is worked on by" in progress["exception"]["message"]
+    assert app.finished(uuid)[0]["exception"] is None
+    [run_id] = runs(platform, project[0])
+    run(resume=True)
+    check_each_once(platform, project, run_id)
+
+
 HOLDER = "/florence2/runs/1/3f9a01bc/holder.json"
 
 
