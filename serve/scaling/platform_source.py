@@ -99,7 +99,7 @@ class PlatformFiles(AbstractFileSystem):  # type: ignore[misc]
     ) -> bytes:
         """The file of an image, or a part. FileNotFoundError where it is gone."""
         try:
-            _, dataset_id, image_id = (int(part) for part in self._strip_protocol(path).split("/"))
+            _, dataset_id, image_id = (int(part) for part in path.strip("/").split("/"))
         except ValueError as error:
             raise FileNotFoundError(path) from error
         try:
