@@ -53,13 +53,14 @@ def fetch_ahead(
     is_bulk: bool,
     max_batches: int = BATCHES_AHEAD,
     max_bytes: int = MAX_BYTES_AHEAD,
-) -> Generator[tuple[Batch, Fetched]]:
+) -> Generator[tuple[Batch, Fetched, Hold]]:
     """Each batch with what ``fetch`` gives for it, in order, fetched in a few threads.
 
     Not more than ``max_batches`` and ``max_bytes`` are on the way or waiting, the bytes only from
-    the second batch on. A batch's bytes are held of ``budget`` until the one after it is asked for;
-    the wait for them is 0 s while others of this run are held, because they go on. Raises
-    NoRoomError. A run that is to stop waits for nothing. Close it to give up what is not begun.
+    the second batch on. A batch's bytes are held of ``budget``; the hold that comes with it is the
+    caller's to release, whether or not it asks for the next. The wait for them is 0 s while others
+    wait here, because they go on. Raises NoRoomError. A run that is to stop waits for nothing.
+    Close it to give up what is not begun.
     """
     pool = ThreadPoolExecutor(max_batches, thread_name_prefix="download")
     ahead: deque[tuple[Batch, Future[Fetched], Hold]] = deque()
@@ -90,9 +91,10 @@ def fetch_ahead(
             while following is not None and (hold := room_for(following)):
                 ahead.append((following, pool.submit(fetch, following), hold))
                 following = next(rest, None)
-            batch, future, hold = ahead.popleft()
-            with hold:
-                yield batch, future.result()
+            batch, future, hold = ahead[0]
+            fetched = future.result()
+            ahead.popleft()
+            yield batch, fetched, hold
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         for *_, hold in ahead:

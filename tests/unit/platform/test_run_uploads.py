@@ -10,6 +10,7 @@ from platform_fakes import (
     fails_for,
     failures_of,
     rectangle,
+    wait_until,
 )
 from requests.exceptions import ConnectionError as ConnectionFailed
 
@@ -228,7 +229,8 @@ def test_classes_added_by_somebody_else_meanwhile_survive(runner, platform):
             platform.metas[1] = platform.metas[1].add_obj_class(by_hand)
 
     def before(images):
-        if len(predict.batches) == 2:
+        if images == [platform.content[2]]:
+            wait_until(lambda: 1 in platform.uploads)
             predict.labels = [rectangle("new class")]
 
     predict = FakePredictor(before)
