@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
 
@@ -245,8 +246,9 @@ class Uploading:
 
     def _upload_dataset(self, group: list[Labeled]) -> dict[int, Failure]:
         # Labels are added by reading those that are there and writing all: of two runs at once,
-        # such as those of a double click, one would undo the other's, or add what it added.
-        with _uploads_to(group[0].target.dataset_id):
+        # such as those of a double click, one would undo the other's, or add what it added. But a
+        # click on another image does not wait for a run that waits for the platform.
+        with _alone_with({one.target.image_id for one in group}):
             return self._upload_alone(group)
 
     def _upload_alone(self, group: list[Labeled]) -> dict[int, Failure]:
@@ -595,12 +597,22 @@ class _KnownMeta(sly.ProjectMeta):  # type: ignore[misc]
         return self._json
 
 
-_locks: Final = tuple(threading.Lock() for _ in range(64))
+_in_hand: Final[set[int]] = set()
+_in_hand_changed: Final = threading.Condition()
 
 
-def _uploads_to(dataset_id: int | None) -> threading.Lock:
-    """Held while labels go to a dataset; some others may have the same one."""
-    return _locks[hash(dataset_id) % len(_locks)]
+@contextmanager
+def _alone_with(image_ids: set[int]) -> Iterator[None]:
+    """Held while labels go to these images: nobody else sends any to one of them."""
+    with _in_hand_changed:
+        _in_hand_changed.wait_for(lambda: _in_hand.isdisjoint(image_ids))
+        _in_hand.update(image_ids)
+    try:
+        yield
+    finally:
+        with _in_hand_changed:
+            _in_hand.difference_update(image_ids)
+            _in_hand_changed.notify_all()
 
 
 def _failure(labeled: Labeled, error: Exception) -> Failure:

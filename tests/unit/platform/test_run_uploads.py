@@ -1,5 +1,7 @@
 """Runs that write labels to the platform, with the SDK's own ``upload_predictions``."""
 
+import threading
+
 import pytest
 from platform_fakes import (
     DAMAGED,
@@ -10,12 +12,13 @@ from platform_fakes import (
     fails_for,
     failures_of,
     rectangle,
+    services,
     wait_until,
 )
 from requests.exceptions import ConnectionError as ConnectionFailed
 
 from serve.platform.failures import FailedImageError, PartialFailureError
-from serve.platform.project_run import run_project
+from serve.platform.project_run import run_image_ids, run_project
 from serve.platform.upload import compatible_tag_meta, with_compatible_tags
 from serve.predict.annotations import TAG_METAS
 from serve.provenance import RUN_TAG
@@ -237,6 +240,39 @@ def test_classes_added_by_somebody_else_meanwhile_survive(runner, platform):
     platform.upload_fault = add_by_hand
     runner.finish(platform, ONE_BY_ONE, predict)
     assert {one.name for one in platform.metas[1].obj_classes} == {"cat", "by hand", "new class"}
+
+
+def test_a_click_waits_for_a_run_that_hangs_only_where_both_write_on_one_image(runner, platform):
+    hangs, goes_on = threading.Event(), threading.Event()
+
+    def fault(ids):
+        if ids == [1, 2] and not goes_on.is_set():
+            hangs.set()
+            assert goes_on.wait(60)
+
+    platform.upload_fault = fault
+    run, _ = runner.start(
+        lambda api, state, inference_request: run_image_ids(
+            api, state, inference_request, services()
+        ),
+        platform,
+        {"image_ids": [1, 2], "upload_mode": "append"},
+    )
+    assert hangs.wait(60)
+    runner.ids(platform, {"image_id": 3, "upload_mode": "append"})
+    assert list(platform.uploads) == [3]
+    dog = FakePredictor(labels=[HUMAN])
+    clicked, _ = runner.start(
+        lambda api, state, inference_request: run_image_ids(
+            api, state, inference_request, services(dog)
+        ),
+        platform,
+        {"image_id": 2, "upload_mode": "append"},
+    )
+    wait_until(lambda: dog.batches)
+    goes_on.set()
+    wait_until(lambda: run.is_finished() and clicked.is_finished())
+    assert platform.classes_uploaded(2) == ["cat", "dog"]
 
 
 def test_labels_of_a_class_that_came_meanwhile_are_no_failure(runner, platform):
