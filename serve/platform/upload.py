@@ -545,7 +545,10 @@ class Uploading:
     def _meta(self, project_id: int | None, *, is_fresh: bool = False) -> sly.ProjectMeta:
         metas = self._request.context["project_meta"]
         if is_fresh or project_id not in metas:
-            metas[project_id] = _KnownMeta.from_json(self._api.project.get_meta(project_id))
+            stored = self._api.project.get_meta(project_id)
+            if getattr(metas.get(project_id), "stored", None) != stored:
+                metas[project_id] = _KnownMeta.from_json(stored)
+                metas[project_id].stored = stored
         elif not isinstance(metas[project_id], _KnownMeta):
             # What the SDK has kept of it after it added to it.
             metas[project_id] = _KnownMeta.of(metas[project_id])
@@ -581,9 +584,10 @@ class _KnownMeta(sly.ProjectMeta):  # type: ignore[misc]
     """The meta of a project, which the SDK makes JSON of for every image, to log it or not.
 
     That takes longer than all else about an image's labels. Whoever changes a meta makes a new one,
-    and nobody changes the JSON.
+    and nobody changes the JSON. ``stored`` is what it was read from, if it was.
     """
 
+    stored: dict[str, Any] | None = None
     _json: dict[str, Any] | None = None
 
     @classmethod

@@ -101,6 +101,31 @@ def test_the_meta_of_a_project_becomes_json_as_often_for_five_images_as_for_two(
     assert counts[0] == counts[1] > 0
 
 
+def test_a_meta_that_is_asked_for_with_every_batch_is_read_again_only_once_it_is_another(
+    runner, monkeypatch
+):
+    read = []
+    original = sly.ProjectMeta.from_json.__func__
+
+    def from_json(cls, stored):
+        read.append(stored)
+        return original(cls, stored)
+
+    def before(images):
+        if images == [platform.content[4]]:
+            wait_until(lambda: 3 in platform.uploads)
+            platform.add_label(4, rectangle("by hand"))
+
+    monkeypatch.setattr(sly.ProjectMeta, "from_json", classmethod(from_json))
+    platform = FakePlatform(range(1, 6), meta=sly.ProjectMeta([rectangle().obj_class]))
+    platform.projects[1].custom_data = {}
+    state = {"image_ids": [1, 2, 3, 4, 5], "batch_size": 1, "upload_mode": "replace_own"}
+    request = runner.finish(platform, state, FakePredictor(before))
+    assert (request.exception, platform.classes_uploaded(4)) == (None, ["by hand", "cat"])
+    assert len(platform.called("update_meta")) == 1
+    assert len(read) == 3, "at first, with our tag, and with the class by hand"
+
+
 def test_the_same_object_under_another_class_stays(runner, platform):
     platform.add_label(1, rectangle("dog"))
     runner.ids(platform, {"image_id": 1, "upload_mode": "iou_merge"})
