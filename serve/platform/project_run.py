@@ -52,7 +52,7 @@ from serve.platform.upload import (
 )
 from serve.predict.details import slides_of
 from serve.predict.full_queue import FULL_CODES, when_queue_has_room
-from serve.predict.predictor import Call, Deadline, Predicted
+from serve.predict.predictor import AHEAD_BYTES, AheadImage, Call, Deadline, Predicted
 from serve.sdk import sly
 from serve.settings import Settings, has_sliding_window
 from serve.settler import Settler
@@ -70,7 +70,7 @@ class AlreadyLabeled:
 
 Outcome = Predicted | Failure | AlreadyLabeled
 Settled = tuple[Batch, Sequence[Outcome]]
-Images = Sequence[AnyImage | AlreadyLabeled]
+Images = Sequence[AnyImage | AheadImage | AlreadyLabeled]
 Asked = tuple[Batch, Images, Future[list[Outcome]]]
 """A batch that the model is asked about."""
 
@@ -87,7 +87,7 @@ MAX_FAILED_BATCHES: Final = 3
 _MAX_LOADING_S: Final = 600.0
 _MAX_LOADINGS: Final = 5
 _LOOK_AFTER_S: Final = 0.1
-# While the model answers one batch the images of the next are opened, and its prompts take the rows
+# While the labels of one batch are made, the model answers the next, whose prompts take the rows
 # that become free.
 _BATCHES_ASKED: Final = 2
 
@@ -215,10 +215,11 @@ class PredictionRun:
         lost = "no result" if self._uploading is None else "no new labels"
         fetched = fetch_ahead(
             split_batches(self._targets, self._batch_size),
-            self._download,
+            self._fetch,
             self._services.budget,
             self._request.is_stopped,
             is_bulk=self._is_bulk,
+            more_bytes=AHEAD_BYTES if self._is_bulk else 0,
         )
         with (
             ExitStack() as books,
@@ -317,11 +318,21 @@ class PredictionRun:
             return
         for target, image, outcome in zip(batch, images, outcomes, strict=True):
             if isinstance(outcome, Predicted):
-                self._record.answered(target, image, outcome)
+                file = image.content if isinstance(image, AheadImage) else image
+                self._record.answered(target, file, outcome)
 
     def _tell_record_of_stop(self) -> None:
         if self._record is not None and self._request.is_stopped():
             self._record.stopped()
+
+    def _fetch(self, batch: Batch) -> Images:
+        """For every target of the batch what the model is to see, a Failure, or that it needs no
+        answer. Of many images it is made ready here, as the model would wait for it."""
+        images = self._download(batch)
+        if not self._is_bulk:
+            return images
+        call = Call(Priority.BULK, should_stop=self._request.is_stopped)
+        return self._services.prepare(images, self._settings, call)
 
     def _download(self, batch: Batch) -> list[AnyImage | AlreadyLabeled]:
         """For every target of the batch an image, a Failure, or that it needs no answer."""
@@ -392,7 +403,7 @@ class PredictionRun:
                 return [failure_of(error, "The image cannot be predicted")]
         return [outcome for image in images for outcome in self._predict([image])]
 
-    def _ask_model(self, images: Sequence[AnyImage]) -> Sequence[Outcome]:
+    def _ask_model(self, images: Sequence[AnyImage | AheadImage]) -> Sequence[Outcome]:
         """The answers of the model that the run began with, which may have to be loaded again."""
         for _ in range(_MAX_LOADINGS):
             try:
@@ -422,7 +433,7 @@ class PredictionRun:
         if self._record is not None and self._is_bulk:
             self._services.check_model(self._settings, self._model)
 
-    def _answers_of(self, images: Sequence[AnyImage]) -> Sequence[Outcome]:
+    def _answers_of(self, images: Sequence[AnyImage | AheadImage]) -> Sequence[Outcome]:
         should_stop = self._has_to_stop
 
         def predict() -> Sequence[Outcome]:
@@ -531,7 +542,9 @@ def _release(hold: Hold, answered: Future[list[Outcome]]) -> None:
     hold.release()
 
 
-def _told_without_model(image: AnyImage | AlreadyLabeled) -> Failure | AlreadyLabeled | None:
+def _told_without_model(
+    image: AnyImage | AheadImage | AlreadyLabeled,
+) -> Failure | AlreadyLabeled | None:
     """What becomes of an image whatever the model says; None where that is its answer."""
     return image if isinstance(image, Failure | AlreadyLabeled) else None
 

@@ -83,11 +83,15 @@ class WorkerPool:
         return self._told
 
     def predict(
-        self, images: Sequence[AnyImage], settings: Settings, call: Call
+        self, images: Sequence[Any], settings: Settings, call: Call
     ) -> list[Predicted | Failure]:
         """An outcome for every image, in order. GenerationCancelledError when told to stop."""
         with self._in_use:
             return self._answers(images, lambda one, part: one.predict(part, settings), call)
+
+    def prepare(self, images: Sequence[Any], settings: Settings, call: Call) -> Sequence[Any]:
+        """Workers open images themselves."""
+        return images
 
     def ask(self, asks: Sequence[Ask], call: Call) -> list[Result | Failure]:
         """An answer to every question, in order."""

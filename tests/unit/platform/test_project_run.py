@@ -27,6 +27,7 @@ from serve.platform import registry
 from serve.platform.failures import PartialFailureError
 from serve.platform.project_run import run_image_ids, run_project
 from serve.predict import full_queue
+from serve.predict.predictor import AHEAD_BYTES
 from serve.settings import Reference, Settings
 
 ALL = [1, 2, 3, 4, 5, 6]
@@ -328,7 +329,7 @@ def test_the_next_batch_is_asked_about_while_the_model_is_at_one_and_held_until_
     runner, platform
 ):
     is_next_asked = threading.Event()
-    budget = Budget(10**6, "bytes")
+    budget = Budget(10**9, "bytes")
     held = []
 
     def predict(images, settings, call):
@@ -342,7 +343,7 @@ def test_the_next_batch_is_asked_about_while_the_model_is_at_one_and_held_until_
     state = {**ONE_BY_ONE, "upload_mode": "append"}
     runner.finish(platform, state, predict, budget=budget)
     assert list(platform.uploads) == ALL
-    assert (held[0] >= 2 * 1000, budget.held) == (True, 0)
+    assert (held[0] >= 2 * AHEAD_BYTES, budget.held) == (True, 0)
 
 
 def test_a_batch_that_was_lost_with_the_device_beside_another_is_asked_again(runner, platform):
