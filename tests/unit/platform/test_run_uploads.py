@@ -1,6 +1,7 @@
 """Runs that write labels to the platform, with the SDK's own ``upload_predictions``."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 from platform_fakes import (
@@ -118,7 +119,8 @@ def test_a_meta_that_is_asked_for_with_every_batch_is_read_again_only_once_it_is
 
     monkeypatch.setattr(sly.ProjectMeta, "from_json", classmethod(from_json))
     platform = FakePlatform(range(1, 6), meta=sly.ProjectMeta([rectangle().obj_class]))
-    platform.projects[1].custom_data = {}
+    platform.projects[1].custom_data, platform.projects[1].team_id = {}, 1
+    platform.file = SimpleNamespace(list=lambda team_id, folder, **options: [])
     state = {"image_ids": [1, 2, 3, 4, 5], "batch_size": 1, "upload_mode": "replace_own"}
     request = runner.finish(platform, state, FakePredictor(before))
     assert (request.exception, platform.classes_uploaded(4)) == (None, ["by hand", "cat"])
