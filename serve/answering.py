@@ -31,7 +31,7 @@ from serve.platform.request_state import batch_size_of
 from serve.platform.run import RunServices
 from serve.predict.details import details_of
 from serve.predict.full_queue import when_queue_has_room
-from serve.predict.predictor import Call, Deadline, Predicted, Predictor, asked_classes
+from serve.predict.predictor import AheadImage, Call, Deadline, Predicted, Predictor, asked_classes
 from serve.sdk import sly
 from serve.sdk_overrides import SdkMethods
 from serve.settings import (
@@ -132,7 +132,7 @@ class Answering:
         return settings.model_copy(update={"is_one_class": is_for_one_class(state)})
 
     def answer(
-        self, images: Sequence[AnyImage], settings: Settings, call: Call
+        self, images: Sequence[AnyImage | AheadImage], settings: Settings, call: Call
     ) -> list[Predicted | Failure]:
         """One annotation or failure per image, in order."""
         self._meta.expect(asked_classes(settings))
@@ -306,6 +306,7 @@ class Answering:
             model_of=self._model_of,
             is_model_coming=lambda: self._deployment.is_coming,
             num_devices=self._deployment.num_devices,
+            prepare=self._predictor.prepare,
             learn=self._meta.learn,
         )
 

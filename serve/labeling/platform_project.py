@@ -30,7 +30,7 @@ from serve.platform.request_state import Destination, Source, State, UploadMode
 from serve.platform.run import FAILED_IMAGES, RunServices
 from serve.platform.run_store import info_of, page_path
 from serve.platform.upload import SdkUpload
-from serve.predict.predictor import Call, Deadline, Predicted, Predictor
+from serve.predict.predictor import AheadImage, Call, Deadline, Predicted, Predictor
 from serve.process import end_process
 from serve.provenance import Manifest
 from serve.sdk import sly
@@ -165,8 +165,10 @@ class ProjectModel(Protocol):
     def num_devices(self) -> int: ...
 
     def predict(
-        self, images: Sequence[AnyImage], settings: Settings, call: Call
+        self, images: Sequence[AnyImage | AheadImage], settings: Settings, call: Call
     ) -> list[Predicted | Failure]: ...
+
+    def prepare(self, images: Sequence[Any], settings: Settings, call: Call) -> Sequence[Any]: ...
 
     def ask(self, asks: Sequence[Ask], call: Call) -> Sequence[Result | Failure]: ...
 
@@ -185,9 +187,12 @@ class LoadedModel:
         return self.deployed.scheduler.num_devices
 
     def predict(
-        self, images: Sequence[AnyImage], settings: Settings, call: Call
+        self, images: Sequence[AnyImage | AheadImage], settings: Settings, call: Call
     ) -> list[Predicted | Failure]:
         return self.predictor.predict(images, settings, call)
+
+    def prepare(self, images: Sequence[Any], settings: Settings, call: Call) -> Sequence[Any]:
+        return self.predictor.prepare(images, settings, call)
 
     def ask(self, asks: Sequence[Ask], call: Call) -> Sequence[Result | Failure]:
         return self.predictor.ask(asks, call)
@@ -222,6 +227,7 @@ def label_project(
             model_of=lambda settings: model.told(settings.model),
             num_devices=model.num_devices,
             resume_command=job.command(),
+            prepare=model.prepare,
         )
         state = job.state(dataset_ids)
         run = PredictionRun(

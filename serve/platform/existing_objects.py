@@ -156,10 +156,11 @@ class TaggingRun:
                 Settler[list[Answered]](lambda answered: self._settle(answered, ledger)) as settler,
                 closing(fetched),
             ):
-                for batch, labels in fetched:
-                    if self._request.is_stopped():
-                        break
-                    settler.put(self._ask(batch, labels))
+                for batch, labels, hold in fetched:
+                    with hold:
+                        if self._request.is_stopped():
+                            break
+                        settler.put(self._ask(batch, labels))
 
     def _fetch(self, batch: Batch) -> list[ImageLabels | Failure]:
         """What is to be asked about each image. Images without such labels are not downloaded."""

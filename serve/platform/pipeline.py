@@ -53,13 +53,16 @@ def fetch_ahead(
     is_bulk: bool,
     max_batches: int = BATCHES_AHEAD,
     max_bytes: int = MAX_BYTES_AHEAD,
-) -> Generator[tuple[Batch, Fetched]]:
+    more_bytes: int = 0,
+) -> Generator[tuple[Batch, Fetched, Hold]]:
     """Each batch with what ``fetch`` gives for it, in order, fetched in a few threads.
 
     Not more than ``max_batches`` and ``max_bytes`` are on the way or waiting, the bytes only from
-    the second batch on. A batch's bytes are held of ``budget`` until the one after it is asked for;
-    the wait for them is 0 s while others of this run are held, because they go on. Raises
-    NoRoomError. A run that is to stop waits for nothing. Close it to give up what is not begun.
+    the second batch on; ``more_bytes`` for what is made of each file count too. A batch's bytes are
+    held of ``budget``; the hold that comes with it is the
+    caller's to release, whether or not it asks for the next. The wait for them is 0 s while others
+    wait here, because they go on. Raises NoRoomError. A run that is to stop waits for nothing.
+    Close it to give up what is not begun.
     """
     pool = ThreadPoolExecutor(max_batches, thread_name_prefix="download")
     ahead: deque[tuple[Batch, Future[Fetched], Hold]] = deque()
@@ -68,8 +71,8 @@ def fetch_ahead(
         return GenerationCancelledError("The run was stopped.") if should_stop() else None
 
     def room_for(batch: Batch) -> Hold | None:
-        size = _num_bytes(batch)
-        total = size + sum(_num_bytes(other) for other, *_ in ahead)
+        size = _num_bytes(batch, more_bytes)
+        total = size + sum(_num_bytes(other, more_bytes) for other, *_ in ahead)
         if ahead and (len(ahead) >= max_batches or total > max_bytes):
             return None
         wait_s = 0.0 if ahead else QUEUE_LIMIT_S
@@ -90,14 +93,15 @@ def fetch_ahead(
             while following is not None and (hold := room_for(following)):
                 ahead.append((following, pool.submit(fetch, following), hold))
                 following = next(rest, None)
-            batch, future, hold = ahead.popleft()
-            with hold:
-                yield batch, future.result()
+            batch, future, hold = ahead[0]
+            fetched = future.result()
+            ahead.popleft()
+            yield batch, fetched, hold
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         for *_, hold in ahead:
             hold.release()
 
 
-def _num_bytes(batch: Batch) -> int:
-    return sum(target.size_bytes for target in batch)
+def _num_bytes(batch: Batch, more_bytes: int) -> int:
+    return sum(target.size_bytes + more_bytes for target in batch)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import defaultdict, deque
+from collections.abc import Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
 
+from florence2.budget import Hold
 from florence2.engine.encoding import AnyImage
 from florence2.engine.scheduler import Priority
 from florence2.errors import DeviceLostError, FlorenceError, RequestError
@@ -50,7 +52,7 @@ from serve.platform.upload import (
 )
 from serve.predict.details import slides_of
 from serve.predict.full_queue import FULL_CODES, when_queue_has_room
-from serve.predict.predictor import Call, Deadline, Predicted
+from serve.predict.predictor import AHEAD_BYTES, AheadImage, Call, Deadline, Predicted
 from serve.sdk import sly
 from serve.settings import Settings, has_sliding_window
 from serve.settler import Settler
@@ -68,6 +70,9 @@ class AlreadyLabeled:
 
 Outcome = Predicted | Failure | AlreadyLabeled
 Settled = tuple[Batch, Sequence[Outcome]]
+Images = Sequence[AnyImage | AheadImage | AlreadyLabeled]
+Asked = tuple[Batch, Images, Future[list[Outcome]]]
+"""A batch that the model is asked about."""
 
 # These end a run whatever the image: the request is wrong, or the model is gone.
 FATAL_CODES: Final = FULL_CODES | {
@@ -82,6 +87,9 @@ MAX_FAILED_BATCHES: Final = 3
 _MAX_LOADING_S: Final = 600.0
 _MAX_LOADINGS: Final = 5
 _LOOK_AFTER_S: Final = 0.1
+# While the labels of one batch are made, the model answers the next, whose prompts take the rows
+# that become free.
+_BATCHES_ASKED: Final = 2
 
 
 def run_image_ids(
@@ -148,7 +156,7 @@ class PredictionRun:
         self._uploading: Uploading | None = None
         self._record: RunRecord | None = None
         self._skipped: tuple[Target, ...] = ()
-        self._num_before = 0
+        self._num_before, self._is_over = 0, False
         self._model: dict[str, Any] = {}
         if is_writing:
             self._model = dict(services.model_of(self._settings))
@@ -207,10 +215,11 @@ class PredictionRun:
         lost = "no result" if self._uploading is None else "no new labels"
         fetched = fetch_ahead(
             split_batches(self._targets, self._batch_size),
-            self._download,
+            self._fetch,
             self._services.budget,
             self._request.is_stopped,
             is_bulk=self._is_bulk,
+            more_bytes=AHEAD_BYTES if self._is_bulk else 0,
         )
         with (
             ExitStack() as books,
@@ -223,27 +232,62 @@ class PredictionRun:
             ) as ledger,
             Settler[Settled](lambda settled: self._settle(settled, ledger)) as settler,
             closing(fetched),
+            closing(self._asked(fetched)) as asked,
         ):
             if self._record is not None:
                 books.enter_context(self._record)
                 books.callback(self._tell_record_of_stop)
                 self._skip()
-            for batch, images in fetched:
-                if self._uploading is None:
-                    wait_while_paused(self._request)
-                if self._request.is_stopped():
-                    break
+            is_suspect = False
+            for batch, images, answers in asked:
                 try:
-                    outcomes = self._predict(images)
+                    outcomes = self._outcomes(answers, images, again=is_suspect)
                 except DeviceLostError as error:
                     # They are named; the others are asked of the model once it is loaded again.
                     failed = failure_of(error, "The device failed")
                     settler.put((batch, [_told_without_model(one) or failed for one in images]))
                     if not self._model_came_back():
                         raise
+                    # The next one may be lost for having been asked beside these.
+                    is_suspect = True
                     continue
+                is_suspect = False
                 self._tell_record_of_answers(batch, images, outcomes)
                 settler.put((batch, outcomes))
+
+    def _asked(self, fetched: Iterable[tuple[Batch, Images, Hold]]) -> Generator[Asked]:
+        """Each batch, in order, once the one after it is asked about too. Of a run that is stopped
+        those that are in hand. Close it, and nobody waits for what is not answered."""
+        in_hand: deque[Asked] = deque()
+        with ThreadPoolExecutor(_BATCHES_ASKED, thread_name_prefix="predict") as pool:
+            try:
+                for batch, images, hold in fetched:
+                    if self._request.is_stopped():
+                        hold.release()
+                        break
+                    answers = pool.submit(self._predict, images)
+                    answers.add_done_callback(partial(_release, hold))
+                    in_hand.append((batch, images, answers))
+                    if len(in_hand) == _BATCHES_ASKED:
+                        yield in_hand.popleft()
+                    if self._uploading is None and self._request.is_paused():
+                        yield from in_hand
+                        in_hand.clear()
+                        wait_while_paused(self._request)
+                yield from in_hand
+            finally:
+                self._is_over = True
+
+    def _outcomes(
+        self, answers: Future[list[Outcome]], images: Images, *, again: bool
+    ) -> list[Outcome]:
+        """What a batch was answered; where it was lost with the device, ``again`` once."""
+        try:
+            return answers.result()
+        except DeviceLostError:
+            if not again:
+                raise
+        return self._predict(images)
 
     def _skip(self) -> None:
         """Images that have labels already are done."""
@@ -266,7 +310,7 @@ class PredictionRun:
     def _tell_record_of_answers(
         self,
         batch: Batch,
-        images: Sequence[AnyImage | AlreadyLabeled],
+        images: Images,
         outcomes: Sequence[Outcome],
     ) -> None:
         """While the images are in memory: some of their labels are drawn."""
@@ -274,11 +318,21 @@ class PredictionRun:
             return
         for target, image, outcome in zip(batch, images, outcomes, strict=True):
             if isinstance(outcome, Predicted):
-                self._record.answered(target, image, outcome)
+                file = image.content if isinstance(image, AheadImage) else image
+                self._record.answered(target, file, outcome)
 
     def _tell_record_of_stop(self) -> None:
         if self._record is not None and self._request.is_stopped():
             self._record.stopped()
+
+    def _fetch(self, batch: Batch) -> Images:
+        """For every target of the batch what the model is to see, a Failure, or that it needs no
+        answer. Of many images it is made ready here, as the model would wait for it."""
+        images = self._download(batch)
+        if not self._is_bulk:
+            return images
+        call = Call(Priority.BULK, should_stop=self._request.is_stopped)
+        return self._services.prepare(images, self._settings, call)
 
     def _download(self, batch: Batch) -> list[AnyImage | AlreadyLabeled]:
         """For every target of the batch an image, a Failure, or that it needs no answer."""
@@ -332,14 +386,14 @@ class PredictionRun:
                     found[image_id] = AlreadyLabeled(by_this_run=False)
         return found
 
-    def _predict(self, images: Sequence[AnyImage | AlreadyLabeled]) -> list[Outcome]:
+    def _predict(self, images: Images) -> list[Outcome]:
         """An outcome for every image; where all fail together, each is tried alone."""
         try:
             usable = [one for one in images if not isinstance(one, Failure | AlreadyLabeled)]
             predicted = iter(self._ask_model(usable) if usable else ())
             return [_told_without_model(one) or next(predicted) for one in images]
         except Exception as error:
-            if self._request.is_stopped():
+            if self._has_to_stop():
                 cancelled = Failure("cancelled", "The run was stopped.")
                 return [_told_without_model(one) or cancelled for one in images]
             if isinstance(error, FlorenceError) and error.code in FATAL_CODES:
@@ -349,7 +403,7 @@ class PredictionRun:
                 return [failure_of(error, "The image cannot be predicted")]
         return [outcome for image in images for outcome in self._predict([image])]
 
-    def _ask_model(self, images: Sequence[AnyImage]) -> Sequence[Outcome]:
+    def _ask_model(self, images: Sequence[AnyImage | AheadImage]) -> Sequence[Outcome]:
         """The answers of the model that the run began with, which may have to be loaded again."""
         for _ in range(_MAX_LOADINGS):
             try:
@@ -366,7 +420,7 @@ class PredictionRun:
         if not self._is_bulk:
             return False
         for _ in range(round(_MAX_LOADING_S / _LOOK_AFTER_S)):
-            if self._request.is_stopped() or not self._services.is_model_coming():
+            if self._has_to_stop() or not self._services.is_model_coming():
                 break
             time.sleep(_LOOK_AFTER_S)
         try:
@@ -379,8 +433,8 @@ class PredictionRun:
         if self._record is not None and self._is_bulk:
             self._services.check_model(self._settings, self._model)
 
-    def _answers_of(self, images: Sequence[AnyImage]) -> Sequence[Outcome]:
-        should_stop = self._request.is_stopped
+    def _answers_of(self, images: Sequence[AnyImage | AheadImage]) -> Sequence[Outcome]:
+        should_stop = self._has_to_stop
 
         def predict() -> Sequence[Outcome]:
             priority = Priority.BULK if self._is_bulk else Priority.INTERACTIVE
@@ -397,6 +451,10 @@ class PredictionRun:
                 raise FailedImageError(outcome)
         self._check_model()
         return outcomes
+
+    def _has_to_stop(self) -> bool:
+        """Whether nobody waits for answers any more."""
+        return self._is_over or self._request.is_stopped()
 
     def _settle(self, settled: Settled, ledger: Ledger) -> None:
         """Uploads a batch, or returns it; what failed is told of both."""
@@ -480,7 +538,13 @@ class PredictionRun:
         )
 
 
-def _told_without_model(image: AnyImage | AlreadyLabeled) -> Failure | AlreadyLabeled | None:
+def _release(hold: Hold, answered: Future[list[Outcome]]) -> None:
+    hold.release()
+
+
+def _told_without_model(
+    image: AnyImage | AheadImage | AlreadyLabeled,
+) -> Failure | AlreadyLabeled | None:
     """What becomes of an image whatever the model says; None where that is its answer."""
     return image if isinstance(image, Failure | AlreadyLabeled) else None
 

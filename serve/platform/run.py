@@ -22,7 +22,7 @@ from serve.platform.failures import (
 from serve.platform.images import Target
 from serve.platform.registry import InferenceRequest
 from serve.platform.request_state import State
-from serve.predict.predictor import Call, Predicted
+from serve.predict.predictor import AheadImage, Call, Predicted
 from serve.sdk import sly
 from serve.settings import Settings
 
@@ -44,12 +44,15 @@ class RunServices:
     ``upload_predictions``, bound to the app. ``budget`` is of the bytes of images that the process
     holds. ``task_id`` names created projects. ``model_of`` tells for a run's manifest which model
     answers, and StoppedError while none does; ``is_model_coming`` whether one is being loaded. Each
-    of the ``num_devices`` that answer side by side gets a batch. ``learn`` is told of classes that
-    clients get without a prediction of ours. ``resume_command`` is what goes on with a run that was
-    typed.
+    of the ``num_devices`` that answer side by side gets a batch. ``prepare`` makes images ready
+    for ``predict`` ahead of their turn, and leaves what it cannot. ``learn`` is told of classes
+    that clients get without a prediction of ours. ``resume_command`` is what goes on with a run
+    that was typed.
     """
 
-    predict: Callable[[Sequence[AnyImage], Settings, Call], Sequence[Predicted | Failure]]
+    predict: Callable[
+        [Sequence[AnyImage | AheadImage], Settings, Call], Sequence[Predicted | Failure]
+    ]
     ask: Callable[[Sequence[Ask], Call], Sequence[Result | Failure]]
     settings_of: Callable[[State], Settings]
     upload: Callable[..., None]
@@ -59,6 +62,9 @@ class RunServices:
     model_of: Callable[[Settings], Mapping[str, Any]] = field(default=lambda settings: {})
     is_model_coming: Callable[[], bool] = field(default=lambda: False)
     num_devices: int = 1
+    prepare: Callable[[Sequence[Any], Settings, Call], Sequence[Any]] = field(
+        default=lambda images, settings, call: images
+    )
     learn: Callable[[sly.Annotation], None] = field(default=lambda annotation: None)
     resume_command: str | None = None
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
 
@@ -22,7 +21,7 @@ from serve.platform.run import RunServices
 from serve.platform.run_records import RunRecord
 from serve.platform.run_store import OwnLabels
 from serve.provenance import with_run_tag
-from serve.sdk import sly
+from serve.sdk import LabelingStatus, sly
 
 sdk = sly.nn.inference.inference
 
@@ -178,7 +177,7 @@ Step = Callable[[list[Labeled]], list[Labeled]]
 
 
 class SdkUpload:
-    """The SDK's own way of labels to the platform, without a model behind it."""
+    """The SDK's own way of labels to copies of images, without a model behind it."""
 
     upload_predictions = sdk.Inference.upload_predictions
     _format_output = sdk.Inference._format_output
@@ -247,8 +246,9 @@ class Uploading:
 
     def _upload_dataset(self, group: list[Labeled]) -> dict[int, Failure]:
         # Labels are added by reading those that are there and writing all: of two runs at once,
-        # such as those of a double click, one would undo the other's, or add what it added.
-        with _uploads_to(group[0].target.dataset_id):
+        # such as those of a double click, one would undo the other's, or add what it added. But a
+        # click on another image does not wait for a run that waits for the platform.
+        with _alone_with({one.target.image_id for one in group}):
             return self._upload_alone(group)
 
     def _upload_alone(self, group: list[Labeled]) -> dict[int, Failure]:
@@ -377,7 +377,7 @@ class Uploading:
         annotations = [one.annotation for one in group]
         if self._output_project(first) is None:
             # Compared under the names they will have, or a second run would not know its own.
-            annotations = [self._fitted(one, meta)[0] for one in annotations]
+            annotations = [self._fitted(one, meta)[1] for one in annotations]
         annotations = sdk._exclude_duplicated_predictions(
             self._api,
             annotations,
@@ -403,8 +403,10 @@ class Uploading:
                 changed = self._without_own(group)
                 empty = [one for one in empty if one.target.image_id not in changed]
             group = [one for one in group if one not in empty]
-        if group:
-            self._call_sdk(group, output or group[0].target.project_id, dst_project_id=output)
+        if group and output is None:
+            self._write(group)
+        elif group:
+            self._copy(group, output, dst_project_id=output)
         self._request.add_results([uploaded_entry(one.target) for one in empty])
         return group
 
@@ -446,16 +448,46 @@ class Uploading:
         if copy is None:
             return self._send(group)
         there = Labeled(Target(copy.id, output, copy), labeled.annotation, target.image_id)
-        self._call_sdk([there], output, upload_mode="replace", inference_request=None)
+        self._copy([there], output, upload_mode="replace", inference_request=None)
         self._request.add_results([uploaded_entry(target)])
         return group
 
-    def _call_sdk(self, group: list[Labeled], project_id: int | None, **changed: object) -> None:
+    def _write(self, group: list[Labeled]) -> None:
+        """Labels go to the images themselves, as the SDK's ``upload_predictions`` writes them.
+
+        That fits each annotation to the project once more, and makes JSON of it four times.
+        """
+        first = group[0].target
+        annotations = self._fitted_to_project(group, first.project_id)
+        if first.project_id is not None:
+            self._record.keep_intents(first.project_id)
+        ids = [one.target.image_id for one in group]
+        for annotation in annotations:
+            for label in annotation.labels:
+                label.status = LabelingStatus.AUTO
+        if self._destination.mode not in ("replace", "create"):
+            before = self._labels_before(ids, first)
+            annotations = [_merged(*pair) for pair in zip(before, annotations, strict=True)]
+        self._api.annotation.upload_anns(ids, annotations)
+        self._request.add_results([uploaded_entry(one.target) for one in group])
+
+    def _labels_before(self, image_ids: list[int], target: Target) -> list[sly.Annotation]:
+        """What the images of a dataset have already, those of ``target`` and others."""
+        known = self._request.context.setdefault("annotation", {})
+        missing = [one for one in image_ids if one not in known]
+        if missing:
+            meta = self._meta(target.project_id)
+            stored = self._api.annotation.download_json_batch(target.dataset_id, missing)
+            for image_id, before in zip(missing, stored, strict=True):
+                known[image_id] = sly.Annotation.from_json(before, meta)
+        return [known[one] for one in image_ids]
+
+    def _copy(self, group: list[Labeled], project_id: int | None, **changed: object) -> None:
+        """Labels go to copies of the images in another project, by the SDK."""
         context = self._request.context
-        mode = self._destination.mode
         options: dict[str, Any] = {
             "api": self._api,
-            "upload_mode": "append" if mode in ("skip_labeled", "replace_own") else mode,
+            "upload_mode": self._destination.mode,
             "context": context,
             "inference_request": self._request,
             "model_prediction_suffix": self._destination.suffix,
@@ -463,43 +495,60 @@ class Uploading:
         }
         images = context.setdefault("image_info", {})
         images.update({one.target.image_id: one.target.info for one in group})
+        predictions = []
+        for one, annotation in zip(group, self._fitted_to_project(group, project_id), strict=True):
+            prediction = prediction_of(one.target)
+            prediction.annotation = annotation
+            predictions.append(prediction)
         try:
-            with ExitStack() as held:
-                fitted = [self._fitted(one.annotation, self._meta(project_id)) for one in group]
-                if any(is_lacking for _, is_lacking in fitted):
-                    # The project may have grown since: writing back an old meta would delete
-                    # from it.
-                    held.enter_context(meta_lock)
-                    meta = self._meta(project_id, is_fresh=True)
-                    fitted = [self._fitted(one.annotation, meta) for one in group]
-                predictions = []
-                for one, (annotation, _) in zip(group, fitted, strict=True):
-                    prediction = prediction_of(one.target)
-                    prediction.annotation = annotation
-                    if project_id is not None:
-                        source_id = one.source_id or one.target.image_id
-                        self._record.before_upload(project_id, source_id, prediction.annotation)
-                    predictions.append(prediction)
-                if project_id is not None and project_id == group[0].target.project_id:
-                    self._record.keep_intents(project_id)
-                self._services.upload(predictions=predictions, **options)
+            self._services.upload(predictions=predictions, **options)
         finally:
             for one in group:
                 images.pop(one.target.image_id, None)
 
+    def _fitted_to_project(
+        self, group: list[Labeled], project_id: int | None
+    ) -> list[sly.Annotation]:
+        """The annotations under the names that a project has for them, or has from now on; the
+        record is told of them."""
+        meta = self._meta(project_id)
+        fitted = [self._fitted(one.annotation, meta) for one in group]
+        if any(is_lacking for *_, is_lacking in fitted):
+            # The project may have grown since: writing back an old meta would delete from it.
+            with meta_lock:
+                meta = self._meta(project_id, is_fresh=True)
+                grown = meta
+                for place, one in enumerate(group):
+                    fitted[place] = self._fitted(one.annotation, grown)
+                    if fitted[place][2]:
+                        grown = _KnownMeta.of(fitted[place][0])
+                if grown is not meta:
+                    added = self._api.project.update_meta(project_id, grown)
+                    self._request.context["project_meta"][project_id] = added
+        for one, (_, annotation, _) in zip(group, fitted, strict=True):
+            if project_id is not None:
+                source_id = one.source_id or one.target.image_id
+                self._record.before_upload(project_id, source_id, annotation)
+        return [annotation for _, annotation, _ in fitted]
+
     def _fitted(
         self, annotation: sly.Annotation, meta: sly.ProjectMeta
-    ) -> tuple[sly.Annotation, bool]:
-        """An annotation under the names a project has for it, and whether it lacks some of them."""
+    ) -> tuple[sly.ProjectMeta, sly.Annotation, bool]:
+        """A project's meta with what an annotation needs of it, the annotation under the names of
+        it, and whether something of it was lacking."""
         suffix = self._destination.suffix
         tagged = with_compatible_tags(annotation, meta, suffix)
-        _, renamed, is_lacking = sdk.update_meta_and_ann(meta, tagged, suffix)
-        return renamed, is_lacking
+        fitted: tuple[sly.ProjectMeta, sly.Annotation, bool]
+        fitted = sdk.update_meta_and_ann(meta, tagged, suffix)
+        return fitted
 
     def _meta(self, project_id: int | None, *, is_fresh: bool = False) -> sly.ProjectMeta:
         metas = self._request.context["project_meta"]
         if is_fresh or project_id not in metas:
-            metas[project_id] = _KnownMeta.from_json(self._api.project.get_meta(project_id))
+            stored = self._api.project.get_meta(project_id)
+            if getattr(metas.get(project_id), "stored", None) != stored:
+                metas[project_id] = _KnownMeta.from_json(stored)
+                metas[project_id].stored = stored
         elif not isinstance(metas[project_id], _KnownMeta):
             # What the SDK has kept of it after it added to it.
             metas[project_id] = _KnownMeta.of(metas[project_id])
@@ -525,12 +574,20 @@ class Uploading:
         return project_id
 
 
+def _merged(before: sly.Annotation, new: sly.Annotation) -> sly.Annotation:
+    """As the SDK's ``merge``, which makes three annotations for it."""
+    labels = [*before.labels, *new.labels]
+    return before.clone(labels=labels, img_tags=before.img_tags.add_items(new.img_tags))
+
+
 class _KnownMeta(sly.ProjectMeta):  # type: ignore[misc]
     """The meta of a project, which the SDK makes JSON of for every image, to log it or not.
 
-    That takes longer than all else about an image's labels. Whoever changes a meta makes a new one.
+    That takes longer than all else about an image's labels. Whoever changes a meta makes a new one,
+    and nobody changes the JSON. ``stored`` is what it was read from, if it was.
     """
 
+    stored: dict[str, Any] | None = None
     _json: dict[str, Any] | None = None
 
     @classmethod
@@ -541,15 +598,25 @@ class _KnownMeta(sly.ProjectMeta):  # type: ignore[misc]
     def to_json(self) -> dict[str, Any]:
         if self._json is None:
             self._json = super().to_json()
-        return copy.deepcopy(self._json)
+        return self._json
 
 
-_locks: Final = tuple(threading.Lock() for _ in range(64))
+_in_hand: Final[set[int]] = set()
+_in_hand_changed: Final = threading.Condition()
 
 
-def _uploads_to(dataset_id: int | None) -> threading.Lock:
-    """Held while labels go to a dataset; some others may have the same one."""
-    return _locks[hash(dataset_id) % len(_locks)]
+@contextmanager
+def _alone_with(image_ids: set[int]) -> Iterator[None]:
+    """Held while labels go to these images: nobody else sends any to one of them."""
+    with _in_hand_changed:
+        _in_hand_changed.wait_for(lambda: _in_hand.isdisjoint(image_ids))
+        _in_hand.update(image_ids)
+    try:
+        yield
+    finally:
+        with _in_hand_changed:
+            _in_hand.difference_update(image_ids)
+            _in_hand_changed.notify_all()
 
 
 def _failure(labeled: Labeled, error: Exception) -> Failure:

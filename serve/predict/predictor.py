@@ -54,6 +54,8 @@ from serve.settings import Settings
 
 # Three bytes each; a batch of a few large images is answered in parts.
 MAX_OPEN_PIXELS: Final = 100_000_000
+AHEAD_BYTES: Final = 3 * 768 * 768
+"""Of an image that is scaled to the size of the network; demo's is smaller."""
 _TIMEOUT: Final = "timeout_s"
 
 
@@ -68,6 +70,7 @@ class Opened(Protocol):
 
 Source = TypeVar("Source")
 Item = TypeVar("Item", bound=Opened)
+Anything = TypeVar("Anything")
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,6 +357,19 @@ class OpenImage:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class AheadImage:
+    """An image file that was made ready before its turn, and holds nothing of a budget any more:
+    who has it counts ``AHEAD_BYTES`` for it.
+
+    ``preparer`` is the model's that it is ready for; others open ``content``.
+    """
+
+    content: bytes
+    opened: OpenImage
+    preparer: Preparer
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class _FailedImage:
     """An image that cannot be asked about."""
 
@@ -442,8 +458,25 @@ class Predictor:
             should_stop=call.should_stop,
         )
 
+    def prepare(
+        self, images: Sequence[Anything], settings: Settings, call: Call
+    ) -> list[Anything | AheadImage]:
+        """Files made ready on the calling thread while the model is at others, where they are
+        looked at in one view and there is room at once. ``predict`` opens the rest."""
+        if settings.reference is not None or settings.tiling is not None:
+            return [*images]
+        try:
+            preparer = self._models.current.model.engine.preparer
+        except StoppedError:
+            return [*images]
+        room = call.patience(is_bulk=True).room(self._budget, 0.0)
+        return [
+            _ahead(one, settings, preparer, room) or one if isinstance(one, bytes) else one
+            for one in images
+        ]
+
     def predict(
-        self, images: Sequence[AnyImage], settings: Settings, call: Call = Call()
+        self, images: Sequence[AnyImage | AheadImage], settings: Settings, call: Call = Call()
     ) -> list[Predicted | Failure]:
         """One annotation or failure per image, in order; one image does not touch the others.
 
@@ -455,14 +488,20 @@ class Predictor:
         if settings.reference is not None:
             if settings.reference.image_id is None and len(images) > 1:
                 return [self._with_own_reference(image, settings, call) for image in images]
+            first = next(iter(images), None)
+            first = first.content if isinstance(first, AheadImage) else first
             settings = resolve_reference(
-                settings, call.api, lambda asks: self.ask(asks, call), images[0] if images else None
+                settings, call.api, lambda asks: self.ask(asks, call), first
             )
         deployed = self._models.current
         # Tiles hold the whole image until the model has seen the last of them.
         patience = call.patience(is_bulk=settings.tiling is not None)
 
-        def open_one(image: AnyImage, wait_s: float) -> OpenImage | _FailedImage:
+        def open_one(image: AnyImage | AheadImage, wait_s: float) -> OpenImage | _FailedImage:
+            if isinstance(image, AheadImage):
+                if image.preparer is deployed.model.engine.preparer:
+                    return image.opened
+                image = image.content
             room = patience.room(self._budget, wait_s)
             return _opened(image, settings, deployed.model.engine.preparer, room)
 
@@ -523,7 +562,7 @@ class Predictor:
         self._watcher.count_image("labeled" if found else "empty")
 
     def _with_own_reference(
-        self, image: AnyImage, settings: Settings, call: Call
+        self, image: AnyImage | AheadImage, settings: Settings, call: Call
     ) -> Predicted | Failure:
         """One image whose reference is on itself; what is wrong with it is its own failure."""
         try:
@@ -607,6 +646,17 @@ def _opened(
         if not isinstance(error, FlorenceError):
             raise
         return _FailedImage(Failure(error.code, str(error)))
+
+
+def _ahead(content: bytes, settings: Settings, preparer: Preparer, room: Room) -> AheadImage | None:
+    try:
+        opened = _opened(content, settings, preparer, room)
+    except Exception:  # noqa: BLE001 - it is met again, and told, when it is the image's turn
+        return None
+    opened.close()
+    if isinstance(opened, OpenImage) and isinstance(opened.pictures[0], PreparedImage):
+        return AheadImage(content, opened, preparer)
+    return None
 
 
 def made_ready(

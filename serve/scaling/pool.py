@@ -5,6 +5,7 @@ What one that ended had in hand goes to another. Ray is not known here, see ``cl
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -57,7 +58,8 @@ class _Part:
 
 
 class WorkerPool:
-    """As many workers as ``count``, each started again when it ends; used by one thread.
+    """As many workers as ``count``, each started again when it ends. A batch waits for the one
+    before it, as all workers are asked about it.
 
     Raises the FlorenceError that a worker gives, RequestError where two of them loaded different
     models, and ClusterError where none can be started.
@@ -70,6 +72,7 @@ class WorkerPool:
         self._free: list[Worker] = []
         self._told: Mapping[str, Any] | None = None
         self._num_failed_starts = 0
+        self._in_use = threading.Lock()
 
     def told(self, adapter: str | None = None) -> Mapping[str, Any]:
         """What a manifest says of the model, once one worker has it; all were started with the
@@ -80,14 +83,20 @@ class WorkerPool:
         return self._told
 
     def predict(
-        self, images: Sequence[AnyImage], settings: Settings, call: Call
+        self, images: Sequence[Any], settings: Settings, call: Call
     ) -> list[Predicted | Failure]:
         """An outcome for every image, in order. GenerationCancelledError when told to stop."""
-        return self._answers(images, lambda one, part: one.predict(part, settings), call)
+        with self._in_use:
+            return self._answers(images, lambda one, part: one.predict(part, settings), call)
+
+    def prepare(self, images: Sequence[Any], settings: Settings, call: Call) -> Sequence[Any]:
+        """Workers open images themselves."""
+        return images
 
     def ask(self, asks: Sequence[Ask], call: Call) -> list[Result | Failure]:
         """An answer to every question, in order."""
-        return self._answers(asks, lambda one, part: one.ask(part), call)
+        with self._in_use:
+            return self._answers(asks, lambda one, part: one.ask(part), call)
 
     def _answers(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -15,7 +16,7 @@ from florence2.errors import NoRoomError
 from florence2.records import Box, Failure, Result
 from serve.http.metrics import Metrics
 from serve.model_service import Deployment, ModelChoice
-from serve.predict.predictor import Call, Predicted, Predictor
+from serve.predict.predictor import AheadImage, Call, Predicted, Predictor
 from serve.settings import parse_settings
 
 
@@ -313,3 +314,47 @@ def test_a_model_that_fails_leaves_nothing_held(deployment, scheduler, monkeypat
     with pytest.raises(TypeError):
         Predictor(deployment, Metrics(), budget).predict([blank(90, 90)], parse_settings({}))
     assert budget.held == 0
+
+
+AHEAD = {
+    "the whole image": ({}, True),
+    "a rectangle": ({"rectangle": [320, 120, 520, 320]}, True),
+    "a region": ({"task_prompt": "<REGION_TO_CATEGORY>", "region": [9, 9, 500, 300]}, True),
+    "tiles": ({"tiling": {"width": 300, "height": 300, "overlap": 30}}, False),
+    "a reference": ({"mode": "reference_image", "reference_bbox": [9, 9, 200, 300]}, False),
+}
+
+
+@pytest.mark.parametrize(("asked", "is_ahead"), AHEAD.values(), ids=AHEAD)
+def test_an_image_that_is_made_ready_ahead_gets_the_same_labels_and_holds_nothing(
+    deployment, bike, asked, is_ahead
+):
+    budget = Recorded(10**7)
+    predictor = Predictor(deployment, Metrics(), budget)
+    images, settings = [bike.read_bytes(), b"junk"], parse_settings(asked)
+    ready = predictor.prepare(images, settings, Call(Priority.BULK))
+    assert [isinstance(one, AheadImage) for one in ready] == [is_ahead, False]
+    assert (budget.most > 0, budget.held) == (is_ahead, 0)
+    [first, failed], [labeled, other] = (
+        predictor.predict(one, settings, Call(Priority.BULK)) for one in (images, ready)
+    )
+    assert isinstance(labeled, Predicted)
+    assert labeled.annotation.to_json() == first.annotation.to_json()
+    assert labeled.views_xyxy == first.views_xyxy
+    assert failed.code == other.code == "bad_image"
+    assert budget.held == 0
+
+
+def test_what_cannot_be_made_ready_ahead_is_left_and_another_model_opens_the_file_itself(
+    deployment, bike
+):
+    files, settings = [bike.read_bytes(), Failure("not_found", "gone"), 7], parse_settings({})
+    assert Predictor(deployment, Metrics(), busy()).prepare(files, settings, Call()) == files
+    predictor = Predictor(deployment, Metrics())
+    [ready, *rest] = predictor.prepare(files, settings, Call())
+    assert rest == files[1:]
+    other = replace(ready, preparer=object(), opened=None)
+    [same, labeled] = predictor.predict([ready, other], settings)
+    assert labeled.annotation.to_json() == same.annotation.to_json()
+    deployment.stop()
+    assert predictor.prepare(files, settings, Call()) == files

@@ -271,13 +271,13 @@ class FakeModel:
         return Result(ask.task, SIZE_WH, (), text, "", (), False)
 
 
-def services(predict=None, ask=None, settings=None):
+def services(predict=None, ask=None, settings=None, budget=None):
     return RunServices(
         predict=predict or FakePredictor(),
         ask=ask or FakeModel(),
         settings_of=lambda state: settings or Settings(num_beams=1),
         upload=SdkUpload().upload_predictions,
-        budget=Budget(10**9, "bytes"),
+        budget=budget or Budget(10**9, "bytes"),
         task_id=3,
         default_batch_size=4,
     )

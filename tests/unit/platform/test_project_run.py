@@ -15,16 +15,19 @@ from platform_fakes import (
     fails_for,
     failures_of,
     services,
+    wait_until,
 )
 from requests.exceptions import ConnectionError as ConnectionFailed
 from requests.exceptions import HTTPError, Timeout
 
+from florence2.budget import Budget
 from florence2.errors import FlorenceError, QueueFullError, RequestError
 from florence2.records import Failure
 from serve.platform import registry
 from serve.platform.failures import PartialFailureError
 from serve.platform.project_run import run_image_ids, run_project
 from serve.predict import full_queue
+from serve.predict.predictor import AHEAD_BYTES
 from serve.settings import Reference, Settings
 
 ALL = [1, 2, 3, 4, 5, 6]
@@ -75,7 +78,8 @@ def test_a_single_image_is_interactive_and_several_are_bulk(runner, platform):
     predict = FakePredictor()
     runner.ids(platform, {"image_id": 1}, predict)
     runner.ids(platform, {"image_ids": [1, 2, 3, 4, 5]}, predict)
-    assert predict.batches == [(1, False), (4, True), (1, True)]
+    assert predict.batches[0] == (1, False)
+    assert sorted(predict.batches[1:]) == [(1, True), (4, True)]
 
 
 WRONG_IDS = [
@@ -292,7 +296,7 @@ def test_what_fails_for_every_image_ends_the_run_at_once(runner, platform, code)
     with pytest.raises(CodedError) as caught:
         runner.ids(platform, {"image_ids": [1, 2, 3], "batch_size": 1}, predict)
     assert caught.value.code == code
-    assert len(predict.batches) == 1
+    assert len(predict.batches) <= 2, "more was asked than what was in hand"
 
 
 @pytest.mark.parametrize(
@@ -310,7 +314,7 @@ def test_a_run_that_ends_early_says_how_far_it_came_and_keeps_its_results(
     runner, platform, code, told
 ):
     def before(images):
-        return Failure(code, "It is gone.") if len(predict.batches) == 2 else None
+        return Failure(code, "It is gone.") if platform.content[4] in images else None
 
     predict = FakePredictor(before)
     request = runner.finish(platform, {"image_ids": ALL, "batch_size": 2}, predict)
@@ -319,7 +323,45 @@ def test_a_run_that_ends_early_says_how_far_it_came_and_keeps_its_results(
     assert "It is gone." in str(request.exception)
     assert ("ids 3, 4" in str(request.exception)) == (len(told) == 4)
     assert codes_of(request.pop_pending_results()) == told
-    assert len(predict.batches) == 2
+
+
+def test_the_next_batch_is_asked_about_while_the_model_is_at_one_and_held_until_answered(
+    runner, platform
+):
+    is_next_asked = threading.Event()
+    budget = Budget(10**9, "bytes")
+    held = []
+
+    def predict(images, settings, call):
+        if images == [platform.content[2]]:
+            is_next_asked.set()
+        elif images == [platform.content[1]]:
+            assert is_next_asked.wait(60)
+            held.append(budget.held)
+        return FakePredictor()(images, settings, call)
+
+    state = {**ONE_BY_ONE, "upload_mode": "append"}
+    runner.finish(platform, state, predict, budget=budget)
+    assert list(platform.uploads) == ALL
+    assert (held[0] >= 2 * AHEAD_BYTES, budget.held) == (True, 0)
+
+
+def test_a_batch_that_was_lost_with_the_device_beside_another_is_asked_again(runner, platform):
+    both = threading.Barrier(2)
+
+    def predict(images, settings, call):
+        asked.append(images)
+        if images[0] in (platform.content[1], platform.content[3]) and len(asked) <= 2:
+            both.wait(60)
+            return [Failure("device_lost", "It is gone.")] * len(images)
+        return FakePredictor()(images, settings, call)
+
+    asked = []
+    state = {"image_ids": ALL, "batch_size": 2, "upload_mode": "append"}
+    request = runner.finish(platform, state, predict, model_of=lambda settings: {"name": "one"})
+    assert failures_of(request) == {1: "device_lost", 2: "device_lost"}
+    assert sorted(platform.uploads) == [3, 4, 5, 6]
+    assert "2 of 6 images failed" in str(request.exception)
 
 
 class Model:
@@ -327,9 +369,11 @@ class Model:
 
     def __init__(self, code, then):
         self.code, self.name, self.then, self.steps = code, "one", then, 0
+        self.is_time = lambda: True
 
     def before(self, images):
         if self.code is not None and images[-1] == self.fails_at:
+            wait_until(self.is_time)
             failure, self.code, self.steps = Failure(self.code, "It is gone."), None, 3
             return failure
         return None
@@ -372,7 +416,7 @@ def test_a_run_that_writes_waits_for_its_model_and_takes_no_other(
     runner, platform, sleeps, code, then, failed, said
 ):
     model = Model(code, then)
-    model.fails_at = platform.content[4]
+    model.fails_at, model.is_time = platform.content[4], lambda: 2 in platform.uploads
     state = {"image_ids": ALL, "batch_size": 2, "upload_mode": "append"}
     request = runner.finish(
         platform,
@@ -430,8 +474,11 @@ def test_a_stopped_run_is_cancelled_and_keeps_what_it_has(runner, platform, stop
     request = runner.create()
 
     def before(images):
-        if len(predict.batches) < 2:
+        if images == [platform.content[1]]:
             return None
+        if images != [platform.content[2]]:
+            wait_until(request.is_stopped)
+            return Failure("cancelled", "The caller left.")
         request.stop()
         if isinstance(stop_with, Exception):
             raise stop_with
@@ -456,20 +503,19 @@ ENDS = {
 def test_a_run_ended_from_outside_really_ends(runner, end, mode):
     platform = FakePlatform(ids=range(1, 41))
     is_asked = threading.Event()
+    answered = [platform.content[1], platform.content[3]]
 
     def predict(images, settings, call):
-        if len(predicted) == 2:
+        if images[0] not in answered:
             is_asked.set()
             while not call.should_stop():
                 time.sleep(0.01)
             return [Failure("cancelled", "The request was cancelled.")] * len(images)
-        predicted.append(images)
         return FakePredictor()(images, settings, call)
 
     def work(api, state, inference_request):
         run_image_ids(api, state, inference_request, services(predict))
 
-    predicted = []
     state = {"image_ids": list(range(1, 41)), "batch_size": 2, "upload_mode": mode}
     request, future = runner.start(work, platform, state)
     assert is_asked.wait(60)
@@ -478,9 +524,9 @@ def test_a_run_ended_from_outside_really_ends(runner, end, mode):
     assert request.exception is None
     assert ids_of(request.pop_pending_results()) == [1, 2, 3, 4]
     assert list(platform.uploads) == ([] if mode is None else [1, 2, 3, 4])
-    assert len(platform.called("download")) <= 6
+    assert len(platform.called("download")) <= 7
     names = [thread.name for thread in threading.enumerate()]
-    assert not [name for name in names if name.startswith(("download", "upload"))]
+    assert not [name for name in names if name.startswith(("download", "predict", "upload"))]
 
 
 def test_a_stop_while_the_queue_is_full_ends_the_wait(runner, platform, sleeps):

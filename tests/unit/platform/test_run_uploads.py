@@ -1,5 +1,8 @@
 """Runs that write labels to the platform, with the SDK's own ``upload_predictions``."""
 
+import threading
+from types import SimpleNamespace
+
 import pytest
 from platform_fakes import (
     DAMAGED,
@@ -10,11 +13,13 @@ from platform_fakes import (
     fails_for,
     failures_of,
     rectangle,
+    services,
+    wait_until,
 )
 from requests.exceptions import ConnectionError as ConnectionFailed
 
 from serve.platform.failures import FailedImageError, PartialFailureError
-from serve.platform.project_run import run_project
+from serve.platform.project_run import run_image_ids, run_project
 from serve.platform.upload import compatible_tag_meta, with_compatible_tags
 from serve.predict.annotations import TAG_METAS
 from serve.provenance import RUN_TAG
@@ -95,6 +100,32 @@ def test_the_meta_of_a_project_becomes_json_as_often_for_five_images_as_for_two(
         runner.ids(FakePlatform(range(1, 6)), {**ONE_BY_ONE, "image_ids": ids}, FakePredictor())
         counts.append(len(made))
     assert counts[0] == counts[1] > 0
+
+
+def test_a_meta_that_is_asked_for_with_every_batch_is_read_again_only_once_it_is_another(
+    runner, monkeypatch
+):
+    read = []
+    original = sly.ProjectMeta.from_json.__func__
+
+    def from_json(cls, stored):
+        read.append(stored)
+        return original(cls, stored)
+
+    def before(images):
+        if images == [platform.content[4]]:
+            wait_until(lambda: 3 in platform.uploads)
+            platform.add_label(4, rectangle("by hand"))
+
+    monkeypatch.setattr(sly.ProjectMeta, "from_json", classmethod(from_json))
+    platform = FakePlatform(range(1, 6), meta=sly.ProjectMeta([rectangle().obj_class]))
+    platform.projects[1].custom_data, platform.projects[1].team_id = {}, 1
+    platform.file = SimpleNamespace(list=lambda team_id, folder, **options: [])
+    state = {"image_ids": [1, 2, 3, 4, 5], "batch_size": 1, "upload_mode": "replace_own"}
+    request = runner.finish(platform, state, FakePredictor(before))
+    assert (request.exception, platform.classes_uploaded(4)) == (None, ["by hand", "cat"])
+    assert len(platform.called("update_meta")) == 1
+    assert len(read) == 3, "at first, with our tag, and with the class by hand"
 
 
 def test_the_same_object_under_another_class_stays(runner, platform):
@@ -228,13 +259,47 @@ def test_classes_added_by_somebody_else_meanwhile_survive(runner, platform):
             platform.metas[1] = platform.metas[1].add_obj_class(by_hand)
 
     def before(images):
-        if len(predict.batches) == 2:
+        if images == [platform.content[2]]:
+            wait_until(lambda: 1 in platform.uploads)
             predict.labels = [rectangle("new class")]
 
     predict = FakePredictor(before)
     platform.upload_fault = add_by_hand
     runner.finish(platform, ONE_BY_ONE, predict)
     assert {one.name for one in platform.metas[1].obj_classes} == {"cat", "by hand", "new class"}
+
+
+def test_a_click_waits_for_a_run_that_hangs_only_where_both_write_on_one_image(runner, platform):
+    hangs, goes_on = threading.Event(), threading.Event()
+
+    def fault(ids):
+        if ids == [1, 2] and not goes_on.is_set():
+            hangs.set()
+            assert goes_on.wait(60)
+
+    platform.upload_fault = fault
+    run, _ = runner.start(
+        lambda api, state, inference_request: run_image_ids(
+            api, state, inference_request, services()
+        ),
+        platform,
+        {"image_ids": [1, 2], "upload_mode": "append"},
+    )
+    assert hangs.wait(60)
+    runner.ids(platform, {"image_id": 3, "upload_mode": "append"})
+    assert list(platform.uploads) == [3]
+    dog = FakePredictor(labels=[HUMAN])
+    clicked, _ = runner.start(
+        lambda api, state, inference_request: run_image_ids(
+            api, state, inference_request, services(dog)
+        ),
+        platform,
+        {"image_id": 2, "upload_mode": "append"},
+    )
+    wait_until(lambda: dog.batches)
+    goes_on.set()
+    wait_until(lambda: run.is_finished() and clicked.is_finished())
+    assert platform.classes_uploaded(2) == ["cat", "dog"]
 
 
 def test_labels_of_a_class_that_came_meanwhile_are_no_failure(runner, platform):
@@ -251,7 +316,7 @@ def test_labels_of_a_class_that_came_meanwhile_are_no_failure(runner, platform):
 def test_the_context_does_not_grow_with_the_images(runner, platform):
     request = runner.finish(platform, ONE_BY_ONE)
     assert request.context["annotation"] == {}
-    assert request.context["image_info"] == {}
+    assert not request.context.get("image_info")
 
 
 @pytest.mark.parametrize(("suffix", "name"), [(None, "confidence_nn"), ("_f2", "confidence_f2")])
