@@ -233,8 +233,8 @@ class Uploads:
                 error = error or failure_of(raised, "The upload ended").message
         units = self._noted().values()
         # A folder's images that failed are in another unit once they are tried again.
-        done = {name for unit in units for name in unit.names} if self._folder else set()
-        has_failures = any(name not in done for unit in units for name, *_ in unit.failures)
+        mended = {name for unit in units for name in unit.names} if self._folder else set()
+        has_failures = any(name not in mended for unit in units for name, *_ in unit.failures)
         if error is None and not self._is_cut and not has_failures:
             self._platform.ended(units)
         return error
