@@ -11,7 +11,7 @@ import shlex
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -113,7 +113,10 @@ class UploadReport:
     def lines(self, job: UploadJob) -> list[str]:
         """For a terminal."""
         if not self.total:
-            return ["All images were uploaded before; --again looks at them again."]
+            return [
+                f"All images were uploaded to project {self.project_id} before; --again looks at "
+                "them again."
+            ]
         lines = [] if self.error is None else [f"Stopped early: {self.error}"]
         kept = f", {self.kept} had labels there and stay as they are" if self.kept else ""
         tags = f" ({self.image_tags} tags of images)" if self.image_tags else ""
@@ -152,6 +155,10 @@ def upload_labeled(api: sly.Api, job: UploadJob) -> UploadReport:
         Uploads(api, job, stop) as uploads,
     ):
         units = list(uploads.units_left())
+        if not units and not uploads.is_begun:
+            raise OutputError(
+                f"Labeled images are uploaded, and {job.labeled!r} has none yet; label some first."
+            )
         report = UploadReport(job.project_id, sum(uploads.size_of(unit) for unit in units))
         with progress_bar(lambda: report.total, "Uploading") as advance:
 
@@ -191,6 +198,11 @@ class Uploads:
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="upload")
         self._pending: list[tuple[Unit, Future[Uploaded]]] = []
         self._has_failed = threading.Event()
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether anything was uploaded before."""
+        return bool(self._known)
 
     def units_left(self) -> Iterator[Unit]:
         """What was labeled and is not uploaded, or failed to be."""
@@ -241,7 +253,7 @@ class Uploads:
 
     def __enter__(self) -> Uploads:
         if self._target.local is not None:
-            self._alone.enter_context(_only_one(self._target.local / self._notes_folder))
+            self._alone.enter_context(_alone_in(self._target.local / self._notes_folder))
         if self._job.is_again:
             for name in self._note_names():
                 self._target.delete(f"{self._notes_folder}/{name}")
@@ -297,27 +309,38 @@ class Uploads:
     def _noted(self) -> dict[int, Uploaded]:
         names = self._note_names()
         stored = self._target.read_many(f"{self._notes_folder}/{name}" for name in names)
-        return {
-            int(Path(name).stem): Uploaded.of_json(one)
-            for name, one in zip(names, stored, strict=True)
-        }
+        try:
+            return {
+                int(Path(name).stem): Uploaded.of_json(one)
+                for name, one in zip(names, stored, strict=True)
+            }
+        except (ValueError, TypeError) as error:
+            raise OutputError(
+                f"What is uploaded is noted in {self._notes_folder!r} of {self._target.address!r}, "
+                f"and a file there says something else ({error}); remove it, or use --again."
+            ) from error
 
 
 def _num_written(counts: Mapping[str, int]) -> int:
     return counts.get("labels", 0) + counts.get("tags", 0)
 
 
-@contextmanager
-def _only_one(notes: Path) -> Iterator[None]:
-    """OutputError where another process uploads what is noted there."""
+def _alone_in(notes: Path) -> AbstractContextManager[object]:
+    """Entered: nobody else uploads what is noted there. OutputError where somebody does."""
+    workspace = ExitStack()
     try:
-        with opened_workspace(notes):
-            yield
+        workspace.enter_context(opened_workspace(notes))
     except FolderInUseError as error:
         raise OutputError(
             "One process at a time uploads from a folder into a project, and another one notes in "
             f"{str(notes)!r} now; wait until it ends, then the same command goes on."
         ) from error
+    except OutputError as error:
+        raise OutputError(
+            f"What is uploaded is noted beside the labels, and {str(notes)!r} cannot be written; "
+            "make it a folder of yours, or upload a copy."
+        ) from error
+    return workspace
 
 
 def _shards_in(target: Storage) -> dict[int, Committed] | None:

@@ -442,18 +442,40 @@ def test_more_failures_than_are_shown_are_named_in_a_place_that_is_told():
 
 @pytest.mark.parametrize(
     "what",
-    ["no labels", "no project", "a project of videos", "nothing", "no classes", "broken classes"],
+    [
+        "no labels",
+        "no project",
+        "a project of videos",
+        "nothing",
+        "no classes",
+        "broken classes",
+        "no image yet",
+        "broken note",
+        "no place for notes",
+    ],
 )
 def test_what_cannot_be_uploaded_is_said_in_a_sentence(upload, labeled, platform, what, project):
     row = platform.state.project(project)
     place, sentence = {
         "no labels": (labeled / "project", "give what was given to it as --out"),
         "nothing": (labeled / "nowhere", "give what was given to it as --out"),
+        "no image yet": (labeled, "has none yet; label some first"),
+        "broken note": (labeled, "remove it, or use --again"),
+        "no place for notes": (labeled, "make it a folder of yours, or upload a copy"),
         "no classes": (labeled, "go on with florence2 label, or mend the file"),
         "broken classes": (labeled, "go on with florence2 label, or mend the file"),
         "no project": (labeled, "does not exist or is not visible"),
         "a project of videos": (labeled, "Only projects of images can be labeled"),
     }[what]
+    notes = labeled / "uploaded" / str(project)
+    if what == "broken note":
+        notes.mkdir(parents=True)
+        (notes / "000000.json").write_text("{")
+    if what == "no place for notes":
+        notes.parent.write_text("")
+    if what == "no image yet":
+        journal = labeled / "journal.jsonl"
+        journal.write_text(journal.read_text().replace('"labeled"', '"failed"'))
     if what == "no classes":
         (labeled / "project" / "meta.json").unlink()
     if what == "broken classes":
