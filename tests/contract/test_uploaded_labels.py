@@ -149,12 +149,12 @@ def test_the_runs_of_what_was_uploaded_are_known_also_where_another_process_lost
     assert runs_of(api, project) == [run]
 
 
-def test_what_was_uploaded_is_not_uploaded_again(upload, labeled, platform):
+def test_what_was_uploaded_is_not_uploaded_again(upload, labeled, platform, project):
     upload(labeled)
     before = len(platform.calls)
     code, said = upload(labeled)
 
-    assert (code, "uploaded before" in said) == (0, True)
+    assert (code, f"uploaded to project {project} before" in said) == (0, True)
     assert {call.method for call in platform.calls[before:]} <= {"projects.info"}
 
 
