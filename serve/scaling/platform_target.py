@@ -300,24 +300,23 @@ class PlatformTarget:
         new: Sequence[_Image],
     ) -> list[tuple[int, sly.Annotation]]:
         """What is to be written, by the image's id there."""
-        before = [one for one in images if one not in new]
-        ids = [one.image_id for one in before]
+        names = {one.name for one in new}
+        ids = [one.image_id for one in images if one.name not in names]
         stored = self._api.annotation.download_json_batch(dataset_id, ids) if ids else []
-        labels_there = {
-            one.name: annotation
-            for one, annotation in zip(before, stored, strict=True)
-            if annotation.get("objects") or annotation.get("tags")
-        }
+        stored_by_id = dict(zip(ids, stored, strict=True))
         fitted = self._fitted([sly.Annotation.from_json(one.stored, folder.meta) for one in images])
         wanted: list[tuple[int, sly.Annotation]] = []
         for one, annotation in zip(images, fitted, strict=True):
-            there = labels_there.get(one.name)
-            one.is_kept = bool(one.was_there) and there is not None
+            there = stored_by_id.get(one.image_id, {})
+            has_labels = bool(there.get("objects") or there.get("tags"))
+            one.is_kept = bool(one.was_there) and has_labels
             one.written = self._written(one, annotation, folder)
-            if there is not None:
+            if has_labels:
                 one.written = self._still_there(one, there)
             elif annotation.labels or annotation.img_tags:
-                wanted.append((one.image_id, annotation))
+                # An annotation takes the place of what is there, also of what is said of the image.
+                told = there.get("description") or annotation.img_description
+                wanted.append((one.image_id, annotation.clone(img_description=told)))
         return wanted
 
     def _fitted(self, annotations: Sequence[sly.Annotation]) -> list[sly.Annotation]:

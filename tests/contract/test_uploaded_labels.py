@@ -321,6 +321,19 @@ def test_what_was_undone_on_the_disk_is_not_uploaded(upload, labeled, platform, 
     assert "go on with" not in said
 
 
+def test_what_is_said_of_an_image_that_has_no_labels_there_stays(
+    upload, labeled, platform, project
+):
+    dataset = platform.state.add_dataset(project, "night")
+    image = platform.state.add_image(dataset.id, CITY.name, CITY.read_bytes())
+    image.annotation["description"] = "the north gate"
+    code, said = upload(labeled)
+
+    assert code == 0, said
+    assert stored(platform, project) == in_dataset(labeled)
+    assert image.annotation["description"] == "the north gate"
+
+
 def run_in(labeled):
     return json.loads((labeled / "runs.jsonl").read_text())["run"]
 
