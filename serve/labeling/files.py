@@ -30,6 +30,10 @@ class OutputError(FlorenceError):
     code = "bad_output"
 
 
+class FolderInUseError(OutputError):
+    """Another run writes into it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Stamp:
     """What tells cheaply that a file may have changed."""
@@ -196,7 +200,7 @@ def opened_workspace(root: Path) -> Iterator[Workspace]:
         ) from error
     try:
         if not _locked(lock):
-            raise OutputError(
+            raise FolderInUseError(
                 f"One run at a time writes into a folder and {str(root)!r} is in use by another; "
                 "wait for it, or choose another --out."
             )

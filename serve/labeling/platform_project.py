@@ -329,7 +329,10 @@ def ended_in_time(stop: StopSwitch) -> Iterator[None]:
     def watch() -> None:
         stop.interrupted.wait()
         time.sleep(_GRACE_S)
-        end_process("Interrupted while the platform had not answered.", _INTERRUPTED)
+        end_process(
+            "Interrupted while the platform had not answered; the same command goes on.",
+            _INTERRUPTED,
+        )
 
     threading.Thread(target=watch, name="ending", daemon=True).start()
     yield

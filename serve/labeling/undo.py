@@ -90,7 +90,8 @@ def _root(folder: Path) -> Path:
 def _manifests(path: Path) -> Iterator[Manifest]:
     if not path.exists():
         return
-    for line in path.read_text("utf-8").splitlines():
+    # Not by every sign that Unicode parts lines with: prompts may have some.
+    for line in path.read_text("utf-8").split("\n"):
         try:
             manifest = Manifest.of_json(json.loads(line))
         except ValueError:

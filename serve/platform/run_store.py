@@ -28,6 +28,8 @@ from serve.sdk import sly
 from supervisely.api.file_api import FileInfo
 
 CUSTOM_DATA_KEY: Final = "florence2_runs"
+UPLOAD: Final = "upload"
+"""The mode of a run that labeled a folder or a bucket, from which its labels were uploaded."""
 MAX_RUNS: Final = 100
 """In the custom data of a project; of older runs only the team files know."""
 _MAX_SETTINGS: Final = 4000
@@ -184,8 +186,10 @@ def _lost_runs(
 
 
 def _is_further(manifest: Manifest, before: Manifest) -> bool:
-    """A run that was undone is not gone on with any more."""
-    return manifest.state.startswith("undone") or manifest.resumed >= before.resumed
+    """A run that was undone is not gone on with any more, unless its labels are uploaded again."""
+    if manifest.state.startswith("undone") and before.mode != UPLOAD:
+        return True
+    return manifest.resumed >= before.resumed
 
 
 def keep_undone(api: sly.Api, project_id: int, manifest: Manifest) -> None:

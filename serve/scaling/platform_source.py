@@ -55,8 +55,11 @@ def project_images(address: str, findings: Findings) -> Iterator[tuple[str, str,
     api, project_id = _platform(), _project_of(address)
     named = parse_qs(urlsplit(address).query).get("dataset", [])
     for dataset_id, path in sorted(datasets_of(api, project_id, named).items()):
+        names: set[str] = set()
         for info in api.image.get_list(dataset_id):
-            key = f"{path}/{info.name}"
+            # A PNG ``a`` is ``a.png`` to the SDK, and there may be one.
+            key = f"{path}/{info.id}/{info.name}" if info.name in names else f"{path}/{info.name}"
+            names.add(info.name)
             if not is_image(key):
                 findings.unsupported(key, f".{info.ext}")
                 continue

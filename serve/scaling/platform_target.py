@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,13 +16,14 @@ from requests.exceptions import HTTPError
 
 from florence2.errors import GenerationCancelledError, RequestError
 from florence2.records import Failure
+from serve.labeling.files import OutputError
 from serve.labeling.journal import JOURNAL_NAME, Entry, settled_entries
 from serve.labeling.project import DATASET, project_folder
 from serve.labeling.undo import runs_in
 from serve.platform.failures import failure_of
 from serve.platform.images import check_project_of_images
 from serve.platform.patience import Patience, PlatformAwayError
-from serve.platform.run_store import IMAGES, folder_of, note_run, team_of
+from serve.platform.run_store import IMAGES, UPLOAD, folder_of, note_run, runs_of, team_of
 from serve.platform.team_files import asked_once, write_text
 from serve.platform.upload import meta_lock, with_compatible_tags
 from serve.provenance import RUN_TAG, Manifest, Written, sort_labels
@@ -34,13 +36,15 @@ from supervisely.nn.inference.inference import update_meta_and_ann
 @dataclass(frozen=True, slots=True)
 class Uploaded:
     """What became of a unit. ``added`` images are new on the platform, ``kept`` ones had labels or
-    tags there, ``labels`` were written; ``runs`` are images and labels by the run that made them.
+    tags there, ``labels`` and ``image_tags`` were written; ``runs`` are images, labels and tags by
+    the run that made them, as far as its labels can be undone.
     """
 
     names: Sequence[str] = ()
     added: int = 0
     kept: int = 0
     labels: int = 0
+    image_tags: int = 0
     runs: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     failures: Sequence[Sequence[str]] = ()
 
@@ -54,8 +58,7 @@ class LabeledFolder:
 
     def __init__(self, root: Path) -> None:
         self._folder = project_folder(root) / DATASET
-        stored = (self._folder.parent / "meta.json").read_text("utf-8")
-        self.meta = sly.ProjectMeta.from_json(json.loads(stored))
+        self.meta = _meta_in(self._folder.parent)
         self.entries = {one.name: one for one in settled_entries(root / JOURNAL_NAME)}
         self.manifests = {one.run: one for one in runs_in(root)}
         if str(self.meta.project_type or "images") != "images":
@@ -71,6 +74,18 @@ class LabeledFolder:
         """Its JSON as it is now; OSError and ValueError."""
         found = json.loads((self._folder / "ann" / f"{name}.json").read_text("utf-8"))
         return dict(found)
+
+
+def _meta_in(project: Path) -> sly.ProjectMeta:
+    """OutputError where nothing was labeled yet, or somebody changed it to what is none."""
+    path = project / "meta.json"
+    try:
+        return sly.ProjectMeta.from_json(json.loads(path.read_text("utf-8")))
+    except (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise OutputError(
+            f"Labels are uploaded with their classes, and {str(path)!r} has none that can be read "
+            f"({error}); go on with florence2 label, or mend the file."
+        ) from error
 
 
 @dataclass(slots=True)
@@ -125,7 +140,12 @@ class PlatformTarget:
         self._patience = Patience(partial(api.project.get_info_by_id, self._id), should_stop)
         self._lock = threading.Lock()
         self._datasets: dict[str, int] = {}
+        self._known: dict[str, Manifest] | None = None
         self._announced: dict[str, Manifest] = {}
+        # By part and run, the line about each image.
+        self._noted: dict[int, dict[str, dict[str, str]]] = {}
+        # Notes of an earlier upload stay: it may have gone to another dataset.
+        self._notes = f"{IMAGES}{time.time_ns():020}-"
         self._team_id = team_of(api, self._id)
 
     def upload(
@@ -139,21 +159,26 @@ class PlatformTarget:
         dataset_id = self._tried(partial(self._dataset_id, dataset))
         for run in {one.entry.run for one in images}:
             self._announce(folder.manifests.get(run))
-        failures |= self._each(images, partial(self._bring, dataset_id, folder))
+        failures |= self._each(images, partial(self._bring, dataset_id, folder, number))
         brought = [one for one in images if one.name not in failures]
         runs: dict[str, Counter[str]] = {}
         for one in brought:
-            counts = {"images": 1, one.entry.state: 1, "labels": len(one.written.labels)}
-            runs.setdefault(one.entry.run, Counter()).update(counts)
-        runs.pop("", None)
-        for run in runs:
-            lines = [_line(one, dataset_id) for one in brought if one.entry.run == run]
-            self._keep_lines(run, number, lines)
+            if one.entry.run in self._announced:
+                counts = {
+                    "images": 1,
+                    one.entry.state: 1,
+                    "labels": len(one.written.labels),
+                    "tags": len(one.written.image_tags),
+                }
+                runs.setdefault(one.entry.run, Counter()).update(counts)
+        self._tried(partial(self._note, dataset_id, number, brought))
+        self._noted.pop(number, None)
         return Uploaded(
             [one.name for one in brought],
             added=sum(not one.was_there for one in brought),
             kept=sum(one.is_kept for one in brought),
             labels=sum(len(one.stored.get("objects", ())) for one in brought if not one.is_kept),
+            image_tags=sum(len(one.stored.get("tags", ())) for one in brought if not one.is_kept),
             runs={run: dict(counts) for run, counts in runs.items()},
             failures=[(name, one.code, one.message) for name, one in failures.items()],
         )
@@ -187,7 +212,16 @@ class PlatformTarget:
         with self._lock:
             if manifest.run in self._announced:
                 return
-            manifest = replace(manifest, mode="upload", counts={}, fingerprint=None)
+            if self._known is None:
+                known = self._tried(partial(runs_of, self._api, self._id))
+                self._known = {one.run: one for one in known}
+            manifest = replace(manifest, mode=UPLOAD, counts={}, fingerprint=None)
+            if (before := self._known.get(manifest.run)) is not None:
+                manifest = replace(
+                    manifest,
+                    run_tag=before.run_tag,
+                    resumed=before.resumed + before.state.startswith("undone"),
+                )
             self._announced[manifest.run] = manifest
         self._keep_manifest(manifest)
 
@@ -225,7 +259,9 @@ class PlatformTarget:
     def _tried(self, work: Callable[[], Any]) -> Any:  # noqa: ANN401 - what the work gives
         return self._patience.tried(work)
 
-    def _bring(self, dataset_id: int, folder: LabeledFolder, images: Sequence[_Image]) -> None:
+    def _bring(
+        self, dataset_id: int, folder: LabeledFolder, number: int, images: Sequence[_Image]
+    ) -> None:
         """Images that are not there, and labels where none are. It can be done again."""
         names = [one.name for one in images]
         there = self._stored(dataset_id, names)
@@ -246,36 +282,42 @@ class PlatformTarget:
             there |= _by_name(found, names)
         for one in images:
             one.image_id = there[one.name].id
-        self._label(dataset_id, folder, images, new)
+        wanted = self._labels_missing(dataset_id, folder, images, new)
+        # Before they are there: of labels without a tag nobody could tell whose they are.
+        self._note(dataset_id, number, images)
+        if wanted:
+            self._api.annotation.upload_anns(*map(list, zip(*wanted, strict=True)))
 
     def _stored(self, dataset_id: int, names: Sequence[str]) -> dict[str, sly.ImageInfo]:
         wanted = [{"field": "name", "operator": "in", "value": list(names)}]
         return _by_name(self._api.image.get_list(dataset_id, filters=wanted), names)
 
-    def _label(
+    def _labels_missing(
         self,
         dataset_id: int,
         folder: LabeledFolder,
         images: Sequence[_Image],
         new: Sequence[_Image],
-    ) -> None:
-        before = [one for one in images if one not in new]
-        ids = [one.image_id for one in before]
+    ) -> list[tuple[int, sly.Annotation]]:
+        """What is to be written, by the image's id there."""
+        names = {one.name for one in new}
+        ids = [one.image_id for one in images if one.name not in names]
         stored = self._api.annotation.download_json_batch(dataset_id, ids) if ids else []
-        has_labels = {
-            one.name
-            for one, annotation in zip(before, stored, strict=True)
-            if annotation.get("objects") or annotation.get("tags")
-        }
+        stored_by_id = dict(zip(ids, stored, strict=True))
         fitted = self._fitted([sly.Annotation.from_json(one.stored, folder.meta) for one in images])
         wanted: list[tuple[int, sly.Annotation]] = []
         for one, annotation in zip(images, fitted, strict=True):
-            one.is_kept = bool(one.was_there) and one.name in has_labels
+            there = stored_by_id.get(one.image_id, {})
+            has_labels = bool(there.get("objects") or there.get("tags"))
+            one.is_kept = bool(one.was_there) and has_labels
             one.written = self._written(one, annotation, folder)
-            if one.name not in has_labels and (annotation.labels or annotation.img_tags):
-                wanted.append((one.image_id, annotation))
-        if wanted:
-            self._api.annotation.upload_anns(*map(list, zip(*wanted, strict=True)))
+            if has_labels:
+                one.written = self._still_there(one, there)
+            elif annotation.labels or annotation.img_tags:
+                # An annotation takes the place of what is there, also of what is said of the image.
+                told = there.get("description") or annotation.img_description
+                wanted.append((one.image_id, annotation.clone(img_description=told)))
+        return wanted
 
     def _fitted(self, annotations: Sequence[sly.Annotation]) -> list[sly.Annotation]:
         """Under the names that the project has for classes and tags, which it is given as far as
@@ -310,10 +352,31 @@ class PlatformTarget:
             tuple(all_of_it.image_tags[at] for at in ours.image_tags),
         )
 
-    def _keep_lines(self, run: str, number: int, lines: Sequence[str]) -> None:
-        path = f"{folder_of(self._id, run)}{IMAGES}{number:06}.jsonl"
-        text = "\n".join(lines) + "\n"
-        self._tried(lambda: write_text(self._api, self._team_id, path, text))
+    def _still_there(self, image: _Image, there: Mapping[str, Any]) -> Written:
+        """What of it an earlier try, or another process, has brought: the rest is a person's."""
+        manifest = self._announced.get(image.entry.run)
+        if manifest is None:
+            return Written()
+        found = sort_labels(there, manifest.run, manifest.run_tag, image.written)
+        all_of_it = Written.of(there, manifest.run_tag)
+        return Written(
+            tuple(all_of_it.labels[at] for at in found.unchanged),
+            tuple(all_of_it.image_tags[at] for at in found.image_tags),
+        )
+
+    def _note(self, dataset_id: int, number: int, images: Sequence[_Image]) -> None:
+        """What the runs have written on these images, beside what is noted of others of a part."""
+        lines: dict[str, dict[str, str]] = {}
+        for one in images:
+            if one.entry.run in self._announced:
+                lines.setdefault(one.entry.run, {})[one.name] = _line(one, dataset_id)
+        noted = self._noted.setdefault(number, {})
+        for run, new in lines.items():
+            before = noted.get(run, {})
+            if (now := before | new) != before:
+                path = f"{folder_of(self._id, run)}{self._notes}{number:06}.jsonl"
+                write_text(self._api, self._team_id, path, "\n".join(now.values()) + "\n")
+                noted[run] = now
 
 
 def _by_name(infos: Sequence[sly.ImageInfo], names: Collection[str]) -> dict[str, sly.ImageInfo]:

@@ -24,6 +24,7 @@ from serve.labeling.files import sync_folder
 from serve.labeling.images import text_of
 
 _PART: Final = ".part-"
+_PART_NAME: Final = re.compile(rf"{re.escape(_PART)}[0-9a-f]{{12}}$")
 _PAGE: Final = 1000
 _READERS: Final = 64
 _PASSWORD: Final = re.compile(r"://[^/]*:[^/]*@")
@@ -126,7 +127,7 @@ class Storage:
                 return []
         top = self._path(folder)
         below = (path.removeprefix(top).strip("/") for path in found)
-        return sorted(name for name in below if name and _PART not in name)
+        return sorted(name for name in below if name and not _PART_NAME.search(name))
 
     def is_empty(self, but: Collection[str] = ()) -> bool:
         """Whether there is nothing, ``but`` these names and those that begin with a dot."""
@@ -161,7 +162,7 @@ class Storage:
 
     def download(self, name: str, folder: Path) -> None:
         """All files below ``name``, into a folder of this machine."""
-        files = [path for path in self._files(name) if _PART not in path]
+        files = [path for path in self._files(name) if not _PART_NAME.search(path)]
         top = self._path(name)
         targets = [folder / path.removeprefix(top).strip("/") for path in files]
         for parent in {target.parent for target in targets}:

@@ -9,10 +9,9 @@ from __future__ import annotations
 import json
 import shlex
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,7 +20,7 @@ from typing import Final
 
 from florence2.errors import GenerationCancelledError
 from florence2.records import Failure
-from serve.labeling.files import OutputError
+from serve.labeling.files import FolderInUseError, OutputError, opened_workspace
 from serve.labeling.journal import is_output
 from serve.labeling.platform_project import ended_in_time, logged_as_lines
 from serve.labeling.progress import progress_bar, stop_on_signals
@@ -87,7 +86,8 @@ class UploadReport:
     added: int = 0
     kept: int = 0
     labels: int = 0
-    runs: Counter[str] = field(default_factory=Counter)
+    image_tags: int = 0
+    runs: set[str] = field(default_factory=set)
     failures: list[tuple[str, Failure]] = field(default_factory=list)
     error: str | None = None
     is_interrupted: bool = False
@@ -97,7 +97,8 @@ class UploadReport:
         self.added += unit.added
         self.kept += unit.kept
         self.labels += unit.labels
-        self.runs.update({run: counts.get("labels", 0) for run, counts in unit.runs.items()})
+        self.image_tags += unit.image_tags
+        self.runs |= {run for run, counts in unit.runs.items() if _num_written(counts)}
         self.failures += [(name, Failure(*told)) for name, *told in unit.failures]
 
     @property
@@ -112,16 +113,23 @@ class UploadReport:
     def lines(self, job: UploadJob) -> list[str]:
         """For a terminal."""
         if not self.total:
-            return ["All images were uploaded before; --again looks at them again."]
+            return [
+                f"All images were uploaded to project {self.project_id} before; --again looks at "
+                "them again."
+            ]
         lines = [] if self.error is None else [f"Stopped early: {self.error}"]
         kept = f", {self.kept} had labels there and stay as they are" if self.kept else ""
+        tags = f" ({self.image_tags} tags of images)" if self.image_tags else ""
         lines.append(
-            f"{self.added} images and {self.labels} labels uploaded to project {self.project_id}"
-            f"{kept}, {len(self.failures)} failed."
+            f"{self.added} images and {self.labels} labels{tags} uploaded to project "
+            f"{self.project_id}{kept}, {len(self.failures)} failed."
         )
         lines += [f"  {name}: {one.message}" for name, one in self.failures[:_SHOWN_FAILURES]]
         if len(self.failures) > _SHOWN_FAILURES:
-            lines.append(f"  ... and {len(self.failures) - _SHOWN_FAILURES} more")
+            place = f"{job.labeled.rstrip('/')}/{UPLOADED}/{self.project_id}"
+            lines.append(
+                f"  ... and {len(self.failures) - _SHOWN_FAILURES} more, all of them in {place}"
+            )
         for run in sorted(self.runs):
             lines.append(
                 f"Take the labels of run {run} back with: florence2 undo {self.project_id} "
@@ -129,7 +137,8 @@ class UploadReport:
             )
         if self.done < self.total or self.failures:
             left = self.total - self.done
-            what = f"{left} images are still to upload" if left else "Some failed"
+            # Of those that were in hand nobody has noted how far they came.
+            what = f"{left} images are not known to be uploaded" if left else "Some failed"
             lines += [f"{what}; go on with:", job.command()]
         return lines
 
@@ -139,9 +148,17 @@ def upload_labeled(api: sly.Api, job: UploadJob) -> UploadReport:
 
     RequestError for what is not labeled, or a project that it cannot go to.
     """
-    with stop_on_signals() as stop, ended_in_time(stop), logged_as_lines():
-        uploads = Uploads(api, job, stop)
+    with (
+        stop_on_signals() as stop,
+        ended_in_time(stop),
+        logged_as_lines(),
+        Uploads(api, job, stop) as uploads,
+    ):
         units = list(uploads.units_left())
+        if not units and not uploads.is_begun:
+            raise OutputError(
+                f"Labeled images are uploaded, and {job.labeled!r} has none yet; label some first."
+            )
         report = UploadReport(job.project_id, sum(uploads.size_of(unit) for unit in units))
         with progress_bar(lambda: report.total, "Uploading") as advance:
 
@@ -152,7 +169,7 @@ def upload_labeled(api: sly.Api, job: UploadJob) -> UploadReport:
                 report.total += num_images - uploads.size_of(unit)
                 advance(num_images)
 
-            with stop.after_batch(), uploads:
+            with stop.after_batch():
                 for unit in units:
                     uploads.add(unit)
                 report.error = uploads.finish(done)
@@ -161,7 +178,10 @@ def upload_labeled(api: sly.Api, job: UploadJob) -> UploadReport:
 
 
 class Uploads:
-    """Uploads units, a few at the same time; a context around that work."""
+    """Uploads units, a few at the same time; a context around that work.
+
+    In it nobody else uploads from the same folder into the same project: OutputError.
+    """
 
     def __init__(self, api: sly.Api, job: UploadJob, should_stop: Callable[[], bool]) -> None:
         # An upload waits for a platform that is away in a way that Ctrl-C ends; the SDK does not.
@@ -172,12 +192,17 @@ class Uploads:
         self._job = job
         self._should_stop = should_stop
         self._platform = PlatformTarget(api, job.project_id, should_stop)
-        if job.is_again:
-            self._target.delete(f"{UPLOADED}/{job.project_id}")
-        self._known = self._noted()
+        self._known: dict[int, Uploaded] = {}
+        self._is_cut = False
+        self._alone = ExitStack()
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="upload")
         self._pending: list[tuple[Unit, Future[Uploaded]]] = []
         self._has_failed = threading.Event()
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether anything was uploaded before."""
+        return bool(self._known)
 
     def units_left(self) -> Iterator[Unit]:
         """What was labeled and is not uploaded, or failed to be."""
@@ -211,16 +236,28 @@ class Uploads:
             unit, uploaded = self._pending.pop(0)
             try:
                 done(unit, uploaded.result())
-            except GenerationCancelledError:
+            except CancelledError:
+                # It was not begun.
                 continue
+            except GenerationCancelledError:
+                self._is_cut = True
             except Exception as raised:  # noqa: BLE001  (the SDK and its transport raise anything)
                 error = error or failure_of(raised, "The upload ended").message
         units = self._noted().values()
-        if error is None and not any(unit.failures for unit in units):
+        # A folder's images that failed are in another unit once they are tried again.
+        mended = {name for unit in units for name in unit.names} if self._folder else set()
+        has_failures = any(name not in mended for unit in units for name, *_ in unit.failures)
+        if error is None and not self._is_cut and not has_failures:
             self._platform.ended(units)
         return error
 
     def __enter__(self) -> Uploads:
+        if self._target.local is not None:
+            self._alone.enter_context(_alone_in(self._target.local / self._notes_folder))
+        if self._job.is_again:
+            for name in self._note_names():
+                self._target.delete(f"{self._notes_folder}/{name}")
+        self._known = self._noted()
         return self
 
     def __exit__(
@@ -231,10 +268,11 @@ class Uploads:
     ) -> None:
         self._has_failed.set()
         self._threads.shutdown(cancel_futures=True)
+        self._alone.close()
 
     def _upload(self, unit: Unit) -> Uploaded:
         if self._should_stop() or self._has_failed.is_set():
-            raise GenerationCancelledError("The upload was stopped.")
+            raise CancelledError
         try:
             with self._on_disk(unit) as folder:
                 names = folder.entries if unit.names is None else unit.names
@@ -259,16 +297,50 @@ class Uploads:
                 yield LabeledFolder(Path(copy))
 
     def _note_name(self, number: int) -> str:
-        return f"{UPLOADED}/{self._job.project_id}/{number:06}.json"
+        return f"{self._notes_folder}/{number:06}.json"
+
+    @property
+    def _notes_folder(self) -> str:
+        return f"{UPLOADED}/{self._job.project_id}"
+
+    def _note_names(self) -> list[str]:
+        return [name for name in self._target.names(self._notes_folder) if name.endswith(".json")]
 
     def _noted(self) -> dict[int, Uploaded]:
-        folder = f"{UPLOADED}/{self._job.project_id}"
-        names = [name for name in self._target.names(folder) if name.endswith(".json")]
-        stored = self._target.read_many(f"{folder}/{name}" for name in names)
-        return {
-            int(Path(name).stem): Uploaded.of_json(one)
-            for name, one in zip(names, stored, strict=True)
-        }
+        names = self._note_names()
+        stored = self._target.read_many(f"{self._notes_folder}/{name}" for name in names)
+        try:
+            return {
+                int(Path(name).stem): Uploaded.of_json(one)
+                for name, one in zip(names, stored, strict=True)
+            }
+        except (ValueError, TypeError) as error:
+            raise OutputError(
+                f"What is uploaded is noted in {self._notes_folder!r} of {self._target.address!r}, "
+                f"and a file there says something else ({error}); remove it, or use --again."
+            ) from error
+
+
+def _num_written(counts: Mapping[str, int]) -> int:
+    return counts.get("labels", 0) + counts.get("tags", 0)
+
+
+def _alone_in(notes: Path) -> AbstractContextManager[object]:
+    """Entered: nobody else uploads what is noted there. OutputError where somebody does."""
+    workspace = ExitStack()
+    try:
+        workspace.enter_context(opened_workspace(notes))
+    except FolderInUseError as error:
+        raise OutputError(
+            "One process at a time uploads from a folder into a project, and another one notes in "
+            f"{str(notes)!r} now; wait until it ends, then the same command goes on."
+        ) from error
+    except OutputError as error:
+        raise OutputError(
+            f"What is uploaded is noted beside the labels, and {str(notes)!r} cannot be written; "
+            "make it a folder of yours, or upload a copy."
+        ) from error
+    return workspace
 
 
 def _shards_in(target: Storage) -> dict[int, Committed] | None:

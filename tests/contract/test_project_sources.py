@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from contract_calls import CITY
+from contract_calls import CITY, STREET
 from platform_double import TOKEN
 from platform_seed import DATASETS
 
@@ -71,6 +71,18 @@ def test_datasets_that_hold_datasets_and_odd_names_are_told_apart(plan, seeded, 
     assert image.key == f"{path}/a__b.jpeg"
     assert read_address(image.address) == CITY.read_bytes()
     assert [one.key for one in images_of(plan(seeded.project_id, path))] == [image.key]
+
+
+def test_images_that_the_sdk_calls_by_one_name_are_two(plan, seeded, platform):
+    dataset = platform.state.add_dataset(seeded.project_id, "night")
+    for name, path in (("a.jpeg", CITY), ("a", STREET)):
+        platform.state.add_image(dataset.id, name, path.read_bytes())
+    images = images_of(plan(seeded.project_id, "night"))
+
+    assert len({one.key for one in images}) == len({one.name for one in images}) == 2
+    assert [read_address(one.address) for one in images] == [
+        path.read_bytes() for path in (CITY, STREET)
+    ]
 
 
 def test_a_plan_goes_on_behind_the_images_that_it_has(plan, seeded, platform, tmp_path):

@@ -17,14 +17,17 @@ from florence2.engine.encoding import Preparer
 from florence2.pixels import ImageProcessor
 from serve.cli.loading import one_model
 from serve.cli.main import main
+from serve.labeling.files import opened_workspace
 from serve.labeling.settings import label_settings
 from serve.labeling.undo import undo_in
 from serve.platform.run_store import runs_of
 from serve.predict.predictor import Predictor
 from serve.provenance import Manifest
 from serve.scaling.plan import PlannedImage, Shard
+from serve.scaling.platform_target import Uploaded
 from serve.scaling.shards import RUN_NAME, Work, commit_shard, label_shard, open_shard
-from serve.scaling.storage import Storage
+from serve.scaling.storage import Storage, StorageError
+from serve.scaling.upload import UploadJob, UploadReport
 from serve.sdk import sly
 
 IMAGES = (BIKE, CITY, STREET)
@@ -146,12 +149,12 @@ def test_the_runs_of_what_was_uploaded_are_known_also_where_another_process_lost
     assert runs_of(api, project) == [run]
 
 
-def test_what_was_uploaded_is_not_uploaded_again(upload, labeled, platform):
+def test_what_was_uploaded_is_not_uploaded_again(upload, labeled, platform, project):
     upload(labeled)
     before = len(platform.calls)
     code, said = upload(labeled)
 
-    assert (code, "uploaded before" in said) == (0, True)
+    assert (code, f"uploaded to project {project} before" in said) == (0, True)
     assert {call.method for call in platform.calls[before:]} <= {"projects.info"}
 
 
@@ -211,7 +214,7 @@ def test_images_that_the_platform_refuses_are_named_and_the_others_are_there(
     }
 
 
-def test_an_upload_that_was_cut_off_goes_on_where_it_was(upload, labeled, platform, project):
+def test_an_upload_that_was_cut_off_goes_on_where_it_was(upload, labeled, platform, project, api):
     platform.faults.fail("annotations.bulk.add", times=4, status=400)
     code, said = upload(labeled)
     assert code == 2
@@ -222,6 +225,9 @@ def test_an_upload_that_was_cut_off_goes_on_where_it_was(upload, labeled, platfo
     code, said = upload(labeled)
     assert code == 0, said
     assert stored(platform, project) == in_dataset(labeled)
+    num_labels = sum(len(classes) for classes in classes_in(labeled).values())
+    [run] = runs_of(api, project)
+    assert run.counts == {"images": 3, "labeled": 3, "labels": num_labels, "tags": 0}
 
 
 def test_undo_takes_back_what_was_uploaded_and_leaves_what_a_person_changed(
@@ -315,15 +321,178 @@ def test_what_was_undone_on_the_disk_is_not_uploaded(upload, labeled, platform, 
     assert "go on with" not in said
 
 
-@pytest.mark.parametrize("what", ["no labels", "no project", "a project of videos", "nothing"])
+def test_what_is_said_of_an_image_that_has_no_labels_there_stays(
+    upload, labeled, platform, project
+):
+    dataset = platform.state.add_dataset(project, "night")
+    image = platform.state.add_image(dataset.id, CITY.name, CITY.read_bytes())
+    image.annotation["description"] = "the north gate"
+    code, said = upload(labeled)
+
+    assert code == 0, said
+    assert stored(platform, project) == in_dataset(labeled)
+    assert image.annotation["description"] == "the north gate"
+
+
+def run_in(labeled):
+    return json.loads((labeled / "runs.jsonl").read_text())["run"]
+
+
+def test_undo_takes_back_what_one_folder_brought_to_two_datasets(
+    upload, labeled, platform, project
+):
+    upload(labeled)
+    upload(labeled, "--dataset", "second", "--again")
+    assert stored(platform, project) == in_dataset(labeled) | in_dataset(labeled, "second")
+    upload(labeled, "--run", run_in(labeled), command="undo")
+
+    assert len(stored(platform, project)) == 6
+    assert not any(stored(platform, project).values())
+
+
+def test_what_was_undone_and_uploaded_again_is_a_run_that_can_be_undone_again(
+    upload, labeled, platform, project, api
+):
+    upload(labeled)
+    upload(labeled, "--run", run_in(labeled), command="undo")
+    assert [run.state for run in runs_of(api, project)] == ["undone"]
+    upload(labeled, "--again")
+
+    assert stored(platform, project) == in_dataset(labeled)
+    assert [run.state for run in runs_of(api, project)] == ["done"]
+    upload(labeled, "--run", run_in(labeled), command="undo")
+    assert not any(stored(platform, project).values())
+    assert [run.state for run in runs_of(api, project)] == ["undone"]
+
+
+@pytest.mark.parametrize("is_tagged", [True, False])
+def test_labels_whose_upload_was_cut_off_can_be_undone_at_once(
+    upload, labeled, platform, project, is_tagged, monkeypatch
+):
+    if not is_tagged:
+        _without_run_tag(labeled)
+
+    def full(*_):
+        raise StorageError("The disk is full; make room.")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Storage, "write", full)
+        code, said = upload(labeled)
+    assert (code, "The disk is full" in said) == (2, True)
+    assert "3 images are not known to be uploaded; go on with" in said
+    assert stored(platform, project) == in_dataset(labeled)
+    upload(labeled, "--run", run_in(labeled), command="undo")
+
+    assert not any(stored(platform, project).values())
+
+
+def _without_run_tag(labeled):
+    """As ``florence2 label`` writes a folder by itself."""
+    runs = labeled / "runs.jsonl"
+    runs.write_text(json.dumps(json.loads(runs.read_text()) | {"run_tag": None}) + "\n")
+    for path in (labeled / "project" / "ds0" / "ann").iterdir():
+        stored = json.loads(path.read_text())
+        for label in stored["objects"]:
+            label["tags"] = [tag for tag in label["tags"] if tag["name"] != "florence2_run"]
+        path.write_text(json.dumps(stored))
+
+
+def test_where_nothing_was_written_nothing_is_to_be_undone(upload, labeled, platform, project):
+    dog = sly.ObjClass("dog", sly.Rectangle)
+    platform.state.set_meta(platform.state.project(project), sly.ProjectMeta([dog]).to_json())
+    dataset = platform.state.add_dataset(project, "night")
+    for path in (labeled / "project" / "ds0" / "img").iterdir():
+        image = platform.state.add_image(dataset.id, path.name, path.read_bytes())
+        label = sly.Label(sly.Rectangle(1, 1, 9, 9), dog)
+        annotation = sly.Annotation(image.size_wh[::-1], [label])
+        platform.state.set_annotation(image, annotation.to_json())
+    code, said = upload(labeled)
+
+    assert code == 0
+    assert "3 had labels there and stay as they are" in said
+    assert "florence2 undo" not in said
+    _, said = upload(labeled, "--run", run_in(labeled), command="undo")
+    assert said == "0 labels deleted, on 0 images.\n"
+    assert set(map(tuple, stored(platform, project).values())) == {("dog",)}
+
+
+def test_labels_of_a_run_that_nobody_noted_are_uploaded_and_no_undo_is_promised(
+    upload, labeled, platform, project
+):
+    (labeled / "runs.jsonl").unlink()
+    code, said = upload(labeled)
+
+    assert (code, "florence2 undo" in said) == (0, False)
+    assert stored(platform, project) == in_dataset(labeled)
+
+
+def test_captions_are_counted_and_undone_as_tags_of_images(upload, labeled, platform, project):
+    path = labeled / "project" / "ds0" / "ann" / f"{BIKE.name}.json"
+    changed = json.loads(path.read_text())
+    changed["tags"] = [{"name": "caption", "value": "a bike"}]
+    path.write_text(json.dumps(changed))
+    _, said = upload(labeled)
+
+    assert "labels (1 tags of images) uploaded" in said
+
+
+def test_of_two_uploads_from_one_folder_one_waits(upload, labeled, platform, project):
+    with opened_workspace(labeled / "uploaded" / str(project)):
+        code, said = upload(labeled)
+    assert code == 2
+    assert "another one notes in" in said
+    assert upload(labeled)[0] == 0
+
+
+def test_more_failures_than_are_shown_are_named_in_a_place_that_is_told():
+    report = UploadReport(17, total=9)
+    failures = [(f"{number}.jpg", "bad_annotation", "It is none.") for number in range(7)]
+    report.add(Uploaded(["a.jpg", "b.jpg"], failures=failures))
+
+    said = "\n".join(report.lines(UploadJob("s3://labels/night/", 17)))
+    assert "... and 2 more, all of them in s3://labels/night/uploaded/17" in said
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "no labels",
+        "no project",
+        "a project of videos",
+        "nothing",
+        "no classes",
+        "broken classes",
+        "no image yet",
+        "broken note",
+        "no place for notes",
+    ],
+)
 def test_what_cannot_be_uploaded_is_said_in_a_sentence(upload, labeled, platform, what, project):
     row = platform.state.project(project)
     place, sentence = {
         "no labels": (labeled / "project", "give what was given to it as --out"),
         "nothing": (labeled / "nowhere", "give what was given to it as --out"),
+        "no image yet": (labeled, "has none yet; label some first"),
+        "broken note": (labeled, "remove it, or use --again"),
+        "no place for notes": (labeled, "make it a folder of yours, or upload a copy"),
+        "no classes": (labeled, "go on with florence2 label, or mend the file"),
+        "broken classes": (labeled, "go on with florence2 label, or mend the file"),
         "no project": (labeled, "does not exist or is not visible"),
         "a project of videos": (labeled, "Only projects of images can be labeled"),
     }[what]
+    notes = labeled / "uploaded" / str(project)
+    if what == "broken note":
+        notes.mkdir(parents=True)
+        (notes / "000000.json").write_text("{")
+    if what == "no place for notes":
+        notes.parent.write_text("")
+    if what == "no image yet":
+        journal = labeled / "journal.jsonl"
+        journal.write_text(journal.read_text().replace('"labeled"', '"failed"'))
+    if what == "no classes":
+        (labeled / "project" / "meta.json").unlink()
+    if what == "broken classes":
+        (labeled / "project" / "meta.json").write_text("{")
     if what == "no project":
         platform.state.projects.pop(project)
     if what == "a project of videos":

@@ -166,6 +166,15 @@ def test_notes_are_read_in_a_folder_whose_name_is_a_pattern(tmp_path):
     assert list(target.read_many(names)) == [b"0", b"1", b"2"]
 
 
+def test_a_name_like_that_of_a_file_half_written_is_downloaded_too(target, tmp_path):
+    names = ["scan.part-1.jpg", "a.jpg.part-b.png"]
+    for name in names:
+        target.write(f"shard/{name}", b"x")
+    target.download("shard", tmp_path / "copy")
+    assert sorted(path.name for path in (tmp_path / "copy").iterdir()) == sorted(names)
+    assert target.names("shard") == sorted(names)
+
+
 def test_settings_that_fit_no_image_end_the_run_at_its_first_shard(shard, labeled, work, model):
     model.answer = lambda ask: Failure("bad_request", "The prompt is too long.")
     with pytest.raises(RequestError, match="too long"):

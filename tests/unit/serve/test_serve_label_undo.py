@@ -66,6 +66,14 @@ def test_each_run_is_noted_with_what_it_did(label, images, model, journal_of):
     assert runs["new.png"] == second.run
 
 
+def test_a_run_is_found_whatever_signs_its_settings_have(label, images, command):
+    # By these Unicode parts lines, and JSON does not.
+    out = label(images.rename(images.parent / "a\u2028b\x85c")).out
+    [manifest] = runs_in(out)
+    code, said, _ = command("undo", out, "--run", manifest.run)
+    assert (code, said) == (0, "5 labels deleted, on 5 images.\n")
+
+
 def test_labels_have_the_tag_only_where_it_is_asked_for(label, images, tmp_path, tagged):
     without = label(images).out
     annotations, project = read_project(without)
