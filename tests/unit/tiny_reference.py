@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -280,6 +281,16 @@ def settings_of(beams=3, early_stopping=True, ngram=3):
     return GenerationSettings(
         num_beams=beams, early_stopping=early_stopping, no_repeat_ngram_size=ngram
     )
+
+
+SEARCHES = {
+    f"{beams}-{early_stopping}-{ngram}": (
+        SEEDS[number % 3],
+        settings_of(beams, early_stopping, ngram),
+    )
+    for number, ((beams, early_stopping), ngram) in enumerate(itertools.product(MODES, (0, 3)))
+}
+"""A seed and its settings: every mode with a ban and without, each with one of the models."""
 
 
 def mixed_limits(count=COUNT):
