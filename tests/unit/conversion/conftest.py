@@ -7,7 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
-from openvino_tools import DEMO, write_small_checkpoint
+from openvino_tools import DEMO
 
 from florence2.checkpoint.checkpoint import open_checkpoint
 from florence2.conversion.convert import convert
@@ -19,11 +19,6 @@ from florence2_demo.scene import make_scene
 @pytest.fixture(autouse=True)
 def _openvino(has_openvino):
     """Nothing here is to be had without the library."""
-
-
-@pytest.fixture(scope="session")
-def small_folder(has_openvino, tmp_path_factory):
-    return write_small_checkpoint(tmp_path_factory.mktemp("small") / "tiny")
 
 
 @pytest.fixture(scope="session")
