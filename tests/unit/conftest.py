@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+from openvino_tools import write_small_checkpoint
 from tokenizers import ByteLevelBPETokenizer
 from torch import nn
 
@@ -91,6 +92,12 @@ def native_folder(reference, tmp_path_factory):
     folder = tmp_path_factory.mktemp("native")
     reference.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def small_folder(tmp_path_factory):
+    """Random, tiny, and of small images: for what does not depend on how good an answer is."""
+    return write_small_checkpoint(tmp_path_factory.mktemp("small") / "tiny")
 
 
 @pytest.fixture(scope="session")

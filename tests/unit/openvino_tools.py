@@ -63,6 +63,7 @@ class Twins:
     checkpoint: Checkpoint
     torch: TorchRuntime
     openvino: OpenVinoRuntime
+    converted_folder: Path
 
     def pixels(self, count, seed=3):
         """[count, 3, H, W], as normalised ones."""
@@ -83,8 +84,8 @@ def twins_of(checkpoint_folder, out, precision="fp32", **how):
     checkpoint = open_checkpoint(checkpoint_folder)
     convert(checkpoint, precision, out, **how)
     network = load_weights(checkpoint, PRECISIONS["fp32"])
-    converted = ConvertedNetwork(out, checkpoint.config.text, precision)
-    return Twins(checkpoint, TorchRuntime(network, CPU, "fp32"), OpenVinoRuntime(converted))
+    converted = OpenVinoRuntime(ConvertedNetwork(out, checkpoint.config.text, precision))
+    return Twins(checkpoint, TorchRuntime(network, CPU, "fp32"), converted, out)
 
 
 def random_prompts(lengths, seed=0):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Florence2Config, Florence2ForConditionalGeneration
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutput
@@ -26,6 +27,7 @@ SEEDS = (0, 3, 5)
 VOCAB = 120
 WIDTH = 16
 POSITIONS = 40
+LONGEST_PROMPT = 7
 COUNT = 24
 MODES = [(1, True), (3, True), (3, False), (4, "never")]
 
@@ -108,11 +110,11 @@ def tiny_model(seed):
 @functools.cache
 @torch.inference_mode(False)
 def random_prompts(seed, items):
-    """Random encoder states of 2 to 7 positions."""
+    """Random encoder states of 2 to ``LONGEST_PROMPT`` positions."""
     generator = torch.Generator().manual_seed(1000 + seed)
-    lengths = torch.randint(2, 8, (items, 1), generator=generator)
-    states = torch.randn((items, 7, WIDTH), generator=generator) * 1.5
-    return Prompts(states, (torch.arange(7) < lengths).long())
+    lengths = torch.randint(2, LONGEST_PROMPT + 1, (items, 1), generator=generator)
+    states = torch.randn((items, LONGEST_PROMPT, WIDTH), generator=generator) * 1.5
+    return Prompts(states, (torch.arange(LONGEST_PROMPT) < lengths).long())
 
 
 class _BanBos(LogitsProcessor):
@@ -155,6 +157,12 @@ def expected_answers(model, prompts, settings, max_new_tokens):
         Expected(ids[1:], scores[at] if scores else None)
         for at, ids in enumerate(output.sequences.tolist())
     ]
+
+
+def padded(part, dims):
+    """As wide as the longest prompt there may be: whom an item is run with changes no bit of it."""
+    missing = LONGEST_PROMPT - part.shape[1]
+    return nn.functional.pad(part, (0, 0) * (dims - 1) + (0, missing))
 
 
 def decoder_logits(model, prompts, ids):
@@ -212,15 +220,14 @@ class NaiveSession:
     def _logits(self):
         """[items, beams, vocab] after every history; those equally long are run together."""
         found: dict[int, Tensor] = {}
-        by_size: dict[tuple[int, int], list[int]] = {}
+        by_length: dict[int, list[int]] = {}
         for item, history in enumerate(self._history):
-            size = (history.shape[1], self._prompts[item].states.shape[1])
-            by_size.setdefault(size, []).append(item)
-        for items in by_size.values():
+            by_length.setdefault(history.shape[1], []).append(item)
+        for items in by_length.values():
             histories = torch.stack([self._history[item] for item in items])
             beams = histories.shape[1]
-            states = torch.cat([self._prompts[item].states for item in items])
-            mask = torch.cat([self._prompts[item].mask for item in items])
+            states = torch.cat([padded(self._prompts[item].states, 2) for item in items])
+            mask = torch.cat([padded(self._prompts[item].mask, 1) for item in items])
             spread = Prompts(
                 states.repeat_interleave(beams, dim=0), mask.repeat_interleave(beams, dim=0)
             )
@@ -274,6 +281,16 @@ def settings_of(beams=3, early_stopping=True, ngram=3):
     return GenerationSettings(
         num_beams=beams, early_stopping=early_stopping, no_repeat_ngram_size=ngram
     )
+
+
+SEARCHES = {
+    f"{beams}-{early_stopping}-{ngram}": (
+        SEEDS[number % 3],
+        settings_of(beams, early_stopping, ngram),
+    )
+    for number, ((beams, early_stopping), ngram) in enumerate(itertools.product(MODES, (0, 3)))
+}
+"""A seed and its settings: every mode with a ban and without, each with one of the models."""
 
 
 def mixed_limits(count=COUNT):

@@ -103,31 +103,36 @@ def running_sides():
     return [one for one in children if "florence2.benchmark.sides" in one.cmdline()]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def setup(tiny_folder):
     return Setup(tiny_folder, "cpu", threads=1, timeout_s=120.0)
 
 
-def test_a_side_that_was_ended_fails_once_and_is_started_again(setup):
+@pytest.fixture(scope="module")
+def workers(setup):
+    """One side after another is loaded once for the tests that leave it as it was."""
     with Workers(setup) as workers:
-        first = workers.run(OURS_FP32, SHORT, 0, 1.0)
-        [process] = running_sides()
-        process.kill()
-        with pytest.raises(SideFailedError, match="most likely for want of memory"):
-            workers.run(OURS_FP32, SHORT, 0, 1.0)
-        again = workers.run(OURS_FP32, SHORT, 0, 1.0)
+        yield workers
+
+
+def test_a_side_that_was_ended_fails_once_and_is_started_again(workers):
+    first = workers.run(OURS_FP32, SHORT, 0, 1.0)
+    [process] = running_sides()
+    process.kill()
+    with pytest.raises(SideFailedError, match="most likely for want of memory"):
+        workers.run(OURS_FP32, SHORT, 0, 1.0)
+    again = workers.run(OURS_FP32, SHORT, 0, 1.0)
     assert again.token_ids == first.token_ids
     assert min(again.loading_mib, again.running_mib) > 100
 
 
-def test_what_a_side_cannot_do_is_its_reason_and_it_goes_on(setup):
+def test_what_a_side_cannot_do_is_its_reason_and_it_goes_on(workers):
     too_long = replace(SHORT, tokens=5000)
-    with Workers(setup) as workers:
-        with pytest.raises(SideFailedError, match="max_new_tokens can be at most 1024"):
-            workers.run(OURS_FP32, too_long, 0, 1.0)
-        before = running_sides()
-        assert workers.run(OURS_FP32, SHORT, 0, 1.0).measured_asks == 1
-        assert running_sides() == before
+    with pytest.raises(SideFailedError, match="max_new_tokens can be at most 1024"):
+        workers.run(OURS_FP32, too_long, 0, 1.0)
+    before = running_sides()
+    assert workers.run(OURS_FP32, SHORT, 0, 1.0).measured_asks == 1
+    assert running_sides() == before
 
 
 def test_a_side_that_does_not_load_is_not_tried_again(setup, tmp_path):

@@ -19,12 +19,8 @@ transformers = pytest.importorskip("transformers")
 DEMO = Path(__file__).parents[3] / "demo"
 FORCED = {"forced_bos_token_id": 0, "forced_eos_token_id": 2}
 SPECIAL = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
-QUESTIONS = [
-    ("scene_bike.png", "<DETAILED_CAPTION>"),
-    ("scene_bread.jpg", "<CAPTION>"),
-    ("photo_meadow.jpg", "<CAPTION>"),
-    ("scene_night.jpg", "<OD>"),
-]
+# Their answers differ with the settings.
+QUESTIONS = [("scene_bike.png", "<DETAILED_CAPTION>"), ("photo_meadow.jpg", "<CAPTION>")]
 LIMIT = 60
 
 VARIANTS = {

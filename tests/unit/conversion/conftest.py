@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 
 import numpy as np
 import pytest
-from openvino_tools import DEMO, write_small_checkpoint
+from openvino_tools import DEMO
 
 from florence2.checkpoint.checkpoint import open_checkpoint
 from florence2.conversion.convert import convert
+from florence2.conversion.kept import Conversions
 from florence2_demo.drawing import draw_scene
 from florence2_demo.scene import make_scene
 
@@ -17,11 +19,6 @@ from florence2_demo.scene import make_scene
 @pytest.fixture(autouse=True)
 def _openvino(has_openvino):
     """Nothing here is to be had without the library."""
-
-
-@pytest.fixture(scope="session")
-def small_folder(has_openvino, tmp_path_factory):
-    return write_small_checkpoint(tmp_path_factory.mktemp("small") / "tiny")
 
 
 @pytest.fixture(scope="session")
@@ -38,18 +35,26 @@ def whole(small, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def demo_int8(has_nncf, tmp_path_factory):
-    """The demo in int8, calibrated on three scenes."""
-    out = tmp_path_factory.mktemp("demo") / "int8"
-    pictures = [np.asarray(draw_scene(make_scene(seed))) for seed in range(3)]
-    convert(
-        open_checkpoint(DEMO),
-        "int8",
-        out,
-        calibration=pictures,
-        calibration_source="drawn scenes",
-    )
-    return out
+def reduced(small, tmp_path_factory):
+    """Converts to a precision, once: the folder, what was returned, and the progress told."""
+
+    @functools.cache
+    def reduced(precision):
+        out = tmp_path_factory.mktemp(precision) / "tiny"
+        told: list[str] = []
+        return out, convert(small, precision, out, progress=told.append), told
+
+    return reduced
+
+
+@pytest.fixture(scope="session")
+def demo_int8(has_nncf, conversions_dir):
+    """The demo in int8, calibrated on three scenes: once for all test processes."""
+
+    def calibration():
+        return [np.asarray(draw_scene(make_scene(seed))) for seed in range(3)], "drawn scenes"
+
+    return Conversions(conversions_dir, calibration).folder_for(open_checkpoint(DEMO), "int8")
 
 
 @pytest.fixture

@@ -70,14 +70,27 @@ def test_the_manifest_says_what_was_made_from_what(small, whole):
     assert read_converted(whole).size_wh == small.image_processor.size_wh
 
 
-def test_the_same_checkpoint_gives_the_same_networks(small, whole, tmp_path):
-    convert(small, "fp32", tmp_path / "again")
+@pytest.fixture(scope="module")
+def again(small, tmp_path_factory):
+    """Converted once more, into an empty folder."""
+    out = tmp_path_factory.mktemp("made") / "before"
+    out.mkdir()
+    convert(small, "fp32", out)
+    return out
+
+
+def test_an_empty_folder_is_as_good_as_a_new_one(again):
+    assert is_converted(again)
+    assert left_in(again.parent) == ["before"]
+
+
+def test_the_same_checkpoint_gives_the_same_networks(whole, again):
     weights = [name for name in left_in(whole) if not name.endswith((".xml", CONVERTED_NAME))]
     assert len(weights) > len(MODELS) / 2
     for name in weights:
-        assert sha256(whole / name) == sha256(tmp_path / "again" / name), name
-    first, again = read_converted(whole), read_converted(tmp_path / "again")
-    assert (first.source_sha256, first.error) == (again.source_sha256, again.error)
+        assert sha256(whole / name) == sha256(again / name), name
+    first, second = read_converted(whole), read_converted(again)
+    assert (first.source_sha256, first.error) == (second.source_sha256, second.error)
 
 
 def test_other_weights_are_another_source(small, whole, tmp_path):
@@ -99,24 +112,25 @@ def size_of_weights(folder):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_reduced_precision_is_smaller_and_measured(small, whole, tmp_path, precision):
+def test_reduced_precision_is_smaller_and_measured(reduced, whole, precision):
     share, most = PRECISIONS[precision]
-    told: list[str] = []
-    found = convert(small, precision, tmp_path / "out", progress=told.append)
+    out, found, told = reduced(precision)
     assert (found.precision, found.calibration) == (precision, None)
     assert 0 < found.error["features"] < most
     assert 0 < found.error["logits"] < most
-    assert size_of_weights(tmp_path / "out") < share * size_of_weights(whole)
+    assert size_of_weights(out) < share * size_of_weights(whole)
     assert [line.split()[0] for line in told] == ["Reading", *["Converting"] * 3, "Measuring"]
-    model = Florence2.load(tmp_path / "out", "cpu")
+    model = Florence2.load(out, "cpu")
     assert (model.runtime, model.precision, model.notes) == ("openvino", precision, ())
     assert model.run("<OD>", probe_picture(), max_new_tokens=8).token_ids
 
 
-def test_weights_of_bf16_are_kept_as_they_are_stored(small, tmp_path):
+def test_weights_of_bf16_are_kept_as_they_are_stored(reduced):
     """Without the mark, the library makes float32 of them in memory."""
-    convert(small, "bf16", tmp_path / "out")
-    for path in (tmp_path / "out").glob("*.xml"):
+    out, *_ = reduced("bf16")
+    paths = list(out.glob("*.xml"))
+    assert len(paths) == len(MODELS) / 2
+    for path in paths:
         tree = ElementTree.parse(path)
         layers = {layer.get("id"): layer for layer in tree.iterfind("layers/layer")}
         stored = {key for key, layer in layers.items() if is_bf16_weight(layer)}
@@ -225,7 +239,7 @@ FAULTS = {
         RuntimeError,
         "whatever",
     ),
-    "an end by the user": (fail_at("record_of", KeyboardInterrupt()), KeyboardInterrupt, ""),
+    "an end by the user": (fail_at("save_file", KeyboardInterrupt()), KeyboardInterrupt, ""),
 }
 
 
@@ -244,28 +258,44 @@ def test_what_goes_wrong_leaves_nothing_behind_and_an_earlier_conversion_whole(
     read_converted(converted)
 
 
-def test_a_disk_that_is_full_is_told_in_a_sentence(small_folder, tmp_path):
-    """By a process that may write no larger files: the library's own error names no reason."""
-    script = (
-        "import resource, signal, sys\n"
-        "from pathlib import Path\n"
-        "from florence2.checkpoint.checkpoint import open_checkpoint\n"
-        "from florence2.conversion.convert import convert\n"
-        "from florence2.errors import CheckpointError\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        "try:\n"
-        "    convert(open_checkpoint(sys.argv[1]), 'fp32', Path(sys.argv[2]))\n"
-        "except CheckpointError as error:\n"
-        "    print(error)\n"
-    )
-    command = [sys.executable, "-c", script, str(small_folder), str(tmp_path / "out")]
-    found = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+UNLUCKY = """
+import os, resource, signal, sys
+from pathlib import Path
+from florence2.checkpoint.checkpoint import open_checkpoint
+from florence2.conversion import convert
+from florence2.errors import CheckpointError
+
+checkpoint, full, killed = open_checkpoint(sys.argv[1]), *map(Path, sys.argv[2:])
+# A process that may write no larger files: the library's own error names no reason.
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+_, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, most))
+try:
+    convert.convert(checkpoint, "fp32", full)
+except CheckpointError as error:
+    print(error, flush=True)
+resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+convert.record_of = lambda path: os.kill(os.getpid(), signal.SIGKILL)
+convert.convert(checkpoint, "fp32", killed)
+"""
+
+
+@pytest.fixture(scope="module")
+def unlucky(small_folder, tmp_path_factory):
+    """A process whose first conversion has a full disk, and which is killed in its second one."""
+    full, killed = (tmp_path_factory.mktemp(name) / "out" for name in ("full", "killed"))
+    command = [sys.executable, "-c", UNLUCKY, *map(str, (small_folder, full, killed))]
+    return full, killed, subprocess.run(command, check=False, capture_output=True, text=True)
+
+
+def test_a_disk_that_is_full_is_told_in_a_sentence(unlucky):
+    out, _, process = unlucky
+    found = process.stdout.splitlines()
     assert [line.partition(" (")[0] for line in found] == [
-        f"The converted checkpoint cannot be written to {tmp_path / 'out'}"
+        f"The converted checkpoint cannot be written to {out}"
     ]
     assert found[0].endswith("make room there or name another folder.")
-    assert left_in(tmp_path) == []
+    assert left_in(out.parent) == []
 
 
 def test_an_earlier_conversion_is_replaced_when_the_new_one_is_whole(small, converted, monkeypatch):
@@ -284,18 +314,11 @@ def test_an_earlier_conversion_is_replaced_when_the_new_one_is_whole(small, conv
     assert left_in(converted.parent) == [converted.name]
 
 
-def test_a_process_that_is_killed_leaves_no_conversion_under_the_name(small_folder, tmp_path):
-    script = (
-        "import os, signal, sys\n"
-        "from pathlib import Path\n"
-        "import florence2.conversion.convert as convert\n"
-        "from florence2.checkpoint.checkpoint import open_checkpoint\n"
-        "convert.record_of = lambda path: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "convert.convert(open_checkpoint(sys.argv[1]), 'fp32', Path(sys.argv[2]))\n"
-    )
-    command = [sys.executable, "-c", script, str(small_folder), str(tmp_path / "out")]
-    assert subprocess.run(command, check=False).returncode == -9
-    assert not (tmp_path / "out").exists()
+def test_a_process_that_is_killed_leaves_no_conversion_under_the_name(unlucky):
+    _, out, process = unlucky
+    assert process.returncode == -9
+    assert left_in(out.parent) != []
+    assert not out.exists()
 
 
 def with_other_files(folder):
@@ -324,14 +347,6 @@ def test_what_is_not_a_conversion_is_never_replaced(small, tmp_path, arrange, sa
     assert str(out) in str(caught.value)
     assert "mine" in [path.read_text() for path in (out, out / "notes.txt") if path.is_file()]
     assert left_in(tmp_path) == ["out"]
-
-
-def test_an_empty_folder_is_as_good_as_a_new_one(small, tmp_path):
-    out = tmp_path / "made" / "before"
-    out.mkdir(parents=True)
-    convert(small, "fp32", out)
-    assert is_converted(out)
-    assert left_in(out.parent) == ["before"]
 
 
 def test_a_place_that_cannot_be_written_to_is_told_in_a_sentence(small, tmp_path):

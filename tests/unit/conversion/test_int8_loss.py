@@ -15,7 +15,6 @@ from openvino_tools import DEMO, write_small_checkpoint
 from florence2 import Florence2
 from florence2.checkpoint.checkpoint import open_checkpoint
 from florence2.checkpoint.files import CONVERTED_NAME
-from florence2.conversion.convert import convert
 from florence2.conversion.kept import Conversions
 from florence2.conversion.measured_loss import FEWEST_IMAGES, TaskLoss, why_not_enough
 from florence2.engine import loading
@@ -58,17 +57,13 @@ def kept(tmp_path, told):
     return Conversions(tmp_path / "cache", progress=told.append)
 
 
-@pytest.fixture(scope="module")
-def in_bf16(small, tmp_path_factory):
-    """What int8 is written in too; nobody waits for ranges of 8-bit values."""
-    out = tmp_path_factory.mktemp("bf16") / "tiny"
-    convert(small, "bf16", out)
-    return out
-
-
 @pytest.fixture
-def home(small, kept, whole, in_bf16, monkeypatch):
-    """Where the small checkpoint's conversions are; int8 there is no more than called so."""
+def home(small, kept, whole, reduced, monkeypatch):
+    """Where the small checkpoint's conversions are; int8 there is bf16 that is called so.
+
+    Int8 is written in it too, and nobody waits for ranges of 8-bit values.
+    """
+    in_bf16, *_ = reduced("bf16")
     monkeypatch.setattr(loading, "cpu_computes_int8", lambda: True)
     monkeypatch.setattr("florence2.conversion.kept.check_int8", lambda: None)
 

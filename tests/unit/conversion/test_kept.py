@@ -118,8 +118,12 @@ def test_what_was_damaged_since_is_made_anew(small, kept, told, damage, conversi
     assert conversions == ["fp32"] * 2
 
 
-def test_a_folder_without_its_manifest_does_not_stay_in_the_way(small, kept):
-    folder = kept.folder_for(small, "fp32")
+def test_a_folder_without_its_manifest_does_not_stay_in_the_way(small, kept, fill, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            florence2.conversion.kept, "convert", lambda _, __, folder, **___: fill(folder)
+        )
+        folder = kept.folder_for(small, "fp32")
     (folder / CONVERTED_NAME).unlink()
     assert kept.folder_for(small, "fp32") == folder
     read_converted(folder)
@@ -156,19 +160,21 @@ def test_what_a_killed_process_left_is_cleared_away(small, kept, conversions):
 
 def test_two_processes_at_once_convert_once(small_folder, tmp_path):
     script = (
-        "import sys\n"
+        "import os, sys\n"
         "from pathlib import Path\n"
         "from florence2.checkpoint.checkpoint import open_checkpoint\n"
         "from florence2.checkpoint.converted import read_converted\n"
         "from florence2.conversion.kept import Conversions\n"
-        "kept = Conversions(Path(sys.argv[2]), progress=print)\n"
+        "child = os.fork()\n"
+        "kept = Conversions(Path(sys.argv[2]), progress=lambda said: print(said, flush=True))\n"
         "read_converted(kept.folder_for(open_checkpoint(sys.argv[1]), 'fp32'))\n"
+        "print('done', flush=True)\n"
+        "sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) if child else 0)\n"
     )
     command = [sys.executable, "-c", script, str(small_folder), str(tmp_path / "cache")]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    told = "".join(one.communicate(timeout=120)[0] for one in both)
-    assert [one.returncode for one in both] == [0, 0]
-    assert told.count("for OpenVINO, once") == 1
+    both = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert both.stdout.count("done") == 2
+    assert both.stdout.count("for OpenVINO, once") == 1
 
 
 def test_a_cache_that_cannot_be_written_to_is_told_in_a_sentence(small, tmp_path):

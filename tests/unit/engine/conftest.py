@@ -7,13 +7,13 @@ from engine_tools import CountingRuntime, engine_on
 
 
 @pytest.fixture(scope="session")
-def model(load, checkpoint_folder):
-    return load(checkpoint_folder)
+def model(load, small_folder):
+    return load(small_folder)
 
 
 @pytest.fixture
-def own_model(load, checkpoint_folder):
-    return load(checkpoint_folder)
+def own_model(load, small_folder):
+    return load(small_folder)
 
 
 @pytest.fixture

@@ -103,7 +103,7 @@ ODD_ASKS = {
     "no beams": ({"task": "<CAPTION>", "num_beams": 0}, "num_beams"),
     "beams as a fraction": ({"task": "<CAPTION>", "num_beams": np.float32(1.5)}, "num_beams"),
     "beams as a list": ({"task": "<CAPTION>", "num_beams": [1]}, "num_beams"),
-    "too many tokens": ({"task": "<CAPTION>", "max_new_tokens": 5000}, "at most 512"),
+    "too many tokens": ({"task": "<CAPTION>", "max_new_tokens": 5000}, "at most 128"),
     "stopping as an array": (
         {"task": "<CAPTION>", "early_stopping": np.array(["a", "b"])},
         "early_stopping",

@@ -8,7 +8,7 @@ from florence2 import Florence2
 from florence2_demo.evaluation import ALL_TASKS, EvaluationPlan, evaluate
 
 DEMO = Path(__file__).parents[3] / "demo" / "checkpoint"
-SCENES = 60
+SCENES = 30
 # Below the figures on 500 scenes (docs/results.md) by more than so few scenes scatter.
 TARGETS = {
     "od_map50": 0.85,

@@ -14,8 +14,12 @@ from florence2_demo.scene import make_scene
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
-    # Few positions: a random network answers to the last of them.
-    return write_small_checkpoint(tmp_path_factory.mktemp("tiny"), small_config(max_positions=48))
+    # Few positions: a random network answers to the last of them. Few layers: adapters are put
+    # into each, one by one, and so many of their files are written.
+    config = small_config(
+        embed_dim=(16, 24), depths=(1, 1), patch_stride=(4, 4), layers=(1, 1), max_positions=48
+    )
+    return write_small_checkpoint(tmp_path_factory.mktemp("tiny"), config)
 
 
 @pytest.fixture(scope="session")

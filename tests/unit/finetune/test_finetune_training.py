@@ -313,7 +313,7 @@ def test_a_batch_is_halved_where_memory_ends_and_the_step_stays_the_same(
 
 
 def test_on_a_cpu_as_many_go_together_as_memory_is_free_for(scenes, plan, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "available_bytes", lambda: 10_000_000)
+    monkeypatch.setattr(trainer, "available_bytes", lambda: 1_000_000)
     notes = Notes()
     fine_tune(*scenes, replace(plan, steps=1), tmp_path / "run", notes)
     [sentence] = notes.sentences

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from tiny_reference import (
     COUNT,
     MODES,
+    SEARCHES,
     SEEDS,
     Crowd,
     NaiveSession,
@@ -39,19 +41,16 @@ def naive(count, seed=SEEDS[0], kind=NaiveSession, **options):
     return kind(tiny_model(seed), random_prompts(seed, count), **options)
 
 
-@pytest.mark.parametrize("ngram", [0, 3])
-@pytest.mark.parametrize(("beams", "early_stopping"), MODES)
-def test_whoever_joins_is_answered_as_the_reference_does(beams, early_stopping, ngram):
-    settings = settings_of(beams, early_stopping, ngram)
-    for seed in SEEDS:
-        # Rows that nobody waits for go on beyond the positions, which the reference has not.
-        short = [min(limit, 24) for limit in mixed_limits()]
-        for make, limits in ((network_session, mixed_limits()), (naive_session, short)):
-            crowd = Crowd(seed, settings, limits, session=make)
-            crowd.run(max_rows=5)
-            assert (crowd.failed(), crowd.differing()) == ([], [])
-            assert any(room < 5 for room, _ in crowd.rooms)
-            assert all(count <= room <= 5 for room, count in crowd.rooms)
+@pytest.mark.parametrize(("seed", "settings"), SEARCHES.values(), ids=SEARCHES)
+def test_whoever_joins_is_answered_as_the_reference_does(seed, settings):
+    # Rows that nobody waits for go on beyond the positions, which the reference has not.
+    short = [min(limit, 24) for limit in mixed_limits()]
+    for make, limits in ((network_session, mixed_limits()), (naive_session, short)):
+        crowd = Crowd(seed, settings, limits, session=make)
+        crowd.run(max_rows=5)
+        assert (crowd.failed(), crowd.differing()) == ([], [])
+        assert any(room < 5 for room, _ in crowd.rooms)
+        assert all(count <= room <= 5 for room, count in crowd.rooms)
 
 
 def test_few_free_rows_wait_for_company():
@@ -107,22 +106,24 @@ def test_who_waits_for_an_answer_on_its_way_is_taken_in_after_it(at_pass):
     assert (crowd.failed(), crowd.differing()) == ([1], [])
 
 
-@pytest.mark.parametrize(("beams", "early_stopping"), [*MODES, (5, True)])
-def test_each_prompt_keeps_its_own_limit(beams, early_stopping):
+@pytest.mark.parametrize(
+    ("seed", "beams", "early_stopping"),
+    [(SEEDS[at % 3], *mode) for at, mode in enumerate([*MODES, (5, True)])],
+)
+def test_each_prompt_keeps_its_own_limit(seed, beams, early_stopping):
     settings = GenerationSettings(
         num_beams=beams, early_stopping=early_stopping, length_penalty=1.5
     )
     limits = [1, 2, 3, 5, 8, 13, 21, 24]
-    for seed in SEEDS:
-        model, prompts = tiny_model(seed), random_prompts(seed, 24)
-        for start in range(0, 24, 8):
-            part = prompts.pick(list(range(start, start + 8)))
-            order = limits[start // 8 :] + limits[: start // 8]
-            # The table is of all prompts; only these eight are looked at.
-            expected = expected_by_limit(model, prompts, settings, order * 3)[start : start + 8]
-            for make in (network_session, naive_session):
-                found = answers_of(make(model, part, beams, order), settings, order)
-                assert differences(found, expected) == []
+    model, prompts = tiny_model(seed), random_prompts(seed, 24)
+    for start in range(0, 24, 8):
+        part = prompts.pick(list(range(start, start + 8)))
+        order = limits[start // 8 :] + limits[: start // 8]
+        # The table is of all prompts; only these eight are looked at.
+        expected = expected_by_limit(model, prompts, settings, order * 3)[start : start + 8]
+        for make in (network_session, naive_session):
+            found = answers_of(make(model, part, beams, order), settings, order)
+            assert differences(found, expected) == []
 
 
 def test_prompt_lengths_mix_without_changing_answers():
@@ -265,6 +266,14 @@ def given_up_at(call, items):
     return lambda: reasons if next(calls) >= call else {}
 
 
+@functools.cache
+def undisturbed(settings, compact_at):
+    """Answers to eight prompts of which none is given up, with that limit of compacting."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(florence2.generation.decode, "COMPACT_AT", compact_at)
+        return answers_of(naive(8), settings, [16] * 8)
+
+
 @pytest.mark.parametrize("compact_at", [0.0, 0.75, 1.0])
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("call", [1, 4])
@@ -274,7 +283,7 @@ def test_what_is_given_up_leaves_the_other_answers_as_they_are(
 ):
     monkeypatch.setattr(florence2.generation.decode, "COMPACT_AT", compact_at)
     settings, stay = settings_of(beams), [item for item in range(8) if item not in gone]
-    plain = answers_of(naive(8), settings, [16] * 8)
+    plain = undisturbed(settings, compact_at)
     answers = watched(naive(8), settings, [16] * 8, given_up_at(call, gone))
     given_up = [item for item in gone if not isinstance(answers[item], Answer)]
     assert given_up

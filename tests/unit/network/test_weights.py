@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -139,7 +140,10 @@ def test_precision_and_ownership(native):
 
 
 def test_every_missing_weight_is_named(native):
-    for name in sorted(set(native) - {FRAMES}):
+    # One of those that layers, which have a number, have alike.
+    alike = {re.sub(r"\d+", "0", name): name for name in sorted(set(native) - {FRAMES})}
+    assert len(alike) > 40
+    for name in alike.values():
         state = {key: value for key, value in native.items() if key != name}
         with pytest.raises(CheckpointError) as caught:
             build_network(CONFIG, state)

@@ -108,8 +108,8 @@ def test_the_cost_is_the_line_through_two_peaks(line, expected):
 
 
 @pytest.fixture(scope="module")
-def checkpoint(checkpoint_folder):
-    return open_checkpoint(checkpoint_folder)
+def checkpoint(small_folder):
+    return open_checkpoint(small_folder)
 
 
 @pytest.fixture
@@ -168,13 +168,15 @@ def test_no_pass_is_recorded_that_is_larger_than_what_fits(
 
 
 def test_prompts_fill_the_rows_they_are_rounded_up_to(checkpoint, recorded):
-    # 450 MiB over what the longest answer takes are 37 prompts, which would take the rows of 48.
-    meter = FakeMeter(int(37.5 * LONGEST_ANSWER / 0.45))
+    # 45 % of the memory is 37 of the longest answers, which would take the rows of 48.
+    text = checkpoint.config.text
+    longest = 2 * text.decoder_layers * text.d_model * text.max_position_embeddings * 3 * 4
+    meter = FakeMeter(int(37.5 * longest / 0.45))
     meter.peak_bytes = lambda work: 0 * (work() is None)
     assert measured_batches(checkpoint, recorded, meter).prompts == 32
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def engine(checkpoint_folder):
     return Florence2.load(checkpoint_folder, device="cpu").engine
 

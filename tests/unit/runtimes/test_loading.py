@@ -168,7 +168,7 @@ def test_a_load_does_not_fail_for_lack_of_room_to_check(
     assert check_where_it_fits(checkpoint, runtime, Room(free), is_error=True) is is_made
 
 
-def test_an_engine_that_is_not_taken_frees_its_weights(checkpoint_folder, monkeypatch):
+def test_an_engine_that_is_not_taken_frees_its_weights(small_folder, monkeypatch):
     built = []
 
     def failing(engine):
@@ -177,7 +177,7 @@ def test_an_engine_that_is_not_taken_frees_its_weights(checkpoint_folder, monkey
 
     monkeypatch.setattr(loading, "self_test", failing)
     with pytest.raises(CheckpointError, match="no"):
-        engine_of(checkpoint_folder, "fp32")
+        engine_of(small_folder, "fp32")
     assert built[0].memory_bytes == 0
 
 
@@ -281,9 +281,9 @@ def engine_with(folder, recorder):
     return Engine(checkpoint, runtime, image_batch=2, prompt_batch=8, cache_bytes=2**24)
 
 
-def test_right_recordings_stay_and_are_used(checkpoint_folder, caplog):
+def test_right_recordings_stay_and_are_used(small_folder, caplog):
     recorder = TapingRecorder()
-    engine = engine_with(checkpoint_folder, recorder)
+    engine = engine_with(small_folder, recorder)
     check_recordings(engine, engine.runtime.graphs)
     assert engine.runtime.graphs.is_enabled
     kinds = {key[0] for key in engine.runtime.graphs.keys}
@@ -294,14 +294,14 @@ def test_right_recordings_stay_and_are_used(checkpoint_folder, caplog):
 
 @pytest.mark.parametrize("recorder", [Wrong(0), Wrong(2), Failing(2)])
 def test_a_wrong_or_failing_recording_ends_recording_and_not_the_engine(
-    checkpoint_folder, caplog, recorder
+    small_folder, caplog, recorder
 ):
-    engine = engine_with(checkpoint_folder, recorder)
+    engine = engine_with(small_folder, recorder)
     with caplog.at_level(logging.WARNING):
         check_recordings(engine, engine.runtime.graphs)
     assert not engine.runtime.graphs.is_enabled
     assert [message[:15] for message in caplog.messages] == ["CUDA graphs are"]
-    plain = engine_with(checkpoint_folder, None)
+    plain = engine_with(small_folder, None)
     assert answer(engine) == answer(plain)
 
 

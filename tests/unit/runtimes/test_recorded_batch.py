@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from recorders import GPU, RECORDERS, Place, TapingRecorder
-from tiny_reference import COUNT, MODES, SEEDS, Crowd, mixed_limits, naive_session, settings_of
+from tiny_reference import COUNT, SEARCHES, SEEDS, Crowd, mixed_limits, naive_session, settings_of
 
 import florence2.generation.beam_search
 from florence2.generation.beam_search import BeamSearch, LocationProbability
@@ -47,17 +47,12 @@ def search(place, settings=None, limits=None, **options):
 
 
 @pytest.mark.parametrize("recorder", [EAGER, *RECORDERS])
-@pytest.mark.parametrize("ngram", [0, 3])
-@pytest.mark.parametrize(("beams", "early_stopping"), MODES)
-def test_whoever_comes_is_answered_as_the_reference_does(
-    beams, early_stopping, ngram, recorder, caplog
-):
-    settings = settings_of(beams, early_stopping, ngram)
-    for seed in SEEDS:
-        place = Place(seed, recorder())
-        for _ in range(2 if place.device == "cpu" else 3):
-            search(place, settings)
-        assert (place.graphs.num_graphs > 0) == (place.recorder is not None)
+@pytest.mark.parametrize(("seed", "settings"), SEARCHES.values(), ids=SEARCHES)
+def test_whoever_comes_is_answered_as_the_reference_does(seed, settings, recorder, caplog):
+    place = Place(seed, recorder())
+    for _ in range(2 if place.device == "cpu" else 3):
+        search(place, settings)
+    assert (place.graphs.num_graphs > 0) == (place.recorder is not None)
     assert "CUDA graphs are off" not in caplog.text
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine_tools import TORCH_ONLY
 from scheduler_tools import PATIENCE_S, held, wait_until
 
 from florence2.engine.ask import Ask
@@ -82,6 +83,8 @@ def test_a_process_answers_as_the_first_device_does_and_may_be_killed(
     assert [as_seen(one) for one in here.get()] == wanted[:1]
 
 
+# The process has a runtime of its own.
+@TORCH_ONLY
 def test_a_model_that_a_process_cannot_load_is_logged_and_the_first_device_goes_on(
     start, model, caplog
 ):

@@ -22,7 +22,7 @@ from florence2.tasks import TASKS
 def each_task(count, num_pictures):
     """One ask after another, of all tasks and some pictures."""
     return [
-        ask(picture(number % num_pictures), TASKS[number % len(TASKS)].token, max_new_tokens=24)
+        ask(picture(number % num_pictures), TASKS[number % len(TASKS)].token, max_new_tokens=12)
         for number in range(count)
     ]
 
