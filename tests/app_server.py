@@ -82,16 +82,20 @@ class AppServer:
 
     def start(self, *, until: str = "/is_ready") -> None:
         """Returns when the path answers 200; raises with the log when the app ends before that."""
-        with self.log_path.open("wb") as log:
-            start = forked_processes.start if self._is_forked else subprocess.Popen
-            self._process = start(
-                self.command, stdout=log, stderr=log, env=self.environment, cwd=self._folder
-            )
+        self.launch()
         try:
             self._wait(until)
         except BaseException:
             self.stop()
             raise
+
+    def launch(self) -> None:
+        """Starts it, and waits for nothing."""
+        with self.log_path.open("wb") as log:
+            start = forked_processes.start if self._is_forked else subprocess.Popen
+            self._process = start(
+                self.command, stdout=log, stderr=log, env=self.environment, cwd=self._folder
+            )
 
     def _wait(self, until: str) -> None:
         deadline = time.monotonic() + PATIENCE_S

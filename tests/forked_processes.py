@@ -22,7 +22,7 @@ import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import BinaryIO
 
 MESSAGE_BYTES = 1_000_000
 
@@ -30,7 +30,7 @@ MESSAGE_BYTES = 1_000_000
 def start(
     command: Sequence[str], env: Mapping[str, str], cwd: Path, stdout: BinaryIO, stderr: BinaryIO
 ) -> ForkedProcess:
-    """What ``[sys.executable, "-m" or "-c", ...]`` would start."""
+    """What ``[sys.executable, "-m" or "-c" or a file, ...]`` would start."""
     return _template().start(command, env, cwd, (stdout.fileno(), stderr.fileno()))
 
 
@@ -128,7 +128,7 @@ def _template() -> _Template:
     return _Template()
 
 
-def _serve(connection: socket.socket) -> tuple[str, list[str]]:
+def _serve(connection: socket.socket) -> list[str]:
     """The words of a command, in each process that was forked for one."""
     while True:
         message, descriptors, *_ = socket.recv_fds(connection, MESSAGE_BYTES, 2)
@@ -148,7 +148,7 @@ def _serve(connection: socket.socket) -> tuple[str, list[str]]:
         connection.send(str(answer).encode())
 
 
-def _prepared(order: Mapping[str, object], descriptors: Sequence[int]) -> tuple[str, list[str]]:
+def _prepared(order: Mapping[str, object], descriptors: Sequence[int]) -> list[str]:
     for number, descriptor in enumerate(descriptors, 1):
         os.dup2(descriptor, number)
         os.close(descriptor)
@@ -156,8 +156,7 @@ def _prepared(order: Mapping[str, object], descriptors: Sequence[int]) -> tuple[
     os.environ.update(order["env"])
     os.chdir(order["cwd"])
     sys.path[0] = order["cwd"]
-    option, *words = order["words"]
-    return option, words
+    return order["words"]
 
 
 def _import_the_app() -> None:
@@ -174,19 +173,22 @@ def _import_the_app() -> None:
     gc.freeze()
 
 
-def _become(option: str, words: Sequence[str]) -> None:
+def _become(words: Sequence[str]) -> None:
     """What Python does with the words that its command line has after it."""
-    name, *arguments = words
-    sys.argv = [option, *arguments]
-    if option == "-m":
-        runpy.run_module(name, run_name="__main__", alter_sys=True)
+    if words[0] == "-m":
+        sys.argv = ["-m", *words[2:]]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    elif words[0] == "-c":
+        sys.argv = ["-c", *words[2:]]
+        exec(words[1], {"__name__": "__main__"})  # noqa: S102 - as python -c
     else:
-        exec(name, {"__name__": "__main__"})  # noqa: S102 - as python -c
+        sys.argv = [*words]
+        runpy.run_path(words[0], run_name="__main__")
 
 
-def _main() -> NoReturn | None:
+def _main() -> None:
     _import_the_app()
-    return _become(*_serve(socket.socket(fileno=int(sys.argv[1]))))
+    _become(_serve(socket.socket(fileno=int(sys.argv[1]))))
 
 
 if __name__ == "__main__":
