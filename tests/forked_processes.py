@@ -162,9 +162,8 @@ def _prepared(order: Mapping[str, object], descriptors: Sequence[int]) -> list[s
 def _import_the_app() -> None:
     # Where it is installed pandas imports it, and it starts threads at once.
     sys.modules["pyarrow"] = None
-    import serve.app
-    import serve.cli.main
     import uvicorn.main  # noqa: F401
+
 
     del sys.modules["pyarrow"]
     if len(os.listdir("/proc/self/task")) > 1:
@@ -180,7 +179,7 @@ def _become(words: Sequence[str]) -> None:
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
     elif words[0] == "-c":
         sys.argv = ["-c", *words[2:]]
-        exec(words[1], {"__name__": "__main__"})  # noqa: S102 - as python -c
+        exec(words[1], {"__name__": "__main__"})
     else:
         sys.argv = [*words]
         runpy.run_path(words[0], run_name="__main__")

@@ -137,10 +137,16 @@ def own_client(own_app):
 
 
 @pytest.fixture(scope="module")
-def app(tmp_path_factory) -> Iterator[Florence2App]:
-    """One for all tests that leave it as it was: with the demo checkpoint in float32."""
+def serve_for_module(tmp_path_factory):
+    """As ``serve_locally``, of apps that are there for all tests of a module."""
     with another_app_process(tmp_path_factory.mktemp("app")), local_apps() as serve:
-        yield serve(allow_deploy=("someone/nothing-here",))
+        yield serve
+
+
+@pytest.fixture(scope="module")
+def app(serve_for_module) -> Florence2App:
+    """One for all tests that leave it as it was: with the demo checkpoint in float32."""
+    return serve_for_module(allow_deploy=("someone/nothing-here",))
 
 
 @pytest.fixture(scope="module")

@@ -641,7 +641,9 @@ def test_an_upload_without_room_gets_503_and_the_others_go_on(room, own_client, 
     assert room.held == 0
 
 
-def test_pictures_for_the_cache_are_looked_at_before_the_sdk_decodes_them(room, own_client, own_app):
+def test_pictures_for_the_cache_are_looked_at_before_the_sdk_decodes_them(
+    room, own_client, own_app
+):
     header = blank_png_header((20_000, 20_000))
     answer = own_client.post(
         "/smart_cache_files",
