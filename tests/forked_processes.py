@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import functools
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -162,9 +163,8 @@ def _prepared(order: Mapping[str, object], descriptors: Sequence[int]) -> list[s
 def _import_the_app() -> None:
     # Where it is installed pandas imports it, and it starts threads at once.
     sys.modules["pyarrow"] = None
-    import uvicorn.main  # noqa: F401
-
-
+    for name in ("serve.app", "serve.cli.main", "uvicorn.main"):
+        importlib.import_module(name)
     del sys.modules["pyarrow"]
     if len(os.listdir("/proc/self/task")) > 1:
         raise RuntimeError("Only a process without threads can be forked.")

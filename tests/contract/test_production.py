@@ -61,7 +61,7 @@ def session(own_platform, fine_tune, tmp_path_factory) -> Iterator[AppServer]:
     with published_checkpoints() as (hub, command):
         env = production_environment(own_platform.address, TOKEN, TASK_ID, **AUTOSTART)
         env |= hub_environment(hub, {"FLORENCE2_CACHE": str(folder / "cache")})
-        app = AppServer(folder, env, command, is_forked=True)
+        app = AppServer(folder, env, command)
         app.start()
         own_platform.app_url = app.url
         yield app

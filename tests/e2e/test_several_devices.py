@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
+import subprocess
 import sys
 from pathlib import Path
 
-import forked_processes
 import pytest
 import requests
 from app_server import AppServer, serve_command
@@ -43,7 +42,7 @@ def test_two_processes_label_a_folder_as_one_does(tmp_path):
     assert florence2(*words, "cpu", "--out", tmp_path / "one") == 0
     # With a second process, which must be gone when the first one ends.
     command = [sys.executable, "-m", "serve.cli.main", *words, "cpu,cpu", "--out", tmp_path / "two"]
-    done = forked_processes.run(list(map(str, command)), os.environ, tmp_path, timeout_s=300)
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     one, two = annotations_in(tmp_path / "one"), annotations_in(tmp_path / "two")
     assert len(one) > 3
@@ -71,7 +70,7 @@ def test_a_server_has_both_and_ends_both(tmp_path):
         words[place : place + 2] = ["--devices", "cpu,cpu"]
         return words
 
-    app = AppServer(tmp_path, {}, command, is_forked=True)
+    app = AppServer(tmp_path, {}, command)
     app.start()
     try:
         info = requests.post(f"{app.url}/get_session_info", json={}, timeout=60).json()
