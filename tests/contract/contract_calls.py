@@ -70,14 +70,15 @@ class App:
         """The progress of a request in the background once it has ended, and its results."""
         request = {"inference_request_uuid": uuid}
         # Asking takes both sides a part of the core that the work needs.
-        for wait_s in chain((0.02, 0.04, 0.08), repeat(0.15)):
+        waits_s = chain((0.02, 0.04, 0.08), repeat(0.15))
+        while True:
             answer = self.post("get_inference_progress", request)
             assert answer.status_code == 200, answer.text
             progress: dict[str, Any] = answer.json()
             if progress["finished"]:
                 popped = self.post("pop_inference_results", request).json()
                 return progress, popped["pending_results"]
-            time.sleep(wait_s)
+            time.sleep(next(waits_s))
 
     def done(
         self, path: str, state: Any, **body: Any
