@@ -1,6 +1,7 @@
 """The real app in a process of its own, the way ``florence2 serve`` starts it.
 
-A process, because the SDK's application, server and states exist once per process.
+A process, because the SDK's application, server and states exist once per process. Where the start
+is none of what is tested it is forked from one that has imported everything.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import forked_processes
 import requests
+from forked_processes import ForkedProcess
 
 ROOT = Path(__file__).parents[1]
 PATIENCE_S = 120.0
@@ -50,13 +53,18 @@ def page_command(port: int) -> list[str]:
 
 
 class AppServer:
-    """One app, started by a command with ``environment``; its log is ``log_path``."""
+    """One app, started by a command with ``environment``; its log is ``log_path``.
+
+    With ``is_forked`` it starts in a process that has imported what it imports.
+    """
 
     def __init__(
         self,
         folder: Path,
         env: Mapping[str, str],
         command: Callable[[int], list[str]] = serve_command,
+        *,
+        is_forked: bool = False,
     ) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -65,7 +73,8 @@ class AppServer:
         own = {"SLY_APP_DATA_DIR": str(folder), "FLORENCE_PORT": str(self.port)}
         self.environment = {**clean_environment(), **own, **env}
         self._folder = folder
-        self._process: subprocess.Popen[bytes] | None = None
+        self._is_forked = is_forked
+        self._process: subprocess.Popen[bytes] | ForkedProcess | None = None
 
     @property
     def log(self) -> str:
@@ -73,19 +82,20 @@ class AppServer:
 
     def start(self, *, until: str = "/is_ready") -> None:
         """Returns when the path answers 200; raises with the log when the app ends before that."""
-        with self.log_path.open("wb") as log:
-            self._process = subprocess.Popen(
-                self.command,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=self.environment,
-                cwd=self._folder,
-            )
+        self.launch()
         try:
             self._wait(until)
         except BaseException:
             self.stop()
             raise
+
+    def launch(self) -> None:
+        """Starts it, and waits for nothing."""
+        with self.log_path.open("wb") as log:
+            start = forked_processes.start if self._is_forked else subprocess.Popen
+            self._process = start(
+                self.command, stdout=log, stderr=log, env=self.environment, cwd=self._folder
+            )
 
     def _wait(self, until: str) -> None:
         deadline = time.monotonic() + PATIENCE_S

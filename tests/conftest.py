@@ -1,4 +1,4 @@
-"""What every test process starts with: one compute thread, and a cheap garbage collection.
+"""What every test process starts with: one compute thread, cheap garbage collections and commands.
 
 Its tensors are tiny, and every core has a test process. Two threads that compute a tensor
 together wait for each other, and on a busy machine such a wait lasts until the other one has its
@@ -8,18 +8,25 @@ because programs that tests start compute as well.
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib.util
 import os
 import sys
 
 import pytest
+import typer.testing
 
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 # The name of xdist's workers is no module's, which ends an import of the SDK that comes before
 # serve.sdk, see there.
 sys.modules.setdefault("__channelexec__", sys.modules["__main__"])
+
+# Tests call commands thousands of times, and each time typer would make all of them anew, which
+# takes longer than most of them.
+typer.main.get_command = functools.cache(typer.main.get_command)
+typer.testing._get_command = typer.main.get_command
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -79,7 +79,9 @@ def _options(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command line and exits the process."""
-    bound_spinning()
+    # Later it would change nothing.
+    if "torch" not in sys.modules:
+        bound_spinning()
     given = list(sys.argv[1:] if arguments is None else arguments)
     words = [word for word in given if word != _DEBUG]
     try:

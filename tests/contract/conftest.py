@@ -63,7 +63,7 @@ def running_app(running_platform, tmp_path_factory) -> Iterator[AppServer]:
     """``florence2 serve`` with the demo checkpoint, connected to the double."""
     env = {**SDK_ENVIRONMENT, "SERVER_ADDRESS": running_platform.address, "API_TOKEN": TOKEN}
     env |= {"FLORENCE_ALLOW_SERVERS": OUT_OF_REACH, "TEAM_ID": str(TEAM_ID)}
-    server = AppServer(tmp_path_factory.mktemp("app"), env)
+    server = AppServer(tmp_path_factory.mktemp("app"), env, is_forked=True)
     server.start()
     running_platform.app_url = server.url
     yield server

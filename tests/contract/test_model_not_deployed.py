@@ -24,7 +24,7 @@ def page_server(running_platform, tmp_path_factory):
         "TEAM_ID": "3",
         "WORKSPACE_ID": "5",
     }
-    server = AppServer(tmp_path_factory.mktemp("page"), env, page_command)
+    server = AppServer(tmp_path_factory.mktemp("page"), env, page_command, is_forked=True)
     server.start(until="/is_alive")
     yield server
     server.stop()

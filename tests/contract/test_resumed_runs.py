@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked_processes
 import psutil
 import pytest
 from app_server import ROOT, SDK_ENVIRONMENT
@@ -138,22 +139,22 @@ def environment(platform):
     return {**os.environ, **SDK_ENVIRONMENT, **own, "PYTHONPATH": path}
 
 
-@contextmanager
-def labeling(platform, project_id, *words):
-    """``florence2 label --project`` in a process of its own."""
+def label_command(project_id, *words):
     command = [sys.executable, "-m", "serve.cli.main", "label", "--project", str(project_id)]
-    process = subprocess.Popen(
-        [*command, *OPTIONS, *words],
-        env=environment(platform),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    return [*command, *OPTIONS, *words]
+
+
+@contextmanager
+def labeling(folder, platform, project_id, *words):
+    """``florence2 label --project`` in a process of its own, and the file with what it says."""
+    heard = folder / "said.txt"
+    with heard.open("wb") as said:
+        command = label_command(project_id, *words)
+        process = forked_processes.start(command, environment(platform), folder, said, said)
     try:
-        yield process
+        yield process, heard
     finally:
         process.kill()
-        process.communicate()
 
 
 def wait_for(condition, what):
@@ -183,14 +184,14 @@ def test_a_killed_command_is_gone_on_with_by_the_app_and_no_image_labeled_twice(
     if "run_tag" in settings:
         (tmp_path / "settings.yaml").write_text("run_tag: false\ntask_prompt: <OD>\n")
         words = ("--settings", str(tmp_path / "settings.yaml"))
-    with labeling(platform, project_id, "--batch", "1", *words) as command:
+    words = ("--batch", "1", *words)
+    with labeling(tmp_path, platform, project_id, *words) as (command, heard):
         wait_for(lambda: platform.count(upload) >= 1 or command.poll() is not None, "no upload")
-        assert command.poll() is None, command.communicate()[0]
+        assert command.poll() is None, heard.read_text()
         with platform.faults.held(upload):
             before = platform.count(upload)
             wait_for(lambda: platform.count(upload) > before, "no further upload")
-            command.send_signal(signal.SIGKILL)
-            command.wait()
+            command.kill()
         # What was on its way arrives after its sender is gone.
         time.sleep(0.2)
     [(run_id, cut_off)] = runs(platform, project_id).items()
@@ -229,7 +230,13 @@ def test_workers_of_a_cluster_label_a_project_and_one_that_ends_loses_no_image(p
     project_id, _ = project
     upload = "annotations.bulk.add"
     words = ("--batch", "1", "--ray", "local", "--workers", "2")
-    with labeling(platform, project_id, *words) as command:
+    with subprocess.Popen(
+        label_command(project_id, *words),
+        env=environment(platform),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as command:
         wait_for(lambda: platform.count(upload) >= 1 or command.poll() is not None, "no upload")
         assert command.poll() is None, command.communicate()[0]
         with platform.faults.held(upload):

@@ -6,11 +6,11 @@ import functools
 import http.server
 import json
 import shutil
-import subprocess
 import sys
 import threading
 from pathlib import Path
 
+import forked_processes
 import pytest
 from app_server import AppServer, sdk_deploy_command
 from contract_calls import (
@@ -30,15 +30,8 @@ from serve.sdk import sly
 def command_line(folder, *words):
     """The finished process, and its environment without a platform."""
     server = AppServer(folder, {})
-    return subprocess.run(
-        [sys.executable, "-m", "serve.main", *words],
-        cwd=folder,
-        env=server.environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    command = [sys.executable, "-m", "serve.main", *words]
+    return forked_processes.run(command, server.environment, folder, timeout_s=120)
 
 
 @pytest.fixture(scope="module")

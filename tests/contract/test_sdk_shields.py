@@ -17,6 +17,8 @@ from platform_seed import IMAGES
 
 ROOT = Path(__file__).parents[2]
 COLOURS = ("red", "green", "blue")
+# Where it is the point whose answer it is, not what it says.
+SHORT = {"task_prompt": "<OCR>", "max_new_tokens": 1, "num_beams": 1}
 
 
 def dot(number: int) -> bytes:
@@ -34,17 +36,17 @@ def widths(entries):
 def test_clients_that_give_files_one_name_each_get_their_own_image(app):
     def ask(number):
         files = [("image_0.png", dot(number))]
-        return widths(app.upload("inference_batch", files, {"max_new_tokens": 1}).json())
+        return widths(app.upload("inference_batch", files, SHORT).json())
 
     with ThreadPoolExecutor(4) as clients:
-        found = list(clients.map(ask, range(40)))
+        found = list(clients.map(ask, range(20)))
 
-    assert found == [[32 + number] for number in range(40)]
+    assert found == [[32 + number] for number in range(20)]
 
 
 def test_background_requests_with_one_name_each_get_their_own_image(app):
     started = [
-        app.upload("inference_batch_async", [("image_0.png", dot(number))], {"max_new_tokens": 1})
+        app.upload("inference_batch_async", [("image_0.png", dot(number))], SHORT)
         for number in range(8)
     ]
     uuids = [answer.json()["inference_request_uuid"] for answer in started]
@@ -52,13 +54,11 @@ def test_background_requests_with_one_name_each_get_their_own_image(app):
     assert found == [[32 + number] for number in range(8)]
 
 
-def test_three_hundred_files_are_answered_in_order(app):
-    files = [(f"{number}.png", dot(number)) for number in range(300)]
-    answer = app.upload(
-        "inference_batch", files, {"task_prompt": "<OCR>", "max_new_tokens": 1, "num_beams": 1}
-    )
+def test_a_hundred_files_are_answered_in_order(app):
+    files = [(f"{number}.png", dot(number)) for number in range(100)]
+    answer = app.upload("inference_batch", files, SHORT)
     assert answer.status_code == 200, answer.text[:300]
-    assert widths(answer.json()) == [32 + number for number in range(300)]
+    assert widths(answer.json()) == [32 + number for number in range(100)]
 
 
 def test_a_batch_that_fails_is_an_error_and_not_an_empty_list(app):
@@ -127,7 +127,7 @@ def test_settings_of_one_request_do_not_reach_the_next(app):
 
 
 def test_different_tasks_at_the_same_time_do_not_mix(app):
-    tasks = ["<OD>", "<CAPTION>", "<OCR>", "<OCR_WITH_REGION>"] * 4
+    tasks = ["<OD>", "<CAPTION>", "<OCR>", "<OCR_WITH_REGION>"] * 3
 
     def ask(task):
         annotation = app.upload_images([HOME], {"task_prompt": task})[0]["annotation"]

@@ -1,6 +1,7 @@
 """Starting as the platform's agent starts it: what is not essential may fail, and an end is one.
 
-Each start is a process of its own, run like ``entrypoint`` of config.json in production mode.
+Each start is a process of its own, run like ``entrypoint`` of config.json in production mode; that
+onto a port that is taken imports everything itself.
 """
 
 from __future__ import annotations
@@ -8,9 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import socket
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import requests
@@ -60,20 +59,14 @@ def production(address: str) -> dict[str, str]:
     }
 
 
-def ended(folder: Path, env: dict[str, str], command=page_command) -> tuple[int, str, dict]:
+def ended(app: AppServer) -> tuple[int, str, dict]:
     """The exit status, the log, and the message of its last line, of a start that does not last."""
-    app = AppServer(folder, env, command)
-    ran = subprocess.run(
-        app.command,
-        env=app.environment,
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    return ran.returncode, ran.stdout, json.loads(ran.stdout.splitlines()[-1])
+    app.launch()
+    try:
+        status = app.ended(120)
+    finally:
+        app.kill()
+    return status, app.log, json.loads(app.log.splitlines()[-1])
 
 
 def test_calls_that_are_not_essential_may_all_fail(own_platform, tmp_path):
@@ -81,7 +74,7 @@ def test_calls_that_are_not_essential_may_all_fail(own_platform, tmp_path):
         own_platform.faults.fail(method, times=1000, status=404)
     own_platform.state.task_fields["autoRestartInfo"] = {"deployParams": DEPLOYED_BEFORE}
     env = {**production(own_platform.address), "NVIDIA_VISIBLE_DEVICES": "all"}
-    app = AppServer(tmp_path, env, page_command)
+    app = AppServer(tmp_path, env, page_command, is_forked=True)
     app.start()
     info = requests.post(f"{app.url}/get_session_info", json={}, timeout=60).json()
     app.stop()
@@ -122,7 +115,8 @@ FAILURES = {
 def test_whatever_ends_a_start_ends_the_process_with_a_sentence(
     own_platform, tmp_path, env, command, reason
 ):
-    status, log, last = ended(tmp_path, {**production(own_platform.address), **env}, command)
+    env = {**production(own_platform.address), **env}
+    status, log, last = ended(AppServer(tmp_path, env, command, is_forked=True))
     assert status == 2, log
     assert last["level"] == "fatal"
     assert last["message"].startswith("The app could not start because of something unexpected (")
@@ -133,9 +127,8 @@ def test_whatever_ends_a_start_ends_the_process_with_a_sentence(
 def test_a_port_that_is_taken_ends_the_process_with_a_sentence(own_platform, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        status, log, last = ended(
-            tmp_path, production(own_platform.address), lambda _: page_command(port)
-        )
+        env = production(own_platform.address)
+        status, log, last = ended(AppServer(tmp_path, env, lambda _: page_command(port)))
     assert status == 2, log
     assert "its server did not" in last["message"]
     assert "address already in use" in last["message"]

@@ -245,7 +245,7 @@ def test_the_same_request_to_another_app_is_refused_until_the_first_is_done(
 ):
     asked = {"videoId": video.id, "settings": SETTINGS, "upload_mode": "append", "framesCount": 3}
     env = {**SDK_ENVIRONMENT, "SERVER_ADDRESS": platform.address, "API_TOKEN": TOKEN}
-    server = AppServer(tmp_path, env)
+    server = AppServer(tmp_path, env, is_forked=True)
     server.start()
     try:
         other = App(server.url)

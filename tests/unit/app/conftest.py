@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -55,13 +55,22 @@ def predictor(deployment) -> Predictor:
     return Predictor(deployment, Metrics())
 
 
+@contextmanager
+def another_app_process(folder: Path) -> Iterator[None]:
+    """Inside, an app may be made as in a process of its own: the SDK keeps one of each thing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Singleton, "_instances", {})
+        patch.setenv("SLY_APP_DATA_DIR", str(folder / "data"))
+        for name in ("SERVER_ADDRESS", "API_TOKEN", "TASK_ID"):
+            patch.delenv(name, raising=False)
+        yield
+
+
 @pytest.fixture
-def fresh_sdk(monkeypatch, tmp_path):
-    """Another app in this process: the SDK keeps one application, server and state per process."""
-    monkeypatch.setattr(Singleton, "_instances", {})
-    monkeypatch.setenv("SLY_APP_DATA_DIR", str(tmp_path / "data"))
-    for name in ("SERVER_ADDRESS", "API_TOKEN", "TASK_ID"):
-        monkeypatch.delenv(name, raising=False)
+def fresh_sdk(tmp_path):
+    """Another app in this process."""
+    with another_app_process(tmp_path):
+        yield
 
 
 @contextmanager
@@ -84,10 +93,9 @@ def busy_model():
     return held
 
 
-@pytest.fixture
-def serve_locally(fresh_sdk, monkeypatch):
+@contextmanager
+def local_apps() -> Iterator[Callable[..., Florence2App]]:
     """Makes local apps whose server is a test client's; each is stopped at the end."""
-    monkeypatch.setattr("uvicorn.Server.run", lambda *_, **options: None)
     made = []
 
     def serve(device="cpu", **local) -> Florence2App:
@@ -96,19 +104,54 @@ def serve_locally(fresh_sdk, monkeypatch):
         app.serve()
         return app
 
-    yield serve
-    for app in made:
-        app.shutdown_model()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("uvicorn.Server.run", lambda *_, **options: None)
+        yield serve
+        for app in made:
+            app.shutdown_model()
+
+
+@contextmanager
+def client_of(app: Florence2App) -> Iterator[TestClient]:
+    with TestClient(app.app, HERE, raise_server_exceptions=False) as client:
+        yield client
 
 
 @pytest.fixture
-def app(serve_locally) -> Florence2App:
+def serve_locally(fresh_sdk):
+    """See ``local_apps``."""
+    with local_apps() as serve:
+        yield serve
+
+
+@pytest.fixture
+def own_app(serve_locally) -> Florence2App:
+    """For tests that leave it changed, or that need one that nobody has asked anything."""
     return serve_locally(allow_deploy=("someone/nothing-here",))
 
 
 @pytest.fixture
+def own_client(own_app):
+    with client_of(own_app) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def serve_for_module(tmp_path_factory):
+    """As ``serve_locally``, of apps that are there for all tests of a module."""
+    with another_app_process(tmp_path_factory.mktemp("app")), local_apps() as serve:
+        yield serve
+
+
+@pytest.fixture(scope="module")
+def app(serve_for_module) -> Florence2App:
+    """One for all tests that leave it as it was: with the demo checkpoint in float32."""
+    return serve_for_module(allow_deploy=("someone/nothing-here",))
+
+
+@pytest.fixture(scope="module")
 def client(app):
-    with TestClient(app.app, HERE, raise_server_exceptions=False) as client:
+    with client_of(app) as client:
         yield client
 
 

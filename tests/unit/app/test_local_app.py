@@ -118,10 +118,10 @@ def test_settings_reach_the_model(client, bike):
     assert "treshold" in wrong.json()["message"]
 
 
-def test_classes_that_were_seen_are_announced_from_then_on(client, bike):
-    before = client.post("/get_output_classes_and_tags", json={}).json()
-    ask(client, bike)
-    after = client.post("/get_output_classes_and_tags", json={}).json()
+def test_classes_that_were_seen_are_announced_from_then_on(own_client, bike):
+    before = own_client.post("/get_output_classes_and_tags", json={}).json()
+    ask(own_client, bike)
+    after = own_client.post("/get_output_classes_and_tags", json={}).json()
     names = {obj_class["title"] for obj_class in before["classes"]}
     assert {"object", "text"} <= names
     assert {obj_class["title"] for obj_class in after["classes"]} >= names | {"star", "tree"}
@@ -381,10 +381,10 @@ def test_two_different_thresholds_are_refused_before_they_are_merged(client, bik
     assert "conf" in answer.json()["message"]
 
 
-def test_a_model_on_the_cpu_has_no_device_to_free(client, app):
-    assert "no device to free" in client.post("/freeze_model", json={}).json()["message"]
-    app.shutdown_model()
-    assert client.post("/freeze_model", json={}).status_code == 503
+def test_a_model_on_the_cpu_has_no_device_to_free(own_client, own_app):
+    assert "no device to free" in own_client.post("/freeze_model", json={}).json()["message"]
+    own_app.shutdown_model()
+    assert own_client.post("/freeze_model", json={}).status_code == 503
 
 
 def test_a_name_that_no_file_system_takes_is_no_checkpoint(client, bike):
@@ -393,10 +393,10 @@ def test_a_name_that_no_file_system_takes_is_no_checkpoint(client, bike):
     assert ask(client, bike).status_code == 200
 
 
-def test_metrics_tell_what_was_done(client, bike):
-    ask(client, bike)
-    ask(client, b"junk")
-    text = client.get("/metrics").text
+def test_metrics_tell_what_was_done(own_client, bike):
+    ask(own_client, bike)
+    ask(own_client, b"junk")
+    text = own_client.get("/metrics").text
     assert 'florence2_requests_total{route="/inference_image",status="200"} 1.0' in text
     assert 'florence2_requests_total{route="/inference_image",status="400"} 1.0' in text
     assert 'florence2_images_total{outcome="labeled"} 1.0' in text
@@ -464,7 +464,7 @@ def is_ready(client) -> bool:
 
 
 def test_a_device_that_fails_is_shown_and_the_model_loaded_again_once(
-    app, client, bike, monkeypatch
+    own_app, own_client, bike, monkeypatch
 ):
     ended: list[tuple[str, int]] = []
     is_ended, may_load, loading = threading.Event(), threading.Event(), threading.Event()
@@ -482,41 +482,41 @@ def test_a_device_that_fails_is_shown_and_the_model_loaded_again_once(
     monkeypatch.setattr("serve.app.end_process", end)
     monkeypatch.setattr("serve.app.LAST_ANSWERS_S", 0.0)
     monkeypatch.setattr(Florence2, "load", held_load)
-    assert is_ready(client)
-    fail_device(app)
-    answer = ask(client, bike)
+    assert is_ready(own_client)
+    fail_device(own_app)
+    answer = ask(own_client, bike)
     assert (answer.status_code, answer.json()["code"]) == (503, "device_lost")
     assert "device-side assert triggered" in answer.json()["message"]
     assert loading.wait(60)
-    assert not is_ready(client)
-    meanwhile = ask(client, bike)
+    assert not is_ready(own_client)
+    meanwhile = ask(own_client, bike)
     assert (meanwhile.status_code, meanwhile.json()["code"]) == (503, "not_deployed")
     assert "Retry-After" in meanwhile.headers
     may_load.set()
-    wait_until(lambda: app.deployment.is_ready)
-    assert is_ready(client)
-    assert ask(client, bike).status_code == 200
+    wait_until(lambda: own_app.deployment.is_ready)
+    assert is_ready(own_client)
+    assert ask(own_client, bike).status_code == 200
     assert ended == []
-    fail_device(app)
-    assert ask(client, b"junk").status_code == 400
-    assert ask(client, bike).status_code == 503
+    fail_device(own_app)
+    assert ask(own_client, b"junk").status_code == 400
+    assert ask(own_client, bike).status_code == 503
     assert is_ended.wait(60)
     [(sentence, status)] = ended
     assert "start it anew" in sentence
     assert status == 3
-    assert not is_ready(client)
+    assert not is_ready(own_client)
 
 
-def test_an_app_inside_of_a_program_leaves_the_program_alone(app, monkeypatch):
+def test_an_app_inside_of_a_program_leaves_the_program_alone(own_app, monkeypatch):
     monkeypatch.setattr("serve.app.end_process", lambda *_: pytest.fail("it ended"))
-    app._is_quick_deploy = True
-    app.end_when_answered("Start it anew.")
+    own_app._is_quick_deploy = True
+    own_app.end_when_answered("Start it anew.")
 
 
-def test_a_process_that_ends_waits_for_its_runs(app, monkeypatch):
+def test_a_process_that_ends_waits_for_its_runs(own_app, monkeypatch):
     """Their reports name the images that failed with the device."""
     monkeypatch.setattr("serve.app.LAST_ANSWERS_S", 0.0)
-    run = app.runs.create()
+    run = own_app.runs.create()
     was_finished: list[bool] = []
     looked = threading.Event()
     is_finished = run.is_finished
@@ -527,7 +527,7 @@ def test_a_process_that_ends_waits_for_its_runs(app, monkeypatch):
 
     run.is_finished = looks
     monkeypatch.setattr("serve.app.end_process", lambda *_: was_finished.append(is_finished()))
-    ending = threading.Thread(target=app.end_when_answered, args=("Start it anew.",))
+    ending = threading.Thread(target=own_app.end_when_answered, args=("Start it anew.",))
     ending.start()
     assert looked.wait(60)
     run.on_inference_end()
@@ -593,7 +593,7 @@ LATER = {
 @pytest.mark.parametrize(("route", "part", "work", "num_files"), LATER.values(), ids=LATER)
 @pytest.mark.parametrize("fails", [False, True], ids=["done", "failed"])
 def test_what_is_sent_for_later_is_held_until_it_is_done(
-    room, client, app, monkeypatch, route, part, work, num_files, fails
+    room, own_client, own_app, monkeypatch, route, part, work, num_files, fails
 ):
     go_on, begun = threading.Event(), threading.Event()
     paths = []
@@ -605,12 +605,12 @@ def test_what_is_sent_for_later_is_held_until_it_is_done(
         if fails:
             raise ValueError("no such frame")
 
-    monkeypatch.setattr(getattr(app, part), work, slow)
+    monkeypatch.setattr(getattr(own_app, part), work, slow)
     files = [("files", ("../../a.mp4", b"a" * MIB))] * num_files
-    assert client.post(route, files=files).status_code == 200
+    assert own_client.post(route, files=files).status_code == 200
     assert begun.wait(20)
     assert num_files * MIB < room.held < num_files * MIB + 5_000
-    shown = re.search(r"^florence2_image_bytes_held (\S+)$", client.get("/metrics").text, re.M)
+    shown = re.search(r"^florence2_image_bytes_held (\S+)$", own_client.get("/metrics").text, re.M)
     assert float(shown[1]) == room.held
     go_on.set()
     wait_until(lambda: room.held == 0)
@@ -619,11 +619,11 @@ def test_what_is_sent_for_later_is_held_until_it_is_done(
 
 
 def test_a_video_goes_to_a_file_in_pieces_and_is_refused_above_the_limit(
-    room, client, app, monkeypatch, tmp_path
+    room, own_client, own_app, monkeypatch, tmp_path
 ):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr("serve.http.sdk_routes.MAX_VIDEO_BYTES", 3 * MIB)
-    refused = client.post(
+    refused = own_client.post(
         "/inference_video_async", files=[("files", ("a.mp4", b"a" * (3 * MIB + 1)))]
     )
     assert (refused.status_code, refused.json()["code"]) == (413, "too_large")
@@ -631,19 +631,21 @@ def test_a_video_goes_to_a_file_in_pieces_and_is_refused_above_the_limit(
     assert list(tmp_path.glob("video-*")) == []
 
 
-def test_an_upload_without_room_gets_503_and_the_others_go_on(room, client, bike, monkeypatch):
-    client.app.uploads.wait_s = 0.05
+def test_an_upload_without_room_gets_503_and_the_others_go_on(room, own_client, bike, monkeypatch):
+    own_client.app.uploads.wait_s = 0.05
     with room.hold(64 * MIB):
-        refused = client.post("/inference_image", files=[("files", ("a.png", b"a" * 3 * MIB))])
+        refused = own_client.post("/inference_image", files=[("files", ("a.png", b"a" * 3 * MIB))])
         assert (refused.status_code, refused.json()["code"]) == (503, "no_room")
         assert int(refused.headers["Retry-After"]) >= 1
-        assert ask(client, bike).status_code == 200
+        assert ask(own_client, bike).status_code == 200
     assert room.held == 0
 
 
-def test_pictures_for_the_cache_are_looked_at_before_the_sdk_decodes_them(room, client, app):
+def test_pictures_for_the_cache_are_looked_at_before_the_sdk_decodes_them(
+    room, own_client, own_app
+):
     header = blank_png_header((20_000, 20_000))
-    answer = client.post(
+    answer = own_client.post(
         "/smart_cache_files",
         files=[("files", ("a.png", header))],
         data={"state": json.dumps({"image_ids": [1]})},

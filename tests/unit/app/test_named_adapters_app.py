@@ -12,18 +12,19 @@ from starlette.testclient import TestClient
 FC2 = "model.language_model.decoder.layers.0.fc2"
 
 
-@pytest.fixture
-def folders(tmp_path):
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
     """Adapters that change much, so that their answers differ from the base's and one another's."""
+    folder = tmp_path_factory.mktemp("adapters")
     return {
-        name: write_adapter(tmp_path / name, pair(FC2, ((2, 768), (192, 2)), seed), lora_alpha=100)
+        name: write_adapter(folder / name, pair(FC2, ((2, 768), (192, 2)), seed), lora_alpha=100)
         for seed, name in enumerate(("cats", "dogs"))
     }
 
 
-@pytest.fixture
-def client(serve_locally, folders):
-    app = serve_locally(adapters=tuple((name, str(folder)) for name, folder in folders.items()))
+@pytest.fixture(scope="module")
+def client(serve_for_module, folders):
+    app = serve_for_module(adapters=tuple((name, str(folder)) for name, folder in folders.items()))
     with TestClient(app.app, "http://127.0.0.1:8000", raise_server_exceptions=False) as client:
         yield client
 

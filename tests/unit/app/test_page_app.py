@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
+import forked_processes
 import pytest
 
 import serve
@@ -16,13 +16,9 @@ ROOT = Path(__file__).parents[3]
 
 
 def run_steps(folder: Path, way: str) -> dict:
-    done = subprocess.run(
+    done = forked_processes.run(
         [sys.executable, str(STEPS), way],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env={
+        {
             "PATH": "/usr/bin:/bin",
             "HOME": str(folder),
             "FLORENCE2_CACHE": str(folder / "cache"),
@@ -30,7 +26,8 @@ def run_steps(folder: Path, way: str) -> dict:
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}",
         },
-        cwd=ROOT,
+        ROOT,
+        timeout_s=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
