@@ -88,7 +88,7 @@ OVERRIDES: Final[tuple[Override, ...]] = (
         "Half of a damaged image labeled as if it were whole; an import that fails in a program "
         "whose name is no module's.",
         "tests/unit/serve/test_sdk_door.py::"
-        "test_a_program_under_a_name_that_is_no_modules_may_import_the_sdk",
+        "test_programs_under_names_that_are_no_modules_may_import_the_sdk",
         "importing supervisely changes nothing of Pillow and imports none of its importers",
     ),
     Override(
