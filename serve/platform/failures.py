@@ -100,17 +100,21 @@ def _first_line(error: BaseException) -> str:
     return lines[0][:300] if lines else ""
 
 
-def failure_of(error: BaseException, what: str, code: str | None = None) -> Failure:
-    """A failure from an error: its own sentence, or ``what`` failed and the error's first line."""
+_SEND_AGAIN: Final = "see the app's log and send it again"
+
+
+def failure_of(
+    error: BaseException, what: str, code: str | None = None, advice: str = _SEND_AGAIN
+) -> Failure:
+    """A failure from an error: its own sentence, or ``what`` failed, the error's first line and
+    ``advice``."""
     if isinstance(error, FlorenceError):
         return Failure(code or error.code, str(error))
     reason = _reason_of(error)
     if reason is not None:
         return Failure(
             code or "platform_failed",
-            f"{what}, as the platform failed: {reason}; see the app's log and send it again.",
+            f"{what}, as the platform failed: {reason}; {advice}.",
         )
     reason = ": ".join(filter(None, (type(error).__name__, _first_line(error))))
-    return Failure(
-        code or "internal_error", f"{what} ({reason}); see the app's log and send it again."
-    )
+    return Failure(code or "internal_error", f"{what} ({reason}); {advice}.")

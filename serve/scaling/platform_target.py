@@ -6,11 +6,11 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from requests.exceptions import HTTPError
 
@@ -22,7 +22,7 @@ from serve.labeling.project import DATASET, project_folder
 from serve.labeling.undo import runs_in
 from serve.platform.failures import failure_of
 from serve.platform.images import check_project_of_images
-from serve.platform.patience import Patience, PlatformAwayError
+from serve.platform.patience import Patience, PlatformAwayError, status_of
 from serve.platform.run_store import IMAGES, UPLOAD, folder_of, note_run, runs_of, team_of
 from serve.platform.team_files import asked_once, write_text
 from serve.platform.upload import meta_lock, with_compatible_tags
@@ -31,6 +31,8 @@ from serve.sdk import sly
 
 # isort: split
 from supervisely.nn.inference.inference import update_meta_and_ann
+
+_NO_RIGHTS: Final = (401, 403)
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,7 +249,9 @@ class PlatformTarget:
                 self._tried(partial(bring, [one]))
             except Exception as error:  # noqa: BLE001  (as above)
                 self._check_goes_on(error)
-                failures[one.name] = failure_of(error, "It cannot be uploaded", "upload_failed")
+                failures[one.name] = failure_of(
+                    error, "It cannot be uploaded", "upload_failed", "upload again"
+                )
         return failures
 
     def _check_goes_on(self, error: Exception) -> None:
@@ -375,8 +379,19 @@ class PlatformTarget:
             before = noted.get(run, {})
             if (now := before | new) != before:
                 path = f"{folder_of(self._id, run)}{self._notes}{number:06}.jsonl"
-                write_text(self._api, self._team_id, path, "\n".join(now.values()) + "\n")
+                self._write_lines(path, now.values())
                 noted[run] = now
+
+    def _write_lines(self, path: str, lines: Iterable[str]) -> None:
+        try:
+            write_text(self._api, self._team_id, path, "\n".join(lines) + "\n")
+        except HTTPError as error:
+            if status_of(error) not in _NO_RIGHTS:
+                raise
+            sly.logger.warning(
+                "This account may not write team files, so what is uploaded now cannot be taken "
+                f"back by florence2 undo: {path} is missing."
+            )
 
 
 def _by_name(infos: Sequence[sly.ImageInfo], names: Collection[str]) -> dict[str, sly.ImageInfo]:

@@ -30,7 +30,7 @@ from serve.scaling.shards import RUN_NAME, Committed, committed_in
 from serve.scaling.storage import Storage, is_remote
 from serve.sdk import sly
 
-UPLOADED: Final = "uploaded"
+NOTES: Final = "uploaded"
 _UNIT: Final = 100
 _UNITS_IN_DATASET: Final = 100
 _THREADS: Final = 4
@@ -126,7 +126,7 @@ class UploadReport:
         )
         lines += [f"  {name}: {one.message}" for name, one in self.failures[:_SHOWN_FAILURES]]
         if len(self.failures) > _SHOWN_FAILURES:
-            place = f"{job.labeled.rstrip('/')}/{UPLOADED}/{self.project_id}"
+            place = f"{job.labeled.rstrip('/')}/{NOTES}/{self.project_id}"
             lines.append(
                 f"  ... and {len(self.failures) - _SHOWN_FAILURES} more, all of them in {place}"
             )
@@ -242,7 +242,9 @@ class Uploads:
             except GenerationCancelledError:
                 self._is_cut = True
             except Exception as raised:  # noqa: BLE001  (the SDK and its transport raise anything)
-                error = error or failure_of(raised, "The upload ended").message
+                error = (
+                    error or failure_of(raised, "The upload ended", advice="upload again").message
+                )
         units = self._noted().values()
         # A folder's images that failed are in another unit once they are tried again.
         mended = {name for unit in units for name in unit.names} if self._folder else set()
@@ -301,7 +303,7 @@ class Uploads:
 
     @property
     def _notes_folder(self) -> str:
-        return f"{UPLOADED}/{self._job.project_id}"
+        return f"{NOTES}/{self._job.project_id}"
 
     def _note_names(self) -> list[str]:
         return [name for name in self._target.names(self._notes_folder) if name.endswith(".json")]

@@ -306,6 +306,17 @@ def test_committed_shards_are_uploaded_from_a_disk_and_from_a_bucket(
     assert f"{sum(counts)} labels deleted, on 3 images." in said
 
 
+def test_an_account_that_may_not_write_team_files_uploads_all_the_same(
+    upload, labeled, platform, project
+):
+    platform.faults.fail("file-storage.bulk.upload", times=100, status=403)
+    code, said = upload(labeled)
+
+    assert code == 0, said
+    assert stored(platform, project) == in_dataset(labeled)
+    assert "cannot be taken back by florence2 undo" in said
+
+
 def test_what_was_undone_on_the_disk_is_not_uploaded(upload, labeled, platform, project):
     run = json.loads((labeled / "runs.jsonl").read_text())["run"]
     path = labeled / "project" / "ds0" / "ann" / f"{BIKE.name}.json"
