@@ -152,8 +152,11 @@ def test_a_session_that_is_ended_stops_what_runs_and_answers_who_waits(session, 
 
 
 @pytest.fixture
-def next_session(own_platform, tmp_path) -> Iterator[AppServer]:
-    """The same session, which has nothing on its disk; on two devices."""
+def next_session(own_platform, fine_tune, tmp_path) -> Iterator[AppServer]:
+    """The session after one that served the fine-tune, with nothing on its disk; on two devices."""
+    noted = {"model_source": "Custom models", "model_files": {"checkpoint": fine_tune}}
+    of_the_one_before = {"deployParams": {**noted, "device": "cpu", "runtime": "PyTorch"}}
+    own_platform.state.task_fields.setdefault("autoRestartInfo", of_the_one_before)
     more = {**AUTOSTART, "FLORENCE_DEVICES": "cpu,cpu", "FLORENCE2_CACHE": str(tmp_path / "none")}
     env = production_environment(own_platform.address, TOKEN, TASK_ID, **more)
     app = AppServer(tmp_path, env, entrypoint)
