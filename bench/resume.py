@@ -23,6 +23,7 @@ os.environ["SUPERVISELY_SKIP_HTTPS_USER_HELPER_CHECK"] = "true"
 from platform_double import TOKEN, PlatformDouble
 
 from serve.platform.images import Target
+from serve.platform.lease import CONFIRM_S
 from serve.platform.request_state import Destination
 from serve.platform.run_records import RunRecord
 from serve.sdk import sly
@@ -61,8 +62,8 @@ def main() -> None:
         pass
     double.stop()
     print(
-        f"{len(done)} images done before: read back in {resumed_s:.1f} s, of which 1 s makes sure "
-        f"that nobody else holds the run; noted in {1000 * noted_s / asked.images:.2f} ms an image"
+        f"{len(done)} images done before: read back in {resumed_s:.1f} s, of which {CONFIRM_S:g} s "
+        f"makes sure that nobody else holds the run; noted in {1000 * noted_s / asked.images:.2f} ms an image"
     )
 
 

@@ -209,9 +209,11 @@ def find_run(api: sly.Api, project_id: int, run_id: str) -> Manifest:
         if manifest.run == run_id:
             return manifest
     if run_id.isalnum():
-        texts = read_texts(api, team_of(api, project_id), folder_of(project_id, run_id))
-        for path, text in texts.items():
-            if path.endswith(MANIFEST) and (old := Manifest.of_json(_json(text))) is not None:
+        folder = folder_of(project_id, run_id)
+        texts = read_texts(api, team_of(api, project_id), folder)
+        for name in (UNDONE, MANIFEST):
+            old = Manifest.of_json(_json(texts.get(f"{folder}/{name}", "")))
+            if old is not None:
                 return old
     named = ", ".join(one.run for one in known[:10])
     raise NotFoundError(

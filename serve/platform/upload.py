@@ -298,7 +298,9 @@ class Uploading:
 
     def _tried(self, step: Step, group: list[Labeled]) -> list[Labeled]:
         """Again where that can help, but never a copy of an image that may be there already."""
-        if self._patience is None or (step == self._send and self._copies_from(group[0].target)):
+        if self._patience is None or (
+            step == self._send and self._destination.is_copying(group[0].target.project_id)
+        ):
             return step(group)
 
         def work() -> list[Labeled]:
@@ -306,11 +308,6 @@ class Uploading:
             return step(group)
 
         return self._patience.tried(work)
-
-    def _copies_from(self, target: Target) -> bool:
-        return self._destination.project_id not in (None, target.project_id) or (
-            self._destination.mode == "create"
-        )
 
     def _lost_dataset(self, group: list[Labeled]) -> dict[int, Failure]:
         """A failure of each image where their dataset was deleted meanwhile; NotFoundError where
@@ -363,7 +360,7 @@ class Uploading:
                 continue
             left.append(one)
             if self._destination.mode in ("append", "iou_merge", "skip_labeled"):
-                # The SDK downloads it once more otherwise.
+                # It would be downloaded once more otherwise.
                 known[image_id] = sly.Annotation.from_json(before, meta)
         self._request.add_results([uploaded_entry(one.target) for one in done])
         return left
@@ -411,7 +408,7 @@ class Uploading:
         return group
 
     def _without_own(self, group: list[Labeled]) -> set[int]:
-        """Puts what is to stay of the images' labels where the SDK appends to it.
+        """Keeps what is to stay of the images' labels for what is written to join.
 
         The ids of the images of which something goes.
         """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain, repeat
 from pathlib import Path
@@ -196,3 +196,10 @@ def near(found: Sequence[Row], expected: Sequence[Row]) -> bool:
     return [(row[0], *row[2:]) for row in found] == [
         (row[0], *row[2:]) for row in expected
     ] and all(abs(one[1] - two[1]) <= 2e-4 for one, two in zip(found, expected, strict=True))
+
+
+def wait_for(condition: Callable[[], object], what: str = "it did not come to that") -> None:
+    until = time.monotonic() + 90
+    while not condition():
+        assert time.monotonic() < until, what
+        time.sleep(0.01)

@@ -18,7 +18,7 @@ import forked_processes
 import psutil
 import pytest
 from app_server import ROOT, SDK_ENVIRONMENT
-from contract_calls import BIKE, CITY, HOME, STREET
+from contract_calls import BIKE, CITY, HOME, STREET, wait_for
 from html_pages import Tags
 from platform_double import TOKEN
 from platform_state import TEAM_ID
@@ -155,13 +155,6 @@ def labeling(folder, platform, project_id, *words):
         yield process, heard
     finally:
         process.kill()
-
-
-def wait_for(condition, what):
-    until = time.monotonic() + 90
-    while not condition():
-        assert time.monotonic() < until, what
-        time.sleep(0.01)
 
 
 SOAK = pytest.mark.soak

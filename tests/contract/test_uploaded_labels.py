@@ -214,16 +214,20 @@ def test_images_that_the_platform_refuses_are_named_and_the_others_are_there(
     }
 
 
-def test_an_upload_that_was_cut_off_goes_on_where_it_was(upload, labeled, platform, project, api):
+def test_labels_that_were_refused_are_written_by_the_next_upload(
+    upload, labeled, platform, project, api
+):
     platform.faults.fail("annotations.bulk.add", times=4, status=400)
     code, said = upload(labeled)
     assert code == 2
     assert "3 failed" in said
     assert set(stored(platform, project)) == set(in_dataset(labeled))
     assert not any(stored(platform, project).values())
+    sent = platform.count("images.bulk.upload")
 
     code, said = upload(labeled)
     assert code == 0, said
+    assert platform.count("images.bulk.upload") == sent, "the images were there"
     assert stored(platform, project) == in_dataset(labeled)
     num_labels = sum(len(classes) for classes in classes_in(labeled).values())
     [run] = runs_of(api, project)
@@ -437,17 +441,23 @@ def test_labels_of_a_run_that_nobody_noted_are_uploaded_and_no_undo_is_promised(
     assert stored(platform, project) == in_dataset(labeled)
 
 
-def test_captions_are_counted_and_undone_as_tags_of_images(upload, labeled, platform, project):
-    path = labeled / "project" / "ds0" / "ann" / f"{BIKE.name}.json"
-    changed = json.loads(path.read_text())
-    changed["tags"] = [{"name": "caption", "value": "a bike"}]
-    path.write_text(json.dumps(changed))
-    _, said = upload(labeled)
+def test_captions_are_counted_and_undone_as_tags_of_images(upload, platform, project, tmp_path):
+    photos, out = tmp_path / "photos", tmp_path / "captions"
+    photos.mkdir()
+    shutil.copy(BIKE, photos)
+    words = ["--model", "demo", "--task", "<CAPTION>", "--num-beams", "1", "--device", "cpu"]
+    with pytest.raises(SystemExit):
+        main(["label", str(photos), "--out", str(out), *words])
+    _, said = upload(out)
+    assert "0 labels (1 tags of images) uploaded" in said
+    [image] = platform.state.images.values()
+    assert [tag["name"] for tag in image.annotation["tags"]] == ["caption"]
 
-    assert "labels (1 tags of images) uploaded" in said
+    upload(out, "--run", run_in(out), command="undo")
+    assert image.annotation["tags"] == []
 
 
-def test_of_two_uploads_from_one_folder_one_waits(upload, labeled, platform, project):
+def test_of_two_uploads_from_one_folder_one_is_refused(upload, labeled, platform, project):
     with opened_workspace(labeled / "uploaded" / str(project)):
         code, said = upload(labeled)
     assert code == 2

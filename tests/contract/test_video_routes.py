@@ -6,7 +6,7 @@ import threading
 
 import pytest
 from app_server import SDK_ENVIRONMENT, AppServer
-from contract_calls import App, assert_refused, refused_now_or_later
+from contract_calls import App, assert_refused, refused_now_or_later, wait_for
 from platform_double import TOKEN
 from platform_videos import StoredVideo, add_video, add_video_project, project_of, rows_of
 from video_clips import claiming_file, cut_streamable, text_file
@@ -234,8 +234,7 @@ def test_the_same_request_at_the_same_moment_is_refused(app, platform, video):
     asked = {"videoId": video.id, "settings": SETTINGS, "upload_mode": "append", "framesCount": 3}
     with platform.faults.held("annotation-objects.bulk.add"):
         uuid = app.post("inference_video_id_async", asked).json()["inference_request_uuid"]
-        while not platform.count("annotation-objects.bulk.add"):
-            pass
+        wait_for(lambda: platform.count("annotation-objects.bulk.add"))
         assert_refused(app.post("inference_video_id", asked), 409, says="labeled by the same")
     assert app.finished(uuid)[0]["exception"] is None
 
@@ -251,8 +250,7 @@ def test_the_same_request_to_another_app_is_refused_until_the_first_is_done(
         other = App(server.url)
         with platform.faults.held("annotation-objects.bulk.add"):
             uuid = app.post("inference_video_id_async", asked).json()["inference_request_uuid"]
-            while not platform.count("annotation-objects.bulk.add"):
-                pass
+            wait_for(lambda: platform.count("annotation-objects.bulk.add"))
             refused = other.post("inference_video_id", asked)
             assert_refused(refused, 409, says="is being labeled by the same request now")
         assert app.finished(uuid)[0]["exception"] is None

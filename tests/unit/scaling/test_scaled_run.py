@@ -291,7 +291,7 @@ def test_a_run_that_has_committed_nothing_yet_keeps_its_target(images, label, se
     [("run.json", False), ("run.json", True), ("runs/", True)],
     ids=["new", "its settings are written", "it is noted"],
 )
-def test_of_two_runs_that_begin_in_one_moment_one_gets_the_target(
+def test_of_two_runs_that_begin_in_one_moment_at_most_one_gets_the_target(
     images, label, serial, target, monkeypatch, name, is_taken_over
 ):
     if is_taken_over:
