@@ -63,7 +63,8 @@ def main() -> None:
     double.stop()
     print(
         f"{len(done)} images done before: read back in {resumed_s:.1f} s, of which {CONFIRM_S:g} s "
-        f"makes sure that nobody else holds the run; noted in {1000 * noted_s / asked.images:.2f} ms an image"
+        "makes sure that nobody else holds the run; "
+        f"noted in {1000 * noted_s / asked.images:.2f} ms an image"
     )
 
 
