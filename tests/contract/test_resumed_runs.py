@@ -256,11 +256,18 @@ def test_ctrl_c_ends_the_command_after_the_batch_and_the_next_one_goes_on(
     project_id, _ = project
 
     def press():
-        wait_for(lambda: platform.count("annotations.bulk.add") >= 1, "no upload")
-        os.kill(os.getpid(), signal.SIGINT)
+        # Few batches are asked about before the first one is uploaded.
+        with platform.faults.held("annotations.bulk.add"):
+            held.set()
+            wait_for(lambda: platform.count("annotations.bulk.add") >= 1, "no upload")
+            os.kill(os.getpid(), signal.SIGINT)
+            # It is handled by the main thread, once that has its turn.
+            time.sleep(0.5)
 
+    held = threading.Event()
     threading.Thread(target=press).start()
-    code, said = command()
+    held.wait()
+    code, said = command("--batch", "1")
     assert code == 130, said
     assert "images are still to do; go on with:" in said
     assert "florence2 label --project" in said
